@@ -1,0 +1,43 @@
+"""How a clip of latent frames is cut into chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """The lengths of consecutive chunks, in latent frames."""
+
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"chunk lengths {self.lengths}: need at least one chunk, each of at least one frame")
+
+    @classmethod
+    def split(cls, frames: int, size: int) -> ChunkPlan:
+        """Chunks of `size` frames; the remainder goes to the first: 21 by 10 is (11, 10).
+
+        A clip shorter than one chunk is a single chunk.
+        """
+        if frames < 1 or size < 1:
+            raise ValueError(f"cannot cut {frames} frames into chunks of {size}: both must be at least 1")
+        count = max(frames // size, 1)
+        return cls((frames - (count - 1) * size, *[size] * (count - 1)))
+
+    @property
+    def frames(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First frame of each chunk."""
+        return tuple(accumulate(self.lengths[:-1], initial=0))
+
+    def slices(self) -> list[slice]:
+        return [slice(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.lengths)

@@ -1,0 +1,67 @@
+"""What the network is told besides the latents: the time and the text."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class TextEmbedding(NamedTuple):
+    """A batch of encoded captions.
+
+    tokens: (B, L, C), hidden states of the text encoder.
+    mask: (B, L), bool; True marks a token that the network may look at.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+
+class TimeEmbedding(nn.Module):
+    """Timestep to the conditioning vector and the six modulation vectors of every block."""
+
+    FREQUENCIES = 256
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(self.FREQUENCIES, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t of any shape, in [0, 1000]: returns (..., D) and (..., 6, D)."""
+        dtype = self.linear_1.weight.dtype
+        embedding = self.linear_2(F.silu(self.linear_1(sinusoid(t, self.FREQUENCIES).to(dtype))))
+        return embedding, self.modulation(F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """cos(t f_i) for all i, then sin(t f_i), with f_i = 10000^(-i / (dim / 2)): t (...) to (..., dim) in float32."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    # Published checkpoints were trained on whole timesteps: 959.96 is embedded as 959.
+    angles = t.long().to(torch.float32)[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class CaptionEmbedding(nn.Module):
+    """Hidden states of the text encoder to the width of the network."""
+
+    null_tokens: Tensor
+
+    def __init__(self, caption_channels: int, hidden_size: int, caption_length: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(caption_channels, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+        self.norm = nn.RMSNorm(hidden_size, eps=1e-5)
+        # The learned "no caption". A buffer: published checkpoints keep it outside the optimizer.
+        self.register_buffer("null_tokens", torch.zeros(caption_length, caption_channels))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L, C) to (B, L, D)."""
+        tokens = tokens.to(self.linear_1.weight.dtype)
+        return self.norm(self.linear_2(F.gelu(self.linear_1(tokens), approximate="tanh")))
