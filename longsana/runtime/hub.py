@@ -1,0 +1,215 @@
+"""Where files come from: a path on this machine, or a repository on the Hugging Face hub; and what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from longsana.runtime.errors import InputError
+
+log = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCHEME = "hf://"
+FOLDER_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
+WEIGHT_SUFFIXES = (".json", ".safetensors", ".model", ".pth", ".pt", ".bin")
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+def locate(uri: str, what: str, part: str = "") -> Path:
+    """The local file or folder that `uri` names, fetched from the hub first if it is there.
+
+    uri: a path, tried from the working directory and then from the repository root; `hf://owner/repo/file.ext` for
+        that one file (for an index of shards: the shards too); `hf://owner/repo[/folder]` for the configs, tokenizer
+        files and safetensors inside. The hub's cache and HF_HUB_OFFLINE=1 are honoured.
+    what: the thing's name in messages, such as "the checkpoint".
+    part: the one sub-folder wanted from a folder that holds a whole pipeline, such as "transformer"; weights in its
+        other sub-folders are not fetched. The folder itself is returned, with or without it.
+
+    Raises:
+        InputError: nothing is there, or the hub did not give it; the message says what to do.
+    """
+    if uri.startswith(SCHEME):
+        return _fetch(uri, what, part)
+    given = Path(uri).expanduser()
+    for candidate in (given, REPOSITORY / given):
+        if uri and candidate.exists():
+            return candidate
+    places = [str(given)] if given.is_absolute() else [str(Path.cwd() / given), str(REPOSITORY / given)]
+    where = " or ".join(dict.fromkeys(places))
+    raise InputError(
+        f"{what}: '{uri}' not found (no file or folder {where}); give an existing path or hf://owner/repo/file"
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 in hex of a file, or of the names and digests of the weights and configs in a folder.
+
+    Digests are remembered by path, size, modification time and inode, so that gigabytes are read once.
+
+    Raises:
+        InputError: `path` does not exist, or is a folder without weights or configs.
+    """
+    known = _read_digests()
+    before = dict(known)
+    if path.is_dir():
+        files = sorted(
+            (file for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES and file.is_file()),
+            key=lambda file: file.relative_to(path).as_posix(),
+        )
+        if not files:
+            raise InputError(f"{path}: no weights or configs in this folder")
+        lines = (f"{_digest(file, known)}  {file.relative_to(path).as_posix()}\n" for file in files)
+        result = hashlib.sha256("".join(lines).encode()).hexdigest()
+    elif path.is_file():
+        result = _digest(path, known)
+    else:
+        raise InputError(f"{path}: no such file or folder")
+    if known != before:
+        _write_digests(known)
+    return result
+
+
+def _fetch(uri: str, what: str, part: str) -> Path:
+    parts = [piece for piece in uri.removeprefix(SCHEME).split("/") if piece]
+    if len(parts) < 2 or ".." in parts:
+        raise InputError(f"{what}: '{uri}' must have the form hf://owner/repo/file or hf://owner/repo")
+    repo, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    # A version number, as in a folder named Wan2.1, is no file suffix.
+    if re.search(r"\.[A-Za-z]\w*$", inside):
+        return _fetch_file(uri, what, repo, inside)
+    return _fetch_folder(uri, what, repo, inside, part)
+
+
+def _fetch_file(uri: str, what: str, repo: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = Path(hf_hub_download(repo, name))
+    except Exception as error:  # the transport's own classes differ between versions of the client
+        raise _explain(error, uri, what, repo, name) from error
+    if name.endswith(INDEX_SUFFIX):
+        folder = name.rpartition("/")[0]
+        for shard in shards_of(path):
+            _fetch_file(uri, what, repo, f"{folder}/{shard}" if folder else shard)
+    return path
+
+
+def _fetch_folder(uri: str, what: str, repo: str, folder: str, part: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    prefix = f"{folder}/" if folder else ""
+    patterns = [f"{prefix}*{suffix}" for suffix in FOLDER_SUFFIXES]
+    if part:
+        # `*` matches a slash too: the folder's own weights are asked for by their usual names.
+        own = ("model*.safetensors", "diffusion_pytorch_model*.safetensors", f"{part}/*.safetensors")
+        patterns = [f"{prefix}*.json", *(prefix + name for name in own)]
+    try:
+        path = Path(snapshot_download(repo, allow_patterns=patterns)) / folder
+    except Exception as error:  # as above
+        raise _explain(error, uri, what, repo, folder) from error
+    # Without a network the client returns a cached snapshot even where this folder was never fetched.
+    if not any(file.suffix in FOLDER_SUFFIXES for file in path.rglob("*")):
+        target = f"{repo} --include '{prefix}*'" if folder else repo
+        raise InputError(
+            f"{what}: '{uri}' has no {', '.join(FOLDER_SUFFIXES)} files in {path}; check the folder's name, "
+            f"or download it with `hf download {target}` on a connected machine"
+        )
+    return path
+
+
+def shards_of(index: Path) -> list[str]:
+    """Sorted file names in a `*.safetensors.index.json`.
+
+    Raises:
+        InputError: the file is no such index.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{index}: not an index of safetensors shards (no 'weight_map'); download it again"
+        ) from error
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise InputError(f"{index}: its shards must be plain file names beside it, found {names[:3]}")
+    return names
+
+
+def _explain(error: Exception, uri: str, what: str, repo: str, inside: str) -> InputError:
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, InputError):
+        return error
+    download = f"`hf download {repo}{' ' + inside if inside else ''}`"
+    if isinstance(error, errors.GatedRepoError):
+        reason = (
+            f"access is restricted: accept its terms at https://huggingface.co/{repo}, then `hf auth login`"
+        )
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        reason = "no such repository, or it is private: check the name, or `hf auth login`"
+    elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        if constants.HF_HUB_OFFLINE:
+            why = "not in the cache, and HF_HUB_OFFLINE=1 forbids fetching it"
+        else:
+            why = "not in the cache, and the hub cannot be reached"
+        reason = (
+            f"{why} (cache: {constants.HF_HUB_CACHE}); download it with {download} on a connected machine, "
+            "or give a local path"
+        )
+    elif isinstance(error, errors.EntryNotFoundError):
+        reason = f"no such file in the repository: see https://huggingface.co/{repo}/tree/main"
+    elif isinstance(error, errors.HFValidationError):
+        reason = "not a valid repository name: hf://owner/repo/file or hf://owner/repo"
+    else:
+        detail = " ".join(str(error).split())[:200]
+        reason = f"could not be fetched ({type(error).__name__}: {detail}); try again, or {download}"
+    return InputError(f"{what}: '{uri}': {reason}")
+
+
+def _digest(path: Path, known: dict[str, Any]) -> str:
+    resolved = path.resolve()
+    status = (
+        resolved.stat()
+    )  # before reading: a file that changes meanwhile is not taken for the one that was read
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
+    entry = known.get(str(resolved))
+    if isinstance(entry, dict) and entry.get("stamp") == stamp and isinstance(entry.get("sha256"), str):
+        return str(entry["sha256"])
+    digest = hashlib.sha256()
+    with resolved.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    known[str(resolved)] = {"stamp": stamp, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
+
+
+def _digest_file() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "longsana" / "sha256.json"
+
+
+def _read_digests() -> dict[str, Any]:
+    try:
+        known = json.loads(_digest_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home directory
+        log.debug("no remembered digests: %s", error)
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_digests(known: dict[str, Any]) -> None:
+    alive = {path: entry for path, entry in known.items() if os.path.exists(path)}
+    try:
+        target = _digest_file()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False) as stream:
+            json.dump(alive, stream)
+        os.replace(stream.name, target)
+    except (OSError, RuntimeError) as error:
+        log.debug("digests are not remembered: %s", error)
