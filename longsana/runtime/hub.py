@@ -1,4 +1,4 @@
-"""Where files come from: a path on this machine, or a repository on the Hugging Face hub; and what is in them."""
+"""Where files come from: a path on this machine or a repository on the Hugging Face hub; and their digests."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ INDEX_SUFFIX = ".safetensors.index.json"
 def locate(uri: str, what: str, part: str = "") -> Path:
     """The local file or folder that `uri` names, fetched from the hub first if it is there.
 
-    uri: a path, tried from the working directory and then from the repository root; `hf://owner/repo/file.ext` for
-        that one file (for an index of shards: the shards too); `hf://owner/repo[/folder]` for the configs, tokenizer
-        files and safetensors inside. The hub's cache and HF_HUB_OFFLINE=1 are honoured.
+    uri: a path, tried from the working directory and then from the repository root; `hf://owner/repo/file.ext`
+        for that one file (for an index of shards: the shards too); `hf://owner/repo[/folder]` for the configs,
+        tokenizer files and safetensors inside. The hub's cache and HF_HUB_OFFLINE=1 are honoured.
     what: the thing's name in messages, such as "the checkpoint".
-    part: the one sub-folder wanted from a folder that holds a whole pipeline, such as "transformer"; weights in its
-        other sub-folders are not fetched. The folder itself is returned, with or without it.
+    part: the one sub-folder wanted from a folder that holds a whole pipeline, such as "transformer"; weights in
+        its other sub-folders are not fetched. The folder itself is returned, with or without it.
 
     Raises:
         InputError: nothing is there, or the hub did not give it; the message says what to do.
@@ -81,10 +81,20 @@ def _fetch(uri: str, what: str, part: str) -> Path:
     if len(parts) < 2 or ".." in parts:
         raise InputError(f"{what}: '{uri}' must have the form hf://owner/repo/file or hf://owner/repo")
     repo, inside = "/".join(parts[:2]), "/".join(parts[2:])
-    # A version number, as in a folder named Wan2.1, is no file suffix.
-    if re.search(r"\.[A-Za-z]\w*$", inside):
+    if _names_a_file(inside):
         return _fetch_file(uri, what, repo, inside)
     return _fetch_folder(uri, what, repo, inside, part)
+
+
+def _names_a_file(inside: str) -> bool:
+    # A version number, as in a folder named Wan2.1, is no file suffix.
+    return re.search(r"\.[A-Za-z]\w*$", inside) is not None
+
+
+def _command(repo: str, inside: str) -> str:
+    if not inside:
+        return f"`hf download {repo}`"
+    return f"`hf download {repo} " + (f"{inside}`" if _names_a_file(inside) else f"--include '{inside}/*'`")
 
 
 def _fetch_file(uri: str, what: str, repo: str, name: str) -> Path:
@@ -116,10 +126,9 @@ def _fetch_folder(uri: str, what: str, repo: str, folder: str, part: str) -> Pat
         raise _explain(error, uri, what, repo, folder) from error
     # Without a network the client returns a cached snapshot even where this folder was never fetched.
     if not any(file.suffix in FOLDER_SUFFIXES for file in path.rglob("*")):
-        target = f"{repo} --include '{prefix}*'" if folder else repo
         raise InputError(
             f"{what}: '{uri}' has no {', '.join(FOLDER_SUFFIXES)} files in {path}; check the folder's name, "
-            f"or download it with `hf download {target}` on a connected machine"
+            f"or download it with {_command(repo, folder)} on a connected machine"
         )
     return path
 
@@ -146,7 +155,7 @@ def _explain(error: Exception, uri: str, what: str, repo: str, inside: str) -> I
 
     if isinstance(error, InputError):
         return error
-    download = f"`hf download {repo}{' ' + inside if inside else ''}`"
+    download = _command(repo, inside)
     if isinstance(error, errors.GatedRepoError):
         reason = (
             f"access is restricted: accept its terms at https://huggingface.co/{repo}, then `hf auth login`"
@@ -208,8 +217,9 @@ def _write_digests(known: dict[str, Any]) -> None:
     try:
         target = _digest_file()
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False) as stream:
-            json.dump(alive, stream)
-        os.replace(stream.name, target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            fresh = Path(scratch) / target.name
+            fresh.write_text(json.dumps(alive), encoding="utf-8")
+            os.replace(fresh, target)
     except (OSError, RuntimeError) as error:
         log.debug("digests are not remembered: %s", error)
