@@ -34,6 +34,7 @@ class Architecture:
 
 
 ARCHITECTURES = {
+    "SanaMSVideo_2M_P2_D8": Architecture(8, 112, 4, (1, 2, 2)),  # the shapes world, head dimension 28
     "SanaMSVideo_600M_P1_D28": Architecture(28, 1152, 16, (1, 1, 1)),
     "SanaMSVideo_600M_P2_D28": Architecture(28, 1152, 16, (1, 2, 2)),
     "SanaMSVideo_2000M_P1_D20": Architecture(20, 2240, 20, (1, 1, 1)),
@@ -62,7 +63,9 @@ class ModelConfig:
     cross_norm_eps: float = 1e-6  # of the cross-attention's q and k RMSNorm
     num_cached_blocks: int = -1  # chunks of the past that attention sees; -1 is all of it
     load_from: str = "seeded:0"  # path, hf://owner/repo/file, or seeded:N for random weights from seed N
-    checkpoint_key: Literal["generator", "generator_ema", "critic"] = "generator"  # read from trainer checkpoints
+    checkpoint_key: Literal["generator", "generator_ema", "critic"] = (
+        "generator"  # read from trainer checkpoints
+    )
     dtype: Dtype = "auto"
 
     def architecture(self) -> Architecture:
@@ -99,7 +102,12 @@ class TextEncoderConfig:
 class SchedulerConfig:
     sampling_algo: Literal["longlive_flow_euler", "flow_euler"] = "longlive_flow_euler"
     inference_flow_shift: float = 7.0
-    denoising_step_list: tuple[int, ...] = (1000, 960, 889, 727)  # longlive_flow_euler; a trailing 0 is dropped
+    denoising_step_list: tuple[int, ...] = (
+        1000,
+        960,
+        889,
+        727,
+    )  # longlive_flow_euler; a trailing 0 is dropped
     bf16_timesteps: bool = False  # round timesteps as published (889 -> 888, 727 -> 728); for parity only
     num_inference_steps: int = 50  # flow_euler
 
@@ -113,7 +121,9 @@ class SamplingConfig:
     height: int = 480
     width: int = 832
     # Table that `--ar` inside a prompt line is looked up in; none: such a line is an error
-    aspect_ratio_type: Literal["ASPECT_RATIO_VIDEO_480_MS", "ASPECT_RATIO_VIDEO_720_MS_DIV32", "none"] = "none"
+    aspect_ratio_type: Literal["ASPECT_RATIO_VIDEO_480_MS", "ASPECT_RATIO_VIDEO_720_MS_DIV32", "none"] = (
+        "none"
+    )
     chunk_frames: int = 10  # latent frames a chunk; the remainder goes to the first chunk
     fps: int = 16
     seed: int = 0

@@ -1,0 +1,5 @@
+"""Operations of the network; models import these names and nothing below."""
+
+from longsana.ops.reference import linear_attention, temporal_conv
+
+__all__ = ["linear_attention", "temporal_conv"]

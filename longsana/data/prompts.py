@@ -1,0 +1,153 @@
+"""Prompt files: one prompt a line, with optional size flags and `<split>` between the parts of one video."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from longsana.data.aspect import nearest_size
+from longsana.runtime.errors import InputError, nearest
+
+SPLIT = "<split>"
+FLAGS = ("ar", "aspect_ratio", "hw")
+
+_FLAG = re.compile(r"(?<!\S)--(?P<name>[A-Za-z][^\s=]*)(?:[\s=]+(?P<value>[^\s<]*))?")
+_RATIO = re.compile(r"([0-9]+(?:\.[0-9]+)?):([0-9]+(?:\.[0-9]+)?)")
+_SLUG_LENGTH = 50
+# Windows opens a device instead of a file of this name, whatever its suffix.
+_DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{name}{digit}" for name in ("com", "lpt") for digit in range(1, 10)),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One video to make. Its identity is its text and which repetition of it this is, not its place in the file."""
+
+    line: int  # in the file, from 1
+    text: str  # the whole line without flags
+    parts: tuple[str, ...]  # the text split at '<split>'; one for a video with one prompt
+    repetition: int  # 0 for the first line with this text, 1 for the second, ...
+    height: int  # pixels
+    width: int
+
+    @property
+    def slug(self) -> str:
+        """A file name: ASCII words joined by "-", 1 to 50 characters. Different prompts may share one."""
+        plain = unicodedata.normalize("NFKD", " ".join(self.parts)).encode("ascii", "ignore").decode().lower()
+        words = re.findall(r"[a-z0-9]+", plain)
+        slug = "-".join(words)
+        if len(slug) > _SLUG_LENGTH:
+            # One character more, so that a word which ends at the limit stays whole.
+            slug = slug[: _SLUG_LENGTH + 1].rpartition("-")[0] or slug[:_SLUG_LENGTH]
+        if not slug or slug in _DEVICES:
+            return f"prompt-{hashlib.sha256(self.text.encode()).hexdigest()[:10]}"
+        return slug
+
+
+def read_prompts(path: str | Path, *, height: int, width: int, aspect_ratio_type: str) -> list[Prompt]:
+    """The prompts of a UTF-8 text file, in its order; blank lines are skipped and still counted.
+
+    A line may hold one flag, `--ar h:w` (or `--aspect_ratio`, `--hw`): the video takes the size of the table
+    `aspect_ratio_type` nearest to h / w. Other lines are `height` x `width`.
+
+    Raises:
+        InputError: the file cannot be read, has no prompt, or a line is wrong; the message names file and line.
+    """
+    prompts: list[Prompt] = []
+    seen: Counter[str] = Counter()
+    for number, raw in _lines(Path(path)):
+        where = f"{path}, line {number}"
+        try:
+            line = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{where}: not UTF-8 (byte 0x{raw[error.start]:02x} at {error.start}); save the file as UTF-8"
+            ) from error
+        if not line:
+            continue
+        text, ratio = _take_flag(line, where)
+        size = (height, width)
+        if ratio is not None:
+            if aspect_ratio_type == "none":
+                raise InputError(
+                    f"{where}: a size flag needs a table; set sampling.aspect_ratio_type or remove the flag"
+                )
+            size = nearest_size(aspect_ratio_type, ratio)
+        parts = tuple(part.strip() for part in text.split(SPLIT))
+        if not all(parts):
+            reason = f"a part beside '{SPLIT}' is empty" if SPLIT in text else "a size flag without a prompt"
+            raise InputError(f"{where}: {reason}")
+        prompts.append(Prompt(number, text, parts, seen[text], *size))
+        seen[text] += 1
+    if not prompts:
+        raise InputError(f"{path}: no prompts in this file; write one prompt a line")
+    return prompts
+
+
+def with_motion_score(text: str, score: int) -> str:
+    """The text with the suffix that the network was trained on; unchanged for a score of 0 or less."""
+    return f"{text.strip()} motion score: {score}." if score > 0 else text
+
+
+def parts_per_chunk(parts: int, chunks: int) -> list[int]:
+    """For each chunk of a video, which of its prompt's parts (from 0) it shows: even stretches, in order.
+
+    Raises:
+        InputError: there are more parts than chunks.
+    """
+    if parts > chunks:
+        raise InputError(
+            f"{parts} parts between '{SPLIT}' for a video of {chunks} chunk{'s' if chunks != 1 else ''}: "
+            "each part needs a chunk; use fewer parts or more frames"
+        )
+    return [chunk * parts // chunks for chunk in range(chunks)]
+
+
+def _lines(path: Path) -> list[tuple[int, bytes]]:
+    """Numbered raw lines: decoded one by one, so that a bad byte can be blamed on its line."""
+    if path.is_dir():
+        raise InputError(f"{path}: a directory; expected a text file with one prompt a line")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such prompt file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return list(enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1))
+
+
+def _take_flag(line: str, where: str) -> tuple[str, float | None]:
+    """The line without its size flag, and h / w if it had one."""
+    found = [match for match in _FLAG.finditer(line) if _is_flag(match["name"], where)]
+    if not found:
+        return line, None
+    if len(found) > 1:
+        raise InputError(f"{where}: more than one size flag ({', '.join('--' + m['name'] for m in found)})")
+    (flag,) = found
+    value = _RATIO.fullmatch(flag["value"] or "")
+    height, width = (float(number) for number in value.groups()) if value else (0.0, 0.0)
+    if not (height > 0 and width > 0):
+        raise InputError(
+            f"{where}: --{flag['name']} {flag['value'] or ''}: expected height:width, such as --ar 9:16 (landscape)"
+        )
+    text = f"{line[: flag.start()].rstrip()} {line[flag.end() :].lstrip()}"
+    return text.strip(), height / width
+
+
+def _is_flag(name: str, where: str) -> bool:
+    """Whether `--name` is a size flag; words that are not even like one are text."""
+    if name in FLAGS:
+        return True
+    if similar := nearest(name.lower(), FLAGS):
+        raise InputError(f"{where}: unknown flag --{name} (did you mean --{similar[0]}?)")
+    return False

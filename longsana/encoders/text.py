@@ -1,0 +1,242 @@
+"""Prompt to text embedding, with Gemma 2 (facts 5). The only file that knows transformers."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longsana.config import TextEncoderConfig
+from longsana.models.embeddings import TextEmbedding
+from longsana.runtime.errors import InputError
+from longsana.runtime.hub import locate
+
+if TYPE_CHECKING:
+    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+SEEDED = "seeded:"
+SEED = 0
+INSTRUCTION_SHA256 = "5cc83fa05520de996d01a8a713cd0a8b5a35cced838d5ee658c455d28689bdf1"
+
+
+class GemmaTextEncoder:
+    """A tokenizer, the decoder of a Gemma 2, and the instruction ("" for none) put before prompts.
+
+    Prompts are encoded one at a time: an embedding is a function of its prompt alone.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model: Gemma2Model, instruction: str, caption_length: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.model = model
+        self.instruction = instruction
+        self.caption_length = caption_length
+        # Two less than both together: <bos> is counted twice, and the instruction's last token, a lone space, becomes
+        # part of the prompt's first word.
+        self._instructed_length = len(tokenizer.encode(instruction)) + caption_length - 2
+
+    @classmethod
+    def load(
+        cls,
+        config: TextEncoderConfig,
+        *,
+        caption_length: int,
+        caption_channels: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> GemmaTextEncoder:
+        """Build the encoder that `config` names, on `device` in `dtype`, in evaluation mode without gradients.
+
+        Raises:
+            InputError: the folder is missing, incomplete or no Gemma 2 of width `caption_channels`, or the instruction
+                cannot be had from the installed diffusers.
+        """
+        name = config.text_encoder_name
+        seeded = name.startswith(SEEDED)
+        folder = locate(name.removeprefix(SEEDED), "text_encoder.text_encoder_name")
+        gemma = _read_config(folder)
+        if gemma.hidden_size != caption_channels:
+            raise InputError(
+                f"{folder}: this text encoder is {gemma.hidden_size} wide, but model.caption_channels is "
+                f"{caption_channels}; the two must agree"
+            )
+        tokenizer = _load_tokenizer(folder, gemma.vocab_size)
+        instruction = complex_human_instruction() if config.chi_prompt == "sana" else ""
+        model = _random_model(gemma) if seeded else _load_model(folder, gemma, dtype)
+        model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        log.info("text encoder: %s, %s, instruction: %s", name, dtype, config.chi_prompt)
+        return cls(tokenizer, model, instruction, caption_length)
+
+    @torch.no_grad()
+    def encode(self, prompt: str, *, instruction: bool = True) -> TextEmbedding:
+        """One prompt: tokens (1, L, C) in the encoder's dtype and mask (1, L), on its device; L = caption_length.
+
+        instruction: put the instruction before it, as the network was trained; negative prompts go without. Of the
+            hidden states, <bos> and the last L - 1 are kept: those of the prompt, which have seen the instruction.
+        A prompt that is too long loses its end: see `overflow`. Hidden states where the mask is False mean nothing.
+        """
+        prefix, length = self._frame(instruction)
+        tokenized = self.tokenizer(
+            prefix + prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        ids: Tensor = tokenized["input_ids"].to(self.model.device)
+        mask: Tensor = tokenized["attention_mask"].to(self.model.device)
+        hidden: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        tail = length - (self.caption_length - 1)
+        tokens = torch.cat([hidden[:, :1], hidden[:, tail:]], dim=1)
+        return TextEmbedding(tokens, torch.cat([mask[:, :1], mask[:, tail:]], dim=1).bool())
+
+    def overflow(self, prompt: str, *, instruction: bool = True) -> int:
+        """How many tokens `encode` cuts from the end of this prompt; 0 if it fits."""
+        prefix, length = self._frame(instruction)
+        # Not `encode`, which warns about texts beyond the model's limit: the caller's warning says more.
+        return max(0, len(self.tokenizer(prefix + prompt, verbose=False)["input_ids"]) - length)
+
+    def _frame(self, instruction: bool) -> tuple[str, int]:
+        """What stands before the prompt, and the length of both in tokens."""
+        if instruction and self.instruction:
+            return self.instruction, self._instructed_length
+        return "", self.caption_length
+
+
+class CompactEmbedding(NamedTuple):
+    """What is worth keeping of a TextEmbedding, on the host.
+
+    tokens: (n, C), the rows whose mask is True, of all captions in order.
+    mask: (B, L), bool.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+
+def compact(embedding: TextEmbedding) -> CompactEmbedding:
+    """Drop what the network may not look at, and move the rest to the host."""
+    return CompactEmbedding(embedding.tokens[embedding.mask].cpu(), embedding.mask.cpu())
+
+
+def expand(compacted: CompactEmbedding, device: torch.device | str) -> TextEmbedding:
+    """The embedding on `device`, with zeros where the mask is False."""
+    mask = compacted.mask.to(device)
+    tokens = compacted.tokens.new_zeros((*mask.shape, compacted.tokens.shape[-1]), device=device)
+    tokens[mask] = compacted.tokens.to(device)
+    return TextEmbedding(tokens, mask)
+
+
+@functools.cache
+def complex_human_instruction() -> str:
+    """The published instruction text, 1059 characters, ending in "User Prompt: ".
+
+    It is derived from the default of diffusers' image pipeline and checked by its hash (facts 5).
+
+    Raises:
+        InputError: the installed diffusers has another text.
+    """
+    import diffusers
+
+    lines = inspect.signature(diffusers.SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    # The published YAML escapes a double quote within single quotes, where a backslash stands for itself.
+    text = re.sub(r"(?<!\w)'|'(?!\w)", r'\\"', "\n".join(lines))
+    if hashlib.sha256(text.encode()).hexdigest() != INSTRUCTION_SHA256:
+        raise InputError(
+            f"diffusers {diffusers.__version__}: the default instruction of its SanaPipeline is not the published one; "
+            "install diffusers 0.36 to 0.42.1, or set text_encoder.chi_prompt=none for a network trained without it"
+        )
+    return text
+
+
+def _read_config(folder: Path) -> Gemma2Config:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder}: no config.json; expected a transformers folder with a Gemma 2 text encoder"
+        )
+    try:
+        config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # depending on what is wrong in the file, one of many classes
+        raise InputError(f"{folder}/config.json: cannot be read: {_first_line(error)}") from error
+    if config.model_type != "gemma2":
+        raise InputError(f"{folder}: model_type is '{config.model_type}'; the text encoder must be a gemma2")
+    return config
+
+
+def _load_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=False,
+            padding_side="right",
+            truncation_side="right",
+        )
+        start = tokenizer.encode("a")[:1]
+    except Exception as error:  # as above
+        raise InputError(f"{folder}: its tokenizer cannot be read: {_first_line(error)}") from error
+    if tokenizer.bos_token_id is None or start != [tokenizer.bos_token_id]:
+        raise InputError(f"{folder}: its tokenizer does not put <bos> before a text, as Gemma's does")
+    if len(tokenizer) > vocabulary:
+        raise InputError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, its config.json {vocabulary}")
+    return tokenizer
+
+
+# Gemma 2 was trained with softcapped attention scores, which of the built-in implementations only "eager" computes.
+_ATTENTION = "eager"
+
+
+def _load_model(folder: Path, config: Gemma2Config, dtype: torch.dtype) -> Gemma2Model:
+    from transformers import Gemma2Model
+
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{folder}: no *.safetensors weights; for random ones use text_encoder_name=seeded:{folder}"
+        )
+    try:
+        model, report = Gemma2Model.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype,
+            attn_implementation=_ATTENTION,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # as above
+        raise InputError(f"{folder}: its weights cannot be read: {_first_line(error)}") from error
+    # A Gemma2ForCausalLM brings its head along.
+    surplus = [key for key in report["unexpected_keys"] if not key.startswith("lm_head.")]
+    for problem, keys in (("lacks", report["missing_keys"]), ("has unknown", surplus)):
+        if keys:
+            raise InputError(
+                f"{folder}: the checkpoint {problem} tensors: {', '.join(sorted(keys)[:3])}, ..."
+            )
+    return model
+
+
+def _random_model(config: Gemma2Config) -> Gemma2Model:
+    from transformers import Gemma2Model
+
+    before = torch.random.default_generator.get_state()
+    # Not torch.manual_seed: that would reseed the GPUs as well.
+    torch.random.default_generator.manual_seed(SEED)
+    try:
+        config._attn_implementation = _ATTENTION
+        return Gemma2Model(config)
+    finally:
+        torch.random.default_generator.set_state(before)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

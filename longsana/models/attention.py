@@ -1,0 +1,57 @@
+"""The two attentions of a block: linear over the video's past, softmax over the caption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longsana.models.rope import Rotary
+from longsana.ops import linear_attention
+
+
+class LinearAttention(nn.Module):
+    """ReLU linear attention with rotary positions; its past is two sums."""
+
+    def __init__(self, hidden_size: int, head_dim: int, *, window: int, eps: float) -> None:
+        super().__init__()
+        self.head_dim, self.window, self.eps = head_dim, window, eps
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        # Over the full width, before the split into heads.
+        self.q_norm = nn.RMSNorm(hidden_size, eps=1e-5)
+        self.k_norm = nn.RMSNorm(hidden_size, eps=1e-5)
+        self.out = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, kv: Tensor, k_sum: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, N, D); kv, k_sum: as in `LayerState`; lengths: tokens of each chunk. Returns x's like and the next sums."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k = F.relu(self.q_norm(q)), F.relu(self.k_norm(k))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        out, kv, k_sum = linear_attention(
+            q, k, v, *rotary, kv, k_sum, lengths=lengths, window=self.window, eps=self.eps
+        )
+        return self.out(out.flatten(-2)), kv, k_sum
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention of video tokens over caption tokens."""
+
+    def __init__(self, hidden_size: int, heads: int, *, norm_eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.q_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.k_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.out = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """x: (B, N, D); text: (B, L, D); mask: (B, L), True where x may look."""
+        q = self.q_norm(self.q(x))
+        k, v = self.kv(text).chunk(2, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, self.k_norm(k), v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return self.out(out.transpose(1, 2).flatten(-2))

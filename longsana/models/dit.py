@@ -1,0 +1,228 @@
+"""LongSANA: a causal linear-attention diffusion transformer for video (arXiv 2509.24695).
+
+One forward serves every role. Teacher and critic are one chunk and no state; block-wise training is all chunks at
+once; rollout and inference are one chunk plus the state of everything before.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longsana.chunks import ChunkPlan
+from longsana.config import ModelConfig
+from longsana.models.attention import CrossAttention, LinearAttention
+from longsana.models.embeddings import CaptionEmbedding, TextEmbedding, TimeEmbedding
+from longsana.models.feed_forward import MixFeedForward
+from longsana.models.rope import Rotary, rotary
+from longsana.ops.reference import accumulation_dtype
+from longsana.state import CausalState, LayerState
+
+
+class Block(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.empty(6, hidden_size))
+        self.attn = LinearAttention(
+            hidden_size,
+            config.linear_head_dim,
+            window=config.num_cached_blocks,
+            eps=config.linear_attn_eps,
+        )
+        self.cross_attn = CrossAttention(hidden_size, num_heads, norm_eps=config.cross_norm_eps)
+        self.feed_forward = MixFeedForward(hidden_size, config.mlp_ratio)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        mask: Tensor,
+        rotary: Rotary,
+        size: tuple[int, int],
+        plan: ChunkPlan,
+        state: LayerState,
+    ) -> tuple[Tensor, LayerState]:
+        """x: (B, T, S, D); modulation: (B, 1 or T, 6, D). Returns x's like and the next state."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.modulation + modulation)[
+            :, :, None
+        ].unbind(dim=-2)
+        tokens = x.shape[2]
+
+        h = modulate(x, shift_1, scale_1).flatten(1, 2)
+        h, kv, k_sum = self.attn(h, rotary, state.kv, state.k_sum, [n * tokens for n in plan.lengths])
+        x = x + gate_1 * h.view(x.shape)
+
+        x = x + self.cross_attn(x.flatten(1, 2), text, mask).view(x.shape)
+
+        h, tail = self.feed_forward(modulate(x, shift_2, scale_2), size, state.tail, plan.lengths)
+        return x + gate_2 * h, LayerState(kv, k_sum, tail)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, out_features: int) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.empty(2, hidden_size))
+        self.linear = nn.Linear(hidden_size, out_features)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x: (B, T, S, D); embedding: (B, 1 or T, D), before the blocks' modulation layer."""
+        shift, scale = (self.modulation + embedding[:, :, None])[:, :, None].unbind(dim=-2)
+        return self.linear(modulate(x, shift, scale))
+
+
+class LongSanaDiT(nn.Module):
+    """The network. Parameters are uninitialised until `init_weights` or a checkpoint fills them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size = config.architecture()
+        if size.hidden_size % config.linear_head_dim or size.hidden_size % size.num_heads:
+            raise ValueError(
+                f"hidden_size {size.hidden_size} must be a multiple of linear_head_dim "
+                f"{config.linear_head_dim} and of num_heads {size.num_heads}"
+            )
+        if size.patch_size[0] != 1 or config.linear_head_dim % 2 or config.num_cached_blocks == 0:
+            raise ValueError(
+                f"patch_size {size.patch_size} must not span frames, linear_head_dim {config.linear_head_dim} must be "
+                f"even, num_cached_blocks {config.num_cached_blocks} must be -1 (all of the past) or at least 1"
+            )
+        self.config = config
+        self.patch_size = size.patch_size
+        self.heads = size.hidden_size // config.linear_head_dim
+        self.patch_embed = nn.Conv3d(config.in_channels, size.hidden_size, size.patch_size, size.patch_size)
+        self.time_embed = TimeEmbedding(size.hidden_size)
+        self.text_embed = CaptionEmbedding(config.caption_channels, size.hidden_size, config.caption_length)
+        self.blocks = nn.ModuleList(
+            Block(size.hidden_size, size.num_heads, config) for _ in range(size.depth)
+        )
+        self.final = FinalLayer(size.hidden_size, math.prod(size.patch_size) * config.in_channels)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: TextEmbedding,
+        *,
+        plan: ChunkPlan | None = None,
+        state: CausalState | None = None,
+    ) -> tuple[Tensor, CausalState]:
+        """Velocity of noisy latents, and the state after them.
+
+        Args:
+            x: (B, C, T, H, W), noisy latents. H and W are multiples of the patch.
+            t: (B,) or (B, T), timestep in [0, 1000] of each clip or of each latent frame.
+            text: tokens (B, L, caption_channels) and mask (B, L).
+            plan: chunks of the T frames; a frame sees its own chunk and everything before. None is one chunk.
+            state: everything before the first frame; None is nothing.
+
+        Returns:
+            Velocity (noise - clean) like x in the network's dtype, and the state that includes x's frames.
+        """
+        batch, _, frames, *latent_size = x.shape
+        plan = plan or ChunkPlan((frames,))
+        size = (latent_size[0] // self.patch_size[1], latent_size[1] // self.patch_size[2])
+        state = state or self.empty_state(batch, latent_size[0], latent_size[1])
+        self._check(x, t, plan, state)
+
+        x = self.patch_embed(x.to(self.dtype)).permute(0, 2, 3, 4, 1).flatten(2, 3)
+        embedding, modulation = self.time_embed(t.view(batch, -1))
+        caption = self.text_embed(text.tokens)
+        rotation = rotary(
+            self.config.linear_head_dim,
+            state.frames,
+            (frames, *size),
+            dtype=accumulation_dtype(self.dtype),
+            device=x.device,
+        )
+        layers = []
+        for block, memory in zip(self.blocks, state.layers(), strict=True):
+            x, memory = block(x, modulation, caption, text.mask, rotation, size, plan, memory)
+            layers.append(memory)
+        patches = self.final(x, embedding)
+        return self._unpatchify(patches, size), CausalState.stack(layers, state.frames + frames)
+
+    def empty_state(self, batch: int, height: int, width: int, *, frames: int = 0) -> CausalState:
+        """The state before the first frame of a video of height x width latent cells."""
+        return CausalState.empty(
+            depth=len(self.blocks),
+            batch=batch,
+            window=max(self.config.num_cached_blocks, 1),
+            heads=self.heads,
+            head_dim=self.config.linear_head_dim,
+            tokens=height * width // math.prod(self.patch_size),
+            dtype=self.dtype,
+            device=self.patch_embed.weight.device,
+            frames=frames,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embed.weight.dtype
+
+    def _unpatchify(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, T, h w, ph pw C), channel fastest, to (B, C, T, H, W)."""
+        x = x.unflatten(2, size).unflatten(-1, (*self.patch_size[1:], -1))
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def _check(self, x: Tensor, t: Tensor, plan: ChunkPlan, state: CausalState) -> None:
+        batch, _, frames, height, width = x.shape
+        if height % self.patch_size[1] or width % self.patch_size[2]:
+            raise ValueError(
+                f"latents of {height}x{width} do not divide into patches of {self.patch_size[1:]}"
+            )
+        if t.shape not in ((batch,), (batch, frames)):
+            raise ValueError(f"t has shape {tuple(t.shape)}: need ({batch},) or ({batch}, {frames})")
+        if plan.frames != frames:
+            raise ValueError(f"chunks {plan.lengths} hold {plan.frames} frames, the latents {frames}")
+        expected = (len(self.blocks), batch, height * width // math.prod(self.patch_size))
+        if state.tail.shape[:3] != expected:
+            raise ValueError(
+                f"the state is of (layers, batch, tokens a frame) {tuple(state.tail.shape[:3])}, "
+                f"these latents need {expected}"
+            )
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter for training from scratch; a function of the seed alone, on any device."""
+        rng = torch.Generator().manual_seed(seed)
+
+        def fill(tensor: Tensor, *, std: float | None = None, bound: float | None = None) -> None:
+            values = torch.empty(tensor.shape)
+            if std is not None:
+                values.normal_(0.0, std, generator=rng)
+            else:
+                assert bound is not None
+                values.uniform_(-bound, bound, generator=rng)
+            tensor.copy_(values)
+
+        def xavier(weight: Tensor) -> None:
+            fan_out, fan_in = weight.flatten(1).shape
+            fill(weight, bound=math.sqrt(6 / (fan_in + fan_out)))
+
+        for name, module in self.named_modules():
+            if isinstance(module, nn.RMSNorm):
+                # A caption starts out quiet, as published (y_norm_scale_factor).
+                nn.init.constant_(module.weight, 0.01 if name == "text_embed.norm" else 1.0)
+            elif isinstance(module, MixFeedForward):
+                fill(module.depthwise.weight, bound=1 / 3)  # 1 / sqrt(fan-in)
+                # Zero, so that a network that starts from an image model starts without temporal mixing.
+                nn.init.zeros_(module.temporal.weight)
+            elif isinstance(module, nn.Linear):
+                if name.startswith(("time_embed", "text_embed")):
+                    fill(module.weight, std=0.02)
+                else:
+                    xavier(module.weight)
+            elif isinstance(module, Block | FinalLayer):
+                fill(module.modulation, std=module.modulation.shape[1] ** -0.5)
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        xavier(self.patch_embed.weight)
+        fill(self.text_embed.null_tokens, std=self.config.caption_channels**-0.5)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift

@@ -1,0 +1,34 @@
+"""The causal Mix-FFN: a gated convolution inside each frame, then one over three frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longsana.ops import temporal_conv
+
+
+class MixFeedForward(nn.Module):
+    """Expand, 3x3 depthwise, gate, project; then add the temporal convolution of the result to it."""
+
+    def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
+        super().__init__()
+        inner = int(mlp_ratio * hidden_size)
+        self.expand = nn.Linear(hidden_size, 2 * inner)
+        self.depthwise = nn.Conv2d(2 * inner, 2 * inner, 3, padding=1, groups=2 * inner)
+        self.project = nn.Linear(inner, hidden_size, bias=False)
+        self.temporal = nn.Conv2d(hidden_size, hidden_size, (3, 1), bias=False)
+
+    def forward(
+        self, x: Tensor, size: tuple[int, int], tail: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """x: (B, T, S, D) with S = size[0] * size[1]; tail: (B, S, D); lengths: frames of each chunk."""
+        batch, frames = x.shape[:2]
+        hidden = F.silu(self.expand(x)).view(batch * frames, *size, -1)
+        hidden = self.depthwise(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        value, gate = hidden.chunk(2, dim=-1)
+        x = self.project(value * F.silu(gate)).view(x.shape)
+        # A clone: a slice would keep the whole activation alive for as long as the state lives.
+        return x + temporal_conv(x, tail, self.temporal.weight, lengths=lengths), x[:, -1].clone()

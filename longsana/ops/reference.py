@@ -1,0 +1,112 @@
+"""Plain PyTorch twin of every fused operation, written to be read and checked against the formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums, numerators and denominators are float32; float64 stays float64 for exact tests."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel pairs (2i, 2i + 1): x is (B, N, heads, d), cos and sin are (N, d / 2)."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def prefix_sums(past: Tensor, own: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """What each chunk may see, and what to remember after the last one.
+
+    Args:
+        past: (B, W, ...), the sum of everything before (W = 1) or one entry for each of the last W chunks.
+        own: (B, n, ...), one entry for each chunk of this call.
+        window: how many earlier chunks a chunk sees besides itself; -1 for all.
+
+    Returns:
+        (B, n, ...), for each chunk the sum over itself and what it sees; and the next `past`.
+    """
+    history = torch.cat([past, own], dim=1)
+    if window < 0:
+        sums = history.cumsum(dim=1)[:, 1:]
+        return sums, sums[:, -1:].clone()
+    return history.unfold(1, window + 1, 1).sum(-1), history[:, -window:].clone()
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv: Tensor,
+    k_sum: Tensor,
+    *,
+    lengths: Sequence[int],
+    window: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Block-causal linear attention with carried state (SANA-Video, arXiv 2509.24695, section on block attention).
+
+        o_i = (R q_i)^T S_c / (q_i . z_c + eps)      S_c = sum_j (R k_j) v_j^T      z_c = sum_j k_j
+
+    for a token i of chunk c; j runs over the carried past and all tokens of chunks up to and including c.
+
+    Args:
+        q, k, v: (B, N, heads, d); q and k are non-negative (after ReLU), not yet rotated.
+        cos, sin: (N, d / 2), the rotation R of each token.
+        kv, k_sum: carried S as (B, W, heads, d, d), index [key, value], and z as (B, W, heads, d).
+        lengths: tokens of each chunk; they add up to N.
+
+    Returns:
+        o as (B, N, heads, d) in v's dtype, and the next kv and k_sum.
+    """
+    dtype, out_dtype = accumulation_dtype(v.dtype), v.dtype
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q_rotated, k_rotated = rotate(q, cos, sin), rotate(k, cos, sin)
+
+    def sum_of(chunk: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.einsum("bnhk,bnhv->bhkv", *chunk)
+
+    chunks = zip(k_rotated.split(list(lengths), 1), v.split(list(lengths), 1), strict=True)
+    kv_seen, kv = prefix_sums(kv, torch.stack([sum_of(chunk) for chunk in chunks], 1), window)
+    # The denominator uses unrotated q and k: it stays non-negative.
+    own_k_sum = torch.stack([chunk.sum(1) for chunk in k.split(list(lengths), 1)], 1)
+    k_seen, k_sum = prefix_sums(k_sum, own_k_sum, window)
+
+    out = []
+    for c, (q_c, r_c) in enumerate(
+        zip(q.split(list(lengths), 1), q_rotated.split(list(lengths), 1), strict=True)
+    ):
+        numerator = torch.einsum("bnhk,bhkv->bnhv", r_c, kv_seen[:, c])
+        denominator = torch.einsum("bnhk,bhk->bnh", q_c, k_seen[:, c]) + eps
+        out.append((numerator / denominator[..., None]).to(out_dtype))
+    return torch.cat(out, 1), kv, k_sum
+
+
+def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int]) -> Tensor:
+    """Convolution over three frames whose right neighbour never lies in another chunk (the causal Mix-FFN).
+
+    The left neighbour of a chunk's first frame is the frame before it (`tail` for the first chunk), the right
+    neighbour of its last frame is zero. With one chunk and a zero tail this is an ordinary same-padded convolution.
+
+    Args:
+        x: (B, T, S, D). tail: (B, S, D). weight: (D, D, 3, 1), as published. lengths: frames of each chunk.
+
+    Returns:
+        (B, T, S, D).
+    """
+    out = []
+    left = tail[:, None]
+    for chunk in x.split(list(lengths), dim=1):
+        padded = torch.cat([left, chunk, torch.zeros_like(left)], dim=1)
+        # Token-major memory is what a convolution calls channels-last: permuting costs nothing.
+        out.append(F.conv2d(padded.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1))
+        left = chunk[:, -1:]
+    return torch.cat(out, dim=1)

@@ -1,0 +1,129 @@
+"""From noise to latents. Inference, validation and training rollouts all run `denoise_chunk` and `absorb`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+from longsana.flow.schedule import TIMESTEPS, FlowSchedule, euler_sigmas
+from longsana.models.embeddings import TextEmbedding
+from longsana.sampling.noise import PromptNoise
+from longsana.state import CausalState
+
+
+class Network(Protocol):
+    """What a sampler needs of the network."""
+
+    def __call__(
+        self, x: Tensor, t: Tensor, text: TextEmbedding, *, state: CausalState | None = None
+    ) -> tuple[Tensor, CausalState]: ...
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A finished stretch of video: latents (B, C, T, H, W) in float32, and the state that includes it."""
+
+    index: int
+    start: int
+    latents: Tensor
+    state: CausalState | None
+
+
+def denoise_chunk(
+    model: Network,
+    schedule: FlowSchedule,
+    noise: Tensor,
+    text: TextEmbedding,
+    state: CausalState | None,
+    *,
+    rng: Callable[[int], Tensor],
+    exit_at: int | None = None,
+) -> Tensor:
+    """Clean latents of one chunk.
+
+    Args:
+        noise: (B, C, T, H, W), the initial noise.
+        rng: step index to fresh noise like `noise`.
+        exit_at: index of the step whose x0 is returned; None is the last. Only this step builds a graph.
+    """
+    last = len(schedule.steps) - 1 if exit_at is None else exit_at
+    x = noise
+    for i in range(last + 1):
+        seen = timestep(schedule.seen_steps[i], x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):
+            velocity, _ = model(x, seen, text, state=state)
+            x0 = schedule.to_x0(x, velocity, seen)
+        if i < last:
+            x = schedule.add_noise(x0, rng(i + 1), timestep(schedule.steps[i + 1], x))
+    return x0
+
+
+@torch.no_grad()
+def absorb(model: Network, x0: Tensor, text: TextEmbedding, state: CausalState | None) -> CausalState:
+    """The state after clean latents x0: one pass at t = 0, its velocity dropped."""
+    _, state = model(x0, timestep(0, x0), text, state=state)
+    return state
+
+
+@torch.no_grad()
+def generate(
+    model: Network,
+    schedule: FlowSchedule,
+    texts: Sequence[TextEmbedding],
+    plan: ChunkPlan,
+    *,
+    shape: tuple[int, int, int],
+    rng: PromptNoise,
+    device: torch.device | str,
+    state: CausalState | None = None,
+) -> Iterator[Chunk]:
+    """Chunk after chunk of a video; nothing here grows with its length.
+
+    Args:
+        texts: the caption of each chunk.
+        shape: (C, H, W) of a latent frame.
+        state: continues the video this state has absorbed.
+    """
+    for index, (length, text) in enumerate(zip(plan.lengths, texts, strict=True)):
+        start = state.frames if state is not None else 0
+        draw = partial(rng.draw, start, shape=(shape[0], length, *shape[1:]), device=device)
+        x0 = denoise_chunk(model, schedule, draw(0), text, state, rng=draw)
+        state = absorb(model, x0, text, state)
+        yield Chunk(index, start, x0, state)
+
+
+@torch.no_grad()
+def sample_clip(
+    model: Network,
+    text: TextEmbedding,
+    negative: TextEmbedding | None,
+    *,
+    shift: float,
+    steps: int,
+    cfg_scale: float,
+    noise: Tensor,
+) -> Iterator[Chunk]:
+    """A whole clip at once with many Euler steps and classifier-free guidance: the bidirectional base model.
+
+    noise: (B, C, T, H, W). negative: the caption to move away from; None (with cfg_scale 1) runs no second pass.
+    """
+    x = noise
+    sigmas = euler_sigmas(shift, steps)
+    for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+        t = timestep(sigma * TIMESTEPS, x)
+        velocity = model(x, t, text)[0].float()
+        if negative is not None:
+            away = model(x, t, negative)[0].float()
+            velocity = away + cfg_scale * (velocity - away)
+        x = x + (following - sigma) * velocity
+    yield Chunk(0, 0, x, None)
+
+
+def timestep(t: float, x: Tensor) -> Tensor:
+    return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
