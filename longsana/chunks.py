@@ -14,9 +14,7 @@ class ChunkPlan:
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(
-                f"chunk lengths {self.lengths}: need at least one chunk, each of at least one frame"
-            )
+            raise ValueError(f"chunk lengths {self.lengths}: need at least one chunk, each of at least one frame")
 
     @classmethod
     def split(cls, frames: int, size: int) -> ChunkPlan:

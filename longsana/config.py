@@ -63,9 +63,7 @@ class ModelConfig:
     cross_norm_eps: float = 1e-6  # of the cross-attention's q and k RMSNorm
     num_cached_blocks: int = -1  # chunks of the past that attention sees; -1 is all of it
     load_from: str = "seeded:0"  # path, hf://owner/repo/file, or seeded:N for random weights from seed N
-    checkpoint_key: Literal["generator", "generator_ema", "critic"] = (
-        "generator"  # read from trainer checkpoints
-    )
+    checkpoint_key: Literal["generator", "generator_ema", "critic"] = "generator"  # read from trainer checkpoints
     dtype: Dtype = "auto"
 
     def architecture(self) -> Architecture:
@@ -76,9 +74,7 @@ class ModelConfig:
                 f"known: {', '.join(ARCHITECTURES)}"
             )
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(Architecture)}
-        return dataclasses.replace(
-            ARCHITECTURES[self.model], **{k: v for k, v in own.items() if v is not None}
-        )
+        return dataclasses.replace(ARCHITECTURES[self.model], **{k: v for k, v in own.items() if v is not None})
 
 
 @dataclass(frozen=True)
@@ -121,9 +117,7 @@ class SamplingConfig:
     height: int = 480
     width: int = 832
     # Table that `--ar` inside a prompt line is looked up in; none: such a line is an error
-    aspect_ratio_type: Literal["ASPECT_RATIO_VIDEO_480_MS", "ASPECT_RATIO_VIDEO_720_MS_DIV32", "none"] = (
-        "none"
-    )
+    aspect_ratio_type: Literal["ASPECT_RATIO_VIDEO_480_MS", "ASPECT_RATIO_VIDEO_720_MS_DIV32", "none"] = "none"
     chunk_frames: int = 10  # latent frames a chunk; the remainder goes to the first chunk
     fps: int = 16
     seed: int = 0
@@ -170,7 +164,9 @@ Schema = TypeVar("Schema")
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), schema: type[Schema] = InferenceConfig
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    schema: type[Schema] = InferenceConfig,  # type: ignore[assignment]
 ) -> Schema:
     """Read a YAML file (and the one it names as `base:`), put `a.b=value` overrides over it, check it all.
 
@@ -179,21 +175,17 @@ def load_config(
             the key's path and the nearest right name.
     """
     own, base = _read_yaml(Path(path))
-    layers = [own]
+    layers = [(str(path), own), ("the command line", _parse_overrides(overrides))]
     if base is not None:
         base_path = Path(path).parent / base
         base_values, deeper = _read_yaml(base_path)
         if deeper is not None:
             raise InputError(f"{base_path}: a base may not have a base itself; only one level is allowed")
-        layers.insert(0, base_values)
-    sources = [str(path)] * len(layers)
-    if overrides:
-        layers.append(_parse_overrides(overrides))
-        sources.append("the command line")
+        layers.insert(0, (str(base_path), base_values))
 
     merged = OmegaConf.structured(schema)
     known = set(leaf_keys(schema))
-    for layer, source in zip(layers, sources, strict=True):
+    for source, layer in layers:
         for key, value in _leaves(layer):
             _check_key(key, known, source)
             try:
@@ -215,9 +207,9 @@ def save_config(config: Any, path: str | Path) -> None:
 def leaf_keys(schema: type) -> Iterator[str]:
     """Dotted names of every setting of a config class."""
     for item in dataclasses.fields(schema):
-        default = item.default_factory if item.default_factory is not dataclasses.MISSING else None
-        if default is not None and dataclasses.is_dataclass(default):
-            yield from (f"{item.name}.{key}" for key in leaf_keys(default))  # type: ignore[arg-type]
+        section: Any = item.default_factory
+        if dataclasses.is_dataclass(section):
+            yield from (f"{item.name}.{key}" for key in leaf_keys(section))  # type: ignore[arg-type]
         else:
             yield item.name
 

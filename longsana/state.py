@@ -68,7 +68,8 @@ class CausalState(NamedTuple):
 
     @classmethod
     def stack(cls, layers: Sequence[LayerState], frames: int) -> CausalState:
-        return cls(*(torch.stack(parts) for parts in zip(*layers, strict=True)), frames=frames)
+        kv, k_sum, tail = (torch.stack(parts) for parts in zip(*layers, strict=True))
+        return cls(kv, k_sum, tail, frames)
 
     def layers(self) -> Iterator[LayerState]:
         return (LayerState(*parts) for parts in zip(self.kv, self.k_sum, self.tail, strict=True))

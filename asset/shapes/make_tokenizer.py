@@ -4,8 +4,8 @@
 
 The tokenizer is trained here, from nothing but the captions below, and works as Gemma's does: a space belongs
 to the word after it, unknown characters fall back to their UTF-8 bytes, <bos> starts every text. The same
-library version writes the same bytes each time; nothing is drawn at random and nothing is fetched. There are no
-weights in the folder: `seeded:asset/shapes/text_encoder` draws them from a fixed seed.
+library version writes the same bytes each time; nothing is drawn at random and nothing is fetched. There are
+no weights in the folder: `seeded:asset/shapes/text_encoder` draws them from a fixed seed.
 """
 
 from __future__ import annotations

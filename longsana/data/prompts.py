@@ -31,7 +31,7 @@ _DEVICES = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """One video to make. Its identity is its text and which repetition of it this is, not its place in the file."""
+    """One video to make. Its identity is `text` and `repetition`, not its place in the file."""
 
     line: int  # in the file, from 1
     text: str  # the whole line without flags
@@ -61,7 +61,7 @@ def read_prompts(path: str | Path, *, height: int, width: int, aspect_ratio_type
     `aspect_ratio_type` nearest to h / w. Other lines are `height` x `width`.
 
     Raises:
-        InputError: the file cannot be read, has no prompt, or a line is wrong; the message names file and line.
+        InputError: the file cannot be read, has no prompt, or a line is wrong; the message says where.
     """
     prompts: list[Prompt] = []
     seen: Counter[str] = Counter()
@@ -137,9 +137,7 @@ def _take_flag(line: str, where: str) -> tuple[str, float | None]:
     value = _RATIO.fullmatch(flag["value"] or "")
     height, width = (float(number) for number in value.groups()) if value else (0.0, 0.0)
     if not (height > 0 and width > 0):
-        raise InputError(
-            f"{where}: --{flag['name']} {flag['value'] or ''}: expected height:width, such as --ar 9:16 (landscape)"
-        )
+        raise InputError(f"{where}: --{flag['name']} {flag['value'] or ''}: expected height:width, as in --ar 9:16")
     text = f"{line[: flag.start()].rstrip()} {line[flag.end() :].lstrip()}"
     return text.strip(), height / width
 

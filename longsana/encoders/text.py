@@ -6,7 +6,6 @@ import functools
 import hashlib
 import inspect
 import logging
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,8 +40,8 @@ class GemmaTextEncoder:
         self.model = model
         self.instruction = instruction
         self.caption_length = caption_length
-        # Two less than both together: <bos> is counted twice, and the instruction's last token, a lone space, becomes
-        # part of the prompt's first word.
+        # Two less than both together: <bos> is counted twice, and the instruction's last token, a lone space,
+        # becomes part of the prompt's first word.
         self._instructed_length = len(tokenizer.encode(instruction)) + caption_length - 2
 
     @classmethod
@@ -55,11 +54,11 @@ class GemmaTextEncoder:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> GemmaTextEncoder:
-        """Build the encoder that `config` names, on `device` in `dtype`, in evaluation mode without gradients.
+        """Build the encoder that `config` names, on `device` in `dtype`, without gradients.
 
         Raises:
-            InputError: the folder is missing, incomplete or no Gemma 2 of width `caption_channels`, or the instruction
-                cannot be had from the installed diffusers.
+            InputError: the folder is missing, incomplete or no Gemma 2 of width `caption_channels`, or the
+                installed diffusers has no published instruction.
         """
         name = config.text_encoder_name
         seeded = name.startswith(SEEDED)
@@ -72,18 +71,19 @@ class GemmaTextEncoder:
             )
         tokenizer = _load_tokenizer(folder, gemma.vocab_size)
         instruction = complex_human_instruction() if config.chi_prompt == "sana" else ""
-        model = _random_model(gemma) if seeded else _load_model(folder, gemma, dtype)
+        model: Any = _random_model(gemma) if seeded else _load_model(folder, gemma, dtype)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         log.info("text encoder: %s, %s, instruction: %s", name, dtype, config.chi_prompt)
         return cls(tokenizer, model, instruction, caption_length)
 
     @torch.no_grad()
     def encode(self, prompt: str, *, instruction: bool = True) -> TextEmbedding:
-        """One prompt: tokens (1, L, C) in the encoder's dtype and mask (1, L), on its device; L = caption_length.
+        """One prompt: tokens (1, L, C) in the encoder's dtype and mask (1, L); L = caption_length.
 
-        instruction: put the instruction before it, as the network was trained; negative prompts go without. Of the
-            hidden states, <bos> and the last L - 1 are kept: those of the prompt, which have seen the instruction.
-        A prompt that is too long loses its end: see `overflow`. Hidden states where the mask is False mean nothing.
+        instruction: put the instruction (if the encoder has one) before it, as in training; negative prompts go
+            without. Of the hidden states <bos> and the last L - 1 are kept: the prompt's, which have seen the
+            instruction.
+        A prompt that is too long loses its end: see `overflow`. Tokens where the mask is False mean nothing.
         """
         prefix, length = self._frame(instruction)
         tokenized = self.tokenizer(
@@ -145,12 +145,12 @@ def complex_human_instruction() -> str:
     import diffusers
 
     lines = inspect.signature(diffusers.SanaPipeline.__call__).parameters["complex_human_instruction"].default
-    # The published YAML escapes a double quote within single quotes, where a backslash stands for itself.
-    text = re.sub(r"(?<!\w)'|'(?!\w)", r'\\"', "\n".join(lines))
+    # Published with a backslash: it escapes a double quote in a YAML string where nothing needs escaping.
+    text = "\n".join(lines).replace("'", r"\"")
     if hashlib.sha256(text.encode()).hexdigest() != INSTRUCTION_SHA256:
         raise InputError(
-            f"diffusers {diffusers.__version__}: the default instruction of its SanaPipeline is not the published one; "
-            "install diffusers 0.36 to 0.42.1, or set text_encoder.chi_prompt=none for a network trained without it"
+            f"diffusers {diffusers.__version__}: its SanaPipeline has another instruction than the published one; "
+            "install diffusers 0.36 to 0.42.1 (text_encoder.chi_prompt=none is for networks trained without it)"
         )
     return text
 
@@ -159,9 +159,7 @@ def _read_config(folder: Path) -> Gemma2Config:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder}: no config.json; expected a transformers folder with a Gemma 2 text encoder"
-        )
+        raise InputError(f"{folder}: no config.json; expected a transformers folder with a Gemma 2 text encoder")
     try:
         config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # depending on what is wrong in the file, one of many classes
@@ -192,17 +190,18 @@ def _load_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-# Gemma 2 was trained with softcapped attention scores, which of the built-in implementations only "eager" computes.
+# Gemma 2 was trained with softcapped attention scores; transformers' "sdpa" leaves the cap out.
 _ATTENTION = "eager"
 
 
 def _load_model(folder: Path, config: Gemma2Config, dtype: torch.dtype) -> Gemma2Model:
     from transformers import Gemma2Model
 
+    model: Any
+    report: dict[str, Any]
+
     if not any(folder.glob("*.safetensors")):
-        raise InputError(
-            f"{folder}: no *.safetensors weights; for random ones use text_encoder_name=seeded:{folder}"
-        )
+        raise InputError(f"{folder}: no *.safetensors weights; for random ones use text_encoder_name=seeded:{folder}")
     try:
         model, report = Gemma2Model.from_pretrained(
             str(folder),
@@ -219,9 +218,7 @@ def _load_model(folder: Path, config: Gemma2Config, dtype: torch.dtype) -> Gemma
     surplus = [key for key in report["unexpected_keys"] if not key.startswith("lm_head.")]
     for problem, keys in (("lacks", report["missing_keys"]), ("has unknown", surplus)):
         if keys:
-            raise InputError(
-                f"{folder}: the checkpoint {problem} tensors: {', '.join(sorted(keys)[:3])}, ..."
-            )
+            raise InputError(f"{folder}: the checkpoint {problem} tensors: {', '.join(sorted(keys)[:3])}, ...")
     return model
 
 

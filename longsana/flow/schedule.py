@@ -27,11 +27,7 @@ class FlowSchedule:
     def __post_init__(self) -> None:
         # Published lists end in a 0 that is not a denoising step.
         steps = self.steps[:-1] if self.steps and self.steps[-1] == 0 else self.steps
-        if (
-            not steps
-            or list(steps) != sorted(set(steps), reverse=True)
-            or not 0 < steps[-1] <= steps[0] <= TIMESTEPS
-        ):
+        if not steps or list(steps) != sorted(set(steps), reverse=True) or not 0 < steps[-1] <= steps[0] <= TIMESTEPS:
             raise ValueError(f"denoising steps {self.steps}: need falling timesteps in [1, {TIMESTEPS}]")
         if self.shift <= 0:
             raise ValueError(f"flow shift {self.shift}: must be positive")

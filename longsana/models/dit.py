@@ -47,9 +47,7 @@ class Block(nn.Module):
         state: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """x: (B, T, S, D); modulation: (B, 1 or T, 6, D). Returns x's like and the next state."""
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.modulation + modulation)[
-            :, :, None
-        ].unbind(dim=-2)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.modulation + modulation)[:, :, None].unbind(dim=-2)
         tokens = x.shape[2]
 
         h = modulate(x, shift_1, scale_1).flatten(1, 2)
@@ -96,9 +94,7 @@ class LongSanaDiT(nn.Module):
         self.patch_embed = nn.Conv3d(config.in_channels, size.hidden_size, size.patch_size, size.patch_size)
         self.time_embed = TimeEmbedding(size.hidden_size)
         self.text_embed = CaptionEmbedding(config.caption_channels, size.hidden_size, config.caption_length)
-        self.blocks = nn.ModuleList(
-            Block(size.hidden_size, size.num_heads, config) for _ in range(size.depth)
-        )
+        self.blocks = nn.ModuleList(Block(size.hidden_size, size.num_heads, config) for _ in range(size.depth))
         self.final = FinalLayer(size.hidden_size, math.prod(size.patch_size) * config.in_channels)
 
     def forward(
@@ -171,9 +167,7 @@ class LongSanaDiT(nn.Module):
     def _check(self, x: Tensor, t: Tensor, plan: ChunkPlan, state: CausalState) -> None:
         batch, _, frames, height, width = x.shape
         if height % self.patch_size[1] or width % self.patch_size[2]:
-            raise ValueError(
-                f"latents of {height}x{width} do not divide into patches of {self.patch_size[1:]}"
-            )
+            raise ValueError(f"latents of {height}x{width} do not divide into patches of {self.patch_size[1:]}")
         if t.shape not in ((batch,), (batch, frames)):
             raise ValueError(f"t has shape {tuple(t.shape)}: need ({batch},) or ({batch}, {frames})")
         if plan.frames != frames:

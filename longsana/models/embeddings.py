@@ -42,9 +42,7 @@ class TimeEmbedding(nn.Module):
 def sinusoid(t: Tensor, dim: int) -> Tensor:
     """cos(t f_i) for all i, then sin(t f_i), with f_i = 10000^(-i / (dim / 2)): t (...) to (..., dim) in float32."""
     half = dim // 2
-    frequencies = torch.exp(
-        -math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device)
-    )
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
     # Published checkpoints were trained on whole timesteps: 959.96 is embedded as 959.
     angles = t.long().to(torch.float32)[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -21,9 +21,7 @@ class MixFeedForward(nn.Module):
         self.project = nn.Linear(inner, hidden_size, bias=False)
         self.temporal = nn.Conv2d(hidden_size, hidden_size, (3, 1), bias=False)
 
-    def forward(
-        self, x: Tensor, size: tuple[int, int], tail: Tensor, lengths: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, size: tuple[int, int], tail: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """x: (B, T, S, D) with S = size[0] * size[1]; tail: (B, S, D); lengths: frames of each chunk."""
         batch, frames = x.shape[:2]
         hidden = F.silu(self.expand(x)).view(batch * frames, *size, -1)

@@ -81,9 +81,7 @@ def linear_attention(
     k_seen, k_sum = prefix_sums(k_sum, own_k_sum, window)
 
     out = []
-    for c, (q_c, r_c) in enumerate(
-        zip(q.split(list(lengths), 1), q_rotated.split(list(lengths), 1), strict=True)
-    ):
+    for c, (q_c, r_c) in enumerate(zip(q.split(list(lengths), 1), q_rotated.split(list(lengths), 1), strict=True)):
         numerator = torch.einsum("bnhk,bhkv->bnhv", r_c, kv_seen[:, c])
         denominator = torch.einsum("bnhk,bhk->bnh", q_c, k_seen[:, c]) + eps
         out.append((numerator / denominator[..., None]).to(out_dtype))

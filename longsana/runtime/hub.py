@@ -142,9 +142,7 @@ def shards_of(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{index}: not an index of safetensors shards (no 'weight_map'); download it again"
-        ) from error
+        raise InputError(f"{index}: not an index of safetensors shards (no 'weight_map'); download it again") from error
     if not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise InputError(f"{index}: its shards must be plain file names beside it, found {names[:3]}")
     return names
@@ -157,9 +155,7 @@ def _explain(error: Exception, uri: str, what: str, repo: str, inside: str) -> I
         return error
     download = _command(repo, inside)
     if isinstance(error, errors.GatedRepoError):
-        reason = (
-            f"access is restricted: accept its terms at https://huggingface.co/{repo}, then `hf auth login`"
-        )
+        reason = f"access is restricted: accept its terms at https://huggingface.co/{repo}, then `hf auth login`"
     elif isinstance(error, errors.RepositoryNotFoundError):
         reason = "no such repository, or it is private: check the name, or `hf auth login`"
     elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
@@ -183,9 +179,7 @@ def _explain(error: Exception, uri: str, what: str, repo: str, inside: str) -> I
 
 def _digest(path: Path, known: dict[str, Any]) -> str:
     resolved = path.resolve()
-    status = (
-        resolved.stat()
-    )  # before reading: a file that changes meanwhile is not taken for the one that was read
+    status = resolved.stat()  # before reading: a file that changes meanwhile is not taken for the one that was read
     stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
     entry = known.get(str(resolved))
     if isinstance(entry, dict) and entry.get("stamp") == stamp and isinstance(entry.get("sha256"), str):
