@@ -26,7 +26,7 @@ class LinearAttention(nn.Module):
     def forward(
         self, x: Tensor, rotary: Rotary, kv: Tensor, k_sum: Tensor, lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (B, N, D); kv, k_sum: as in `LayerState`; lengths: tokens of each chunk. Returns x's like, the next sums."""
+        """x: (B, N, D); kv, k_sum: as in `LayerState`; lengths: tokens of each chunk. Returns x's like, next sums."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k = F.relu(self.q_norm(q)), F.relu(self.k_norm(k))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))

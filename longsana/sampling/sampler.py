@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -13,6 +13,7 @@ from torch import Tensor
 from longsana.chunks import ChunkPlan
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule, euler_sigmas
 from longsana.models.embeddings import TextEmbedding
+from longsana.runtime.clock import Clock
 from longsana.sampling.noise import PromptNoise
 from longsana.state import CausalState
 
@@ -75,13 +76,14 @@ def absorb(model: Network, x0: Tensor, text: TextEmbedding, state: CausalState |
 def generate(
     model: Network,
     schedule: FlowSchedule,
-    texts: Sequence[TextEmbedding],
+    texts: Iterable[TextEmbedding],
     plan: ChunkPlan,
     *,
     shape: tuple[int, int, int],
     rng: PromptNoise,
     device: torch.device | str,
     state: CausalState | None = None,
+    clock: Clock | None = None,
 ) -> Iterator[Chunk]:
     """Chunk after chunk of a video; nothing here grows with its length.
 
@@ -89,12 +91,16 @@ def generate(
         texts: the caption of each chunk.
         shape: (C, H, W) of a latent frame.
         state: continues the video this state has absorbed.
+        clock: is told the time of the parts "denoise" and "absorb".
     """
+    clock = clock or Clock(device)
     for index, (length, text) in enumerate(zip(plan.lengths, texts, strict=True)):
         start = state.frames if state is not None else 0
         draw = partial(rng.draw, start, shape=(shape[0], length, *shape[1:]), device=device)
-        x0 = denoise_chunk(model, schedule, draw(0), text, state, rng=draw)
-        state = absorb(model, x0, text, state)
+        with clock.part("denoise"):
+            x0 = denoise_chunk(model, schedule, draw(0), text, state, rng=draw)
+        with clock.part("absorb"):
+            state = absorb(model, x0, text, state)
         yield Chunk(index, start, x0, state)
 
 
@@ -108,20 +114,23 @@ def sample_clip(
     steps: int,
     cfg_scale: float,
     noise: Tensor,
+    clock: Clock | None = None,
 ) -> Iterator[Chunk]:
     """A whole clip at once with many Euler steps and classifier-free guidance: the bidirectional base model.
 
     noise: (B, C, T, H, W). negative: the caption to move away from; None (with cfg_scale 1) runs no second pass.
     """
+    clock = clock or Clock(noise.device)
     x = noise
     sigmas = euler_sigmas(shift, steps)
-    for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
-        t = timestep(sigma * TIMESTEPS, x)
-        velocity = model(x, t, text)[0].float()
-        if negative is not None:
-            away = model(x, t, negative)[0].float()
-            velocity = away + cfg_scale * (velocity - away)
-        x = x + (following - sigma) * velocity
+    with clock.part("denoise"):
+        for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+            t = timestep(sigma * TIMESTEPS, x)
+            velocity = model(x, t, text)[0].float()
+            if negative is not None:
+                away = model(x, t, negative)[0].float()
+                velocity = away + cfg_scale * (velocity - away)
+            x = x + (following - sigma) * velocity
     yield Chunk(0, 0, x, None)
 
 

@@ -1,0 +1,92 @@
+"""The processes of one launch, and what this one may use of the machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from longsana.runtime.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers, as torchrun and accelerate describe it in the environment."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @classmethod
+    def start(cls) -> World:
+        """Read the environment and, with several processes, connect them."""
+        world = cls(
+            rank=int(os.environ.get("RANK", 0)),
+            size=int(os.environ.get("WORLD_SIZE", 1)),
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))),
+        )
+        if world.size > 1 and not dist.is_initialized():
+            # Only small Python objects are exchanged. A process may wait for hours for its peers' last videos.
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
+        return world
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def device(self) -> torch.device:
+        """This process's GPU, or the CPU where there is none.
+
+        Raises:
+            InputError: more processes on this machine than GPUs.
+        """
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"process {self.local_rank} of {self.local_size} on this machine has no GPU of its own "
+                f"(found {torch.cuda.device_count()}); start at most that many"
+            )
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    def broadcast(self, value: T) -> T:
+        """The main process's value, on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Everyone's values in order of rank, on every process."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box
+
+    def stop(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def set_threads(requested: int | None, world: World) -> int:
+    """Set torch's threads: as requested, or this process's share of the usable cores; returns the number.
+
+    Launchers export OMP_NUM_THREADS=1, which would leave all cores but one idle.
+    """
+    if requested is not None and requested < 1:
+        raise InputError(f"--threads {requested}: must be at least 1")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = requested or max(usable // world.local_size, 1)
+    torch.set_num_threads(threads)
+    return threads

@@ -1,0 +1,205 @@
+"""From prompts to frames: the parts that a config names, and how they work together."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+from longsana.config import Dtype, InferenceConfig
+from longsana.data.prompts import Prompt, parts_per_chunk, with_motion_score
+from longsana.encoders.geometry import VAEGeometry, geometry
+from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand
+from longsana.encoders.vae import WanVAE
+from longsana.flow.schedule import FlowSchedule
+from longsana.models.build import build_model
+from longsana.models.dit import LongSanaDiT
+from longsana.models.embeddings import TextEmbedding
+from longsana.runtime.clock import Clock
+from longsana.runtime.errors import InputError
+from longsana.sampling.noise import PromptNoise
+from longsana.sampling.sampler import Chunk, generate, sample_clip
+
+DISTILLED = "longlive_flow_euler"
+
+
+class Caption(NamedTuple):
+    """The embeddings of one prompt, on the host: of each of its parts, and of what to move away from."""
+
+    parts: tuple[CompactEmbedding, ...]
+    negative: CompactEmbedding | None
+
+
+class Frames(NamedTuple):
+    """A finished stretch of the videos of a batch.
+
+    index: of the chunk, from 0.
+    latents: (B, C, T, H, W), float32, on the device.
+    pixels: (B, F, H, W, 3), uint8, on the host.
+    """
+
+    index: int
+    latents: Tensor
+    pixels: Tensor
+
+
+class VideoPipeline:
+    """Loads what a config names and samples videos with it.
+
+    Text first: `encode` needs the text encoder alone, which is gone before `load` brings the network and the decoder.
+    """
+
+    def __init__(self, config: InferenceConfig, device: torch.device | str) -> None:
+        check_config(config)
+        self.config = config
+        self.device = torch.device(device)
+        self.geometry = geometry(config.vae)
+        self.schedule = FlowSchedule(
+            config.scheduler.inference_flow_shift,
+            config.scheduler.denoising_step_list,
+            config.scheduler.bf16_timesteps,
+        )
+        self.frames = self.geometry.latent_frames(config.sampling.num_frames)
+        distilled = config.scheduler.sampling_algo == DISTILLED
+        self.plan = ChunkPlan.split(self.frames, config.sampling.chunk_frames if distilled else self.frames)
+        self.model: LongSanaDiT
+        self.vae: WanVAE
+
+    @contextmanager
+    def text_encoder(self) -> Iterator[GemmaTextEncoder]:
+        """The text encoder, for as long as it is needed."""
+        model, text = self.config.model, self.config.text_encoder
+        encoder = GemmaTextEncoder.load(
+            text,
+            caption_length=model.caption_length,
+            caption_channels=model.caption_channels,
+            device=self.device,
+            dtype=resolve_dtype(text.dtype, self.device),
+        )
+        try:
+            yield encoder
+        finally:
+            del encoder
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def encode(self, encoder: GemmaTextEncoder, prompt: Prompt) -> Caption:
+        """One prompt at a time: an embedding never depends on its neighbours."""
+        sampling = self.config.sampling
+        texts = [with_motion_score(part, sampling.motion_score) for part in prompt.parts]
+        negative = None
+        if sampling.cfg_scale != 1:
+            negative = compact(encoder.encode(sampling.negative_prompt, instruction=False))
+        return Caption(tuple(compact(encoder.encode(text)) for text in texts), negative)
+
+    def load(self) -> None:
+        config = self.config
+        self.model = build_model(
+            config.model, device=self.device, dtype=resolve_dtype(config.model.dtype, self.device)
+        ).requires_grad_(False)
+        self.vae = WanVAE.load(config.vae, self.device, resolve_dtype(config.vae.weight_dtype, self.device))
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Prompt], captions: Sequence[Caption], clock: Clock) -> Iterator[Frames]:
+        """Frames of the videos of a batch of prompts of one size, stretch by stretch."""
+        cache = None
+        for chunk in self._latents(prompts, captions, clock):
+            # The base model's clip is one chunk; decoding it in pieces bounds memory.
+            for latents in chunk.latents.split(self.config.sampling.chunk_frames, dim=2):
+                with clock.part("decode"):
+                    pixels, cache = self.vae.decode_stream(latents, cache)
+                    pixels = self.vae.to_uint8(pixels).cpu()
+                yield Frames(chunk.index, latents, pixels)
+
+    def _latents(self, prompts: Sequence[Prompt], captions: Sequence[Caption], clock: Clock) -> Iterator[Chunk]:
+        config = self.config
+        latent_size = self.geometry.latent_size(prompts[0].height, prompts[0].width)
+        shape = (self.geometry.channels, *latent_size)
+        noise = PromptNoise(config.sampling.seed, [(prompt.text, prompt.repetition) for prompt in prompts])
+        if config.scheduler.sampling_algo == DISTILLED:
+            parts = [parts_per_chunk(len(prompt.parts), len(self.plan)) for prompt in prompts]
+            texts = (
+                self._batch([caption.parts[part[chunk]] for caption, part in zip(captions, parts, strict=True)])
+                for chunk in range(len(self.plan))
+            )
+            return generate(
+                self.model,
+                self.schedule,
+                texts,
+                self.plan,
+                shape=shape,
+                rng=noise,
+                device=self.device,
+                clock=clock,
+            )
+        away = [caption.negative for caption in captions if caption.negative is not None]
+        return sample_clip(
+            self.model,
+            self._batch([caption.parts[0] for caption in captions]),
+            self._batch(away) if away else None,
+            shift=config.scheduler.inference_flow_shift,
+            steps=config.scheduler.num_inference_steps,
+            cfg_scale=config.sampling.cfg_scale,
+            noise=noise.draw(0, 0, (shape[0], self.frames, *shape[1:]), self.device),
+            clock=clock,
+        )
+
+    def _batch(self, embeddings: Sequence[CompactEmbedding]) -> TextEmbedding:
+        expanded = [expand(embedding, self.device) for embedding in embeddings]
+        return TextEmbedding(*(torch.cat(parts) for parts in zip(*expanded, strict=True)))
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    resolved: torch.dtype = getattr(torch, dtype)
+    return resolved
+
+
+def check_config(config: InferenceConfig) -> None:
+    """Refuse settings that no video can be made with, before anything is loaded.
+
+    Raises:
+        InputError: the first one found, by name, with what would be right.
+    """
+    sampling, scheduler = config.sampling, config.scheduler
+    for name, value in (
+        ("sampling.chunk_frames", sampling.chunk_frames),
+        ("sampling.bs", sampling.bs),
+        ("sampling.fps", sampling.fps),
+        ("scheduler.num_inference_steps", scheduler.num_inference_steps),
+        ("vae.latents_per_call", config.vae.latents_per_call),
+    ):
+        if value < 1:
+            raise InputError(f"{name}={value}: must be at least 1")
+    if scheduler.sampling_algo == DISTILLED and sampling.cfg_scale != 1:
+        raise InputError(
+            f"cfg_scale={sampling.cfg_scale:g}: the distilled model ({DISTILLED}) was trained without guidance; "
+            "use --cfg_scale=1, or the base model with --sampling_algo=flow_euler"
+        )
+    if config.model.num_cached_blocks == 0 or config.model.num_cached_blocks < -1:
+        raise InputError(
+            f"model.num_cached_blocks={config.model.num_cached_blocks}: must be -1 (all of the past) or at least 1"
+        )
+    try:
+        FlowSchedule(scheduler.inference_flow_shift, scheduler.denoising_step_list)
+    except ValueError as error:
+        raise InputError(f"scheduler: {error}") from error
+    vae: VAEGeometry = geometry(config.vae)
+    vae.latent_frames(sampling.num_frames)
+    if config.model.in_channels != vae.channels:
+        raise InputError(
+            f"model.in_channels={config.model.in_channels}: the latents of {config.vae.vae_type} have {vae.channels}"
+        )
+    check_size(config, sampling.height, sampling.width)
+
+
+def check_size(config: InferenceConfig, height: int, width: int) -> None:
+    patch = config.model.architecture().patch_size
+    geometry(config.vae).check_size(height, width, patch[1:])
