@@ -80,9 +80,9 @@ class GemmaTextEncoder:
     def encode(self, prompt: str, *, instruction: bool = True) -> TextEmbedding:
         """One prompt: tokens (1, L, C) in the encoder's dtype and mask (1, L); L = caption_length.
 
-        instruction: put the instruction (if the encoder has one) before it, as in training; negative prompts go
-            without. Of the hidden states <bos> and the last L - 1 are kept: the prompt's, which have seen the
-            instruction.
+        instruction: put the instruction (if the encoder has one) before it, as in training; negative prompts
+            go without. Of the hidden states <bos> and the last L - 1 are kept: the prompt's, which have seen
+            the instruction.
         A prompt that is too long loses its end: see `overflow`. Tokens where the mask is False mean nothing.
         """
         prefix, length = self._frame(instruction)
@@ -149,8 +149,8 @@ def complex_human_instruction() -> str:
     text = "\n".join(lines).replace("'", r"\"")
     if hashlib.sha256(text.encode()).hexdigest() != INSTRUCTION_SHA256:
         raise InputError(
-            f"diffusers {diffusers.__version__}: its SanaPipeline has another instruction than the published one; "
-            "install diffusers 0.36 to 0.42.1 (text_encoder.chi_prompt=none is for networks trained without it)"
+            f"diffusers {diffusers.__version__}: the instruction in its SanaPipeline is not the published one; "
+            "install diffusers 0.36 to 0.42.1, or set text_encoder.chi_prompt=none if the network needs none"
         )
     return text
 
@@ -195,15 +195,13 @@ _ATTENTION = "eager"
 
 
 def _load_model(folder: Path, config: Gemma2Config, dtype: torch.dtype) -> Gemma2Model:
+    from safetensors import SafetensorError
     from transformers import Gemma2Model
-
-    model: Any
-    report: dict[str, Any]
 
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder}: no *.safetensors weights; for random ones use text_encoder_name=seeded:{folder}")
     try:
-        model, report = Gemma2Model.from_pretrained(
+        loaded: Any = Gemma2Model.from_pretrained(
             str(folder),
             config=config,
             dtype=dtype,
@@ -212,8 +210,9 @@ def _load_model(folder: Path, config: Gemma2Config, dtype: torch.dtype) -> Gemma
             use_safetensors=True,
             output_loading_info=True,
         )
-    except Exception as error:  # as above
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: its weights cannot be read: {_first_line(error)}") from error
+    model, report = loaded
     # A Gemma2ForCausalLM brings its head along.
     surplus = [key for key in report["unexpected_keys"] if not key.startswith("lm_head.")]
     for problem, keys in (("lacks", report["missing_keys"]), ("has unknown", surplus)):
