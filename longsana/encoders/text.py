@@ -172,6 +172,9 @@ def _read_config(folder: Path) -> Gemma2Config:
 def _load_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    # Without these, transformers makes up an empty tokenizer.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise InputError(f"{folder}: no tokenizer.json; expected a transformers folder with its tokenizer")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             str(folder),
@@ -208,6 +211,7 @@ def _load_model(folder: Path, config: Gemma2Config, dtype: torch.dtype) -> Gemma
             attn_implementation=_ATTENTION,
             local_files_only=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, with their names
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -215,9 +219,14 @@ def _load_model(folder: Path, config: Gemma2Config, dtype: torch.dtype) -> Gemma
     model, report = loaded
     # A Gemma2ForCausalLM brings its head along.
     surplus = [key for key in report["unexpected_keys"] if not key.startswith("lm_head.")]
-    for problem, keys in (("lacks", report["missing_keys"]), ("has unknown", surplus)):
+    misshapen = [key for key, *_ in report["mismatched_keys"]]
+    for problem, keys in (
+        ("has tensors of other shapes than its config.json", misshapen),
+        ("lacks tensors", report["missing_keys"]),
+        ("has unknown tensors", surplus),
+    ):
         if keys:
-            raise InputError(f"{folder}: the checkpoint {problem} tensors: {', '.join(sorted(keys)[:3])}, ...")
+            raise InputError(f"{folder}: the checkpoint {problem}: {', '.join(sorted(keys)[:3])} ({len(keys)} in all)")
     return model
 
 
@@ -235,4 +244,4 @@ def _random_model(config: Gemma2Config) -> Gemma2Model:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
