@@ -58,7 +58,7 @@ def published_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {**json.loads((SMALL / "config.json").read_text()), "vocab_size": 704}  # Gemma's own class adds <mask>
     before = torch.random.get_rng_state()
     torch.manual_seed(3)
-    Gemma2ForCausalLM(Gemma2Config(**config)).to(torch.bfloat16).save_pretrained(folder, max_shard_size="100KB")
+    Gemma2ForCausalLM(Gemma2Config(**config)).bfloat16().save_pretrained(folder, max_shard_size="100KB")
     torch.random.set_rng_state(before)
     shutil.copy(SMALL / "tokenizer.json", folder)
     settings = json.loads((SMALL / "tokenizer_config.json").read_text())
