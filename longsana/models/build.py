@@ -1,0 +1,53 @@
+"""The network that a config names, with its weights."""
+
+from __future__ import annotations
+
+import logging
+from itertools import chain
+
+import torch
+
+from longsana.config import ModelConfig
+from longsana.models.checkpoint_files import PIPELINE_PART
+from longsana.models.dit import LongSanaDiT
+from longsana.models.weights import load_weights
+from longsana.runtime.errors import InputError
+from longsana.runtime.hub import locate
+
+log = logging.getLogger(__name__)
+
+SEEDED = "seeded:"
+
+
+def build_model(config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> LongSanaDiT:
+    """The network on `device` in `dtype`, in eval mode, with the weights that `config.load_from` names.
+
+    Raises:
+        InputError: the config makes no network, or its weights are missing or do not fit.
+    """
+    try:
+        with torch.device("meta"):
+            model = LongSanaDiT(config).to(dtype).eval()
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error
+    if config.load_from.startswith(SEEDED):
+        seed = _seed(config.load_from)
+        model.to_empty(device=device)
+        model.init_weights(seed)
+        log.info("%s: random weights from seed %d", config.model, seed)
+    else:
+        path = locate(config.load_from, "the checkpoint (model.load_from)", part=PIPELINE_PART)
+        load_weights(model, path, key=config.checkpoint_key, device=device, dtype=dtype)
+        log.info("%s: weights from %s", config.model, path)
+    unfilled = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
+    assert not unfilled, f"neither a checkpoint nor a seed fills {unfilled}"
+    return model
+
+
+def _seed(load_from: str) -> int:
+    digits = load_from.removeprefix(SEEDED)
+    if not digits.isdecimal() or int(digits) >= 2**63:
+        raise InputError(f"model.load_from={load_from}: the seed must be a whole number below 2^63, as in seeded:0")
+    return int(digits)

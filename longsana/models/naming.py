@@ -1,0 +1,96 @@
+"""One network under three sets of names: ours, those of the published checkpoints, and those of diffusers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, NamedTuple
+
+from longsana.config import ModelConfig
+
+Naming = Literal["longsana", "upstream", "diffusers"]
+NAMINGS: tuple[Naming, ...] = ("longsana", "upstream", "diffusers")
+
+# Ours: (upstream, diffusers). Several names: the tensor is cut along its first axis there. None: it is not kept.
+OUTER = {
+    "patch_embed": ("x_embedder.proj", "patch_embedding"),
+    "time_embed.linear_1": ("t_embedder.mlp.0", "time_embed.emb.timestep_embedder.linear_1"),
+    "time_embed.linear_2": ("t_embedder.mlp.2", "time_embed.emb.timestep_embedder.linear_2"),
+    "time_embed.modulation": ("t_block.1", "time_embed.linear"),
+    "text_embed.linear_1": ("y_embedder.y_proj.fc1", "caption_projection.linear_1"),
+    "text_embed.linear_2": ("y_embedder.y_proj.fc2", "caption_projection.linear_2"),
+    "text_embed.norm": ("attention_y_norm", "caption_norm"),
+    "text_embed.null_tokens": ("y_embedder.y_embedding", ""),
+    "final.modulation": ("final_layer.scale_shift_table", "scale_shift_table"),
+    "final.linear": ("final_layer.linear", "proj_out"),
+}
+BLOCK = {
+    "modulation": ("scale_shift_table", "scale_shift_table"),
+    "attn.qkv": ("attn.qkv", "attn1.to_q attn1.to_k attn1.to_v"),
+    "attn.q_norm": ("attn.q_norm", "attn1.norm_q"),
+    "attn.k_norm": ("attn.k_norm", "attn1.norm_k"),
+    "attn.out": ("attn.proj", "attn1.to_out.0"),
+    "cross_attn.q": ("cross_attn.q_linear", "attn2.to_q"),
+    "cross_attn.kv": ("cross_attn.kv_linear", "attn2.to_k attn2.to_v"),
+    "cross_attn.q_norm": ("cross_attn.q_norm", "attn2.norm_q"),
+    "cross_attn.k_norm": ("cross_attn.k_norm", "attn2.norm_k"),
+    "cross_attn.out": ("cross_attn.proj", "attn2.to_out.0"),
+    "feed_forward.expand": ("mlp.inverted_conv.conv", "ff.conv_inverted"),
+    "feed_forward.depthwise": ("mlp.depth_conv.conv", "ff.conv_depth"),
+    "feed_forward.project": ("mlp.point_conv.conv", "ff.conv_point"),
+    "feed_forward.temporal": ("mlp.t_conv", "ff.conv_temp"),
+}
+BLOCKS: dict[Naming, str] = {"upstream": "blocks", "diffusers": "transformer_blocks"}
+# Linear layers that are 1x1 convolutions elsewhere.
+POINTWISE = ("feed_forward.expand.weight", "feed_forward.project.weight")
+NULL_TOKENS = "text_embed.null_tokens"
+
+
+class Foreign(NamedTuple):
+    """A tensor, or a part of one, as another naming has it."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def foreign(name: str, shape: tuple[int, ...], naming: Naming) -> list[Foreign]:
+    """What our tensor `name` is elsewhere; stacked along the first axis and reshaped, the parts are ours.
+
+    Raises:
+        KeyError: the network has no tensor of this name.
+    """
+    if naming == "longsana":
+        return [Foreign(name, shape)]
+    column = 0 if naming == "upstream" else 1
+    found = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", name)
+    assert found is not None
+    block, module, leaf = found[1], found[2], found[3] or ""
+    modules = (OUTER if block is None else BLOCK)[module][column].split()
+    prefix = "" if block is None else f"{BLOCKS[naming]}.{block}."
+    if name.endswith(POINTWISE):
+        shape = (*shape, 1, 1)
+    return [Foreign(f"{prefix}{part}{leaf}", (shape[0] // len(modules), *shape[1:])) for part in modules]
+
+
+def diffusers_config(config: ModelConfig) -> dict[str, Any]:
+    """The `config.json` of the same network as a diffusers `SanaVideoTransformer3DModel`."""
+    size = config.architecture()
+    return {
+        "_class_name": "SanaVideoTransformer3DModel",
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "num_attention_heads": size.hidden_size // config.linear_head_dim,
+        "attention_head_dim": config.linear_head_dim,
+        "num_layers": size.depth,
+        "num_cross_attention_heads": size.num_heads,
+        "cross_attention_head_dim": size.hidden_size // size.num_heads,
+        "cross_attention_dim": size.hidden_size,
+        "caption_channels": config.caption_channels,
+        "mlp_ratio": config.mlp_ratio,
+        "attention_bias": False,
+        "sample_size": 30 if size.patch_size[1] == 2 else 22,
+        "patch_size": list(size.patch_size),
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+    }

@@ -1,0 +1,228 @@
+"""Weights of the network from and to files: published, of training runs, of diffusers, and our own.
+
+Loading is strict. Whatever is missing, unexpected or misshapen is reported at once, before the model is touched.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from longsana.config import ModelConfig
+from longsana.models.checkpoint_files import (
+    DIFFUSERS_WEIGHTS,
+    NETWORKS,
+    Entry,
+    open_checkpoint,
+    weights_file,
+    write_pickle,
+    write_safetensors,
+)
+from longsana.models.dit import LongSanaDiT
+from longsana.models.naming import NAMINGS, NULL_TOKENS, Foreign, Naming, diffusers_config, foreign
+from longsana.runtime.errors import InputError, did_you_mean
+from longsana.runtime.files import atomic_write_text
+
+log = logging.getLogger(__name__)
+
+Layout = Literal["upstream", "trainer", "diffusers", "safetensors"]
+LAYOUTS: dict[Layout, Naming] = {
+    "upstream": "upstream",
+    "trainer": "upstream",
+    "diffusers": "diffusers",
+    "safetensors": "longsana",
+}
+# Of image models and of training: the network has no use for them.
+IGNORED = ("pos_embed", "logvar_linear.*")
+LISTED = 10
+
+
+@torch.no_grad()
+def load_weights(
+    model: LongSanaDiT,
+    path: Path,
+    *,
+    key: str = "generator",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Give `model`, usually built on the meta device, the tensors of a checkpoint, as `dtype` on `device`.
+
+    path: a file in any layout of `save_checkpoint` (or without the dict around its tensors), an index of shards, or a
+        folder with one of them, such as `transformer/` of a diffusers pipeline or the pipeline around it.
+    key: which network of a training checkpoint: generator, generator_ema or critic.
+
+    The host holds the converted tensors and no second copy; the file is mapped, not read.
+
+    Raises:
+        InputError: the file cannot be read or does not fit the network. The model is as it was.
+    """
+    file = weights_file(path)
+    entries = open_checkpoint(file, key)
+    for name in sorted(entries):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED):
+            log.info("%s: %s is not used", file, name)
+            del entries[name]
+
+    expected = model.state_dict()
+    sources = _match(entries, {name: tuple(tensor.shape) for name, tensor in expected.items()}, file, model.config)
+    loaded = {}
+    for name, parts in sources.items():
+        # Popped, so that a file that could not be mapped is freed as it is used up.
+        tensors = [entries.pop(part.name).read() for part in parts]
+        if not tensors:
+            loaded[name] = torch.zeros(expected[name].shape, device=device, dtype=dtype)
+            continue
+        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        # A copy always: memory that maps the file would change, or crash us, with it.
+        whole = whole.reshape(expected[name].shape).to(device, dtype, copy=len(tensors) == 1)
+        loaded[name] = whole.contiguous()
+    for name, tensor in loaded.items():
+        _assign(model, name, tensor)
+
+
+def save_checkpoint(
+    state_dict: Mapping[str, Tensor],
+    path: Path,
+    layout: Layout,
+    config: ModelConfig,
+    *,
+    others: Mapping[str, Mapping[str, Tensor]] | None = None,
+    step: int = 0,
+    shard_bytes: int = 10_000_000_000,
+) -> None:
+    """Write weights, dtypes kept; no reader ever sees half of them.
+
+    Args:
+        state_dict: of `LongSanaDiT(config)`; `text_embed.null_tokens` may be absent.
+        path: a folder for diffusers, else a file.
+        layout: upstream: the public `{"state_dict": ...}`; trainer: `{"generator": ..., "step": ...}` with `model.`
+            before upstream's names; diffusers: `config.json` and safetensors; safetensors: our own names.
+        others: trainer only: the state dicts of `generator_ema` and `critic`.
+        step: trainer only.
+        shard_bytes: safetensors larger than this become shards and an index beside `path`.
+
+    Raises:
+        ValueError: the names or shapes are not this network's, or `others` has no place in the layout.
+        OSError: a file could not be written; a single file that was there before is untouched.
+    """
+    naming, path = LAYOUTS[layout], Path(path)
+    if others and (layout != "trainer" or not set(others) <= set(NETWORKS[1:])):
+        raise ValueError(f"{', '.join(others)}: only the trainer layout holds other networks, {NETWORKS[1:]}")
+    renamed = _rename(state_dict, naming, config)
+    if layout == "upstream":
+        write_pickle({"state_dict": renamed}, path)
+    elif layout == "trainer":
+        networks = {"generator": renamed} | {
+            name: _rename(other, naming, config) for name, other in (others or {}).items()
+        }
+        prefixed = {
+            network: {f"model.{name}": tensor for name, tensor in tensors.items()}
+            for network, tensors in networks.items()
+        }
+        write_pickle({**prefixed, "step": step}, path)
+    elif layout == "safetensors":
+        write_safetensors(renamed, path, shard_bytes)
+    else:
+        write_safetensors(renamed, path / DIFFUSERS_WEIGHTS, shard_bytes)
+        atomic_write_text(path / "config.json", json.dumps(diffusers_config(config), indent=2) + "\n")
+
+
+def _match(
+    entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], file: Path, config: ModelConfig
+) -> dict[str, list[Foreign]]:
+    """For each tensor of ours the entries that make it up; none for null tokens that the file lacks."""
+    tables = {naming: {name: foreign(name, shape, naming) for name, shape in shapes.items()} for naming in NAMINGS}
+    needs = {naming: {part.name: part for parts in tables[naming].values() for part in parts} for naming in NAMINGS}
+    naming = max(NAMINGS, key=lambda naming: len(needs[naming].keys() & entries.keys()))
+    table, needed = tables[naming], needs[naming]
+    if not needed.keys() & entries.keys():
+        raise InputError(
+            f"{file}: not a LongSANA or SANA-Video network: none of its {len(entries)} tensors "
+            f"({', '.join(list(entries)[:3])}, ...) has a known name"
+        )
+    optional = {part.name for part in table[NULL_TOKENS]}
+    missing = [name for name in needed if name not in entries and name not in optional]
+    unexpected = [
+        name + did_you_mean(name, missing or needed) if place < LISTED else name
+        for place, name in enumerate(name for name in entries if name not in needed)
+    ]
+    misshapen = [
+        f"{name} {_describe(entries[name])} (this model: {list(part.shape)})"
+        for name, part in needed.items()
+        if name in entries and (entries[name].shape != part.shape or not entries[name].floating)
+    ]
+    problems = [
+        f"{title} {len(names)}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
+        for title, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("wrong shape", misshapen),
+            ("different in config.json", _differences(file, config) if naming == "diffusers" else []),
+        )
+        if names
+    ]
+    if problems:
+        raise InputError(f"{file}: does not fit {config.model} ({naming} names): {'; '.join(problems)}")
+    return {name: [part for part in parts if part.name in entries] for name, parts in table.items()}
+
+
+def _describe(entry: Entry) -> str:
+    return str(list(entry.shape)) if entry.floating else f"{entry.dtype} {list(entry.shape)}"
+
+
+def _differences(file: Path, config: ModelConfig) -> Sequence[str]:
+    """Sizes, such as the number of heads, that the shapes of tensors do not tell."""
+    try:
+        written: Any = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file.parent / 'config.json'}: cannot be read ({error}); download it again") from error
+    if not isinstance(written, dict):
+        raise InputError(f"{file.parent / 'config.json'}: expected a mapping, found a {type(written).__name__}")
+    informative = ("_class_name", "sample_size", "rope_max_seq_len")
+    return [
+        f"{name} {written[name]} (this model: {value})"
+        for name, value in diffusers_config(config).items()
+        if name not in informative and written.get(name) is not None and written[name] != value
+    ]
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = getattr(module, leaf)
+    new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    setattr(module, leaf, new)
+
+
+def _rename(state_dict: Mapping[str, Tensor], naming: Naming, config: ModelConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in LongSanaDiT(config).state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    wrong = sorted(name for name, _ in shapes.items() ^ given.items() if name in given or name != NULL_TOKENS)
+    if wrong:
+        raise ValueError(f"not the weights of {config.model}: {', '.join(dict.fromkeys(wrong[:LISTED]))}")
+    renamed = {}
+    for name, tensor in state_dict.items():
+        parts = foreign(name, shapes[name], naming)
+        if not parts:
+            log.info("%s is not kept under %s names", name, naming)
+            continue
+        for part, piece in zip(parts, tensor.detach().cpu().chunk(len(parts)), strict=True):
+            renamed[part.name] = _own(piece).view(part.shape)
+    return renamed
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor as all of its storage: files keep whole storages, or refuse shared ones."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
