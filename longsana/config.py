@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -174,8 +175,9 @@ def load_config(
         InputError: the file is missing or not YAML, a key is unknown, or a value has the wrong type; the message names
             the key's path and the nearest right name.
     """
+    known = leaf_keys(schema)
     own, base = _read_yaml(Path(path))
-    layers = [(str(path), own), ("the command line", _parse_overrides(overrides))]
+    layers = [(str(path), own), ("the command line", _parse_overrides(overrides, known))]
     if base is not None:
         base_path = Path(path).parent / base
         base_values, deeper = _read_yaml(base_path)
@@ -184,7 +186,6 @@ def load_config(
         layers.insert(0, (str(base_path), base_values))
 
     merged = OmegaConf.structured(schema)
-    known = set(leaf_keys(schema))
     for source, layer in layers:
         for key, value in _leaves(layer):
             _check_key(key, known, source)
@@ -204,14 +205,16 @@ def save_config(config: Any, path: str | Path) -> None:
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
 
 
-def leaf_keys(schema: type) -> Iterator[str]:
-    """Dotted names of every setting of a config class."""
+def leaf_keys(schema: type) -> dict[str, str]:
+    """Dotted name of every setting of a config class, and its type as it stands in the source."""
+    leaves: dict[str, str] = {}
     for item in dataclasses.fields(schema):
         section: Any = item.default_factory
         if dataclasses.is_dataclass(section):
-            yield from (f"{item.name}.{key}" for key in leaf_keys(section))  # type: ignore[arg-type]
+            leaves |= {f"{item.name}.{key}": kind for key, kind in leaf_keys(section).items()}  # type: ignore[arg-type]
         else:
-            yield item.name
+            leaves[item.name] = str(item.type)
+    return leaves
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -229,16 +232,18 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], str | None]:
     return values, base
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def _parse_overrides(overrides: Sequence[str], known: Mapping[str, str]) -> dict[str, Any]:
+    """`section.key=value` items, flat; a text stays as it was typed, other values are read as YAML."""
+    values: dict[str, Any] = {}
     for item in overrides:
-        if not re.match(r"^[\w.]+=", item):
-            raise InputError(f"'{item}': an override has the form section.key=value")
-    try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    except Exception as error:
-        raise InputError(f"the command line: {' '.join(str(error).split())}") from error
-    assert isinstance(parsed, dict)
-    return {str(key): value for key, value in parsed.items()}
+        key, equals, text = item.partition("=")
+        if not equals or not re.fullmatch(r"[\w.]+", key):
+            raise InputError(f"'{item}': a setting has the form section.key=value")
+        try:
+            values[key] = text if known.get(key) == "str" else yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"the command line: {key}={text}: {' '.join(str(error).split())}") from error
+    return values
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -255,7 +260,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _check_key(key: str, known: set[str], source: str) -> None:
+def _check_key(key: str, known: Mapping[str, str], source: str) -> None:
     if key in known:
         return
     if key in RETIRED:

@@ -25,18 +25,19 @@ class World:
     local_size: int = 1
 
     @classmethod
-    def start(cls) -> World:
-        """Read the environment and, with several processes, connect them."""
-        world = cls(
+    def from_environment(cls) -> World:
+        return cls(
             rank=int(os.environ.get("RANK", 0)),
             size=int(os.environ.get("WORLD_SIZE", 1)),
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))),
         )
-        if world.size > 1 and not dist.is_initialized():
+
+    def connect(self) -> None:
+        """Meet the other processes, where there are any."""
+        if self.size > 1:
             # Only small Python objects are exchanged. A process may wait for hours for its peers' last videos.
             dist.init_process_group("gloo", timeout=timedelta(days=7))
-        return world
 
     @property
     def is_main(self) -> bool:
@@ -74,7 +75,7 @@ class World:
         dist.all_gather_object(box, value)
         return box
 
-    def stop(self) -> None:
+    def disconnect(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -84,8 +85,6 @@ def set_threads(requested: int | None, world: World) -> int:
 
     Launchers export OMP_NUM_THREADS=1, which would leave all cores but one idle.
     """
-    if requested is not None and requested < 1:
-        raise InputError(f"--threads {requested}: must be at least 1")
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = requested or max(usable // world.local_size, 1)
     torch.set_num_threads(threads)

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longsana.chunks import ChunkPlan
 from longsana.config import Dtype, InferenceConfig
 from longsana.data.prompts import Prompt, parts_per_chunk, with_motion_score
-from longsana.encoders.geometry import VAEGeometry, geometry
+from longsana.encoders.geometry import geometry
 from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand
 from longsana.encoders.vae import WanVAE
 from longsana.flow.schedule import FlowSchedule
@@ -21,11 +20,9 @@ from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.clock import Clock
-from longsana.runtime.errors import InputError
 from longsana.sampling.noise import PromptNoise
+from longsana.sampling.request import DISTILLED, check_config, chunk_plan
 from longsana.sampling.sampler import Chunk, generate, sample_clip
-
-DISTILLED = "longlive_flow_euler"
 
 
 class Caption(NamedTuple):
@@ -38,12 +35,12 @@ class Caption(NamedTuple):
 class Frames(NamedTuple):
     """A finished stretch of the videos of a batch.
 
-    index: of the chunk, from 0.
+    chunk: its index in the video, from 0.
     latents: (B, C, T, H, W), float32, on the device.
     pixels: (B, F, H, W, 3), uint8, on the host.
     """
 
-    index: int
+    chunk: int
     latents: Tensor
     pixels: Tensor
 
@@ -64,9 +61,7 @@ class VideoPipeline:
             config.scheduler.denoising_step_list,
             config.scheduler.bf16_timesteps,
         )
-        self.frames = self.geometry.latent_frames(config.sampling.num_frames)
-        distilled = config.scheduler.sampling_algo == DISTILLED
-        self.plan = ChunkPlan.split(self.frames, config.sampling.chunk_frames if distilled else self.frames)
+        self.plan = chunk_plan(config)
         self.model: LongSanaDiT
         self.vae: WanVAE
 
@@ -146,7 +141,7 @@ class VideoPipeline:
             shift=config.scheduler.inference_flow_shift,
             steps=config.scheduler.num_inference_steps,
             cfg_scale=config.sampling.cfg_scale,
-            noise=noise.draw(0, 0, (shape[0], self.frames, *shape[1:]), self.device),
+            noise=noise.draw(0, 0, (shape[0], self.plan.frames, *shape[1:]), self.device),
             clock=clock,
         )
 
@@ -160,46 +155,3 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     resolved: torch.dtype = getattr(torch, dtype)
     return resolved
-
-
-def check_config(config: InferenceConfig) -> None:
-    """Refuse settings that no video can be made with, before anything is loaded.
-
-    Raises:
-        InputError: the first one found, by name, with what would be right.
-    """
-    sampling, scheduler = config.sampling, config.scheduler
-    for name, value in (
-        ("sampling.chunk_frames", sampling.chunk_frames),
-        ("sampling.bs", sampling.bs),
-        ("sampling.fps", sampling.fps),
-        ("scheduler.num_inference_steps", scheduler.num_inference_steps),
-        ("vae.latents_per_call", config.vae.latents_per_call),
-    ):
-        if value < 1:
-            raise InputError(f"{name}={value}: must be at least 1")
-    if scheduler.sampling_algo == DISTILLED and sampling.cfg_scale != 1:
-        raise InputError(
-            f"cfg_scale={sampling.cfg_scale:g}: the distilled model ({DISTILLED}) was trained without guidance; "
-            "use --cfg_scale=1, or the base model with --sampling_algo=flow_euler"
-        )
-    if config.model.num_cached_blocks == 0 or config.model.num_cached_blocks < -1:
-        raise InputError(
-            f"model.num_cached_blocks={config.model.num_cached_blocks}: must be -1 (all of the past) or at least 1"
-        )
-    try:
-        FlowSchedule(scheduler.inference_flow_shift, scheduler.denoising_step_list)
-    except ValueError as error:
-        raise InputError(f"scheduler: {error}") from error
-    vae: VAEGeometry = geometry(config.vae)
-    vae.latent_frames(sampling.num_frames)
-    if config.model.in_channels != vae.channels:
-        raise InputError(
-            f"model.in_channels={config.model.in_channels}: the latents of {config.vae.vae_type} have {vae.channels}"
-        )
-    check_size(config, sampling.height, sampling.width)
-
-
-def check_size(config: InferenceConfig, height: int, width: int) -> None:
-    patch = config.model.architecture().patch_size
-    geometry(config.vae).check_size(height, width, patch[1:])

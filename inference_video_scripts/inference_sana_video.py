@@ -1,0 +1,192 @@
+"""A file of prompts in, a folder of videos out.
+
+    python inference_video_scripts/inference_sana_video.py                      # the small default, on any machine
+    accelerate launch --mixed_precision=bf16 inference_video_scripts/inference_sana_video.py \\
+        --config=configs/sana_video_config/Sana_2000M_480px_adamW_fsdp_longsana.yaml --num_frames 961
+
+Any setting of the config can be given as well: `--vae.weight_dtype float32`, or `vae.weight_dtype=float32`.
+Exit status: 0 all videos are there, 1 some prompts failed (listed at the end), 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
+
+from longsana.config import InferenceConfig, leaf_keys, load_config
+from longsana.data.prompts import Prompt
+from longsana.runtime.distributed import World, set_threads
+from longsana.runtime.errors import InputError, did_you_mean
+from longsana.runtime.hub import locate
+from longsana.sampling.request import check_config, seeded_sources, select_prompts
+
+log = logging.getLogger("longsana")
+
+DEFAULT_CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
+SETTING_FLAGS = {
+    "model_path": "model.load_from",
+    "num_cached_blocks": "model.num_cached_blocks",
+    "sampling_algo": "scheduler.sampling_algo",
+    "flow_shift": "scheduler.inference_flow_shift",
+    "step": "scheduler.num_inference_steps",
+    "txt_file": "sampling.txt_file",
+    "num_frames": "sampling.num_frames",
+    "height": "sampling.height",
+    "width": "sampling.width",
+    "fps": "sampling.fps",
+    "seed": "sampling.seed",
+    "bs": "sampling.bs",
+    "cfg_scale": "sampling.cfg_scale",
+    "negative_prompt": "sampling.negative_prompt",
+    "motion_score": "sampling.motion_score",
+}
+"""Flags that are short for a setting."""
+
+MEANINGLESS = {
+    "longlive_flow_euler": {
+        "step": "it takes the steps of scheduler.denoising_step_list",
+        "negative_prompt": "it has no guidance",
+    },
+    "flow_euler": {"num_cached_blocks": "it samples a clip as one chunk"},
+}
+"""Flags that a sampler cannot honour, and why."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and every setting given on the command line as `section.key=value`."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
+    parser.add_argument("--work_dir", help="output folder (default: output/inference/NAME_OF_CONFIG)")
+    parser.add_argument("--dataset", help="folder in work_dir (default: the prompt file's name)")
+    parser.add_argument("--start_index", type=int, default=0, help="first prompt, counted from 0")
+    parser.add_argument("--end_index", type=int, help="one past the last prompt")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
+    for flag, setting in SETTING_FLAGS.items():
+        parser.add_argument(f"--{flag}", metavar=setting, help=argparse.SUPPRESS if flag == "step" else f"{setting}")
+    options, rest = parser.parse_known_args(arguments)
+    given = {flag: getattr(options, flag) for flag in SETTING_FLAGS if getattr(options, flag) is not None}
+    return options, [f"{SETTING_FLAGS[flag]}={value}" for flag, value in given.items()] + _settings(rest)
+
+
+def _settings(rest: Sequence[str]) -> list[str]:
+    """`--a.b value`, `--a.b=value` and `a.b=value`, all as `a.b=value`."""
+    known = [f"--{name}" for name in (*SETTING_FLAGS, "config", "work_dir", "dataset", "start_index", "end_index")]
+    known += ["--threads", *(f"--{key}" for key in leaf_keys(InferenceConfig))]
+    settings = []
+    words = iter(rest)
+    for word in words:
+        if re.match(r"[\w]+(\.\w+)+=", word):
+            settings.append(word)
+        elif not re.match(r"--\w+\.", word):
+            flag = word.partition("=")[0]
+            raise InputError(f"unknown option {flag}{did_you_mean(flag, known)}; see --help")
+        elif "=" in word:
+            settings.append(word[2:])
+        else:
+            value = next(words, None)
+            if value is None:
+                raise InputError(f"{word}: a value is missing")
+            settings.append(f"{word[2:]}={value}")
+    return settings
+
+
+def check_flags(options: argparse.Namespace, config: InferenceConfig) -> None:
+    """Refuse a flag that the chosen sampler would ignore."""
+    sampler = config.scheduler.sampling_algo
+    for flag, reason in MEANINGLESS[sampler].items():
+        if getattr(options, flag) is not None:
+            raise InputError(f"--{flag}: has no meaning for the sampler {sampler}: {reason}")
+    if options.negative_prompt is not None and config.sampling.cfg_scale == 1:
+        raise InputError("--negative_prompt: has no meaning with cfg_scale 1, where nothing is guided away from it")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for, checked as far as it can be without loading anything large."""
+
+    config: InferenceConfig
+    prompts: list[Prompt]
+    folder: Path
+    threads: int | None
+
+
+def prepare(arguments: Sequence[str]) -> Request:
+    options, settings = parse(arguments)
+    config_path = locate(options.config, "the config")
+    config: InferenceConfig = load_config(config_path, settings)
+    check_flags(options, config)
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"--threads {options.threads}: must be at least 1")
+    check_config(config)
+    prompts = select_prompts(config, options.start_index, options.end_index)
+    work_dir = Path(options.work_dir or Path("output/inference") / config_path.stem)
+    return Request(
+        config, prompts, work_dir / (options.dataset or Path(config.sampling.txt_file).stem), options.threads
+    )
+
+
+def run(request: Request, world: World) -> int:
+    from longsana.sampling.batch import run_batch  # brings diffusers and transformers, which take seconds
+
+    config, device, threads = request.config, world.device(), set_threads(request.threads, world)
+    log.info(
+        "%d prompts to %s on %s, %d threads, %d processes",
+        len(request.prompts),
+        request.folder,
+        device,
+        threads,
+        world.size,
+    )
+    if device.type == "cpu" and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        log.info("the dtype comes from the config, not from the launcher: auto is float32 on a CPU")
+    if seeded := seeded_sources(config):
+        log.warning("RANDOM WEIGHTS (%s): the videos show noise, not what the prompts say", ", ".join(seeded))
+
+    outcome = run_batch(config, request.prompts, request.folder, world=world, device=device)
+    log.info("%d videos written, %d there before, %d failed", outcome.written, outcome.skipped, len(outcome.failures))
+    for failure in outcome.failures if world.is_main else ():
+        print(f"failed: line {failure.line}: {failure.reason} ({failure.text[:60]})", file=sys.stderr)
+    return 1 if outcome.failures else 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    world = World.from_environment()
+    # Progress is one process's to tell; an error of its own may come from any.
+    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
+    for library in ("httpx", "huggingface_hub", "transformers", "diffusers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        request = prepare(arguments)
+    except InputError as error:
+        if world.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        world.connect()
+        return run(request, world)
+    except InputError as error:
+        print(f"error: {error}" if world.is_main else f"error (process {world.rank}): {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    finally:
+        world.disconnect()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

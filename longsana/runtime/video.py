@@ -1,0 +1,144 @@
+"""An mp4 that is encoded in the background while the next frames are made."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+from torch import Tensor
+
+from longsana.runtime.errors import InputError, did_you_mean
+from longsana.runtime.files import move_into_place, partial_name
+
+PRESETS = (
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo",
+)  # fmt: skip
+MAX_CRF = 51
+WAITING = 2  # appended arrays held while the encoder is busy; then `append` waits
+
+
+def check_encoding(crf: int, preset: str) -> None:
+    """Raises InputError: crf or preset is not one of x264's."""
+    if preset not in PRESETS:
+        raise InputError(
+            f"video.preset={preset}: x264 has no such preset{did_you_mean(preset, PRESETS)}; "
+            f"known: {', '.join(PRESETS)}"
+        )
+    if not 0 <= crf <= MAX_CRF:
+        raise InputError(f"video.crf={crf}: must be 0 (lossless) to {MAX_CRF}")
+
+
+class VideoWriter:
+    """Writes H.264 (yuv420p) to `path`, which appears when the `with` block has ended well, synced to disk.
+
+    Until then the frames go to a hidden file beside it; an exception, in the block or in the encoder, removes that
+    file and leaves whatever was at `path` before. After the block `frames` and `size` (bytes) describe the file, so a
+    sidecar written next is there only if its video is.
+
+        with VideoWriter(path, fps=16, height=480, width=832, crf=18, preset="veryfast") as video:
+            for frames in chunks:
+                video.append(frames)
+        atomic_write_text(sidecar, ...)
+
+    height, width: even pixel counts. crf: 0 (lossless) to 51. preset: one of `PRESETS`.
+
+    Raises:
+        InputError: crf or preset is not one of x264's.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str | Path, fps: int, height: int, width: int, crf: int, preset: str) -> None:
+        check_encoding(crf, preset)
+        assert height % 2 == 0 and width % 2 == 0 and fps > 0, (height, width, fps)
+        self.path = Path(path)
+        self.frames = 0  # appended so far
+        self.size = 0  # bytes of the finished file
+        self._shape = (height, width, 3)
+        self._partial = partial_name(self.path)
+        # A Python file: av's own do not report a write error of the last buffer when they close.
+        self._file = open(self._partial, "wb")  # noqa: SIM115 - closed at the end of the with block
+        self._container = av.open(self._file, "w", format="mp4")
+        self._stream = self._container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": preset})
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        # Say what the conversion from RGB below uses; players guess by the picture's size otherwise.
+        self._stream.codec_context.colorspace = Colorspace.SMPTE170M
+        self._stream.codec_context.color_range = ColorRange.MPEG
+        self._queue: queue.Queue[np.ndarray | None] = queue.Queue(WAITING)
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._encode, name="video encoder", daemon=True)
+        self._thread.start()
+
+    def append(self, frames: Tensor | np.ndarray) -> None:
+        """Queue (F, H, W, 3) uint8 frames; they are copied. Waits while the encoder is behind.
+
+        Raises:
+            OSError and others: what went wrong in the encoder since the last call.
+        """
+        # np.array copies: the caller may fill the same buffer again before the encoder gets to it.
+        array = np.array(frames.cpu() if isinstance(frames, Tensor) else frames)
+        assert array.dtype == np.uint8 and array.shape[1:] == self._shape, (array.dtype, array.shape, self._shape)
+        self._queue.put(array)
+        self._raise_error()
+        self.frames += len(array)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopped = error is not None
+        self._queue.put(None)
+        self._thread.join()
+        try:
+            if error is None:
+                self._raise_error()
+                assert self.frames, "a video needs at least one frame"
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self.size = self._file.tell()
+                move_into_place(self._partial, self.path)
+        finally:
+            self._release()
+
+    def _encode(self) -> None:
+        """The thread. After an error it goes on emptying the queue, so that `append` never waits for a dead encoder."""
+        count = 0
+        while (array := self._queue.get()) is not None:
+            try:
+                for pixels in array:
+                    if self._error is not None or self._stopped:
+                        break
+                    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                    frame.pts = count
+                    self._container.mux(self._stream.encode(frame))
+                    count += 1
+            except BaseException as error:
+                self._error = error
+        try:
+            if count and self._error is None and not self._stopped:
+                self._container.mux(self._stream.encode(None))
+                self._container.close()
+        except BaseException as error:
+            self._error = error
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _release(self) -> None:
+        """Close and remove what is left; after success nothing is."""
+        # A video that is given up cannot be closed properly, and the reason is being raised already.
+        with contextlib.suppress(Exception):
+            self._container.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._partial.unlink(missing_ok=True)

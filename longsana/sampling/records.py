@@ -1,0 +1,84 @@
+"""What a finished video is, so that it is made once: the sidecar beside every mp4."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import longsana
+from longsana.config import InferenceConfig
+from longsana.data.prompts import Prompt
+from longsana.runtime.hub import file_sha256, locate
+from longsana.sampling.pipeline import resolve_dtype
+from longsana.sampling.request import SEEDED, SOURCES
+
+log = logging.getLogger(__name__)
+
+
+def video_name(prompt: Prompt) -> str:
+    return f"{prompt.line:05d}-{prompt.slug}.mp4"
+
+
+def source_digests(config: InferenceConfig) -> dict[str, str]:
+    """What the weights of each part are: SHA-256 of the file or folder, or the seed they are drawn from."""
+    digests = {}
+    for section, key in SOURCES.items():
+        uri: str = getattr(getattr(config, section), key)
+        if not uri.startswith(SEEDED):
+            digests[section] = file_sha256(locate(uri, f"{section}.{key}"))
+        elif section == "model":
+            digests[section] = uri
+        else:
+            digests[section] = SEEDED + file_sha256(locate(uri.removeprefix(SEEDED), f"{section}.{key}"))
+    return digests
+
+
+def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.device) -> dict[str, Any]:
+    """The config as it holds for one video: its own size, and dtypes instead of "auto"."""
+    settings = dataclasses.asdict(config)
+    settings["sampling"] |= {"height": prompt.height, "width": prompt.width}
+    for section, key in (("model", "dtype"), ("vae", "weight_dtype"), ("text_encoder", "dtype")):
+        settings[section][key] = str(resolve_dtype(settings[section][key], device)).removeprefix("torch.")
+    return settings
+
+
+def fingerprint(settings: Mapping[str, Any], prompt: Prompt, digests: Mapping[str, str]) -> str:
+    """SHA-256 of all that decides what a video shows: prompt, seed, settings and weights.
+
+    Where the weights lie, where the prompt stands and which prompts are sampled beside it decide nothing.
+    """
+    deciding = {section: dict(values) for section, values in settings.items()}
+    for section, key in SOURCES.items():
+        deciding[section][key] = digests[section]
+    for key in ("bs", "txt_file"):
+        del deciding["sampling"][key]
+    identity = [prompt.text, prompt.repetition, deciding]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def finished_videos(folder: Path) -> dict[str, str]:
+    """File names of the complete videos in a folder, and the fingerprint of each."""
+    finished = {}
+    for sidecar in sorted(folder.glob("*.json")):
+        video = sidecar.with_suffix(".mp4")
+        try:
+            record = json.loads(sidecar.read_text(encoding="utf-8"))
+            if video.stat().st_size == record["bytes"]:
+                finished[video.name] = record["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            log.info("%s does not describe a finished video; it will be made again", sidecar)
+    return finished
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "diffusers", "transformers", "av")
+    return {"longsana": longsana.__version__, "python": platform.python_version()} | {n: version(n) for n in names}

@@ -1,0 +1,106 @@
+"""What may be asked for: every check that needs no model, made before anything is loaded."""
+
+from __future__ import annotations
+
+from longsana.chunks import ChunkPlan
+from longsana.config import InferenceConfig
+from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts
+from longsana.encoders.geometry import geometry
+from longsana.flow.schedule import FlowSchedule
+from longsana.runtime.errors import InputError
+from longsana.runtime.hub import locate
+from longsana.runtime.video import check_encoding
+
+DISTILLED = "longlive_flow_euler"
+SEEDED = "seeded:"
+SOURCES = {"model": "load_from", "vae": "vae_pretrained", "text_encoder": "text_encoder_name"}
+"""The setting of each section that says where weights come from."""
+
+
+def chunk_plan(config: InferenceConfig) -> ChunkPlan:
+    """The chunks of every video of this config; the bidirectional base model samples its clip as one."""
+    frames = geometry(config.vae).latent_frames(config.sampling.num_frames)
+    distilled = config.scheduler.sampling_algo == DISTILLED
+    return ChunkPlan.split(frames, config.sampling.chunk_frames if distilled else frames)
+
+
+def check_config(config: InferenceConfig) -> None:
+    """Refuse settings that no video can be made with, before anything is loaded.
+
+    Raises:
+        InputError: the first one found, by name, with what would be right.
+    """
+    sampling, scheduler = config.sampling, config.scheduler
+    for name, value in (
+        ("sampling.chunk_frames", sampling.chunk_frames),
+        ("sampling.bs", sampling.bs),
+        ("sampling.fps", sampling.fps),
+        ("scheduler.num_inference_steps", scheduler.num_inference_steps),
+        ("vae.latents_per_call", config.vae.latents_per_call),
+    ):
+        if value < 1:
+            raise InputError(f"{name}={value}: must be at least 1")
+    if scheduler.sampling_algo == DISTILLED and sampling.cfg_scale != 1:
+        raise InputError(
+            f"cfg_scale={sampling.cfg_scale:g}: the distilled model ({DISTILLED}) was trained without guidance; "
+            "use --cfg_scale=1, or the base model with --sampling_algo=flow_euler"
+        )
+    if config.model.num_cached_blocks == 0 or config.model.num_cached_blocks < -1:
+        raise InputError(
+            f"model.num_cached_blocks={config.model.num_cached_blocks}: must be -1 (all of the past) or at least 1"
+        )
+    try:
+        FlowSchedule(scheduler.inference_flow_shift, scheduler.denoising_step_list)
+    except ValueError as error:
+        raise InputError(f"scheduler: {error}") from error
+    check_encoding(config.video.crf, config.video.preset)
+    vae = geometry(config.vae)
+    vae.latent_frames(sampling.num_frames)
+    if config.model.in_channels != vae.channels:
+        raise InputError(
+            f"model.in_channels={config.model.in_channels}: the latents of {config.vae.vae_type} have {vae.channels}"
+        )
+    check_size(config, sampling.height, sampling.width)
+
+
+def check_size(config: InferenceConfig, height: int, width: int) -> None:
+    patch = config.model.architecture().patch_size
+    geometry(config.vae).check_size(height, width, patch[1:])
+
+
+def select_prompts(config: InferenceConfig, start_index: int, end_index: int | None) -> list[Prompt]:
+    """Prompts [start_index, end_index) of the config's file, counted from 0, all fit to be sampled.
+
+    Raises:
+        InputError: the file, the range, or a line's size or parts are wrong.
+    """
+    sampling = config.sampling
+    path = locate(sampling.txt_file, "the prompt file")
+    prompts = read_prompts(
+        path, height=sampling.height, width=sampling.width, aspect_ratio_type=sampling.aspect_ratio_type
+    )
+    chunks = len(chunk_plan(config))
+    selected = prompts[start_index:end_index]
+    if start_index < 0 or (end_index is not None and end_index < 0) or not selected:
+        raise InputError(
+            f"--start_index {start_index} --end_index {end_index}: selects none of the {len(prompts)} prompts in {path}"
+        )
+    for prompt in selected:
+        try:
+            check_size(config, prompt.height, prompt.width)
+            _check_parts(config, prompt, chunks)
+        except InputError as error:
+            raise InputError(f"{path}, line {prompt.line}: {error}") from error
+    return selected
+
+
+def _check_parts(config: InferenceConfig, prompt: Prompt, chunks: int) -> None:
+    if len(prompt.parts) > 1 and config.scheduler.sampling_algo != DISTILLED:
+        raise InputError(f"parts between '<split>' need the streaming sampler ({DISTILLED})")
+    parts_per_chunk(len(prompt.parts), chunks)
+
+
+def seeded_sources(config: InferenceConfig) -> list[str]:
+    """The settings, as `section.key=value`, that ask for random weights."""
+    settings = {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in SOURCES.items()}
+    return [f"{name}={uri}" for name, uri in settings.items() if uri.startswith(SEEDED)]

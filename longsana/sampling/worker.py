@@ -1,0 +1,218 @@
+"""What one process does with its share of a batch of videos."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from longsana.data.prompts import Prompt, with_motion_score
+from longsana.encoders.text import GemmaTextEncoder
+from longsana.runtime.clock import Clock
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import atomic_write_text
+from longsana.runtime.video import VideoWriter
+from longsana.sampling.pipeline import Caption, Frames, VideoPipeline
+from longsana.sampling.records import versions
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make, at `path`, with what its sidecar says of it."""
+
+    prompt: Prompt
+    path: Path
+    record: dict[str, Any]
+
+
+class Failure(NamedTuple):
+    line: int
+    text: str
+    reason: str
+
+
+def batches_of(jobs: Sequence[Job], size: int) -> list[list[Job]]:
+    """Jobs of one video size together, at most `size` at a time."""
+
+    def video_size(job: Job) -> tuple[int, int]:
+        return job.prompt.height, job.prompt.width
+
+    batches = []
+    for _, group in groupby(sorted(jobs, key=video_size), key=video_size):
+        same = list(group)
+        batches += [same[i : i + size] for i in range(0, len(same), size)]
+    return batches
+
+
+class Worker:
+    """Makes this process's share of `jobs`, the videos of all processes."""
+
+    def __init__(self, pipeline: VideoPipeline, jobs: Sequence[Job], world: World) -> None:
+        self.pipeline = pipeline
+        self.jobs = jobs
+        self.world = world
+        self.failures: list[Failure] = []
+        self.written = 0
+        # tqdm's None: no bar where there is no terminal.
+        self.no_bar = None if world.is_main else True
+
+    def run(self) -> None:
+        """Make them, `sampling.bs` of one size at a time; see `failures` and `written` for what came of it."""
+        batches = batches_of(self.jobs, self.pipeline.config.sampling.bs)[self.world.rank :: self.world.size]
+        if not batches:
+            return
+        captions = self._encode([job for batch in batches for job in batch])
+        if not captions:
+            return
+        self.pipeline.load()
+        left = deque([job for job in batch if job.path in captions] for batch in batches)
+        with tqdm(total=len(captions), desc="prompts", unit="video", disable=self.no_bar) as bar:
+            while left:
+                batch = left.popleft()
+                try:
+                    self._make(batch, captions)
+                except Exception as error:
+                    _stop_if_out_of_memory(error, batch)
+                    if len(batch) > 1:  # the fault of one is not the others': each on its own, with the same noise
+                        left.extendleft([job] for job in reversed(batch))
+                        continue
+                    self._fail(batch[0], error)
+                bar.update(len(batch))
+
+    def _encode(self, jobs: Sequence[Job]) -> dict[Path, tuple[Caption, float]]:
+        """Captions by path, and the seconds each took."""
+        captions = {}
+        with self.pipeline.text_encoder() as encoder:
+            if self.world.is_main:
+                self._warn_of_long_prompts(encoder)
+            for job in tqdm(jobs, desc="captions", unit="prompt", disable=self.no_bar, leave=False):
+                clock = Clock()
+                try:
+                    with clock.part("text"):
+                        caption = self.pipeline.encode(encoder, job.prompt)
+                    captions[job.path] = (caption, clock.seconds()["text"])
+                except Exception as error:
+                    _stop_if_out_of_memory(error, [job])
+                    self._fail(job, error)
+        return captions
+
+    def _warn_of_long_prompts(self, encoder: GemmaTextEncoder) -> None:
+        score = self.pipeline.config.sampling.motion_score
+        for job in self.jobs:
+            for part in job.prompt.parts:
+                if surplus := encoder.overflow(with_motion_score(part, score)):
+                    log.warning("line %d: too long by %d tokens; its end is cut off", job.prompt.line, surplus)
+
+    def _make(self, batch: Sequence[Job], captions: dict[Path, tuple[Caption, float]]) -> None:
+        pipeline, config = self.pipeline, self.pipeline.config
+        device_clock, host_clock = Clock(pipeline.device), Clock()
+        digests = [hashlib.sha256() for _ in batch]
+        _reset_peak_memory(pipeline.device)
+        started = time.perf_counter()
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(
+                    VideoWriter(
+                        job.path,
+                        fps=config.sampling.fps,
+                        height=job.prompt.height,
+                        width=job.prompt.width,
+                        crf=config.video.crf,
+                        preset=config.video.preset,
+                    )
+                )
+                for job in batch
+            ]
+            samples = pipeline.sample(
+                [job.prompt for job in batch], [captions[job.path][0] for job in batch], device_clock
+            )
+            for pixels in self._progress(samples, digests):
+                with host_clock.part("write"):
+                    for writer, video in zip(writers, pixels, strict=True):
+                        writer.append(video)
+            with host_clock.part("write"):
+                stack.close()  # finishes the files
+        wall = time.perf_counter() - started
+        timings = {
+            "text": sum(captions[job.path][1] for job in batch),
+            **device_clock.seconds(),
+            **host_clock.seconds(),
+            "wall": wall,
+            "fps": len(batch) * config.sampling.num_frames / wall,
+        }
+        for job, writer, digest in zip(batch, writers, digests, strict=True):
+            record = job.record | {
+                "bytes": writer.size,
+                "latents_sha256": digest.hexdigest(),
+                "timings": {name: round(seconds, 4) for name, seconds in timings.items()},
+                "batch": len(batch),
+                "memory": _memory(pipeline.device),
+                "machine": _machine(pipeline.device, self.world),
+                "versions": versions(),
+            }
+            atomic_write_text(job.path.with_suffix(".json"), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            self.written += 1
+            log.info("%s: %d frames in %.1f s, %.1f FPS", job.path, writer.frames, wall, timings["fps"])
+
+    def _progress(self, samples: Iterator[Frames], digests: Sequence[Any]) -> Iterator[Tensor]:
+        """Pixels, with a bar over the latent frames and a digest of the latents kept on the way."""
+        plan = self.pipeline.plan
+        with tqdm(total=len(plan), desc="chunks", unit="chunk", disable=self.no_bar, leave=False) as bar:
+            started, count = time.perf_counter(), 0
+            for frames in samples:
+                for digest, latents in zip(digests, frames.latents.cpu(), strict=True):
+                    digest.update(latents.numpy().tobytes())
+                yield frames.pixels
+                count += frames.pixels.shape[0] * frames.pixels.shape[1]
+                bar.update(frames.chunk + 1 - bar.n)
+                bar.set_postfix_str(f"{count / (time.perf_counter() - started):.1f} FPS")
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        log.error("line %d failed: %s", job.prompt.line, error, exc_info=error)
+        self.failures.append(Failure(job.prompt.line, job.prompt.text, f"{type(error).__name__}: {error}"))
+
+
+def _stop_if_out_of_memory(error: Exception, batch: Sequence[Job]) -> None:
+    # The CPU's allocator raises a plain RuntimeError.
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        return
+    prompt = batch[0].prompt
+    raise InputError(
+        f"line {prompt.line}: {len(batch)} video{'s' if len(batch) > 1 else ''} of {prompt.height}x{prompt.width} "
+        "at a time do not fit in memory; lower --bs, --height and --width, or vae.latents_per_call"
+    ) from error
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _memory(device: torch.device) -> dict[str, int]:
+    """Bytes: this process's memory now, and the most that tensors took on the GPU during this video."""
+    memory = {"host_rss": psutil.Process().memory_info().rss}
+    if device.type == "cuda":
+        memory["gpu_peak_allocated"] = torch.cuda.max_memory_allocated(device)
+        memory["gpu_peak_reserved"] = torch.cuda.max_memory_reserved(device)
+    return memory
+
+
+def _machine(device: torch.device, world: World) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "threads": torch.get_num_threads(), "processes": world.size}
