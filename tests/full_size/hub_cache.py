@@ -1,0 +1,111 @@
+"""Fill a hub cache with random weights in the published layouts, so that the published command runs without a hub.
+
+    python tests/full_size/hub_cache.py /tmp/hub            # 2B: about 15 GB and a minute on a GPU machine
+    HF_HUB_CACHE=/tmp/hub HF_HUB_OFFLINE=1 accelerate launch ...
+
+The names, key names, shapes and dtypes are those of the published files; the numbers are random and the tokenizer is
+the small one of the shapes world, so the videos show noise at the true cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from longsana.config import ModelConfig
+from longsana.encoders.vae import to_original_layout
+from longsana.models.dit import LongSanaDiT
+from longsana.models.weights import save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+OWNER = "Efficient-Large-Model"
+REVISION = "0" * 40
+
+
+def snapshot(cache: Path, repo: str) -> Path:
+    """The folder that the hub's client takes for the newest revision of `OWNER/repo`."""
+    folder = cache / f"models--{OWNER}--{repo}"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(REVISION)
+    path = folder / "snapshots" / REVISION
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, rng: torch.Generator) -> None:
+    """Weights of every kind non-zero, and activations of ordinary size."""
+    for name, weight in module.named_parameters():
+        if name.endswith(("norm.weight", "gamma")):
+            weight.fill_(1.0)
+        else:
+            fan_in = weight[0].numel() if weight.dim() > 1 else 400
+            weight.normal_(0.0, 0.5 / math.sqrt(fan_in), generator=rng)
+
+
+def write_network(path: Path, config: ModelConfig, device: str, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        model = LongSanaDiT(config)
+    model.to_empty(device=device)
+    randomise(model, torch.Generator(device).manual_seed(seed))
+    model.text_embed.null_tokens.zero_()
+    weights: dict[str, Tensor] = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    save_checkpoint(weights, path, layout="upstream", config=config)
+
+
+def write_vae(path: Path, device: str) -> None:
+    from diffusers import AutoencoderKLWan
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = AutoencoderKLWan().to(device)
+    randomise(model, torch.Generator(device).manual_seed(1))
+    torch.save({name: tensor.cpu() for name, tensor in to_original_layout(model.state_dict()).items()}, path)
+
+
+def write_text_encoder(folder: Path, device: str) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=256000,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        query_pre_attn_scalar=256,
+    )
+    torch.manual_seed(2)
+    with torch.device(device):
+        model = Gemma2ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "asset" / "shapes" / "text_encoder" / name, folder / name)
+
+
+def build(cache: Path, *, base: bool = True) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    distilled = snapshot(cache, "SANA-Video_2B_480p_LongLive") / "checkpoints" / "SANA_Video_2B_480p_LongLive.pth"
+    write_network(distilled, ModelConfig(), device, seed=0)
+    repo = snapshot(cache, "SANA-Video_2B_480p")
+    if base:
+        write_network(repo / "checkpoints" / "SANA_Video_2B_480p.pth", ModelConfig(), device, seed=3)
+    write_vae(repo / "vae" / "Wan2.1_VAE.pth", device)
+    write_text_encoder(snapshot(cache, "gemma-2-2b-it"), device)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path, help="folder to fill; use it as HF_HUB_CACHE")
+    parser.add_argument("--no_base", action="store_true", help="leave the bidirectional base model out")
+    options = parser.parse_args()
+    build(options.cache, base=not options.no_base)
