@@ -49,31 +49,26 @@ def locate(uri: str, what: str, part: str = "") -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 in hex of a file, or of the names and digests of the weights and configs in a folder.
+    """SHA-256 in hex of a file; for a folder or an index of shards, of the names and digests of its files.
 
-    Digests are remembered by path, size, modification time and inode, so that gigabytes are read once.
+    A folder's files are its weights and configs. Digests are remembered by path, size, modification time and inode, so
+    that gigabytes are read once.
 
     Raises:
-        InputError: `path` does not exist, or is a folder without weights or configs.
+        InputError: `path` does not exist, lacks a shard, or is a folder without weights or configs.
     """
-    known = _read_digests()
-    before = dict(known)
     if path.is_dir():
-        files = sorted(
-            (file for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES and file.is_file()),
-            key=lambda file: file.relative_to(path).as_posix(),
-        )
+        files = [file for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
         if not files:
             raise InputError(f"{path}: no weights or configs in this folder")
-        lines = (f"{_digest(file, known)}  {file.relative_to(path).as_posix()}\n" for file in files)
-        result = hashlib.sha256("".join(lines).encode()).hexdigest()
-    elif path.is_file():
-        result = _digest(path, known)
-    else:
+        names = sorted(file.relative_to(path).as_posix() for file in files)
+        return _digest_of_names(path, names)
+    if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
-    if known != before:
-        _write_digests(known)
-    return result
+    if path.name.endswith(INDEX_SUFFIX):
+        return _digest_of_names(path.parent, [path.name, *shards_of(path)])
+    (digest,) = _digests([path])
+    return digest
 
 
 def _fetch(uri: str, what: str, part: str) -> Path:
@@ -177,8 +172,25 @@ def _explain(error: Exception, uri: str, what: str, repo: str, inside: str) -> I
     return InputError(f"{what}: '{uri}': {reason}")
 
 
+def _digest_of_names(folder: Path, names: list[str]) -> str:
+    digests = _digests([folder / name for name in names])
+    lines = "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _digests(files: list[Path]) -> list[str]:
+    known = _read_digests()
+    before = dict(known)
+    digests = [_digest(file, known) for file in files]
+    if known != before:
+        _write_digests(known)
+    return digests
+
+
 def _digest(path: Path, known: dict[str, Any]) -> str:
     resolved = path.resolve()
+    if not resolved.is_file():
+        raise InputError(f"{path}: no such file, but its index lists it; download it again")
     status = resolved.stat()  # before reading: a file that changes meanwhile is not taken for the one that was read
     stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
     entry = known.get(str(resolved))

@@ -295,6 +295,20 @@ def test_digest_of_a_folder(tmp_path: Path, digests: Path) -> None:
         file_sha256(tmp_path / "8")
 
 
+def test_digest_of_an_index_covers_its_shards(tmp_path: Path, digests: Path) -> None:
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}))
+    (tmp_path / "m-1.safetensors").write_text("1")
+    with pytest.raises(InputError, match=r"m-2\.safetensors: no such file"):
+        file_sha256(index)
+    (tmp_path / "m-2.safetensors").write_text("2")
+    first = file_sha256(index)
+    (tmp_path / "other.safetensors").write_text("3")
+    assert file_sha256(index) == first
+    (tmp_path / "m-2.safetensors").write_text("two")
+    assert file_sha256(index) != first
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"PATH": 3}', '{"PATH": {"stamp": [1]}}', "\udcff"])
 def test_damaged_memory_is_rebuilt(damage: str, tmp_path: Path, digests: Path) -> None:
     file = tmp_path / "a.pth"
