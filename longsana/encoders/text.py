@@ -200,7 +200,9 @@ _ATTENTION = "eager"
 def _load_model(folder: Path, config: Gemma2Config, dtype: torch.dtype) -> Gemma2Model:
     from safetensors import SafetensorError
     from transformers import Gemma2Model
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # loading takes a second; the command has its own bars
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder}: no *.safetensors weights; for random ones use text_encoder_name=seeded:{folder}")
     try:

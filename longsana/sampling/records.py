@@ -17,6 +17,7 @@ import torch
 import longsana
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
+from longsana.models.checkpoint_files import PIPELINE_PART
 from longsana.runtime.hub import file_sha256, locate
 from longsana.sampling.pipeline import resolve_dtype
 from longsana.sampling.request import SEEDED, SOURCES
@@ -34,7 +35,8 @@ def source_digests(config: InferenceConfig) -> dict[str, str]:
     for section, key in SOURCES.items():
         uri: str = getattr(getattr(config, section), key)
         if not uri.startswith(SEEDED):
-            digests[section] = file_sha256(locate(uri, f"{section}.{key}"))
+            part = PIPELINE_PART if section == "model" else ""
+            digests[section] = file_sha256(locate(uri, f"{section}.{key}", part=part))
         elif section == "model":
             digests[section] = uri
         else:

@@ -1,0 +1,116 @@
+"""The command as processes: several of them, killed, with a full disk, under the published launchers."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, SCRIPT, SMALL, assert_whole, latents, launch, sidecars
+
+Prompts = Callable[..., Path]
+LINES = ["a red circle", "a blue square", "a red circle", "a green star", "a cyan ring"]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_makes_the_same_latents(
+    processes: int, command: Callable[..., int], prompts: Prompts, tmp_path: Path
+) -> None:
+    path = prompts(*LINES)
+    assert command("--txt_file", path) == 0
+    many = launch(
+        *("--txt_file", path, "--work_dir", tmp_path / "many"),
+        launcher=("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
+    )
+    assert many.returncode == 0, many.stderr
+    folder = tmp_path / "many" / "prompts"
+    assert_whole(folder, len(LINES))
+    assert {record["machine"]["processes"] for record in sidecars(folder)} == {processes}
+    assert latents(folder) == latents(tmp_path / "out" / "videos")
+    # Only the first process speaks, and without bars where there is no terminal.
+    assert many.stderr.count(f"{len(LINES)} videos written") == 1
+    assert "\r" not in many.stderr
+
+
+def test_kill_at_any_moment_and_go_on(prompts: Prompts, tmp_path: Path) -> None:
+    lines = [f"{count} red circles" for count in range(12)]
+    arguments = ["--txt_file", str(prompts(*lines)), "--work_dir", str(tmp_path), "--num_frames", "33"]
+    folder = tmp_path / "prompts"
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *SMALL, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("0*.mp4"))) < 3 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {record["name"]: (folder / f"{record['name']}.mp4").stat().st_mtime_ns for record in sidecars(folder)}
+    assert 2 <= len(done) < len(lines)
+
+    again = launch(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert_whole(folder, len(lines), frames=33)
+    assert {name: (folder / f"{name}.mp4").stat().st_mtime_ns for name in done} == done
+
+
+def test_disk_full(prompts: Prompts, tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+
+    full = launch(
+        *("--txt_file", prompts("a red circle", "a blue square"), "--work_dir", tmp_path),
+        preexec_fn=limit,
+    )
+    assert full.returncode == 1, full.stderr
+    assert full.stderr.count("failed: line") == 2
+    assert not list((tmp_path / "prompts").iterdir())
+
+
+def test_accelerate_launch(prompts: Prompts, tmp_path: Path) -> None:
+    """Its mixed precision is not ours; its OMP_NUM_THREADS=1 neither."""
+    done = launch(
+        *("--txt_file", prompts("a red circle"), "--work_dir", tmp_path, "--threads", "2"),
+        launcher=("accelerate.commands.launch", "--mixed_precision=bf16", "--cpu", "--num_processes=1"),
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = sidecars(tmp_path / "prompts")
+    assert record["config"]["model"]["dtype"] == "float32"
+    assert record["machine"]["threads"] == 2
+    assert done.stderr.count("the dtype comes from the config") == 1
+
+
+def test_default_threads_are_the_usable_cores(prompts: Prompts, tmp_path: Path) -> None:
+    arguments = [word for word in SMALL if word not in ("--threads", "1")]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *arguments, "--txt_file", prompts("a red circle"), "--work_dir", tmp_path],
+        cwd=tmp_path,  # the command works from anywhere
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    assert done.returncode == 0
+    (record,) = sidecars(tmp_path / "prompts")
+    assert record["machine"]["threads"] == len(os.sched_getaffinity(0))
+
+
+def test_host_memory_does_not_grow_with_length(prompts: Prompts, tmp_path: Path) -> None:
+    """Twice as long, the same memory: what is kept of 400 more frames of 32 x 48 pixels would be 1.8 MB each way."""
+    rss = {}
+    for frames in (401, 801):
+        done = launch(
+            *("--txt_file", prompts("a red circle"), "--work_dir", tmp_path / str(frames), "--num_frames", frames)
+        )
+        assert done.returncode == 0, done.stderr
+        (record,) = sidecars(tmp_path / str(frames) / "prompts")
+        rss[frames] = record["memory"]["host_rss"]
+    assert rss[801] <= 1.03 * rss[401], rss
