@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,7 +26,9 @@ from longsana.encoders.geometry import VAEGeometry, geometry
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.hub import locate
 
+Model: TypeAlias = Any  # an AutoencoderKLWan; diffusers' type hints do not say that it is a module
 SEED = 0  # of `seeded:` weights
+WIDTH = 96  # base_dim of the published VAE
 
 
 class DecodeCache(NamedTuple):
@@ -48,7 +49,7 @@ class DecodeCache(NamedTuple):
 class WanVAE:
     """Encoder and decoder with frozen weights; no call leaves anything behind on the object."""
 
-    def __init__(self, model: AutoencoderKLWan, shape: VAEGeometry, latents_per_call: int) -> None:
+    def __init__(self, model: Model, shape: VAEGeometry, latents_per_call: int) -> None:
         self.model = model
         self.geometry = shape
         self.latents_per_call = latents_per_call
@@ -64,9 +65,9 @@ class WanVAE:
         Raises:
             InputError: nothing is there, it cannot be read, or its tensors are not exactly those of a Wan 2.1 VAE.
         """
-        if config.latents_per_call < 1:
-            raise InputError(f"vae.latents_per_call={config.latents_per_call}: must be at least 1")
+        assert config.latents_per_call > 0
         source, what = config.vae_pretrained, "vae.vae_pretrained"
+        name_in_file: Callable[[str], str] = str
         if source.startswith("seeded:"):
             model = _empty_model(_read_config(locate(source.removeprefix("seeded:"), what)), source)
             weights = _seeded_weights(model)
@@ -74,12 +75,15 @@ class WanVAE:
             model = _empty_model(_read_config(path), source)
             weights = _read_weights(_only_safetensors(path))
         else:
-            weights = _from_original_layout(_read_weights(path), source)
-            model = _empty_model({"base_dim": _base_dim(weights)}, source)
+            weights = _read_weights(path)  # the original layout; it comes without a config file
+            model = _empty_model({"base_dim": _width(weights)}, source)
+            name_in_file = _original_name
         shape = geometry(config)
         _check_geometry(model, shape, source)
-        _assign(model, weights, source)
-        model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        weights = _renamed(weights, model, source, name_in_file)
+        on_device = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
+        model.load_state_dict(on_device, strict=True, assign=True)
+        model.eval().requires_grad_(False)
         if model.device.type == "cpu":
             # Twice as fast on two cores (18 against 38 ms a frame of 160 x 96, base_dim 12, five latents a call).
             _to_channels_last(model)
@@ -134,7 +138,7 @@ class WanVAE:
 
     def _decode_group(self, latents: Tensor, features: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         decoder = self.model.decoder
-        # diffusers replaces the entries of this list and never writes into their tensors: the caller's stay as they are.
+        # diffusers replaces the entries of this list and never writes into their tensors: the caller's stay.
         entries: list[Any] = [None] * len(list(decoder.modules())) if features is None else list(features)
         x = self.model.post_quant_conv(self._denormalise(latents))
         frames = decoder(x, feat_cache=entries, feat_idx=[0], first_chunk=features is None)
@@ -205,6 +209,16 @@ def _settle(entries: list[Any]) -> list[Tensor]:
     return settled
 
 
+class _FrameByFrame(nn.Conv3d):
+    """A 1x1x1 convolution whose result for a frame does not depend on how many others come with it.
+
+    diffusers applies this one to the whole clip, and kernels round differently for different sizes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(_FrameByFrame, self).forward(frame) for frame in x.split(1, dim=2)], dim=2)
+
+
 def _per_channel(values: list[float], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
 
@@ -216,15 +230,17 @@ def _to_channels_last(model: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
 
 
-def _empty_model(shape: dict[str, Any], source: str) -> AutoencoderKLWan:
+def _empty_model(shape: dict[str, Any], source: str) -> Model:
     try:
         with torch.device("meta"):
-            return AutoencoderKLWan(**shape)
+            model: Model = AutoencoderKLWan(**shape)
+            model.post_quant_conv = _FrameByFrame(model.z_dim, model.z_dim, 1)
+            return model
     except Exception as error:  # whatever a layer raises on sizes that make no network
         raise InputError(f"{source}: its config makes no Wan VAE: {_one_line(error)}") from error
 
 
-def _check_geometry(model: AutoencoderKLWan, shape: VAEGeometry, source: str) -> None:
+def _check_geometry(model: Model, shape: VAEGeometry, source: str) -> None:
     found = model.config
     strides = VAEGeometry(found.z_dim, 2 ** sum(found.temperal_downsample), 2 ** (len(found.dim_mult) - 1))
     if strides != shape or found.patch_size is not None or (found.in_channels, found.out_channels) != (3, 3):
@@ -233,8 +249,8 @@ def _check_geometry(model: AutoencoderKLWan, shape: VAEGeometry, source: str) ->
             f"{found.in_channels} -> {found.out_channels} colours; needed are {shape}, no patches, 3 -> 3"
         )
     for name in ("latents_mean", "latents_std"):
-        if len(found[name]) != shape.channels:
-            raise InputError(f"{source}: {name} has {len(found[name])} entries, not {shape.channels}")
+        if len(found[name]) != shape.channels or not all(map(math.isfinite, found[name])):
+            raise InputError(f"{source}: {name} must be {shape.channels} finite numbers")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -270,7 +286,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
-    except (SafetensorError, Exception) as error:  # a damaged file can raise anything
+    except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{path}: cannot be read as weights: {_one_line(error)}") from error
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
@@ -279,36 +295,30 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def _from_original_layout(weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    try:
-        converted: dict[str, Tensor] = convert_wan_vae_to_diffusers(weights)
-    except (ValueError, IndexError) as error:  # of names that only begin like the VAE's
-        raise InputError(f"{source}: not a Wan 2.1 VAE: {_one_line(error)}") from error
-    return converted
+def _width(weights: dict[str, Tensor]) -> int:
+    """base_dim of weights in the original layout; all else about it is fixed. As published where it is not there."""
+    first = weights.get("encoder.conv1.bias")
+    return WIDTH if first is None or first.numel() == 0 else first.numel()
 
 
-def _base_dim(weights: dict[str, Tensor]) -> int:
-    """The width of the network; all else about the original layout is fixed. 96 as published when it is not there."""
-    first = weights.get("encoder.conv_in.bias")
-    return 96 if first is None or first.numel() == 0 else first.numel()
-
-
-def _assign(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Put `weights` into an empty model, all of them or none."""
-    needed = model.state_dict()
+def _renamed(
+    weights: dict[str, Tensor], model: nn.Module, source: str, name_in_file: Callable[[str], str]
+) -> dict[str, Tensor]:
+    """`weights` under the model's names, if they are all of its weights; `name_in_file` turns its names into theirs."""
+    needed = {name_in_file(name): (name, tensor.shape) for name, tensor in model.state_dict().items()}
     complaints = {
         "missing": [name for name in needed if name not in weights],
         "unknown": [name for name in weights if name not in needed],
         "misshapen": [
-            f"{name} {tuple(weights[name].shape)} for {tuple(needed[name].shape)}"
-            for name in needed
-            if name in weights and weights[name].shape != needed[name].shape
+            f"{name} {tuple(weights[name].shape)} for {tuple(shape)}"
+            for name, (_, shape) in needed.items()
+            if name in weights and weights[name].shape != shape
         ],
     }
     if any(complaints.values()):
         listed = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in complaints.items() if names)
         raise InputError(f"{source}: not the weights of this VAE: {listed}")
-    model.load_state_dict(weights, strict=True, assign=True)
+    return {needed[name][0]: tensor for name, tensor in weights.items()}
 
 
 def _seeded_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class VideoWriter:
 
     def __init__(self, path: str | Path, fps: int, height: int, width: int, crf: int, preset: str) -> None:
         check_encoding(crf, preset)
-        assert height % 2 == 0 and width % 2 == 0 and fps > 0, (height, width, fps)
+        assert height % 2 == width % 2 == 0, (height, width)
         self.path = Path(path)
         self.frames = 0  # appended so far
         self.size = 0  # bytes of the finished file
@@ -64,12 +64,19 @@ class VideoWriter:
         self._partial = partial_name(self.path)
         # A Python file: av's own do not report a write error of the last buffer when they close.
         self._file = open(self._partial, "wb")  # noqa: SIM115 - closed at the end of the with block
-        self._container = av.open(self._file, "w", format="mp4")
-        self._stream = self._container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": preset})
-        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
-        # Say what the conversion from RGB below uses; players guess by the picture's size otherwise.
-        self._stream.codec_context.colorspace = Colorspace.SMPTE170M
-        self._stream.codec_context.color_range = ColorRange.MPEG
+        try:
+            self._container = av.open(self._file, "w", format="mp4")
+            options = {"crf": str(crf), "preset": preset}
+            self._stream = self._container.add_stream("libx264", rate=fps, options=options)
+            self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+            # Say what the conversion from RGB uses; players guess by the picture's size otherwise.
+            self._stream.codec_context.colorspace = Colorspace.SMPTE170M
+            self._stream.codec_context.color_range = ColorRange.MPEG
+            self._container.start_encoding()
+        except BaseException:
+            self._file.close()
+            self._partial.unlink()
+            raise
         self._queue: queue.Queue[np.ndarray | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self._stopped = False
@@ -83,8 +90,8 @@ class VideoWriter:
             OSError and others: what went wrong in the encoder since the last call.
         """
         # np.array copies: the caller may fill the same buffer again before the encoder gets to it.
-        array = np.array(frames.cpu() if isinstance(frames, Tensor) else frames)
-        assert array.dtype == np.uint8 and array.shape[1:] == self._shape, (array.dtype, array.shape, self._shape)
+        array = np.array(frames.numpy(force=True) if isinstance(frames, Tensor) else frames, order="C")
+        assert (array.dtype, array.shape[1:]) == (np.uint8, self._shape), (array.dtype, array.shape)
         self._queue.put(array)
         self._raise_error()
         self.frames += len(array)

@@ -1,0 +1,289 @@
+"""Videos and texts appear whole or not at all, and no error of the encoder is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from longsana.runtime import files
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import atomic_write_text
+from longsana.runtime.video import WAITING, VideoWriter
+
+HEIGHT, WIDTH = 64, 96
+
+
+def open_writer(path: Path, crf: int = 18, preset: str = "ultrafast") -> VideoWriter:
+    return VideoWriter(path, fps=16, height=HEIGHT, width=WIDTH, crf=crf, preset=preset)
+
+
+def smooth(count: int) -> np.ndarray:
+    """Colour ramps that move; (count, H, W, 3) uint8."""
+    t, y, x = np.mgrid[0:count, 0:HEIGHT, 0:WIDTH]
+    return np.stack([x * 255 // (WIDTH - 1), y * 255 // (HEIGHT - 1), (t * 8) % 256], axis=-1).astype(np.uint8)
+
+
+def noise(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def read(path: Path) -> np.ndarray:
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    pictures = smooth(23)
+    with open_writer(tmp_path / "a.mp4") as video:
+        video.append(pictures[:11])
+        video.append(torch.from_numpy(pictures[11:12]))
+        video.append(torch.from_numpy(pictures[12:]).flip(2).flip(2).transpose(1, 2).contiguous().transpose(1, 2))
+        assert not (tmp_path / "a.mp4").exists()
+    assert os.listdir(tmp_path) == ["a.mp4"]
+    assert video.frames == 23
+    assert video.size == (tmp_path / "a.mp4").stat().st_size > 0
+    error = read(tmp_path / "a.mp4").astype(float) - pictures
+    # Each channel by itself: a wrong colour matrix or range shifts some of them by 5 and more.
+    assert np.abs(error.mean(axis=(0, 1, 2))).max() < 2
+    assert np.sqrt((error**2).mean()) < 5
+
+
+def test_the_stream_says_what_it_is(tmp_path: Path) -> None:
+    with open_writer(tmp_path / "a.mp4") as video:
+        video.append(smooth(5))
+    with av.open(tmp_path / "a.mp4") as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.width, stream.height, stream.frames) == (WIDTH, HEIGHT, 5)
+        assert stream.average_rate == 16
+        assert stream.duration * stream.time_base == Fraction(5, 16)
+        assert stream.codec_context.colorspace in (5, 6)  # BT.601, as swscale converts
+
+
+def test_crf_and_preset_reach_the_encoder(tmp_path: Path) -> None:
+    sizes = {}
+    for crf, preset in ((10, "veryfast"), (40, "veryfast"), (10, "ultrafast")):
+        with open_writer(tmp_path / "a.mp4", crf, preset) as video:
+            video.append(noise(8))
+        sizes[crf, preset] = video.size
+    assert sizes[40, "veryfast"] < sizes[10, "veryfast"] / 2
+    assert sizes[10, "ultrafast"] != sizes[10, "veryfast"]
+
+
+@pytest.mark.parametrize(
+    ("crf", "preset", "message"),
+    [(18, "veryfest", "did you mean 'veryfast'"), (52, "fast", "crf=52"), (-1, "fast", "crf=-1")],
+)
+def test_settings_x264_does_not_know(tmp_path: Path, crf: int, preset: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_writer(tmp_path / "a.mp4", crf, preset)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_same_frames_make_the_same_bytes(tmp_path: Path) -> None:
+    for name, cuts in (("a.mp4", 1), ("b.mp4", 4)):
+        with open_writer(tmp_path / name, preset="veryfast") as video:
+            for part in np.array_split(noise(12), cuts):
+                video.append(part)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_the_caller_may_reuse_its_buffer(tmp_path: Path) -> None:
+    pictures = smooth(40)
+    buffer = np.empty_like(pictures[:8])
+    with open_writer(tmp_path / "a.mp4") as video:
+        for i in range(0, 40, 8):
+            buffer[:] = pictures[i : i + 8]
+            video.append(buffer)
+            buffer[:] = 255 - buffer
+    assert np.abs(read(tmp_path / "a.mp4").astype(float) - pictures).mean() < 5
+
+
+def test_an_error_in_the_block_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="of the caller"), open_writer(tmp_path / "a.mp4") as video:  # noqa: PT012
+        video.append(smooth(9))
+        raise KeyError("of the caller")
+    assert os.listdir(tmp_path) == []
+    assert not video._thread.is_alive()
+
+
+def test_an_error_keeps_the_video_that_was_there(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"older")
+    with pytest.raises(KeyError), open_writer(tmp_path / "a.mp4") as video:  # noqa: PT012
+        video.append(smooth(9))
+        raise KeyError
+    assert (tmp_path / "a.mp4").read_bytes() == b"older"
+    assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+def test_a_video_without_frames_is_no_video(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="at least one frame"), open_writer(tmp_path / "a.mp4"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("wrong", [smooth(2)[:, :-2], smooth(2).astype(np.float32), smooth(2)[0]])
+def test_frames_of_another_kind_are_refused(tmp_path: Path, wrong: np.ndarray) -> None:
+    with pytest.raises(AssertionError), open_writer(tmp_path / "a.mp4") as video:
+        video.append(wrong)
+
+
+def test_a_missing_folder_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_writer(tmp_path / "none" / "a.mp4")
+
+
+def test_appending_waits_for_the_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    convert = av.VideoFrame.from_ndarray
+
+    def held(*args: object, **rest: object) -> av.VideoFrame:
+        go.wait()
+        return convert(*args, **rest)
+
+    monkeypatch.setattr("longsana.runtime.video.av.VideoFrame", type("Held", (), {"from_ndarray": staticmethod(held)}))
+    with open_writer(tmp_path / "a.mp4") as video:
+        producer = threading.Thread(target=lambda: [video.append(smooth(1)) for _ in range(8)])
+        producer.start()
+        producer.join(timeout=0.5)
+        assert producer.is_alive()
+        assert video.frames <= WAITING + 1
+        go.set()
+        producer.join(timeout=20)
+    assert video.frames == 8
+    assert len(read(tmp_path / "a.mp4")) == 8
+
+
+@pytest.mark.parametrize("at", [0, 3, 39])
+def test_an_encoder_error_reaches_a_producer_that_is_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    seen = appended = 0
+    convert = av.VideoFrame.from_ndarray
+    caught: list[BaseException] = []
+
+    def failing(*args: object, **rest: object) -> av.VideoFrame:
+        nonlocal seen
+        seen += 1
+        time.sleep(0.01)  # so that the queue is full when it happens
+        if seen > at:
+            raise MemoryError("no frame")
+        return convert(*args, **rest)
+
+    def produce() -> None:
+        nonlocal appended
+        try:
+            with open_writer(tmp_path / "a.mp4") as video:
+                for _ in range(40):
+                    video.append(smooth(1))
+                    appended += 1
+        except MemoryError as error:
+            caught.append(error)
+
+    fake = type("Failing", (), {"from_ndarray": staticmethod(failing)})
+    monkeypatch.setattr("longsana.runtime.video.av.VideoFrame", fake)
+    producer = threading.Thread(target=produce, daemon=True)
+    producer.start()
+    producer.join(timeout=30)
+    assert not producer.is_alive(), "waits for a dead encoder"
+    assert [str(error) for error in caught] == ["no frame"]
+    # Promptly: the ones that were waiting, and one under way.
+    assert appended <= min(at + WAITING + 2, 40)
+    assert os.listdir(tmp_path) == []
+
+
+DISK_FULL = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from longsana.runtime.video import VideoWriter
+limit, path = int(sys.argv[1]), Path(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+rng = np.random.default_rng(0)
+appended = 0
+try:
+    with VideoWriter(path, fps=16, height=96, width=160, crf=18, preset="ultrafast") as video:
+        for _ in range(12):
+            video.append(rng.integers(0, 256, (5, 96, 160, 3), dtype=np.uint8))
+            appended += 1
+except OSError as error:
+    sys.exit(f"errno {error.errno} after {appended}")
+"""
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_full_disk_is_an_error_wherever_it_happens(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    assert run(DISK_FULL, 10**9, path).returncode == 0
+    size = path.stat().st_size
+    path.unlink()
+    # At once, midway, and in the very last byte, which is written when the file is closed.
+    for limit in (100, size // 2, size - 1):
+        done = run(DISK_FULL, limit, path)
+        assert done.returncode == 1, (limit, done)
+        assert done.stderr.startswith("errno 27 after "), (limit, done.stderr)
+        assert os.listdir(tmp_path) == [], limit
+    assert run(DISK_FULL, size, path).returncode == 0
+    assert len(read(path)) == 60
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from longsana.runtime.video import VideoWriter
+with VideoWriter(Path(sys.argv[1]), fps=16, height=64, width=96, crf=18, preset="ultrafast") as video:
+    for _ in range(10):
+        video.append(np.zeros((8, 64, 96, 3), np.uint8))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_rerun_after_a_kill_cleans_up(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    assert run(KILLED, path).returncode == -signal.SIGKILL
+    left = os.listdir(tmp_path)
+    assert len(left) == 1
+    assert left[0].startswith(".")
+    with open_writer(path) as video:
+        video.append(smooth(3))
+    assert os.listdir(tmp_path) == ["a.mp4"]
+    assert len(read(path)) == 3
+
+
+# --- text files -------------------------------------------------------------------------------------------------------
+
+
+def test_text_is_written_as_it_is(tmp_path: Path) -> None:
+    atomic_write_text(tmp_path / "a.json", "{}")
+    atomic_write_text(str(tmp_path / "a.json"), "über\r\nzwei\n")
+    assert (tmp_path / "a.json").read_bytes() == "über\r\nzwei\n".encode()
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_text_that_cannot_be_written_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    atomic_write_text(tmp_path / "a.json", "old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write_text(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
