@@ -1,0 +1,101 @@
+"""Small networks with no zero weight in them, and what they eat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from longsana.config import ModelConfig
+from longsana.models.dit import LongSanaDiT
+from longsana.models.embeddings import TextEmbedding
+from longsana.models.naming import Naming, foreign
+
+# Networks this small only wait for each other's threads: minutes on a busy machine, seconds with one.
+torch.set_num_threads(1)
+
+CAPTION_CHANNELS, CAPTION_LENGTH = 32, 8
+
+
+@pytest.fixture(scope="session")
+def small_config() -> Callable[..., ModelConfig]:
+    """`small_config(depth=3, num_cached_blocks=1)`: the network's config; heads of 28 (12 + 8 + 8 rotary)."""
+
+    def build(**changes: Any) -> ModelConfig:
+        sizes: dict[str, Any] = {
+            "depth": 2,
+            "hidden_size": 56,
+            "num_heads": 4,
+            "in_channels": 4,
+            "linear_head_dim": 28,
+            "caption_channels": CAPTION_CHANNELS,
+            "caption_length": CAPTION_LENGTH,
+        }
+        return ModelConfig(**{**sizes, **changes})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., LongSanaDiT]:
+    """`random_model(config, dtype)`: every weight and buffer random and of the size that keeps activations near 1."""
+
+    @torch.no_grad()
+    def build(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> LongSanaDiT:
+        rng = torch.Generator().manual_seed(seed)
+        model = LongSanaDiT(config).eval()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            values = torch.randn(tensor.shape, generator=rng)
+            if "norm" in name:
+                values = 1 + 0.3 * values
+            elif name.endswith(("bias", "modulation")):
+                values = 0.3 * values
+            else:
+                values = values / values[0].numel() ** 0.5
+            tensor.copy_(values)
+        return model.to(dtype)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_text() -> Callable[..., TextEmbedding]:
+    """`random_text(batch)`: captions of 8, 3, 6, 1, ... tokens."""
+
+    def build(batch: int, seed: int = 1) -> TextEmbedding:
+        rng = torch.Generator().manual_seed(seed)
+        lengths = torch.tensor([(8, 3, 6, 1)[i % 4] for i in range(batch)])
+        tokens = torch.randn(batch, CAPTION_LENGTH, CAPTION_CHANNELS, generator=rng)
+        return TextEmbedding(tokens, torch.arange(CAPTION_LENGTH) < lengths[:, None])
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_latents() -> Callable[..., torch.Tensor]:
+    """`random_latents(batch, frames)`: (B, 4, T, 4, 6) in float64, a grid of 2 x 3 tokens a frame."""
+
+    def build(
+        batch: int, frames: int, seed: int = 2, *, channels: int = 4, height: int = 4, width: int = 6
+    ) -> torch.Tensor:
+        rng = torch.Generator().manual_seed(seed)
+        return torch.randn(batch, channels, frames, height, width, generator=rng, dtype=torch.float64)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def renamed() -> Callable[..., dict[str, torch.Tensor]]:
+    """`renamed(model, "upstream")`: its weights under another naming, in their own dtype."""
+
+    def build(model: LongSanaDiT, naming: Naming) -> dict[str, torch.Tensor]:
+        result = {}
+        for name, tensor in model.state_dict().items():
+            parts = foreign(name, tuple(tensor.shape), naming)
+            for part, piece in zip(parts, tensor.chunk(max(len(parts), 1)), strict=False):
+                result[part.name] = piece.reshape(part.shape)
+        return result
+
+    return build
