@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -160,9 +161,8 @@ class LongSanaDiT(nn.Module):
         return self.patch_embed.weight.dtype
 
     def _unpatchify(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, T, h w, ph pw C), channel fastest, to (B, C, T, H, W)."""
-        x = x.unflatten(2, size).unflatten(-1, (*self.patch_size[1:], -1))
-        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        _, ph, pw = self.patch_size
+        return rearrange(x, "b t (h w) (ph pw c) -> b c t (h ph) (w pw)", h=size[0], ph=ph, pw=pw)
 
     def _check(self, x: Tensor, t: Tensor, plan: ChunkPlan, state: CausalState) -> None:
         batch, _, frames, height, width = x.shape
