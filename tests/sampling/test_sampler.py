@@ -1,0 +1,301 @@
+"""From noise to latents: what the network is fed, in which order, and what is kept."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+from longsana.flow.schedule import FlowSchedule
+from longsana.models.dit import LongSanaDiT
+from longsana.models.embeddings import TextEmbedding
+from longsana.sampling.noise import PromptNoise
+from longsana.sampling.sampler import Chunk, absorb, denoise_chunk, generate, sample_clip
+from longsana.state import CausalState
+from tests.models import naive
+
+SHAPE = (4, 4, 6)
+SCHEDULE = FlowSchedule(7.0)
+PROMPTS = (("a red ball", 0), ("a blue box", 0))
+
+
+class Recorder:
+    """A network that notes what it is fed and what it answers."""
+
+    def __init__(self, model: Callable[..., tuple[Tensor, CausalState]]) -> None:
+        self.model = model
+        self.calls: list[SimpleNamespace] = []
+
+    def __call__(
+        self, x: Tensor, t: Tensor, text: TextEmbedding, *, state: CausalState | None = None
+    ) -> tuple[Tensor, CausalState]:
+        velocity, after = self.model(x, t, text, state=state)
+        frames = 0 if state is None else state.frames
+        self.calls.append(SimpleNamespace(t=t, frames=frames, text=text, grad=velocity.requires_grad))
+        return velocity, after
+
+
+@pytest.fixture
+def model(small_config, random_model) -> LongSanaDiT:
+    return random_model(small_config())
+
+
+@pytest.fixture
+def run(random_text) -> Callable[..., list[Chunk]]:
+    """`run(model, lengths)`: all chunks of a video."""
+
+    def build(
+        network: Callable[..., tuple[Tensor, CausalState]],
+        lengths: tuple[int, ...],
+        *,
+        prompts: tuple[tuple[str, int], ...] = PROMPTS,
+        text: TextEmbedding | None = None,
+        schedule: FlowSchedule = SCHEDULE,
+        state: CausalState | None = None,
+    ) -> list[Chunk]:
+        texts = itertools.repeat(text or random_text(len(prompts)), len(lengths))
+        rng = PromptNoise(3, prompts)
+        return list(
+            generate(network, schedule, texts, ChunkPlan(lengths), shape=SHAPE, rng=rng, device="cpu", state=state)
+        )
+
+    return build
+
+
+# The sampler of few steps ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [-1, 1])
+def test_generate_is_the_published_loop(small_config, random_model, renamed, random_text, run, window):
+    """Facts 3.3 by hand: four denoising passes and one that writes the cache, with the naive float64 network."""
+    model, text = random_model(small_config(num_cached_blocks=window)), random_text(2)
+    network = partial(naive.forward, renamed(model, "upstream"), head_dim=28, cross_heads=4)
+    table = [7 * s / (1 + 6 * s) for s in (1 - k / 1000 for k in range(1000))]
+
+    def sigma(t: int) -> float:
+        return min(table, key=lambda level: abs(1000 * level - t))
+
+    rng, steps, lengths = PromptNoise(3, PROMPTS), (1000, 960, 889, 727), (4, 3, 3)
+    entries, start, expected = [], 0, []
+    for frames in lengths:
+        cache = naive.accumulate(entries, window)
+        x = rng.draw(start, 0, (4, frames, 4, 6), "cpu").double()
+        for i, t in enumerate(steps):
+            velocity, _ = network(x, torch.full((2,), t), text.tokens, text.mask, start=start, cache=cache)
+            x0 = x - sigma(t) * velocity
+            if i < 3:
+                level = sigma(steps[i + 1])
+                x = (1 - level) * x0 + level * rng.draw(start, i + 1, (4, frames, 4, 6), "cpu").double()
+        _, entry = network(x0, torch.zeros(2), text.tokens, text.mask, start=start, cache=cache)
+        entries.append(entry)
+        expected.append(x0)
+        start += frames
+
+    chunks = run(model, lengths)
+    assert [(chunk.index, chunk.start) for chunk in chunks] == [(0, 0), (1, 4), (2, 7)]
+    for chunk, latents in zip(chunks, expected, strict=True):
+        assert chunk.latents.dtype == torch.float32
+        assert float((chunk.latents - latents).abs().max()) < 1e-5
+    assert chunks[-1].state.frames == 10
+
+
+@pytest.mark.parametrize(
+    ("bf16", "seen"), [(False, [1000, 960, 889, 727, 0]), (True, [1000, 960, 888, 728, 0])], ids=["exact", "bf16"]
+)
+def test_five_passes_for_each_chunk(model, run, bf16, seen):
+    network = Recorder(model)
+    run(network, (3, 2, 2), schedule=FlowSchedule(7.0, (1000, 960, 889, 727, 0), bf16_timesteps=bf16))
+    assert [call.t.tolist() for call in network.calls] == [[t, t] for t in seen] * 3
+    assert [call.frames for call in network.calls] == [0] * 5 + [3] * 5 + [5] * 5
+
+
+def test_rounded_timesteps_change_the_conversion_and_not_the_noise():
+    """As published: the network and x0 see 888, the noise that leads there is that of 889."""
+    fed: list[Tensor] = []
+
+    def network(x: Tensor, t: Tensor, text: object, *, state: object = None) -> tuple[Tensor, None]:
+        fed.append(x)
+        return torch.ones_like(x), None
+
+    noise, zero = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), torch.tensor([889])
+    schedule = FlowSchedule(7.0, (1000, 889), bf16_timesteps=True)
+    x0 = denoise_chunk(network, schedule, noise, None, None, rng=lambda step: noise)
+    assert float(fed[1]) == pytest.approx(float(schedule.sigma(zero)))  # x0 of step 1 is 1 - 1
+    assert float(x0) == pytest.approx(float(fed[1]) - float(schedule.sigma(torch.tensor([888]))))
+
+
+@pytest.mark.parametrize("exit_at", [0, 1, 3, None])
+def test_exit_at_returns_that_step_and_builds_one_graph(model, random_text, exit_at):
+    text, rng = random_text(2), PromptNoise(3, PROMPTS)
+    draw = partial(rng.draw, 0, shape=(4, 3, 4, 6), device="cpu")
+    answers: list[Tensor] = []
+    network = Recorder(model)
+
+    class Schedule(FlowSchedule):
+        def to_x0(self, x: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
+            answers.append(super().to_x0(x, velocity, t))
+            return answers[-1]
+
+    with torch.no_grad():
+        denoise_chunk(model, Schedule(7.0), draw(0), text, None, rng=draw)
+    x0 = denoise_chunk(network, SCHEDULE, draw(0), text, None, rng=draw, exit_at=exit_at)
+
+    last = 3 if exit_at is None else exit_at
+    assert torch.equal(x0, answers[last])
+    assert [call.grad for call in network.calls] == [False] * last + [True]
+    x0.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_no_graph_where_gradients_are_off(model, random_text, run):
+    network = Recorder(model)
+    chunks = run(network, (2, 2))
+    assert not any(call.grad for call in network.calls)
+    assert not any(part.requires_grad for chunk in chunks for part in (chunk.latents, *chunk.state[:3]))
+    state = absorb(model, torch.zeros(2, *SHAPE[:1], 2, *SHAPE[1:]), random_text(2), None)
+    assert not state.kv.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_absorb_takes_the_clean_latents_at_time_zero(model, random_text, random_latents):
+    x0, text, network = random_latents(2, 3), random_text(2), Recorder(model)
+    state = absorb(network, x0, text, model.empty_state(2, 4, 6, frames=8))
+    _, expected = model(x0, torch.zeros(2), text, state=model.empty_state(2, 4, 6, frames=8))
+    assert [call.t.tolist() for call in network.calls] == [[0, 0]]
+    assert all(torch.equal(a, b) for a, b in zip(state[:3], expected[:3], strict=True))
+    assert state.frames == 11
+
+
+def test_continuing_from_a_state_is_one_run(model, run):
+    whole = run(model, (4, 3, 2, 2))
+    first = run(model, (4, 3))
+    second = run(model, (2, 2), state=first[-1].state)
+    for a, b in zip(whole, first + second, strict=True):
+        assert a.start == b.start
+        assert torch.equal(a.latents, b.latents)
+    assert all(torch.equal(a, b) for a, b in zip(whole[-1].state[:3], second[-1].state[:3], strict=True))
+
+
+def test_a_prompt_gives_one_video_whatever_it_is_sampled_with(model, random_text, run):
+    text = random_text(2)
+    together = run(model, (3, 2))
+    for i in range(2):
+        own = TextEmbedding(text.tokens[i : i + 1], text.mask[i : i + 1])
+        alone = run(model, (3, 2), prompts=PROMPTS[i : i + 1], text=own)
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a.latents[i : i + 1], b.latents, rtol=0, atol=1e-5)
+
+
+def test_each_chunk_may_have_its_own_caption(model, random_text):
+    network, texts = Recorder(model), [random_text(2, seed=seed) for seed in (1, 2, 3)]
+    plan, rng = ChunkPlan((3, 2, 2)), PromptNoise(3, PROMPTS)
+    list(generate(network, SCHEDULE, iter(texts), plan, shape=SHAPE, rng=rng, device="cpu"))
+    assert all(call.text is texts[i // 5] for i, call in enumerate(network.calls))
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_captions_must_match_the_chunks(model, random_text, captions):
+    texts, rng = [random_text(2)] * captions, PromptNoise(3, PROMPTS)
+    with pytest.raises(ValueError, match="zip"):
+        list(generate(model, SCHEDULE, texts, ChunkPlan((2, 2)), shape=SHAPE, rng=rng, device="cpu"))
+
+
+def test_generate_keeps_nothing_of_earlier_chunks(model, random_text):
+    """Not the latents, not the states, not the noise: a video of any length fits."""
+    noises: list[weakref.ref[Tensor]] = []
+
+    class WatchedNoise(PromptNoise):
+        def draw(self, *args: object, **kwargs: object) -> Tensor:
+            noise = super().draw(*args, **kwargs)
+            noises.append(weakref.ref(noise))
+            return noise
+
+    texts, rng, earlier = itertools.repeat(random_text(2), 4), WatchedNoise(3, PROMPTS), []
+    for chunk in generate(model, SCHEDULE, texts, ChunkPlan((2, 2, 2, 2)), shape=SHAPE, rng=rng, device="cpu"):
+        gc.collect()
+        assert not any(ref() is not None for ref in earlier + noises)
+        earlier = [weakref.ref(part) for part in (chunk.latents, *chunk.state[:3])]
+        assert chunk.latents.untyped_storage().nbytes() == chunk.latents.nbytes
+        del chunk
+    assert len(noises) == 16
+
+
+# Noise ----------------------------------------------------------------------------------------------------------------
+
+
+def draw(seed: int = 3, prompts: tuple[tuple[str, int], ...] = PROMPTS, start: int = 0, step: int = 0) -> Tensor:
+    return PromptNoise(seed, prompts).draw(start, step, (4, 2, 4, 6), "cpu")
+
+
+def test_noise_is_its_own_whatever_the_batch():
+    both = draw()
+    assert both.shape == (2, 4, 2, 4, 6)
+    assert both.dtype == torch.float32
+    torch.manual_seed(0)
+    assert torch.equal(draw(), both), "not from the global generator"
+    assert torch.equal(draw(prompts=PROMPTS[:1]), both[:1])
+    assert torch.equal(draw(prompts=PROMPTS[::-1]), both.flip(0))
+    assert torch.equal(draw(prompts=(("x", 0), *PROMPTS)), torch.cat([draw(prompts=(("x", 0),)), both]))
+
+
+def test_noise_of_different_things_is_different():
+    changes = {
+        "itself": {},
+        "seed": {"seed": 4},
+        "chunk": {"start": 1},
+        "step": {"step": 1},
+        "text": {"prompts": (("a red cube", 0),)},
+        "repetition": {"prompts": (("a red ball", 1),)},
+        "chunk 1, step 12": {"start": 1, "step": 12},
+        "chunk 11, step 2": {"start": 11, "step": 2},
+        "repetition 1 in the text": {"prompts": (("a red ball1", 0),)},
+    }
+    draws = {name: draw(**{"prompts": PROMPTS[:1], **change}).flatten() for name, change in changes.items()}
+    for (name, a), (other, b) in itertools.combinations(draws.items(), 2):
+        assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.35, f"{name} and {other}"
+
+
+def test_noise_is_standard_normal():
+    noise = PromptNoise(0, PROMPTS).draw(0, 0, (16, 10, 30, 30), "cpu")
+    assert abs(float(noise.mean())) < 0.01
+    assert abs(float(noise.std()) - 1) < 0.01
+    assert abs(float(noise.pow(4).mean()) - 3) < 0.05
+
+
+# The sampler of many steps --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [3.0, 8.0])
+@pytest.mark.parametrize("cfg_scale", [1.0, 6.0])
+def test_sample_clip_is_diffusers_euler(model, random_text, shift, cfg_scale):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(12)
+    text, negative, network = random_text(2), random_text(2, seed=8) if cfg_scale != 1 else None, Recorder(model)
+    noise = draw()
+
+    x = noise
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            velocity = model(x, t.expand(2), text)[0].float()
+            if negative is not None:
+                unconditional = model(x, t.expand(2), negative)[0].float()
+                velocity = unconditional + cfg_scale * (velocity - unconditional)
+            x = scheduler.step(velocity, t, x).prev_sample
+
+    (chunk,) = sample_clip(network, text, negative, shift=shift, steps=12, cfg_scale=cfg_scale, noise=noise)
+    passes = 1 if negative is None else 2
+    seen = torch.stack([call.t[0] for call in network.calls[::passes]])
+    assert len(network.calls) == 12 * passes
+    assert all(call.frames == 0 for call in network.calls)
+    torch.testing.assert_close(seen, scheduler.timesteps, rtol=0, atol=2e-4)
+    torch.testing.assert_close(chunk.latents, x, rtol=1e-4, atol=1e-4)
+    assert (chunk.index, chunk.start, chunk.state) == (0, 0, None)
