@@ -192,11 +192,13 @@ def load_config(
             try:
                 merged = OmegaConf.merge(merged, OmegaConf.create(_nested(key, value)))
             except OmegaConfBaseException as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 # OmegaConf leaves its placeholders unfilled for items of a list.
-                reason = reason.replace("$VALUE_TYPE", type(value).__name__).replace("$VALUE", str(value))
+                reason = _reason(error).replace("$VALUE_TYPE", type(value).__name__).replace("$VALUE", str(value))
                 raise InputError(f"{source}: {key}={value}: {reason}") from error
-    result: Schema = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    try:
+        result: Schema = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:  # ${...} that leads nowhere, or ???
+        raise InputError(f"{path}: {error.full_key}: {_reason(error)}") from error
     return result
 
 
@@ -229,6 +231,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], str | None]:
         raise InputError(f"{path}: expected a mapping of settings, found a {type(loaded).__name__}")
     values: dict[str, Any] = {str(key): value for key, value in loaded.items()}
     base = values.pop("base", None)
+    if not isinstance(base, str | None):
+        raise InputError(f"{path}: base={base}: expected the name of a config file")
     return values, base
 
 
@@ -244,6 +248,10 @@ def _parse_overrides(overrides: Sequence[str], known: Mapping[str, str]) -> dict
         except yaml.YAMLError as error:
             raise InputError(f"the command line: {key}={text}: {' '.join(str(error).split())}") from error
     return values
+
+
+def _reason(error: OmegaConfBaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
