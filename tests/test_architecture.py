@@ -1,0 +1,105 @@
+"""Imports point down, heavy libraries stay with their owners, and `import longsana` costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ("train_video_scripts", "inference_video_scripts")
+# A layer may import those after it, never one beside it.
+LAYERS = [
+    [*SCRIPTS],
+    ["training"],
+    ["sampling"],
+    ["data", "encoders", "flow"],
+    ["models"],
+    ["ops", "state", "chunks"],
+    ["config"],
+    ["runtime"],
+]
+DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
+OWNERS = {
+    "transformers": {"longsana/encoders/text.py"},
+    "diffusers": {"longsana/encoders/text.py", "longsana/encoders/vae.py"},
+    "wandb": {"longsana/runtime/logging.py"},
+}
+
+
+def imports(source: str) -> Iterator[str]:
+    """Dotted names of everything a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def violations(files: dict[str, str]) -> list[str]:
+    found = []
+    for path, source in files.items():
+        unit = path.removeprefix("longsana/").split("/")[0].removesuffix(".py")
+        for name in imports(source):
+            top, *rest = name.split(".")
+            if path not in OWNERS.get(top, {path}):
+                found.append(f"{path} imports {name}, which is for {', '.join(OWNERS[top])}")
+            target = top if top in SCRIPTS else rest[0] if top == "longsana" and rest else None
+            if target not in DEPTH or target == unit or unit == "__init__":
+                continue
+            if DEPTH[target] <= DEPTH[unit] or (unit, target) == ("flow", "models"):
+                found.append(f"{path} imports {name}, which is not below it")
+    return found
+
+
+def test_imports_point_down():
+    folders = [ROOT / name for name in ("longsana", *SCRIPTS)]
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    assert len(paths) > 20
+    units = {path.relative_to(ROOT / "longsana").parts[0] for path in paths if path.is_relative_to(ROOT / "longsana")}
+    assert {unit.removesuffix(".py") for unit in units} <= {*DEPTH, "__init__"}, "a package that has no layer"
+    assert violations({path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("longsana/ops/x.py", "from longsana.models.dit import LongSanaDiT"),
+        ("longsana/flow/x.py", "def f():\n    from longsana.models import dit"),
+        ("longsana/flow/x.py", "from longsana.sampling.sampler import generate"),
+        ("longsana/data/x.py", "import longsana.encoders.text"),
+        ("longsana/runtime/x.py", "from longsana import config"),
+        ("longsana/state.py", "from longsana.chunks import ChunkPlan"),
+        ("longsana/sampling/x.py", "from inference_video_scripts import inference_sana_video"),
+        ("longsana/models/weights.py", "import diffusers.models"),
+        ("longsana/sampling/pipeline.py", "def f():\n    from transformers import AutoTokenizer"),
+        ("inference_video_scripts/x.py", "import wandb"),
+    ],
+)
+def test_imports_that_point_up_are_seen(path, source):
+    assert len(violations({path: source})) == 1
+
+
+def seconds(code: str) -> float:
+    """Of `code` in a fresh interpreter after torch, best of three."""
+    program = f"import time, torch, sys\nstart = time.perf_counter()\n{code}\nprint(time.perf_counter() - start)"
+    program += f"\nassert not {set(OWNERS)!r} & set(sys.modules), sorted({set(OWNERS)!r} & set(sys.modules))"
+    runs = [
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+        for _ in range(3)
+    ]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    return min(float(run.stdout) for run in runs)
+
+
+def test_import_is_light():
+    assert seconds("import longsana") <= 0.5
+
+
+def test_the_network_and_its_sampler_need_no_heavy_library():
+    assert seconds("import longsana.models.build, longsana.sampling.sampler, longsana.sampling.request") <= 2
