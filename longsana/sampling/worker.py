@@ -81,7 +81,8 @@ class Worker:
         if not captions:
             return
         self.pipeline.load()
-        left = deque([job for job in batch if job.path in captions] for batch in batches)
+        encoded = ([job for job in batch if job.path in captions] for batch in batches)
+        left = deque(batch for batch in encoded if batch)
         with tqdm(total=len(captions), desc="prompts", unit="video", disable=self.no_bar) as bar:
             while left:
                 batch = left.popleft()
@@ -146,6 +147,9 @@ class Worker:
                 with host_clock.part("write"):
                     for writer, video in zip(writers, pixels, strict=True):
                         writer.append(video)
+            for job in batch:
+                # An older video's: beside the new one it would lie, were this process killed in between.
+                job.path.with_suffix(".json").unlink(missing_ok=True)
             with host_clock.part("write"):
                 stack.close()  # finishes the files
         wall = time.perf_counter() - started

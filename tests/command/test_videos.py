@@ -141,6 +141,21 @@ def test_a_failing_prompt_does_not_stop_the_others(
     assert_whole(videos, 3)
 
 
+def test_a_prompt_that_cannot_be_encoded_does_not_stop_the_others(
+    command: Command, prompts: Prompts, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = VideoPipeline.encode
+
+    def refuse_blue(self: VideoPipeline, encoder: Any, prompt: Any) -> Any:
+        if "blue" in prompt.text:
+            raise RuntimeError("no blue")
+        return encode(self, encoder, prompt)
+
+    monkeypatch.setattr(VideoPipeline, "encode", refuse_blue)
+    assert command("--txt_file", prompts("a red circle", "a blue square", "a green star")) == 1
+    assert_whole(videos, 2)
+
+
 def test_split_changes_the_text_and_keeps_the_state(
     command: Command, prompts: Prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
