@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -266,36 +265,6 @@ def test_out_of_memory_says_what_to_lower(
     assert command("--txt_file", prompts("a red circle", "a blue square"), "--bs", "2") == 2
     assert "2 videos of 32x48 at a time do not fit in memory; lower --bs" in capsys.readouterr().err
     assert not list(videos.iterdir())
-
-
-def test_host_memory_does_not_grow_with_length(
-    command: Command, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The pixels alone of the last 800 frames would be 14.7 MB, as floats four times that."""
-    rss: list[int] = []
-    sample = VideoPipeline.sample
-
-    def spy(*args: Any, **options: Any) -> Any:
-        for frames in sample(*args, **options):
-            yield frames
-            rss.append(psutil.Process().memory_info().rss)
-
-    monkeypatch.setattr(VideoPipeline, "sample", spy)
-    long = [
-        "--num_frames",
-        "1201",
-        "--height",
-        "64",
-        "--width",
-        "96",
-        "--sampling.chunk_frames",
-        "10",
-        "--threads",
-        "2",
-    ]
-    assert command("--txt_file", prompts("a red circle"), *long) == 0
-    assert len(rss) == 31  # the first chunk, of 11 latents, is decoded in two pieces
-    assert max(rss[20:]) - max(rss[:10]) < 6e6, rss
 
 
 def test_the_sidecar_of_a_video_reproduces_it(command: Command, prompts: Prompts, videos: Path, tmp_path: Path) -> None:
