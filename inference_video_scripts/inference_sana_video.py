@@ -22,6 +22,8 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 from longsana.config import InferenceConfig, leaf_keys, load_config
 from longsana.data.prompts import Prompt
 from longsana.runtime.distributed import World, set_threads
@@ -53,12 +55,16 @@ SETTING_FLAGS = {
 
 MEANINGLESS = {
     "longlive_flow_euler": {
-        "step": "it takes the steps of scheduler.denoising_step_list",
-        "negative_prompt": "it has no guidance",
+        "scheduler.num_inference_steps": "it takes the steps of scheduler.denoising_step_list",
+        "sampling.negative_prompt": "it has no guidance",
     },
-    "flow_euler": {"num_cached_blocks": "it samples a clip as one chunk"},
+    "flow_euler": {
+        "model.num_cached_blocks": "it samples a clip as one chunk",
+        "scheduler.denoising_step_list": "it takes scheduler.num_inference_steps steps",
+        "scheduler.bf16_timesteps": "its timesteps are never rounded",
+    },
 }
-"""Flags that a sampler cannot honour, and why."""
+"""Settings that a sampler cannot honour when they are given, and why."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,14 +110,16 @@ def _settings(rest: Sequence[str]) -> list[str]:
     return settings
 
 
-def check_flags(options: argparse.Namespace, config: InferenceConfig) -> None:
-    """Refuse a flag that the chosen sampler would ignore."""
+def check_settings(settings: Sequence[str], config: InferenceConfig) -> None:
+    """Refuse what was given on the command line and the chosen sampler would ignore."""
+    flags = {setting: flag for flag, setting in SETTING_FLAGS.items()}
     sampler = config.scheduler.sampling_algo
-    for flag, reason in MEANINGLESS[sampler].items():
-        if getattr(options, flag) is not None:
-            raise InputError(f"--{flag}: has no meaning for the sampler {sampler}: {reason}")
-    if options.negative_prompt is not None and config.sampling.cfg_scale == 1:
-        raise InputError("--negative_prompt: has no meaning with cfg_scale 1, where nothing is guided away from it")
+    for setting in (item.partition("=")[0] for item in settings):
+        name = f"--{flags.get(setting, setting)}"
+        if reason := MEANINGLESS[sampler].get(setting):
+            raise InputError(f"{name}: has no meaning for the sampler {sampler}: {reason}")
+        if setting == "sampling.negative_prompt" and config.sampling.cfg_scale == 1:
+            raise InputError(f"{name}: has no meaning with cfg_scale 1, where nothing is guided away from it")
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ def prepare(arguments: Sequence[str]) -> Request:
     options, settings = parse(arguments)
     config_path = locate(options.config, "the config")
     config: InferenceConfig = load_config(config_path, settings)
-    check_flags(options, config)
+    check_settings(settings, config)
     if options.threads is not None and options.threads < 1:
         raise InputError(f"--threads {options.threads}: must be at least 1")
     check_config(config)
@@ -156,7 +164,8 @@ def run(request: Request, world: World) -> int:
     if seeded := seeded_sources(config):
         log.warning("RANDOM WEIGHTS (%s): the videos show noise, not what the prompts say", ", ".join(seeded))
 
-    outcome = run_batch(config, request.prompts, request.folder, world=world, device=device)
+    with logging_redirect_tqdm():  # lines go above the bars, not through them
+        outcome = run_batch(config, request.prompts, request.folder, world=world, device=device)
     log.info("%d videos written, %d there before, %d failed", outcome.written, outcome.skipped, len(outcome.failures))
     for failure in outcome.failures if world.is_main else ():
         print(f"failed: line {failure.line}: {failure.reason} ({failure.text[:60]})", file=sys.stderr)

@@ -15,14 +15,13 @@ from torch import Tensor
 from longsana.config import TextEncoderConfig
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.errors import InputError
-from longsana.runtime.hub import locate
+from longsana.runtime.hub import SEEDED, locate
 
 if TYPE_CHECKING:
     from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-SEEDED = "seeded:"
 SEED = 0
 INSTRUCTION_SHA256 = "5cc83fa05520de996d01a8a713cd0a8b5a35cced838d5ee658c455d28689bdf1"
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from longsana.config import VAEConfig
 from longsana.encoders.geometry import VAEGeometry, geometry
 from longsana.runtime.errors import InputError, did_you_mean
-from longsana.runtime.hub import locate
+from longsana.runtime.hub import SEEDED, locate
 
 Model: TypeAlias = Any  # an AutoencoderKLWan; diffusers' type hints do not say that it is a module
 SEED = 0  # of `seeded:` weights
@@ -68,8 +68,8 @@ class WanVAE:
         assert config.latents_per_call > 0
         source, what = config.vae_pretrained, "vae.vae_pretrained"
         name_in_file: Callable[[str], str] = str
-        if source.startswith("seeded:"):
-            model = _empty_model(_read_config(locate(source.removeprefix("seeded:"), what)), source)
+        if source.startswith(SEEDED):
+            model = _empty_model(_read_config(locate(source.removeprefix(SEEDED), what)), source)
             weights = _seeded_weights(model)
         elif (path := locate(source, what)).is_dir():
             model = _empty_model(_read_config(path), source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class FlowSchedule:
         steps = self.steps[:-1] if self.steps and self.steps[-1] == 0 else self.steps
         if not steps or list(steps) != sorted(set(steps), reverse=True) or not 0 < steps[-1] <= steps[0] <= TIMESTEPS:
             raise ValueError(f"denoising steps {self.steps}: need falling timesteps in [1, {TIMESTEPS}]")
-        if self.shift <= 0:
+        if not 0 < self.shift < math.inf:
             raise ValueError(f"flow shift {self.shift}: must be positive")
         object.__setattr__(self, "steps", steps)
 

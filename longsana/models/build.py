@@ -12,11 +12,9 @@ from longsana.models.checkpoint_files import PIPELINE_PART
 from longsana.models.dit import LongSanaDiT
 from longsana.models.weights import load_weights
 from longsana.runtime.errors import InputError
-from longsana.runtime.hub import locate
+from longsana.runtime.hub import SEEDED, locate
 
 log = logging.getLogger(__name__)
-
-SEEDED = "seeded:"
 
 
 def build_model(config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> LongSanaDiT:

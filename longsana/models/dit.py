@@ -172,11 +172,13 @@ class LongSanaDiT(nn.Module):
             raise ValueError(f"t has shape {tuple(t.shape)}: need ({batch},) or ({batch}, {frames})")
         if plan.frames != frames:
             raise ValueError(f"chunks {plan.lengths} hold {plan.frames} frames, the latents {frames}")
-        expected = (len(self.blocks), batch, height * width // math.prod(self.patch_size))
-        if state.tail.shape[:3] != expected:
+        own = (*state.tail.shape[:3], state.kv.shape[2])
+        window = max(self.config.num_cached_blocks, 1)
+        expected = (len(self.blocks), batch, height * width // math.prod(self.patch_size), window)
+        if own != expected:
             raise ValueError(
-                f"the state is of (layers, batch, tokens a frame) {tuple(state.tail.shape[:3])}, "
-                f"these latents need {expected}"
+                f"the state is of (layers, batch, tokens a frame, window) {own}, these latents and network "
+                f"need {expected}"
             )
 
     @torch.no_grad()

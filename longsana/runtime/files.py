@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from longsana.runtime.errors import InputError
 
@@ -12,6 +14,26 @@ from longsana.runtime.errors import InputError
 def partial_name(path: Path) -> Path:
     """Where `path` is written until it is whole: hidden, beside it, and the same on each run."""
     return path.with_name(f".{path.stem}.partial{path.suffix}")
+
+
+def open_exclusive(path: Path) -> BinaryIO:
+    """Open an empty file for writing that no other process writes; the lock goes with the file or the process.
+
+    Raises:
+        BlockingIOError: another process is writing it.
+    """
+    while True:
+        # Not opened with "wb": that would empty what another process is writing.
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise BlockingIOError(f"{path}: another command is writing this file") from error
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.truncate()
+            return file
+        file.close()  # its writer has just finished and moved it away
 
 
 def move_into_place(partial: Path, path: Path) -> None:

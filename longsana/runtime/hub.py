@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCHEME = "hf://"
+SEEDED = "seeded:"  # before what random weights are made from: a seed, or a folder with the shape
 FOLDER_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 WEIGHT_SUFFIXES = (".json", ".safetensors", ".model", ".pth", ".pt", ".bin")
 INDEX_SUFFIX = ".safetensors.index.json"

@@ -15,7 +15,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
 from longsana.runtime.errors import InputError, did_you_mean
-from longsana.runtime.files import move_into_place, partial_name
+from longsana.runtime.files import move_into_place, open_exclusive, partial_name
 
 PRESETS = (
     "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo",
@@ -63,7 +63,7 @@ class VideoWriter:
         self._shape = (height, width, 3)
         self._partial = partial_name(self.path)
         # A Python file: av's own do not report a write error of the last buffer when they close.
-        self._file = open(self._partial, "wb")  # noqa: SIM115 - closed at the end of the with block
+        self._file = open_exclusive(self._partial)
         try:
             self._container = av.open(self._file, "w", format="mp4")
             options = {"crf": str(crf), "preset": preset}
@@ -74,12 +74,13 @@ class VideoWriter:
             self._stream.codec_context.color_range = ColorRange.MPEG
             self._container.start_encoding()
         except BaseException:
-            self._file.close()
             self._partial.unlink()
+            self._file.close()
             raise
         self._queue: queue.Queue[np.ndarray | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self._stopped = False
+        self._moved = False
         self._thread = threading.Thread(target=self._encode, name="video encoder", daemon=True)
         self._thread.start()
 
@@ -113,6 +114,7 @@ class VideoWriter:
                 os.fsync(self._file.fileno())
                 self.size = self._file.tell()
                 move_into_place(self._partial, self.path)
+                self._moved = True
         finally:
             self._release()
 
@@ -142,10 +144,11 @@ class VideoWriter:
             raise self._error
 
     def _release(self) -> None:
-        """Close and remove what is left; after success nothing is."""
+        """Remove and close what is left; after success nothing is, and the hidden name may be another writer's."""
+        if not self._moved:
+            self._partial.unlink(missing_ok=True)
         # A video that is given up cannot be closed properly, and the reason is being raised already.
         with contextlib.suppress(Exception):
             self._container.close()
         with contextlib.suppress(OSError):
             self._file.close()
-        self._partial.unlink(missing_ok=True)

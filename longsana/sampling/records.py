@@ -18,9 +18,9 @@ import longsana
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.models.checkpoint_files import PIPELINE_PART
-from longsana.runtime.hub import file_sha256, locate
+from longsana.runtime.hub import SEEDED, file_sha256, locate
 from longsana.sampling.pipeline import resolve_dtype
-from longsana.sampling.request import SEEDED, SOURCES
+from longsana.sampling.request import SOURCES
 
 log = logging.getLogger(__name__)
 

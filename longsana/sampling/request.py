@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
+import torch
+
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts
 from longsana.encoders.geometry import geometry
 from longsana.flow.schedule import FlowSchedule
+from longsana.models.dit import LongSanaDiT
 from longsana.runtime.errors import InputError
-from longsana.runtime.hub import locate
+from longsana.runtime.hub import SEEDED, locate
 from longsana.runtime.video import check_encoding
 
 DISTILLED = "longlive_flow_euler"
-SEEDED = "seeded:"
 SOURCES = {"model": "load_from", "vae": "vae_pretrained", "text_encoder": "text_encoder_name"}
 """The setting of each section that says where weights come from."""
 
@@ -31,7 +36,14 @@ def check_config(config: InferenceConfig) -> None:
         InputError: the first one found, by name, with what would be right.
     """
     sampling, scheduler = config.sampling, config.scheduler
+    sizes = dataclasses.asdict(config.model.architecture())
     for name, value in (
+        *((f"model.{name}", sizes[name]) for name in ("depth", "hidden_size", "num_heads")),
+        ("model.patch_size", min(sizes["patch_size"])),
+        ("model.linear_head_dim", config.model.linear_head_dim),
+        ("model.caption_channels", config.model.caption_channels),
+        ("model.caption_length", config.model.caption_length),
+        ("model.mlp_ratio * hidden_size", int(config.model.mlp_ratio * sizes["hidden_size"])),
         ("sampling.chunk_frames", sampling.chunk_frames),
         ("sampling.bs", sampling.bs),
         ("sampling.fps", sampling.fps),
@@ -40,6 +52,8 @@ def check_config(config: InferenceConfig) -> None:
     ):
         if value < 1:
             raise InputError(f"{name}={value}: must be at least 1")
+    if not math.isfinite(sampling.cfg_scale):
+        raise InputError(f"sampling.cfg_scale={sampling.cfg_scale}: must be a finite number")
     if scheduler.sampling_algo == DISTILLED and sampling.cfg_scale != 1:
         raise InputError(
             f"cfg_scale={sampling.cfg_scale:g}: the distilled model ({DISTILLED}) was trained without guidance; "
@@ -53,6 +67,11 @@ def check_config(config: InferenceConfig) -> None:
         FlowSchedule(scheduler.inference_flow_shift, scheduler.denoising_step_list)
     except ValueError as error:
         raise InputError(f"scheduler: {error}") from error
+    try:
+        with torch.device("meta"):
+            LongSanaDiT(config.model)
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error
     check_encoding(config.video.crf, config.video.preset)
     vae = geometry(config.vae)
     vae.latent_frames(sampling.num_frames)

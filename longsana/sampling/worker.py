@@ -180,7 +180,10 @@ class Worker:
         with tqdm(total=len(plan), desc="chunks", unit="chunk", disable=self.no_bar, leave=False) as bar:
             started, count = time.perf_counter(), 0
             for frames in samples:
-                for digest, latents in zip(digests, frames.latents.cpu(), strict=True):
+                host = frames.latents.cpu()
+                if not host.isfinite().all():
+                    raise FloatingPointError(f"chunk {frames.chunk}: latents are not finite; check weights and dtype")
+                for digest, latents in zip(digests, host, strict=True):
                     digest.update(latents.numpy().tobytes())
                 yield frames.pixels
                 count += frames.pixels.shape[0] * frames.pixels.shape[1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -156,6 +158,18 @@ def test_a_prompt_that_cannot_be_encoded_does_not_stop_the_others(
     assert_whole(videos, 2)
 
 
+def test_numbers_that_are_none_fail_the_prompt(
+    command: Command, prompts: Prompts, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = LongSanaDiT(SHAPES)
+    model.init_weights(0)
+    model.final.linear.bias.data[0] = float("nan")
+    save_checkpoint(model.state_dict(), tmp_path / "nan.pth", layout="upstream", config=SHAPES)
+    assert command("--txt_file", prompts("a red circle"), "--model_path", tmp_path / "nan.pth") == 1
+    assert "latents are not finite" in capsys.readouterr().err
+    assert not list(videos.iterdir())
+
+
 def test_split_changes_the_text_and_keeps_the_state(
     command: Command, prompts: Prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +279,27 @@ def test_out_of_memory_says_what_to_lower(
     assert command("--txt_file", prompts("a red circle", "a blue square"), "--bs", "2") == 2
     assert "2 videos of 32x48 at a time do not fit in memory; lower --bs" in capsys.readouterr().err
     assert not list(videos.iterdir())
+
+
+def test_host_memory_does_not_grow_with_length(
+    command: Command, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pixels alone of the last 520 frames would be 9.6 MB, as floats four times that."""
+    malloc_trim = ctypes.CDLL("libc.so.6").malloc_trim
+    rss: list[int] = []
+    sample = VideoPipeline.sample
+
+    def spy(*args: Any, **options: Any) -> Any:
+        for frames in sample(*args, **options):
+            yield frames
+            malloc_trim(0)  # or what was freed before would hide what is kept now
+            rss.append(psutil.Process().memory_info().rss)
+
+    monkeypatch.setattr(VideoPipeline, "sample", spy)
+    long = ["--num_frames", "801", "--height", "64", "--width", "96", "--sampling.chunk_frames", "10", "--threads", "2"]
+    assert command("--txt_file", prompts("a red circle"), *long) == 0
+    assert len(rss) == 21  # the first chunk, of 11 latents, is decoded in two pieces
+    assert rss[-1] - rss[7] < 5e6, rss
 
 
 def test_the_sidecar_of_a_video_reproduces_it(command: Command, prompts: Prompts, videos: Path, tmp_path: Path) -> None:

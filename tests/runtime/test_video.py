@@ -291,3 +291,15 @@ def test_text_that_cannot_be_written_leaves_the_old(tmp_path: Path, monkeypatch:
         atomic_write_text(tmp_path / "a.json", "new")
     assert (tmp_path / "a.json").read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_two_writers_never_share_a_file(tmp_path: Path) -> None:
+    with open_writer(tmp_path / "a.mp4") as first:
+        first.append(smooth(8))
+        with pytest.raises(BlockingIOError, match="another command"):
+            open_writer(tmp_path / "a.mp4")
+        first.append(smooth(8))
+    assert len(read(tmp_path / "a.mp4")) == 16
+    with open_writer(tmp_path / "a.mp4") as second:
+        second.append(smooth(4))
+    assert len(read(tmp_path / "a.mp4")) == 4
