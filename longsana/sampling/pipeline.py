@@ -20,6 +20,7 @@ from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.clock import Clock
+from longsana.runtime.errors import InputError
 from longsana.sampling.noise import PromptNoise
 from longsana.sampling.request import DISTILLED, check_config, chunk_plan
 from longsana.sampling.sampler import Chunk, generate, sample_clip
@@ -69,13 +70,14 @@ class VideoPipeline:
     def text_encoder(self) -> Iterator[GemmaTextEncoder]:
         """The text encoder, for as long as it is needed."""
         model, text = self.config.model, self.config.text_encoder
-        encoder = GemmaTextEncoder.load(
-            text,
-            caption_length=model.caption_length,
-            caption_channels=model.caption_channels,
-            device=self.device,
-            dtype=resolve_dtype(text.dtype, self.device),
-        )
+        with _blame("text_encoder.text_encoder_name"):
+            encoder = GemmaTextEncoder.load(
+                text,
+                caption_length=model.caption_length,
+                caption_channels=model.caption_channels,
+                device=self.device,
+                dtype=resolve_dtype(text.dtype, self.device),
+            )
         try:
             yield encoder
         finally:
@@ -98,7 +100,8 @@ class VideoPipeline:
         self.model = build_model(
             config.model, device=self.device, dtype=resolve_dtype(config.model.dtype, self.device)
         ).requires_grad_(False)
-        self.vae = WanVAE.load(config.vae, self.device, resolve_dtype(config.vae.weight_dtype, self.device))
+        with _blame("vae.vae_pretrained"):
+            self.vae = WanVAE.load(config.vae, self.device, resolve_dtype(config.vae.weight_dtype, self.device))
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], captions: Sequence[Caption], clock: Clock) -> Iterator[Frames]:
@@ -148,6 +151,16 @@ class VideoPipeline:
     def _batch(self, embeddings: Sequence[CompactEmbedding]) -> TextEmbedding:
         expanded = [expand(embedding, self.device) for embedding in embeddings]
         return TextEmbedding(*(torch.cat(parts) for parts in zip(*expanded, strict=True)))
+
+
+@contextmanager
+def _blame(setting: str) -> Iterator[None]:
+    """Name the setting that an error's file came from."""
+    try:
+        yield
+    except InputError as error:
+        known = str(error).startswith(setting)
+        raise error if known else InputError(f"{setting}: {error}") from error
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:

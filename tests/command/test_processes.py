@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
+import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +45,7 @@ def test_any_number_of_processes_makes_the_same_latents(
     assert "\r" not in many.stderr
 
 
-def test_kill_at_any_moment_and_go_on(prompts: Prompts, tmp_path: Path) -> None:
+def test_kill_at_any_moment_and_go_on(command: Callable[..., int], prompts: Prompts, tmp_path: Path) -> None:
     lines = [f"{count} red circles" for count in range(12)]
     arguments = ["--txt_file", str(prompts(*lines)), "--work_dir", str(tmp_path), "--num_frames", "33"]
     folder = tmp_path / "prompts"
@@ -62,6 +68,25 @@ def test_kill_at_any_moment_and_go_on(prompts: Prompts, tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert_whole(folder, len(lines), frames=33)
     assert {name: (folder / f"{name}.mp4").stat().st_mtime_ns for name in done} == done
+    assert command(*arguments, "--dataset", "unbroken") == 0
+    assert latents(folder) == latents(tmp_path / "unbroken")
+
+
+def test_bars_on_a_terminal(prompts: Prompts, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    arguments = [*SMALL, "--txt_file", str(prompts("a red circle", "a blue square")), "--work_dir", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], cwd=ROOT, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = bytearray()
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert re.search(r"prompts: 100%\|.*\| 2/2 \[\d\d:\d\d<\d\d:\d\d", text)
+    assert re.search(r"chunks: +\d+%\|.*\| \d/2 \[.*FPS", text)
 
 
 def test_disk_full(prompts: Prompts, tmp_path: Path) -> None:
