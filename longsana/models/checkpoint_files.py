@@ -89,10 +89,11 @@ def _open_file(path: Path, key: str) -> dict[str, Entry]:
         head = stream.read(24)
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull`, or download the file itself")
+    # First: a header's length, in the eight bytes before it, may begin as a pickle does.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return _open_safetensors(path)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _open_pickle(path, key, mapped=head.startswith(b"PK"))
-    if head[8:9] == b"{":
-        return _open_safetensors(path)
     raise InputError(f"{path}: neither a PyTorch nor a safetensors file, or damaged; {AGAIN}")
 
 

@@ -114,7 +114,7 @@ def measure(config: ModelConfig, dtype: str) -> tuple[float, ...]:
     root = Path(__file__).parents[2]
     run = subprocess.run(
         [sys.executable, "-c", MEMORY_SCRIPT, repr(config), dtype],
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         check=False,

@@ -84,6 +84,16 @@ def test_files_without_this_network(content: object, tmp_path: Path) -> None:
         load(tmp_path / "a.pth")
 
 
+def test_a_header_length_that_begins_like_a_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    for padding in range(0, 264, 8):  # lengths are multiples of 8: one of these ends in 0x80
+        save_file(weights(), path, metadata={"padding": "x" * padding})
+        if path.read_bytes().startswith(b"\x80"):
+            assert_same(load(path), weights())
+            return
+    pytest.fail("no header of such a length")
+
+
 def test_incomplete_shards(tmp_path: Path) -> None:
     save_checkpoint(weights(), tmp_path / "m.safetensors", "safetensors", TINY, shard_bytes=60_000)
     first, second = sorted(tmp_path.glob("*.safetensors"))[:2]

@@ -144,7 +144,7 @@ def test_environment_is_honoured(tmp_path: Path) -> None:
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_CACHE": str(tmp_path),
-        "PYTHONPATH": str(hub.REPOSITORY),
+        "PYTHONPATH": os.pathsep.join([str(hub.REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     content, message = run.stdout.splitlines()
