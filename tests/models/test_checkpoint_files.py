@@ -84,7 +84,8 @@ def test_files_without_this_network(content: object, tmp_path: Path) -> None:
         load(tmp_path / "a.pth")
 
 
-def test_a_header_length_that_begins_like_a_pickle(tmp_path: Path) -> None:
+def test_a_header_length_that_begins_like_a_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, "load")  # newer ones read safetensors too, older ones refuse them
     path = tmp_path / "a.safetensors"
     for padding in range(0, 264, 8):  # lengths are multiples of 8: one of these ends in 0x80
         save_file(weights(), path, metadata={"padding": "x" * padding})
