@@ -82,16 +82,15 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--end_index", type=int, help="one past the last prompt")
     parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
     for flag, setting in SETTING_FLAGS.items():
-        parser.add_argument(f"--{flag}", metavar=setting, help=argparse.SUPPRESS if flag == "step" else f"{setting}")
+        parser.add_argument(f"--{flag}", metavar="VALUE", help=f"the setting {setting}")
     options, rest = parser.parse_known_args(arguments)
     given = {flag: getattr(options, flag) for flag in SETTING_FLAGS if getattr(options, flag) is not None}
-    return options, [f"{SETTING_FLAGS[flag]}={value}" for flag, value in given.items()] + _settings(rest)
+    known = [f"--{name}" for name in (*vars(options), *leaf_keys(InferenceConfig))]
+    return options, [f"{SETTING_FLAGS[flag]}={value}" for flag, value in given.items()] + _settings(rest, known)
 
 
-def _settings(rest: Sequence[str]) -> list[str]:
-    """`--a.b value`, `--a.b=value` and `a.b=value`, all as `a.b=value`."""
-    known = [f"--{name}" for name in (*SETTING_FLAGS, "config", "work_dir", "dataset", "start_index", "end_index")]
-    known += ["--threads", *(f"--{key}" for key in leaf_keys(InferenceConfig))]
+def _settings(rest: Sequence[str], known: Sequence[str]) -> list[str]:
+    """`--a.b value`, `--a.b=value` and `a.b=value`, all as `a.b=value`; `known` options are offered for others."""
     settings = []
     words = iter(rest)
     for word in words:

@@ -99,12 +99,8 @@ class TextEncoderConfig:
 class SchedulerConfig:
     sampling_algo: Literal["longlive_flow_euler", "flow_euler"] = "longlive_flow_euler"
     inference_flow_shift: float = 7.0
-    denoising_step_list: tuple[int, ...] = (
-        1000,
-        960,
-        889,
-        727,
-    )  # longlive_flow_euler; a trailing 0 is dropped
+    # Of longlive_flow_euler; a trailing 0 is dropped
+    denoising_step_list: tuple[int, ...] = (1000, 960, 889, 727)
     bf16_timesteps: bool = False  # round timesteps as published (889 -> 888, 727 -> 728); for parity only
     num_inference_steps: int = 50  # flow_euler
 

@@ -23,13 +23,7 @@ def build_model(config: ModelConfig, *, device: torch.device | str, dtype: torch
     Raises:
         InputError: the config makes no network, or its weights are missing or do not fit.
     """
-    try:
-        with torch.device("meta"):
-            model = LongSanaDiT(config).to(dtype).eval()
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"model: {error}") from error
+    model = empty_model(config).to(dtype).eval()
     if config.load_from.startswith(SEEDED):
         seed = _seed(config.load_from)
         model.to_empty(device=device)
@@ -42,6 +36,21 @@ def build_model(config: ModelConfig, *, device: torch.device | str, dtype: torch
     unfilled = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
     assert not unfilled, f"neither a checkpoint nor a seed fills {unfilled}"
     return model
+
+
+def empty_model(config: ModelConfig) -> LongSanaDiT:
+    """The network on the meta device: its names and shapes, without memory.
+
+    Raises:
+        InputError: the config makes no network.
+    """
+    try:
+        with torch.device("meta"):
+            return LongSanaDiT(config)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error
 
 
 def _seed(load_from: str) -> int:

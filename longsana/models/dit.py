@@ -84,14 +84,19 @@ class LongSanaDiT(nn.Module):
                 f"hidden_size {size.hidden_size} must be a multiple of linear_head_dim "
                 f"{config.linear_head_dim} and of num_heads {size.num_heads}"
             )
-        if size.patch_size[0] != 1 or config.linear_head_dim % 2 or config.num_cached_blocks == 0:
+        if size.patch_size[0] != 1 or config.linear_head_dim % 2:
             raise ValueError(
                 f"patch_size {size.patch_size} must not span frames, linear_head_dim {config.linear_head_dim} must be "
-                f"even, num_cached_blocks {config.num_cached_blocks} must be -1 (all of the past) or at least 1"
+                "even"
+            )
+        if config.num_cached_blocks == 0 or config.num_cached_blocks < -1:
+            raise ValueError(
+                f"num_cached_blocks={config.num_cached_blocks}: must be -1 (all of the past) or at least 1"
             )
         self.config = config
         self.patch_size = size.patch_size
         self.heads = size.hidden_size // config.linear_head_dim
+        self.window = max(config.num_cached_blocks, 1)  # entries of a state's sums
         self.patch_embed = nn.Conv3d(config.in_channels, size.hidden_size, size.patch_size, size.patch_size)
         self.time_embed = TimeEmbedding(size.hidden_size)
         self.text_embed = CaptionEmbedding(config.caption_channels, size.hidden_size, config.caption_length)
@@ -147,7 +152,7 @@ class LongSanaDiT(nn.Module):
         return CausalState.empty(
             depth=len(self.blocks),
             batch=batch,
-            window=max(self.config.num_cached_blocks, 1),
+            window=self.window,
             heads=self.heads,
             head_dim=self.config.linear_head_dim,
             tokens=height * width // math.prod(self.patch_size),
@@ -173,8 +178,7 @@ class LongSanaDiT(nn.Module):
         if plan.frames != frames:
             raise ValueError(f"chunks {plan.lengths} hold {plan.frames} frames, the latents {frames}")
         own = (*state.tail.shape[:3], state.kv.shape[2])
-        window = max(self.config.num_cached_blocks, 1)
-        expected = (len(self.blocks), batch, height * width // math.prod(self.patch_size), window)
+        expected = (len(self.blocks), batch, height * width // math.prod(self.patch_size), self.window)
         if own != expected:
             raise ValueError(
                 f"the state is of (layers, batch, tokens a frame, window) {own}, these latents and network "

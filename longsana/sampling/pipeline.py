@@ -22,7 +22,7 @@ from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
 from longsana.sampling.noise import PromptNoise
-from longsana.sampling.request import DISTILLED, check_config, chunk_plan
+from longsana.sampling.request import DISTILLED, chunk_plan
 from longsana.sampling.sampler import Chunk, generate, sample_clip
 
 
@@ -47,13 +47,12 @@ class Frames(NamedTuple):
 
 
 class VideoPipeline:
-    """Loads what a config names and samples videos with it.
+    """Loads what a config names, one that `check_config` has passed, and samples videos with it.
 
     Text first: `encode` needs the text encoder alone, which is gone before `load` brings the network and the decoder.
     """
 
     def __init__(self, config: InferenceConfig, device: torch.device | str) -> None:
-        check_config(config)
         self.config = config
         self.device = torch.device(device)
         self.geometry = geometry(config.vae)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import torch
-
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts
 from longsana.encoders.geometry import geometry
 from longsana.flow.schedule import FlowSchedule
-from longsana.models.dit import LongSanaDiT
+from longsana.models.build import empty_model
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, locate
 from longsana.runtime.video import check_encoding
@@ -59,19 +57,11 @@ def check_config(config: InferenceConfig) -> None:
             f"cfg_scale={sampling.cfg_scale:g}: the distilled model ({DISTILLED}) was trained without guidance; "
             "use --cfg_scale=1, or the base model with --sampling_algo=flow_euler"
         )
-    if config.model.num_cached_blocks == 0 or config.model.num_cached_blocks < -1:
-        raise InputError(
-            f"model.num_cached_blocks={config.model.num_cached_blocks}: must be -1 (all of the past) or at least 1"
-        )
     try:
         FlowSchedule(scheduler.inference_flow_shift, scheduler.denoising_step_list)
     except ValueError as error:
         raise InputError(f"scheduler: {error}") from error
-    try:
-        with torch.device("meta"):
-            LongSanaDiT(config.model)
-    except ValueError as error:
-        raise InputError(f"model: {error}") from error
+    empty_model(config.model)
     check_encoding(config.video.crf, config.video.preset)
     vae = geometry(config.vae)
     vae.latent_frames(sampling.num_frames)

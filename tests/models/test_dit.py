@@ -657,3 +657,9 @@ def test_shapes_that_do_not_fit_are_refused(small_config, random_model, random_t
 def test_sizes_that_make_no_network_are_refused(small_config, changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         LongSanaDiT(small_config(**changes))
+
+
+def test_a_state_of_another_window_is_refused(small_config, random_model, random_text):
+    state = random_model(small_config(num_cached_blocks=3)).empty_state(1, 4, 6)
+    with pytest.raises(ValueError, match="window"):
+        random_model(small_config())(torch.zeros(1, 4, 3, 4, 6), torch.zeros(1), random_text(1), state=state)
