@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -121,6 +121,8 @@ class SamplingConfig:
     bs: int = 1  # prompts sampled together
     cfg_scale: float = 1.0
     negative_prompt: str = ""
+    # What guidance moves away from: the negative prompt, or the null caption that the checkpoint was trained with
+    null_caption: Literal["negative_prompt", "learned"] = "negative_prompt"
     motion_score: int = 10  # appended to every prompt; 0 or less: nothing is appended
 
 
@@ -164,8 +166,11 @@ def load_config(
     path: str | Path,
     overrides: Sequence[str] = (),
     schema: type[Schema] = InferenceConfig,  # type: ignore[assignment]
+    retired: Mapping[str, str] = RETIRED,
 ) -> Schema:
     """Read a YAML file (and the one it names as `base:`), put `a.b=value` overrides over it, check it all.
+
+    retired: keys of other code that are refused with what took their place.
 
     Raises:
         InputError: the file is missing or not YAML, a key is unknown, or a value has the wrong type; the message names
@@ -184,7 +189,7 @@ def load_config(
     merged = OmegaConf.structured(schema)
     for source, layer in layers:
         for key, value in _leaves(layer):
-            _check_key(key, known, source)
+            _check_key(key, known, retired, source)
             try:
                 merged = OmegaConf.merge(merged, OmegaConf.create(_nested(key, value)))
             except OmegaConfBaseException as error:
@@ -206,8 +211,9 @@ def save_config(config: Any, path: str | Path) -> None:
 def leaf_keys(schema: type) -> dict[str, str]:
     """Dotted name of every setting of a config class, and its type as it stands in the source."""
     leaves: dict[str, str] = {}
+    types = get_type_hints(schema)
     for item in dataclasses.fields(schema):
-        section: Any = item.default_factory
+        section = types[item.name]
         if dataclasses.is_dataclass(section):
             leaves |= {f"{item.name}.{key}": kind for key, kind in leaf_keys(section).items()}  # type: ignore[arg-type]
         else:
@@ -264,11 +270,12 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _check_key(key: str, known: Mapping[str, str], source: str) -> None:
+def _check_key(key: str, known: Mapping[str, str], retired: Mapping[str, str], source: str) -> None:
     if key in known:
         return
-    if key in RETIRED:
-        raise InputError(f"{source}: {key} is not a setting here; instead: {RETIRED[key]}")
+    # A retired section, such as model_kwargs, is retired with all that is in it.
+    if old := next((name for name in (key, key.rpartition(".")[0]) if name in retired), None):
+        raise InputError(f"{source}: {key} is not a setting here; instead: {retired[old]}")
     inside = sorted(name for name in known if name.startswith(f"{key}."))
     if inside:
         raise InputError(f"{source}: {key} is a section; set one of {', '.join(inside)}")

@@ -24,12 +24,20 @@ class PromptNoise:
     def draw(self, start: int, step: int, shape: Sequence[int], device: torch.device | str) -> Tensor:
         """(B, *shape), float32, for denoising step `step` of the chunk whose first latent frame is `start`."""
         # Drawn on the CPU: a GPU's generator gives other numbers than a CPU's.
-        draws = torch.stack([self._draw(prompt, start, step, shape) for prompt in self.prompts])
-        if torch.device(device).type == "cuda":
-            return draws.pin_memory().to(device, non_blocking=True)
-        return draws.to(device)
+        return to_device(torch.stack([self._draw(prompt, start, step, shape) for prompt in self.prompts]), device)
 
     def _draw(self, prompt: tuple[str, int], start: int, step: int, shape: Sequence[int]) -> Tensor:
-        key = json.dumps([self.seed, *prompt, start, step]).encode()
-        seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little", signed=True)
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        return torch.randn(*shape, generator=keyed_generator(self.seed, *prompt, start, step))
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A generator on the CPU whose draws are a function of the key: streams of different keys are independent."""
+    digest = hashlib.sha256(json.dumps(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """Without waiting for the GPU."""
+    if torch.device(device).type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)

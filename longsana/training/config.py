@@ -1,0 +1,268 @@
+"""Every setting of training: those of inference (the generator, its parts and its sampler), and the sections below.
+
+Names are the published ones (facts 9), grouped; `RETIRED_IN_TRAINING` tells where a flat key of old went.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from longsana.config import RETIRED, InferenceConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    # flow_matching: a folder of latent clips or generated:NAME; ode: a folder of trajectories or a published LMDB;
+    # self_forcing and longsana: a text file, one prompt a line
+    data_path: str = "data/longsana/vidprom_filtered_extended.txt"
+
+
+@dataclass(frozen=True)
+class FlowMatchingConfig:
+    """Training of the base model, and of the block-causal one."""
+
+    flow_shift: float = 3.0  # of the training timesteps; sampling has scheduler.inference_flow_shift
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    causal: bool = False  # chunks of sampling.chunk_frames that do not see later ones, a timestep each
+    chunk_sampling_strategy: Literal["uniform", "incremental"] = "incremental"  # causal: one t, or never less noisy
+    same_timestep_prob: float = 0.0  # causal, incremental: share of clips with one timestep for all chunks
+    class_dropout_prob: float = 0.1  # share of captions replaced by the null of sampling.null_caption
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What the student generates in training, and the window of it that a loss sees."""
+
+    num_training_frames: int = 21  # latent frames of a rollout, and of LongSANA's first stretch
+    min_num_training_frames: int = 21  # self_forcing: lengths from here to num_training_frames are drawn
+    slice_last_frames: int = 21  # latent frames of the loss window
+    same_step_across_blocks: bool = True  # one exit step for all chunks of a rollout
+    last_step_only: bool = False  # the exit step is always the last
+    noisy_absorb: bool = False  # absorb chunks with noise of the least sigma, as published training did
+    overlap_latents: int = 6  # latents decoded, from a cold cache, for the frame that leads a later window
+
+
+@dataclass(frozen=True)
+class StreamingConfig:
+    """LongSANA: videos that live across iterations."""
+
+    streaming_max_length: int = 261  # latent frames of a stream
+    streaming_min_new_frame: int = 20  # latent frames of a stretch after the first
+    train_first_chunk: bool = True  # a loss on the first stretch too
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Distribution matching: generator against the frozen real score and the trained fake score."""
+
+    timestep_shift: float = 5.0  # of the timesteps at which scores are compared
+    guidance_scale: float = 3.0  # g in real = cond + g (cond - uncond)
+    min_timestep: int = 20
+    max_timestep: int = 980
+    ts_schedule: bool = False  # timesteps no lower than where the exit step leads
+    ts_schedule_max: bool = False  # timesteps no higher than the exit step's own
+    dfake_gen_update_ratio: int = 5  # critic updates for one of the generator
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    lr: float = 1e-5
+    beta1: float = 0.0
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    max_grad_norm: float = 10.0
+    num_warmup_steps: int = 0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    generator: AdamWConfig = field(default_factory=AdamWConfig)
+    critic: AdamWConfig = field(default_factory=lambda: AdamWConfig(lr=2e-6))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    max_iters: int = 10000
+    seed: int = 0
+    batch_size: int = 1  # samples a slot; a slot is a process and an accumulation step
+    total_batch_size: int | None = None  # of all processes; decides the accumulation if that is not given
+    gradient_accumulation_steps: int | None = None  # None: 1, or what total_batch_size needs
+    log_iters: int = 200  # iterations from checkpoint to checkpoint
+    max_checkpoints: int = 3
+    async_checkpoint: bool = False  # write while training goes on, from a copy on the host
+    ema_weight: float = 0.99  # 0: no average
+    ema_start_step: int = 200
+    mixed_precision: bool = True  # compute in bfloat16, reduce and keep weights in float32
+    gradient_checkpointing: bool = True
+    sharding_strategy: Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"] = "full"
+    compile: bool = False  # each block under torch.compile
+    text_encoder: Literal["keep", "offload", "free"] = "keep"  # on the GPU; on the host between uses; encode all first
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    val_data_path: str = "asset/samples/longsana_val.txt"
+    val_samples: int = 2  # prompts, from the top of the file
+    vis_interval: int = 200  # iterations from validation to validation; 0: never
+    vis_video_lengths: tuple[int, ...] = (21,)  # latent frames
+    vis_ema: bool = False  # sample with the average instead of the weights
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    project: str = "longsana"
+    entity: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingConfig(InferenceConfig):
+    """`model` is the generator; validation samples it with the settings of inference."""
+
+    trainer: Literal["flow_matching", "ode", "self_forcing", "longsana"] = "longsana"
+    real_score: ModelConfig = field(default_factory=ModelConfig)  # the frozen teacher
+    fake_score: ModelConfig = field(default_factory=ModelConfig)  # the critic, where it starts from
+    data: DataConfig = field(default_factory=DataConfig)
+    flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    streaming: StreamingConfig = field(default_factory=StreamingConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """ODE trajectories: what of the base model's way from noise to video the student will start from."""
+
+    num_steps: int = 48
+    shift: float = 8.0
+    cfg_scale: float = 6.0
+    causal: bool = False  # chunk after chunk with the block-causal teacher, instead of the clip at once
+    shard_size: int = 16  # trajectories a file
+    dtype: Literal["bfloat16", "float16", "float32"] = "float16"
+    out: str = "output/LongSANA"
+
+
+@dataclass(frozen=True)
+class OdePairsConfig(InferenceConfig):
+    """`model` is the teacher; `scheduler` (its steps and shift) is the student's, `sampling` the prompts and size."""
+
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+
+
+_NETWORK = "nothing: one network serves every role; sizes are in model, real_score and fake_score"
+RETIRED_IN_TRAINING = RETIRED | {
+    "distribution_loss": "trainer, which says what is trained and with which loss",
+    "sana_config": "base: FILE, or the section model",
+    "sana_fake_config": "the sections fake_score and real_score",
+    "sana_inference_config": "nothing: validation samples the generator itself; see scheduler and sampling",
+    "generator_ckpt": "model.load_from",
+    "fake_ckpt": "fake_score.load_from",
+    "real_ckpt": "real_score.load_from",
+    "generator_fsdp_wrap_strategy": "nothing: each block is sharded by itself",
+    "real_score_fsdp_wrap_strategy": "nothing: each block is sharded by itself",
+    "fake_score_fsdp_wrap_strategy": "nothing: each block is sharded by itself",
+    "text_encoder_fsdp_wrap_strategy": "train.text_encoder (keep, offload or free)",
+    "text_encoder_cpu_offload": "train.text_encoder (keep, offload or free)",
+    "real_name": _NETWORK,
+    "fake_name": _NETWORK,
+    "model_name": _NETWORK,
+    "denoising_step_list": "scheduler.denoising_step_list",
+    "warp_denoising_step": "nothing: scheduler.denoising_step_list holds the timesteps themselves",
+    "ts_schedule": "distillation.ts_schedule",
+    "ts_schedule_max": "distillation.ts_schedule_max",
+    "num_train_timestep": "nothing: there are always 1000",
+    "timestep_shift": "distillation.timestep_shift",
+    "model_kwargs.timestep_shift": "scheduler.inference_flow_shift",
+    "model_kwargs.local_attn_size": "model.num_cached_blocks",
+    "guidance_scale": "distillation.guidance_scale (the teacher's)",
+    "real_guidance_scale": "distillation.guidance_scale (the teacher's)",
+    "fake_guidance_scale": "nothing: the critic is never guided",
+    "min_score_timestep": "distillation.min_timestep",
+    "dfake_gen_update_ratio": "distillation.dfake_gen_update_ratio",
+    "denoising_loss_type": "nothing: the critic always learns the flow",
+    "mixed_precision": "train.mixed_precision",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "sharding_strategy": "train.sharding_strategy",
+    "seed": "train.seed",
+    "wandb_key": "nothing: log in with `wandb login` or WANDB_API_KEY; a key in a config would be kept beside every run",
+    "wandb_entity": "wandb.entity",
+    "wandb_project": "wandb.project",
+    "lr": "optimizer.generator.lr",
+    "lr_critic": "optimizer.critic.lr",
+    "beta1": "optimizer.generator.beta1",
+    "beta2": "optimizer.generator.beta2",
+    "beta1_critic": "optimizer.critic.beta1",
+    "beta2_critic": "optimizer.critic.beta2",
+    "weight_decay": "optimizer.generator.weight_decay and optimizer.critic.weight_decay",
+    "max_grad_norm_generator": "optimizer.generator.max_grad_norm",
+    "max_grad_norm_critic": "optimizer.critic.max_grad_norm",
+    "data_path": "data.data_path",
+    "val_data_path": "validation.val_data_path",
+    "batch_size": "train.batch_size",
+    "val_batch_size": "validation.val_samples",
+    "total_batch_size": "train.total_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "ema_weight": "train.ema_weight",
+    "ema_start_step": "train.ema_start_step",
+    "log_iters": "train.log_iters",
+    "max_checkpoints": "train.max_checkpoints",
+    "max_iters": "train.max_iters",
+    "motion_score": "sampling.motion_score",
+    "negative_prompt": "sampling.negative_prompt",
+    "negative_prompt_real": "sampling.negative_prompt",
+    "image_or_video_shape": "sampling.height, sampling.width and rollout.num_training_frames",
+    "load_raw_video": "nothing: training data are prompts, latents or trajectories",
+    "vis_interval": "validation.vis_interval",
+    "vis_video_lengths": "validation.vis_video_lengths",
+    "vis_ema": "validation.vis_ema",
+    "train_vis_interval": "validation.vis_interval",
+    "train_vis_rank": "nothing: every process samples its share of the validation prompts",
+    "num_training_frames": "rollout.num_training_frames",
+    "min_num_training_frames": "rollout.min_num_training_frames",
+    "num_frame_per_block": "sampling.chunk_frames",
+    "num_chunks_per_clip": "nothing: it follows from rollout.num_training_frames and sampling.chunk_frames",
+    "student_max_frame": "streaming.streaming_max_length",
+    "slice_last_frames": "rollout.slice_last_frames",
+    "same_step_across_blocks": "rollout.same_step_across_blocks",
+    "last_step_only": "rollout.last_step_only",
+    "update_kv_cache_by_end": "nothing: what the exit step gives is absorbed",
+    "context_noise": "rollout.noisy_absorb",
+    "streaming_training": "trainer: longsana",
+    "streaming_chunk_size": "rollout.num_training_frames",
+    "streaming_max_length": "streaming.streaming_max_length",
+    "streaming_min_new_frame": "streaming.streaming_min_new_frame",
+    "train_first_chunk": "streaming.train_first_chunk",
+    "num_cached_blocks": "model.num_cached_blocks",
+    "independent_first_frame": "nothing: the remainder of a clip goes to its first chunk",
+    "gc_interval": "nothing: nothing here needs the garbage collector",
+    "i2v": "nothing: text to video only",
+    "switch_prompt_path": "nothing: prompts do not switch in training",
+    "switch_mode": "nothing: prompts do not switch in training",
+    "fixed_switch_index": "nothing: prompts do not switch in training",
+    "switch_choices": "nothing: prompts do not switch in training",
+    "scheduler.flow_shift": "flow_matching.flow_shift",
+    "scheduler.logit_mean": "flow_matching.logit_mean",
+    "scheduler.logit_std": "flow_matching.logit_std",
+    "scheduler.weighting_scheme": "nothing: timesteps are logit-normal",
+    "model.class_dropout_prob": "flow_matching.class_dropout_prob",
+    "train.chunk_sampling_strategy": "flow_matching.chunk_sampling_strategy",
+    "train.same_timestep_prob": "flow_matching.same_timestep_prob",
+    "train.use_fsdp": "train.sharding_strategy",
+    "train.train_batch_size": "train.batch_size",
+    "train.optimizer": "optimizer.generator",
+    "train.gradient_clip": "optimizer.generator.max_grad_norm",
+    "train.grad_checkpointing": "train.gradient_checkpointing",
+    "train.save_model_steps": "train.log_iters",
+    "train.num_epochs": "train.max_iters",
+    "train.num_warmup_steps": "optimizer.generator.num_warmup_steps",
+    "train.validation_prompts": "validation.val_data_path",
+    "train.work_dir": "--logdir",
+    "train.ema_rate": "train.ema_weight",
+}
+"""Published keys that have no place of their own here, and what took it."""
