@@ -190,7 +190,7 @@ RETIRED_IN_TRAINING = RETIRED | {
     "gradient_checkpointing": "train.gradient_checkpointing",
     "sharding_strategy": "train.sharding_strategy",
     "seed": "train.seed",
-    "wandb_key": "nothing: log in with `wandb login` or WANDB_API_KEY; a key in a config would be kept beside every run",
+    "wandb_key": "nothing: log in with `wandb login` or WANDB_API_KEY; a key in a config is copied to every run",
     "wandb_entity": "wandb.entity",
     "wandb_project": "wandb.project",
     "lr": "optimizer.generator.lr",
