@@ -82,6 +82,11 @@ def euler_sigmas(shift: float, steps: int) -> Tensor:
     return torch.cat([shift_sigma(levels, shift), levels.new_zeros(1)])
 
 
+def uniform_sigmas(shift: float, steps: int) -> Tensor:
+    """(steps + 1,), float64: u = 1, 1 - 1/steps, ..., 0, shifted: the grid of ODE trajectories (facts 4.2 and 8.5)."""
+    return shift_sigma(1 - torch.arange(steps + 1, dtype=torch.float64) / steps, shift)
+
+
 def per_frame(values: Tensor, like: Tensor) -> Tensor:
     """(B,) or (B, T) to a shape that broadcasts over (B, C, T, H, W)."""
     return values.view(like.shape[0], 1, -1, 1, 1)

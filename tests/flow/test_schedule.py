@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longsana.flow.schedule import FlowSchedule, euler_sigmas
+from longsana.flow.schedule import FlowSchedule, euler_sigmas, shift_sigma, uniform_sigmas
 
 # Timestep: (index, sigma) for each shift; from the published table's definition, to six digits.
 TABLE = {
@@ -134,3 +134,25 @@ def test_euler_grid_is_that_of_diffusers(shift, steps):
     torch.testing.assert_close(ours.float(), scheduler.sigmas, rtol=0, atol=2e-7)
     # The network truncates its timestep, so that the whole part is what matters.
     assert torch.equal((ours[:-1] * 1000).float().long(), scheduler.timesteps.long())
+
+
+def test_every_twelfth_of_48_uniform_levels_is_one_of_the_four_steps():
+    sigmas = uniform_sigmas(8.0, 48)
+    assert sigmas.shape == (49,)
+    assert sigmas.dtype == torch.float64
+    expected = torch.tensor([1, 24 / 25, 8 / 9, 8 / 11, 0], dtype=torch.float64)
+    torch.testing.assert_close(sigmas[::12], expected, rtol=0, atol=1e-15)
+    assert (sigmas[::12] * 1000).round().tolist() == [*FlowSchedule(7.0).steps, 0]
+
+
+@pytest.mark.parametrize("shift", [1.0, *SHIFTS])
+@pytest.mark.parametrize("steps", [1, 7, 1000])
+def test_uniform_levels(shift, steps):
+    sigmas = uniform_sigmas(shift, steps)
+    assert (sigmas[0], sigmas[-1]) == (1, 0)
+    assert (sigmas.diff() < 0).all()
+    # The inverse of the shift is the shift by its inverse.
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    torch.testing.assert_close(shift_sigma(sigmas, 1 / shift), u, rtol=0, atol=1e-14)
+    if steps == 1000:
+        assert torch.equal(sigmas[:-1], FlowSchedule(shift).table())

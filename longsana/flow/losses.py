@@ -1,0 +1,71 @@
+"""Losses of training: flow matching, ODE regression and distribution matching (facts 8.4 to 8.6).
+
+Videos are (B, C, T, H, W) in any dtype. All is computed in float32 or finer: the published code forms scores and
+gradient of distribution matching in bfloat16 (facts 12).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def flow_loss(velocity: Tensor, x0: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scalar: the mean of (velocity - (noise - x0))^2 over the frames of mask, (T,) bool; None: over all frames."""
+    assert velocity.shape == x0.shape == noise.shape, (velocity.shape, x0.shape, noise.shape)
+    error = _wide(velocity) - (_wide(noise) - _wide(x0))
+    return _frames(error, mask).square().mean()
+
+
+def trajectory_loss(x0_predicted: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """Scalar: the mean of (x0_predicted - x0)^2 over the frames whose timestep is not 0; t: (B, T).
+
+    0, with a graph to x0_predicted, when there is no such frame: every rank must take part in the backward pass.
+    """
+    assert x0_predicted.shape == x0.shape and t.shape == (x0.shape[0], x0.shape[2]), (x0_predicted.shape, t.shape)
+    # Without asking how many frames there are, which would wait for the GPU.
+    counts = (t != 0)[:, None, :, None, None]
+    error = torch.where(counts, _wide(x0_predicted) - _wide(x0), 0)
+    return error.square().sum() / counts.expand_as(error).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def dmd_gradient(x: Tensor, fake: Tensor, real: Tensor) -> Tensor:
+    """(B, C, T, H, W): (fake - real) / mean|x - real|, the mean over all but the batch; no graph.
+
+    x: the student's video; fake, real: predictions of it, by critic and teacher, from one noisy version of x. What is
+    not finite stays so: the loop skips and counts such steps, where the published code makes a NaN 0.
+    """
+    assert x.shape == fake.shape == real.shape, (x.shape, fake.shape, real.shape)
+    x, fake, real = _wide(x), _wide(fake), _wide(real)
+    return (fake - real) / (x - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+
+
+def dmd_loss(x: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scalar: half the mean of (x - constant(x - gradient))^2 over the frames of mask, (T,) bool; None: over all.
+
+    Its derivative by x is gradient / (number of elements in these frames), and 0 in the other frames.
+    """
+    assert x.shape == gradient.shape, (x.shape, gradient.shape)
+    # In float64, where x - (x - gradient) is the gradient and not what rounding left of it.
+    target = (x.double() - gradient.double()).detach()
+    loss = 0.5 * _frames(x.double() - target, mask).square().mean()
+    return loss.to(_wide(x).dtype)
+
+
+def guided(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """cond + scale (cond - uncond): classifier-free guidance whose usual weight is scale + 1."""
+    return _wide(cond) + scale * (_wide(cond) - _wide(uncond))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _frames(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return x
+    assert mask.dtype == torch.bool and mask.shape == x.shape[2:3], (mask.dtype, mask.shape, x.shape)
+    chosen = x[:, :, mask]
+    assert chosen.numel(), "a mask that leaves no frame"
+    return chosen
