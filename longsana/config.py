@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longsana.runtime.errors import InputError, did_you_mean
+from longsana.runtime.files import atomic_write_text
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 """`auto` is bfloat16 on a GPU and float32 on a CPU."""
@@ -97,12 +98,13 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    sampling_algo: Literal["longlive_flow_euler", "flow_euler"] = "longlive_flow_euler"
+    # Few steps, chunk by chunk (distilled); many, on the clip at once (base); many, chunk by chunk (block-causal base)
+    sampling_algo: Literal["longlive_flow_euler", "flow_euler", "chunk_flow_euler"] = "longlive_flow_euler"
     inference_flow_shift: float = 7.0
     # Of longlive_flow_euler; a trailing 0 is dropped
     denoising_step_list: tuple[int, ...] = (1000, 960, 889, 727)
     bf16_timesteps: bool = False  # round timesteps as published (889 -> 888, 727 -> 728); for parity only
-    num_inference_steps: int = 50  # flow_euler
+    num_inference_steps: int = 50  # flow_euler, chunk_flow_euler
 
 
 @dataclass(frozen=True)
@@ -203,9 +205,14 @@ def load_config(
     return result
 
 
+def render_config(config: Any) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
 def save_config(config: Any, path: str | Path) -> None:
-    """Write the resolved config as YAML that `load_config` reads back to an equal object."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    """Write `render_config`, whole or not at all."""
+    atomic_write_text(path, render_config(config))
 
 
 def leaf_keys(schema: type) -> dict[str, str]:

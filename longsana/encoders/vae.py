@@ -127,6 +127,16 @@ class WanVAE:
         assert features is not None, "no latents to decode"
         return torch.cat(frames, dim=2), DecodeCache(features, start + latents.shape[2])
 
+    def lead_latent(self, latents: Tensor) -> Tensor:
+        """The last pixel frame of latents (B, C, T, h, w), encoded as a picture of its own: (B, C, 1, h, w), float32.
+
+        It leads a stretch from the middle of a video when that is taken for a clip, whose first latent is one picture.
+        The latents are decoded as if no video lay before them. The more there are, the smaller the error of that: the
+        decoder looks back over some 20 latents, but its memory of them fades within a few.
+        """
+        frames, _ = self.decode_stream(latents)
+        return self.encode(frames[:, :, -1:])
+
     @staticmethod
     def to_uint8(frames: Tensor) -> Tensor:
         """Pictures (B, F, H, W, 3) uint8 of frames (B, 3, F, H, W) in [-1, 1]."""

@@ -33,11 +33,17 @@ class World:
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))),
         )
 
-    def connect(self) -> None:
-        """Meet the other processes, where there are any."""
+    def connect(
+        self, backend: str = "gloo", *, timeout: timedelta = timedelta(days=7), alone: bool = False
+    ) -> None:
+        """Meet the other processes, where there are any; `alone`: make a group of one where there are none.
+
+        timeout: how long one waits for another; in inference, for hours of a peer's last videos.
+        """
         if self.size > 1:
-            # Only small Python objects are exchanged. A process may wait for hours for its peers' last videos.
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
+            dist.init_process_group(backend, timeout=timeout)
+        elif alone:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
     @property
     def is_main(self) -> bool:

@@ -65,8 +65,8 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         raise
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder where it is missing, and make sure that files can be written there.
+def check_writable(folder: Path, option: str = "--work_dir") -> None:
+    """Make the folder, which `option` names, where it is missing, and make sure that files can be written there.
 
     Raises:
         InputError: they cannot.
@@ -76,4 +76,4 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written to ({error.strerror}); choose another --work_dir") from error
+        raise InputError(f"{folder}: cannot be written to ({error.strerror}); choose another {option}") from error

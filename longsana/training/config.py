@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from omegaconf import MISSING
+
 from longsana.config import RETIRED, InferenceConfig, ModelConfig
 
 
@@ -121,7 +123,7 @@ class WandbConfig:
 class TrainingConfig(InferenceConfig):
     """`model` is the generator; validation samples it with the settings of inference."""
 
-    trainer: Literal["flow_matching", "ode", "self_forcing", "longsana"] = "longsana"
+    trainer: Literal["flow_matching", "ode", "self_forcing", "longsana"] = MISSING  # a config must say it
     real_score: ModelConfig = field(default_factory=ModelConfig)  # the frozen teacher
     fake_score: ModelConfig = field(default_factory=ModelConfig)  # the critic, where it starts from
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,0 +1,129 @@
+"""LongSANA's own stage (facts 8.7): Self-Forcing on the next stretch of a video that lives across iterations."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+from longsana.models.embeddings import TextEmbedding
+from longsana.state import CausalState
+from longsana.training.self_forcing import SelfForcing, Window
+from longsana.training.stage import Loss, Slots, Turn
+
+log = logging.getLogger(__name__)
+
+
+class Stream(NamedTuple):
+    """The video of one slot, as far as it has come; detached values.
+
+    serial: how many videos this slot has begun before it.
+    recent: (B, C, T, H, W), the last `overlap_latents` latents: what the next window's lead is made of.
+    """
+
+    serial: int
+    text: TextEmbedding
+    state: CausalState
+    recent: Tensor
+
+
+class LongSana(SelfForcing):
+    """Generator and critic share the streams: every loss, of either, takes the next stretch of its slot's stream.
+
+    Early parts of a state come from older weights; they are not computed again.
+    """
+
+    def __init__(self, *arguments: Any, slots: Slots, **parts: Any) -> None:
+        super().__init__(*arguments, **parts)
+        self.slots = slots
+        self.streams: dict[int, Stream] = {}
+        self._serials: dict[int, int] = {}  # of the next stream of a slot
+
+    def loss(self, turn: Turn) -> Loss:
+        fresh = turn.slot not in self.streams
+        loss = super().loss(turn)
+        if fresh and not self.config.streaming.train_first_chunk:
+            # Made all the same: processes whose streams are at other places run their networks as often.
+            return Loss(0 * loss.value, loss.metrics)
+        return loss
+
+    def rollout(self, turn: Turn) -> Window:
+        stream = self.streams.pop(turn.slot, None)
+        text = self._next_text(turn) if stream is None else stream.text
+        state = None if stream is None else stream.state
+        plan = ChunkPlan.split(self._stretch(stream), self.config.sampling.chunk_frames)
+        exits = self._exit_steps(turn, len(plan))
+        new, state = self.generate(turn, plan, text, state, exits, keep_state=True)
+        assert state is not None
+        self._keep(turn, stream, text, state, new.detach())
+        if stream is not None:
+            return self.late_window(stream.recent, new, text, exits)
+        learned = torch.ones(new.shape[2], dtype=torch.bool, device=new.device)
+        return Window(new, learned, text, exits)
+
+    def _stretch(self, stream: Stream | None) -> int:
+        """Latent frames of the next stretch."""
+        if stream is None:
+            return self.config.rollout.num_training_frames
+        return self.config.streaming.streaming_min_new_frame
+
+    def _next_text(self, turn: Turn) -> TextEmbedding:
+        """Captions of the slot's next stream. Its number decides, not the iteration: no prompt is left out."""
+        serial, batch = self._serials.get(turn.slot, 0), len(turn.samples)
+        first = (serial * self.slots.count + turn.slot) * batch
+        order = self.order["generator"]
+        return self.embed([self.prompts[order[first + i]] for i in range(batch)])
+
+    def _keep(self, turn: Turn, stream: Stream | None, text: TextEmbedding, state: CausalState, new: Tensor) -> None:
+        """Put the stream back, unless it has come to its end."""
+        serial = self._serials.get(turn.slot, 0) if stream is None else stream.serial
+        self._serials[turn.slot] = serial + 1
+        if not new.isfinite().all():
+            log.warning("slot %d: a stretch that is not finite; its stream ends at frame %d", turn.slot, state.frames)
+        elif state.frames + self.config.streaming.streaming_min_new_frame <= self.config.streaming.streaming_max_length:
+            recent = new if stream is None else torch.cat([stream.recent, new], dim=2)
+            recent = recent[:, :, -self.config.rollout.overlap_latents :].clone()
+            self.streams[turn.slot] = Stream(serial, text, state, recent)
+
+    def live(self) -> Mapping[str, Mapping[str, Tensor]]:
+        groups = {}
+        for slot in self.slots.mine:
+            tensors = {"serial": torch.tensor(self._serials.get(slot, 0))}
+            if stream := self.streams.get(slot):
+                state = stream.state
+                tensors |= {"frames": torch.tensor(state.frames), "recent": stream.recent}
+                tensors |= {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail}
+                tensors |= {"tokens": stream.text.tokens, "mask": stream.text.mask}
+            groups[f"stream_{slot:05d}"] = tensors
+        return groups
+
+    def revive(self, names: Sequence[str], read: Callable[[str], Mapping[str, Tensor]]) -> None:
+        """Take back the streams of this process's slots, whole; slots that had none begin one."""
+        for slot in self.slots.mine:
+            if (name := f"stream_{slot:05d}") in names:
+                self._take(slot, read(name))
+            elif names:
+                # As far along the prompts as the others, which go through them in step.
+                self._serials[slot] = int(read(names[0])["serial"])
+        if names and len(names) != self.slots.count:
+            log.warning(
+                "the checkpoint holds the streams of %d slots, this run has %d: %d go on whole, %d end, %d begin anew",
+                len(names),
+                self.slots.count,
+                min(len(names), self.slots.count),
+                max(len(names) - self.slots.count, 0),
+                max(self.slots.count - len(names), 0),
+            )
+
+    def _take(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
+        self._serials[slot] = int(tensors["serial"])
+        if "frames" not in tensors:  # the slot was between two streams
+            return
+        parts = {name: tensor.to(self.vae.device) for name, tensor in tensors.items() if tensor.dim()}
+        state = CausalState(parts["kv"], parts["k_sum"], parts["tail"], int(tensors["frames"]))
+        text = TextEmbedding(parts["tokens"], parts["mask"])
+        self.streams[slot] = Stream(self._serials[slot] - 1, text, state, parts["recent"])

@@ -1,0 +1,64 @@
+"""Sharding, mixed precision, activation checkpointing and compilation, on one process or on hundreds (torch FSDP2)."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import partial
+from typing import Literal
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from longsana.models.dit import LongSanaDiT
+from longsana.runtime.distributed import World
+
+Strategy = Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"]
+# The longest that others wait for one: the main process reading a checkpoint's every byte, or encoding its captions.
+PATIENCE = timedelta(hours=2)
+
+
+def connect(world: World, device: torch.device) -> None:
+    """Meet the other processes; alone, a group of one, so that the same code runs."""
+    world.connect("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, alone=True)
+
+
+def device_mesh(strategy: Strategy, world: World, device: torch.device) -> DeviceMesh:
+    """How weights lie on the processes.
+
+    full: sharded over all of them. hybrid: sharded within a host and copied across hosts. no_shard: copied.
+    """
+    if strategy == "full":
+        return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
+    shard = world.local_size if strategy.startswith("hybrid") else 1
+    return init_device_mesh(device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def parallelise(
+    model: LongSanaDiT,
+    mesh: DeviceMesh,
+    *,
+    compute: torch.dtype,
+    strategy: Strategy = "full",
+    checkpointing: bool = False,
+    compile_blocks: bool = False,
+) -> LongSanaDiT:
+    """Shard a network in place, block by block. Its weights keep their dtype; it computes in `compute`.
+
+    checkpointing: blocks keep their inputs alone and compute again in the backward pass. The state is one of those
+        inputs, a value that nobody changes: recomputation sees what the forward pass saw.
+    """
+    for block in model.blocks:
+        if checkpointing:
+            # The method, not a module around the block: names stay as they are. Nothing in a block is random.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        if compile_blocks:
+            block.compile()
+    # Inputs keep their dtype: bfloat16 would round the timestep 889 to 888, and the state's float32 sums.
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reshard = strategy != "hybrid_zero2"
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    return model

@@ -1,0 +1,133 @@
+"""Small trainings: networks of 56 channels on latents of 16 x 4 x 6, seeds instead of checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from longsana.config import ModelConfig, load_config
+from longsana.encoders.vae import WanVAE
+from longsana.models.embeddings import TextEmbedding
+from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "train_video_scripts" / "train_longsana.py"
+PROMPTS = ("a red ball rolls", "a blue box waits", "two green stars orbit", "a grey cone falls", "a pink ring spins")
+NETWORK: dict[str, Any] = {
+    "model": "SanaMSVideo_2M_P2_D8",
+    "depth": 2,
+    "hidden_size": 56,
+    "num_heads": 4,
+    "linear_head_dim": 28,
+    "caption_channels": 64,
+    "caption_length": 48,
+}
+CHANNELS, HEIGHT, WIDTH = 16, 4, 6  # of latents
+
+
+@pytest.fixture(scope="session")
+def small_training(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`small_training("ode", "train.max_iters=3")`: a YAML file of a stage that takes milliseconds an iteration.
+
+    Clips of 5 latents in chunks of 3 and 2, streams of up to 9.
+    """
+    folder = tmp_path_factory.mktemp("configs")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+
+    def write(trainer: str, *overrides: str) -> Path:
+        config: dict[str, Any] = {
+            "trainer": trainer,
+            "model": NETWORK | {"load_from": "seeded:1"},
+            "vae": {"vae_pretrained": "seeded:asset/shapes/vae"},
+            "text_encoder": {"text_encoder_name": "seeded:asset/shapes/text_encoder", "chi_prompt": "none"},
+            "sampling": {"height": 32, "width": 48, "chunk_frames": 2, "num_frames": 17},
+            "data": {"data_path": str(prompts)},
+            "rollout": {"num_training_frames": 5},
+            "optimizer": {"generator": {"lr": 1e-3}},
+            "train": {
+                "max_iters": 6,
+                "log_iters": 2,
+                "mixed_precision": False,
+                "gradient_checkpointing": False,
+                "ema_start_step": 2,
+            },
+            "validation": {"val_data_path": str(prompts), "vis_interval": 0, "vis_video_lengths": [3]},
+        }
+        if trainer in ("self_forcing", "longsana"):
+            score = NETWORK | {"depth": 1}
+            config["real_score"] = score | {"load_from": "seeded:2"}
+            config["fake_score"] = score | {"load_from": "seeded:3"}
+            config["sampling"]["negative_prompt"] = "blurred"
+            config["optimizer"]["critic"] = {"lr": 1e-3}
+            config["rollout"] |= {"min_num_training_frames": 5, "slice_last_frames": 5, "overlap_latents": 3}
+            config["distillation"] = {"dfake_gen_update_ratio": 2}
+        if trainer == "longsana":
+            config["streaming"] = {"streaming_max_length": 9, "streaming_min_new_frame": 4}
+        if trainer == "flow_matching":
+            config["data"]["data_path"] = "generated:blobs"
+            config["sampling"] |= {"null_caption": "learned", "cfg_scale": 2.0}
+            config["scheduler"] = {"sampling_algo": "flow_euler", "num_inference_steps": 2}
+        merged = OmegaConf.merge(OmegaConf.create(config), OmegaConf.from_dotlist(list(overrides)))
+        path = folder / f"{trainer}-{len(list(folder.iterdir()))}.yaml"
+        OmegaConf.save(merged, path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def training_config(small_training: Callable[..., Path]) -> Callable[..., TrainingConfig]:
+    """The same, loaded."""
+
+    def load(trainer: str, *overrides: str) -> TrainingConfig:
+        config: TrainingConfig = load_config(
+            small_training(trainer, *overrides), (), TrainingConfig, RETIRED_IN_TRAINING
+        )
+        return config
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def vae() -> WanVAE:
+    from longsana.config import VAEConfig
+
+    return WanVAE.load(VAEConfig(vae_pretrained="seeded:asset/shapes/vae"), "cpu", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def network() -> ModelConfig:
+    return ModelConfig(**NETWORK)
+
+
+@pytest.fixture(scope="session")
+def embed() -> Callable[..., TextEmbedding]:
+    """Prompts to embeddings that differ, without a text encoder."""
+
+    def build(prompts: list[str]) -> TextEmbedding:
+        tokens = [
+            torch.randn(48, 64, generator=torch.Generator().manual_seed(sum(map(ord, prompt)))) for prompt in prompts
+        ]
+        return TextEmbedding(torch.stack(tokens), torch.ones(len(prompts), 48, dtype=torch.bool))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def train_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_longsana", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,167 @@
+"""Streams: videos that live across iterations, of which each loss sees the next stretch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+from longsana.training.longsana import LongSana
+from longsana.training.player import Player
+from longsana.training.stage import Slots, Turn
+from tests.training.conftest import CHANNELS, HEIGHT, PROMPTS, WIDTH
+from tests.training.test_self_forcing import Recorder
+
+SHAPE = (CHANNELS, HEIGHT, WIDTH)
+
+
+@pytest.fixture
+def build(training_config, random_model, network, embed, vae) -> Callable[..., LongSana]:
+    """`build("streaming.streaming_max_length=13", slots=2)`: the stage with random float32 networks."""
+
+    def make(*overrides: str, slots: int = 1) -> LongSana:
+        config = training_config("longsana", *overrides)
+        models = [random_model(network, torch.float32, seed) for seed in range(3)]
+        generator = Player("generator", models[0], config.optimizer.generator, every=2)
+        critic = Player("critic", models[1], config.optimizer.critic)
+        return LongSana(
+            config,
+            generator,
+            critic,
+            models[2].requires_grad_(False),
+            slots=Slots(0, 1, slots),
+            embed=embed,
+            negative=embed(["blurred"]),
+            prompts=PROMPTS,
+            vae=vae,
+            latent_shape=SHAPE,
+        )
+
+    return make
+
+
+def turn(role: str, step: int, slot: int = 0) -> Turn:
+    return Turn(0, step, role, slot, range(1), torch.device("cpu"))
+
+
+def saved(stage: LongSana) -> dict[str, dict[str, Tensor]]:
+    return {name: {key: value.clone() for key, value in group.items()} for name, group in stage.live().items()}
+
+
+def test_stretches_make_one_video_whoever_asks(build, vae):
+    """The latents of all stretches are those of one uninterrupted rollout; both players take from the same stream."""
+    stage = build("streaming.streaming_max_length=13")
+    turns = [turn("critic", 0), turn("generator", 1), turn("critic", 1)]
+    windows = []
+    for now in turns:
+        windows.append(stage.rollout(now))
+        if now is not turns[-1]:
+            assert stage.streams[0].state.frames == 5 + 4 * (len(windows) - 1)
+    assert not stage.streams, "13 latents: the stream has come to its end"
+
+    state, videos = None, []
+    with torch.no_grad():
+        for now, frames, window in zip(turns, (5, 4, 4), windows, strict=True):
+            plan = ChunkPlan.split(frames, 2)
+            new, state = stage.generate(now, plan, window.text, state, window.exit_steps, keep_state=True)
+            videos.append(new)
+    assert torch.equal(windows[0].latents, videos[0])
+    assert windows[0].learned.all()
+    for index, window in enumerate(windows[1:], start=1):
+        assert torch.equal(window.latents[:, :, 1:], videos[index])
+        assert window.learned.tolist() == [False, True, True, True, True]
+        before = torch.cat(videos[:index], dim=2)
+        assert torch.equal(window.latents[:, :, :1], vae.lead_latent(before[:, :, -3:]))
+
+
+def test_positions_go_on_and_states_carry_no_graph(build):
+    stage = build()
+    recorder = Recorder(stage.generator)
+    stage.generator = recorder
+    stage.rollout(turn("generator", 0))
+    assert not any(part.requires_grad for part in (*stage.streams[0].state[:3], stage.streams[0].recent))
+    recorder.calls.clear()
+    window = stage.rollout(turn("generator", 2))
+    assert {call.state.frames for call in recorder.calls} == {5, 7}
+    assert window.latents.requires_grad
+    assert [call.grad for call in recorder.calls].count(True) == 2
+
+
+def test_a_stream_holds_on_to_nothing_but_itself(build):
+    stage = build("streaming.streaming_max_length=100")
+    sizes = set()
+    for step in range(5):
+        stage.rollout(turn("generator", step))
+        stream = stage.streams[0]
+        assert stream.recent.untyped_storage().nbytes() == stream.recent.nbytes
+        sizes.add((stream.state.nbytes, stream.recent.nbytes))
+    assert len(sizes) == 1
+
+
+def test_every_stream_takes_the_next_prompt(build):
+    stage = build(slots=2)
+    seen: dict[int, list[Tensor]] = {0: [], 1: []}
+    for step in range(6):  # three streams of two stretches in each slot
+        for slot in (0, 1):
+            fresh = slot not in stage.streams
+            window = stage.rollout(turn("critic", step, slot))
+            if fresh:
+                seen[slot].append(window.text.tokens)
+    order = [PROMPTS[stage.order["generator"][i]] for i in range(6)]
+    for slot in (0, 1):
+        expected = [stage.embed([prompt]).tokens for prompt in order[slot::2]]
+        assert len(seen[slot]) == 3
+        assert all(torch.equal(a, b) for a, b in zip(seen[slot], expected, strict=True))
+
+
+def test_a_revived_stage_goes_on_to_the_bit(build):
+    stage, other = (
+        build("streaming.streaming_max_length=13", slots=2),
+        build("streaming.streaming_max_length=13", slots=2),
+    )
+    for step in range(2):
+        for slot in (0, 1):
+            stage.rollout(turn("critic", step, slot))
+    groups = saved(stage)
+    other.revive(sorted(groups), groups.__getitem__)
+    for step in range(2, 6):  # to the end of the streams, and into the next ones
+        for slot in (0, 1):
+            now = turn("critic", step, slot)
+            assert torch.equal(other.rollout(now).latents, stage.rollout(now).latents)
+
+
+def test_on_other_numbers_of_slots_whole_streams_go_on(build, caplog):
+    stage = build(slots=2)
+    for slot in (0, 1):
+        stage.rollout(turn("critic", 0, slot))
+    groups = saved(stage)
+    fewer = build(slots=1)
+    fewer.revive(sorted(groups), groups.__getitem__)
+    assert "2 slots, this run has 1: 1 go on whole, 1 end, 0 begin anew" in caplog.text
+    assert torch.equal(fewer.streams[0].state.kv, stage.streams[0].state.kv)
+    more = build(slots=3)
+    more.revive(sorted(groups), groups.__getitem__)
+    assert "2 slots, this run has 3: 2 go on whole, 0 end, 1 begin anew" in caplog.text
+    assert sorted(more.streams) == [0, 1]
+    assert more._serials == {0: 1, 1: 1, 2: 1}
+
+
+def test_the_first_stretch_may_be_made_without_being_learned(build):
+    stage = build("streaming.train_first_chunk=false")
+    for step, learns in enumerate((False, True, False)):
+        value = stage.loss(turn("critic", step)).value
+        gradients = torch.autograd.grad(value, list(stage.critic.parameters()))
+        assert any(gradient.any() for gradient in gradients) == learns
+
+
+def test_a_stream_that_is_not_finite_ends(build, caplog):
+    stage = build()
+    stage.rollout(turn("critic", 0))
+    stage.streams[0].state.kv.fill_(float("nan"))
+    stage.rollout(turn("critic", 1))
+    assert 0 not in stage.streams
+    assert "not finite" in caplog.text
+    assert stage.rollout(turn("critic", 2)).latents.isfinite().all()
