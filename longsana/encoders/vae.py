@@ -127,15 +127,15 @@ class WanVAE:
         assert features is not None, "no latents to decode"
         return torch.cat(frames, dim=2), DecodeCache(features, start + latents.shape[2])
 
-    def lead_latent(self, latents: Tensor) -> Tensor:
-        """The last pixel frame of latents (B, C, T, h, w), encoded as a picture of its own: (B, C, 1, h, w), float32.
+    def lead_latent(self, latents: Tensor, cache: DecodeCache | None = None) -> tuple[Tensor, DecodeCache]:
+        """The last pixel frame of latents (B, C, T, h, w), encoded as a picture of its own, and the next cache.
 
-        It leads a stretch from the middle of a video when that is taken for a clip, whose first latent is one picture.
-        The latents are decoded as if no video lay before them. The more there are, the smaller the error of that: the
-        decoder looks back over some 20 latents, but its memory of them fades within a few.
+        (B, C, 1, h, w), float32: it leads a stretch from the middle of a video when that is taken for a clip, whose
+        first latent is one picture. cache: of all latents before these; None decodes them as if there were none, which
+        is off by what the decoder would remember of them, some 20 latents far.
         """
-        frames, _ = self.decode_stream(latents)
-        return self.encode(frames[:, :, -1:])
+        frames, cache = self.decode_stream(latents, cache)
+        return self.encode(frames[:, :, -1:]), cache
 
     @staticmethod
     def to_uint8(frames: Tensor) -> Tensor:

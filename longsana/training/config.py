@@ -43,7 +43,9 @@ class RolloutConfig:
     same_step_across_blocks: bool = True  # one exit step for all chunks of a rollout
     last_step_only: bool = False  # the exit step is always the last
     noisy_absorb: bool = False  # absorb chunks with noise of the least sigma, as published training did
-    overlap_latents: int = 6  # latents decoded, from a cold cache, for the frame that leads a later window
+    # What is decoded for the frame that leads a later window: 0 is each latent once, with the decoder's cache carried
+    # along (exact; 2 GB a slot at 480p); N > 0 the last N alone, from a cold cache (an error that depends on the VAE)
+    overlap_latents: int = 0
 
 
 @dataclass(frozen=True)

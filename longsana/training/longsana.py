@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
+from longsana.encoders.vae import DecodeCache
 from longsana.models.embeddings import TextEmbedding
 from longsana.state import CausalState
 from longsana.training.self_forcing import SelfForcing, Window
@@ -22,13 +23,14 @@ class Stream(NamedTuple):
     """The video of one slot, as far as it has come; detached values.
 
     serial: how many videos this slot has begun before it.
-    recent: (B, C, T, H, W), the last `overlap_latents` latents: what the next window's lead is made of.
+    lead: (B, C, 1, H, W), what leads the next window; cache: the decoder's memory of all so far, if it is carried.
     """
 
     serial: int
     text: TextEmbedding
     state: CausalState
-    recent: Tensor
+    lead: Tensor
+    cache: DecodeCache | None
 
 
 class LongSana(SelfForcing):
@@ -61,7 +63,7 @@ class LongSana(SelfForcing):
         assert state is not None
         self._keep(turn, stream, text, state, new.detach())
         if stream is not None:
-            return self.late_window(stream.recent, new, text, exits)
+            return self.late_window(stream.lead, new, text, exits)
         learned = torch.ones(new.shape[2], dtype=torch.bool, device=new.device)
         return Window(new, learned, text, exits)
 
@@ -85,9 +87,8 @@ class LongSana(SelfForcing):
         if not new.isfinite().all():
             log.warning("slot %d: a stretch that is not finite; its stream ends at frame %d", turn.slot, state.frames)
         elif state.frames + self.config.streaming.streaming_min_new_frame <= self.config.streaming.streaming_max_length:
-            recent = new if stream is None else torch.cat([stream.recent, new], dim=2)
-            recent = recent[:, :, -self.config.rollout.overlap_latents :].clone()
-            self.streams[turn.slot] = Stream(serial, text, state, recent)
+            lead, cache = self.lead(new, None if stream is None else stream.cache)
+            self.streams[turn.slot] = Stream(serial, text, state, lead, cache)
 
     def live(self) -> Mapping[str, Mapping[str, Tensor]]:
         groups = {}
@@ -95,9 +96,11 @@ class LongSana(SelfForcing):
             tensors = {"serial": torch.tensor(self._serials.get(slot, 0))}
             if stream := self.streams.get(slot):
                 state = stream.state
-                tensors |= {"frames": torch.tensor(state.frames), "recent": stream.recent}
+                tensors |= {"frames": torch.tensor(state.frames), "lead": stream.lead}
                 tensors |= {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail}
                 tensors |= {"tokens": stream.text.tokens, "mask": stream.text.mask}
+                if stream.cache is not None:
+                    tensors |= {f"cache_{i:03d}": feature for i, feature in enumerate(stream.cache.features)}
             groups[f"stream_{slot:05d}"] = tensors
         return groups
 
@@ -126,4 +129,6 @@ class LongSana(SelfForcing):
         parts = {name: tensor.to(self.vae.device) for name, tensor in tensors.items() if tensor.dim()}
         state = CausalState(parts["kv"], parts["k_sum"], parts["tail"], int(tensors["frames"]))
         text = TextEmbedding(parts["tokens"], parts["mask"])
-        self.streams[slot] = Stream(self._serials[slot] - 1, text, state, parts["recent"])
+        features = tuple(parts[name] for name in sorted(parts) if name.startswith("cache_"))
+        cache = DecodeCache(features, state.frames) if features else None
+        self.streams[slot] = Stream(self._serials[slot] - 1, text, state, parts["lead"], cache)

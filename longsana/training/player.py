@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from longsana.models.dit import LongSanaDiT
 from longsana.training.config import AdamWConfig
 
 
@@ -25,7 +26,7 @@ class Player:
     def __init__(
         self,
         name: str,
-        model: nn.Module,
+        model: LongSanaDiT,
         settings: AdamWConfig,
         *,
         every: int = 1,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
-from longsana.encoders.vae import WanVAE
+from longsana.encoders.vae import DecodeCache, WanVAE
 from longsana.flow.losses import dmd_gradient, dmd_loss, flow_loss, guided
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule
 from longsana.flow.timesteps import score_timesteps
@@ -86,7 +86,8 @@ class SelfForcing(Stage):
         latents, _ = self.generate(turn, plan, text, None, exits, learned_from=surplus + 1 if surplus > 0 else 0)
         if surplus <= 0:
             return Window(latents, torch.ones(plan.frames, dtype=torch.bool, device=turn.device), text, exits)
-        return self.late_window(latents[:, :, : surplus + 1].detach(), latents[:, :, surplus + 1 :], text, exits)
+        lead, _ = self.lead(latents[:, :, : surplus + 1].detach(), None)
+        return self.late_window(lead, latents[:, :, surplus + 1 :], text, exits)
 
     def generate(
         self,
@@ -116,13 +117,21 @@ class SelfForcing(Stage):
                 state = absorb(self.generator, self._to_absorb(x0.detach(), draw), text, state)
         return torch.cat(chunks, dim=2), state
 
-    def late_window(self, earlier: Tensor, new: Tensor, text: TextEmbedding, exits: list[int]) -> Window:
+    def lead(self, latents: Tensor, cache: DecodeCache | None) -> tuple[Tensor, DecodeCache | None]:
+        """What leads the window after these latents, (B, C, 1, H, W), and the decoder's cache after them.
+
+        cache: of the video before them. A clip's first latent is a single picture, so the last picture of these is
+        encoded again.
+        """
+        if self.config.rollout.overlap_latents:
+            return self.vae.lead_latent(latents[:, :, -self.config.rollout.overlap_latents :])[0], None
+        return self.vae.lead_latent(latents, cache)
+
+    def late_window(self, lead: Tensor, new: Tensor, text: TextEmbedding, exits: list[int]) -> Window:
         """Frames from the middle of a video as a clip of its own, which is what the scores know.
 
-        A clip's first latent is a single pixel frame, so the last pixel frame of `earlier` is encoded again to lead it.
         Only the new frames are learned.
         """
-        lead = self.vae.lead_latent(earlier[:, :, -self.config.rollout.overlap_latents :]).to(new.dtype)
         learned = torch.ones(1 + new.shape[2], dtype=torch.bool, device=new.device)
         learned[0] = False
         return Window(torch.cat([lead, new], dim=2), learned, text, exits)

@@ -92,6 +92,19 @@ def write_text_encoder(folder: Path, device: str) -> None:
         shutil.copy(ROOT / "asset" / "shapes" / "text_encoder" / name, folder / name)
 
 
+def link_for_training(cache: Path) -> None:
+    """The starting points of the later stages, whose weights are random anyway: one file under each of their names.
+
+    Published ones are trainer files; what a file is, is seen from its content.
+    """
+    (source,) = cache.glob("models--*LongLive/snapshots/*/checkpoints/*.pth")
+    for repo in ("LongSANA_2B_480p_ode", "LongSANA_2B_480p_self_forcing"):
+        target = snapshot(cache, repo) / "checkpoints" / f"{repo}.pt"
+        target.parent.mkdir(exist_ok=True)
+        target.unlink(missing_ok=True)
+        target.hardlink_to(source)
+
+
 def build(cache: Path, *, base: bool = True) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     distilled = snapshot(cache, "SANA-Video_2B_480p_LongLive") / "checkpoints" / "SANA_Video_2B_480p_LongLive.pth"
@@ -101,6 +114,7 @@ def build(cache: Path, *, base: bool = True) -> None:
         write_network(repo / "checkpoints" / "SANA_Video_2B_480p.pth", ModelConfig(), device, seed=3)
     write_vae(repo / "vae" / "Wan2.1_VAE.pth", device)
     write_text_encoder(snapshot(cache, "gemma-2-2b-it"), device)
+    link_for_training(cache)
 
 
 if __name__ == "__main__":

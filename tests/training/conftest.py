@@ -68,7 +68,7 @@ def small_training(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
             config["fake_score"] = score | {"load_from": "seeded:3"}
             config["sampling"]["negative_prompt"] = "blurred"
             config["optimizer"]["critic"] = {"lr": 1e-3}
-            config["rollout"] |= {"min_num_training_frames": 5, "slice_last_frames": 5, "overlap_latents": 3}
+            config["rollout"] |= {"min_num_training_frames": 5, "slice_last_frames": 5}
             config["distillation"] = {"dfake_gen_update_ratio": 2}
         if trainer == "longsana":
             config["streaming"] = {"streaming_max_length": 9, "streaming_min_new_frame": 4}
@@ -131,3 +131,28 @@ def train_script() -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def trajectories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 6 random trajectories of 5 latents, at the noise levels of the default steps."""
+    from longsana.data.shards import Contents, ShardWriter
+    from longsana.data.trajectories import KIND, SIGMAS
+    from longsana.flow.schedule import FlowSchedule
+    from longsana.runtime.distributed import World
+
+    folder = tmp_path_factory.mktemp("trajectories")
+    schedule = FlowSchedule(7.0)
+    sigmas = [*schedule.sigma(torch.tensor(schedule.steps)).tolist(), 0.0]
+    rng = torch.Generator().manual_seed(0)
+    shape = (CHANNELS, 5, HEIGHT, WIDTH)
+    x0, noise = (torch.randn(6, 1, *shape, generator=rng) for _ in range(2))
+    levels = torch.tensor(sigmas).view(1, -1, 1, 1, 1, 1)
+    states = (1 - levels) * x0 + levels * noise
+    contents = Contents(KIND, {SIGMAS: sigmas}, tuple(states.shape[1:]), "float32", len(states), 4)
+    writer = ShardWriter(folder, contents, World(), "folder")
+    for shard in writer.mine:
+        rows = contents.rows(shard)
+        writer.write(shard, states[rows.start : rows.stop], [PROMPTS[i % len(PROMPTS)] for i in rows])
+    writer.finish()
+    return folder

@@ -73,8 +73,19 @@ def test_stretches_make_one_video_whoever_asks(build, vae):
     for index, window in enumerate(windows[1:], start=1):
         assert torch.equal(window.latents[:, :, 1:], videos[index])
         assert window.learned.tolist() == [False, True, True, True, True]
-        before = torch.cat(videos[:index], dim=2)
-        assert torch.equal(window.latents[:, :, :1], vae.lead_latent(before[:, :, -3:]))
+        # What leads it is the last picture of all before, as if the whole video had been decoded in one call.
+        picture = vae.decode(torch.cat(videos[:index], dim=2))[:, :, -1:]
+        assert torch.equal(window.latents[:, :, :1], vae.encode(picture))
+
+
+def test_a_cold_cache_decodes_the_last_latents_alone(build, vae):
+    """And keeps none: the lead is that of a clip of these latents."""
+    stage = build("rollout.overlap_latents=2")
+    first = stage.rollout(turn("critic", 0))
+    assert stage.streams[0].cache is None
+    window = stage.rollout(turn("critic", 1))
+    picture = vae.decode(first.latents[:, :, -2:])[:, :, -1:]
+    assert torch.equal(window.latents[:, :, :1], vae.encode(picture))
 
 
 def test_positions_go_on_and_states_carry_no_graph(build):
@@ -82,7 +93,7 @@ def test_positions_go_on_and_states_carry_no_graph(build):
     recorder = Recorder(stage.generator)
     stage.generator = recorder
     stage.rollout(turn("generator", 0))
-    assert not any(part.requires_grad for part in (*stage.streams[0].state[:3], stage.streams[0].recent))
+    assert not any(part.requires_grad for part in (*stage.streams[0].state[:3], stage.streams[0].lead))
     recorder.calls.clear()
     window = stage.rollout(turn("generator", 2))
     assert {call.state.frames for call in recorder.calls} == {5, 7}
@@ -96,8 +107,8 @@ def test_a_stream_holds_on_to_nothing_but_itself(build):
     for step in range(5):
         stage.rollout(turn("generator", step))
         stream = stage.streams[0]
-        assert stream.recent.untyped_storage().nbytes() == stream.recent.nbytes
-        sizes.add((stream.state.nbytes, stream.recent.nbytes))
+        assert stream.lead.untyped_storage().nbytes() == stream.lead.nbytes
+        sizes.add((stream.state.nbytes, stream.lead.nbytes, stream.cache.nbytes))
     assert len(sizes) == 1
 
 

@@ -1,0 +1,160 @@
+"""The stage that a config names, with its data and networks: data first, then captions, then what is large."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from longsana.config import ModelConfig
+from longsana.data.clips import open_clips
+from longsana.data.trajectories import check_grid, open_trajectories
+from longsana.encoders.geometry import geometry
+from longsana.encoders.vae import WanVAE
+from longsana.flow.schedule import FlowSchedule
+from longsana.models.build import build_model
+from longsana.models.dit import LongSanaDiT
+from longsana.models.embeddings import TextEmbedding, null_embedding
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.sampling.pipeline import resolve_dtype
+from longsana.training.captions import Captions, training_prompts
+from longsana.training.checks import DISTILLED
+from longsana.training.config import TrainingConfig
+from longsana.training.flow_matching import FlowMatching
+from longsana.training.longsana import LongSana
+from longsana.training.ode import OdeInitialisation
+from longsana.training.parallel import device_mesh, parallelise
+from longsana.training.player import Player
+from longsana.training.self_forcing import SelfForcing
+from longsana.training.stage import Slots, Stage
+
+
+class StageBuilder:
+    """Loads what a checked config names. folder: of the run; captions that are encoded ahead go there."""
+
+    def __init__(
+        self, config: TrainingConfig, *, slots: Slots, world: World, device: torch.device, folder: Path
+    ) -> None:
+        self.config, self.slots, self.world, self.device = config, slots, world, device
+        self.captions = Captions(config, device, world, config.train.text_encoder, folder / "captions")
+        height, width = geometry(config.vae).latent_size(config.sampling.height, config.sampling.width)
+        self.latent_shape = (config.model.in_channels, height, width)
+
+    @property
+    def _clip_shape(self) -> tuple[int, int, int, int]:
+        channels, height, width = self.latent_shape
+        return channels, self.config.rollout.num_training_frames, height, width
+
+    def stage(self) -> Stage:
+        """
+        Raises:
+            InputError: the data or a checkpoint do not fit.
+        """
+        return {
+            "flow_matching": self._flow_matching,
+            "ode": self._ode,
+            "self_forcing": self._self_forcing,
+            "longsana": self._longsana,
+        }[self.config.trainer]()
+
+    @cached_property
+    def vae(self) -> WanVAE:
+        config = self.config.vae
+        return WanVAE.load(config, self.device, resolve_dtype(config.weight_dtype, self.device))
+
+    @cached_property
+    def _mesh(self) -> DeviceMesh:
+        return device_mesh(self.config.train.sharding_strategy, self.world, self.device)
+
+    def _flow_matching(self) -> Stage:
+        config, frames = self.config, self.config.rollout.num_training_frames
+        clips = open_clips(config.data.data_path, shape=self._clip_shape, seed=config.train.seed)
+        self.captions.prepare(clips.prompts())
+        generator = self._generator()
+        return FlowMatching(
+            config, generator, embed=self.captions.embed, null=self._null(generator.model), clips=clips, frames=frames
+        )
+
+    def _ode(self) -> Stage:
+        config, frames = self.config, self.config.rollout.num_training_frames
+        schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
+        trajectories = open_trajectories(config.data.data_path, shape=self._clip_shape)
+        sigmas = [*schedule.sigma(torch.tensor(schedule.steps)).tolist(), 0.0]
+        check_grid(trajectories.sigmas, sigmas)
+        self.captions.prepare(trajectories.prompts())
+        return OdeInitialisation(
+            config, self._generator(), embed=self.captions.embed, trajectories=trajectories, frames=frames
+        )
+
+    def _self_forcing(self) -> Stage:
+        prompts = self._prompts()
+        return SelfForcing(self.config, *self._networks(), prompts=prompts, **self._distillation_parts())
+
+    def _longsana(self) -> Stage:
+        prompts = self._prompts()
+        return LongSana(self.config, *self._networks(), prompts=prompts, slots=self.slots, **self._distillation_parts())
+
+    def _prompts(self) -> Sequence[str]:
+        prompts = training_prompts(self.config.data.data_path)
+        self.captions.prepare(prompts)
+        return prompts
+
+    def _networks(self) -> tuple[Player, Player, LongSanaDiT]:
+        """Generator, critic and teacher."""
+        return self._generator(), self._critic(), self._teacher
+
+    def _distillation_parts(self) -> dict[str, Any]:
+        return {
+            "embed": self.captions.embed,
+            "negative": self._null(self._teacher),
+            "vae": self.vae,
+            "latent_shape": self.latent_shape,
+        }
+
+    def _generator(self) -> Player:
+        train, ratio = self.config.train, self.config.distillation.dfake_gen_update_ratio
+        return Player(
+            "generator",
+            self._trained(self.config.model),
+            self.config.optimizer.generator,
+            every=ratio if self.config.trainer in DISTILLED else 1,
+            ema_weight=train.ema_weight,
+            ema_start=train.ema_start_step,
+        )
+
+    def _critic(self) -> Player:
+        return Player("critic", self._trained(self.config.fake_score), self.config.optimizer.critic)
+
+    @cached_property
+    def _teacher(self) -> LongSanaDiT:
+        """Frozen, and so in the dtype that it computes in."""
+        settings = self.config.real_score
+        dtype = resolve_dtype(settings.dtype, self.device)
+        model = build_model(settings, device=self.device, dtype=dtype).requires_grad_(False)
+        return parallelise(model, self._mesh, compute=dtype, strategy=self.config.train.sharding_strategy)
+
+    def _trained(self, settings: ModelConfig) -> LongSanaDiT:
+        """Weights in float32, whatever the network computes in: small steps vanish in bfloat16."""
+        train = self.config.train
+        return parallelise(
+            build_model(settings, device=self.device, dtype=torch.float32),
+            self._mesh,
+            compute=torch.bfloat16 if train.mixed_precision else torch.float32,
+            strategy=train.sharding_strategy,
+            checkpointing=train.gradient_checkpointing,
+            compile_blocks=train.compile,
+        )
+
+    def _null(self, model: LongSanaDiT) -> TextEmbedding:
+        """(1, L, C), what guidance moves away from: a caption that `model` was trained with for none."""
+        if self.config.sampling.null_caption != "learned":
+            return self.captions.negative()
+        try:
+            return null_embedding(model, 1)
+        except ValueError as error:
+            raise InputError(f"sampling.null_caption=learned: {error}") from error

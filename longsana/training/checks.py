@@ -1,0 +1,202 @@
+"""What may be trained: every check that needs no network, made before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from longsana.chunks import ChunkPlan
+from longsana.config import load_config
+from longsana.models.build import empty_model
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.runtime.hub import SEEDED, locate
+from longsana.sampling.request import SOURCES, check_config
+from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from longsana.training.stage import Slots
+
+DISTILLED = ("self_forcing", "longsana")
+SECTIONS = {
+    "flow_matching": ("flow_matching",),
+    "rollout": DISTILLED,
+    "streaming": ("longsana",),
+    "distillation": DISTILLED,
+    "real_score": DISTILLED,
+    "fake_score": DISTILLED,
+    "optimizer.critic": DISTILLED,
+}
+"""Sections that mean something to some trainers only. A clip's length is rollout.num_training_frames for all."""
+FOR_ALL = ("rollout.num_training_frames",)
+
+FREE = (
+    *("train.max_iters", "train.log_iters", "train.max_checkpoints", "train.async_checkpoint", "train.text_encoder"),
+    *("train.sharding_strategy", "train.gradient_checkpointing", "train.compile"),
+    *("validation.", "wandb.", "video.", "sampling.txt_file", "sampling.num_frames", "sampling.bs"),
+)
+"""Settings, or prefixes of them, that a resumed run may change: they do not decide what is learned."""
+
+
+def check_training(config: TrainingConfig) -> None:
+    """Refuse settings that nothing can be trained with.
+
+    Raises:
+        InputError: the first one found, by name, with what would be right.
+    """
+    check_config(config)
+    trainer, train, rollout, chunk = config.trainer, config.train, config.rollout, config.sampling.chunk_frames
+    for setting, value, default in _of_other_trainers(config):
+        section = next(name for name in SECTIONS if setting.startswith(f"{name}."))
+        raise InputError(
+            f"{setting}={value}: this is a config of the trainer {trainer}, and {section} belongs to "
+            f"{' and '.join(SECTIONS[section])}; leave it out (default {default})"
+        )
+    for name, number in (
+        ("train.batch_size", train.batch_size),
+        ("train.max_iters", train.max_iters),
+        ("train.log_iters", train.log_iters),
+        ("train.max_checkpoints", train.max_checkpoints),
+        ("rollout.num_training_frames", rollout.num_training_frames),
+        ("distillation.dfake_gen_update_ratio", config.distillation.dfake_gen_update_ratio),
+        ("validation.val_samples", config.validation.val_samples),
+        *(("validation.vis_video_lengths", length) for length in config.validation.vis_video_lengths),
+    ):
+        if number < 1:
+            raise InputError(f"{name}={number}: must be at least 1")
+    if not 0 <= train.ema_weight < 1:
+        raise InputError(f"train.ema_weight={train.ema_weight}: must be in [0, 1); 0 keeps no average")
+    if config.validation.vis_ema and train.ema_weight == 0:
+        raise InputError("validation.vis_ema=true: there is no average to sample with; set train.ema_weight above 0")
+    for name, optimizer in (("generator", config.optimizer.generator), ("critic", config.optimizer.critic)):
+        if not optimizer.lr > 0 or not optimizer.max_grad_norm > 0:
+            raise InputError(
+                f"optimizer.{name}: lr={optimizer.lr} and max_grad_norm={optimizer.max_grad_norm} must be positive"
+            )
+    if trainer in DISTILLED:
+        _check_distillation(config)
+    drops = trainer == "flow_matching" and config.flow_matching.class_dropout_prob > 0
+    if drops and config.sampling.null_caption == "negative_prompt" and config.sampling.negative_prompt:
+        raise InputError(
+            "sampling.negative_prompt: dropped captions become the empty prompt, so sampling must be guided away "
+            "from that; set sampling.negative_prompt='' or sampling.null_caption=learned"
+        )
+    if trainer == "longsana":
+        new, longest = config.streaming.streaming_min_new_frame, config.streaming.streaming_max_length
+        first = rollout.num_training_frames
+        if new < 1 or len(ChunkPlan.split(new, chunk)) != len(ChunkPlan.split(first, chunk)):
+            raise InputError(
+                f"streaming.streaming_min_new_frame={new}: must be as many chunks of {chunk} as the first stretch, "
+                f"rollout.num_training_frames={first}, so that all processes run the network equally often; "
+                f"for example {first - first % chunk}"
+            )
+        if longest < first:
+            raise InputError(f"streaming.streaming_max_length={longest}: shorter than the first stretch, {first}")
+
+
+def _check_distillation(config: TrainingConfig) -> None:
+    rollout, settings = config.rollout, config.distillation
+    shortest, longest, chunk = (
+        rollout.min_num_training_frames,
+        rollout.num_training_frames,
+        config.sampling.chunk_frames,
+    )
+    if not 1 <= shortest <= longest or (longest - shortest) % chunk:
+        raise InputError(
+            f"rollout.min_num_training_frames={shortest}: must be rollout.num_training_frames={longest} or less by a "
+            f"multiple of sampling.chunk_frames={chunk}"
+        )
+    for name, score in (("real_score", config.real_score), ("fake_score", config.fake_score)):
+        empty_model(score)
+        for key in ("in_channels", "caption_channels", "caption_length"):
+            if getattr(score, key) != getattr(config.model, key):
+                raise InputError(
+                    f"{name}.{key}={getattr(score, key)}: must be that of the generator, model.{key}="
+                    f"{getattr(config.model, key)}: both see the same latents and captions"
+                )
+    if not 0 <= rollout.overlap_latents <= chunk:
+        raise InputError(
+            f"rollout.overlap_latents={rollout.overlap_latents}: must be 0 to sampling.chunk_frames={chunk}"
+        )
+    if rollout.slice_last_frames < 2:
+        raise InputError(f"rollout.slice_last_frames={rollout.slice_last_frames}: must be at least 2")
+    if not 1 <= settings.min_timestep <= settings.max_timestep <= 1000:
+        raise InputError(
+            f"distillation.min_timestep={settings.min_timestep}, max_timestep={settings.max_timestep}: need "
+            "1 <= min <= max <= 1000"
+        )
+
+
+def _of_other_trainers(config: TrainingConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Settings of sections that this trainer has no use for, where they are not the default."""
+    defaults = flat(dataclasses.asdict(TrainingConfig()))
+    for setting, value in flat(dataclasses.asdict(config)).items():
+        trainers = next((owners for section, owners in SECTIONS.items() if setting.startswith(f"{section}.")), None)
+        if trainers and config.trainer not in trainers and setting not in FOR_ALL and value != defaults[setting]:
+            yield setting, value, defaults[setting]
+
+
+def check_sources(config: TrainingConfig) -> None:
+    """Make sure that every file the run starts from is there; on the hub's machines they are fetched now.
+
+    Raises:
+        InputError: one is not, by the setting that names it.
+    """
+    sources = {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in SOURCES.items()}
+    if config.trainer in DISTILLED:
+        sources |= {"real_score.load_from": config.real_score.load_from}
+        sources |= {"fake_score.load_from": config.fake_score.load_from}
+    for setting, uri in sources.items():
+        if not uri.startswith(SEEDED):
+            locate(uri, setting, part="transformer")
+        elif not setting.endswith("load_from"):
+            locate(uri.removeprefix(SEEDED), setting)
+
+
+def slots_of(config: TrainingConfig, world: World) -> Slots:
+    """The slots of this run, from the batch sizes and the number of processes.
+
+    Raises:
+        InputError: train.total_batch_size cannot be made of them; the message names the nearest that can.
+    """
+    train = config.train
+    once, total, given = train.batch_size * world.size, train.total_batch_size, train.gradient_accumulation_steps
+    if given is not None and given < 1:
+        raise InputError(f"train.gradient_accumulation_steps={given}: must be at least 1")
+    if total is None:
+        return Slots.of(world, given or 1)
+    step = once * (given or 1)
+    if total < step or total % step or (given is not None and total != step):
+        if given is not None:
+            valid = f"{step}"
+        else:
+            below = total - total % step
+            valid = f"{below} and {below + step}" if below >= step else f"{step}"
+        raise InputError(
+            f"train.total_batch_size={total}: {world.size} processes of train.batch_size={train.batch_size}"
+            + (f" with {given} accumulation steps" if given is not None else "")
+            + f" cannot make it; the nearest that they can: {valid}"
+        )
+    return Slots.of(world, total // once)
+
+
+def check_same_run(config: TrainingConfig, saved: Path) -> list[str]:
+    """What a logdir's run was made with and this config changes, as `setting: old -> new`; settings in FREE may."""
+    old: TrainingConfig = load_config(saved, schema=TrainingConfig, retired=RETIRED_IN_TRAINING)
+    before, now = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(config))
+    return [
+        f"{setting}: {before[setting]} -> {value}"
+        for setting, value in now.items()
+        if before[setting] != value and not setting.startswith(FREE)
+    ]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves

@@ -1,0 +1,78 @@
+"""Flow matching (facts 8.3, 8.4): the base model, and the block-causal one, learn the velocity of noisy latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+from longsana.data.clips import ClipSource
+from longsana.flow.losses import flow_loss
+from longsana.flow.schedule import FlowSchedule
+from longsana.flow.timesteps import logit_normal, monotone
+from longsana.models.embeddings import TextEmbedding
+from longsana.training.config import TrainingConfig
+from longsana.training.player import Player
+from longsana.training.stage import Embed, Loss, Shuffled, Stage, Turn
+
+
+class FlowMatching(Stage):
+    """One player, on clips of latents with captions, some of which are dropped for the null caption.
+
+    Bidirectional: a clip is one chunk with one timestep. Causal: a timestep a chunk, and no chunk sees a later one.
+    null: (1, L, C), the caption that sampling will be guided away from.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        generator: Player,
+        *,
+        embed: Embed,
+        null: TextEmbedding,
+        clips: ClipSource,
+        frames: int,
+    ) -> None:
+        self.settings = config.flow_matching
+        self.players = (generator,)
+        self.generator, self.embed, self.null, self.clips = generator.model, embed, null, clips
+        self.schedule = FlowSchedule(self.settings.flow_shift)
+        self.plan = ChunkPlan.split(frames, config.sampling.chunk_frames if self.settings.causal else frames)
+        self.order = Shuffled(len(clips), config.train.seed, generator.name)
+
+    def loss(self, turn: Turn) -> Loss:
+        items = [self.clips[self.order[number]] for number in turn.samples]
+        x0 = torch.stack([item.latents for item in items]).to(turn.device, torch.float32)
+        text = self._drop(self.embed([item.prompt for item in items]), turn)
+        t = self._timesteps(len(items), turn.rng("t"))
+        t = t.repeat_interleave(torch.tensor(self.plan.lengths), dim=1).to(turn.device)
+        noise = turn.normal("noise", x0.shape)
+        velocity, _ = self.generator(self.schedule.add_noise(x0, noise, t), t, text, plan=self.plan)
+        loss = flow_loss(velocity, x0, noise)
+        return Loss(loss, {"generator_loss": loss.detach()})
+
+    def _timesteps(self, batch: int, rng: torch.Generator) -> Tensor:
+        """(B, chunks)."""
+        settings = self.settings
+        if settings.chunk_sampling_strategy == "incremental" and len(self.plan) > 1:
+            return monotone(
+                batch,
+                len(self.plan),
+                mean=settings.logit_mean,
+                std=settings.logit_std,
+                shift=settings.flow_shift,
+                same_prob=settings.same_timestep_prob,
+                rng=rng,
+            )
+        t = logit_normal(batch, mean=settings.logit_mean, std=settings.logit_std, shift=settings.flow_shift, rng=rng)
+        return t[:, None].expand(batch, len(self.plan))
+
+    def _drop(self, text: TextEmbedding, turn: Turn) -> TextEmbedding:
+        """Some captions replaced by the null that guidance will move away from."""
+        batch = len(turn.samples)
+        dropped = torch.rand(batch, generator=turn.rng("drop")) < self.settings.class_dropout_prob
+        dropped = dropped.to(turn.device)
+        return TextEmbedding(
+            torch.where(dropped[:, None, None], self.null.tokens.to(text.tokens.dtype), text.tokens),
+            torch.where(dropped[:, None], self.null.mask, text.mask),
+        )

@@ -1,0 +1,245 @@
+"""The one loop of all stages: for each player whose turn it is, accumulate its loss, clip, step, average."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longsana.runtime.distributed import World
+from longsana.runtime.logging import RunLog
+from longsana.training.checkpoint import Checkpointer, own_names, read_own, read_progress
+from longsana.training.config import TrainConfig
+from longsana.training.player import Player
+from longsana.training.stage import Slots, Stage, Turn
+
+log = logging.getLogger(__name__)
+
+SKIPS = 10
+"""Updates in a row that may be skipped for numbers that are not finite."""
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on; the message says why."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    step: the next iteration. samples: of each player, samples taken so far. skipped: updates that changed nothing
+    because their loss or gradient was not finite; in_a_row: the same, since each player's last good update.
+    """
+
+    step: int = 0
+    samples: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
+    in_a_row: dict[str, int] = field(default_factory=dict)
+
+
+Validate = Callable[[int], Mapping[str, float]]
+"""Samples the fixed probe set after so many iterations, writes its videos, returns what they look like."""
+
+
+class Loop:
+    """A stage, run from wherever its newest checkpoint is to `max_iters`.
+
+    checkpointer: None saves nothing. validate: None samples nothing. texts: kept in every checkpoint, by file name.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        settings: TrainConfig,
+        *,
+        slots: Slots,
+        world: World,
+        device: torch.device,
+        run_log: RunLog,
+        checkpointer: Checkpointer | None,
+        validate: Validate | None,
+        vis_interval: int,
+        texts: Mapping[str, str],
+    ) -> None:
+        self.stage, self.settings, self.slots, self.world, self.device = stage, settings, slots, world, device
+        self.run_log, self.checkpointer, self.texts = run_log, checkpointer, texts
+        self.validate, self.vis_interval = validate, vis_interval
+        self.progress = Progress()
+        self._saved = -1
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint, of any number of processes.
+
+        Raises:
+            InputError: it is not one of these networks.
+        """
+        assert self.checkpointer is not None
+        self.checkpointer.load(path, self._tensors())
+        names = own_names(path)
+        read = partial(_read_own, path)
+        self.stage.revive([name for name in names if not name.startswith("rng_")], read)
+        if (name := f"rng_{self.world.rank:05d}") in names:
+            _set_rng(read(name), self.device)
+        self.progress = Progress(**read_progress(path))
+        self._saved = self.progress.step
+
+    def run(self) -> int:
+        """Train; returns the exit status: 0, or 128 + the signal that asked to stop, after what it has is saved."""
+        with _asked_to_stop() as asked:
+            while self.progress.step < self.settings.max_iters:
+                stop = self._iteration(asked)
+                self._after(stop)
+                if stop:
+                    log.info(
+                        "stopped by signal %d after iteration %d; the same command goes on", stop, self.progress.step
+                    )
+                    return 128 + stop
+            self._save()
+            if self.checkpointer is not None:
+                self.checkpointer.wait()
+        return 0
+
+    def _iteration(self, asked: Callable[[], int]) -> int:
+        """One iteration; returns the signal that some process was sent, or 0."""
+        started, step = time.perf_counter(), self.progress.step
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        values: dict[str, float] = {}
+        for player in self.stage.players:
+            if player.plays(step):
+                values |= self._update(player, step)
+        stop = int(self._reduced(torch.tensor([float(asked())]), dist.ReduceOp.MAX)[0])
+        values["skipped_updates"] = self.progress.skipped
+        values["per iteration time"] = time.perf_counter() - started  # ends in a read: the GPU is done
+        if self.device.type == "cuda":
+            values["gpu_peak_allocated"] = torch.cuda.max_memory_allocated(self.device)
+        self.run_log.metrics(step, values)
+        self.progress.step += 1
+        return stop
+
+    def _update(self, player: Player, step: int) -> dict[str, float]:
+        """One update of one player; its metrics, averaged over all slots."""
+        progress, settings = self.progress, self.settings
+        first, batch = progress.samples.get(player.name, 0), settings.batch_size
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        for slot in self.slots.mine:
+            start = first + slot * batch
+            turn = Turn(settings.seed, step, player.name, slot, range(start, start + batch), self.device)
+            loss = self.stage.loss(turn)
+            (loss.value / self.slots.accumulation).backward()
+            for name, value in loss.metrics.items():
+                sums[name] += value / self.slots.accumulation
+        progress.samples[player.name] = first + self.slots.count * batch
+        means = self._reduced(torch.stack([value.float() for value in sums.values()])) / self.world.size
+        # The losses' mean is finite everywhere or nowhere: all processes take the same step, or none.
+        norm = player.update(step) if means.isfinite().all() else player.skip()
+        values = dict(zip(sums, means.tolist(), strict=True)) | {f"{player.name}_grad_norm": float(norm)}
+        self._count(player, values)
+        return values
+
+    def _count(self, player: Player, values: Mapping[str, float]) -> None:
+        progress = self.progress
+        if all(map(_finite, values.values())):
+            progress.in_a_row[player.name] = 0
+            return
+        progress.skipped += 1
+        progress.in_a_row[player.name] = progress.in_a_row.get(player.name, 0) + 1
+        log.warning(
+            "iteration %d: the %s is not updated, numbers are not finite: %s", progress.step, player.name, values
+        )
+        if progress.in_a_row[player.name] >= SKIPS:
+            raise TrainingFailed(
+                f"{SKIPS} updates of the {player.name} in a row were not finite (iteration {progress.step}); go back "
+                "to a checkpoint before them with a lower learning rate, or look for the fault in the data"
+            )
+
+    def _reduced(self, values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        values = values.to(self.device)
+        if self.world.size > 1:
+            dist.all_reduce(values, op)
+        return values
+
+    def _after(self, stop: int) -> None:
+        """What is due between two iterations."""
+        step, settings = self.progress.step, self.settings
+        if step % settings.log_iters == 0 or stop:
+            self._save()
+        if stop and self.checkpointer is not None:
+            self.checkpointer.wait()
+        if self.validate and self.vis_interval and step % self.vis_interval == 0 and not stop:
+            self.run_log.metrics(step - 1, self.validate(step))
+
+    def _save(self) -> None:
+        if self.checkpointer is None or self._saved == self.progress.step:
+            return
+        own = {f"rng_{self.world.rank:05d}": _rng(self.device)} | dict(self.stage.live())
+        self.checkpointer.save(
+            self.progress.step,
+            self._tensors(),
+            own=own,
+            progress=dataclasses.asdict(self.progress),
+            texts=self.texts,
+        )
+        self._saved = self.progress.step
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {name: group for player in self.stage.players for name, group in player.tensors().items()}
+
+
+def weights_for_sampling(player: Player, ema: bool) -> Any:
+    """A context in which the player's network samples: with its average, or as it is."""
+    return player.averaged() if ema and player.average else nullcontext()
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], int]]:
+    """Inside the block SIGINT and SIGTERM are noted, not obeyed: the iteration is finished and saved first."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:  # the second time it is meant
+            signal.default_int_handler(number, frame)
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _read_own(path: Path, name: str) -> dict[str, Tensor]:
+    group = read_own(path, name)
+    assert group is not None, name
+    return group
+
+
+def _rng(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_rng(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0

@@ -1,0 +1,38 @@
+"""ODE initialisation (facts 8.5): the student learns to jump from any state of the teacher's trajectory to its end."""
+
+from __future__ import annotations
+
+import torch
+
+from longsana.chunks import ChunkPlan
+from longsana.data.trajectories import Trajectories
+from longsana.flow.losses import trajectory_loss
+from longsana.flow.schedule import FlowSchedule
+from longsana.training.config import TrainingConfig
+from longsana.training.player import Player
+from longsana.training.stage import Embed, Loss, Shuffled, Stage, Turn
+
+
+class OdeInitialisation(Stage):
+    """One player. Each chunk of a clip is at a state of its own; all chunks are seen at once, none sees a later one."""
+
+    def __init__(
+        self, config: TrainingConfig, generator: Player, *, embed: Embed, trajectories: Trajectories, frames: int
+    ) -> None:
+        self.players = (generator,)
+        self.generator, self.embed, self.trajectories = generator.model, embed, trajectories
+        self.schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
+        self.plan = ChunkPlan.split(frames, config.sampling.chunk_frames)
+        self.order = Shuffled(len(trajectories), config.train.seed, generator.name)
+
+    def loss(self, turn: Turn) -> Loss:
+        items = [self.trajectories[self.order[number]] for number in turn.samples]
+        states = torch.stack([item.states for item in items]).to(turn.device, torch.float32)  # (B, S, C, T, H, W)
+        text = self.embed([item.prompt for item in items])
+        drawn = torch.randint(states.shape[1], (len(items), len(self.plan)), generator=turn.rng("state"))
+        index = drawn.repeat_interleave(torch.tensor(self.plan.lengths), dim=1)  # (B, T)
+        x = torch.stack([states[b, index[b], :, range(self.plan.frames)] for b in range(len(items))]).transpose(1, 2)
+        t = torch.tensor((*self.schedule.steps, 0), dtype=torch.float32)[index].to(turn.device)
+        velocity, _ = self.generator(x, t, text, plan=self.plan)
+        loss = trajectory_loss(self.schedule.to_x0(x, velocity, t), states[:, -1], t)
+        return Loss(loss, {"generator_loss": loss.detach()})

@@ -1,0 +1,111 @@
+"""Run the published training commands at full size on one GPU and print what an iteration costs, as a table and JSON.
+
+python tests/full_size/hub_cache.py /tmp/hub
+python tests/full_size/measure_training.py --cache /tmp/hub --out /tmp/training.json self_forcing=6 longsana=24
+
+A checkpoint of two networks takes 60 GB, so none is written unless --save is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from longsana.config import load_config  # noqa: E402
+from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig  # noqa: E402
+from longsana.training.estimate import estimate, model_flops  # noqa: E402
+
+DENSE_BF16 = 989e12  # FLOP/s of an H100 or H200 by the vendor's datasheet
+GIB = 2**30
+
+
+def run(stage: str, iterations: int, cache: Path, logdir: Path, settings: list[str]) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    command = [
+        *("torchrun", "--standalone", f"--nproc_per_node={torch.cuda.device_count()}"),
+        "train_video_scripts/train_longsana.py",
+        *("--config_path", config_path(stage), "--logdir", str(logdir)),
+        *("--disable-wandb", "--no_visualize", "--max_iters", str(iterations)),
+        *settings,
+    ]
+    print(" ".join(command), flush=True)
+    environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    return [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def config_path(stage: str) -> str:
+    return f"configs/sana_video_config/longsana/480ms/{stage}.yaml"
+
+
+def summary(stage: str, lines: list[dict[str, Any]], settings: list[str]) -> dict[str, Any]:
+    """What iterations cost after the first two, which allocate and choose algorithms."""
+    overrides = [item for item in settings if "=" in item]
+    config: TrainingConfig = load_config(ROOT / config_path(stage), overrides, TrainingConfig, RETIRED_IN_TRAINING)
+    processes = torch.cuda.device_count()
+    peaks = [line["gpu_peak_allocated"] / GIB for line in lines]
+    result: dict[str, Any] = {
+        "stage": stage,
+        "gpu": torch.cuda.get_device_name(),
+        "gpus": processes,
+        "torch": torch.__version__,
+        "iterations": len(lines),
+        "estimated GiB": round(estimate(config, processes).total / GIB, 1),
+        "peak GiB": round(max(peaks), 1),
+    }
+    both = [line for line in lines[2:] if "generator_loss" in line]
+    alone = [line for line in lines[2:] if "generator_loss" not in line]
+    distilled = stage in ("self_forcing", "longsana")
+    for name, chosen, roles in (
+        (
+            "generator and critic" if distilled else "generator",
+            both,
+            ("generator", "critic") if distilled else ("generator",),
+        ),
+        ("critic alone", alone, ("critic",)),
+    ):
+        if chosen:
+            seconds = sum(line["per iteration time"] for line in chosen) / len(chosen)
+            flops = sum(model_flops(config, role) for role in roles)  # type: ignore[arg-type]
+            result[f"{name}, s"] = round(seconds, 2)
+            result[f"{name}, model TFLOP"] = round(flops / 1e12)
+            result[f"{name}, MFU"] = round(flops / seconds / DENSE_BF16, 3)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", help="STAGE=ITERATIONS")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="JSON; runs already in it are kept")
+    parser.add_argument("--save", action="store_true", help="write a checkpoint at the end, and go on from it once")
+    parser.add_argument("--set", nargs="*", default=[], help="settings, as section.key=value")
+    options = parser.parse_args()
+    records = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for item in options.stages:
+        stage, _, iterations = item.partition("=")
+        settings = [*options.set, "train.total_batch_size=null"]
+        if stage != "ode":
+            settings.append("data.data_path=asset/samples/video_prompts_samples.txt")
+        with tempfile.TemporaryDirectory() as folder:
+            lines = run(
+                stage, int(iterations), options.cache, Path(folder), settings + ([] if options.save else ["--no_save"])
+            )
+            records[item] = {"summary": summary(stage, lines, settings), "lines": lines}
+        options.out.write_text(json.dumps(records, indent=1))
+        print(json.dumps(records[item]["summary"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Train a stage of LongSANA; the same command goes on where it was stopped.
+
+    torchrun --nproc_per_node=8 train_video_scripts/train_longsana.py \\
+        --config_path configs/sana_video_config/longsana/480ms/self_forcing.yaml --logdir output/self_forcing
+
+Any setting of the config can be given as well: `train.max_iters=20`, or `--train.max_iters 20`.
+Exit status: 0 trained to the end, 1 failed, 2 bad input, 128 + n stopped by signal n after saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
+
+import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from longsana.config import leaf_keys, load_config, render_config
+from longsana.runtime.commandline import Parser, parse_settings, set_up_logging
+from longsana.runtime.distributed import World, set_threads
+from longsana.runtime.errors import InputError
+from longsana.runtime.hub import locate
+from longsana.training.checks import check_sources, check_training, slots_of
+from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from longsana.training.estimate import estimate
+
+FLAGS = {"max_iters": "train.max_iters"}
+"""Flags that are short for a setting."""
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and every setting given on the command line as `section.key=value`."""
+    parser = Parser(__doc__)
+    parser.add_argument("--config_path", required=True, help="YAML file of a stage")
+    parser.add_argument("--logdir", help="the run's folder (default: output/NAME_OF_FOLDER/NAME_OF_CONFIG)")
+    parser.add_argument("--max_iters", metavar="VALUE", help="the setting train.max_iters")
+    parser.add_argument("--no_save", action="store_true", help="write no checkpoints")
+    parser.add_argument("--no_visualize", action="store_true", help="sample no validation videos")
+    parser.add_argument("--no-auto-resume", action="store_true", help="start anew; what is in logdir is moved aside")
+    parser.add_argument("--allow-config-change", action="store_true", help="go on although the config differs")
+    parser.add_argument("--dry_run", action="store_true", help="print config, sizes and a memory estimate, and stop")
+    parser.add_argument("--disable-wandb", action="store_true", help="log to metrics.jsonl alone")
+    parser.add_argument("--wandb_name", help="the run's name in wandb (default: the config's folder)")
+    parser.add_argument("--wandb-save-dir", type=Path, default=Path("wandb"), help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
+    options, rest = parser.parse_known_args(arguments)
+    known = [f"--{name}" for name in (*vars(options), *leaf_keys(TrainingConfig))]
+    given = [f"{setting}={getattr(options, flag)}" for flag, setting in FLAGS.items() if getattr(options, flag)]
+    return options, given + parse_settings(rest, known)
+
+
+def main(arguments: Sequence[str]) -> int:
+    world = World.from_environment()
+    set_up_logging(world)
+    try:
+        options, settings = parse(arguments)
+        path = locate(options.config_path, "--config_path")
+        config: TrainingConfig = load_config(path, settings, TrainingConfig, RETIRED_IN_TRAINING)
+        check_training(config)
+        slots_of(config, world)
+        if options.dry_run:
+            if world.is_main:
+                print(render_config(config))
+                print(estimate(config, world.size, local_size=world.local_size).table())
+            return 0
+        check_sources(config)
+    except InputError as error:
+        if world.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    from longsana.training.launch import RunOptions, train  # brings diffusers and transformers, which take seconds
+    from longsana.training.loop import TrainingFailed
+
+    set_threads(options.threads, world)
+    run = RunOptions(
+        logdir=Path(options.logdir or Path("output") / path.parent.name / path.stem),
+        name=options.wandb_name or path.parent.name,
+        save=not options.no_save,
+        visualize=not options.no_visualize,
+        wandb=not options.disable_wandb,
+        wandb_dir=options.wandb_save_dir,
+        auto_resume=not options.no_auto_resume,
+        allow_config_change=options.allow_config_change,
+    )
+    try:
+        with logging_redirect_tqdm():  # lines go above the bar, not through it
+            status = train(config, run, world)
+    except InputError as error:
+        print(f"error: {error}" if world.is_main else f"error (process {world.rank}): {error}", file=sys.stderr)
+        return 2
+    except TrainingFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        detail = (str(error).splitlines() or ["on the host"])[0]
+        print(
+            f"error (process {world.rank}): out of memory ({detail}); lower "
+            "train.batch_size, sampling.height and width or rollout.num_training_frames, set "
+            "train.gradient_checkpointing=true and train.text_encoder=free, or use more processes",
+            file=sys.stderr,
+        )
+        return 2
+    # Not after an error: the others may be waiting in a collective that this process will never enter.
+    world.disconnect()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
