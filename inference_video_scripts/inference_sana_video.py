@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
@@ -26,8 +24,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import InferenceConfig, leaf_keys, load_config
 from longsana.data.prompts import Prompt
+from longsana.runtime.commandline import Parser, parse_settings, run_command, set_up_logging
 from longsana.runtime.distributed import World, set_threads
-from longsana.runtime.errors import InputError, did_you_mean
+from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.sampling.request import check_config, seeded_sources, select_prompts
 
@@ -57,6 +56,11 @@ MEANINGLESS = {
     "longlive_flow_euler": {
         "scheduler.num_inference_steps": "it takes the steps of scheduler.denoising_step_list",
         "sampling.negative_prompt": "it has no guidance",
+        "sampling.null_caption": "it has no guidance",
+    },
+    "chunk_flow_euler": {
+        "scheduler.denoising_step_list": "it takes scheduler.num_inference_steps steps",
+        "scheduler.bf16_timesteps": "its timesteps are never rounded",
     },
     "flow_euler": {
         "model.num_cached_blocks": "it samples a clip as one chunk",
@@ -67,14 +71,9 @@ MEANINGLESS = {
 """Settings that a sampler cannot honour when they are given, and why."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
-
-
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and every setting given on the command line as `section.key=value`."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
     parser.add_argument("--work_dir", help="output folder (default: output/inference/NAME_OF_CONFIG)")
     parser.add_argument("--dataset", help="folder in work_dir (default: the prompt file's name)")
@@ -86,27 +85,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, rest = parser.parse_known_args(arguments)
     given = {flag: getattr(options, flag) for flag in SETTING_FLAGS if getattr(options, flag) is not None}
     known = [f"--{name}" for name in (*vars(options), *leaf_keys(InferenceConfig))]
-    return options, [f"{SETTING_FLAGS[flag]}={value}" for flag, value in given.items()] + _settings(rest, known)
-
-
-def _settings(rest: Sequence[str], known: Sequence[str]) -> list[str]:
-    """`--a.b value`, `--a.b=value` and `a.b=value`, all as `a.b=value`; `known` options are offered for others."""
-    settings = []
-    words = iter(rest)
-    for word in words:
-        if re.match(r"[\w]+(\.\w+)+=", word):
-            settings.append(word)
-        elif not re.match(r"--\w+\.", word):
-            flag = word.partition("=")[0]
-            raise InputError(f"unknown option {flag}{did_you_mean(flag, known)}; see --help")
-        elif "=" in word:
-            settings.append(word[2:])
-        else:
-            value = next(words, None)
-            if value is None:
-                raise InputError(f"{word}: a value is missing")
-            settings.append(f"{word[2:]}={value}")
-    return settings
+    return options, [f"{SETTING_FLAGS[flag]}={value}" for flag, value in given.items()] + parse_settings(rest, known)
 
 
 def check_settings(settings: Sequence[str], config: InferenceConfig) -> None:
@@ -117,8 +96,11 @@ def check_settings(settings: Sequence[str], config: InferenceConfig) -> None:
         name = f"--{flags.get(setting, setting)}"
         if reason := MEANINGLESS[sampler].get(setting):
             raise InputError(f"{name}: has no meaning for the sampler {sampler}: {reason}")
-        if setting == "sampling.negative_prompt" and config.sampling.cfg_scale == 1:
+        if setting in ("sampling.negative_prompt", "sampling.null_caption") and config.sampling.cfg_scale == 1:
             raise InputError(f"{name}: has no meaning with cfg_scale 1, where nothing is guided away from it")
+        learned = config.sampling.null_caption == "learned"
+        if setting == "sampling.negative_prompt" and learned and config.sampling.negative_prompt:
+            raise InputError(f"{name}: has no meaning with sampling.null_caption=learned, which takes its place")
 
 
 @dataclass(frozen=True)
@@ -173,27 +155,8 @@ def run(request: Request, world: World) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     world = World.from_environment()
-    # Progress is one process's to tell; an error of its own may come from any.
-    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
-    for library in ("httpx", "huggingface_hub", "transformers", "diffusers"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    try:
-        request = prepare(arguments)
-    except InputError as error:
-        if world.is_main:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        world.connect()
-        return run(request, world)
-    except InputError as error:
-        print(f"error: {error}" if world.is_main else f"error (process {world.rank}): {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    finally:
-        world.disconnect()
+    set_up_logging(world)
+    return run_command(world, lambda: prepare(arguments), lambda request: run(request, world))
 
 
 if __name__ == "__main__":

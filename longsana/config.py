@@ -190,14 +190,14 @@ def load_config(
 
     merged = OmegaConf.structured(schema)
     for source, layer in layers:
-        for key, value in _leaves(layer):
+        leaves = dict(_leaves(layer))
+        for key in leaves:
             _check_key(key, known, retired, source)
-            try:
-                merged = OmegaConf.merge(merged, OmegaConf.create(_nested(key, value)))
-            except OmegaConfBaseException as error:
-                # OmegaConf leaves its placeholders unfilled for items of a list.
-                reason = _reason(error).replace("$VALUE_TYPE", type(value).__name__).replace("$VALUE", str(value))
-                raise InputError(f"{source}: {key}={value}: {reason}") from error
+        try:
+            merged = OmegaConf.merge(merged, *(OmegaConf.create(_nested(*leaf)) for leaf in leaves.items()))
+        except OmegaConfBaseException:
+            _blame_key(merged, leaves, source)
+            raise
     try:
         result: Schema = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:  # ${...} that leads nowhere, or ???
@@ -257,6 +257,21 @@ def _parse_overrides(overrides: Sequence[str], known: Mapping[str, str]) -> dict
         except yaml.YAMLError as error:
             raise InputError(f"the command line: {key}={text}: {' '.join(str(error).split())}") from error
     return values
+
+
+def _blame_key(merged: Any, leaves: Mapping[str, Any], source: str) -> None:
+    """Find the setting that does not fit by merging one after the other.
+
+    Raises:
+        InputError: it names the setting and says why.
+    """
+    for key, value in leaves.items():
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.create(_nested(key, value)))
+        except OmegaConfBaseException as error:
+            # OmegaConf leaves its placeholders unfilled for items of a list.
+            reason = _reason(error).replace("$VALUE_TYPE", type(value).__name__).replace("$VALUE", str(value))
+            raise InputError(f"{source}: {key}={value}: {reason}") from error
 
 
 def _reason(error: OmegaConfBaseException) -> str:

@@ -1,4 +1,4 @@
-"""Files of named tensors, opened without reading the tensors: PyTorch pickles and safetensors, whole or in shards.
+"""Named tensors, opened without reading them: PyTorch pickles, safetensors whole or in shards, folders of training.
 
 What a file is, is seen from its first bytes, never from its suffix.
 """
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longsana.models.dcp_files import SEPARATOR, checkpoints_in, is_checkpoint, open_tensors, read_manifest
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import move_into_place, partial_name
 from longsana.runtime.hub import INDEX_SUFFIX, shards_of
@@ -42,11 +43,14 @@ class Entry(NamedTuple):
 def open_checkpoint(path: Path, key: str) -> dict[str, Entry]:
     """The tensors of one network, by the names the file gives them, without `model.` in front of all.
 
+    path: a file, an index of shards, or a checkpoint folder of training.
     key: the network to take from a training checkpoint; elsewhere there is one network to take.
 
     Raises:
         InputError: missing, damaged, ambiguous, holding objects other than tensors, or without this network.
     """
+    if path.is_dir():
+        return _open_folder(path, key)
     files = [path.parent / shard for shard in shards_of(path)] if path.name.endswith(INDEX_SUFFIX) else [path]
     entries: dict[str, Entry] = {}
     for file in files:
@@ -62,13 +66,16 @@ def open_checkpoint(path: Path, key: str) -> dict[str, Entry]:
 
 
 def weights_file(path: Path) -> Path:
-    """The file or the index of shards that a folder means; a file is itself.
+    """The file or the index of shards that a folder means; a file, and a checkpoint folder of training, is itself.
 
     Raises:
-        InputError: the folder holds none, or several and none with a usual name.
+        InputError: the folder holds none, or several and none with a usual name, or is a run with its checkpoints.
     """
-    if not path.is_dir():
+    if not path.is_dir() or is_checkpoint(path):
         return path
+    if checkpoints := checkpoints_in(path):
+        newest = next((folder for folder in checkpoints if not _damage(folder)), checkpoints[0])
+        raise InputError(f"{path}: a run, with {len(checkpoints)} checkpoints: name one, such as {newest}, the newest")
     if (path / PIPELINE_PART).is_dir():
         return weights_file(path / PIPELINE_PART)
     for name in (DIFFUSERS_WEIGHTS, "model.safetensors"):
@@ -82,6 +89,33 @@ def weights_file(path: Path) -> Path:
         names = ", ".join(file.name for file in found[:5])
         raise InputError(f"{path}: {f'several weights files ({names})' if found else 'no weights'} here; name the file")
     return found[0]
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint folder at first sight; nothing with other folders."""
+    try:
+        if is_checkpoint(folder):
+            read_manifest(folder)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _open_folder(path: Path, key: str) -> dict[str, Entry]:
+    groups: dict[str, dict[str, Entry]] = {}
+    for full_name, (shape, dtype, read) in open_tensors(path).items():
+        group, _, name = full_name.partition(SEPARATOR)
+        entry = Entry(shape, str(dtype).removeprefix("torch."), dtype.is_floating_point, read)
+        groups.setdefault(group, {})[name] = entry
+    _check_key(path, key, [name for name in NETWORKS if name in groups])
+    return groups[key]
+
+
+def _check_key(path: Path, key: str, networks: list[str]) -> None:
+    if key in networks:
+        return
+    remedy = f"set checkpoint_key to {' or '.join(networks)}" if networks else "there is none at all"
+    raise InputError(f"{path}: no network '{key}' in this training checkpoint; {remedy}")
 
 
 def _open_file(path: Path, key: str) -> dict[str, Entry]:
@@ -138,11 +172,8 @@ def _open_pickle(path: Path, key: str, *, mapped: bool) -> dict[str, Entry]:
 def _network(loaded: object, key: str, path: Path) -> Mapping[Any, object]:
     if isinstance(loaded, Mapping):
         networks = [name for name in NETWORKS if isinstance(loaded.get(name), Mapping)]
-        if networks and key not in networks:
-            raise InputError(
-                f"{path}: no network '{key}' in this training checkpoint; set checkpoint_key to {' or '.join(networks)}"
-            )
         if networks:
+            _check_key(path, key, networks)
             loaded = loaded[key]
         elif key != NETWORKS[0]:
             log.info("%s holds one network, which is taken for '%s'", path, key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,3 +65,24 @@ class CaptionEmbedding(nn.Module):
         """(B, L, C) to (B, L, D)."""
         tokens = tokens.to(self.linear_1.weight.dtype)
         return self.norm(self.linear_2(F.gelu(self.linear_1(tokens), approximate="tanh")))
+
+
+class Captioned(Protocol):
+    """A network that embeds captions."""
+
+    @property
+    def text_embed(self) -> CaptionEmbedding: ...
+
+
+def null_embedding(model: Captioned, batch: int) -> TextEmbedding:
+    """The "no caption" that the network's checkpoint was trained with, `batch` times; all of its tokens are seen.
+
+    Raises:
+        ValueError: the checkpoint has none (all zeros).
+    """
+    null = model.text_embed.null_tokens
+    if not null.any():
+        raise ValueError("the checkpoint has no null caption (its null_tokens are all zeros)")
+    return TextEmbedding(
+        null.expand(batch, *null.shape), torch.ones(batch, null.shape[0], dtype=torch.bool, device=null.device)
+    )

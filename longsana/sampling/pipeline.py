@@ -15,19 +15,22 @@ from longsana.data.prompts import Prompt, parts_per_chunk, with_motion_score
 from longsana.encoders.geometry import geometry
 from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand
 from longsana.encoders.vae import WanVAE
-from longsana.flow.schedule import FlowSchedule
+from longsana.flow.schedule import FlowSchedule, uniform_sigmas
 from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
-from longsana.models.embeddings import TextEmbedding
+from longsana.models.embeddings import TextEmbedding, null_embedding
 from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
 from longsana.sampling.noise import PromptNoise
-from longsana.sampling.request import DISTILLED, chunk_plan
-from longsana.sampling.sampler import Chunk, generate, sample_clip
+from longsana.sampling.request import DISTILLED, WHOLE_CLIP, chunk_plan
+from longsana.sampling.sampler import Chunk, generate, sample_chunks, sample_clip
 
 
 class Caption(NamedTuple):
-    """The embeddings of one prompt, on the host: of each of its parts, and of what to move away from."""
+    """The embeddings of one prompt, on the host: of each of its parts, and of what to move away from.
+
+    negative: None without guidance, and where that is away from the checkpoint's own null caption.
+    """
 
     parts: tuple[CompactEmbedding, ...]
     negative: CompactEmbedding | None
@@ -62,6 +65,7 @@ class VideoPipeline:
             config.scheduler.bf16_timesteps,
         )
         self.plan = chunk_plan(config)
+        self._negative: CompactEmbedding | None = None  # one for all captions
         self.model: LongSanaDiT
         self.vae: WanVAE
 
@@ -89,18 +93,42 @@ class VideoPipeline:
         """One prompt at a time: an embedding never depends on its neighbours."""
         sampling = self.config.sampling
         texts = [with_motion_score(part, sampling.motion_score) for part in prompt.parts]
-        negative = None
-        if sampling.cfg_scale != 1:
-            negative = compact(encoder.encode(sampling.negative_prompt, instruction=False))
-        return Caption(tuple(compact(encoder.encode(text)) for text in texts), negative)
+        if self._negative is None and sampling.cfg_scale != 1 and sampling.null_caption == "negative_prompt":
+            self._negative = compact(encoder.encode(sampling.negative_prompt, instruction=False))
+        return Caption(tuple(compact(encoder.encode(text)) for text in texts), self._negative)
 
     def load(self) -> None:
+        self.load_model()
+        config = self.config.vae
+        with _blame("vae.vae_pretrained"):
+            self.vae = WanVAE.load(config, self.device, resolve_dtype(config.weight_dtype, self.device))
+
+    def load_model(self) -> None:
+        """The network alone, for those who need latents and no pictures."""
         config = self.config
         self.model = build_model(
             config.model, device=self.device, dtype=resolve_dtype(config.model.dtype, self.device)
         ).requires_grad_(False)
-        with _blame("vae.vae_pretrained"):
-            self.vae = WanVAE.load(config.vae, self.device, resolve_dtype(config.vae.weight_dtype, self.device))
+        if config.sampling.cfg_scale != 1 and config.sampling.null_caption == "learned":
+            self._null(1)
+
+    def captions(self, captions: Sequence[Caption]) -> list[TextEmbedding]:
+        """On the device, for a batch: the (first part of the) captions, and with guidance what to move away from."""
+        toward = self._batch([caption.parts[0] for caption in captions])
+        if self.config.sampling.cfg_scale == 1:
+            return [toward]
+        if self.config.sampling.null_caption == "learned":
+            return [toward, self._null(len(captions))]
+        return [toward, self._batch([caption.negative for caption in captions if caption.negative is not None])]
+
+    def _null(self, batch: int) -> TextEmbedding:
+        try:
+            return null_embedding(self.model, batch)
+        except ValueError as error:
+            raise InputError(
+                f"sampling.null_caption=learned: {self.config.model.load_from}: {error}; "
+                "use sampling.null_caption=negative_prompt"
+            ) from error
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], captions: Sequence[Caption], clock: Clock) -> Iterator[Frames]:
@@ -135,15 +163,28 @@ class VideoPipeline:
                 device=self.device,
                 clock=clock,
             )
-        away = [caption.negative for caption in captions if caption.negative is not None]
-        return sample_clip(
+        embeddings = self.captions(captions)
+        steps, cfg_scale = config.scheduler.num_inference_steps, config.sampling.cfg_scale
+        if config.scheduler.sampling_algo == WHOLE_CLIP:
+            return sample_clip(
+                self.model,
+                embeddings[0],
+                embeddings[1] if len(embeddings) > 1 else None,
+                shift=config.scheduler.inference_flow_shift,
+                steps=steps,
+                cfg_scale=cfg_scale,
+                noise=noise.draw(0, 0, (shape[0], self.plan.frames, *shape[1:]), self.device),
+                clock=clock,
+            )
+        return sample_chunks(
             self.model,
-            self._batch([caption.parts[0] for caption in captions]),
-            self._batch(away) if away else None,
-            shift=config.scheduler.inference_flow_shift,
-            steps=config.scheduler.num_inference_steps,
-            cfg_scale=config.sampling.cfg_scale,
-            noise=noise.draw(0, 0, (shape[0], self.plan.frames, *shape[1:]), self.device),
+            embeddings,
+            self.plan,
+            sigmas=uniform_sigmas(config.scheduler.inference_flow_shift, steps).tolist(),
+            cfg_scale=cfg_scale,
+            shape=shape,
+            rng=noise,
+            device=self.device,
             clock=clock,
         )
 

@@ -17,10 +17,8 @@ import torch
 import longsana
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
-from longsana.models.checkpoint_files import PIPELINE_PART
-from longsana.runtime.hub import SEEDED, file_sha256, locate
 from longsana.sampling.pipeline import resolve_dtype
-from longsana.sampling.request import SOURCES
+from longsana.sampling.request import SOURCES, source_digest
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +28,8 @@ def video_name(prompt: Prompt) -> str:
 
 
 def source_digests(config: InferenceConfig) -> dict[str, str]:
-    """What the weights of each part are: SHA-256 of the file or folder, or the seed they are drawn from."""
-    digests = {}
-    for section, key in SOURCES.items():
-        uri: str = getattr(getattr(config, section), key)
-        if not uri.startswith(SEEDED):
-            part = PIPELINE_PART if section == "model" else ""
-            digests[section] = file_sha256(locate(uri, f"{section}.{key}", part=part))
-        elif section == "model":
-            digests[section] = uri
-        else:
-            digests[section] = SEEDED + file_sha256(locate(uri.removeprefix(SEEDED), f"{section}.{key}"))
-    return digests
+    """What the weights of each part are, by section; see `source_digest`."""
+    return {section: source_digest(config, section) for section in SOURCES}
 
 
 def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.device) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts
 from longsana.encoders.geometry import geometry
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.build import empty_model
+from longsana.models.checkpoint_files import PIPELINE_PART
 from longsana.runtime.errors import InputError
-from longsana.runtime.hub import SEEDED, locate
+from longsana.runtime.hub import SEEDED, file_sha256, locate
 from longsana.runtime.video import check_encoding
 
 DISTILLED = "longlive_flow_euler"
+WHOLE_CLIP = "flow_euler"
 SOURCES = {"model": "load_from", "vae": "vae_pretrained", "text_encoder": "text_encoder_name"}
 """The setting of each section that says where weights come from."""
 
@@ -23,8 +25,8 @@ SOURCES = {"model": "load_from", "vae": "vae_pretrained", "text_encoder": "text_
 def chunk_plan(config: InferenceConfig) -> ChunkPlan:
     """The chunks of every video of this config; the bidirectional base model samples its clip as one."""
     frames = geometry(config.vae).latent_frames(config.sampling.num_frames)
-    distilled = config.scheduler.sampling_algo == DISTILLED
-    return ChunkPlan.split(frames, config.sampling.chunk_frames if distilled else frames)
+    whole = config.scheduler.sampling_algo == WHOLE_CLIP
+    return ChunkPlan.split(frames, frames if whole else config.sampling.chunk_frames)
 
 
 def check_config(config: InferenceConfig) -> None:
@@ -55,7 +57,7 @@ def check_config(config: InferenceConfig) -> None:
     if scheduler.sampling_algo == DISTILLED and sampling.cfg_scale != 1:
         raise InputError(
             f"cfg_scale={sampling.cfg_scale:g}: the distilled model ({DISTILLED}) was trained without guidance; "
-            "use --cfg_scale=1, or the base model with --sampling_algo=flow_euler"
+            "use --cfg_scale=1, or a base model with --sampling_algo=flow_euler or chunk_flow_euler"
         )
     try:
         FlowSchedule(scheduler.inference_flow_shift, scheduler.denoising_step_list)
@@ -107,6 +109,22 @@ def _check_parts(config: InferenceConfig, prompt: Prompt, chunks: int) -> None:
     if len(prompt.parts) > 1 and config.scheduler.sampling_algo != DISTILLED:
         raise InputError(f"parts between '<split>' need the streaming sampler ({DISTILLED})")
     parts_per_chunk(len(prompt.parts), chunks)
+
+
+def source_digest(config: InferenceConfig, section: str) -> str:
+    """What the weights of a part are: SHA-256 of the file or folder, or the seed they are drawn from.
+
+    Raises:
+        InputError: they are not there.
+    """
+    key = SOURCES[section]
+    uri: str = getattr(getattr(config, section), key)
+    if not uri.startswith(SEEDED):
+        part = PIPELINE_PART if section == "model" else ""
+        return file_sha256(locate(uri, f"{section}.{key}", part=part))
+    if section == "model":
+        return uri
+    return SEEDED + file_sha256(locate(uri.removeprefix(SEEDED), f"{section}.{key}"))
 
 
 def seeded_sources(config: InferenceConfig) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -28,7 +29,10 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Chunk:
-    """A finished stretch of video: latents (B, C, T, H, W) in float32, and the state that includes it."""
+    """A finished stretch of video: latents (B, C, T, H, W) in float32, and the state that includes it.
+
+    The many-step samplers give no state.
+    """
 
     index: int
     start: int
@@ -121,17 +125,121 @@ def sample_clip(
     noise: (B, C, T, H, W). negative: the caption to move away from; None (with cfg_scale 1) runs no second pass.
     """
     clock = clock or Clock(noise.device)
-    x = noise
-    sigmas = euler_sigmas(shift, steps)
     with clock.part("denoise"):
-        for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
-            t = timestep(sigma * TIMESTEPS, x)
-            velocity = model(x, t, text)[0].float()
-            if negative is not None:
-                away = model(x, t, negative)[0].float()
-                velocity = away + cfg_scale * (velocity - away)
-            x = x + (following - sigma) * velocity
-    yield Chunk(0, 0, x, None)
+        for x in euler_path(
+            model,
+            [text] if negative is None else [text, negative],
+            sigmas=euler_sigmas(shift, steps).tolist(),
+            cfg_scale=cfg_scale,
+            noise=noise,
+        ):
+            clean = x
+    yield Chunk(0, 0, clean, None)
+
+
+@torch.no_grad()
+def sample_chunks(
+    model: Network,
+    captions: Sequence[TextEmbedding],
+    plan: ChunkPlan,
+    *,
+    sigmas: Sequence[float],
+    cfg_scale: float,
+    shape: tuple[int, int, int],
+    rng: PromptNoise,
+    device: torch.device | str,
+    clock: Clock | None = None,
+) -> Iterator[Chunk]:
+    """Chunk after chunk with many Euler steps each and guidance: the block-causal base model. See `euler_path`."""
+    start = 0
+    for index, kept in enumerate(
+        trajectory(
+            model,
+            captions,
+            plan,
+            sigmas=sigmas,
+            keep=[len(sigmas) - 1],
+            cfg_scale=cfg_scale,
+            shape=shape,
+            rng=rng,
+            device=device,
+            clock=clock,
+        )
+    ):
+        yield Chunk(index, start, kept[:, 0], None)
+        start += kept.shape[3]
+
+
+@torch.no_grad()
+def trajectory(
+    model: Network,
+    captions: Sequence[TextEmbedding],
+    plan: ChunkPlan,
+    *,
+    sigmas: Sequence[float],
+    keep: Sequence[int],
+    cfg_scale: float,
+    shape: tuple[int, int, int],
+    rng: PromptNoise,
+    device: torch.device | str,
+    clock: Clock | None = None,
+) -> Iterator[Tensor]:
+    """For each chunk, (B, S, C, T, H, W) in float32: x at the levels `sigmas[k]`, k in `keep`, noisiest first.
+
+    A chunk is denoised with the clean ones before it as its past. With guidance there are two pasts: each caption, the
+    one to move away from too, has absorbed the chunks as its own.
+
+    Args:
+        plan: one chunk is the bidirectional model's clip.
+        shape: (C, H, W) of a latent frame.
+    """
+    clock = clock or Clock(device)
+    states: list[CausalState | None] = [None] * len(captions)
+    for index, (start, length) in enumerate(zip(plan.starts, plan.lengths, strict=True)):
+        noise = rng.draw(start, 0, (shape[0], length, *shape[1:]), device)
+        kept = []
+        with clock.part("denoise"):
+            path = euler_path(model, captions, sigmas=sigmas, cfg_scale=cfg_scale, noise=noise, states=states)
+            for step, x in enumerate(path):
+                if step in keep:
+                    kept.append(x)
+        yield torch.stack(kept, dim=1)
+        if index + 1 < len(plan):
+            with clock.part("absorb"):
+                states = [absorb(model, x, text, state) for text, state in zip(captions, states, strict=True)]
+
+
+@torch.no_grad()
+def euler_path(
+    model: Network,
+    captions: Sequence[TextEmbedding],
+    *,
+    sigmas: Sequence[float],
+    cfg_scale: float,
+    noise: Tensor,
+    states: Sequence[CausalState | None] | None = None,
+) -> Iterator[Tensor]:
+    """x at every one of `sigmas`, falling noise levels from 1: the noise first, the clean latents last.
+
+    x' = x + (sigma' - sigma) v, with v = away + cfg_scale (toward - away).
+
+    Args:
+        captions: the caption, and with guidance the one to move away from; without it cfg_scale is not used.
+        noise: (B, C, T, H, W).
+        states: what each caption has absorbed of the video so far; None is nothing.
+    """
+    states = states or [None] * len(captions)
+    x = noise
+    yield x
+    for sigma, following in itertools.pairwise(sigmas):
+        t = timestep(sigma * TIMESTEPS, x)
+        velocity, *away = (
+            model(x, t, text, state=state)[0].float() for text, state in zip(captions, states, strict=True)
+        )
+        if away:
+            velocity = away[0] + cfg_scale * (velocity - away[0])
+        x = x + (following - sigma) * velocity
+        yield x
 
 
 def timestep(t: float, x: Tensor) -> Tensor:

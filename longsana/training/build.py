@@ -33,6 +33,8 @@ from longsana.training.player import Player
 from longsana.training.self_forcing import SelfForcing
 from longsana.training.stage import Slots, Stage
 
+CAPTIONS = "captions"  # folder in a run's
+
 
 class StageBuilder:
     """Loads what a checked config names. folder: of the run; captions that are encoded ahead go there."""
@@ -41,7 +43,7 @@ class StageBuilder:
         self, config: TrainingConfig, *, slots: Slots, world: World, device: torch.device, folder: Path
     ) -> None:
         self.config, self.slots, self.world, self.device = config, slots, world, device
-        self.captions = Captions(config, device, world, config.train.text_encoder, folder / "captions")
+        self.captions = Captions(config, device, world, config.train.text_encoder, folder / CAPTIONS)
         height, width = geometry(config.vae).latent_size(config.sampling.height, config.sampling.width)
         self.latent_shape = (config.model.in_channels, height, width)
 
@@ -73,7 +75,9 @@ class StageBuilder:
 
     def _flow_matching(self) -> Stage:
         config, frames = self.config, self.config.rollout.num_training_frames
-        clips = open_clips(config.data.data_path, shape=self._clip_shape, seed=config.train.seed)
+        clips = open_clips(
+            config.data.data_path, shape=self._clip_shape, seed=config.train.seed, digests=self.world.is_main
+        )
         self.captions.prepare(clips.prompts())
         generator = self._generator()
         return FlowMatching(
@@ -83,7 +87,7 @@ class StageBuilder:
     def _ode(self) -> Stage:
         config, frames = self.config, self.config.rollout.num_training_frames
         schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
-        trajectories = open_trajectories(config.data.data_path, shape=self._clip_shape)
+        trajectories = open_trajectories(config.data.data_path, shape=self._clip_shape, digests=self.world.is_main)
         sigmas = [*schedule.sigma(torch.tensor(schedule.steps)).tolist(), 0.0]
         check_grid(trajectories.sigmas, sigmas)
         self.captions.prepare(trajectories.prompts())

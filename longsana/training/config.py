@@ -159,11 +159,11 @@ class OdePairsConfig(InferenceConfig):
     pairs: PairsConfig = field(default_factory=PairsConfig)
 
 
-_NETWORK = "nothing: one network serves every role; sizes are in model, real_score and fake_score"
+_NETWORK = "nothing: one network serves every role; its sizes are those of model, real_score and fake_score"
 RETIRED_IN_TRAINING = RETIRED | {
     "distribution_loss": "trainer, which says what is trained and with which loss",
     "sana_config": "base: FILE, or the section model",
-    "sana_fake_config": "the sections fake_score and real_score",
+    "sana_fake_config": "fake_score and real_score",
     "sana_inference_config": "nothing: validation samples the generator itself; see scheduler and sampling",
     "generator_ckpt": "model.load_from",
     "fake_ckpt": "fake_score.load_from",

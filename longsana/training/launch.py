@@ -15,7 +15,7 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable
 from longsana.runtime.logging import RunLog, WandbRun
-from longsana.training.build import StageBuilder
+from longsana.training.build import CAPTIONS, StageBuilder
 from longsana.training.checkpoint import Checkpointer, read_progress
 from longsana.training.checks import check_same_run, flat, slots_of
 from longsana.training.config import TrainingConfig
@@ -87,7 +87,7 @@ def train(config: TrainingConfig, options: RunOptions, world: World) -> int:
         main=world.is_main,
         wandb=_wandb(config, options) if options.wandb and world.is_main else None,
     )
-    try:
+    with run_log:
         loop = Loop(
             stage,
             config.train,
@@ -102,9 +102,10 @@ def train(config: TrainingConfig, options: RunOptions, world: World) -> int:
         )
         if found is not None:
             loop.resume(found)
-        return loop.run()
-    finally:
-        run_log.close()
+        try:
+            return loop.run()
+        finally:
+            checkpointer.wait()  # what is being written is finished, whatever ended the run
 
 
 def _prepare_folder(config: TrainingConfig, options: RunOptions) -> None:
@@ -124,8 +125,8 @@ def _prepare_folder(config: TrainingConfig, options: RunOptions) -> None:
 
 
 def _move_aside(logdir: Path) -> None:
-    """What lies in the folder goes to superseded_N inside it: nothing is lost by starting anew."""
-    found = [path for path in logdir.iterdir() if not path.name.startswith("superseded_")]
+    """What lies in the folder goes to superseded_N inside it, but for encoded captions, which any run can use."""
+    found = [path for path in logdir.iterdir() if not path.name.startswith(("superseded_", CAPTIONS))]
     if not found:
         return
     number = len(list(logdir.glob("superseded_*")))

@@ -108,8 +108,6 @@ class Loop:
                     )
                     return 128 + stop
             self._save()
-            if self.checkpointer is not None:
-                self.checkpointer.wait()
         return 0
 
     def _iteration(self, asked: Callable[[], int]) -> int:
@@ -174,13 +172,12 @@ class Loop:
 
     def _after(self, stop: int) -> None:
         """What is due between two iterations."""
-        step, settings = self.progress.step, self.settings
-        if step % settings.log_iters == 0 or stop:
-            self._save()
-        if stop and self.checkpointer is not None:
-            self.checkpointer.wait()
+        step = self.progress.step
+        # First: a run that is killed while it samples does so again.
         if self.validate and self.vis_interval and step % self.vis_interval == 0 and not stop:
             self.run_log.metrics(step - 1, self.validate(step))
+        if step % self.settings.log_iters == 0 or stop:
+            self._save()
 
     def _save(self) -> None:
         if self.checkpointer is None or self._saved == self.progress.step:

@@ -71,7 +71,7 @@ def launch(*arguments: str | Path, launcher: tuple[str, ...] = (), **options: An
 
 
 def sidecars(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) | {"name": path.stem} for path in sorted(folder.glob("*.json"))]
+    return [json.loads(path.read_text()) | {"name": path.stem} for path in sorted(folder.glob("[!.]*.json"))]
 
 
 def latents(folder: Path) -> dict[tuple[str, int], str]:

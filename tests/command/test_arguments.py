@@ -7,12 +7,18 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from longsana.config import load_config
-from longsana.sampling.request import check_config
+from longsana.sampling.request import check_config, chunk_plan
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+# Those of inference; training and its data have sections of their own.
+CONFIGS = [
+    path
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    if not {"trainer", "pairs"} & yaml.safe_load(path.read_text()).keys()
+]
 BASE = "configs/sana_video_config/Sana_2000M_480px_AdamW_fsdp.yaml"
 DISTILLED = "configs/sana_video_config/Sana_2000M_480px_adamW_fsdp_longsana.yaml"
 PUBLISHED = (
@@ -70,6 +76,15 @@ def test_text_settings_stay_as_typed(script: ModuleType) -> None:
     assert request.config.sampling.negative_prompt == "blur: yes, {curly} [x] = 1"
 
 
+def test_the_block_causal_base_model_is_guided_chunk_by_chunk(script: ModuleType) -> None:
+    given = ["--sampling_algo", "chunk_flow_euler", "--step", "20", "--cfg_scale", "4", "--num_cached_blocks", "2"]
+    config = script.prepare([*given, "--negative_prompt", "dull"]).config
+    assert chunk_plan(config).lengths == (11, 10)
+    learned = script.prepare(["--config", BASE, "--sampling.null_caption", "learned", "--negative_prompt", ""]).config
+    assert (learned.sampling.null_caption, learned.sampling.negative_prompt) == ("learned", "")
+    assert chunk_plan(learned).lengths == (21,)
+
+
 def test_indices_count_prompts_and_lines_count_lines(script: ModuleType, prompts: Callable[..., Path]) -> None:
     path = prompts("a red circle", "", "a blue square", "", "a green star")
     chosen = script.prepare(["--txt_file", str(path), "--start_index", "1", "--end_index", "3"]).prompts
@@ -95,6 +110,23 @@ BAD = {
         "--num_cached_blocks: has no meaning for the sampler flow_euler",
     ),
     "negative prompt unguided": (["--config", BASE, "--cfg_scale", "1", "--negative_prompt", "x"], "--negative_prompt"),
+    "null caption unguided": (
+        ["--config", BASE, "--cfg_scale", "1", "--sampling.null_caption", "learned"],
+        "cfg_scale 1",
+    ),
+    "null caption of the distilled model": (["sampling.null_caption=learned"], "it has no guidance"),
+    "two negatives": (
+        ["--config", BASE, "--sampling.null_caption", "learned", "--negative_prompt", "x"],
+        "--negative_prompt: has no meaning with sampling.null_caption=learned",
+    ),
+    "step list of many steps": (
+        ["--sampling_algo", "chunk_flow_euler", "scheduler.denoising_step_list=[1000]"],
+        "has no meaning for the sampler chunk_flow_euler",
+    ),
+    "parts of the block-causal model": (
+        ["--sampling_algo", "chunk_flow_euler", "--txt_file", "{tmp}/parts.txt"],
+        "need the streaming sampler",
+    ),
     "dotted steps": (["--scheduler.num_inference_steps=3"], "--step: has no meaning"),
     "dotted step list": (["--config", BASE, "scheduler.denoising_step_list=[1000]"], "has no meaning for the sampler"),
     "shift nan": (["--flow_shift", "nan"], "flow shift nan"),

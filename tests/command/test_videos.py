@@ -221,14 +221,18 @@ def _same_noise(_: Any, prompt: tuple[str, int], start: int, step: int, shape: A
     return torch.randn(*shape, generator=torch.Generator().manual_seed(100 * start + step))
 
 
-def test_base_model(command: Command, prompts: Prompts, videos: Path) -> None:
-    """The bidirectional sampler with guidance; the picture depends on what is moved away from."""
-    common = ["--txt_file", prompts("a red circle"), "--sampling_algo=flow_euler", "--step", "3", "--cfg_scale", "4"]
+@pytest.mark.parametrize("sampler", ["flow_euler", "chunk_flow_euler"])
+def test_base_model(sampler: str, command: Command, prompts: Prompts, videos: Path) -> None:
+    """The samplers of many steps with guidance; the picture depends on what is moved away from."""
+    common = ["--txt_file", prompts("a red circle"), f"--sampling_algo={sampler}", "--step", "3", "--cfg_scale", "4"]
     assert command(*common, "--negative_prompt", "a blue square") == 0
     assert_whole(videos, 1)
     first = latents(videos)
     assert command(*common, "--negative_prompt", "a green star") == 0
-    assert latents(videos) != first
+    second = latents(videos)
+    assert second != first
+    assert command(*common, "--sampling.null_caption", "learned") == 0
+    assert latents(videos) not in (first, second)
 
 
 def test_prompt_too_long_is_named(command: Command, prompts: Prompts, caplog: pytest.LogCaptureFixture) -> None:

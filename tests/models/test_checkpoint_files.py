@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from longsana.models.checkpoint_files import open_checkpoint
+from longsana.models.dcp_files import MANIFEST, digests
 from longsana.models.weights import save_checkpoint
 from longsana.runtime.errors import InputError
+from longsana.runtime.hub import file_sha256
 from tests.models.checkpoints import TINY, assert_same, load, upstream, weights
 
 
@@ -119,3 +126,115 @@ def test_folders(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(InputError, match="no such file"):
         load(tmp_path / "c.pth")
+
+
+class Writer(dcp.FileSystemWriter):
+    def storage_meta(self) -> None:
+        return None
+
+
+def checkpoint_folder(path: Path, networks: dict[str, dict[str, torch.Tensor]]) -> Path:
+    """What training writes, by one process and without a process group."""
+    path.mkdir(parents=True)
+    flat = {f"{group}/{name}": value for group, named in networks.items() for name, value in named.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+        dcp.save(flat, storage_writer=Writer(path), planner=planner, no_dist=True)
+    write_manifest(path)
+    return path
+
+
+def write_manifest(path: Path) -> None:
+    names = [file.name for file in path.iterdir() if file.name != MANIFEST]
+    files = {name: {"size": (path / name).stat().st_size, "sha256": digests(path, [name])[name]} for name in names}
+    (path / MANIFEST).write_text(json.dumps({"files": files}))
+
+
+def test_checkpoint_folders(tmp_path: Path) -> None:
+    networks = {name: weights(seed) for seed, name in enumerate(("generator", "critic"))}
+    moments = {"optimizer.generator": {"final.linear.bias.step": torch.zeros(())}}
+    path = checkpoint_folder(tmp_path / "run" / "checkpoint_model_000020", networks | moments)
+    assert not torch.distributed.is_initialized()
+    for key, expected in networks.items():
+        assert_same(load(path, key=key), expected)
+    with pytest.raises(InputError, match=r"'generator_ema' in this .* set checkpoint_key to generator or critic"):
+        load(path, key="generator_ema")
+    checkpoint_folder(tmp_path / "moments", moments)
+    with pytest.raises(InputError, match=r"no network 'generator'.*none at all"):
+        load(tmp_path / "moments")
+
+
+def test_a_run_names_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+    for step in (999_980, 1_000_000, 20):
+        checkpoint_folder(tmp_path / f"checkpoint_model_{step:06d}", {"generator": weights()})
+    with pytest.raises(InputError, match=r"a run, .*: name one, such as .*checkpoint_model_1000000, the newest"):
+        load(tmp_path)
+    (tmp_path / "checkpoint_model_1000000" / ".metadata").unlink()
+    with pytest.raises(InputError, match=r"checkpoint_model_999980, the newest"):
+        load(tmp_path)
+    with pytest.raises(InputError, match=r"\.metadata is missing .*hidden files too"):
+        load(tmp_path / "checkpoint_model_1000000")
+
+
+def test_reading_holds_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint_folder(tmp_path / "c", {"generator": weights()})
+    opened = []
+    genuine = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kw: opened.append(genuine(*args, **kw)) or opened[-1])
+    entries = open_checkpoint(path, "generator")
+    assert not opened
+    name = "blocks.1.attn.qkv.weight"
+    assert torch.equal(entries[name].read(), weights()[name])
+    assert len(opened) == 1 and opened[0].untyped_storage().nbytes() == weights()[name].nbytes
+
+
+def test_damaged_checkpoint_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = checkpoint_folder(Path("c"), {"generator": weights()})
+    file, metadata = path / "__0_0.distcp", (path / ".metadata").read_bytes()
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    with pytest.raises(InputError, match=r"c: __0_0\.distcp has \d+ bytes instead of"):
+        load(path)
+    file.write_bytes(b"\0" * len(content))
+    with pytest.raises(InputError, match=r"__0_0\.distcp: generator/.* is damaged"):
+        load(path)
+    file.write_bytes(content)
+
+    planted = pickle.loads(metadata)
+    planted.planner_data = Payload()
+    elsewhere = pickle.loads(metadata)
+    for place in elsewhere.storage_data.values():
+        place.relative_path = str(file.resolve())
+    lacking = pickle.loads(metadata)
+    lacking.storage_data.popitem()
+    objects = pickle.loads(metadata)
+    objects.state_dict_metadata["generator/x"] = BytesStorageMetadata()
+    for changed, message in (
+        (planted, "refused: .*mkdir.* could run code"),
+        (elsewhere, "damaged"),
+        (lacking, "damaged"),
+        (objects, "refused"),
+        (7, "refused"),
+    ):
+        (path / ".metadata").write_bytes(pickle.dumps(changed))
+        write_manifest(path)
+        with pytest.raises(InputError, match=rf"c/\.metadata: {message}"):
+            load(path)
+    assert not Path("ran").exists()
+    (path / ".metadata").write_bytes(metadata)
+    write_manifest(path)
+    assert_same(load(path), weights())
+    (path / MANIFEST).unlink()
+    with pytest.raises(InputError, match=r"no manifest\.json, so not a whole checkpoint"):
+        load(path)
+
+
+def test_digest_of_a_checkpoint_folder_tells_its_weights(tmp_path: Path) -> None:
+    """Digests pass over the tensors' own files, whose suffix they do not know: the manifest speaks for them."""
+    first, same, other = (
+        file_sha256(checkpoint_folder(tmp_path / name, {"generator": weights(seed)}))
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first == same != other

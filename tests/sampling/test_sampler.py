@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
-from longsana.flow.schedule import FlowSchedule
+from longsana.flow.schedule import FlowSchedule, uniform_sigmas
 from longsana.models.dit import LongSanaDiT
-from longsana.models.embeddings import TextEmbedding
+from longsana.models.embeddings import TextEmbedding, null_embedding
 from longsana.sampling.noise import PromptNoise
-from longsana.sampling.sampler import Chunk, absorb, denoise_chunk, generate, sample_clip
+from longsana.sampling.sampler import (
+    Chunk,
+    absorb,
+    denoise_chunk,
+    euler_path,
+    generate,
+    sample_chunks,
+    sample_clip,
+    trajectory,
+)
 from longsana.state import CausalState
 from tests.models import naive
 
@@ -299,3 +308,111 @@ def test_sample_clip_is_diffusers_euler(model, random_text, shift, cfg_scale):
     torch.testing.assert_close(seen, scheduler.timesteps, rtol=0, atol=2e-4)
     torch.testing.assert_close(chunk.latents, x, rtol=1e-4, atol=1e-4)
     assert (chunk.index, chunk.start, chunk.state) == (0, 0, None)
+
+
+# Many steps, chunk after chunk ----------------------------------------------------------------------------------------
+
+SIGMAS = uniform_sigmas(8.0, 4).tolist()
+
+
+def by_hand(
+    weights: dict[str, Tensor],
+    captions: list[TextEmbedding],
+    lengths: tuple[int, ...],
+    cfg_scale: float,
+    *,
+    window: int = -1,
+    absorbed_as: tuple[int, ...] = (0, 1),
+) -> list[list[Tensor]]:
+    """Every x of every chunk with the naive float64 network; `absorbed_as`: the caption that each past has seen."""
+    network, rng = partial(naive.forward, weights, head_dim=28, cross_heads=4), PromptNoise(3, PROMPTS)
+    entries: list[list] = [[] for _ in captions]
+    start, chunks = 0, []
+    for frames in lengths:
+        caches = [naive.accumulate(past, window) for past in entries]
+        path = [rng.draw(start, 0, (4, frames, 4, 6), "cpu").double()]
+        for k in range(4):
+            sigma, following = (8 * (1 - j / 4) / (1 + 7 * (1 - j / 4)) for j in (k, k + 1))
+            v = [
+                network(path[-1], torch.full((2,), 1000 * sigma), c.tokens, c.mask, start=start, cache=cache)[0]
+                for c, cache in zip(captions, caches, strict=True)
+            ]
+            velocity = v[0] if len(v) == 1 else v[1] + cfg_scale * (v[0] - v[1])
+            path.append(path[-1] + (following - sigma) * velocity)
+        for past, cache, seen in zip(entries, caches, absorbed_as, strict=False):
+            text = captions[seen]
+            past.append(network(path[-1], torch.zeros(2), text.tokens, text.mask, start=start, cache=cache)[1])
+        chunks.append(path)
+        start += frames
+    return chunks
+
+
+@pytest.mark.parametrize(("window", "cfg_scale"), [(-1, 1.0), (-1, 3.0), (1, 3.0)])
+def test_trajectory_is_euler_chunk_after_chunk(
+    small_config, random_model, renamed, random_text, window: int, cfg_scale: float
+) -> None:
+    model = random_model(small_config(num_cached_blocks=window))
+    captions = [random_text(2), random_text(2, seed=8)][: 1 if cfg_scale == 1 else 2]
+    lengths, weights = (3, 2, 2), renamed(model, "upstream")
+    common = {"sigmas": SIGMAS, "cfg_scale": cfg_scale, "shape": SHAPE, "rng": PromptNoise(3, PROMPTS), "device": "cpu"}
+    kept = list(trajectory(model, captions, ChunkPlan(lengths), keep=[0, 2, 4], **common))
+    expected = by_hand(weights, captions, lengths, cfg_scale, window=window)
+    for own, path in zip(kept, expected, strict=True):
+        assert own.dtype == torch.float32
+        torch.testing.assert_close(own.double(), torch.stack([path[k] for k in (0, 2, 4)], 1), rtol=0, atol=1e-4)
+    chunks = list(sample_chunks(model, captions, ChunkPlan(lengths), **common))
+    assert [(chunk.index, chunk.start) for chunk in chunks] == [(0, 0), (1, 3), (2, 5)]
+    assert all(torch.equal(chunk.latents, own[:, -1]) for chunk, own in zip(chunks, kept, strict=True))
+    if cfg_scale != 1 and window == -1:
+        wrong = by_hand(weights, captions, lengths[:2], cfg_scale, absorbed_as=(0, 0))
+        assert float((kept[1][:, -1] - wrong[1][-1]).abs().max()) > 1e-2, "each past is absorbed with its own caption"
+
+
+def test_one_chunk_is_the_clip_at_once(model, random_text) -> None:
+    network, captions, rng = Recorder(model), [random_text(2), random_text(2, seed=8)], PromptNoise(3, PROMPTS)
+    (kept,) = trajectory(
+        network,
+        captions,
+        ChunkPlan((5,)),
+        sigmas=SIGMAS,
+        keep=range(5),
+        cfg_scale=2.0,
+        shape=SHAPE,
+        rng=rng,
+        device="cpu",
+    )
+    path = list(euler_path(model, captions, sigmas=SIGMAS, cfg_scale=2.0, noise=rng.draw(0, 0, (4, 5, 4, 6), "cpu")))
+    assert torch.equal(kept, torch.stack(path, dim=1))
+    assert len(network.calls) == 8, "nothing is absorbed at the end"
+    assert not kept.requires_grad
+
+
+def test_a_straight_flow_is_followed_exactly() -> None:
+    """With the velocity noise - x0 of one clip, every x is (1 - sigma) x0 + sigma noise, and the last is x0."""
+    x0, noise = draw(seed=4), draw()
+
+    def network(x: Tensor, t: Tensor, text: object, *, state: object = None) -> tuple[Tensor, None]:
+        return noise - x0, None
+
+    path = list(euler_path(network, [None], sigmas=SIGMAS, cfg_scale=1.0, noise=noise))  # type: ignore[list-item]
+    for sigma, x in zip(SIGMAS, path, strict=True):
+        torch.testing.assert_close(x, (1 - sigma) * x0 + sigma * noise, rtol=0, atol=1e-5)
+
+
+# The null caption -----------------------------------------------------------------------------------------------------
+
+
+def test_the_null_caption_is_the_checkpoints(model) -> None:
+    tokens, mask = null_embedding(model, 3)
+    assert tokens.shape == (3, *model.text_embed.null_tokens.shape)
+    assert all(torch.equal(row, model.text_embed.null_tokens) for row in tokens)
+    assert mask.dtype == torch.bool
+    assert mask.shape == tokens.shape[:2]
+    assert mask.all()
+
+
+def test_a_checkpoint_without_a_null_caption(small_config, random_model) -> None:
+    model = random_model(small_config())
+    model.text_embed.null_tokens.zero_()
+    with pytest.raises(ValueError, match="no null caption"):
+        null_embedding(model, 1)

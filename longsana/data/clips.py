@@ -1,0 +1,178 @@
+"""Clips of latents with captions, for flow matching: on disk, or made as they are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longsana.data.shards import DTYPES, Contents, ShardFolder, ShardWriter
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError, did_you_mean
+
+KIND = "clips"
+GENERATED = "generated:"
+Shape = tuple[int, int, int, int]
+"""(C, T, H, W) of a clip's latents."""
+
+
+class Clip(NamedTuple):
+    """latents: (C, T, H, W), float32."""
+
+    latents: Tensor
+    prompt: str
+
+
+class ClipSource(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Clip: ...
+
+    def prompts(self) -> Sequence[str]:
+        """Every prompt that a clip may have, some perhaps more than once."""
+        ...
+
+
+class ClipFolder:
+    """Clips that `write_clips` has written. shape: (C, T, H, W) of each.
+
+    Raises:
+        InputError: the folder is not whole.
+    """
+
+    def __init__(self, path: str | Path, *, digests: bool = True) -> None:
+        self._folder = ShardFolder(Path(path), KIND, "write the clips again", digests=digests)
+        self.shape = self._folder.contents.shape
+
+    def __len__(self) -> int:
+        return len(self._folder)
+
+    def __getitem__(self, index: int) -> Clip:
+        return Clip(*self._folder[index])
+
+    def prompts(self) -> Sequence[str]:
+        return self._folder.prompts()
+
+
+def write_clips(
+    folder: str | Path,
+    clips: ClipSource,
+    made_by: Mapping[str, Any],
+    *,
+    dtype: Literal["bfloat16", "float16", "float32"] = "float16",
+    shard_size: int = 16,
+    world: World | None = None,
+) -> None:
+    """Write clips of one shape to a folder that `ClipFolder` reads. Stopped and called again, it goes on.
+
+    Args:
+        made_by: all that decides the latents, as JSON has it; a folder of other settings is refused.
+        world: whose processes all call this; each writes its shards.
+
+    Raises:
+        InputError: the folder cannot be written to, or holds something else.
+    """
+    contents = Contents(KIND, made_by, tuple(clips[0].latents.shape), dtype, len(clips), shard_size)
+    writer = ShardWriter(Path(folder), contents, world or World(), "folder")
+    for shard in writer.mine:
+        items = [clips[index] for index in contents.rows(shard)]
+        values = torch.stack([item.latents for item in items]).to(DTYPES[dtype])
+        writer.write(shard, values, [item.prompt for item in items])
+    writer.finish()
+
+
+@dataclass(frozen=True)
+class GeneratedClips:
+    """`length` clips that `make` makes from their index alone; `captions` are all the prompts they may have."""
+
+    make: Callable[[int], Clip]
+    length: int
+    captions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Clip:
+        if not 0 <= index < self.length:
+            raise IndexError(f"clip {index} of {self.length}")
+        return self.make(index)
+
+    def prompts(self) -> Sequence[str]:
+        return self.captions
+
+
+def open_clips(data_path: str, *, shape: Shape, seed: int = 0, digests: bool = True) -> ClipSource:
+    """The clips that `data_path` names: a folder, or generated:NAME.
+
+    seed: of generated clips. digests: see `ShardFolder`.
+
+    Raises:
+        InputError: no such generator, or the folder is not whole or holds clips of another shape.
+    """
+    if data_path.startswith(GENERATED):
+        name = data_path.removeprefix(GENERATED)
+        if name not in GENERATORS:
+            raise InputError(
+                f"{data_path}: no generator '{name}'{did_you_mean(name, GENERATORS)}; known: {', '.join(GENERATORS)}"
+            )
+        return GENERATORS[name](shape, seed)
+    clips = ClipFolder(data_path, digests=digests)
+    if clips.shape != shape:
+        raise InputError(
+            f"{data_path}: clips of (channels, frames, height, width) {clips.shape} latents, the config asks for "
+            f"{shape}; see sampling.height, sampling.width and rollout.num_training_frames"
+        )
+    return clips
+
+
+DIRECTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
+SPEEDS = {"slowly": 0.25, "steadily": 0.5, "quickly": 1.0}
+"""Latent cells a frame."""
+
+
+def moving_blobs(shape: Shape, seed: int) -> GeneratedClips:
+    """Three soft bumps that move together; what leaves the picture comes in on the other side."""
+
+    def caption(direction: str, speed: str) -> str:
+        return f"soft blobs drift {speed} {direction}"
+
+    def make(index: int) -> Clip:
+        rng = np.random.default_rng((seed, index))
+        turn, (speed, step) = int(rng.integers(len(DIRECTIONS))), list(SPEEDS.items())[rng.integers(len(SPEEDS))]
+        angle = 2 * math.pi * turn / len(DIRECTIONS)
+        return Clip(
+            _blobs(shape, step * math.sin(angle), step * math.cos(angle), rng), caption(DIRECTIONS[turn], speed)
+        )
+
+    captions = tuple(caption(direction, speed) for direction in DIRECTIONS for speed in SPEEDS)
+    return GeneratedClips(make, 1 << 16, captions)
+
+
+def _blobs(shape: Shape, down: float, right: float, rng: np.random.Generator, count: int = 3) -> Tensor:
+    """Bumps of random place, width and colour, moved by (down, right) cells a frame."""
+    channels, frames, height, width = shape
+    time = np.arange(frames)[:, None]
+    latents = np.zeros(shape)
+    for _ in range(count):
+        y, x = rng.uniform(0, height), rng.uniform(0, width)
+        spread = rng.uniform(0.1, 0.2) * min(height, width)
+        rows = _bump(np.arange(height) - y - down * time, height, spread)
+        columns = _bump(np.arange(width) - x - right * time, width, spread)
+        colour = rng.normal(0, 2, channels)
+        latents += np.einsum("c,th,tw->cthw", colour, rows, columns)
+    return torch.from_numpy(latents).to(torch.float32)
+
+
+def _bump(distance: np.ndarray, period: int, spread: float) -> np.ndarray:
+    """A Gaussian of the distance around a circle of this period."""
+    around = (distance + period / 2) % period - period / 2
+    return np.exp(-0.5 * (around / spread) ** 2)
+
+
+GENERATORS: dict[str, Callable[[Shape, int], ClipSource]] = {"blobs": moving_blobs}

@@ -1,0 +1,87 @@
+"""What all commands do alike: read settings from the command line, and end with a status and one line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are InputErrors."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def parse_settings(rest: Sequence[str], known: Sequence[str]) -> list[str]:
+    """`--a.b value`, `--a.b=value` and `a.b=value`, all as `a.b=value`.
+
+    known: the options of the command, as `--name`; the nearest is offered for one that is not known.
+
+    Raises:
+        InputError: an option that is neither, or one without its value.
+    """
+    settings = []
+    words = iter(rest)
+    for word in words:
+        if re.match(r"[\w]+(\.\w+)+=", word):
+            settings.append(word)
+        elif not re.match(r"--\w+\.", word):
+            flag = word.partition("=")[0]
+            raise InputError(f"unknown option {flag}{did_you_mean(flag, known)}; see --help")
+        elif "=" in word:
+            settings.append(word[2:])
+        else:
+            value = next(words, None)
+            if value is None:
+                raise InputError(f"{word}: a value is missing")
+            settings.append(f"{word[2:]}={value}")
+    return settings
+
+
+def set_up_logging(world: World) -> None:
+    """Progress is one process's to tell; an error of its own may come from any."""
+    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
+    for library in ("httpx", "huggingface_hub", "transformers", "diffusers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def run_command(
+    world: World, prepare: Callable[[], T], run: Callable[[T], int], *, connect: Callable[[], None] | None = None
+) -> int:
+    """`run(prepare())`, and the command's exit status: that of `run`, 2 for bad input, 130 for an interrupt.
+
+    prepare: checks the input before the processes meet; what is wrong with it is wrong for all, and said once.
+    connect: how they meet; None is `world.connect`.
+    """
+    try:
+        request = prepare()
+    except InputError as error:
+        if world.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        (connect or world.connect)()
+        return run(request)
+    except InputError as error:
+        print(f"error: {error}" if world.is_main else f"error (process {world.rank}): {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    finally:
+        world.disconnect()

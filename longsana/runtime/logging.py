@@ -1,0 +1,200 @@
+"""What a training run tells: metrics in a file, a bar on a terminal or lines without one, and wandb if it is wanted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import atomic_write_text, check_writable
+
+if TYPE_CHECKING:
+    import wandb
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+WANDB_ID = "wandb_id"
+LINE_SECONDS = 60.0  # from log line to log line where there is no bar
+# tqdm's own rate turns over to iterations a second below one second.
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
+
+
+@dataclass(frozen=True)
+class WandbRun:
+    """How the run is called on wandb.
+
+    folder: where wandb keeps its files; a subfolder "wandb" is made in it.
+    config: what the run's page shows as its settings.
+    """
+
+    project: str
+    entity: str | None
+    name: str | None
+    folder: Path
+    config: Mapping[str, Any]
+
+
+class RunLog:
+    """The log of a run in `folder`; on other processes than the main one everything here does nothing.
+
+    `{folder}/metrics.jsonl` has a JSON object a line: {"step": 7, "time": seconds since 1970, name: number, ...}; a
+    number that is not finite is null.
+
+    step: the iteration that comes next, counted from 0; 0 for a new run. Lines of this and later steps, written by
+        a run that was killed after its last checkpoint, are dropped, and so is a line that it did not finish.
+    total: iterations of the whole run.
+    wandb: None for no wandb. A run that is resumed (step > 0) goes on in the wandb run of `{folder}/wandb_id`.
+
+    Raises:
+        InputError: the folder cannot be written to; wandb is wanted, but not installed or not to be reached.
+    """
+
+    def __init__(self, folder: Path, *, step: int, total: int, main: bool, wandb: WandbRun | None) -> None:
+        self._main = main
+        if not main:
+            return
+        check_writable(folder, "--logdir")
+        path = folder / METRICS
+        _cut(path, step)
+        self._wandb = _start_wandb(wandb, folder / WANDB_ID, resumed=step > 0) if wandb is not None else None
+        self._file = path.open("a", encoding="utf-8")
+        self._next, self._total = step, total
+        # None: no bar where there is no terminal.
+        self._bar = tqdm(total=total, initial=step, desc="train", bar_format=_BAR, disable=None)
+        self._told, self._told_at = step, time.perf_counter()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Note the numbers of iteration `step`, which is over; a second call for one step adds a second line."""
+        if not self._main:
+            return
+        assert step + 1 >= self._next, f"step {step} after step {self._next - 1}"
+        assert not {"step", "time"} & values.keys(), sorted(values)
+        assert all(isinstance(value, int | float) for value in values.values()), values
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = {"step": step, "time": round(time.time(), 3), **finite}
+        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **values})
+        self._next = step + 1
+        self._bar.set_postfix_str(_memory(), refresh=False)
+        self._bar.update(self._next - self._bar.n)
+        if self._bar.disable:
+            self._tell(values)
+
+    def video(self, step: int, name: str, path: Path) -> None:
+        """Show the video at `path` on wandb; without wandb its file is all there is."""
+        if not self._main or self._wandb is None:
+            return
+        import wandb
+
+        self._wandb.log({"step": step, name: wandb.Video(str(path))})
+
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the files and the bar; `failed` marks the run on wandb as crashed."""
+        if not self._main:
+            return
+        self._bar.close()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(failed))
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(failed=error is not None)
+
+    def _tell(self, values: Mapping[str, float]) -> None:
+        """A line about the iterations since the last line, now and then."""
+        steps, seconds = self._next - self._told, time.perf_counter() - self._told_at
+        if not steps or (seconds < LINE_SECONDS and self._next < self._total):
+            return
+        left = timedelta(seconds=round(seconds / steps * (self._total - self._next)))
+        numbers = "".join(f", {name} {value:.4g}" for name, value in values.items())
+        log.info(
+            "step %d of %d: %.2f s an iteration, %s left, %s%s",
+            *(self._next, self._total, seconds / steps, left, _memory(), numbers),
+        )
+        self._told, self._told_at = self._next, time.perf_counter()
+
+
+def _memory() -> str:
+    if torch.cuda.is_initialized():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB GPU peak"
+    return f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB host"
+
+
+def _cut(path: Path, step: int) -> None:
+    """Leave the whole lines of steps before `step`, byte for byte; the file is as it was or cut, never in between."""
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = []
+    for number, raw in enumerate(lines, start=1):
+        try:
+            line = raw.decode()
+            written = json.loads(line)["step"]
+            keep = written < step
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s, line %d: not a whole line of metrics; dropped", path, number)
+            continue
+        if keep:
+            # Killed just before the newline.
+            kept.append(line if line.endswith("\n") else line + "\n")
+    text = "".join(kept)
+    if text.encode() != b"".join(lines):
+        log.info(
+            "%s: %d of %d lines are from before step %d; the others are dropped", path, len(kept), len(lines), step
+        )
+        atomic_write_text(path, text)
+
+
+def _start_wandb(run: WandbRun, id_file: Path, *, resumed: bool) -> wandb.Run:
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        if error.name != "wandb":
+            raise
+        raise InputError(
+            "wandb is not installed; install it with `pip install -e '.[wandb]'`, or go without: --disable-wandb"
+        ) from error
+    if not (resumed and id_file.is_file()):
+        atomic_write_text(id_file, secrets.token_hex(4) + "\n")
+    # wandb takes another folder, with a warning that nobody reads, where this one is missing.
+    check_writable(run.folder, "--wandb-save-dir")
+    try:
+        started = wandb.init(
+            project=run.project,
+            entity=run.entity,
+            name=run.name,
+            dir=str(run.folder),
+            config=dict(run.config),
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"wandb did not start ({reason}); run `wandb login`, set WANDB_MODE=offline, or go without: --disable-wandb"
+        ) from error
+    # wandb's own step never goes back: it would throw away what a resumed run does again after its checkpoint.
+    started.define_metric("step")
+    started.define_metric("*", step_metric="step")
+    return started

@@ -1,0 +1,288 @@
+"""Prompts to embeddings for training: each text is encoded once, and the encoder is where the config wants it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from longsana.config import InferenceConfig
+from longsana.data.prompts import with_motion_score
+from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand
+from longsana.models.embeddings import TextEmbedding
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import check_writable, move_into_place, open_exclusive, partial_name
+from longsana.runtime.hub import locate
+from longsana.sampling.pipeline import VideoPipeline, resolve_dtype
+from longsana.sampling.request import source_digest
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["keep", "offload", "free"]
+PUBLISHED_PROMPTS = "vidprom_filtered_extended.txt"
+DOWNLOAD = f"hf download gdhe17/Self-Forcing {PUBLISHED_PROMPTS} --local-dir data/longsana"
+_FORMAT = 1  # of the files; part of their identity
+
+
+class Captions:
+    """Embeddings of training prompts, the same to the bit in each mode.
+
+    mode: where the text encoder is.
+        keep: on the device. offload: on the host, and on the device while it encodes. Both remember embeddings on
+        the host, up to `cache_bytes`.
+        free: on the device until `prepare` has encoded every prompt into files of `folder`, then nowhere.
+    prompts_per_file: of free.
+
+    A file in `folder` is named after what is in it (texts, encoder and settings), so that runs may share the folder.
+
+    Raises:
+        InputError: the text encoder cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        config: InferenceConfig,
+        device: torch.device | str,
+        world: World,
+        mode: Mode,
+        folder: Path,
+        *,
+        cache_bytes: int = 4 << 30,
+        prompts_per_file: int = 256,
+    ) -> None:
+        self._device = torch.device(device)
+        self._motion_score = config.sampling.motion_score
+        self._negative = _Text(config.sampling.negative_prompt, instruction=False)
+        self._source: _Source
+        if mode == "free":
+            self._source = _Files(config, self._device, world, folder, prompts_per_file)
+        else:
+            self._source = _Encoder(
+                config, self._device, home="cpu" if mode == "offload" else device, cached=cache_bytes
+            )
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Before training, on all processes: every prompt that `embed` will be asked for.
+
+        free encodes those that have no file yet, each process its share, and needs disk space: 4.6 kB a token with
+        Gemma 2 2B in bfloat16, at most 1.4 MB a prompt. A run that is killed here goes on where it was.
+        """
+        self._source.prepare(self._negative, [self._text(prompt) for prompt in prompts])
+
+    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
+        """tokens (B, L, C) in the encoder's dtype and mask (B, L), on the device; zeros where the mask is False."""
+        return self._batch([self._text(prompt) for prompt in prompts])
+
+    __getitem__ = embed
+
+    def negative(self) -> TextEmbedding:
+        """sampling.negative_prompt, encoded without the instruction: tokens (1, L, C) and mask (1, L)."""
+        return self._batch([self._negative])
+
+    def _text(self, prompt: str) -> _Text:
+        return _Text(with_motion_score(prompt, self._motion_score), instruction=True)
+
+    def _batch(self, texts: Sequence[_Text]) -> TextEmbedding:
+        expanded = [expand(embedding, self._device) for embedding in self._source.fetch(texts)]
+        return TextEmbedding(*(torch.cat(parts) for parts in zip(*expanded, strict=True)))
+
+
+def training_prompts(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file without blank ones; a line is one prompt whatever is in it.
+
+    path: tried from the working directory and then from the repository root; or hf://owner/repo/file.
+
+    Raises:
+        InputError: the file is missing, empty, or a line of it is not UTF-8.
+    """
+    try:
+        file = locate(str(path), "data.data_path")
+    except InputError as error:
+        if Path(path).name == PUBLISHED_PROMPTS:
+            raise InputError(f"{error}; the published prompts: `{DOWNLOAD}`") from error
+        raise
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror}); expected a text file, one prompt a line"
+        ) from error
+    prompts = []
+    for number, raw in enumerate(lines, start=1):
+        try:
+            prompts.append(raw.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise InputError(f"{file}: no prompts in this file; write one prompt a line")
+    return prompts
+
+
+class _Text(NamedTuple):
+    """What the encoder is given."""
+
+    text: str
+    instruction: bool
+
+
+class _Source(Protocol):
+    """Where embeddings come from, on the host, one caption each."""
+
+    def prepare(self, negative: _Text, texts: Sequence[_Text]) -> None: ...
+
+    def fetch(self, texts: Sequence[_Text]) -> list[CompactEmbedding]: ...
+
+
+class _Encoder:
+    """The encoder itself, at `home` while it has nothing to do, and the embeddings that were wanted last."""
+
+    def __init__(self, config: InferenceConfig, device: torch.device, *, home: torch.device | str, cached: int) -> None:
+        self._open = ExitStack()  # of the encoder, for as long as this lives
+        self._encoder = self._open.enter_context(VideoPipeline(config, device).text_encoder())
+        self._device, self._home = device, torch.device(home)
+        self._move(self._home)
+        self._cache: OrderedDict[_Text, CompactEmbedding] = OrderedDict()
+        self._bytes, self._most = 0, cached
+
+    def prepare(self, negative: _Text, texts: Sequence[_Text]) -> None:
+        pass  # each is encoded when it is wanted
+
+    def fetch(self, texts: Sequence[_Text]) -> list[CompactEmbedding]:
+        found = {text: self._cache[text] for text in texts if text in self._cache}
+        if missing := [text for text in dict.fromkeys(texts) if text not in found]:
+            with self._at_work() as encoder:
+                found |= {text: _encode(encoder, text) for text in missing}
+        for text, embedding in found.items():
+            self._remember(text, embedding)
+        return [found[text] for text in texts]
+
+    @contextmanager
+    def _at_work(self) -> Iterator[GemmaTextEncoder]:
+        self._move(self._device)
+        try:
+            yield self._encoder
+        finally:
+            self._move(self._home)
+
+    def _move(self, device: torch.device) -> None:
+        model: Any = self._encoder.model  # transformers' stubs hide torch's signature
+        model.to(device)
+
+    def _remember(self, text: _Text, embedding: CompactEmbedding) -> None:
+        if text not in self._cache:
+            self._bytes += _nbytes(embedding)
+        self._cache[text] = embedding
+        self._cache.move_to_end(text)
+        while self._bytes > self._most:
+            _, oldest = self._cache.popitem(last=False)
+            self._bytes -= _nbytes(oldest)
+
+
+class _Files:
+    """Embeddings in files, some hundred captions each: one CompactEmbedding, with the texts' order in its name.
+
+    Nothing is kept in memory but which text is where.
+    """
+
+    def __init__(
+        self, config: InferenceConfig, device: torch.device, world: World, folder: Path, per_file: int
+    ) -> None:
+        self._config, self._device, self._world = config, device, world
+        self._folder, self._per_file = folder, per_file
+        self._places: dict[_Text, tuple[Path, int]] = {}
+
+    def prepare(self, negative: _Text, texts: Sequence[_Text]) -> None:
+        distinct = list(dict.fromkeys(texts))
+        # The negative prompt has its own file: another one leaves the others as they are.
+        groups = [[negative], *(distinct[i : i + self._per_file] for i in range(0, len(distinct), self._per_file))]
+        identity, missing = "", []
+        if self._world.is_main:
+            check_writable(self._folder, "--logdir")
+            identity = _identity(self._config, self._device)
+        identity = self._world.broadcast(identity)
+        paths = [self._folder / _file_name(identity, group) for group in groups]
+        if self._world.is_main:
+            missing = [number for number, path in enumerate(paths) if not _is_whole(path)]
+            log.info("captions: %d of %d files to encode in %s", len(missing), len(paths), self._folder)
+        # Decided once: a peer may finish a file before this process looks.
+        missing = self._world.broadcast(missing)
+        if mine := missing[self._world.rank :: self._world.size]:
+            with VideoPipeline(self._config, self._device).text_encoder() as encoder:
+                bar = tqdm(mine, desc="captions", unit="file", disable=None if self._world.is_main else True)
+                for number in bar:
+                    _write(paths[number], [_encode(encoder, text) for text in groups[number]])
+        self._world.gather(None)  # until every file is there
+        for path, group in zip(paths, groups, strict=True):
+            self._places |= {text: (path, row) for row, text in enumerate(group)}
+
+    def fetch(self, texts: Sequence[_Text]) -> list[CompactEmbedding]:
+        return [self._read(*self._places[text]) for text in texts]
+
+    def _read(self, path: Path, row: int) -> CompactEmbedding:
+        with safe_open(path, framework="pt") as file:
+            mask = file.get_tensor("mask")
+            start, length = mask[:row].sum().item(), mask[row].sum().item()
+            return CompactEmbedding(file.get_slice("tokens")[start : start + length], mask[row : row + 1])
+
+
+def _encode(encoder: GemmaTextEncoder, text: _Text) -> CompactEmbedding:
+    return compact(encoder.encode(text.text, instruction=text.instruction))
+
+
+def _nbytes(embedding: CompactEmbedding) -> int:
+    return sum(part.untyped_storage().nbytes() for part in embedding)
+
+
+def _identity(config: InferenceConfig, device: torch.device) -> str:
+    """Digest of all that decides an embedding except its text."""
+    deciding = (
+        _FORMAT,
+        source_digest(config, "text_encoder"),
+        config.text_encoder.chi_prompt,
+        str(resolve_dtype(config.text_encoder.dtype, device)),
+        config.model.caption_length,
+    )
+    return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
+
+
+def _file_name(identity: str, texts: Sequence[_Text]) -> str:
+    return f"{hashlib.sha256(json.dumps([identity, *texts]).encode()).hexdigest()}.safetensors"
+
+
+def _write(path: Path, embeddings: Sequence[CompactEmbedding]) -> None:
+    """The file appears whole, synced to disk, or not at all."""
+    together = CompactEmbedding(*(torch.cat(parts) for parts in zip(*embeddings, strict=True)))
+    partial = partial_name(path)
+    with open_exclusive(partial) as file:
+        try:
+            file.write(save(together._asdict()))
+            file.flush()
+            os.fsync(file.fileno())
+            move_into_place(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {"tokens", "mask"} <= set(file.keys())
+    except SafetensorError as error:
+        log.warning("%s: damaged (%s); it will be encoded again", path, error)
+        return False

@@ -1,0 +1,352 @@
+"""Checkpoints of a run: written by all processes, whole or not at all, and read by any number of them.
+
+Tensors go through torch.distributed.checkpoint (DCP), which lets each process write and read its shards. Around it:
+a folder that appears by one rename, digests of every file, retention, and writing while training goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from longsana.models.dcp_files import (
+    CHECKPOINTS,
+    MANIFEST,
+    METADATA,
+    FileRecord,
+    check_content,
+    checkpoints_in,
+    digests,
+    folder_name,
+    read_manifest,
+    read_metadata,
+)
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import move_into_place, partial_name
+from longsana.training.dcp import check_match, flatten, on_host, read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PROGRESS = "progress.json"
+# The longest that processes wait for the slowest one's writing, or for the main one's reading of every byte.
+PATIENCE = timedelta(hours=2)
+
+
+class Checkpointer:
+    """Saves and loads the checkpoints in `folder`, named checkpoint_model_{step:06d}; every process holds one.
+
+    keep: how many stay.
+    asynchronous: `save` returns once the tensors are copied to the host; files are written while training goes on.
+
+    There must be a process group, of one process too. All methods are called by all processes, in the same order, and
+    fail on all of them if they fail on one. Writing has a gloo group of its own: it does not meet training's messages.
+    What an earlier run left half done in the folder is removed here.
+
+    Raises:
+        InputError: `keep` is below 1.
+        OSError: leftovers could not be removed.
+    """
+
+    def __init__(self, folder: Path, world: World, *, keep: int, asynchronous: bool) -> None:
+        if keep < 1:
+            raise InputError(f"train.max_checkpoints={keep}: must be at least 1")
+        self.folder, self.world, self.keep = folder, world, keep
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") if asynchronous else None
+        self._writing: Future[None] | None = None
+        self._damaged: set[Path] = set()
+        self._on_main(self._remove_leftovers)
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        *,
+        own: Mapping[str, Mapping[str, Tensor]],
+        progress: Mapping[str, Any],
+        texts: Mapping[str, str],
+    ) -> None:
+        """Write everything as it is now; a checkpoint of this step that is there is replaced.
+
+        tensors: live tensors by group and name, the same on all processes: DTensors, or plain tensors that are equal.
+        own: tensors of this process alone; each name, unique among all processes, becomes NAME.safetensors.
+        progress: becomes progress.json; the same on all processes.
+        texts: further files by name; the same on all processes.
+
+        Raises:
+            OSError, RuntimeError: it could not be written (in asynchronous use: an earlier one could not; see `wait`).
+                The folder's checkpoints are as they were.
+        """
+        self.wait()
+        flat = flatten(tensors)
+        texts = {PROGRESS: json.dumps(progress, indent=2) + "\n", **texts}
+        assert all(re.fullmatch(r"\w+", name) for name in own), list(own)
+        assert all(Path(name).suffix in (".json", ".yaml", ".txt") and name != MANIFEST for name in texts), list(texts)
+        # Copies in any case: safetensors refuses tensors that share memory.
+        copies = {name: {key: _host_copy(value) for key, value in group.items()} for name, group in own.items()}
+        if self._thread is None:
+            self._write(step, flat, copies, texts)
+        else:
+            self._writing = self._thread.submit(self._write, step, on_host(flat), copies, texts)
+
+    def wait(self) -> None:
+        """Until what `save` began is on disk.
+
+        Raises:
+            OSError, RuntimeError: it could not be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that is whole to the byte, or None where there is none at all; damaged ones are logged.
+
+        Raises:
+            InputError: there are some, and all are damaged.
+        """
+        self.wait()
+        return self._on_main(self._newest_whole)
+
+    def load(self, path: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Fill live tensors in place, whatever number of processes saved them.
+
+        Raises:
+            InputError: the checkpoint is damaged, or its groups, names, shapes or dtypes are not exactly those of
+                `tensors`. Nothing is filled, unless a file cannot be read to its end.
+        """
+        self.wait()
+        flat = flatten(tensors)
+        metadata: list[Metadata] = []
+
+        def check() -> None:
+            read_manifest(path)
+            metadata.append(read_metadata(path))
+            check_match(path, metadata[0], flat)
+
+        self._everywhere(check)
+        read_tensors(flat, path, metadata[0], self._group)
+
+    def _write(
+        self, step: int, flat: dict[str, Tensor], own: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]
+    ) -> None:
+        path = self.folder / folder_name(step)
+        unfinished = partial_name(path)
+        try:
+            self._on_main(partial(_make_empty, unfinished))
+            write_tensors(flat, unfinished, self._group, staged=self._thread is not None)
+            written = self._everywhere(partial(self._write_files, unfinished, own, texts))
+            self._on_main(partial(self._finish, path, unfinished, step, written))
+        except BaseException as error:
+            if self._thread is not None:  # it is raised by `wait`, which may be much later or never
+                log.error("checkpoint of step %d not written: %s: %s", step, type(error).__name__, error)
+            if self.world.is_main:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def _write_files(
+        self, folder: Path, own: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]
+    ) -> dict[str, FileRecord]:
+        """This process's files beside the tensors; sizes and digests of these and of its share of the tensors."""
+        names = [file.name for file in folder.glob(f"__{self.world.rank}_*")]
+        for name, group in own.items():
+            save_file(group, folder / f"{name}.safetensors")
+            names.append(f"{name}.safetensors")
+        if self.world.is_main:
+            for name, text in texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            names += [*texts, METADATA]
+        for name in names:
+            _sync(folder / name)
+        return {
+            name: FileRecord((folder / name).stat().st_size, digest) for name, digest in digests(folder, names).items()
+        }
+
+    def _finish(self, path: Path, unfinished: Path, step: int, written: list[dict[str, FileRecord]]) -> None:
+        files: dict[str, FileRecord] = {}
+        for rank, records in enumerate(written):
+            assert not files.keys() & records.keys(), f"process {rank}: a name of another: {sorted(records)}"
+            for name, record in records.items():
+                if not (unfinished / name).is_file():
+                    raise InputError(
+                        f"{unfinished / name}: written by process {rank} and not seen by the main one; "
+                        "--logdir must be in a file system that all hosts share"
+                    )
+                files[name] = record
+        listed = {name: record._asdict() for name, record in sorted(files.items())}
+        content = {"step": step, "processes": self.world.size, "files": listed}
+        (unfinished / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _sync(unfinished / MANIFEST)
+        _sync(unfinished)
+        if path.exists():
+            replaced = _hidden(path, "replaced")
+            os.rename(path, replaced)
+            try:
+                move_into_place(unfinished, path)
+            except OSError:
+                if not path.exists():
+                    os.rename(replaced, path)
+                raise
+            _delete(replaced)
+        else:
+            move_into_place(unfinished, path)
+        self._damaged.discard(path)
+        log.info("%s: %.1f MB", path, sum(record.size for record in files.values()) / 1e6)
+        self._remove_old(path)
+
+    def _remove_old(self, newest: Path) -> None:
+        """Keep the newest whole ones and the one just written; damaged ones go when they are older than those."""
+        found = checkpoints_in(self.folder)
+        kept = [path for path in found if path == newest or not self._is_damaged(path)][: self.keep]
+        for path in found[found.index(kept[-1]) + 1 :]:
+            if path != newest:
+                removed = _hidden(path, "removed")
+                os.rename(path, removed)
+                _delete(removed)
+
+    def _is_damaged(self, path: Path) -> bool:
+        if path not in self._damaged:
+            try:
+                read_manifest(path)  # sizes alone; `latest` has read what was there at the start
+            except InputError as error:
+                log.warning("%s; not counted among the %d that are kept", error, self.keep)
+                self._damaged.add(path)
+        return path in self._damaged
+
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.glob(f".{CHECKPOINTS}"):
+            whole = path.with_name(path.stem[1:])
+            if path.suffix == ".replaced" and not whole.exists():
+                os.rename(path, whole)  # the process died between two renames
+            elif path.suffix in (".partial", ".removed", ".replaced"):
+                shutil.rmtree(path)
+
+    def _newest_whole(self) -> Path | None:
+        found = checkpoints_in(self.folder)
+        for path in found:
+            try:
+                check_content(path)
+                return path
+            except (InputError, OSError) as error:
+                log.warning("damaged checkpoint: %s", error)
+                self._damaged.add(path)
+        if found:
+            raise InputError(
+                f"{self.folder}: all {len(found)} checkpoints are damaged; move them away to start from the beginning"
+            )
+        return None
+
+    def _on_main(self, action: Callable[[], T]) -> T:
+        """What `action` gives on the main process; it is not called elsewhere."""
+        results = self._everywhere(action if self.world.is_main else lambda: None)
+        return results[0]  # type: ignore[return-value]
+
+    def _everywhere(self, action: Callable[[], T]) -> list[T]:
+        """What `action` gives on each process, in their order; if it fails on one, this raises on all."""
+        value: T | None = None
+        failure: Exception | None = None
+        try:
+            value = action()
+        except Exception as error:
+            failure = error
+        box: list[Any] = [None] * self.world.size
+        kind, message = (None, "") if failure is None else (type(failure).__name__, str(failure))
+        dist.all_gather_object(box, (value, kind, message), group=self._group)
+        if failure is not None:
+            raise failure
+        for rank, (_, kind, message) in enumerate(box):
+            if kind is not None:
+                is_input = kind == InputError.__name__
+                raise InputError(message) if is_input else RuntimeError(f"process {rank}: {kind}: {message}")
+        return [value for value, *_ in box]
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """What `save` was given as `progress`.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path / PROGRESS}: cannot be read ({error}); use another checkpoint") from error
+    if not isinstance(progress, dict):
+        raise InputError(f"{path / PROGRESS}: expected a mapping, found a {type(progress).__name__}")
+    return progress
+
+
+def own_names(path: Path) -> list[str]:
+    """Sorted names of what the processes saved as their own.
+
+    Raises:
+        InputError: the checkpoint is not whole.
+    """
+    return sorted(name.removesuffix(".safetensors") for name in read_manifest(path) if name.endswith(".safetensors"))
+
+
+def read_own(path: Path, name: str) -> dict[str, Tensor] | None:
+    """What a process saved as its own, on the host; None if there is nothing of this name.
+
+    Raises:
+        InputError: the checkpoint is not whole, or the file is damaged.
+    """
+    if name not in own_names(path):
+        return None
+    file = path / f"{name}.safetensors"
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file}: damaged ({error}); use another checkpoint") from error
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _hidden(path: Path, why: str) -> Path:
+    """Where a checkpoint goes before it is deleted: half a folder never has a checkpoint's name."""
+    hidden = path.with_name(f".{path.name}.{why}")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    return hidden
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _delete(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # the checkpoint is written; the next start removes the rest
+        log.warning("%s: could not be removed (%s)", folder, error)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,126 @@
+"""A training checkpoint as the weights files that the world reads; one process, no process group."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from longsana.config import ModelConfig, load_config
+from longsana.models.build import empty_model
+from longsana.models.checkpoint_files import DIFFUSERS_WEIGHTS, NETWORKS, weights_file
+from longsana.models.dcp_files import SEPARATOR, is_checkpoint, open_tensors
+from longsana.models.weights import Layout, load_weights, save_checkpoint
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import check_writable, move_into_place, partial_name
+from longsana.runtime.hub import INDEX_SUFFIX
+from longsana.training.checkpoint import read_progress
+from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+
+log = logging.getLogger(__name__)
+
+Weights = Literal["raw", "ema", "critic"]
+GROUPS: dict[Weights, str] = {"raw": "generator", "ema": "generator_ema", "critic": "critic"}
+CONFIG = "config.yaml"
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    layout: Layout,
+    *,
+    weights: Weights | None = None,
+    dtype: torch.dtype = torch.float32,
+    force: bool = False,
+) -> None:
+    """Write one network of a checkpoint folder, or with the layout `trainer` all of them; whole or not at all.
+
+    out: a folder for diffusers, else a file.
+    weights: raw (None means that), ema or critic; not with trainer.
+    force: replace what is at `out`.
+
+    Raises:
+        InputError: the checkpoint is not whole or lacks the network, or `out` exists or cannot be written.
+    """
+    folder = weights_file(checkpoint)  # a run's folder is an error that names its newest checkpoint
+    if not is_checkpoint(folder):
+        raise InputError(f"{checkpoint}: no checkpoint folder of training (checkpoint_model_..., with {CONFIG} in it)")
+    if layout == "trainer" and weights is not None:
+        raise InputError(f"--weights {weights}: --layout trainer holds all networks; leave it out")
+    _check_out(out, layout, force)
+    config = load_config(folder / CONFIG, schema=TrainingConfig, retired=RETIRED_IN_TRAINING)
+    roles = {"generator": config.model, "generator_ema": config.model, "critic": config.fake_score}
+    group = GROUPS[weights or "raw"]
+    others: dict[str, dict[str, Tensor]] = {}
+    if layout == "trainer":
+        there = {name.partition(SEPARATOR)[0] for name in open_tensors(folder)}
+        for name in (name for name in NETWORKS[1:] if name in there):
+            _check_same(config.model, roles[name], name)
+            others[name] = _read(folder, name, roles[name], dtype)
+    state_dict = _read(folder, group, roles[group], dtype)
+    step = int(read_progress(folder)["step"])
+    if layout != "diffusers":
+        save_checkpoint(state_dict, out, layout, roles[group], others=others, step=step)
+    else:
+        _write_folder(state_dict, out, roles[group])
+    log.info("%s: %s of step %d, %s, %s", out, ", ".join([group, *others]), step, layout, str(dtype)[6:])
+
+
+def _read(folder: Path, group: str, config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    model = empty_model(config)
+    load_weights(model, folder, key=group, dtype=dtype)
+    return dict(model.state_dict())
+
+
+def _check_same(config: ModelConfig, other: ModelConfig, name: str) -> None:
+    """A trainer's file holds networks of one shape."""
+    shapes = [{key: value.shape for key, value in empty_model(it).state_dict().items()} for it in (config, other)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"the {name} has another shape than the generator ({other.model}, {config.model}): "
+            f"export it by itself, with --weights {name} and another layout"
+        )
+
+
+def _check_out(out: Path, layout: Layout, force: bool) -> None:
+    if layout != "diffusers":
+        if out.is_dir():
+            raise InputError(f"--out {out}: a folder; the layout {layout} is one file, so name that")
+        index = out.with_name(out.name.removesuffix(".safetensors") + INDEX_SUFFIX)
+        exists = out.exists() or (layout == "safetensors" and index.exists())
+    else:
+        if out.is_file():
+            raise InputError(f"--out {out}: a file; the layout diffusers is a folder")
+        names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        stem = DIFFUSERS_WEIGHTS.removesuffix(".safetensors")
+        if strange := [name for name in names if name != "config.json" and not name.startswith(stem)]:
+            raise InputError(
+                f"--out {out}: holds more than a network ({', '.join(strange[:3])}); choose another folder"
+            )
+        exists = bool(names)
+    if exists and not force:
+        raise InputError(f"--out {out}: exists; choose another, or replace it with --force")
+    check_writable(out.parent, "--out")
+
+
+def _write_folder(state_dict: dict[str, Tensor], out: Path, config: ModelConfig) -> None:
+    out = out.absolute()  # "." has no name
+    unfinished, replaced = partial_name(out), out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        save_checkpoint(state_dict, unfinished, "diffusers", config)
+        if out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(out, replaced)
+        move_into_place(unfinished, out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if replaced.exists() and not out.exists():
+            os.rename(replaced, out)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)

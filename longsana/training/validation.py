@@ -1,0 +1,238 @@
+"""Videos of a few fixed prompts while training goes on, and what can be measured on them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts
+from longsana.encoders.geometry import geometry
+from longsana.encoders.vae import WanVAE
+from longsana.models.dit import LongSanaDiT
+from longsana.runtime.clock import Clock
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.runtime.hub import locate
+from longsana.runtime.video import VideoWriter
+from longsana.sampling.pipeline import Caption, Frames, VideoPipeline
+from longsana.training.config import TrainingConfig
+
+log = logging.getLogger(__name__)
+
+BYTE = 255.0
+
+
+class Probe(NamedTuple):
+    """What a video looks like, in plain numbers: a model that collapses shows in them before it shows in the loss.
+
+    saturation: mean of HSV's saturation over all pixels, 0 (grey) to 1.
+    motion: mean |difference| of neighbouring frames, 0 (still) to 1.
+    contrast: mean over frames of the standard deviation of luma, 0 (one brightness) to 0.5.
+    """
+
+    saturation: float
+    motion: float
+    contrast: float
+
+
+class Report(NamedTuple):
+    """metrics: probe_{saturation,motion,contrast}_len_{latent frames}, means over the prompts. videos: every file
+    of all processes, sorted. Both are the same on every process."""
+
+    metrics: dict[str, float]
+    videos: list[Path]
+
+
+class Validation:
+    """Samples the first `val_samples` prompts of a file with the pipeline of inference, at each of `vis_video_lengths`.
+
+    Noise, prompts and captions are the same every time, on any number of processes. Captions are encoded here, each
+    process its own, and kept on the host.
+
+    folder: videos go to `{folder}/vis`.
+
+    Raises:
+        InputError: the prompt file, a length or the text encoder does not fit; the message names the setting.
+    """
+
+    def __init__(self, config: TrainingConfig, folder: Path, device: torch.device | str, world: World) -> None:
+        self._folder, self._world = folder, world
+        self._pipelines = {length: _pipeline(config, length, device) for length in config.validation.vis_video_lengths}
+        prompts = _prompts(config)
+        for length, pipeline in self._pipelines.items():
+            for prompt in prompts:
+                try:
+                    parts_per_chunk(len(prompt.parts), len(pipeline.plan))
+                except InputError as error:
+                    raise InputError(f"validation.vis_video_lengths={length}: line {prompt.line}: {error}") from error
+        self._count = len(prompts)
+        # Prompts in turn, and the first ones again until every process has as many: under FSDP all of them must take
+        # part in every forward pass.
+        turns = range(world.rank, -(-self._count // world.size) * world.size, world.size)
+        pipeline = VideoPipeline(config, device)
+        with pipeline.text_encoder() as encoder:
+            self._mine = [
+                _Sample(turn, prompt, pipeline.encode(encoder, prompt))
+                for turn, prompt in ((turn, prompts[turn % self._count]) for turn in turns)
+            ]
+
+    @torch.no_grad()
+    def run(self, step: int, model: LongSanaDiT, vae: WanVAE) -> Report:
+        """Sample, measure and write every video of iteration `step`; all processes call this together.
+
+        Raises:
+            FloatingPointError: latents are not finite.
+            OSError: a video could not be written.
+        """
+        started = time.perf_counter()
+        folder = self._folder / "vis" / f"step_{step:07d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        measured: list[_Measured] = []
+        for length, pipeline in self._pipelines.items():
+            pipeline.model, pipeline.vae = model, vae
+            for sample in self._mine:
+                name = f"step_{step:07d}_rank_{self._world.rank}_sample_{sample.turn}_len_{length}.mp4"
+                path = folder / name if sample.turn < self._count else None
+                # One at a time: training fills the memory.
+                probe = _sample(pipeline, sample, path)
+                if path is not None:
+                    measured.append(_Measured(length, sample.turn, path, probe))
+        # In one order: sums must not depend on who made what.
+        everyone = sorted(one for part in self._world.gather(measured) for one in part)
+        if self._world.is_main:
+            log.info("step %d: %d videos in %.1f s: %s", step, len(everyone), time.perf_counter() - started, folder)
+        metrics = {}
+        for length in self._pipelines:
+            probes = [one.probe for one in everyone if one.length == length]
+            for name, values in zip(Probe._fields, zip(*probes, strict=True), strict=True):
+                metrics[f"probe_{name}_len_{length}"] = sum(values) / len(values)
+        return Report(metrics, sorted(one.path for one in everyone))
+
+
+class _Sample(NamedTuple):
+    """turn: number of the prompt, from 0; beyond the last one it is there to keep the others company."""
+
+    turn: int
+    prompt: Prompt
+    caption: Caption
+
+
+class _Measured(NamedTuple):
+    length: int
+    turn: int
+    path: Path
+    probe: Probe
+
+
+def _pipeline(config: TrainingConfig, length: int, device: torch.device | str) -> VideoPipeline:
+    if length < 1:
+        raise InputError(f"validation.vis_video_lengths={length}: must be at least 1 latent frame")
+    frames = geometry(config.vae).pixel_frames(length)
+    return VideoPipeline(replace(config, sampling=replace(config.sampling, num_frames=frames)), device)
+
+
+def _prompts(config: TrainingConfig) -> list[Prompt]:
+    settings, sampling = config.validation, config.sampling
+    path = locate(settings.val_data_path, "validation.val_data_path")
+    # No table of sizes: all videos have the size that is trained.
+    prompts = read_prompts(path, height=sampling.height, width=sampling.width, aspect_ratio_type="none")
+    if not 1 <= settings.val_samples <= len(prompts):
+        raise InputError(
+            f"validation.val_samples={settings.val_samples}: must be 1 to {len(prompts)}, the prompts in {path}; "
+            "validation.vis_interval=0 turns validation off"
+        )
+    return prompts[: settings.val_samples]
+
+
+def _sample(pipeline: VideoPipeline, sample: _Sample, path: Path | None) -> Probe:
+    """Make one video, write it unless `path` is None, and measure it."""
+    config, meter = pipeline.config, Meter()
+    with ExitStack() as stack:
+        writer = None
+        if path is not None:
+            writer = stack.enter_context(
+                VideoWriter(
+                    path,
+                    fps=config.sampling.fps,
+                    height=sample.prompt.height,
+                    width=sample.prompt.width,
+                    crf=config.video.crf,
+                    preset=config.video.preset,
+                )
+            )
+        for pixels in _finite(pipeline.sample([sample.prompt], [sample.caption], Clock())):
+            meter.add(pixels)
+            if writer is not None:
+                writer.append(pixels[0])
+    return meter.result()
+
+
+def _finite(samples: Iterator[Frames]) -> Iterator[Tensor]:
+    for frames in samples:
+        if not frames.latents.isfinite().all():
+            raise FloatingPointError(f"validation: latents of chunk {frames.chunk} are not finite")
+        yield frames.pixels
+
+
+class Meter:
+    """Measures a video that comes in pieces, of which it keeps one frame."""
+
+    def __init__(self) -> None:
+        self._sums = dict.fromkeys(Probe._fields, 0.0)
+        self._counts = dict.fromkeys(Probe._fields, 0)
+        self._last: Tensor | None = None
+
+    def add(self, pixels: Tensor) -> None:
+        """The next frames: (B, F, H, W, 3), uint8; B, H and W are the same in all pieces."""
+        self._note("saturation", saturation(pixels))
+        self._note("contrast", contrast(pixels))
+        joined = pixels if self._last is None else torch.cat([self._last, pixels], dim=1)
+        self._note("motion", motion(joined))
+        self._last = pixels[:, -1:].clone()
+
+    def result(self) -> Probe:
+        """Means over all frames so far; the motion of a single frame is 0."""
+        return Probe(*(self._sums[name] / max(self._counts[name], 1) for name in Probe._fields))
+
+    def _note(self, name: str, values: Tensor) -> None:
+        # Frame by frame: the sum is the same however the video was cut.
+        for value in values.flatten().tolist():
+            self._sums[name] += value
+        self._counts[name] += values.numel()
+
+
+def saturation(pixels: Tensor) -> Tensor:
+    """(max - min) / max of the three channels, 0 where all are 0, averaged over each frame.
+
+    pixels: (B, F, H, W, 3), uint8. Returns (B, F), float64.
+    """
+    most, least = pixels.amax(-1), pixels.amin(-1)
+    return ((most - least) / most.clamp(min=1)).mean(dim=(2, 3), dtype=torch.float64)
+
+
+def motion(pixels: Tensor) -> Tensor:
+    """|next frame - frame| / 255, averaged over pixels and channels.
+
+    pixels: (B, F, H, W, 3), uint8. Returns (B, F - 1), float64.
+    """
+    before, after = pixels[:, :-1], pixels[:, 1:]
+    # Of bytes the larger minus the smaller: a plain difference would wrap around.
+    difference = torch.maximum(before, after) - torch.minimum(before, after)
+    return difference.mean(dim=(2, 3, 4), dtype=torch.float64) / BYTE
+
+
+def contrast(pixels: Tensor) -> Tensor:
+    """Standard deviation over each frame of luma (Rec. 601), of 0 to 1.
+
+    pixels: (B, F, H, W, 3), uint8. Returns (B, F), float64.
+    """
+    luma = pixels.float() @ torch.tensor([0.299, 0.587, 0.114], device=pixels.device) / BYTE
+    return luma.double().std(dim=(2, 3), correction=0)

@@ -1,0 +1,118 @@
+"""Clips of latents: from disk as they were written, and made from their number alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from longsana.data.clips import DIRECTIONS, SPEEDS, Clip, ClipFolder, GeneratedClips, open_clips, write_clips
+from longsana.runtime.errors import InputError
+
+SHAPE = (16, 9, 12, 20)
+
+
+@pytest.fixture(autouse=True)
+def own_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_clips_on_disk_are_those_that_were_written(tmp_path: Path) -> None:
+    blobs = open_clips("generated:blobs", shape=SHAPE)
+    some = GeneratedClips(blobs.__getitem__, 5, tuple(blobs.prompts()))
+    write_clips(tmp_path / "clips", some, {"generator": "blobs"}, dtype="float32", shard_size=2)
+    clips = open_clips(str(tmp_path / "clips"), shape=SHAPE)
+    assert isinstance(clips, ClipFolder)
+    assert len(clips) == 5
+    assert clips.prompts() == [some[index].prompt for index in range(5)]
+    for index in range(5):
+        assert clips[index].prompt == some[index].prompt
+        assert torch.equal(clips[index].latents, some[index].latents)
+    with pytest.raises(InputError, match=r"the config asks for \(16, 9, 12, 22\)"):
+        open_clips(str(tmp_path / "clips"), shape=(16, 9, 12, 22))
+
+
+def test_writing_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    made: list[int] = []
+    stop = 3
+
+    def make(index: int) -> Clip:
+        if index == stop:
+            raise KeyboardInterrupt
+        made.append(index)
+        return Clip(torch.full((2, 1, 2, 2), float(index)), str(index))
+
+    clips = GeneratedClips(make, 5, tuple("01234"))
+    with pytest.raises(KeyboardInterrupt):
+        write_clips(tmp_path / "a", clips, {}, shard_size=2)
+    with pytest.raises(InputError, match="unfinished, 1 of 3 shards are there; write the clips again"):
+        ClipFolder(tmp_path / "a")
+    stop, made[:] = 9, []
+    write_clips(tmp_path / "a", clips, {}, shard_size=2)
+    assert made == [0, 2, 3, 4], "0 for the shape; shard 0 is kept"
+    write_clips(tmp_path / "b", clips, {}, shard_size=2)
+    assert all((tmp_path / "b" / path.name).read_bytes() == path.read_bytes() for path in (tmp_path / "a").iterdir())
+    with pytest.raises(InputError, match="made with other settings: seed=1"):
+        write_clips(tmp_path / "a", clips, {"seed": 1}, shard_size=2)
+
+
+def test_a_blob_clip_is_a_function_of_seed_and_index() -> None:
+    one, same, other = (open_clips("generated:blobs", shape=SHAPE, seed=seed) for seed in (0, 0, 1))
+    torch.manual_seed(1)
+    for index in (0, 7, len(one) - 1):
+        assert torch.equal(one[index].latents, same[index].latents)
+        assert one[index].prompt == same[index].prompt
+        assert not torch.equal(one[index].latents, other[index].latents)
+        assert not torch.equal(one[index].latents, one[(index + 1) % len(one)].latents)
+    assert one[0].latents.shape == SHAPE
+    assert one[0].latents.dtype == torch.float32
+    for index in (-1, len(one)):
+        with pytest.raises(IndexError):
+            one[index]
+
+
+def test_blobs_do_what_their_caption_says() -> None:
+    """Brute force: of all moves by whole cells in eight frames, the one that fits best."""
+    channels, frames, height, width = 4, 9, 24, 24
+    clips = open_clips("generated:blobs", shape=(channels, frames, height, width))
+    captions = set()
+    for index in range(40):
+        latents, caption = clips[index]
+        captions.add(caption)
+        words = caption.removeprefix("soft blobs drift ").split(" ", 1)
+        angle, step = DIRECTIONS.index(words[1]) * math.pi / 4, SPEEDS[words[0]]
+        fits = {
+            (down, right): float((latents[:, 0].roll((down, right), (1, 2)) * latents[:, 8]).sum())
+            for down in range(-11, 12)
+            for right in range(-11, 12)
+        }
+        down, right = max(fits, key=fits.__getitem__)
+        assert abs(down - 8 * step * math.sin(angle)) < 1, caption
+        assert abs(right - 8 * step * math.cos(angle)) < 1, caption
+    assert captions <= set(clips.prompts())
+    assert len(captions) > 15
+    assert len(set(clips.prompts())) == len(DIRECTIONS) * len(SPEEDS)
+
+
+def test_blobs_are_smooth_and_about_as_large_as_latents() -> None:
+    clips = open_clips("generated:blobs", shape=SHAPE)
+    latents = torch.stack([clips[index].latents for index in range(64)])
+    assert 0.3 < float(latents.std()) < 1.5
+    assert abs(float(latents.mean())) < 0.1
+    jump = (latents[:, :, 1:] - latents[:, :, :-1]).std() / latents.std()
+    assert 0.02 < float(jump) < 0.6, "white noise has 1.41"
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("generated:blob", "did you mean 'blobs'"),
+        ("generated:", "known: blobs"),
+        ("no/such/folder", "no/such/folder: no manifest.json here; write the clips again"),
+    ],
+)
+def test_what_is_not_there(path: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        open_clips(path, shape=SHAPE)

@@ -1,0 +1,406 @@
+"""Checkpoints by one process here, and by two in checkpoint_worker.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.training import checkpoint
+from longsana.training.checkpoint import Checkpointer, own_names, read_own, read_progress
+from tests.training.checkpoint_worker import Run, assert_equal, save
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    world = World()
+    world.connect("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", alone=True)
+    yield world
+    world.disconnect()
+
+
+@pytest.fixture
+def make(world: World, tmp_path: Path) -> Callable[..., Checkpointer]:
+    """As a run makes it when it starts."""
+
+    def build(keep: int = 3, asynchronous: bool = False) -> Checkpointer:
+        return Checkpointer(tmp_path, world, keep=keep, asynchronous=asynchronous)
+
+    return build
+
+
+def at(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint_model_{step:06d}"
+
+
+def there(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder that holds nothing else."""
+    names = sorted(path.name for path in folder.iterdir())
+    assert all(name.startswith("checkpoint_model_") for name in names), names
+    return [int(name[-6:]) for name in names]
+
+
+def loaded(checkpointer: Checkpointer, path: Path) -> dict[str, Tensor]:
+    run = Run(seed=9)
+    checkpointer.load(path, run.tensors())
+    return run.whole()
+
+
+def test_two_processes(world: World, tmp_path: Path) -> None:
+    """Resharding both ways, resume, asynchronous writing, a failure of one; and kill -9 in the middle of a save."""
+    one = Run(seed=0).train(0, 1)
+    save(Checkpointer(tmp_path / "one", world, keep=1, asynchronous=False), 2, one)
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen(
+        [*launcher, str(Path(__file__).with_name("checkpoint_worker.py")), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    unfinished = tmp_path / "two" / ".checkpoint_model_000004.partial"
+    try:
+        while process.poll() is None and not list(unfinished.glob("__1_*.distcp")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        begun = process.poll() is None and list(unfinished.glob("__1_*.distcp"))
+    finally:
+        # The launcher gives each of its processes a session: its group is not theirs.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.kill()
+        output = process.communicate()[0]
+    assert begun, output
+
+    assert_equal(torch.load(tmp_path / "one_by_two.pt", weights_only=True), one.whole())
+    two = Checkpointer(tmp_path / "two", world, keep=2, asynchronous=False)
+    assert there(tmp_path / "two") == [2]
+    assert two.latest() == at(tmp_path / "two", 2)
+    assert_equal(loaded(two, at(tmp_path / "two", 2)), torch.load(tmp_path / "two.pt", weights_only=True))
+
+
+def test_resume_is_uninterrupted(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    run = Run(seed=0).train(0, 1)
+    save(make(), 2, run)
+    other = Run(seed=1)
+    checkpointer = make()
+    assert checkpointer.latest() == at(tmp_path, 2)
+    checkpointer.load(at(tmp_path, 2), other.tensors())
+    assert_equal(other.whole(), run.whole())
+    assert_equal(other.train(2, 3).whole(), run.train(2, 3).whole())
+
+
+def test_the_same_state_makes_the_same_files(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    save(make(), 2, Run(0).train(0, 1))
+    manifest = (at(tmp_path, 2) / "manifest.json").read_text()
+    shutil.rmtree(at(tmp_path, 2))
+    checkpointer = make(asynchronous=True)
+    save(checkpointer, 2, Run(0).train(0, 1))
+    checkpointer.wait()
+    assert (at(tmp_path, 2) / "manifest.json").read_text() == manifest
+
+
+def test_everything_comes_back(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    base = torch.arange(6.0)
+    own: dict[str, dict[str, Tensor]] = {
+        "stream_00003": {"state": base[:4], "part_of_state": base[2:].view(2, 2).T, "frames": torch.tensor(21)},
+        "rng_00000": {"cpu": torch.get_rng_state()},
+        "empty": {},
+    }
+    progress = {"step": 7, "samples": {"generator": 12}, "loss": 0.1, "none": None}
+    save(make(), 7, Run(0), own=own, progress=progress, texts={"config.yaml": "model: ü\n", "notes.txt": ""})
+    assert read_progress(at(tmp_path, 7)) == progress
+    assert own_names(at(tmp_path, 7)) == ["empty", "rng_00000", "stream_00003"]
+    for name, tensors in own.items():
+        assert_equal(read_own(at(tmp_path, 7), name) or {}, tensors)
+    assert read_own(at(tmp_path, 7), "stream_00004") is None
+    assert (at(tmp_path, 7) / "config.yaml").read_text(encoding="utf-8") == "model: ü\n"
+    manifest = json.loads((at(tmp_path, 7) / "manifest.json").read_text())
+    assert {*manifest["files"], "manifest.json"} == {path.name for path in at(tmp_path, 7).iterdir()}
+
+
+def test_asynchronous_saves_what_was_there(
+    make: Callable[..., Checkpointer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+    genuine = dcp.save
+
+    def held(*arguments: Any, **options: Any) -> Any:
+        assert go.wait(20)
+        return genuine(*arguments, **options)
+
+    monkeypatch.setattr(dcp, "save", held)
+    checkpointer, run, own = make(asynchronous=True), Run(0).train(0, 1), torch.zeros(3)
+    expected = run.whole()
+    save(checkpointer, 2, run, own={"stream": {"state": own}})
+    for tensors in run.tensors().values():
+        for tensor in tensors.values():
+            tensor.detach().fill_(torch.nan)
+    own.fill_(torch.nan)
+    assert not at(tmp_path, 2).exists()
+    go.set()
+    checkpointer.wait()
+    assert_equal(loaded(checkpointer, at(tmp_path, 2)), expected)
+    assert_equal(read_own(at(tmp_path, 2), "stream") or {}, {"state": torch.zeros(3)})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_from_the_gpu_and_back(asynchronous: bool, make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    """Also to the host: the device is no part of a checkpoint."""
+    checkpointer, run = make(asynchronous=asynchronous), Run(0, "cuda").train(0, 1)
+    own = torch.randn(5, device="cuda")
+    expected = run.whole()
+    save(checkpointer, 2, run, own={"stream": {"state": own}})
+    if asynchronous:
+        own.fill_(torch.nan)
+        run.train(2, 3)
+    checkpointer.wait()
+    for device in ("cuda", "cpu"):
+        other = Run(1, device)
+        checkpointer.load(at(tmp_path, 2), other.tensors())
+        found = other.whole()
+        assert found["generator/0.weight"].device.type == device
+        assert_equal({name: value.cpu() for name, value in found.items()}, {k: v.cpu() for k, v in expected.items()})
+    stream = read_own(at(tmp_path, 2), "stream") or {}
+    assert stream["state"].device.type == "cpu" and stream["state"].isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["wait", "save", "latest"])
+def test_an_error_in_the_background_is_heard(
+    how: str, make: Callable[..., Checkpointer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    checkpointer, run = make(asynchronous=True), Run(0)
+    save(checkpointer, 1, run)
+    checkpointer.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full_disk)
+        save(checkpointer, 2, run)
+        with pytest.raises(OSError, match="No space left"):
+            save(checkpointer, 3, run) if how == "save" else getattr(checkpointer, how)()
+    assert there(tmp_path) == [1]
+    checkpointer.wait()  # told once
+    save(checkpointer, 4, run)
+    assert checkpointer.latest() == at(tmp_path, 4)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_full_disk(
+    asynchronous: bool, make: Callable[..., Checkpointer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one, as far as the tensors' file goes: files may not grow beyond some bytes."""
+    checkpointer, run = make(keep=1, asynchronous=asynchronous), Run(0)
+    save(checkpointer, 1, run)
+    checkpointer.wait()
+    size = next(at(tmp_path, 1).glob("*.distcp")).stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+    try:
+        if asynchronous:
+            save(checkpointer, 2, run)
+        with pytest.raises(OSError, match="File too large"):
+            checkpointer.wait() if asynchronous else save(checkpointer, 2, run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert there(tmp_path) == [1]
+    assert make().latest() == at(tmp_path, 1)
+    save(checkpointer, 2, run)
+    assert checkpointer.latest() == at(tmp_path, 2)
+
+
+def missing(folder: Path) -> None:
+    (folder / "rng_00000.safetensors").unlink()
+
+
+def short(folder: Path) -> None:
+    file = folder / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def changed(folder: Path) -> None:
+    file = folder / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def no_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def garbled_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"files": ["a"]}')
+
+
+def nothing(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("damage", [missing, short, changed, no_manifest, garbled_manifest, nothing])
+def test_a_damaged_one_is_told_of_and_the_one_before_is_used(
+    damage: Callable[[Path], None],
+    make: Callable[..., Checkpointer],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = Run(0)
+    for step in (1, 2, 3):
+        save(make(keep=3), step, run.train(step))
+    damage(at(tmp_path, 3))
+    checkpointer = make(keep=2)
+    assert checkpointer.latest() == at(tmp_path, 2)
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert str(at(tmp_path, 3)) in warning
+    # It does not count among the two that stay, and is replaced when its step comes again.
+    save(checkpointer, 4, run)
+    assert there(tmp_path) == [2, 3, 4]
+    save(checkpointer, 3, run)
+    assert make().latest() == at(tmp_path, 4)
+    assert_equal(loaded(checkpointer, at(tmp_path, 3)), run.whole())
+
+
+def test_only_damaged_ones_are_no_fresh_start(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    assert make().latest() is None
+    save(make(), 1, Run(0))
+    changed(at(tmp_path, 1))
+    with pytest.raises(InputError, match="all 1 checkpoints are damaged"):
+        make().latest()
+
+
+def test_retention(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    checkpointer, run = make(keep=2), Run(0)
+    for step in (2, 4, 6, 1_000_000):
+        save(checkpointer, step, run)
+    assert [path.name[17:] for path in sorted(tmp_path.iterdir())] == ["000006", "1000000"]
+    assert checkpointer.latest() == tmp_path / "checkpoint_model_1000000"
+    save(checkpointer, 3, run)  # the one just written stays, old as it is
+    assert at(tmp_path, 3).exists()
+    with pytest.raises(InputError, match="max_checkpoints=0"):
+        make(keep=0)
+
+
+def test_saving_a_step_again_replaces_it(
+    make: Callable[..., Checkpointer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(0)
+    save(make(), 2, run)
+    first = run.whole()
+    save(make(), 2, run.train(0))
+    assert_equal(loaded(make(), at(tmp_path, 2)), run.whole())
+    assert there(tmp_path) == [2]
+    with monkeypatch.context() as patch:  # the rename fails: the old one is there again
+        patch.setattr(checkpoint, "move_into_place", lambda *_: (_ for _ in ()).throw(OSError("no")))
+        with pytest.raises(OSError, match="no"):
+            save(make(), 2, Run(5))
+    assert_equal(loaded(make(), at(tmp_path, 2)), run.whole())
+    assert not torch.equal(first["generator/0.weight"], run.whole()["generator/0.weight"])
+
+
+def test_leftovers(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    """Of a process that died in a save, in a deletion, and between the two renames of a replacement."""
+    save(make(), 2, Run(0))
+    for name in (".checkpoint_model_000004.partial", ".checkpoint_model_000001.removed"):
+        shutil.copytree(at(tmp_path, 2), tmp_path / name)
+    shutil.copytree(at(tmp_path, 2), tmp_path / ".checkpoint_model_000002.replaced")
+    at(tmp_path, 2).rename(tmp_path / ".checkpoint_model_000003.replaced")
+    (tmp_path / ".other").write_text("")
+    checkpointer = make()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(".other", "checkpoint_model_000002", "checkpoint_model_000003")
+    ]
+    assert checkpointer.latest() == at(tmp_path, 3)
+
+
+def test_what_does_not_fit_is_listed(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    run = Run(0)
+    save(make(), 2, run)
+    before, tensors = run.whole(), run.tensors()
+    del tensors["generator_ema"]["2.bias"]
+    tensors["generator"]["table"] = torch.zeros(3, 4)
+    tensors["generator"]["other"] = torch.zeros(1)
+    tensors["optimizer.generator"]["0.weight.step"] = torch.zeros((), dtype=torch.float64)
+    with pytest.raises(InputError) as caught:
+        make().load(at(tmp_path, 2), tensors)
+    message = str(caught.value)
+    assert "missing 1: generator/other; unexpected 1: generator_ema/2.bias; different 2: generator/table" in message
+    assert "[4, 3] float32 (here: [3, 4] float32), optimizer.generator/0.weight.step [] float32" in message
+    assert "\n" not in message
+    assert_equal(run.whole(), before)
+    with pytest.raises(InputError, match="no manifest"):
+        make().load(at(tmp_path, 3), run.tensors())
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("ran",)
+
+
+def test_metadata_with_code_is_refused(
+    make: Callable[..., Checkpointer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DCP's own reader would run it. The manifest is right: whoever plants one plants the other."""
+    monkeypatch.chdir(tmp_path)
+    run = Run(0)
+    save(make(), 2, run)
+    metadata = pickle.loads((at(tmp_path, 2) / ".metadata").read_bytes())
+    metadata.planner_data = Payload()
+    plant(at(tmp_path, 2), pickle.dumps(metadata))
+    with pytest.raises(InputError, match=r"refused: .*mkdir.*could run code"):
+        make().load(at(tmp_path, 2), run.tensors())
+    with pytest.raises(InputError, match="damaged"):
+        make().latest()
+    assert not Path("ran").exists()
+    dcp.FileSystemReader(at(tmp_path, 2)).read_metadata()
+    assert Path("ran").exists(), "the planted code is none"
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04", pickle.dumps({"a": 1}), pickle.dumps(7)])
+def test_metadata_of_another_kind(content: bytes, make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    run = Run(0)
+    save(make(), 2, run)
+    plant(at(tmp_path, 2), content)
+    with pytest.raises(InputError, match=r"\.metadata: (damaged|refused)"):
+        make().load(at(tmp_path, 2), run.tensors())
+
+
+def test_a_file_damaged_since_the_check(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    run = Run(0)
+    save(make(), 2, run)
+    file = at(tmp_path, 2) / "__0_0.distcp"
+    file.write_bytes(b"\0" * file.stat().st_size)
+    with pytest.raises(InputError, match="damaged"):
+        make().load(at(tmp_path, 2), run.tensors())
+
+
+def plant(folder: Path, metadata: bytes) -> None:
+    """Put other metadata in, with its size and digest in the manifest."""
+    (folder / ".metadata").write_bytes(metadata)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digest = checkpoint.digests(folder, [".metadata"])[".metadata"]
+    manifest["files"][".metadata"] = {"size": len(metadata), "sha256": digest}
+    (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -1,0 +1,182 @@
+"""Bad input: one line, status 2, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longsana.config import load_config
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.training.checks import check_same_run, check_sources, check_training, slots_of
+from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from tests.training.conftest import ROOT
+
+CONFIGS = sorted(
+    path
+    for path in (ROOT / "configs/sana_video_config/longsana").glob("*/*.yaml")
+    if "trainer:" in path.read_text(encoding="utf-8")
+)
+
+
+def load(path: Path, *overrides: str) -> TrainingConfig:
+    config: TrainingConfig = load_config(path, overrides, TrainingConfig, RETIRED_IN_TRAINING)
+    return config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_config_that_ships_can_be_trained(path):
+    check_training(load(path))
+
+
+def test_the_published_stages_are_as_published():
+    """Facts 9.2."""
+    ode, forcing, stream = (
+        load(ROOT / f"configs/sana_video_config/longsana/480ms/{name}.yaml")
+        for name in ("ode", "self_forcing", "longsana")
+    )
+    assert [config.trainer for config in (ode, forcing, stream)] == ["ode", "self_forcing", "longsana"]
+    for config in (ode, forcing, stream):
+        assert config.scheduler.denoising_step_list[:4] == (1000, 960, 889, 727)
+        assert config.scheduler.inference_flow_shift == 7.0
+        assert config.sampling.chunk_frames == 10
+        assert config.sampling.motion_score == 10
+        assert config.rollout.num_training_frames == 21
+        assert config.train.batch_size == 1
+    assert (ode.optimizer.generator.lr, ode.optimizer.generator.beta1) == (2e-5, 0.9)
+    for config in (forcing, stream):
+        assert (config.optimizer.generator.lr, config.optimizer.critic.lr) == (1e-5, 2e-6)
+        assert config.optimizer.generator.beta1 == config.optimizer.critic.beta1 == 0
+        assert (config.distillation.timestep_shift, config.distillation.guidance_scale) == (5.0, 3.0)
+        assert config.distillation.dfake_gen_update_ratio == 5
+        assert (config.train.ema_weight, config.train.ema_start_step) == (0.99, 200)
+        assert slots_of(config, World(size=64)).accumulation == 1
+    assert (stream.streaming.streaming_max_length, stream.streaming.streaming_min_new_frame) == (261, 20)
+    assert [config.train.log_iters for config in (ode, forcing, stream)] == [200, 100, 200]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "override", "words"),
+    [
+        ("longsana", "trainer=longsama", "longsama"),
+        ("ode", "streaming.streaming_max_length=41", "belongs to longsana"),
+        ("ode", "optimizer.critic.lr=3e-6", "belongs to self_forcing and longsana"),
+        ("self_forcing", "flow_matching.causal=true", "belongs to flow_matching"),
+        ("self_forcing", "real_score.caption_channels=32", "must be that of the generator"),
+        ("self_forcing", "real_score.hidden_size=57", "must be a multiple"),
+        ("self_forcing", "rollout.num_training_frames=6", "by a multiple of sampling.chunk_frames=2"),
+        ("self_forcing", "rollout.slice_last_frames=1", "must be at least 2"),
+        ("self_forcing", "rollout.overlap_latents=3", "must be 0 to sampling.chunk_frames=2"),
+        ("self_forcing", "distillation.min_timestep=0", "1 <= min <= max"),
+        ("self_forcing", "distillation.dfake_gen_update_ratio=0", "must be at least 1"),
+        ("longsana", "streaming.streaming_min_new_frame=2", "for example 4"),
+        ("longsana", "streaming.streaming_max_length=4", "shorter than the first stretch, 5"),
+        ("longsana", "train.ema_weight=1", "must be in [0, 1)"),
+        ("longsana", "train.batch_size=0", "train.batch_size=0: must be at least 1"),
+        ("ode", "train.log_iters=0", "must be at least 1"),
+        ("ode", "optimizer.generator.lr=0", "must be positive"),
+        ("ode", "train.ema_weight=0 validation.vis_ema=true", "no average"),
+        ("ode", "sampling.height=33", "multiple of 16"),
+        (
+            "flow_matching",
+            "sampling.null_caption=negative_prompt sampling.negative_prompt=ugly",
+            "null_caption=learned",
+        ),
+        ("flow_matching", "lr=3", "optimizer.generator.lr"),
+        ("ode", "train.max_iter=3", "train.max_iters"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(small_training, trainer, override, words):
+    with pytest.raises(InputError) as caught:
+        check_training(load(small_training(trainer), *override.split()))
+    message = str(caught.value)
+    assert words in message, message
+    assert "\n" not in message
+
+
+def test_a_config_of_inference_is_no_config_of_training():
+    with pytest.raises(InputError, match="trainer"):
+        load(ROOT / "configs/sana_video_config/longsana/shapes/longsana.yaml")
+
+
+@pytest.mark.parametrize(
+    "flat", ["generator_ckpt", "denoising_step_list", "num_frame_per_block", "wandb_key", "gc_interval"]
+)
+def test_an_old_flat_key_names_its_new_home(tmp_path, flat):
+    (path := tmp_path / "old.yaml").write_text(f"trainer: ode\n{flat}: 1\n")
+    with pytest.raises(InputError) as caught:
+        load(path)
+    assert f"{flat} is not a setting here; instead: {RETIRED_IN_TRAINING[flat]}" in str(caught.value)
+
+
+def test_every_home_of_a_flat_key_exists():
+    from longsana.config import leaf_keys
+
+    known = set(leaf_keys(TrainingConfig))
+    sections = {key.rpartition(".")[0] for key in known} | {key.split(".")[0] for key in known}
+    for flat, home in RETIRED_IN_TRAINING.items():
+        words = [word.strip(",;:()") for word in home.split()]
+        named = [word for word in words if "." in word.strip(".") and not word.startswith("-")]
+        assert (
+            named
+            or home.startswith("nothing")
+            or home.split()[0].strip(",:") in ({*known, *sections, "base", "--logdir"})
+        ), flat
+        assert all(name in known | sections for name in named), (flat, home)
+        assert flat not in known, flat
+
+
+@pytest.mark.parametrize(
+    ("size", "settings", "expected"),
+    [
+        (1, [], 1),
+        (4, ["train.gradient_accumulation_steps=3"], 3),
+        (4, ["train.batch_size=2", "train.total_batch_size=64"], 8),
+        (4, ["train.total_batch_size=8", "train.gradient_accumulation_steps=2"], 2),
+        (3, ["train.total_batch_size=64"], "63 and 66"),
+        (128, ["train.total_batch_size=64"], "nearest that they can: 128"),
+        (4, ["train.total_batch_size=9", "train.gradient_accumulation_steps=2"], "nearest that they can: 8"),
+        (1, ["train.gradient_accumulation_steps=0"], "must be at least 1"),
+    ],
+)
+def test_the_total_batch_is_honoured_or_refused(small_training, size, settings, expected):
+    config, world = load(small_training("ode"), *settings), World(size=size)
+    if isinstance(expected, int):
+        slots = slots_of(config, world)
+        assert slots.accumulation == expected
+        total = config.train.total_batch_size or size * expected * config.train.batch_size
+        assert slots.count * config.train.batch_size == total
+    else:
+        with pytest.raises(InputError, match=expected):
+            slots_of(config, world)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "setting"),
+    [
+        ("ode", "model.load_from"),
+        ("self_forcing", "real_score.load_from"),
+        ("longsana", "fake_score.load_from"),
+        ("longsana", "vae.vae_pretrained"),
+        ("ode", "text_encoder.text_encoder_name"),
+    ],
+)
+def test_a_missing_checkpoint_is_found_first_and_by_its_setting(small_training, trainer, setting):
+    with pytest.raises(InputError, match=f"{setting}: 'nowhere.pth' not found"):
+        check_sources(load(small_training(trainer), f"{setting}=nowhere.pth"))
+    check_sources(load(small_training(trainer)))
+
+
+def test_what_a_resumed_run_may_change(small_training, tmp_path):
+    from longsana.config import save_config
+
+    path = small_training("longsana")
+    save_config(load(path), tmp_path / "config.yaml")
+    free = load(path, "train.max_iters=99", "validation.vis_interval=3", "wandb.project=x", "train.log_iters=7")
+    assert check_same_run(free, tmp_path / "config.yaml") == []
+    bound = load(path, "optimizer.generator.lr=0.5", "streaming.streaming_max_length=13")
+    assert check_same_run(bound, tmp_path / "config.yaml") == [
+        "streaming.streaming_max_length: 9 -> 13",
+        "optimizer.generator.lr: 0.001 -> 0.5",
+    ]

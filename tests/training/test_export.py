@@ -1,0 +1,246 @@
+"""From a checkpoint of training to every file of weights, and from each of them to the same video."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from longsana.config import ModelConfig, load_config, save_config
+from longsana.models.build import build_model
+from longsana.models.naming import NULL_TOKENS
+from longsana.runtime.distributed import World
+from longsana.training.checkpoint import Checkpointer
+from longsana.training.config import TrainingConfig
+from tests.models.checkpoints import assert_same, weights
+
+ROOT = Path(__file__).resolve().parents[2]
+INFERENCE = ROOT / "configs/sana_video_config/longsana/shapes/longsana.yaml"
+SHAPES = dataclasses.replace(load_config(INFERENCE).model, depth=2, num_cached_blocks=2)
+
+
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_under_test", ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def trained(seed: int, config: ModelConfig = SHAPES) -> dict[str, Tensor]:
+    return {name: 0.1 * tensor for name, tensor in weights(seed, config).items()}
+
+
+def changes(config: ModelConfig) -> dict[str, Any]:
+    default = dataclasses.asdict(ModelConfig())
+    return {key: value for key, value in dataclasses.asdict(config).items() if value != default[key]}
+
+
+def write(folder: Path, networks: dict[str, dict[str, Tensor]], critic: ModelConfig = SHAPES) -> Path:
+    """A run of one process, saved once."""
+    world = World()
+    world.connect(alone=True)
+    try:
+        # Not all of the settings, as a run keeps them: those take a second to read.
+        given = {"trainer": "longsana", "model": changes(SHAPES), "fake_score": changes(critic)}
+        texts = {"config.yaml": yaml.safe_dump(given)}
+        moments = {"optimizer.generator": {"final.linear.bias.step": torch.zeros(())}}
+        Checkpointer(folder, world, keep=1, asynchronous=False).save(
+            20, networks | moments, own={}, progress={"step": 20}, texts=texts
+        )
+    finally:
+        world.disconnect()
+    return folder / "checkpoint_model_000020"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of three networks."""
+    networks = {name: trained(seed) for seed, name in enumerate(("generator", "generator_ema", "critic"))}
+    return write(tmp_path_factory.mktemp("run"), networks)
+
+
+@pytest.fixture(scope="module")
+def export() -> Callable[..., int]:
+    module = script("train_video_scripts/export.py")
+    return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+def read(path: Path, **changes: Any) -> dict[str, Tensor]:
+    config = dataclasses.replace(SHAPES, load_from=str(path), **changes)
+    return dict(build_model(config, device="cpu", dtype=torch.float32).state_dict())
+
+
+LAYOUTS = {"safetensors": "m.safetensors", "upstream": "m.pth", "trainer": "m.pt", "diffusers": "folder"}
+
+
+@pytest.mark.parametrize(("name", "seed"), [("raw", 0), ("ema", 1), ("critic", 2)])
+@pytest.mark.parametrize("layout", ["safetensors", "upstream", "diffusers"])
+def test_each_network_in_each_layout(
+    layout: str, name: str, seed: int, run: Path, export: Callable[..., int], tmp_path: Path
+) -> None:
+    out = tmp_path / LAYOUTS[layout]
+    assert export(run, "--out", out, "--layout", layout, "--weights", name) == 0
+    expected = trained(seed)
+    if layout == "diffusers":
+        expected[NULL_TOKENS].zero_()  # it has no place for it
+    assert_same(read(out), expected)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_trainer_layout_holds_all(run: Path, export: Callable[..., int], tmp_path: Path) -> None:
+    out = tmp_path / "m.pt"
+    assert export(run, "--out", out, "--layout", "trainer", "--dtype", "bfloat16") == 0
+    content = torch.load(out, weights_only=True)
+    assert set(content) == {"generator", "generator_ema", "critic", "step"} and content["step"] == 20
+    assert {tensor.dtype for tensor in content["critic"].values()} == {torch.bfloat16}
+    for seed, key in enumerate(("generator", "generator_ema", "critic")):
+        rounded = {name: tensor.bfloat16().float() for name, tensor in trained(seed).items()}
+        assert_same(read(out, checkpoint_key=key), rounded)
+
+
+def test_networks_of_different_shapes(export: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    """Each by its own section of the config; not in one trainer's file."""
+    deeper = dataclasses.replace(SHAPES, depth=3)
+    networks = {"generator": trained(0), "critic": trained(1, deeper)}
+    checkpoint = write(tmp_path, networks, critic=deeper)
+    out = tmp_path / "m.safetensors"
+    assert export(checkpoint, "--out", out, "--layout", "safetensors", "--weights", "critic") == 0
+    assert_same(read(out, depth=3), networks["critic"])
+    assert export(checkpoint, "--out", tmp_path / "m.pt", "--layout", "trainer") == 2
+    assert "the critic has another shape than the generator" in capsys.readouterr().err
+
+
+def test_the_whole_config_of_a_run(export: Callable[..., int], tmp_path: Path) -> None:
+    checkpoint = write(tmp_path, {"generator": trained(0)})
+    save_config(TrainingConfig(trainer="ode", model=SHAPES), checkpoint / "config.yaml")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["config.yaml"]["size"] = (checkpoint / "config.yaml").stat().st_size
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert export(checkpoint, "--out", tmp_path / "m", "--layout", "upstream") == 0
+    assert_same(read(tmp_path / "m"), trained(0))
+
+
+def test_nothing_is_overwritten_unasked(run: Path, export: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    for layout, name in LAYOUTS.items():
+        out, options = tmp_path / name, ("--layout", layout)
+        assert export(run, "--out", out, *options) == 0
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        chosen = ("--dtype", "bfloat16") if layout == "trainer" else ("--weights", "ema")
+        assert export(run, "--out", out, *options, *chosen) == 2
+        assert f"--out {out}: exists; choose another, or replace it with --force" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert export(run, "--out", out, *options, *chosen, "--force") == 0
+        assert {path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} != set(before.values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(LAYOUTS.values())
+
+
+def test_a_folder_with_other_files_is_left_alone(run: Path, export: Callable[..., int], tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("")
+    assert export(run, "--out", tmp_path, "--layout", "diffusers", "--force") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_failing_export_keeps_what_was_there(
+    run: Path, export: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "folder"
+    assert export(run, "--out", out, "--layout", "diffusers") == 0
+    before = read(out)
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for place in ("longsana.training.export.move_into_place", "longsana.models.checkpoint_files.move_into_place"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fail)
+            with pytest.raises(OSError, match="No space left"):
+                export(run, "--out", out, "--layout", "diffusers", "--weights", "ema", "--force")
+        assert_same(read(out), before)
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}", "--out", "{tmp}/m", "--layout", "zip"], "invalid choice: 'zip'"),
+        (["{run}", "--layout", "trainer"], "--out"),
+        (["{run}/..", "--out", "{tmp}/m", "--layout", "upstream"], "checkpoint_model_000020, the newest"),
+        (["{tmp}", "--out", "{tmp}/m", "--layout", "upstream"], "no weights here"),
+        (["{tmp}/none", "--out", "{tmp}/m", "--layout", "upstream"], "none: no checkpoint folder of training"),
+        (["{run}", "--out", "{tmp}", "--layout", "upstream"], "a folder; the layout upstream is one file"),
+        (["{run}", "--out", "{run}/config.yaml", "--layout", "diffusers"], "a file; the layout diffusers is a folder"),
+        (["{run}", "--out", "/proc/m", "--layout", "upstream"], "cannot be written to"),
+        (["{run}", "--out", "{tmp}/m", "--layout", "trainer", "--weights", "ema"], "holds all networks; leave it out"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], message: str, run: Path, export: Callable[..., int], tmp_path: Path, capsys: Any
+) -> None:
+    assert export(*(word.format(run=run, tmp=tmp_path) for word in arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_checkpoints(export: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    checkpoint = write(tmp_path, {"generator": trained(0)})
+    options = ("--out", tmp_path / "m", "--layout", "upstream")
+    assert export(checkpoint, *options, "--weights", "ema") == 2
+    assert "no network 'generator_ema' in this training checkpoint" in capsys.readouterr().err
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for name in ("config.yaml", "progress.json"):
+        content = (checkpoint / name).read_text()
+        (checkpoint / name).write_text("[")
+        manifest["files"][name]["size"] = 1
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        assert export(checkpoint, *options) == 2
+        assert str(checkpoint / name) in capsys.readouterr().err
+        (checkpoint / name).write_text(content)
+        manifest["files"][name]["size"] = len(content)
+    assert export(checkpoint, *options) == 2  # its manifest is the damaged one's
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Make one small video; its sidecar."""
+    inference = script("inference_video_scripts/inference_sana_video.py")
+    folder = tmp_path_factory.mktemp("videos")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    small = ["--num_frames", "17", "--height", "32", "--width", "48", "--sampling.chunk_frames", "2", "--threads", "1"]
+
+    def make(name: str, path: Path, *settings: str) -> dict[str, Any]:
+        where = ["--work_dir", str(folder), "--dataset", name, "--txt_file", str(prompts), "--model_path", str(path)]
+        assert inference.main([*where, *small, "--model.depth=2", *settings]) == 0
+        (sidecar,) = (folder / name).glob("*.json")
+        return dict(json.loads(sidecar.read_text()))
+
+    return make
+
+
+def test_the_same_video_from_all(
+    run: Path, export: Callable[..., int], sample: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Told by the digest of its latents: from the checkpoint's own folder and from all that is made of it."""
+    records = {"folder": sample("raw", run), "ema": sample("ema", run, "--model.checkpoint_key=generator_ema")}
+    for layout, name in LAYOUTS.items():
+        assert export(run, "--out", tmp_path / name, "--layout", layout) == 0
+        records[layout] = sample(layout, tmp_path / name)
+    digests = {name: record["latents_sha256"] for name, record in records.items()}
+    ema = digests.pop("ema")
+    assert len(set(digests.values())) == 1, digests
+    assert ema not in digests.values()
+    assert len({record["sha256"]["model"] for record in records.values()}) == 5  # five files, one of them used twice

@@ -1,0 +1,309 @@
+"""The probe set: what is measured, and that it shows the same whoever samples it."""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from torch import Tensor
+
+from longsana.config import save_config
+from longsana.data.prompts import read_prompts
+from longsana.encoders.vae import WanVAE
+from longsana.models.build import build_model
+from longsana.models.dit import LongSanaDiT
+from longsana.runtime.clock import Clock
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.sampling.pipeline import VideoPipeline
+from longsana.training.config import TrainingConfig
+from longsana.training.validation import Meter, Report, Validation, contrast, motion, saturation
+
+ROOT = Path(__file__).parents[2]
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def video(*frames: list[list[tuple[int, int, int]]]) -> Tensor:
+    """(1, F, H, W, 3) of rows of pixels."""
+    return torch.tensor([frames], dtype=torch.uint8)
+
+
+def flat(*colours: tuple[int, int, int]) -> Tensor:
+    """A frame of 4 x 6 pixels of each colour."""
+    return torch.tensor(colours, dtype=torch.uint8).view(1, -1, 1, 1, 3).expand(1, len(colours), 4, 6, 3)
+
+
+@pytest.fixture
+def noise() -> Tensor:
+    return torch.randint(0, 256, (2, 9, 4, 6, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+def test_saturation() -> None:
+    colours = [(0, 0, 0), (7, 7, 7), (255, 255, 255), (255, 0, 0), (0, 1, 1), (200, 150, 100), (255, 255, 204)]
+    assert saturation(flat(*colours)).tolist() == [pytest.approx([0, 0, 0, 1, 1, 0.5, 0.2], abs=1e-6)]
+    half = video([[(255, 0, 0), (90, 90, 90)]])
+    assert saturation(half).tolist() == [[0.5]]
+
+
+def test_saturation_is_that_of_hsv(noise: Tensor) -> None:
+    mean = [
+        [sum(colorsys.rgb_to_hsv(*pixel)[1] for pixel in frame.view(-1, 3).tolist()) / 24 for frame in clip]
+        for clip in noise.int()
+    ]
+    assert torch.allclose(saturation(noise), torch.tensor(mean, dtype=torch.float64), atol=1e-6)
+
+
+def test_motion(noise: Tensor) -> None:
+    assert motion(flat((9, 200, 30)).expand(2, 5, 4, 6, 3)).abs().max() == 0
+    # The difference of bytes must not wrap around, whichever is the larger.
+    assert motion(flat((0, 0, 0), (255, 255, 255), (0, 0, 0), (51, 0, 102))).tolist() == [[1, 1, 0.2]]
+    one = video([[(0, 0, 0), (0, 0, 0)]], [[(0, 0, 0), (255, 0, 0)]])
+    assert motion(one).item() == pytest.approx(1 / 6)
+    plain = noise.double().diff(dim=1).abs().mean((2, 3, 4)) / 255
+    assert torch.allclose(motion(noise), plain)
+
+
+def test_contrast(noise: Tensor) -> None:
+    assert contrast(flat((0, 0, 0), (255, 30, 7))).tolist() == [pytest.approx([0, 0], abs=1e-6)]
+    assert contrast(video([[(0, 0, 0), (255, 255, 255)]])).item() == pytest.approx(0.5)
+    # Colours of one brightness are no contrast.
+    assert contrast(video([[(100, 0, 0), (0, 0, 0)]])).item() == pytest.approx(0.299 * 100 / 255 / 2)
+    plain = (noise.double() @ torch.tensor([0.299, 0.587, 0.114]).double() / 255).flatten(2).std(2, correction=0)
+    assert torch.allclose(contrast(noise), plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("cuts", [[9], [1, 8], [4, 4, 1], [1] * 9])
+def test_a_video_in_pieces_measures_the_same(cuts: list[int], noise: Tensor) -> None:
+    meter = Meter()
+    for piece in noise.split(cuts, dim=1):
+        copy = piece.clone()
+        meter.add(copy)
+        copy.zero_()  # what came before may be overwritten
+    probe = meter.result()
+    assert probe.saturation == pytest.approx(saturation(noise).mean().item(), rel=1e-12)
+    assert probe.motion == pytest.approx(motion(noise).mean().item(), rel=1e-12)
+    assert probe.contrast == pytest.approx(contrast(noise).mean().item(), rel=1e-12)
+    single = Meter()
+    single.add(noise[:, :1])
+    assert single.result().motion == 0
+
+
+# --- the probe set ----------------------------------------------------------------------------------------------------
+
+OVERRIDES = (
+    "validation.val_samples=3",
+    "validation.vis_video_lengths=[2,1]",
+    "sampling.chunk_frames=1",
+    "video.crf=0",
+    "sampling.fps=8",
+)
+
+
+@pytest.fixture(scope="module")
+def config(training_config: Callable[..., TrainingConfig]) -> TrainingConfig:
+    return training_config("longsana", *OVERRIDES)
+
+
+@pytest.fixture(scope="module")
+def model(config: TrainingConfig) -> LongSanaDiT:
+    return build_model(config.model, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def alone(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Validation:
+    return Validation(config, tmp_path_factory.mktemp("alone"), "cpu", World())
+
+
+@pytest.fixture(scope="module")
+def report(alone: Validation, model: LongSanaDiT, vae: WanVAE) -> Report:
+    """Of iteration 40, by one process."""
+    model.requires_grad_(True)
+    graphs: list[bool] = []
+    handle = model.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    report = alone.run(40, model, vae)
+    handle.remove()
+    assert graphs and not any(graphs)
+    return report
+
+
+def frames_of(path: Path) -> Tensor:
+    """(F, H, W, 3). Not bytes: x264 writes other ones now and then."""
+    with av.open(path) as container:
+        return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)])
+
+
+def pictures(config: TrainingConfig, length: int, model: LongSanaDiT, vae: WanVAE) -> list[Tensor]:
+    """(1, F, H, W, 3) of each probe, by the parts of inference."""
+    sampling = dataclasses.replace(config.sampling, num_frames=4 * length - 3)
+    pipeline = VideoPipeline(dataclasses.replace(config, sampling=sampling), "cpu")
+    pipeline.model, pipeline.vae = model, vae
+    prompts = read_prompts(config.validation.val_data_path, height=32, width=48, aspect_ratio_type="none")[:3]
+    with pipeline.text_encoder() as encoder:
+        captions = [pipeline.encode(encoder, prompt) for prompt in prompts]
+    return [
+        torch.cat([frames.pixels for frames in pipeline.sample([prompt], [caption], Clock())], dim=1)
+        for prompt, caption in zip(prompts, captions, strict=True)
+    ]
+
+
+def test_videos_and_numbers_are_those_of_inference(
+    config: TrainingConfig, alone: Validation, report: Report, model: LongSanaDiT, vae: WanVAE
+) -> None:
+    folder = alone._folder / "vis" / "step_0000040"
+    names = [f"step_0000040_rank_0_sample_{sample}_len_{length}.mp4" for sample in range(3) for length in (1, 2)]
+    assert report.videos == [folder / name for name in names] == sorted(folder.iterdir())
+    assert len(report.metrics) == 6
+    for length in (1, 2):
+        wanted = pictures(config, length, model, vae)
+        for name, measure in (("saturation", saturation), ("motion", motion), ("contrast", contrast)):
+            mean = sum(measure(clip).sum().item() for clip in wanted) / 3 / (measure(wanted[0]).numel() or 1)
+            assert report.metrics[f"probe_{name}_len_{length}"] == pytest.approx(mean, rel=1e-9)
+            # One frame does not move.
+            assert 0 < mean < 1 or (name, length) == ("motion", 1)
+            assert type(report.metrics[f"probe_{name}_len_{length}"]) is float
+        for sample in range(3):
+            written = frames_of(folder / f"step_0000040_rank_0_sample_{sample}_len_{length}.mp4")
+            assert written.shape == (4 * length - 3, 32, 48, 3)
+            # 4:2:0 blurs colours; another video of the set would be far off.
+            errors = [(written.float() - other[0]).abs().mean().item() for other in wanted]
+            assert min(errors) == errors[sample], errors
+
+
+def test_the_same_every_time_for_one_network(
+    alone: Validation, report: Report, model: LongSanaDiT, vae: WanVAE
+) -> None:
+    torch.manual_seed(99)
+    again = alone.run(41, model, vae)
+    assert report.metrics == again.metrics
+    for path, twin in zip(report.videos, again.videos, strict=True):
+        assert torch.equal(frames_of(path), frames_of(twin))
+    other = build_model(model.config, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        for weight in other.final.parameters():
+            weight.mul_(1.5)
+    changed = alone.run(42, other, vae).metrics
+    assert all(changed[name] != value for name, value in report.metrics.items() if name != "probe_motion_len_1")
+
+
+def test_numbers_that_are_not_finite(alone: Validation, model: LongSanaDiT, vae: WanVAE) -> None:
+    broken = build_model(model.config, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        next(broken.final.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="chunk 0"):
+        alone.run(6, broken, vae)
+    assert not list((alone._folder / "vis" / "step_0000006").iterdir())
+
+
+PROGRAM = """
+import json, os, socket, sys, traceback
+from pathlib import Path
+import torch
+from longsana.config import load_config
+from longsana.encoders.vae import WanVAE
+from longsana.models.build import build_model
+from longsana.runtime.distributed import World
+from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from longsana.training.parallel import connect, device_mesh, parallelise
+from longsana.training.validation import Validation
+
+def work(folder, config, vae, rank):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    world, device = World.from_environment(), torch.device("cpu")
+    connect(world, device)
+    model = build_model(config.model, device=device, dtype=torch.float32)
+    model = parallelise(model, device_mesh("full", world, device), compute=torch.float32)
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    report = Validation(config, folder, device, world).run(40, model, vae)
+    result = {"metrics": report.metrics, "videos": [path.name for path in report.videos], "forwards": len(forwards)}
+    (folder / f"rank{rank}.json").write_text(json.dumps(result))
+    world.disconnect()
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+config = load_config(folder / "config.yaml", (), TrainingConfig, RETIRED_IN_TRAINING)
+vae = WanVAE.load(config.vae, "cpu", torch.float32)
+Validation(config, folder, "cpu", World())  # imports what the forks will need
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+children = []
+for rank in range(2):
+    children.append(os.fork())
+    if children[-1] == 0:
+        try:
+            work(folder, config, vae, rank)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+"""
+
+
+def test_two_processes_with_a_sharded_network(config: TrainingConfig, report: Report, tmp_path: Path) -> None:
+    """Three prompts for two: the second process samples one for company, which nobody writes or counts."""
+    save_config(config, tmp_path / "config.yaml")
+    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT, check=True, timeout=200)
+    one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert one == two
+    assert one["forwards"] == 2 * 5 * (2 + 1)  # four steps and an absorbing pass for each chunk of two videos
+    assert one["metrics"] == report.metrics
+    folder = tmp_path / "vis" / "step_0000040"
+    assert one["videos"] == sorted(path.name for path in folder.iterdir())
+    assert one["videos"] == sorted(
+        f"step_0000040_rank_{sample % 2}_sample_{sample}_len_{length}.mp4" for sample in range(3) for length in (1, 2)
+    )
+    for path in report.videos:
+        sample = int(path.name.partition("sample_")[2][0])
+        twin = folder / path.name.replace("rank_0", f"rank_{sample % 2}")
+        assert torch.equal(frames_of(twin), frames_of(path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["validation.val_samples=6"], r"val_samples=6: must be 1 to 5.*vis_interval=0"),
+        (["validation.val_samples=0"], r"val_samples=0: must be 1 to 5"),
+        (["validation.vis_video_lengths=[3,0]"], r"vis_video_lengths=0: must be at least 1"),
+        (["validation.val_data_path=none.txt"], r"validation\.val_data_path.*not found"),
+        (["text_encoder.text_encoder_name=none"], r"text_encoder\.text_encoder_name.*not found"),
+    ],
+)
+def test_what_cannot_be_sampled(
+    overrides: list[str], message: str, training_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        Validation(training_config("longsana", *overrides), tmp_path, "cpu", World())
+
+
+def test_lines_of_the_prompt_file(training_config: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    setting = f"validation.val_data_path={path}"
+    path.write_text("a red ball\n\na blue box <split> a green box\n")
+    two_chunks = training_config("longsana", setting, "validation.vis_video_lengths=[5]")
+    Validation(two_chunks, tmp_path, "cpu", World())
+    one_chunk = training_config("longsana", setting, "validation.vis_video_lengths=[5,2]")
+    with pytest.raises(InputError, match=r"vis_video_lengths=2: line 3: 2 parts"):
+        Validation(one_chunk, tmp_path, "cpu", World())
+    path.write_text("a red ball --ar 9:16\n")
+    with pytest.raises(InputError, match="line 1: a size flag"):
+        Validation(two_chunks, tmp_path, "cpu", World())
+
+
+def test_the_prompts_that_ship() -> None:
+    path = ROOT / "asset" / "samples" / "longsana_val.txt"
+    prompts = read_prompts(path, height=480, width=832, aspect_ratio_type="none")
+    assert len({prompt.text for prompt in prompts}) == 8
+    assert all(len(prompt.parts) == 1 and 40 < len(prompt.text.split()) < 110 for prompt in prompts)

@@ -1,0 +1,99 @@
+"""The base model's trajectories from noise to video, which the ODE stage learns from: prompts in, a folder out.
+
+    python train_video_scripts/generate_ode_pairs.py                            # the small default, on any machine
+    torchrun --nproc_per_node=8 train_video_scripts/generate_ode_pairs.py \\
+        --config_path configs/sana_video_config/longsana/480ms/ode_pairs.yaml --txt_file FILE --out output/LongSANA
+
+Any setting of the config can be given as well: `--pairs.causal true`, or `pairs.causal=true`. Stopped at any moment,
+the same command goes on. Exit status: 0 the folder is whole, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from longsana.config import RETIRED, leaf_keys, load_config
+from longsana.data.prompts import Prompt
+from longsana.runtime.commandline import Parser, parse_settings, run_command, set_up_logging
+from longsana.runtime.distributed import World, set_threads
+from longsana.runtime.errors import InputError
+from longsana.runtime.hub import locate
+from longsana.sampling.request import seeded_sources, select_prompts
+from longsana.training.config import OdePairsConfig
+
+log = logging.getLogger("longsana")
+
+DEFAULT_CONFIG = "configs/sana_video_config/longsana/shapes/ode_pairs.yaml"
+SETTING_FLAGS = {"txt_file": "sampling.txt_file", "out": "pairs.out"}
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = Parser(__doc__)
+    parser.add_argument("--config_path", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
+    parser.add_argument("--start_index", type=int, default=0, help="first prompt, counted from 0")
+    parser.add_argument("--end_index", type=int, help="one past the last prompt")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
+    for flag, setting in SETTING_FLAGS.items():
+        parser.add_argument(f"--{flag}", metavar="VALUE", help=f"the setting {setting}")
+    options, rest = parser.parse_known_args(arguments)
+    given = {flag: getattr(options, flag) for flag in SETTING_FLAGS if getattr(options, flag) is not None}
+    known = [f"--{name}" for name in (*vars(options), *leaf_keys(OdePairsConfig))]
+    return options, [f"{SETTING_FLAGS[flag]}={value}" for flag, value in given.items()] + parse_settings(rest, known)
+
+
+@dataclass(frozen=True)
+class Request:
+    config: OdePairsConfig
+    prompts: list[Prompt]
+    threads: int | None
+
+
+def prepare(arguments: Sequence[str]) -> Request:
+    from longsana.training.ode_pairs import check_pairs, check_settings, distinct_prompts, teacher_config
+
+    options, settings = parse(arguments)
+    config = load_config(locate(options.config_path, "the config"), settings, OdePairsConfig, RETIRED)
+    check_settings([setting.partition("=")[0] for setting in settings], config)
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"--threads {options.threads}: must be at least 1")
+    check_pairs(config)
+    prompts = select_prompts(teacher_config(config), options.start_index, options.end_index)
+    return Request(config, distinct_prompts(config, prompts), options.threads)
+
+
+def run(request: Request, world: World) -> int:
+    from longsana.training.ode_pairs import generate_pairs, teacher_config
+
+    device, threads = world.device(), set_threads(request.threads, world)
+    log.info(
+        "%d trajectories to %s on %s, %d threads, %d processes",
+        len(request.prompts),
+        request.config.pairs.out,
+        device,
+        threads,
+        world.size,
+    )
+    if seeded := [source for source in seeded_sources(teacher_config(request.config)) if not source.startswith("vae")]:
+        log.warning("RANDOM WEIGHTS (%s): the trajectories lead to noise", ", ".join(seeded))
+    with logging_redirect_tqdm():  # lines go above the bars, not through them
+        generate_pairs(request.config, request.prompts, world=world, device=device)
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    world = World.from_environment()
+    set_up_logging(world)
+    return run_command(world, lambda: prepare(arguments), lambda request: run(request, world))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
