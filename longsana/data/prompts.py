@@ -12,8 +12,11 @@ from pathlib import Path
 
 from longsana.data.aspect import nearest_size
 from longsana.runtime.errors import InputError, nearest
+from longsana.runtime.hub import locate
 
 SPLIT = "<split>"
+PUBLISHED_PROMPTS = "vidprom_filtered_extended.txt"
+DOWNLOAD = f"hf download gdhe17/Self-Forcing {PUBLISHED_PROMPTS} --local-dir data/longsana"
 FLAGS = ("ar", "aspect_ratio", "hw")
 
 _FLAG = re.compile(r"(?<!\S)--(?P<name>[A-Za-z][^\s=]*)(?:[\s=]+(?P<value>[^\s<]*))?")
@@ -65,16 +68,8 @@ def read_prompts(path: str | Path, *, height: int, width: int, aspect_ratio_type
     """
     prompts: list[Prompt] = []
     seen: Counter[str] = Counter()
-    for number, raw in _lines(Path(path)):
+    for number, line in _lines(Path(path)):
         where = f"{path}, line {number}"
-        try:
-            line = raw.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{where}: not UTF-8 (byte 0x{raw[error.start]:02x} at {error.start}); save the file as UTF-8"
-            ) from error
-        if not line:
-            continue
         text, ratio = _take_flag(line, where)
         size = (height, width)
         if ratio is not None:
@@ -89,9 +84,24 @@ def read_prompts(path: str | Path, *, height: int, width: int, aspect_ratio_type
             raise InputError(f"{where}: {reason}")
         prompts.append(Prompt(number, text, parts, seen[text], *size))
         seen[text] += 1
-    if not prompts:
-        raise InputError(f"{path}: no prompts in this file; write one prompt a line")
     return prompts
+
+
+def training_prompts(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file without blank ones; a line is one prompt whatever is in it.
+
+    path: tried from the working directory and then from the repository root; or hf://owner/repo/file.
+
+    Raises:
+        InputError: the file is missing, empty, or a line of it is not UTF-8.
+    """
+    try:
+        file = locate(str(path), "data.data_path")
+    except InputError as error:
+        if Path(path).name == PUBLISHED_PROMPTS:
+            raise InputError(f"{error}; the published prompts: `{DOWNLOAD}`") from error
+        raise
+    return [line for _, line in _lines(file)]
 
 
 def with_motion_score(text: str, score: int) -> str:
@@ -113,8 +123,8 @@ def parts_per_chunk(parts: int, chunks: int) -> list[int]:
     return [chunk * parts // chunks for chunk in range(chunks)]
 
 
-def _lines(path: Path) -> list[tuple[int, bytes]]:
-    """Numbered raw lines: decoded one by one, so that a bad byte can be blamed on its line."""
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, stripped, and their numbers in the file."""
     if path.is_dir():
         raise InputError(f"{path}: a directory; expected a text file with one prompt a line")
     try:
@@ -123,7 +133,21 @@ def _lines(path: Path) -> list[tuple[int, bytes]]:
         raise InputError(f"{path}: no such prompt file") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    return list(enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1))
+    lines = []
+    # Decoded one by one, so that a bad byte can be blamed on its line.
+    for number, raw in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+        try:
+            line = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}, line {number}: not UTF-8 (byte 0x{raw[error.start]:02x} at {error.start}); "
+                "save the file as UTF-8"
+            ) from error
+        if line:
+            lines.append((number, line))
+    if not lines:
+        raise InputError(f"{path}: no prompts in this file; write one prompt a line")
+    return lines
 
 
 def _take_flag(line: str, where: str) -> tuple[str, float | None]:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longsana.config import ModelConfig
 from longsana.data.clips import open_clips
+from longsana.data.prompts import training_prompts
 from longsana.data.trajectories import check_grid, open_trajectories
 from longsana.encoders.geometry import geometry
 from longsana.encoders.vae import WanVAE
@@ -22,7 +23,7 @@ from longsana.models.embeddings import TextEmbedding, null_embedding
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.sampling.pipeline import resolve_dtype
-from longsana.training.captions import Captions, training_prompts
+from longsana.training.captions import Captions
 from longsana.training.checks import DISTILLED
 from longsana.training.config import TrainingConfig
 from longsana.training.flow_matching import FlowMatching
@@ -43,7 +44,7 @@ class StageBuilder:
         self, config: TrainingConfig, *, slots: Slots, world: World, device: torch.device, folder: Path
     ) -> None:
         self.config, self.slots, self.world, self.device = config, slots, world, device
-        self.captions = Captions(config, device, world, config.train.text_encoder, folder / CAPTIONS)
+        self.folder = folder
         height, width = geometry(config.vae).latent_size(config.sampling.height, config.sampling.width)
         self.latent_shape = (config.model.in_channels, height, width)
 
@@ -63,6 +64,10 @@ class StageBuilder:
             "self_forcing": self._self_forcing,
             "longsana": self._longsana,
         }[self.config.trainer]()
+
+    @cached_property
+    def captions(self) -> Captions:
+        return Captions(self.config, self.device, self.world, self.config.train.text_encoder, self.folder / CAPTIONS)
 
     @cached_property
     def vae(self) -> WanVAE:

@@ -22,17 +22,13 @@ from longsana.data.prompts import with_motion_score
 from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
-from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable, move_into_place, open_exclusive, partial_name
-from longsana.runtime.hub import locate
 from longsana.sampling.pipeline import VideoPipeline, resolve_dtype
 from longsana.sampling.request import source_digest
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["keep", "offload", "free"]
-PUBLISHED_PROMPTS = "vidprom_filtered_extended.txt"
-DOWNLOAD = f"hf download gdhe17/Self-Forcing {PUBLISHED_PROMPTS} --local-dir data/longsana"
 _FORMAT = 1  # of the files; part of their identity
 
 
@@ -97,38 +93,6 @@ class Captions:
     def _batch(self, texts: Sequence[_Text]) -> TextEmbedding:
         expanded = [expand(embedding, self._device) for embedding in self._source.fetch(texts)]
         return TextEmbedding(*(torch.cat(parts) for parts in zip(*expanded, strict=True)))
-
-
-def training_prompts(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 text file without blank ones; a line is one prompt whatever is in it.
-
-    path: tried from the working directory and then from the repository root; or hf://owner/repo/file.
-
-    Raises:
-        InputError: the file is missing, empty, or a line of it is not UTF-8.
-    """
-    try:
-        file = locate(str(path), "data.data_path")
-    except InputError as error:
-        if Path(path).name == PUBLISHED_PROMPTS:
-            raise InputError(f"{error}; the published prompts: `{DOWNLOAD}`") from error
-        raise
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(
-            f"{file}: cannot be read ({error.strerror}); expected a text file, one prompt a line"
-        ) from error
-    prompts = []
-    for number, raw in enumerate(lines, start=1):
-        try:
-            prompts.append(raw.decode("utf-8-sig" if number == 1 else "utf-8").strip())
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise InputError(f"{file}: no prompts in this file; write one prompt a line")
-    return prompts
 
 
 class _Text(NamedTuple):

@@ -9,6 +9,8 @@ from typing import Any
 
 from longsana.chunks import ChunkPlan
 from longsana.config import load_config
+from longsana.data.clips import GENERATED
+from longsana.data.prompts import training_prompts
 from longsana.models.build import empty_model
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -151,6 +153,12 @@ def check_sources(config: TrainingConfig) -> None:
             locate(uri, setting, part="transformer")
         elif not setting.endswith("load_from"):
             locate(uri.removeprefix(SEEDED), setting)
+    if config.trainer in DISTILLED:
+        training_prompts(config.data.data_path)
+    elif not config.data.data_path.startswith(GENERATED):
+        locate(config.data.data_path, "data.data_path")
+    if config.validation.vis_interval:
+        locate(config.validation.val_data_path, "validation.val_data_path")
 
 
 def slots_of(config: TrainingConfig, world: World) -> Slots:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts, with_motion_score
+from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts, training_prompts, with_motion_score
 from longsana.runtime.errors import InputError
 
 TABLE = "ASPECT_RATIO_VIDEO_480_MS"
@@ -181,3 +181,41 @@ def test_the_samples(name: str, count: int) -> None:
     assert len({p.text for p in prompts}) == len({p.slug for p in prompts}) == count
     if count == 12:
         assert all(60 <= len(p.text.split()) <= 110 for p in prompts)
+
+
+def test_a_line_of_training_prompts_is_a_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(
+        "\ufeff  a red circle \r\n\n \t\na red circle\n--ar 9:16 flags are text <split> and so is this\n"
+        "caf\u00e9 \u2028 one line".encode()
+    )
+    assert training_prompts(path) == [
+        "a red circle",
+        "a red circle",
+        "--ar 9:16 flags are text <split> and so is this",
+        "caf\u00e9 \u2028 one line",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "no prompts"), (b" \n\n", "no prompts"), (b"good\n\nb\xe4d\n", "line 3: not UTF-8")],
+)
+def test_training_files_without_prompts(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        training_prompts(path)
+
+
+def test_missing_training_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    download = "hf download gdhe17/Self-Forcing vidprom_filtered_extended.txt --local-dir data/longsana"
+    with pytest.raises(InputError, match=r"data\.data_path.*not found") as published:
+        training_prompts(tmp_path / "vidprom_filtered_extended.txt")
+    assert download in str(published.value)
+    with pytest.raises(InputError, match=r"data\.data_path.*not found") as other:
+        training_prompts("mine.txt")
+    assert "hf download" not in str(other.value)
+    with pytest.raises(InputError, match="one prompt a line"):
+        training_prompts(tmp_path)

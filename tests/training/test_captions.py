@@ -17,8 +17,7 @@ from longsana.config import InferenceConfig, load_config
 from longsana.encoders.text import GemmaTextEncoder
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
-from longsana.runtime.errors import InputError
-from longsana.training.captions import Captions, training_prompts
+from longsana.training.captions import Captions
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
@@ -325,44 +324,3 @@ def test_killed_and_started_again(
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert not list(folder.glob(".*"))
     assert same(made.embed(prompts[-16:]), expected(encoder, prompts[-16:]))
-
-
-# --- the prompt file --------------------------------------------------------------------------------------------------
-
-
-def test_a_line_is_a_prompt(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(
-        "\ufeff  a red circle \r\n\n \t\na red circle\n--ar 9:16 flags are text <split> and so is this\n"
-        "caf\u00e9 \u2028 one line".encode()
-    )
-    assert training_prompts(path) == [
-        "a red circle",
-        "a red circle",
-        "--ar 9:16 flags are text <split> and so is this",
-        "caf\u00e9 \u2028 one line",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "no prompts"), (b" \n\n", "no prompts"), (b"good\n\nb\xe4d\n", "line 3: not UTF-8")],
-)
-def test_files_without_prompts(content: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        training_prompts(path)
-
-
-def test_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    download = "hf download gdhe17/Self-Forcing vidprom_filtered_extended.txt --local-dir data/longsana"
-    with pytest.raises(InputError, match=r"data\.data_path.*not found") as published:
-        training_prompts(tmp_path / "vidprom_filtered_extended.txt")
-    assert download in str(published.value)
-    with pytest.raises(InputError, match=r"data\.data_path.*not found") as other:
-        training_prompts("mine.txt")
-    assert "hf download" not in str(other.value)
-    with pytest.raises(InputError, match="one prompt a line"):
-        training_prompts(tmp_path)
