@@ -88,7 +88,10 @@ class LongSana(SelfForcing):
             log.warning("slot %d: a stretch that is not finite; its stream ends at frame %d", turn.slot, state.frames)
         elif state.frames + self.config.streaming.streaming_min_new_frame <= self.config.streaming.streaming_max_length:
             lead, cache = self.lead(new, None if stream is None else stream.cache)
-            self.streams[turn.slot] = Stream(serial, text, state, lead, cache)
+            # In the order of memory that a checkpoint gives back: convolutions round differently for another one.
+            if cache is not None:
+                cache = cache._replace(features=tuple(feature.contiguous() for feature in cache.features))
+            self.streams[turn.slot] = Stream(serial, text, state, lead.contiguous(), cache)
 
     def live(self) -> Mapping[str, Mapping[str, Tensor]]:
         groups = {}

@@ -57,7 +57,8 @@ Validate = Callable[[int], Mapping[str, float]]
 class Loop:
     """A stage, run from wherever its newest checkpoint is to `max_iters`.
 
-    checkpointer: None saves nothing. validate: None samples nothing. texts: kept in every checkpoint, by file name.
+    saves: whether it writes checkpoints; it reads one in any case. validate: None samples nothing. texts: kept in every
+    checkpoint, by file name.
     """
 
     def __init__(
@@ -69,13 +70,14 @@ class Loop:
         world: World,
         device: torch.device,
         run_log: RunLog,
-        checkpointer: Checkpointer | None,
+        checkpointer: Checkpointer,
+        saves: bool,
         validate: Validate | None,
         vis_interval: int,
         texts: Mapping[str, str],
     ) -> None:
         self.stage, self.settings, self.slots, self.world, self.device = stage, settings, slots, world, device
-        self.run_log, self.checkpointer, self.texts = run_log, checkpointer, texts
+        self.run_log, self.checkpointer, self.saves, self.texts = run_log, checkpointer, saves, texts
         self.validate, self.vis_interval = validate, vis_interval
         self.progress = Progress()
         self._saved = -1
@@ -86,7 +88,6 @@ class Loop:
         Raises:
             InputError: it is not one of these networks.
         """
-        assert self.checkpointer is not None
         self.checkpointer.load(path, self._tensors())
         names = own_names(path)
         read = partial(_read_own, path)
@@ -180,7 +181,7 @@ class Loop:
             self._save()
 
     def _save(self) -> None:
-        if self.checkpointer is None or self._saved == self.progress.step:
+        if not self.saves or self._saved == self.progress.step:
             return
         own = {f"rng_{self.world.rank:05d}": _rng(self.device)} | dict(self.stage.live())
         self.checkpointer.save(

@@ -3,7 +3,8 @@
 python tests/full_size/hub_cache.py /tmp/hub
 python tests/full_size/measure_training.py --cache /tmp/hub --out /tmp/training.json self_forcing=6 longsana=24
 
-A checkpoint of two networks takes 60 GB, so none is written unless --save is given.
+A checkpoint of two networks takes 65 GB, so none is written unless --save is given: then the run is stopped after its
+iterations, and the same command goes on for two more.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,8 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", help="STAGE=ITERATIONS")
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="JSON; runs already in it are kept")
-    parser.add_argument("--save", action="store_true", help="write a checkpoint at the end, and go on from it once")
+    parser.add_argument("--save", action="store_true", help="write a checkpoint at the end, and go on from it")
+    parser.add_argument("--scratch", help="folder for the runs' folders")
     parser.add_argument("--set", nargs="*", default=[], help="settings, as section.key=value")
     options = parser.parse_args()
     records = json.loads(options.out.read_text()) if options.out.exists() else {}
@@ -98,13 +101,21 @@ def main() -> None:
         settings = [*options.set, "train.total_batch_size=null"]
         if stage != "ode":
             settings.append("data.data_path=asset/samples/video_prompts_samples.txt")
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+            started = time.perf_counter()
             lines = run(
                 stage, int(iterations), options.cache, Path(folder), settings + ([] if options.save else ["--no_save"])
             )
-            records[item] = {"summary": summary(stage, lines, settings), "lines": lines}
+            record = {"summary": summary(stage, lines, settings), "launch s": round(time.perf_counter() - started, 1)}
+            if options.save:
+                (saved,) = Path(folder).glob("checkpoint_model_*")
+                record["checkpoint GB"] = round(sum(file.stat().st_size for file in saved.iterdir()) / 1e9, 1)
+                started = time.perf_counter()
+                lines = run(stage, int(iterations) + 2, options.cache, Path(folder), [*settings, "--no_save"])
+                record["resumed launch s"] = round(time.perf_counter() - started, 1)
+            records[item] = record | {"lines": lines}
         options.out.write_text(json.dumps(records, indent=1))
-        print(json.dumps(records[item]["summary"]), flush=True)
+        print(json.dumps({name: value for name, value in records[item].items() if name != "lines"}), flush=True)
 
 
 if __name__ == "__main__":
