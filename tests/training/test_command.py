@@ -1,0 +1,261 @@
+"""The training command as its user meets it: flags, folders, and one line for whatever cannot be."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import av
+import pytest
+import torch
+from torch import Tensor
+
+from longsana.config import load_config
+from longsana.models.dit import LongSanaDiT
+from longsana.runtime.distributed import World
+from longsana.training import build, launch
+from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from longsana.training.player import Player
+from longsana.training.validation import Report, Validation
+from tests.training.conftest import ROOT, SCRIPT
+from tests.training.test_resume import assert_equal, contents, lines
+
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr."""
+        (line,) = self.err.splitlines()
+        return line
+
+
+@pytest.fixture(scope="module")
+def command(train_script: ModuleType) -> Callable[..., Result]:
+    """The training command in this process, without wandb unless it is asked for."""
+
+    def run(*arguments: str | Path, wandb: bool = False) -> Result:
+        out, err = io.StringIO(), io.StringIO()
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = train_script.main([*map(str, arguments), *([] if wandb else ["--disable-wandb"])])
+        finally:
+            World().disconnect()  # a process that fails leaves its group, and ends
+        return Result(status, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def config(small_training, trajectories) -> Path:
+    """The quickest stage: 3 iterations, a checkpoint and two lengths of validation videos after each."""
+    return small_training(
+        "ode",
+        f"data.data_path={trajectories}",
+        "train.max_iters=3",
+        "train.log_iters=1",
+        "train.ema_weight=0.5",
+        "train.ema_start_step=0",
+        "validation.vis_interval=1",
+        "validation.vis_video_lengths=[3,5]",
+        "validation.val_samples=1",
+    )
+
+
+def saved(logdir: Path) -> TrainingConfig:
+    loaded: TrainingConfig = load_config(logdir / "config.yaml", (), TrainingConfig, RETIRED_IN_TRAINING)
+    return loaded
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint_*"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+class Ran(NamedTuple):
+    """sampled: the network's weights in each validation."""
+
+    folder: Path
+    logdir: Path
+    sampled: list[dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def ran(command, config, tmp_path_factory) -> Ran:
+    """Two iterations with every flag that takes a value, and settings in all three spellings."""
+    folder = tmp_path_factory.mktemp("command")
+    sampled: list[dict[str, Tensor]] = []
+    sample = Validation.run
+
+    def recorded(self: Validation, step: int, model: LongSanaDiT, vae: Any) -> Report:
+        weights = {name: weight.detach().full_tensor().clone() for name, weight in model.named_parameters()}
+        sampled.append(weights)
+        return sample(self, step, model, vae)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validation, "run", recorded)
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        result = command(
+            *("--config_path", config, "--logdir", folder / "run", "--max_iters", "2", "--threads", "1"),
+            *("--wandb_name", "a-name-of-mine", "--wandb-save-dir", folder / "curves"),
+            *("train.max_checkpoints=7", "--wandb.project=mine", "--optimizer.generator.lr", "0.002"),
+            "validation.vis_ema=true",
+            wandb=True,
+        )
+    assert result.status == 0, result.err
+    return Ran(folder, folder / "run", sampled)
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def test_flags_and_settings_in_every_spelling_arrive(ran, config):
+    before: TrainingConfig = load_config(config, (), TrainingConfig, RETIRED_IN_TRAINING)
+    now = saved(ran.logdir)
+    assert (before.train.max_iters, now.train.max_iters) == (3, 2)
+    assert (now.train.max_checkpoints, now.wandb.project, now.optimizer.generator.lr) == (7, "mine", 0.002)
+    assert now.train.log_iters == before.train.log_iters
+    assert [line["step"] for line in lines(ran.logdir) if "generator_loss" in line] == [0, 1]
+    assert checkpoints(ran.logdir) == ["checkpoint_model_000001", "checkpoint_model_000002"]
+    for name in checkpoints(ran.logdir):  # a checkpoint can be understood without its folder
+        assert saved(ran.logdir / name) == now
+
+
+def test_wandb_has_the_name_the_place_and_the_videos(ran):
+    (found,) = (ran.folder / "curves" / "wandb").glob("offline-run-*/*.wandb")
+    assert found.stem == f"run-{(ran.logdir / 'wandb_id').read_text().strip()}"
+    assert b"a-name-of-mine" in found.read_bytes()
+    videos = list(found.parent.glob("files/media/videos/*.mp4"))
+    assert len(videos) == 4
+
+
+def test_validation_videos_of_every_length_when_they_are_due(ran):
+    names = [
+        f"vis/step_{step:07d}/step_{step:07d}_rank_0_sample_0_len_{length}.mp4" for step in (1, 2) for length in (3, 5)
+    ]
+    assert sorted(name for name in files(ran.logdir) if name.endswith(".mp4")) == sorted(names)
+    for name in names:
+        with av.open(str(ran.logdir / name)) as video:
+            frames = sum(1 for _ in video.decode(video=0))
+        assert frames == (9 if name.endswith("_3.mp4") else 17)  # 4 n - 3
+    probes = [line for line in lines(ran.logdir) if "probe_motion_len_3" in line]
+    assert [line["step"] for line in probes] == [0, 1]
+    kinds = {f"probe_{kind}_len_{length}" for kind in ("saturation", "motion", "contrast") for length in (3, 5)}
+    for line in probes:
+        assert line.keys() == {"step", *kinds}
+        assert all(0 <= line[kind] <= 1 for kind in kinds)
+
+
+def test_the_average_is_sampled_and_then_the_weights_are_back(ran):
+    for number, weights in enumerate(ran.sampled, start=1):
+        stored = contents(ran.logdir / f"checkpoint_model_{number:06d}")
+        raw, average = ({name: stored[f"{group}/{name}"] for name in weights} for group in ("generator", "generator_ema"))
+        assert_equal(weights, average)
+        assert any(not torch.equal(weights[name], raw[name]) for name in raw)
+
+
+def test_without_flags_the_file_decides_and_what_is_not_wanted_is_not_made(command, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = command("--config_path", config, "--no_save", "--no_visualize", "--threads", "1")
+    assert result.status == 0, result.err
+    logdir = Path("output") / config.parent.name / config.stem
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]  # no wandb
+    assert [line["step"] for line in lines(logdir)] == [0, 1, 2]
+    assert saved(logdir).train.max_iters == 3
+    assert sorted(files(logdir)) == ["config.yaml", "metrics.jsonl"]
+
+
+def test_a_run_that_starts_anew_leaves_the_old_one_whole(command, config, ran, tmp_path):
+    shutil.copytree(ran.logdir, logdir := tmp_path / "run")
+    before = files(logdir)
+    # Another config is no obstacle, and no prompt for --allow-config-change.
+    again = ("--config_path", config, "--logdir", logdir, "--no_visualize", "--threads", "1", "--no-auto-resume")
+    result = command(*again, "--max_iters", "1", "train.seed=5")
+    assert result.status == 0, result.err
+    assert files(logdir / "superseded_000") == before
+    assert [line["step"] for line in lines(logdir)] == [0]
+    assert checkpoints(logdir) == ["checkpoint_model_000001"]
+    assert command(*again, "--max_iters", "1", "--no_save").status == 0
+    assert files(logdir / "superseded_000") == before
+    assert checkpoints(logdir / "superseded_001") == ["checkpoint_model_000001"]
+    assert checkpoints(logdir) == []
+
+
+def test_a_folder_of_another_config_is_refused_until_it_is_allowed(command, config, ran, tmp_path, monkeypatch):
+    shutil.copytree(ran.logdir, logdir := tmp_path / "run")
+    before = files(logdir)
+    arguments = ("--config_path", config, "--logdir", logdir, "--no_visualize", "--threads", "1", "train.seed=5")
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "Validation", forbidden)
+        patch.setattr(build, "build_model", forbidden)
+        result = command(*arguments)
+    assert result.status == 2
+    assert f"error: {logdir}: belongs to a run with another config" in result.error
+    assert "optimizer.generator.lr: 0.002 -> 0.001" in result.error
+    assert "train.seed: 0 -> 5" in result.error
+    assert "--allow-config-change" in result.error
+    assert "max_iters" not in result.error and "wandb" not in result.error  # these are free to change
+    assert files(logdir) == before
+    allowed = command(*arguments, "--allow-config-change")
+    assert allowed.status == 0, allowed.err
+    assert checkpoints(logdir)[-1] == "checkpoint_model_000003"
+    assert saved(logdir).train.seed == 5
+    assert [line["step"] for line in lines(logdir) if "generator_loss" in line] == [0, 1, 2]
+
+
+# --- a dry run -------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_all_and_touches_nothing(command, small_training, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "train", forbidden)
+    monkeypatch.chdir(tmp_path)
+    path = small_training("longsana", "model.load_from=nowhere.pth", "data.data_path=nowhere.txt")
+    result = command("--config_path", path, "--dry_run", "--max_iters", "7", "--logdir", "here")
+    assert (result.status, result.err) == (0, "")
+    text, _, table = result.out.partition("\n\n")
+    (tmp_path / "printed.yaml").write_text(text)
+    expected = load_config(path, ["train.max_iters=7"], TrainingConfig, RETIRED_IN_TRAINING)
+    assert load_config(tmp_path / "printed.yaml", (), TrainingConfig, RETIRED_IN_TRAINING) == expected
+    for role, settings in (("generator", expected.model), ("critic", expected.fake_score)):
+        count = sum(weight.numel() for weight in LongSanaDiT(settings).parameters())
+        (line,) = [line for line in table.splitlines() if line.startswith(f"{role} parameters")]
+        assert line.split()[-1] == f"{count:,}"
+    assert [line.split()[-1] for line in table.splitlines() if line.split()[0] == "total"] == ["GiB"]
+    assert [path.name for path in tmp_path.iterdir()] == ["printed.yaml"]
+
+
+@pytest.mark.parametrize(("stage", "name"), [("ode", "ode"), ("self_forcing", "self_forcing"), ("longsana", "longsana")])
+def test_the_published_launches(train_script, stage, name):
+    """The commands of issue 3; what torchrun takes of them is torchrun's."""
+    launch_line = (
+        f"--config_path configs/sana_video_config/longsana/480ms/{stage}.yaml "
+        f"--wandb_name debug_480p_{name} --logdir output/debug_480p_{name}"
+    )
+    options, settings = train_script.parse(launch_line.split())
+    assert (options.wandb_name, options.logdir) == (f"debug_480p_{name}", f"output/debug_480p_{name}")
+    assert settings == []
+    world = World(size=64, local_size=8)
+    loaded: TrainingConfig = load_config(ROOT / options.config_path, settings, TrainingConfig, RETIRED_IN_TRAINING)
+    train_script.check_training(loaded)
+    assert train_script.slots_of(loaded, world).count == 64

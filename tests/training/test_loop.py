@@ -1,0 +1,332 @@
+"""The loop: whose turn it is, what an update is made of, which ones are thrown away, and what survives on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longsana.models.embeddings import TextEmbedding
+from longsana.runtime.distributed import World
+from longsana.runtime.logging import RunLog
+from longsana.training.checkpoint import Checkpointer, read_progress
+from longsana.training.config import AdamWConfig, TrainConfig
+from longsana.training.loop import SKIPS, Loop, TrainingFailed
+from longsana.training.ode import OdeInitialisation
+from longsana.training.parallel import connect
+from longsana.training.player import Player
+from longsana.training.stage import Loss, Slots, Stage, Turn
+from tests.training.test_resume import assert_equal, contents, lines
+
+CPU = torch.device("cpu")
+NAME = "blocks.0.attn.qkv.weight"
+
+
+@pytest.fixture
+def group() -> Iterator[World]:
+    world = World()
+    connect(world, CPU)
+    yield world
+    world.disconnect()
+
+
+class Toy(Stage):
+    """Players whose networks are to say nothing about noise that is a function of the sample's number.
+
+    poison(turn): how this turn's numbers go wrong: "", "loss" or "gradient".
+    """
+
+    def __init__(self, players: Sequence[Player], text: TextEmbedding, poison: Callable[[Turn], str]) -> None:
+        self.players, self._text, self._poison = players, text, poison
+        self.turns: list[Turn] = []
+
+    def loss(self, turn: Turn) -> Loss:
+        self.turns.append(turn)
+        player = next(player for player in self.players if player.name == turn.role)
+        value = self.values(player, turn.samples).mean()
+        wrong = self._poison(turn)
+        if wrong == "loss":
+            value = value * torch.nan
+        if wrong == "gradient":  # 0, with a slope of 0 times infinity
+            value = value + (0 * player.weights[NAME]).sqrt().sum()
+        return Loss(value, {f"{turn.role}_loss": value.detach()})
+
+    def values(self, player: Player, samples: Sequence[int]) -> Tensor:
+        """(B,), the loss of each sample."""
+        x = torch.stack(
+            [torch.randn(16, 2, 4, 6, generator=torch.Generator().manual_seed(number)) for number in samples]
+        ).to(player.model.dtype)
+        text = TextEmbedding(*(part.expand(len(x), *part.shape[1:]) for part in self._text))
+        velocity, _ = player.model(x, torch.full((len(x),), 700.0), text)
+        return velocity.square().flatten(1).mean(dim=1)
+
+
+class Recorder(Player):
+    """Notes its turns and gradients."""
+
+    log: list[tuple[int, str]]
+    gradients: list[dict[str, Tensor]]
+
+    def update(self, step: int) -> Tensor:
+        self.log.append((step, self.name))
+        self.gradients.append({name: weight.grad.clone() for name, weight in self.weights.items()})
+        return super().update(step)
+
+
+@pytest.fixture
+def make(random_model, network, embed, tmp_path, group) -> Callable[..., Loop]:
+    """`make(max_iters=3, accumulation=2)`: a loop of a generator that plays every second time and a critic."""
+
+    def build(
+        *,
+        folder: Path = tmp_path,
+        accumulation: int = 1,
+        poison: Callable[[Turn], str] = lambda turn: "",
+        dtype: torch.dtype = torch.float32,
+        save: bool = False,
+        asynchronous: bool = False,
+        validate: Any = None,
+        vis_interval: int = 0,
+        **settings: Any,
+    ) -> Loop:
+        log: list[tuple[int, str]] = []
+        players = []
+        for seed, (name, every) in enumerate((("generator", 2), ("critic", 1))):
+            model = random_model(dataclasses.replace(network, depth=1), dtype, seed)
+            player = Recorder(name, model, AdamWConfig(lr=1e-3, beta1=0.9), every=every, ema_weight=0.5)
+            player.log, player.gradients = log, []
+            players.append(player)
+        train = TrainConfig(**{"max_iters": 4, "log_iters": 1, "max_checkpoints": 9, **settings})
+        checkpointer = None
+        if save:
+            checkpointer = Checkpointer(folder, group, keep=train.max_checkpoints, asynchronous=asynchronous)
+        return Loop(
+            Toy(players, embed(["a ball"]), poison),
+            train,
+            slots=Slots.of(group, accumulation),
+            world=group,
+            device=CPU,
+            run_log=RunLog(folder, step=0, total=train.max_iters, main=True, wandb=None),
+            checkpointer=checkpointer,
+            validate=validate,
+            vis_interval=vis_interval,
+            texts={"config.yaml": "a: 1\n"},
+        )
+
+    return build
+
+
+def tensors(loop: Loop, name: str) -> dict[str, Tensor]:
+    """Copies of all that a checkpoint keeps of a player."""
+    player = next(player for player in loop.stage.players if player.name == name)
+    return {f"{group}/{key}": t.clone() for group, held in player.tensors().items() for key, t in held.items()}
+
+
+def test_the_generator_plays_before_the_critic_and_every_second_time(make):
+    loop = make(max_iters=5)
+    assert loop.run() == 0
+    both, critic = ["generator", "critic"], ["critic"]
+    expected = [(step, name) for step in range(5) for name in (critic if step % 2 else both)]
+    assert loop.stage.players[0].log == expected
+    assert [(turn.step, turn.role) for turn in loop.stage.turns] == expected
+
+
+def test_samples_are_counted_and_nobody_takes_one_twice(make):
+    loop = make(max_iters=3, accumulation=2, batch_size=3)
+    loop.run()
+    for name, updates in (("generator", 2), ("critic", 3)):
+        taken = [number for turn in loop.stage.turns if turn.role == name for number in turn.samples]
+        assert taken == list(range(updates * 6))  # in the order of slots, one after another
+        assert loop.progress.samples[name] == updates * 6
+    assert [turn.slot for turn in loop.stage.turns if turn.role == "critic"] == [0, 1] * 3
+
+
+def test_accumulated_gradients_are_those_of_all_slots_samples_at_once(make, tmp_path):
+    loop = make(max_iters=1, accumulation=3, batch_size=2, dtype=torch.float64)
+    twin = make(dtype=torch.float64)  # the same weights, before the step
+    loop.run()
+    for player, whole in zip(loop.stage.players, twin.stage.players, strict=True):
+        loss = twin.stage.values(whole, range(6)).mean()
+        expected = dict(zip(whole.weights, torch.autograd.grad(loss, list(whole.weights.values())), strict=True))
+        torch.testing.assert_close(player.gradients[0], expected, rtol=1e-9, atol=1e-14)
+        logged = lines(tmp_path)[0]
+        assert logged[f"{player.name}_loss"] == pytest.approx(loss.item(), rel=1e-6)
+        norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+        assert logged[f"{player.name}_grad_norm"] == pytest.approx(float(norm), rel=1e-6)
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_change_nothing_and_are_counted(make, tmp_path, wrong):
+    """In one of three slots is enough; the other player is not concerned."""
+    before: dict[str, dict[str, Tensor]] = {}
+
+    def poison(turn: Turn) -> str:
+        if turn.slot == 0:
+            before[f"{turn.role} {turn.step}"] = tensors(loop, turn.role)
+        return wrong if (turn.role, turn.step, turn.slot) == ("critic", 2, 1) else ""
+
+    loop = make(max_iters=4, accumulation=3, poison=poison)
+    assert loop.run() == 0
+    assert_equal(before["critic 2"], before["critic 3"])
+    for earlier, later in (("critic 1", "critic 2"), ("generator 0", "generator 2")):  # the comparison can fail
+        assert all(
+            not torch.equal(value, before[later][name]) for name, value in before[earlier].items() if NAME in name
+        )
+    assert (loop.progress.skipped, loop.progress.in_a_row["critic"], loop.progress.step) == (1, 0, 4)
+    logged = lines(tmp_path)
+    assert [line["skipped_updates"] for line in logged] == [0, 0, 1, 1]
+    assert logged[2]["critic_grad_norm"] is None
+    assert (logged[2]["critic_loss"] is None) == (wrong == "loss")
+    assert logged[2]["generator_loss"] > 0
+    assert loop.progress.samples["critic"] == 12  # the data go on: the same samples would fail again
+    assert all(weight.grad is None for player in loop.stage.players for weight in player.weights.values())
+
+
+def test_ten_in_a_row_stop_the_run_and_a_good_one_starts_a_new_row(make):
+    good = SKIPS - 1
+    loop = make(max_iters=99, poison=lambda turn: "loss" if turn.role == "critic" and turn.step != good else "")
+    with pytest.raises(TrainingFailed, match=f"{SKIPS} updates of the critic in a row .*iteration {2 * SKIPS - 1}"):
+        loop.run()
+    assert loop.progress.skipped == 2 * SKIPS - 1
+    assert loop.progress.in_a_row == {"generator": 0, "critic": SKIPS}
+
+
+def test_a_row_goes_on_after_a_resume(make):
+    def poison(turn: Turn) -> str:
+        return "gradient" if turn.role == "generator" else ""
+
+    make(max_iters=SKIPS, log_iters=100, poison=poison, save=True).run()  # the generator's first five
+    loop = make(max_iters=99, log_iters=100, poison=poison, save=True)
+    found = loop.checkpointer.latest()
+    assert read_progress(found)["in_a_row"] == {"generator": SKIPS // 2, "critic": 0}
+    loop.resume(found)
+    with pytest.raises(TrainingFailed, match="generator"):
+        loop.run()
+    assert loop.progress.skipped == SKIPS
+
+
+def test_a_checkpoint_is_of_its_own_step_also_if_it_is_written_while_training_goes_on(make, tmp_path):
+    runs = {}
+    for name, asynchronous in (("at once", False), ("meanwhile", True)):
+        (folder := tmp_path / name).mkdir()
+        loop = make(folder=folder, save=True, asynchronous=asynchronous, max_iters=2)
+        torch.manual_seed(0)  # the generator of random numbers is saved too
+        assert loop.run() == 0
+        loop.checkpointer.wait()
+        runs[name] = folder
+    steps = [f"checkpoint_model_{step:06d}" for step in (1, 2)]
+    for step in steps:
+        one, other = (folder / step for folder in runs.values())
+        assert_equal(contents(one), contents(other))
+        for path in one.iterdir():
+            if path.suffix in (".json", ".yaml", ".safetensors") and path.name != "manifest.json":
+                assert path.read_bytes() == (other / path.name).read_bytes(), path.name
+    before, after = (contents(runs["meanwhile"] / step) for step in steps)  # each is another
+    assert not torch.equal(before[f"critic/{NAME}"], after[f"critic/{NAME}"])
+
+
+def test_a_signal_ends_the_run_after_the_iteration_and_saves_it(make, tmp_path):
+    def poison(turn: Turn) -> str:
+        if (turn.role, turn.step) == ("generator", 2):  # the critic's turn of this iteration is still to come
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ""
+
+    before = signal.getsignal(signal.SIGTERM)
+    loop = make(max_iters=9, log_iters=100, poison=poison, save=True)
+    assert loop.run() == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_model_000003"]
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+    assert "critic_loss" in lines(tmp_path)[2]
+
+
+def test_validation_comes_when_it_is_due_and_sees_what_is_saved(make, tmp_path):
+    seen = {}
+
+    def validate(step: int) -> dict[str, float]:
+        seen[step] = loop.stage.players[0].weights[NAME].detach().clone()
+        return {"probe": float(step)}
+
+    loop = make(max_iters=5, vis_interval=2, log_iters=2, validate=validate, save=True)
+    loop.run()
+    assert [(line["step"], line["probe"]) for line in lines(tmp_path) if "probe" in line] == [(1, 2.0), (3, 4.0)]
+    for step, weights in seen.items():
+        assert torch.equal(weights, contents(tmp_path / f"checkpoint_model_{step:06d}")[f"generator/{NAME}"])
+
+
+# --- through the command ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(train_script: ModuleType, small_training, trajectories) -> Iterator[Callable[..., int]]:
+    config = small_training("ode", f"data.data_path={trajectories}", "train.max_iters=5", "train.log_iters=1")
+
+    def command(logdir: Path, *arguments: str) -> int:
+        status: int = train_script.main(
+            ["--config_path", str(config), "--logdir", str(logdir), "--disable-wandb", "--threads", "1", *arguments]
+        )
+        World().disconnect()
+        return status
+
+    yield command
+    World().disconnect()
+
+
+def flip(file: Path) -> None:
+    """Change one bit in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_loses_nothing(run, tmp_path, caplog, capfd):
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    assert run(whole, "train.max_checkpoints=2") == 0
+    names = ["checkpoint_model_000004", "checkpoint_model_000005"]
+    assert sorted(path.name for path in whole.glob("*checkpoint_*")) == names  # only so many are kept
+    shutil.copytree(whole, damaged)
+    (file,) = (damaged / names[1]).glob("__0_*.distcp")
+    flip(file)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert run(damaged, "train.max_checkpoints=2") == 0
+    (report,) = [message for message in caplog.messages if message.startswith("damaged checkpoint")]
+    assert f"{damaged / names[1]}: " in report and file.name in report
+    assert any(message.endswith(f"going on from {names[0]}") for message in caplog.messages)
+    assert_equal(contents(whole / names[1]), contents(damaged / names[1]))
+    assert lines(whole) == lines(damaged)
+
+    for name in names:
+        (file,) = (damaged / name).glob("__0_*.distcp")
+        flip(file)
+    capfd.readouterr()
+    assert run(damaged) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"{damaged}: all 2 checkpoints are damaged" in line
+
+
+def test_a_run_of_bad_numbers_ends_with_status_1_and_says_why(run, tmp_path, capfd, monkeypatch):
+    loss = OdeInitialisation.loss
+
+    def poisoned(self: OdeInitialisation, turn: Turn) -> Loss:
+        value, metrics = loss(self, turn)
+        if turn.step < 1:
+            return Loss(value, metrics)
+        return Loss(value * torch.nan, {name: metric * torch.nan for name, metric in metrics.items()})
+
+    monkeypatch.setattr(OdeInitialisation, "loss", poisoned)
+    assert run(tmp_path, "--max_iters", "50", "train.log_iters=100") == 1
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert f"{SKIPS} updates of the generator in a row" in line
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_updates"] for line in logged] == list(range(SKIPS))
