@@ -48,8 +48,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--wandb-save-dir", type=Path, default=Path("wandb"), help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
     options, rest = parser.parse_known_args(arguments)
-    known = [f"--{name}" for name in (*vars(options), *leaf_keys(TrainingConfig))]
-    given = [f"{setting}={getattr(options, flag)}" for flag, setting in FLAGS.items() if getattr(options, flag)]
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    known = [*flags, *(f"--{name}" for name in leaf_keys(TrainingConfig) if "." in name)]
+    short = {setting: getattr(options, flag) for flag, setting in FLAGS.items()}
+    given = [f"{setting}={value}" for setting, value in short.items() if value is not None]
     return options, given + parse_settings(rest, known)
 
 
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
                 print(render_config(config))
                 print(estimate(config, world.size, local_size=world.local_size).table())
             return 0
-        check_sources(config)
+        check_sources(config, visualize=not options.no_visualize)
     except InputError as error:
         if world.is_main:
             print(f"error: {error}", file=sys.stderr)

@@ -138,8 +138,10 @@ def _of_other_trainers(config: TrainingConfig) -> Iterator[tuple[str, Any, Any]]
             yield setting, value, defaults[setting]
 
 
-def check_sources(config: TrainingConfig) -> None:
+def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
     """Make sure that every file the run starts from is there; on the hub's machines they are fetched now.
+
+    visualize: validation is wanted, and so its prompts.
 
     Raises:
         InputError: one is not, by the setting that names it.
@@ -157,7 +159,7 @@ def check_sources(config: TrainingConfig) -> None:
         training_prompts(config.data.data_path)
     elif not config.data.data_path.startswith(GENERATED):
         locate(config.data.data_path, "data.data_path")
-    if config.validation.vis_interval:
+    if visualize and config.validation.vis_interval:
         locate(config.validation.val_data_path, "validation.val_data_path")
 
 

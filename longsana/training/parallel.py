@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -50,11 +50,13 @@ def parallelise(
         inputs, a value that nobody changes: recomputation sees what the forward pass saw.
     """
     for block in model.blocks:
+        # The method, not a module around the block: names stay as they are, and FSDP's hooks outside.
         if checkpointing:
-            # The method, not a module around the block: names stay as they are. Nothing in a block is random.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = _checkpointed(block.forward)
         if compile_blocks:
-            block.compile()
+            # Checkpointing inside: around a compiled block, recomputation may meet another graph than the forward pass
+            # did, one for shapes that have varied since, and fails.
+            block.forward = torch.compile(block.forward)
     # Inputs keep their dtype: bfloat16 would round the timestep 889 to 888, and the state's float32 sums.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     reshard = strategy != "hybrid_zero2"
@@ -62,3 +64,12 @@ def parallelise(
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     return model
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # A function of its own: torch.compile passes over a bare partial(checkpoint, ...) and compiles nothing.
+    def twice(*inputs: Any) -> Any:
+        # Nothing in a block is random.
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    return twice

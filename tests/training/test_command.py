@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import av
@@ -21,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longsana.config import load_config
+from longsana.config import leaf_keys, load_config
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.distributed import World
 from longsana.training import build, launch
@@ -30,8 +29,6 @@ from longsana.training.player import Player
 from longsana.training.validation import Report, Validation
 from tests.training.conftest import ROOT, SCRIPT
 from tests.training.test_resume import assert_equal, contents, lines
-
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 class Result(NamedTuple):
@@ -170,7 +167,9 @@ def test_validation_videos_of_every_length_when_they_are_due(ran):
 def test_the_average_is_sampled_and_then_the_weights_are_back(ran):
     for number, weights in enumerate(ran.sampled, start=1):
         stored = contents(ran.logdir / f"checkpoint_model_{number:06d}")
-        raw, average = ({name: stored[f"{group}/{name}"] for name in weights} for group in ("generator", "generator_ema"))
+        raw, average = (
+            {name: stored[f"{group}/{name}"] for name in weights} for group in ("generator", "generator_ema")
+        )
         assert_equal(weights, average)
         assert any(not torch.equal(weights[name], raw[name]) for name in raw)
 
@@ -184,6 +183,16 @@ def test_without_flags_the_file_decides_and_what_is_not_wanted_is_not_made(comma
     assert [line["step"] for line in lines(logdir)] == [0, 1, 2]
     assert saved(logdir).train.max_iters == 3
     assert sorted(files(logdir)) == ["config.yaml", "metrics.jsonl"]
+
+
+def test_a_run_that_saves_nothing_goes_on_from_what_is_saved(command, ran, config, tmp_path):
+    shutil.copytree(ran.logdir, logdir := tmp_path / "run")
+    before = {name: data for name, data in files(logdir).items() if name.startswith("checkpoint_")}
+    same = ("optimizer.generator.lr=0.002", "--threads", "1", "--no_visualize")
+    result = command("--config_path", config, "--logdir", logdir, "--no_save", *same)
+    assert result.status == 0, result.err
+    assert [line["step"] for line in lines(logdir) if "generator_loss" in line] == [0, 1, 2]
+    assert {name: data for name, data in files(logdir).items() if name.startswith("checkpoint_")} == before
 
 
 def test_a_run_that_starts_anew_leaves_the_old_one_whole(command, config, ran, tmp_path):
@@ -230,7 +239,7 @@ def test_a_folder_of_another_config_is_refused_until_it_is_allowed(command, conf
 def test_a_dry_run_prints_all_and_touches_nothing(command, small_training, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "train", forbidden)
     monkeypatch.chdir(tmp_path)
-    path = small_training("longsana", "model.load_from=nowhere.pth", "data.data_path=nowhere.txt")
+    path = small_training("self_forcing", "model.load_from=nowhere.pth", "data.data_path=nowhere.txt")
     result = command("--config_path", path, "--dry_run", "--max_iters", "7", "--logdir", "here")
     assert (result.status, result.err) == (0, "")
     text, _, table = result.out.partition("\n\n")
@@ -245,17 +254,177 @@ def test_a_dry_run_prints_all_and_touches_nothing(command, small_training, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["printed.yaml"]
 
 
-@pytest.mark.parametrize(("stage", "name"), [("ode", "ode"), ("self_forcing", "self_forcing"), ("longsana", "longsana")])
-def test_the_published_launches(train_script, stage, name):
-    """The commands of issue 3; what torchrun takes of them is torchrun's."""
-    launch_line = (
+@pytest.mark.parametrize("stage", ["ode", "self_forcing", "longsana"])
+def test_the_published_launches(command, train_script, stage, monkeypatch):
+    """The commands of issue 3, as one of their 64 processes sees them; the estimate has tests of its own."""
+    seen: list[TrainingConfig] = []
+
+    def estimate(config: TrainingConfig, size: int, *, local_size: int) -> Any:
+        assert (size, local_size) == (64, 8)
+        seen.append(config)
+        return SimpleNamespace(table=lambda: "an estimate")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train_script, "estimate", estimate)
+    monkeypatch.setattr(launch, "train", forbidden)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 64, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    arguments = (
         f"--config_path configs/sana_video_config/longsana/480ms/{stage}.yaml "
-        f"--wandb_name debug_480p_{name} --logdir output/debug_480p_{name}"
+        f"--wandb_name debug_480p_{stage} --logdir output/debug_480p_{stage} --dry_run"
     )
-    options, settings = train_script.parse(launch_line.split())
-    assert (options.wandb_name, options.logdir) == (f"debug_480p_{name}", f"output/debug_480p_{name}")
-    assert settings == []
-    world = World(size=64, local_size=8)
-    loaded: TrainingConfig = load_config(ROOT / options.config_path, settings, TrainingConfig, RETIRED_IN_TRAINING)
-    train_script.check_training(loaded)
-    assert train_script.slots_of(loaded, world).count == 64
+    result = command(*arguments.split(), wandb=True)
+    assert (result.status, result.err) == (0, "")
+    assert [config.trainer for config in seen] == [stage]
+    assert f"trainer: {stage}" in result.out and "an estimate" in result.out
+
+
+# --- what cannot be --------------------------------------------------------------------------------------------------
+
+
+def forbidden(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError("too late: something is being loaded")
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "words"),
+    [
+        ("longsana", "train.max_iter=3", "unknown key train.max_iter (did you mean 'train.max_iters'?)"),
+        ("longsana", "train.generator_ckpt=x", "unknown key train.generator_ckpt"),
+        ("longsana", "model.load_from=nowhere.pth", "model.load_from: 'nowhere.pth' not found"),
+        ("longsana", "real_score.load_from=nowhere.pth", "real_score.load_from: 'nowhere.pth' not found"),
+        ("longsana", "data.data_path=EMPTY", "no prompts in this file"),
+        ("longsana", "data.data_path=nowhere.txt", "data.data_path: 'nowhere.txt' not found"),
+        ("longsana", "data.data_path=x/vidprom_filtered_extended.txt", "hf download gdhe17/Self-Forcing"),
+        ("ode", "data.data_path=nowhere", "data.data_path: 'nowhere' not found"),
+        ("ode", "validation.vis_interval=1 validation.val_data_path=no.txt", "validation.val_data_path: 'no.txt'"),
+        ("longsana", "--max_iter 3", "unknown option --max_iter (did you mean '--max_iters'?)"),
+        ("longsana", "--no-save", "unknown option --no-save (did you mean '--no_save'?)"),
+        ("longsana", "--no_auto_resume", "unknown option --no_auto_resume (did you mean '--no-auto-resume'?)"),
+        ("longsana", "--trainer ode", "unknown option --trainer"),
+        ("longsana", "--max_iters many", "train.max_iters=many"),
+        ("longsana", "--max_iters 0", "train.max_iters=0: must be at least 1"),
+        ("longsana", "--max_iters=", "train.max_iters"),
+        ("longsana", "--train.max_iters", "a value is missing"),
+        ("longsana", "--threads few", "--threads"),
+        ("longsana", "--config_path nowhere.yaml", "--config_path: 'nowhere.yaml' not found"),
+        ("longsana", "train.total_batch_size=64", "the nearest that they can: 63 and 66"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(command, small_training, tmp_path, monkeypatch, stage, arguments, words):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    monkeypatch.setattr(launch, "train", forbidden)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    logdir = tmp_path / "run"
+    arguments = arguments.replace("EMPTY", str(tmp_path / "empty.txt"))
+    everything = ("--config_path", small_training(stage), "--logdir", logdir, *arguments.split())
+    result = command(*everything)
+    assert result.status == 2
+    assert result.error.startswith("error: ") and words in result.error
+    assert result.out == ""
+    assert not logdir.exists()
+    monkeypatch.setenv("RANK", "1")  # what is wrong for all is said once
+    assert command(*everything) == (2, "", "")
+
+
+def test_an_unknown_trainer(command, small_training, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "train", forbidden)
+    result = command("--config_path", small_training("longsana", "trainer=longsama"), "--logdir", tmp_path / "run")
+    assert result.status == 2
+    assert "trainer=longsama" in result.error
+    assert all(name in result.error for name in ("flow_matching", "ode", "self_forcing", "longsana"))
+
+
+def test_a_config_of_inference_is_not_trained(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "train", forbidden)
+    path = ROOT / "configs/sana_video_config/Sana_2000M_480px_adamW_fsdp_longsana.yaml"
+    result = command("--config_path", path, "--logdir", tmp_path / "run")
+    assert result.status == 2
+    assert "trainer" in result.error and str(path) in result.error
+
+
+def test_validation_that_is_not_wanted_needs_no_prompts(command, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "train", lambda *arguments: 0)
+    nowhere = ("--config_path", config, "--logdir", tmp_path, "validation.val_data_path=no.txt")
+    assert command(*nowhere).status == 2
+    assert command(*nowhere, "--no_visualize").status == 0
+
+
+def test_out_of_memory_says_what_to_lower(command, config, tmp_path, monkeypatch):
+    def full(self: Player, step: int) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nMore lines")
+
+    monkeypatch.setattr(Player, "update", full)
+    result = command("--config_path", config, "--logdir", tmp_path, "--no_visualize", "--threads", "1")
+    assert result.status == 2
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error")]
+    assert "out of memory (CUDA out of memory. Tried to allocate 3.00 GiB.)" in line
+    known = leaf_keys(TrainingConfig)
+    named = [word.strip(",;").partition("=")[0] for word in line.partition("lower ")[2].split() if "." in word]
+    assert named and all(name in known for name in named), named
+
+
+def test_any_other_failure_propagates(command, config, tmp_path, monkeypatch):
+    def fail(self: Player, step: int) -> Tensor:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(Player, "update", fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        command("--config_path", config, "--logdir", tmp_path, "--no_visualize", "--threads", "1")
+
+
+# --- as a process ----------------------------------------------------------------------------------------------------
+
+
+def start(*command: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
+CRASH = """
+import runpy, sys
+sys.path.insert(0, {root!r})
+from longsana.training.player import Player
+def fail(self, step): raise RuntimeError("planted")
+Player.update = fail
+sys.argv = ["train_longsana.py", *sys.argv[1:]]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_a_process_that_crashes_does_not_exit_with_0_and_one_that_is_told_to_stop_saves(command, config, tmp_path):
+    """Both at once, since most of their time is that of imports."""
+    crashed, stopped = tmp_path / "crashed", tmp_path / "stopped"
+    common = ("--config_path", config, "--no_visualize", "--disable-wandb", "--threads", "1")
+    crash = start("-c", CRASH.format(root=str(ROOT), script=str(SCRIPT)), *common, "--logdir", crashed)
+    stop = start(SCRIPT, *common, "--logdir", stopped, "--max_iters", "100000", "train.log_iters=100000")
+    try:
+        metrics, deadline = stopped / "metrics.jsonl", time.monotonic() + 120
+        while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
+            assert stop.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        stop.send_signal(signal.SIGTERM)
+        _, err = stop.communicate(timeout=60)
+        assert stop.returncode == 128 + signal.SIGTERM, err
+        _, err = crash.communicate(timeout=60)
+        assert crash.returncode == 1, err
+        assert "RuntimeError: planted" in err and "Traceback" in err
+    finally:
+        for process in (crash, stop):
+            process.kill()
+            process.wait()
+    assert checkpoints(crashed) == []
+    steps = [line["step"] for line in lines(stopped)]
+    assert steps == list(range(len(steps)))
+    assert checkpoints(stopped) == [f"checkpoint_model_{len(steps):06d}"]
+    more = ("--logdir", stopped, "--max_iters", len(steps) + 2, "train.log_iters=100000")
+    result = command(*common[:-3], "--threads", "1", *more)
+    assert result.status == 0, result.err
+    assert [line["step"] for line in lines(stopped)] == list(range(len(steps) + 2))
+    assert checkpoints(stopped)[-1] == f"checkpoint_model_{len(steps) + 2:06d}"

@@ -35,16 +35,24 @@ WINDOWS = 8  # a curve is the means of this many equal parts of a run
 FALL = 0.1
 """Share by which the last quarter of a curve must be below the first."""
 TOLERANCE = 0.02
-"""Relative, of each mean. Other kernels and thread counts move none of them by more than 0.3 %."""
+"""Relative, of each mean. Kernels without vector instructions, or two threads, move none of them by over 0.3 %."""
 CLIP = (CHANNELS, 5, HEIGHT, WIDTH)
 
-LEARNING = ["train.batch_size=4", "train.max_iters=96", "optimizer.generator.lr=3e-3"]
+# Without eps, steps of AdamW are as large where a gradient is only rounding: then two machines soon differ.
+LEARNING = [
+    "train.batch_size=4",
+    "train.max_iters=96",
+    "optimizer.generator.lr=3e-3",
+    "optimizer.generator.eps=1e-4",
+]
 CAUSAL = ["flow_matching.causal=true", "scheduler.sampling_algo=chunk_flow_euler"]
 DISTILLING = [
     "train.batch_size=2",
     "train.max_iters=24",
     "optimizer.generator.lr=3e-3",
+    "optimizer.generator.eps=1e-4",
     "optimizer.critic.lr=3e-3",
+    "optimizer.critic.eps=1e-4",
     "distillation.dfake_gen_update_ratio=1",
     "distillation.min_timestep=700",
     "distillation.max_timestep=700",
@@ -123,11 +131,13 @@ def test_it_falls_as_recorded(train, name, key):
     means = curve(train(name), key)
     assert falls(means), means
     recorded = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.exists() else {}
+    title = f"{name}, {key}"
     if RECORD:
-        recorded.setdefault(name, {})[key] = [float(f"{mean:.5g}") for mean in means]
-        RECORDED.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
-        pytest.skip(f"recorded {name}, {key}")
-    assert means == pytest.approx(recorded[name][key], rel=TOLERANCE)
+        recorded[title] = [float(f"{mean:.5g}") for mean in means]
+        rows = ",\n".join(f"  {json.dumps(title)}: {json.dumps(values)}" for title, values in recorded.items())
+        RECORDED.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
+        pytest.skip(f"recorded {title}")
+    assert means == pytest.approx(recorded[title], rel=TOLERANCE)
 
 
 def test_more_is_learned_than_the_mean(train, trajectories):
@@ -146,19 +156,22 @@ def _mean_square(videos: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("name", ["causal", "longsana"])
 def test_two_runs_are_equal_to_the_bit(train, name):
-    short = train(name, "train.max_iters=4")
-    assert short == train(name)[:4]
-    assert short != train(name, "train.max_iters=4", "train.seed=1")
+    short = train(name, "train.max_iters=3")
+    assert short == train(name)[:3]
+    assert short != train(name, "train.max_iters=3", "train.seed=1")
 
 
 def test_without_steps_nothing_falls(train):
-    """The planted fault that a loop which forgets its optimizer would be."""
+    """What a loop that forgets its optimizer would do."""
     means = curve(train("ode", "optimizer.generator.lr=1e-9", "train.max_iters=32"), "generator_loss")
     assert not falls(means), means
+    assert falls(curve(train("ode")[:32], "generator_loss"))
 
 
 def test_the_wrong_way_along_the_scores_leads_away(train, monkeypatch):
-    right = self_forcing.dmd_gradient
-    monkeypatch.setattr(self_forcing, "dmd_gradient", lambda x, fake, real: -right(x, fake, real))
+    right_way = train("self_forcing")[:8]
+    gradient = self_forcing.dmd_gradient
+    monkeypatch.setattr(self_forcing, "dmd_gradient", lambda x, fake, real: -gradient(x, fake, real))
     means = curve(train("self_forcing", "train.max_iters=8"), DISTANCE)
     assert not falls(means), means
+    assert falls(curve(right_way, DISTANCE))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,8 +36,10 @@ def group() -> Iterator[None]:
 def sharded(random_model, small_config) -> Callable[..., LongSanaDiT]:
     """`sharded(strategy="full", compute=torch.float32)`: always the same weights."""
 
-    def build(strategy: Strategy = "full", compute: torch.dtype = torch.float32, **options: Any) -> LongSanaDiT:
-        model = random_model(small_config(), torch.float32)
+    def build(
+        strategy: Strategy = "full", compute: torch.dtype = torch.float32, depth: int = 2, **options: Any
+    ) -> LongSanaDiT:
+        model = random_model(small_config(depth=depth), torch.float32)
         return parallelise(model, device_mesh(strategy, World(), CPU), compute=compute, strategy=strategy, **options)
 
     return build
@@ -51,10 +54,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor()  # type: ignore[attr-defined]
 
 
-def two_chunks(model: LongSanaDiT, x: Tensor, text: TextEmbedding) -> tuple[Tensor, list[CausalState]]:
+def two_chunks(
+    model: LongSanaDiT, x: Tensor, text: TextEmbedding, lengths: tuple[int, int] = (3, 2)
+) -> tuple[Tensor, list[CausalState]]:
     """As a rollout does: each chunk with a graph, then again, clean and without one, for the state after it."""
     state, velocities, states = None, [], []
-    for part in ChunkPlan((3, 2)).slices():
+    for part in ChunkPlan(lengths).slices():
         velocity, _ = model(x[:, :, part], torch.full((BATCH,), 889.0), text, state=state)
         velocities.append(velocity)
         with torch.no_grad():
@@ -164,29 +169,58 @@ def test_every_strategy_takes_the_step_of_a_network_that_is_not_sharded(
     assert all(not torch.equal(weight, start[name]) for name, weight in plain.weights.items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_blocks_train_alike(sharded, inputs, checkpointing):
-    from torch._dynamo.utils import counters
+class Compiled(NamedTuple):
+    losses: list[float]
+    graphs: int
+    breaks: int
 
-    def losses(compile_blocks: bool) -> list[float]:
-        model = sharded(checkpointing=checkpointing, compile_blocks=compile_blocks)
-        player = Player("generator", model, AdamWConfig(lr=1e-3, beta1=0.9))
-        found = []
-        for step in range(3):
-            velocity, _ = two_chunks(model, *inputs)
-            loss = velocity.square().mean()
-            loss.backward()
-            player.update(step)
-            found.append(loss.item())
-        return found
+
+def train_compiled(
+    model: LongSanaDiT, inputs: tuple[Tensor, TextEmbedding], lengths: tuple[int, int] = (3, 2)
+) -> Compiled:
+    from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    plain = losses(False)
-    assert not counters["stats"]["unique_graphs"]
-    compiled = losses(True)
-    assert counters["stats"]["unique_graphs"] > 0
-    print(counters)
-    assert compiled == pytest.approx(plain, rel=1e-4)
-    assert plain[2] < plain[0]
+    player, losses = Player("generator", model, AdamWConfig(lr=1e-3, beta1=0.9)), []
+    for step in range(2):
+        velocity, _ = two_chunks(model, *inputs, lengths)
+        loss = velocity.square().mean()
+        loss.backward()
+        player.update(step)
+        losses.append(loss.item())
+    return Compiled(losses, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_train_alike(sharded, inputs, checkpointing):
+    """By the compiler that training uses, which takes a minute or two: chunks of one length and one block will do."""
+    build = partial(sharded, depth=1, checkpointing=checkpointing)
+    plain = train_compiled(build(), inputs, (2, 2))
+    assert plain.graphs == 0
+    compiled = train_compiled(build(compile_blocks=True), inputs, (2, 2))
+    assert compiled.graphs > 0
+    assert compiled.breaks == 0
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert plain.losses[1] != pytest.approx(plain.losses[0], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_more_blocks_are_no_more_graphs(sharded, inputs, checkpointing, monkeypatch):
+    """Many blocks, one after another through the same compiled code: no limit of recompilations is met.
+
+    Chunks of two lengths: the compiler's graph for lengths that vary appears between a forward pass and its backward
+    pass, which recomputes.
+    """
+    compile_block = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_block(function, backend="aot_eager"))
+    options = {"checkpointing": checkpointing, "compile_blocks": True}
+    few, many = (train_compiled(sharded(depth=depth, **options), inputs) for depth in (2, 12))
+    assert few.graphs == many.graphs > 0
+    plain = train_compiled(sharded(depth=12, checkpointing=checkpointing), inputs)
+    assert many.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert many.breaks == 0
