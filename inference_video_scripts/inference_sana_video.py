@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import InferenceConfig, leaf_keys, load_config
 from longsana.data.prompts import Prompt
-from longsana.runtime.commandline import Parser, parse_settings, run_command, set_up_logging
+from longsana.runtime.commandline import Parser, run_command, set_up_logging
 from longsana.runtime.distributed import World, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
@@ -80,12 +80,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--start_index", type=int, default=0, help="first prompt, counted from 0")
     parser.add_argument("--end_index", type=int, help="one past the last prompt")
     parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
-    for flag, setting in SETTING_FLAGS.items():
-        parser.add_argument(f"--{flag}", metavar="VALUE", help=f"the setting {setting}")
-    options, rest = parser.parse_known_args(arguments)
-    given = {flag: getattr(options, flag) for flag in SETTING_FLAGS if getattr(options, flag) is not None}
-    known = [f"--{name}" for name in (*vars(options), *leaf_keys(InferenceConfig))]
-    return options, [f"{SETTING_FLAGS[flag]}={value}" for flag, value in given.items()] + parse_settings(rest, known)
+    return parser.parse_command(arguments, SETTING_FLAGS, leaf_keys(InferenceConfig))
 
 
 def check_settings(settings: Sequence[str], config: InferenceConfig) -> None:

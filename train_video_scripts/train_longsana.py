@@ -20,7 +20,7 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import leaf_keys, load_config, render_config
-from longsana.runtime.commandline import Parser, parse_settings, set_up_logging
+from longsana.runtime.commandline import Parser, set_up_logging
 from longsana.runtime.distributed import World, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
@@ -37,7 +37,6 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(__doc__)
     parser.add_argument("--config_path", required=True, help="YAML file of a stage")
     parser.add_argument("--logdir", help="the run's folder (default: output/NAME_OF_FOLDER/NAME_OF_CONFIG)")
-    parser.add_argument("--max_iters", metavar="VALUE", help="the setting train.max_iters")
     parser.add_argument("--no_save", action="store_true", help="write no checkpoints")
     parser.add_argument("--no_visualize", action="store_true", help="sample no validation videos")
     parser.add_argument("--no-auto-resume", action="store_true", help="start anew; what is in logdir is moved aside")
@@ -47,12 +46,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--wandb_name", help="the run's name in wandb (default: the config's folder)")
     parser.add_argument("--wandb-save-dir", type=Path, default=Path("wandb"), help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
-    options, rest = parser.parse_known_args(arguments)
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    known = [*flags, *(f"--{name}" for name in leaf_keys(TrainingConfig) if "." in name)]
-    short = {setting: getattr(options, flag) for flag, setting in FLAGS.items()}
-    given = [f"{setting}={value}" for setting, value in short.items() if value is not None]
-    return options, given + parse_settings(rest, known)
+    return parser.parse_command(arguments, FLAGS, leaf_keys(TrainingConfig))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from longsana.runtime.distributed import World
@@ -25,6 +25,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
+
+    def parse_command(
+        self, arguments: Sequence[str], flags: Mapping[str, str], settings: Iterable[str]
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """The options, and every setting given on the command line as `section.key=value`.
+
+        flags: options that are short for a setting. settings: dotted names of all there are.
+        """
+        for flag, setting in flags.items():
+            self.add_argument(f"--{flag}", metavar="VALUE", help=f"the setting {setting}")
+        options, rest = self.parse_known_args(arguments)
+        values = {setting: getattr(options, flag) for flag, setting in flags.items()}
+        given = [f"{setting}={value}" for setting, value in values.items() if value is not None]
+        own = [name for action in self._actions for name in action.option_strings]
+        known = [*own, *(f"--{setting}" for setting in settings if "." in setting)]
+        return options, given + parse_settings(rest, known)
 
 
 def parse_settings(rest: Sequence[str], known: Sequence[str]) -> list[str]:

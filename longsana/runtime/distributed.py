@@ -33,9 +33,7 @@ class World:
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))),
         )
 
-    def connect(
-        self, backend: str = "gloo", *, timeout: timedelta = timedelta(days=7), alone: bool = False
-    ) -> None:
+    def connect(self, backend: str = "gloo", *, timeout: timedelta = timedelta(days=7), alone: bool = False) -> None:
         """Meet the other processes, where there are any; `alone`: make a group of one where there are none.
 
         timeout: how long one waits for another; in inference, for hours of a peer's last videos.

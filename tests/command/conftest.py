@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +14,8 @@ from typing import Any
 import imageio.v3 as iio
 import pytest
 
+from tests.scripts import load_script
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "inference_video_scripts" / "inference_sana_video.py"
 # Five latents in chunks of 3 and 2, a picture of 6 x 4 latents: seconds become tenths.
@@ -26,13 +27,7 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("inference_sana_video", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
@@ -10,17 +9,13 @@ from typing import Any
 
 import pytest
 
+from tests.scripts import load_script
+
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 
 
 def load(name: str) -> ModuleType:
-    path = Path(__file__).parent / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(Path(__file__).parent / f"{name}.py")
 
 
 @pytest.fixture(scope="session")

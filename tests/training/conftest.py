@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +15,7 @@ from longsana.config import ModelConfig, load_config
 from longsana.encoders.vae import WanVAE
 from longsana.models.embeddings import TextEmbedding
 from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_video_scripts" / "train_longsana.py"
@@ -124,13 +123,7 @@ def embed() -> Callable[..., TextEmbedding]:
 
 @pytest.fixture(scope="session")
 def train_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_longsana", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="session")

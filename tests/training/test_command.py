@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,7 +22,7 @@ from longsana.training import build, launch
 from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
 from longsana.training.player import Player
 from longsana.training.validation import Report, Validation
-from tests.training.conftest import ROOT, SCRIPT
+from tests.training.conftest import ROOT
 from tests.training.test_resume import assert_equal, contents, lines
 
 
@@ -371,60 +366,3 @@ def test_any_other_failure_propagates(command, config, tmp_path, monkeypatch):
     monkeypatch.setattr(Player, "update", fail)
     with pytest.raises(RuntimeError, match="planted"):
         command("--config_path", config, "--logdir", tmp_path, "--no_visualize", "--threads", "1")
-
-
-# --- as a process ----------------------------------------------------------------------------------------------------
-
-
-def start(*command: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-
-
-CRASH = """
-import runpy, sys
-sys.path.insert(0, {root!r})
-from longsana.training.player import Player
-def fail(self, step): raise RuntimeError("planted")
-Player.update = fail
-sys.argv = ["train_longsana.py", *sys.argv[1:]]
-runpy.run_path({script!r}, run_name="__main__")
-"""
-
-
-def test_a_process_that_crashes_does_not_exit_with_0_and_one_that_is_told_to_stop_saves(command, config, tmp_path):
-    """Both at once, since most of their time is that of imports."""
-    crashed, stopped = tmp_path / "crashed", tmp_path / "stopped"
-    common = ("--config_path", config, "--no_visualize", "--disable-wandb", "--threads", "1")
-    crash = start("-c", CRASH.format(root=str(ROOT), script=str(SCRIPT)), *common, "--logdir", crashed)
-    stop = start(SCRIPT, *common, "--logdir", stopped, "--max_iters", "100000", "train.log_iters=100000")
-    try:
-        metrics, deadline = stopped / "metrics.jsonl", time.monotonic() + 120
-        while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
-            assert stop.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        stop.send_signal(signal.SIGTERM)
-        _, err = stop.communicate(timeout=60)
-        assert stop.returncode == 128 + signal.SIGTERM, err
-        _, err = crash.communicate(timeout=60)
-        assert crash.returncode == 1, err
-        assert "RuntimeError: planted" in err and "Traceback" in err
-    finally:
-        for process in (crash, stop):
-            process.kill()
-            process.wait()
-    assert checkpoints(crashed) == []
-    steps = [line["step"] for line in lines(stopped)]
-    assert steps == list(range(len(steps)))
-    assert checkpoints(stopped) == [f"checkpoint_model_{len(steps):06d}"]
-    more = ("--logdir", stopped, "--max_iters", len(steps) + 2, "train.log_iters=100000")
-    result = command(*common[:-3], "--threads", "1", *more)
-    assert result.status == 0, result.err
-    assert [line["step"] for line in lines(stopped)] == list(range(len(steps) + 2))
-    assert checkpoints(stopped)[-1] == f"checkpoint_model_{len(steps) + 2:06d}"

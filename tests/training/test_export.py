@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +21,7 @@ from longsana.runtime.distributed import World
 from longsana.training.checkpoint import Checkpointer
 from longsana.training.config import TrainingConfig
 from tests.models.checkpoints import assert_same, weights
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 INFERENCE = ROOT / "configs/sana_video_config/longsana/shapes/longsana.yaml"
@@ -30,12 +29,7 @@ SHAPES = dataclasses.replace(load_config(INFERENCE).model, depth=2, num_cached_b
 
 
 def script(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_under_test", ROOT / path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / path)
 
 
 def trained(seed: int, config: ModelConfig = SHAPES) -> dict[str, Tensor]:

@@ -7,6 +7,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +29,7 @@ from longsana.training.ode import OdeInitialisation
 from longsana.training.parallel import connect
 from longsana.training.player import Player
 from longsana.training.stage import Loss, Slots, Stage, Turn
+from tests.training.conftest import ROOT, SCRIPT
 from tests.training.test_resume import assert_equal, contents, lines
 
 CPU = torch.device("cpu")
@@ -266,9 +270,13 @@ def test_validation_comes_when_it_is_due_and_sees_what_is_saved(make, tmp_path):
 
 
 @pytest.fixture
-def run(train_script: ModuleType, small_training, trajectories) -> Iterator[Callable[..., int]]:
-    config = small_training("ode", f"data.data_path={trajectories}", "train.max_iters=5", "train.log_iters=1")
+def config(small_training, trajectories) -> Path:
+    path: Path = small_training("ode", f"data.data_path={trajectories}", "train.max_iters=5", "train.log_iters=1")
+    return path
 
+
+@pytest.fixture
+def run(train_script: ModuleType, config) -> Iterator[Callable[..., int]]:
     def command(logdir: Path, *arguments: str) -> int:
         status: int = train_script.main(
             ["--config_path", str(config), "--logdir", str(logdir), "--disable-wandb", "--threads", "1", *arguments]
@@ -328,3 +336,55 @@ def test_a_run_of_bad_numbers_ends_with_status_1_and_says_why(run, tmp_path, cap
     assert f"{SKIPS} updates of the generator in a row" in line
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_updates"] for line in logged] == list(range(SKIPS))
+
+
+def start(*command: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
+CRASH = """
+import runpy, sys
+sys.path.insert(0, {root!r})
+from longsana.training.player import Player
+def fail(self, step): raise RuntimeError("planted")
+Player.update = fail
+sys.argv = ["train_longsana.py", *sys.argv[1:]]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_a_process_that_crashes_does_not_exit_with_0_and_one_that_is_told_to_stop_saves(run, config, tmp_path):
+    """Both at once, since most of their time is that of imports."""
+    crashed, stopped = tmp_path / "crashed", tmp_path / "stopped"
+    common = ("--config_path", config, "--disable-wandb", "--threads", "1")
+    crash = start("-c", CRASH.format(root=str(ROOT), script=str(SCRIPT)), *common, "--logdir", crashed)
+    stop = start(SCRIPT, *common, "--logdir", stopped, "--max_iters", "100000", "train.log_iters=100000")
+    try:
+        metrics, deadline = stopped / "metrics.jsonl", time.monotonic() + 120
+        while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
+            assert stop.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        stop.send_signal(signal.SIGTERM)
+        _, err = stop.communicate(timeout=60)
+        assert stop.returncode == 128 + signal.SIGTERM, err
+        _, err = crash.communicate(timeout=60)
+        assert crash.returncode == 1, err
+        assert "RuntimeError: planted" in err and "Traceback" in err
+    finally:
+        for process in (crash, stop):
+            process.kill()
+            process.wait()
+    assert not list(crashed.glob("checkpoint_*"))
+    steps = [line["step"] for line in lines(stopped)]
+    assert steps == list(range(len(steps)))
+    assert [path.name for path in stopped.glob("checkpoint_*")] == [f"checkpoint_model_{len(steps):06d}"]
+    assert run(stopped, "--max_iters", str(len(steps) + 2), "train.log_iters=100000") == 0
+    assert [line["step"] for line in lines(stopped)] == list(range(len(steps) + 2))
+    assert (stopped / f"checkpoint_model_{len(steps) + 2:06d}").is_dir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import os
 import signal
@@ -27,6 +26,7 @@ from longsana.sampling.noise import PromptNoise
 from longsana.sampling.pipeline import VideoPipeline
 from longsana.training.config import OdePairsConfig
 from longsana.training.ode_pairs import kept_steps, teacher_config
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_video_scripts" / "generate_ode_pairs.py"
@@ -41,13 +41,7 @@ DISTINCT = ["a red circle", "a blue square", "a green star", "a cyan ring", "a w
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_ode_pairs", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture
