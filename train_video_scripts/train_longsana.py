@@ -21,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import leaf_keys, load_config, render_config
 from longsana.runtime.commandline import Parser, set_up_logging
-from longsana.runtime.distributed import World, set_threads
+from longsana.runtime.distributed import PeerError, World, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.training.checks import check_sources, check_training, slots_of
@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--wandb_name", help="the run's name in wandb (default: the config's folder)")
     parser.add_argument("--wandb-save-dir", type=Path, default=Path("wandb"), help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
-    return parser.parse_command(arguments, FLAGS, leaf_keys(TrainingConfig))
+    return parser.parse_command(arguments, FLAGS, [*leaf_keys(TrainingConfig), *RETIRED_IN_TRAINING])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -86,6 +86,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with logging_redirect_tqdm():  # lines go above the bar, not through it
             status = train(config, run, world)
+    except PeerError:
+        return 2
     except InputError as error:
         print(f"error: {error}" if world.is_main else f"error (process {world.rank}): {error}", file=sys.stderr)
         return 2

@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         """The options, and every setting given on the command line as `section.key=value`.
 
-        flags: options that are short for a setting. settings: dotted names of all there are.
+        flags: options that are short for a setting. settings: names of all there are or were.
         """
         for flag, setting in flags.items():
             self.add_argument(f"--{flag}", metavar="VALUE", help=f"the setting {setting}")
@@ -39,14 +39,13 @@ class Parser(argparse.ArgumentParser):
         values = {setting: getattr(options, flag) for flag, setting in flags.items()}
         given = [f"{setting}={value}" for setting, value in values.items() if value is not None]
         own = [name for action in self._actions for name in action.option_strings]
-        known = [*own, *(f"--{setting}" for setting in settings if "." in setting)]
-        return options, given + parse_settings(rest, known)
+        return options, given + parse_settings(rest, [*own, *(f"--{setting}" for setting in settings)])
 
 
 def parse_settings(rest: Sequence[str], known: Sequence[str]) -> list[str]:
-    """`--a.b value`, `--a.b=value` and `a.b=value`, all as `a.b=value`.
+    """`--a.b value`, `--a.b=value` and `a.b=value`, all as `a.b=value`; whether there is such a setting, others judge.
 
-    known: the options of the command, as `--name`; the nearest is offered for one that is not known.
+    known: options and settings of the command, as `--name`; the nearest is offered for one that is not known.
 
     Raises:
         InputError: an option that is neither, or one without its value.
@@ -54,10 +53,10 @@ def parse_settings(rest: Sequence[str], known: Sequence[str]) -> list[str]:
     settings = []
     words = iter(rest)
     for word in words:
-        if re.match(r"[\w]+(\.\w+)+=", word):
+        flag = word.partition("=")[0]
+        if re.match(r"\w+(\.\w+)*=", word):
             settings.append(word)
-        elif not re.match(r"--\w+\.", word):
-            flag = word.partition("=")[0]
+        elif flag not in known and not re.match(r"--\w+\.", word):
             raise InputError(f"unknown option {flag}{did_you_mean(flag, known)}; see --help")
         elif "=" in word:
             settings.append(word[2:])

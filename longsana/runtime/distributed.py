@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,6 +14,10 @@ import torch.distributed as dist
 from longsana.runtime.errors import InputError
 
 T = TypeVar("T")
+
+
+class PeerError(InputError):
+    """An InputError of the main process, which tells it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,26 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, action: Callable[[], T]) -> T | None:
+        """What `action` gives on the main process, None elsewhere; the others wait for it.
+
+        Raises:
+            InputError: it raised one; on the others as a `PeerError`, which is told once.
+        """
+        value: T | None = None
+        failure: InputError | None = None
+        if self.is_main:
+            try:
+                value = action()
+            except InputError as error:
+                failure = error
+        told = self.broadcast(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise PeerError(told)
+        return value
 
     def gather(self, value: T) -> list[T]:
         """Everyone's values in order of rank, on every process."""

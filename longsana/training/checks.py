@@ -92,6 +92,15 @@ def check_training(config: TrainingConfig) -> None:
                 f"rollout.num_training_frames={first}, so that all processes run the network equally often; "
                 f"for example {first - first % chunk}"
             )
+        for name, number, wanted in (
+            ("slice_last_frames", rollout.slice_last_frames, new + 1),
+            ("min_num_training_frames", rollout.min_num_training_frames, first),
+        ):
+            if number != wanted:
+                raise InputError(
+                    f"rollout.{name}={number}: must be {wanted} with streams: a window is the picture that leads it "
+                    f"and the {new} new latents, and every first stretch has {first}"
+                )
         if longest < first:
             raise InputError(f"streaming.streaming_max_length={longest}: shorter than the first stretch, {first}")
 

@@ -57,8 +57,11 @@ def export(
     roles = {"generator": config.model, "generator_ema": config.model, "critic": config.fake_score}
     group = GROUPS[weights or "raw"]
     others: dict[str, dict[str, Tensor]] = {}
+    there = {name.partition(SEPARATOR)[0] for name in open_tensors(folder)}
+    if group not in there:
+        has = ", ".join(name for name, held in GROUPS.items() if held in there)
+        raise InputError(f"--weights {weights}: {checkpoint} holds no such network; it has {has}")
     if layout == "trainer":
-        there = {name.partition(SEPARATOR)[0] for name in open_tensors(folder)}
         for name in (name for name in NETWORKS[1:] if name in there):
             _check_same(config.model, roles[name], name)
             others[name] = _read(folder, name, roles[name], dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from longsana.config import save_config
+from longsana.config import render_config, save_config
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable
@@ -59,9 +59,7 @@ def train(config: TrainingConfig, options: RunOptions, world: World) -> int:
     torch.manual_seed(config.train.seed + world.rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     slots = slots_of(config, world)
-    if world.is_main:
-        _prepare_folder(config, options)
-    world.broadcast(None)  # the others wait for the folder
+    world.on_main(lambda: _prepare_folder(config, options))
     checkpointer = Checkpointer(
         options.logdir, world, keep=config.train.max_checkpoints, asynchronous=config.train.async_checkpoint
     )
@@ -75,19 +73,12 @@ def train(config: TrainingConfig, options: RunOptions, world: World) -> int:
         config.train.batch_size,
         "from the start" if found is None else f"going on from {found.name}",
     )
-    validation = None  # first, so that its text encoder is gone before anything large comes
-    if options.visualize and config.validation.vis_interval > 0:
-        validation = Validation(config, options.logdir, device, world)
-    builder = StageBuilder(config, slots=slots, world=world, device=device, folder=options.logdir)
-    stage = builder.stage()
-    run_log = RunLog(
-        options.logdir,
-        step=0 if found is None else read_progress(found)["step"],
-        total=config.train.max_iters,
-        main=world.is_main,
-        wandb=_wandb(config, options) if options.wandb and world.is_main else None,
-    )
-    with run_log:
+    with _open_log(config, options, world, 0 if found is None else read_progress(found)["step"]) as run_log:
+        validation = None  # first, so that its text encoder is gone before anything large comes
+        if options.visualize and config.validation.vis_interval > 0:
+            validation = Validation(config, options.logdir, device, world)
+        builder = StageBuilder(config, slots=slots, world=world, device=device, folder=options.logdir)
+        stage = builder.stage()
         loop = Loop(
             stage,
             config.train,
@@ -99,18 +90,32 @@ def train(config: TrainingConfig, options: RunOptions, world: World) -> int:
             saves=options.save,
             validate=_validate(config, validation, builder, stage.players[0], run_log) if validation else None,
             vis_interval=config.validation.vis_interval,
-            texts={CONFIG: (options.logdir / CONFIG).read_text(encoding="utf-8")},
+            texts={CONFIG: render_config(config)},
         )
         if found is not None:
             loop.resume(found)
+        if world.is_main:
+            # Not before: a start that fails must not claim the folder for its config.
+            save_config(config, options.logdir / CONFIG)
         try:
             return loop.run()
         finally:
             checkpointer.wait()  # what is being written is finished, whatever ended the run
 
 
+def _open_log(config: TrainingConfig, options: RunOptions, world: World, step: int) -> RunLog:
+    """Early: wandb that is wanted and not there is found before anything is loaded."""
+
+    def of_main() -> RunLog:
+        wandb = _wandb(config, options) if options.wandb else None
+        return RunLog(options.logdir, step=step, total=config.train.max_iters, main=True, wandb=wandb)
+
+    opened = world.on_main(of_main)
+    return opened or RunLog(options.logdir, step=step, total=config.train.max_iters, main=False, wandb=None)
+
+
 def _prepare_folder(config: TrainingConfig, options: RunOptions) -> None:
-    """The run's folder with its config in it; what another run left there is refused, or moved aside if asked."""
+    """The run's folder; what another run left there is refused, or moved aside if asked."""
     logdir = options.logdir
     check_writable(logdir, "--logdir")
     if not options.auto_resume:
@@ -122,7 +127,6 @@ def _prepare_folder(config: TrainingConfig, options: RunOptions) -> None:
             f"{logdir}: belongs to a run with another config ({'; '.join(changed)}); choose another --logdir, or go on "
             "with the new settings: --allow-config-change"
         )
-    save_config(config, saved)
 
 
 def _move_aside(logdir: Path) -> None:

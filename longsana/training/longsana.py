@@ -50,7 +50,7 @@ class LongSana(SelfForcing):
         loss = super().loss(turn)
         if fresh and not self.config.streaming.train_first_chunk:
             # Made all the same: processes whose streams are at other places run their networks as often.
-            return Loss(0 * loss.value, loss.metrics)
+            return Loss(0 * loss.value, loss.metrics, learns=False)
         return loss
 
     def rollout(self, turn: Turn) -> Window:
@@ -74,7 +74,8 @@ class LongSana(SelfForcing):
         return self.config.streaming.streaming_min_new_frame
 
     def _next_text(self, turn: Turn) -> TextEmbedding:
-        """Captions of the slot's next stream. Its number decides, not the iteration: no prompt is left out."""
+        """Captions of the slot's next stream. Its number decides, not the iteration: with the same slots as before, no
+        prompt is left out or taken twice."""
         serial, batch = self._serials.get(turn.slot, 0), len(turn.samples)
         first = (serial * self.slots.count + turn.slot) * batch
         order = self.order["generator"]

@@ -42,12 +42,14 @@ class Progress:
 
     step: the next iteration. samples: of each player, samples taken so far. skipped: updates that changed nothing
     because their loss or gradient was not finite; in_a_row: the same, since each player's last good update.
+    validated: iterations before the last validation.
     """
 
     step: int = 0
     samples: dict[str, int] = field(default_factory=dict)
     skipped: int = 0
     in_a_row: dict[str, int] = field(default_factory=dict)
+    validated: int = 0
 
 
 Validate = Callable[[int], Mapping[str, float]]
@@ -100,6 +102,7 @@ class Loop:
     def run(self) -> int:
         """Train; returns the exit status: 0, or 128 + the signal that asked to stop, after what it has is saved."""
         with _asked_to_stop() as asked:
+            self._validate_if_due()  # a run that was asked to stop did not stay for it
             while self.progress.step < self.settings.max_iters:
                 stop = self._iteration(asked)
                 self._after(stop)
@@ -134,6 +137,7 @@ class Loop:
         progress, settings = self.progress, self.settings
         first, batch = progress.samples.get(player.name, 0), settings.batch_size
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        learning = 0
         for slot in self.slots.mine:
             start = first + slot * batch
             turn = Turn(settings.seed, step, player.name, slot, range(start, start + batch), self.device)
@@ -141,12 +145,18 @@ class Loop:
             (loss.value / self.slots.accumulation).backward()
             for name, value in loss.metrics.items():
                 sums[name] += value / self.slots.accumulation
+            learning += loss.learns
         progress.samples[player.name] = first + self.slots.count * batch
-        means = self._reduced(torch.stack([value.float() for value in sums.values()])) / self.world.size
-        # The losses' mean is finite everywhere or nowhere: all processes take the same step, or none.
-        norm = player.update(step) if means.isfinite().all() else player.skip()
-        values = dict(zip(sums, means.tolist(), strict=True)) | {f"{player.name}_grad_norm": float(norm)}
-        self._count(player, values)
+        told = torch.stack([*(value.float() for value in sums.values()), torch.tensor(learning, device=self.device)])
+        *means, learners = (self._reduced(told) / self.world.size).tolist()
+        values = dict(zip(sums, means, strict=True))
+        # The same numbers on all processes: all of them take this step, or none.
+        if learners:
+            norm = player.update(step) if all(map(_finite, means)) else player.skip()
+            values[f"{player.name}_grad_norm"] = float(norm)
+            self._count(player, values)
+        else:
+            player.skip()
         return values
 
     def _count(self, player: Player, values: Mapping[str, float]) -> None:
@@ -173,12 +183,16 @@ class Loop:
 
     def _after(self, stop: int) -> None:
         """What is due between two iterations."""
-        step = self.progress.step
-        # First: a run that is killed while it samples does so again.
-        if self.validate and self.vis_interval and step % self.vis_interval == 0 and not stop:
-            self.run_log.metrics(step - 1, self.validate(step))
-        if step % self.settings.log_iters == 0 or stop:
+        if not stop:
+            self._validate_if_due()  # before saving: a run that is killed while it samples does so again
+        if self.progress.step % self.settings.log_iters == 0 or stop:
             self._save()
+
+    def _validate_if_due(self) -> None:
+        step = self.progress.step
+        if self.validate and self.vis_interval and step % self.vis_interval == 0 and step > self.progress.validated:
+            self.run_log.metrics(step - 1, self.validate(step))
+            self.progress.validated = step
 
     def _save(self) -> None:
         if not self.saves or self._saved == self.progress.step:

@@ -25,10 +25,14 @@ Embed: TypeAlias = Callable[[Sequence[str]], TextEmbedding]
 
 
 class Loss(NamedTuple):
-    """value: a scalar with a graph. metrics: detached scalars for the log, the same names on every process."""
+    """value: a scalar with a graph. metrics: detached scalars for the log, the same names on every process.
+
+    learns: False if value is 0 on purpose; an update in which no slot learns is not made.
+    """
 
     value: Tensor
     metrics: dict[str, Tensor]
+    learns: bool = True
 
 
 @dataclass(frozen=True)

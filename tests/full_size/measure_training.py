@@ -3,7 +3,7 @@
 python tests/full_size/hub_cache.py /tmp/hub
 python tests/full_size/measure_training.py --cache /tmp/hub --out /tmp/training.json self_forcing=6 longsana=24
 
-A checkpoint of two networks takes 65 GB, so none is written unless --save is given: then the run is stopped after its
+A checkpoint of two networks takes 58 GB, so none is written unless --save is given: then the run is stopped after its
 iterations, and the same command goes on for two more.
 """
 
@@ -25,8 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from longsana.config import load_config  # noqa: E402
+from longsana.flow.schedule import FlowSchedule  # noqa: E402
+from longsana.training.checks import DISTILLED  # noqa: E402
 from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig  # noqa: E402
 from longsana.training.estimate import estimate, model_flops  # noqa: E402
+from longsana.training.stage import Turn  # noqa: E402
 
 DENSE_BF16 = 989e12  # FLOP/s of an H100 or H200 by the vendor's datasheet
 GIB = 2**30
@@ -59,31 +62,40 @@ def summary(stage: str, lines: list[dict[str, Any]], settings: list[str]) -> dic
     peaks = [line["gpu_peak_allocated"] / GIB for line in lines]
     result: dict[str, Any] = {
         "stage": stage,
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "gpus": processes,
         "torch": torch.__version__,
         "iterations": len(lines),
         "estimated GiB": round(estimate(config, processes).total / GIB, 1),
         "peak GiB": round(max(peaks), 1),
     }
-    both = [line for line in lines[2:] if "generator_loss" in line]
-    alone = [line for line in lines[2:] if "generator_loss" not in line]
-    distilled = stage in ("self_forcing", "longsana")
-    for name, chosen, roles in (
-        (
-            "generator and critic" if distilled else "generator",
-            both,
-            ("generator", "critic") if distilled else ("generator",),
-        ),
-        ("critic alone", alone, ("critic",)),
-    ):
-        if chosen:
-            seconds = sum(line["per iteration time"] for line in chosen) / len(chosen)
-            flops = sum(model_flops(config, role) for role in roles)  # type: ignore[arg-type]
-            result[f"{name}, s"] = round(seconds, 2)
-            result[f"{name}, model TFLOP"] = round(flops / 1e12)
-            result[f"{name}, MFU"] = round(flops / seconds / DENSE_BF16, 3)
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for line in lines[2:]:
+        roles = [role for role in ("generator", "critic") if f"{role}_loss" in line]
+        kinds.setdefault(" and ".join(roles), []).append(line | {"roles": roles})
+    for kind, chosen in kinds.items():
+        seconds = [line["per iteration time"] for line in chosen]
+        flops = [
+            sum(model_flops(config, role, exit_step=drawn(config, line, role)) for role in line["roles"])
+            for line in chosen
+        ]
+        result[kind] = {
+            "iterations": len(chosen),
+            "s": round(sum(seconds) / len(seconds), 2),
+            "s, least and most": [round(min(seconds), 2), round(max(seconds), 2)],
+            "model TFLOP": round(sum(flops) / len(flops) / 1e12),
+            "MFU": round(sum(flops) / sum(seconds) / DENSE_BF16, 3),
+        }
     return result
+
+
+def drawn(config: TrainingConfig, line: dict[str, Any], role: str) -> int | None:
+    """The exit step of an update, which decides how often the network ran; as `SelfForcing` draws it."""
+    if config.trainer not in DISTILLED:
+        return None
+    rng = Turn(config.train.seed, line["step"], role, 0, range(1), torch.device("cpu")).shared_rng("exit")
+    steps = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list).steps
+    return int(torch.randint(len(steps), (2,), generator=rng)[0])
 
 
 def main() -> None:

@@ -296,7 +296,10 @@ def forbidden(*arguments: Any, **options: Any) -> Any:
         ("longsana", "--max_iter 3", "unknown option --max_iter (did you mean '--max_iters'?)"),
         ("longsana", "--no-save", "unknown option --no-save (did you mean '--no_save'?)"),
         ("longsana", "--no_auto_resume", "unknown option --no_auto_resume (did you mean '--no-auto-resume'?)"),
-        ("longsana", "--trainer ode", "unknown option --trainer"),
+        ("longsana", "--trainer longsama", "trainer=longsama"),
+        ("longsana", "trainer=longsama", "trainer=longsama"),
+        ("longsana", "lr=1e-4", "lr is not a setting here; instead: optimizer.generator.lr"),
+        ("longsana", "--generator_ckpt x.pt", "generator_ckpt is not a setting here; instead: model.load_from"),
         ("longsana", "--max_iters many", "train.max_iters=many"),
         ("longsana", "--max_iters 0", "train.max_iters=0: must be at least 1"),
         ("longsana", "--max_iters=", "train.max_iters"),
@@ -322,20 +325,22 @@ def test_bad_input_is_one_line_and_status_2(command, small_training, tmp_path, m
     assert command(*everything) == (2, "", "")
 
 
-def test_an_unknown_trainer(command, small_training, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "train", forbidden)
-    result = command("--config_path", small_training("longsana", "trainer=longsama"), "--logdir", tmp_path / "run")
-    assert result.status == 2
-    assert "trainer=longsama" in result.error
-    assert all(name in result.error for name in ("flow_matching", "ode", "self_forcing", "longsana"))
-
-
 def test_a_config_of_inference_is_not_trained(command, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "train", forbidden)
     path = ROOT / "configs/sana_video_config/Sana_2000M_480px_adamW_fsdp_longsana.yaml"
     result = command("--config_path", path, "--logdir", tmp_path / "run")
     assert result.status == 2
     assert "trainer" in result.error and str(path) in result.error
+
+
+def test_a_start_that_fails_does_not_claim_the_folder(command, config, tmp_path):
+    """Neither a new folder, nor one of a run that is refused a changed network."""
+    start = ("--config_path", config, "--logdir", tmp_path / "new", "--no_visualize", "--threads", "1")
+    assert command(*start, "rollout.num_training_frames=7").status == 2  # the trajectories have 5
+    assert command(*start, "--max_iters", "1").status == 0
+    refused = command(*start, "train.ema_weight=0.0", "--allow-config-change")
+    assert refused.status == 2 and "does not fit this run" in refused.error
+    assert command(*start, "--max_iters", "2").status == 0
 
 
 def test_validation_that_is_not_wanted_needs_no_prompts(command, config, tmp_path, monkeypatch):

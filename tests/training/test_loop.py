@@ -194,6 +194,44 @@ def test_numbers_that_are_not_finite_change_nothing_and_are_counted(make, tmp_pa
     assert all(weight.grad is None for player in loop.stage.players for weight in player.weights.values())
 
 
+def test_an_update_in_which_no_slot_learns_is_not_made(make, tmp_path):
+    """And one in which some do is."""
+    for idle, moves in (((0, 1), False), ((0,), True)):
+        loop = make(max_iters=1, accumulation=2)
+        learn = loop.stage.loss
+        loop.stage.loss = lambda turn, idle=idle, learn=learn: learn(turn)._replace(learns=turn.slot not in idle)
+        before = tensors(loop, "critic")
+        loop.run()
+        after = tensors(loop, "critic")
+        assert any(not torch.equal(before[name], after[name]) for name in before) == moves
+        assert loop.progress.skipped == 0
+
+
+def test_a_validation_that_a_signal_skipped_is_made_up(make, tmp_path):
+    seen: list[int] = []
+
+    def validate(step: int) -> dict[str, float]:
+        seen.append(step)
+        return {}
+
+    def poison(turn: Turn) -> str:
+        if turn.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ""
+
+    stopped = make(save=True, validate=validate, vis_interval=2, poison=poison)
+    assert stopped.run() == 128 + signal.SIGTERM
+    assert seen == []
+    again = make(save=True, validate=validate, vis_interval=2)
+    again.resume(again.checkpointer.latest())
+    assert again.run() == 0
+    assert seen == [2, 4]
+    ended = make(save=True, validate=validate, vis_interval=2)
+    ended.resume(ended.checkpointer.latest())
+    assert ended.run() == 0
+    assert seen == [2, 4]
+
+
 def test_ten_in_a_row_stop_the_run_and_a_good_one_starts_a_new_row(make):
     good = SKIPS - 1
     loop = make(max_iters=99, poison=lambda turn: "loss" if turn.role == "critic" and turn.step != good else "")
@@ -325,7 +363,7 @@ def test_a_run_of_bad_numbers_ends_with_status_1_and_says_why(run, tmp_path, cap
     loss = OdeInitialisation.loss
 
     def poisoned(self: OdeInitialisation, turn: Turn) -> Loss:
-        value, metrics = loss(self, turn)
+        value, metrics, _ = loss(self, turn)
         if turn.step < 1:
             return Loss(value, metrics)
         return Loss(value * torch.nan, {name: metric * torch.nan for name, metric in metrics.items()})

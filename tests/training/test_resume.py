@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,17 +130,25 @@ def test_the_runs_differ_where_they_should(stage_config, run, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["causal", "self_forcing", "longsana"])
-def test_two_processes_do_what_one_does_in_two_steps(stage_config, run, tmp_path, name):
-    """Equal within 2e-5 of each tensor's size after four iterations in float32: sums are taken in another order."""
-    config = stage_config(name, "train.max_iters=4", "train.total_batch_size=2")
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("base", ["train.sharding_strategy=no_shard"]),
+        ("causal", ["train.sharding_strategy=hybrid_zero2"]),
+        ("ode", []),
+        ("self_forcing", ["train.mixed_precision=true", "train.gradient_checkpointing=true"]),
+        ("longsana", []),
+    ],
+)
+def test_two_processes_do_what_one_does_in_two_steps(stage_config, run, tmp_path, name, overrides):
+    """Equal within 2e-5 of each tensor's size after four iterations: float32 sums are taken in another order."""
+    config = stage_config(name, "train.max_iters=4", "train.total_batch_size=2", *overrides)
     assert run(config, tmp_path / "one") == 0
     both = start(
         SCRIPT, "--config_path", config, "--logdir", tmp_path / "two", "--disable-wandb", "--threads", "1", processes=2
     )
     assert both.returncode == 0, both.stderr
     one, two = (contents(tmp_path / folder / "checkpoint_model_000004") for folder in ("one", "two"))
-    # RMSprop-like steps magnify rounding where a gradient is nearly 0: of the moments the first tells most.
     names = [key for key in one if not key.startswith("rng_")]
     assert set(names) == {key for key in two if not key.startswith("rng_")}
     for key in names:
@@ -147,6 +156,34 @@ def test_two_processes_do_what_one_does_in_two_steps(stage_config, run, tmp_path
         assert (one[key].double() - two[key].double()).norm() / scale < 2e-5, key
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_signal_to_torchrun_is_obeyed_by_all(stage_config, run, tmp_path):
+    """SIGTERM to the launcher: every process finishes its iteration, and together they save."""
+    config = stage_config("self_forcing", "train.max_iters=100000", "train.log_iters=100000")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = ["--config_path", config, "--logdir", tmp_path, "--disable-wandb", "--threads", "1"]
+    running = subprocess.Popen(
+        [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    _, told = running.communicate(timeout=120)
+    assert running.returncode != 0
+    assert "stopped by signal 15" in told, told
+    (saved,) = tmp_path.glob("checkpoint_model_*")
+    step = int(saved.name[-6:])
+    assert step == len(lines(tmp_path)) >= 3
+    assert (
+        run(config, tmp_path, "train.total_batch_size=2", "--allow-config-change", f"train.max_iters={step + 1}") == 0
+    )
+    assert len(lines(tmp_path)) == step + 1
 
 
 def test_a_run_of_two_processes_goes_on_with_one(stage_config, run, tmp_path, capfd):
