@@ -193,6 +193,13 @@ def test_a_run_of_two_processes_goes_on_with_one(stage_config, run, tmp_path, ca
         SCRIPT, "--config_path", config, "--logdir", tmp_path, "--disable-wandb", "--threads", "1", processes=2
     )
     assert both.returncode == 0, both.stderr
+    # What the main process alone finds is told once, also where others wait for it.
+    other = stage_config("longsana", "train.max_iters=2", "train.seed=1")
+    refused = start(SCRIPT, "--config_path", other, "--logdir", tmp_path, "--disable-wandb", processes=2)
+    told = [line for line in refused.stderr.splitlines() if "belongs to a run with another config" in line]
+    assert refused.returncode != 0
+    assert len(told) == 1 and told[0].startswith("error: ") and "train.seed: 0 -> 1" in told[0]
+    assert "[rank" not in refused.stderr, "a traceback of a process; torchrun's own is without a rank"
     before = contents(tmp_path / "checkpoint_model_000002")
     assert run(config, tmp_path, "train.max_iters=3", "train.log_iters=1") == 0
     after = contents(tmp_path / "checkpoint_model_000003")
