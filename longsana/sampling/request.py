@@ -11,7 +11,7 @@ from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts
 from longsana.encoders.geometry import geometry
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.build import empty_model
-from longsana.models.checkpoint_files import PIPELINE_PART
+from longsana.models.checkpoint_files import PIPELINE_PART, weights_file
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, file_sha256, locate
 from longsana.runtime.video import check_encoding
@@ -120,8 +120,10 @@ def source_digest(config: InferenceConfig, section: str) -> str:
     key = SOURCES[section]
     uri: str = getattr(getattr(config, section), key)
     if not uri.startswith(SEEDED):
-        part = PIPELINE_PART if section == "model" else ""
-        return file_sha256(locate(uri, f"{section}.{key}", part=part))
+        path = locate(uri, f"{section}.{key}", part=PIPELINE_PART if section == "model" else "")
+        if section == "model":
+            weights_file(path)  # a folder without weights, or with several, is refused before anything is loaded
+        return file_sha256(path)
     if section == "model":
         return uri
     return SEEDED + file_sha256(locate(uri.removeprefix(SEEDED), f"{section}.{key}"))
