@@ -15,6 +15,7 @@ from longsana.config import ModelConfig, load_config
 from longsana.encoders.vae import WanVAE
 from longsana.models.embeddings import TextEmbedding
 from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from longsana.training.player import Player
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +120,29 @@ def embed() -> Callable[..., TextEmbedding]:
         return TextEmbedding(torch.stack(tokens), torch.ones(len(prompts), 48, dtype=torch.bool))
 
     return build
+
+
+@pytest.fixture
+def distilled(training_config, random_model, network, embed, vae) -> Callable[..., Any]:
+    """`distilled(SelfForcing, "self_forcing", "rollout.last_step_only=true")`: a stage with random float32 networks."""
+
+    def make(stage: Callable[..., Any], trainer: str, *overrides: str, **parts: Any) -> Any:
+        config = training_config(trainer, *overrides)
+        models = [random_model(network, torch.float32, seed) for seed in range(3)]
+        return stage(
+            config,
+            Player("generator", models[0], config.optimizer.generator, every=2),
+            Player("critic", models[1], config.optimizer.critic),
+            models[2].requires_grad_(False),
+            embed=embed,
+            negative=embed(["blurred"]),
+            prompts=PROMPTS,
+            vae=vae,
+            latent_shape=(CHANNELS, HEIGHT, WIDTH),
+            **parts,
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

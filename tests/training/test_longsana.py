@@ -10,7 +10,6 @@ from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.training.longsana import LongSana
-from longsana.training.player import Player
 from longsana.training.stage import Slots, Turn
 from tests.training.conftest import CHANNELS, HEIGHT, PROMPTS, WIDTH
 from tests.training.test_self_forcing import Recorder
@@ -19,26 +18,11 @@ SHAPE = (CHANNELS, HEIGHT, WIDTH)
 
 
 @pytest.fixture
-def build(training_config, random_model, network, embed, vae) -> Callable[..., LongSana]:
+def build(distilled) -> Callable[..., LongSana]:
     """`build("streaming.streaming_max_length=13", slots=2)`: the stage with random float32 networks."""
 
     def make(*overrides: str, slots: int = 1) -> LongSana:
-        config = training_config("longsana", *overrides)
-        models = [random_model(network, torch.float32, seed) for seed in range(3)]
-        generator = Player("generator", models[0], config.optimizer.generator, every=2)
-        critic = Player("critic", models[1], config.optimizer.critic)
-        return LongSana(
-            config,
-            generator,
-            critic,
-            models[2].requires_grad_(False),
-            slots=Slots(0, 1, slots),
-            embed=embed,
-            negative=embed(["blurred"]),
-            prompts=PROMPTS,
-            vae=vae,
-            latent_shape=SHAPE,
-        )
+        return distilled(LongSana, "longsana", *overrides, slots=Slots(0, 1, slots))
 
     return make
 

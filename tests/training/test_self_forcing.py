@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 from longsana.chunks import ChunkPlan
 from longsana.flow.schedule import FlowSchedule
 from longsana.sampling.sampler import generate
-from longsana.training.player import Player
 from longsana.training.self_forcing import SelfForcing
 from longsana.training.stage import Turn
 from tests.training.conftest import CHANNELS, HEIGHT, PROMPTS, WIDTH
@@ -22,27 +22,9 @@ SHAPE = (CHANNELS, HEIGHT, WIDTH)
 
 
 @pytest.fixture
-def build(training_config, random_model, network, embed, vae) -> Callable[..., SelfForcing]:
+def build(distilled) -> Callable[..., SelfForcing]:
     """`build("rollout.last_step_only=true")`: the stage with random float32 networks."""
-
-    def make(*overrides: str) -> SelfForcing:
-        config = training_config("self_forcing", *overrides)
-        models = [random_model(network, torch.float32, seed) for seed in range(3)]
-        generator = Player("generator", models[0], config.optimizer.generator, every=2)
-        critic = Player("critic", models[1], config.optimizer.critic)
-        return SelfForcing(
-            config,
-            generator,
-            critic,
-            models[2].requires_grad_(False),
-            embed=embed,
-            negative=embed(["blurred"]),
-            prompts=PROMPTS,
-            vae=vae,
-            latent_shape=SHAPE,
-        )
-
-    return make
+    return partial(distilled, SelfForcing, "self_forcing")
 
 
 def turn(role: str = "generator", step: int = 0, slot: int = 0, batch: int = 1, seed: int = 0) -> Turn:
