@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text, check_writable, move_into_place, open_exclusive, partial_name
+from longsana.runtime.files import atomic_write_text, check_writable, write_exclusive
 from longsana.runtime.hub import file_sha256
 
 log = logging.getLogger(__name__)
@@ -116,13 +115,8 @@ class ShardWriter:
         # One key: safetensors writes several in any order, and equal settings are to give equal bytes.
         header = {"shard": json.dumps({"made_by": self.contents.identity, "prompts": list(prompts)})}
         path = self.folder / shard_name(shard)
-        partial = partial_name(path)
         try:
-            with open_exclusive(partial) as stream:
-                stream.write(save({VALUES: values.contiguous()}, header))
-                stream.flush()
-                os.fsync(stream.fileno())
-                move_into_place(partial, path)
+            write_exclusive(path, save({VALUES: values.contiguous()}, header))
         except BlockingIOError as error:
             raise InputError(f"{self.folder}: another command is writing here; wait for it to end") from error
 

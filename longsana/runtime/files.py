@@ -65,6 +65,25 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         raise
 
 
+def write_exclusive(path: Path, content: bytes) -> None:
+    """Write a file that no other process is writing: whole and synced to disk, or not at all.
+
+    Raises:
+        BlockingIOError: another process is writing it.
+        OSError: it could not be written; `path` is as it was.
+    """
+    partial = partial_name(path)
+    with open_exclusive(partial) as stream:
+        try:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+            move_into_place(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
 def check_writable(folder: Path, option: str = "--work_dir") -> None:
     """Make the folder, which `option` names, where it is missing, and make sure that files can be written there.
 

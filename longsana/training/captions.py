@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ from longsana.data.prompts import with_motion_score
 from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
-from longsana.runtime.files import check_writable, move_into_place, open_exclusive, partial_name
+from longsana.runtime.files import check_writable, write_exclusive
 from longsana.sampling.pipeline import VideoPipeline, resolve_dtype
 from longsana.sampling.request import source_digest
 
@@ -80,8 +79,6 @@ class Captions:
     def embed(self, prompts: Sequence[str]) -> TextEmbedding:
         """tokens (B, L, C) in the encoder's dtype and mask (B, L), on the device; zeros where the mask is False."""
         return self._batch([self._text(prompt) for prompt in prompts])
-
-    __getitem__ = embed
 
     def negative(self) -> TextEmbedding:
         """sampling.negative_prompt, encoded without the instruction: tokens (1, L, C) and mask (1, L)."""
@@ -229,16 +226,7 @@ def _file_name(identity: str, texts: Sequence[_Text]) -> str:
 def _write(path: Path, embeddings: Sequence[CompactEmbedding]) -> None:
     """The file appears whole, synced to disk, or not at all."""
     together = CompactEmbedding(*(torch.cat(parts) for parts in zip(*embeddings, strict=True)))
-    partial = partial_name(path)
-    with open_exclusive(partial) as file:
-        try:
-            file.write(save(together._asdict()))
-            file.flush()
-            os.fsync(file.fileno())
-            move_into_place(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    write_exclusive(path, save(together._asdict()))
 
 
 def _is_whole(path: Path) -> bool:

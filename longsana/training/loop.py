@@ -137,7 +137,7 @@ class Loop:
         progress, settings = self.progress, self.settings
         first, batch = progress.samples.get(player.name, 0), settings.batch_size
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        learning = 0
+        learning = 0.0
         for slot in self.slots.mine:
             start = first + slot * batch
             turn = Turn(settings.seed, step, player.name, slot, range(start, start + batch), self.device)

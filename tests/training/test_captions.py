@@ -78,7 +78,7 @@ def test_every_mode_gives_what_the_encoder_gives(
     made.prepare([*PROMPTS, PROMPTS[0]])
     for batch in ([PROMPTS[3]], PROMPTS, PROMPTS[::-1], [PROMPTS[5], PROMPTS[0], PROMPTS[5]]):
         assert same(made.embed(batch), expected(encoder, batch))
-        assert same(made[batch], expected(encoder, batch))
+        assert same(made.embed(batch), expected(encoder, batch))
     negative = made.negative()
     plain = encoder.encode(config.sampling.negative_prompt, instruction=False)
     assert negative.tokens.shape == (1, 48, 64)
