@@ -15,7 +15,7 @@ SCRIPTS = ("train_video_scripts", "inference_video_scripts")
 # A layer may import those after it, never one beside it.
 LAYERS = [
     [*SCRIPTS],
-    ["training"],
+    ["training", "evaluation"],
     ["sampling"],
     ["data", "encoders", "flow"],
     ["models"],

@@ -1,0 +1,80 @@
+"""A folder of videos in, figures out: do they keep what their captions promise, and do they hold over time?
+
+    python inference_video_scripts/evaluate.py output/inference/longsana/shapes_prompts
+
+Writes evaluation.json, evaluation.md and evaluation.png. Videos whose prompt is not of the shapes world, or that have
+no sidecar, get the general figures alone. Exit status: 0 done, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
+
+import torch
+from tqdm import tqdm
+
+from longsana.evaluation.report import examine, write_report
+from longsana.evaluation.videos import Video, find_videos
+from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import check_writable
+
+log = logging.getLogger("longsana")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    videos: list[Video]
+    out: Path
+    device: torch.device
+
+
+def prepare(arguments: Sequence[str]) -> Request:
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="where the mp4s and their sidecars are")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: the folder of the videos)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    options = parser.parse_args(arguments)
+    device = _device(options.device)
+    videos = find_videos(options.folder)
+    out = options.out or options.folder
+    check_writable(out, "--out")
+    return Request(videos, out, device)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: there is no such device; give cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise InputError(f"--device {name}: not on this machine, which has {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def run(request: Request) -> int:
+    log.info("%d videos on %s, results to %s", len(request.videos), request.device, request.out)
+    examined = [examine(video, request.device) for video in tqdm(request.videos, unit="video", disable=None)]
+    print(write_report(examined, request.out))
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    world = World.from_environment()
+    set_up_logging(world)
+    return run_command(world, lambda: prepare(arguments), run)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,125 @@
+"""Figures of any video, from its pictures alone: how it looks, how it moves, and whether that changes over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+
+LUMA = (0.299, 0.587, 0.114)
+GROUP = 32
+"""Pictures measured together."""
+STRETCH = 5
+"""Seconds at the start and at the end that `drift` compares."""
+STILL = 0.05 / 255
+"""Change of a picture that does not move: a twentieth of a byte a pixel; the smallest, slowest shape causes six."""
+
+
+class Measures(NamedTuple):
+    """One number a frame, each (B, F) and a share of the range of a pixel.
+
+    saturation: largest channel minus smallest, mean over the picture.
+    contrast: standard deviation of the luma.
+    sharpness: root mean square of the luma's Laplacian (four neighbours).
+    change: mean difference to the frame before; nan for the first frame of a video.
+    """
+
+    saturation: Tensor
+    contrast: Tensor
+    sharpness: Tensor
+    change: Tensor
+
+    @classmethod
+    def join(cls, pieces: Sequence[Measures]) -> Measures:
+        """Consecutive pieces of the same videos."""
+        return cls(*(torch.cat(values, dim=1) for values in zip(*pieces, strict=True)))
+
+
+def measure(pictures: Tensor, before: Tensor | None = None) -> Measures:
+    """Figures of uint8 pictures (B, F, H, W, 3).
+
+    before: (B, H, W, 3), the frame before the first one, when this is a later piece of the videos.
+    """
+    pieces = []
+    for piece in pictures.split(max(GROUP // len(pictures), 1), dim=1):
+        pieces.append(_measure(piece, before))
+        before = piece[:, -1]
+    return Measures.join(pieces)
+
+
+def _measure(pictures: Tensor, before: Tensor | None) -> Measures:
+    red, green, blue = pictures.unbind(-1)
+    largest, smallest = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
+    luma = pictures.float() @ torch.tensor(LUMA, device=pictures.device)
+    inner = luma[..., 1:-1, 1:-1]
+    ring = luma[..., :-2, 1:-1] + luma[..., 2:, 1:-1] + luma[..., 1:-1, :-2] + luma[..., 1:-1, 2:]
+    previous = torch.cat([pictures[:, :1] if before is None else before[:, None], pictures[:, :-1]], dim=1)
+    change = (torch.maximum(pictures, previous) - torch.minimum(pictures, previous)).flatten(2).float().mean(2)
+    if before is None:
+        change[:, 0] = torch.nan
+    return Measures(
+        (largest - smallest).flatten(2).float().mean(2) / 255,
+        luma.flatten(2).std(2, correction=0) / 255,
+        (ring - 4 * inner).flatten(2).square().mean(2).sqrt() / 255,
+        change / 255,
+    )
+
+
+def boundaries(latent_frames: int, chunk_frames: int, time_stride: int = 4) -> list[int]:
+    """First pixel frame of each chunk but the first, of a video sampled `chunk_frames` latent frames at a time."""
+    starts = ChunkPlan.split(latent_frames, chunk_frames).starts[1:]
+    return [time_stride * start - (time_stride - 1) for start in starts]
+
+
+def seam_index(change: Tensor, boundaries: Sequence[int], time_stride: int = 4) -> Tensor:
+    """Mean change onto the first frame of a chunk over mean change within chunks, (B,); 1 is seamless.
+
+    Within chunks only frames of the same phase count, the first pixel frame 4n-3 of each latent n >= 1: a VAE has a
+    rhythm of its own, which is not a seam. `STILL` is added above and below, so that what does not move scores 1.
+    change: (B, F) from the first frame of the video. nan: no chunk has a boundary, or none has anything within.
+    """
+    first = torch.zeros(change.shape[1], dtype=torch.bool, device=change.device)
+    seam = first.clone()
+    first[1::time_stride] = True
+    seam[[frame for frame in boundaries if frame < len(seam)]] = True
+    across, within = change[:, seam].mean(1), change[:, first & ~seam].mean(1)
+    return (across + STILL) / (within + STILL)
+
+
+def drift(values: Tensor, fps: float) -> Tensor:
+    """Relative change of the mean over the last five seconds against the first five, (B,), of figures (B, F).
+
+    nan for a video of five seconds or less. Below ten seconds the two stretches share frames.
+    """
+    stretch = round(STRETCH * fps)
+    if values.shape[1] - 1 <= stretch:
+        return values.new_full((len(values),), torch.nan)
+    return _relative(values[:, -stretch:].nanmean(1), values[:, :stretch].nanmean(1))
+
+
+def drift_curve(values: Tensor, fps: float) -> Tensor:
+    """Relative change of each second (B, S) against the first five seconds, of figures (B, F)."""
+    return _relative(per_second(values, fps), values[:, : round(STRETCH * fps)].nanmean(1, keepdim=True))
+
+
+def motion(change: Tensor, fps: float) -> Tensor:
+    """Mean change a second, (B,), of the change (B, F) a frame."""
+    return fps * change.nanmean(1)
+
+
+def per_second(values: Tensor, fps: float) -> Tensor:
+    """Mean of each second, (B, S); what is left over at the end counts with the last whole second."""
+    frames = values.shape[1]
+    seconds = max(int(frames / fps), 1)
+    edges = [round(second * fps) for second in range(seconds)] + [frames]
+    return torch.stack([values[:, a:b].nanmean(1) for a, b in pairwise(edges)], dim=1)
+
+
+def _relative(value: Tensor, reference: Tensor) -> Tensor:
+    # A picture without any colour has no saturation to lose: less than a thousandth of the range is none.
+    return (value - reference) / reference.clamp(min=1e-3)

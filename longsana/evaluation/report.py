@@ -1,0 +1,175 @@
+"""A folder of videos to figures, a table and a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longsana.evaluation import measures
+from longsana.evaluation.measures import Measures, measure
+from longsana.evaluation.verifier import Seen, Verdicts, judge, observe, score
+from longsana.evaluation.videos import Video, frame_rate, read_pieces
+from longsana.runtime.files import atomic_write_text
+
+LENGTHS = (5, 30, 60)
+"""Seconds of the stretches from the start that are scored apart from the whole."""
+LOOKS = ("saturation", "contrast", "sharpness")
+NOT_SCORED = "not scored"
+
+Row = dict[str, Any]
+"""One line of the table: a name, and numbers by column; None where a figure is undefined."""
+Curves = Mapping[str, Sequence[float | None]]
+"""Values a second, by what they are of; None where undefined."""
+
+
+def examine(video: Video, device: torch.device) -> dict[str, Any]:
+    """All figures of one video, read in pieces: "row" for the table, "scores" by length, and "curves" by second."""
+    promise = video.promise
+    parts: list[Measures] = []
+    seen: list[Seen] = []
+    before, rate = None, frame_rate(video.path)
+    for piece in read_pieces(video.path):
+        pictures = piece.to(device)
+        parts.append(measure(pictures, before))
+        before = pictures[:, -1]
+        if promise:
+            seen.append(observe(pictures))
+    figures = Measures.join(parts)
+    frames = figures.change.shape[1]
+
+    row: Row = {"video": video.path.name, "seconds": round((frames - 1) / rate, 2)}
+    curves: dict[str, Tensor] = {}
+    scores = {}
+    if promise:
+        whole = Seen.join(seen)
+        verdicts = judge(whole, [promise])
+        row |= score(verdicts).as_dict()
+        for seconds in LENGTHS:
+            length = round(seconds * rate) + 1  # videos have 4n+1 frames: the first one is at second 0
+            if length <= frames:
+                scores[f"{seconds} s"] = score(judge(whole.first(length), [promise])).as_dict()
+        curves |= {name: measures.per_second(getattr(verdicts, name), rate) for name in ("adherence", "persistence")}
+    else:
+        row |= dict.fromkeys((*Verdicts._fields, "adherence"), NOT_SCORED)
+    for look in LOOKS:
+        values = getattr(figures, look)
+        row[f"{look} drift"] = float(measures.drift(values, rate))
+        curves[f"{look} drift"] = measures.drift_curve(values, rate)
+    row["seam index"] = float(measures.seam_index(figures.change, video.boundaries))
+    row["movement"] = float(measures.motion(figures.change, rate))
+    return _plain({"row": row, "prompt": video.prompt, "scores": scores, "curves": curves})
+
+
+def summarize(examined: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same of several videos: the mean of each number over those that have it."""
+    curves = {}
+    for name in dict.fromkeys(name for item in examined for name in item["curves"]):
+        series = [item["curves"][name] for item in examined if name in item["curves"]]
+        longest = max(map(len, series))
+        curves[name] = [_mean(values[i] for values in series if i < len(values)) for i in range(longest)]
+    scores = {
+        length: _mean_row([item["scores"][length] for item in examined if length in item["scores"]])
+        for length in dict.fromkeys(length for item in examined for length in item["scores"])
+    }
+    row = _mean_row([item["row"] for item in examined]) | {"video": f"mean of {len(examined)}"}
+    return {"row": row, "scores": scores, "curves": curves}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, a line a row; the columns are those of all rows, in order of appearance."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [columns, *([_cell(column, row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    aligned = [
+        [
+            text.ljust(width) if not i else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in cells
+    ]
+    rule = ["-" * width if not i else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (aligned[0], rule, *aligned[1:])) + "\n"
+
+
+def plot(curves: Mapping[str, Curves], path: Path) -> None:
+    """A picture with a panel for each figure and a line for each name: of one model, or of several to compare.
+
+    curves: by the name of the line, then of the figure; values a second.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    panels = list(dict.fromkeys(panel for figures in curves.values() for panel in figures))
+    columns = min(len(panels), 3)
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(4.2 * columns, 2.9 * lines), squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for name, figures in curves.items():
+            values = [math.nan if value is None else value for value in figures.get(panel, ())]
+            axis.plot([second + 0.5 for second in range(len(values))], values, label=name)
+        if "drift" in panel:
+            axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+            low, high = axis.get_ylim()  # what is less than a tenth shall not fill the panel
+            axis.set_ylim(min(low, -0.1), max(high, 0.1))
+            axis.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+        else:
+            axis.set_ylim(-0.03, 1.03)
+        axis.set_title(panel)
+        axis.set_xlabel("seconds")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    axes.flat[0].legend(loc="lower left")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def write_report(examined: Sequence[Mapping[str, Any]], folder: Path) -> str:
+    """evaluation.json, evaluation.md and evaluation.png in the folder; returns the table."""
+    summary = summarize(examined)
+    text = table([item["row"] for item in examined] + [summary["row"]])
+    if summary["scores"]:
+        text += "\n" + table([{"from the start": length} | row for length, row in summary["scores"].items()])
+    record = {"mean": summary, "videos": list(examined)}
+    atomic_write_text(folder / "evaluation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    atomic_write_text(folder / "evaluation.md", text)
+    plot({summary["row"]["video"]: summary["curves"]}, folder / "evaluation.png")
+    return text
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    if "drift" in column:
+        return f"{value:+.1%}"
+    return f"{value:.1%}" if column in (*Verdicts._fields, "adherence") else f"{value:.2f}"
+
+
+def _mean(values: Any) -> float | None:
+    numbers = [value for value in values if isinstance(value, int | float)]
+    return math.fsum(numbers) / len(numbers) if numbers else None
+
+
+def _mean_row(rows: Sequence[Row]) -> Row:
+    return {column: _mean(row.get(column) for row in rows) for column in dict.fromkeys(c for row in rows for c in row)}
+
+
+def _plain(value: Any) -> Any:
+    """The same as JSON has it: lists, and None instead of nan; a tensor is that of one video."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Tensor):
+        return [_plain(item) for item in value[0].tolist()]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,106 @@
+"""The mp4s of a folder and what their sidecars say of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer
+from torch import Tensor
+
+from longsana.data.shapes import Promise, parse_caption
+from longsana.encoders.geometry import GEOMETRIES
+from longsana.evaluation.measures import boundaries
+from longsana.runtime.errors import InputError
+
+
+@dataclass(frozen=True)
+class Video:
+    """An mp4, its prompt (None: no sidecar says it) and the first pixel frame of each chunk but the first."""
+
+    path: Path
+    prompt: str | None
+    boundaries: tuple[int, ...]
+
+    @property
+    def promise(self) -> Promise | None:
+        return None if self.prompt is None else parse_caption(self.prompt)
+
+
+def find_videos(folder: Path) -> list[Video]:
+    """Every mp4 of the folder, in order of their names.
+
+    Raises:
+        InputError: no such folder, nothing in it, or a sidecar that cannot be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    paths = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
+    if not paths:
+        raise InputError(f"{folder}: no mp4 in it; give the folder that inference wrote its videos to")
+    return [_describe(path) for path in paths]
+
+
+def _describe(path: Path) -> Video:
+    sidecar = path.with_suffix(".json")
+    if not sidecar.exists():
+        return Video(path, None, ())
+    try:
+        record = json.loads(sidecar.read_text(encoding="utf-8"))
+        return Video(path, str(record["prompt"]), _boundaries(record))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{sidecar}: not a sidecar that inference wrote ({reason}); remove or repair it") from error
+
+
+def _boundaries(record: dict[str, Any]) -> tuple[int, ...]:
+    config = record["config"]
+    if config["scheduler"]["sampling_algo"] == "flow_euler":  # samples a clip as one chunk
+        return ()
+    vae = GEOMETRIES[config["vae"]["vae_type"]]
+    latents = vae.latent_frames(record["frames"])
+    return tuple(boundaries(latents, config["sampling"]["chunk_frames"], vae.time_stride))
+
+
+def frame_rate(path: Path) -> float:
+    """Frames a second.
+
+    Raises:
+        InputError: the file is no video, or does not say it.
+    """
+    with _open(path) as container:
+        rate = container.streams.video[0].average_rate
+    if not rate:
+        raise InputError(f"{path}: it does not say how many frames a second it has")
+    return float(rate)
+
+
+def read_pieces(path: Path, frames: int = 64) -> Iterator[Tensor]:
+    """Pieces (1, F, H, W, 3) of at most `frames` uint8 pictures, one after the other.
+
+    Raises:
+        InputError: the file is no video, or broken.
+    """
+    with _open(path) as container:
+        decoded = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
+        while pictures := list(islice(decoded, frames)):
+            yield torch.from_numpy(np.stack(pictures))[None]
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[InputContainer]:
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise InputError(f"{path}: there is no video in it")
+            yield container
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as a video ({error}); make it again or remove it") from error

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+import pytest
+
+from longsana.data.shapes import Scene
+from longsana.evaluation.verifier import Seen
+from tests.evaluation.films import scenes, watch
+
+
+@pytest.fixture(scope="session")
+def truth() -> tuple[list[Scene], Seen]:
+    """Scenes, and what is seen in clips of 81 frames as they should be."""
+    drawn = scenes(40)
+    return drawn, watch(drawn)

@@ -1,0 +1,125 @@
+"""A folder of mp4s to a table, a plot and JSON."""
+
+from __future__ import annotations
+
+import json
+import wave
+from pathlib import Path
+
+import pytest
+import torch
+
+from longsana.data import shapes
+from longsana.evaluation.report import plot, table
+from longsana.evaluation.videos import read_pieces
+from longsana.runtime.video import VideoWriter
+from tests.evaluation.films import pictures
+from tests.scripts import load_script
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def command():
+    return load_script(ROOT / "inference_video_scripts/evaluate.py")
+
+
+def write(path: Path, clip: torch.Tensor, prompt: str | None, algorithm: str = "longlive_flow_euler") -> None:
+    with VideoWriter(path, shapes.FPS, shapes.HEIGHT, shapes.WIDTH, crf=18, preset="veryfast") as video:
+        video.append(clip)
+    if prompt is not None:
+        config = {
+            "sampling": {"chunk_frames": 10},
+            "scheduler": {"sampling_algo": algorithm},
+            "vae": {"vae_type": "WanVAE"},
+        }
+        path.with_suffix(".json").write_text(json.dumps({"prompt": prompt, "frames": len(clip), "config": config}))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("videos")
+    for index in range(6):
+        scene = shapes.draw_scene(31, index, held_out=index % 2 == 1)
+        write(made / f"{index:05d}-a.mp4", pictures([scene], 97)[0], scene.caption)
+    clip = pictures([shapes.draw_scene(31, 9)], 41)[0]
+    write(made / "00006-a.mp4", clip, "A cat in the snow", algorithm="flow_euler")
+    write(made / "00007-a.mp4", clip, None)
+    return made
+
+
+def test_the_truth_as_mp4(folder, command, tmp_path, capsys):
+    assert command.main([str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    record = json.loads((tmp_path / "out/evaluation.json").read_text())
+    rows = [video["row"] for video in record["videos"]]
+    assert [row["video"] for row in rows] == [f"{index:05d}-a.mp4" for index in range(8)]
+    for name in ("colour", "kind", "background", "motion", "persistence", "adherence"):
+        assert record["mean"]["row"][name] >= 0.99, name
+        assert record["mean"]["scores"]["5 s"][name] >= 0.99, name
+        assert [row[name] for row in rows[6:]] == ["not scored"] * 2
+    assert "30 s" not in record["mean"]["scores"]
+    assert all(abs(row["saturation drift"]) < 0.05 for row in rows[:6])
+    assert rows[6]["saturation drift"] is None
+    assert rows[0]["seam index"] == pytest.approx(1, abs=0.3)
+    assert rows[6]["seam index"] is None and rows[7]["seam index"] is None
+    assert all(row["movement"] > 0 for row in rows)
+    assert record["mean"]["curves"]["persistence"] == [1.0] * 6
+    text = (tmp_path / "out/evaluation.md").read_text()
+    assert text in capsys.readouterr().out
+    assert len({len(line) for line in text.split("\n\n")[0].splitlines()}) == 1
+    assert (tmp_path / "out/evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_video_is_read_in_pieces(folder):
+    pieces = list(read_pieces(folder / "00000-a.mp4", 40))
+    assert [tuple(piece.shape) for piece in pieces] == [(1, n, 96, 160, 3) for n in (40, 40, 17)]
+    error = torch.cat(pieces, 1).float() - pictures([shapes.draw_scene(31, 0)], 97).float()
+    assert error.abs().mean() < 3
+
+
+def test_bad_input_is_told(folder, command, tmp_path, capsys):
+    def complaint(*arguments: str) -> str:
+        assert command.main(list(arguments)) == 2
+        return capsys.readouterr().err
+
+    assert "no such folder" in complaint(str(tmp_path / "missing"))
+    assert "no mp4" in complaint(str(tmp_path))
+    assert "--device tpu9" in complaint(str(folder), "--device", "tpu9")
+    assert "cuda:77" in complaint(str(folder), "--device", "cuda:77")
+    assert "--ouput" in complaint(str(folder), "--ouput", "x")
+    assert "folder" in complaint()
+    broken = tmp_path / "00000-x.mp4"
+    broken.write_bytes(b"not a video" * 100)
+    assert f"{broken}: cannot be read" in complaint(str(tmp_path))
+    whole = (folder / "00000-a.mp4").read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read" in complaint(str(tmp_path))
+    with wave.open(str(broken), "wb") as sound:
+        sound.setparams((1, 2, 16000, 0, "NONE", ""))
+        sound.writeframes(bytes(2000))
+    assert "no video" in complaint(str(tmp_path))
+    broken.write_bytes(whole)
+    for text in ("{", "[]", "{}", '{"prompt": "a", "frames": 82, "config": {}}'):
+        broken.with_suffix(".json").write_text(text)
+        assert "sidecar" in complaint(str(tmp_path)), text
+
+
+def test_table():
+    rows = [
+        {"video": "a", "colour": 0.5, "seam index": 1.234},
+        {"video": "bbb", "colour": None, "saturation drift": -0.05},
+    ]
+    assert table(rows).splitlines() == [
+        "| video | colour | seam index | saturation drift |",
+        "| ----- | -----: | ---------: | ---------------: |",
+        "| a     |  50.0% |       1.23 |                - |",
+        "| bbb   |      - |          - |            -5.0% |",
+    ]
+
+
+def test_plot_compares_models(tmp_path):
+    few, many = tmp_path / "few.png", tmp_path / "many.png"
+    one = {"adherence": [1.0, 0.9, None], "saturation drift": [0.0, 0.1]}
+    plot({"one": one}, few)
+    plot({"one": one, "two": {"adherence": [0.5], "persistence": [0.2, 0.1]}}, many)
+    assert few.read_bytes() != many.read_bytes()
