@@ -12,11 +12,11 @@ import yaml
 from longsana.config import ARCHITECTURES, RETIRED, InferenceConfig, ModelConfig, leaf_keys, load_config, save_config
 from longsana.runtime.errors import InputError
 
-# Those of inference; training and its data have sections of their own.
+# Those of inference; training, its data and the parts of the small world have keys of their own.
 PUBLISHED = [
     path
     for path in sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
-    if not {"trainer", "pairs"} & yaml.safe_load(path.read_text()).keys()
+    if not {"trainer", "pairs", "shape"} & yaml.safe_load(path.read_text()).keys()
 ]
 
 

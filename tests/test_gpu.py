@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig, VAEConfig
@@ -11,11 +12,13 @@ from longsana.encoders.vae import WanVAE
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.build import build_model
 from longsana.models.embeddings import TextEmbedding
+from longsana.runtime.distributed import World
 from longsana.sampling.noise import PromptNoise
 from longsana.sampling.sampler import generate
+from longsana.training.parallel import connect, device_mesh, parallelise
 
 pytestmark = pytest.mark.gpu
-SHAPES = ModelConfig(model="SanaMSVideo_2M_P2_D8", linear_head_dim=28, caption_channels=64, caption_length=48)
+SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
 
 
 def test_noise_is_the_same_on_cpu_and_gpu() -> None:
@@ -43,6 +46,36 @@ def test_latents_agree_with_the_cpu(dtype: torch.dtype, tolerance: float) -> Non
         latents[device] = torch.cat([chunk.latents.cpu() for chunk in chunks], dim=2)
     difference = (latents["cuda"] - latents["cpu"]).norm() / latents["cpu"].norm()
     assert difference < tolerance, difference
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("batch", [2, 64])
+def test_gradients_agree_with_the_cpu(batch: int, compiled: bool) -> None:
+    """In bfloat16 as training computes. Compiled blocks once trained to ever larger gradients (H100, torch 2.11)."""
+    rng = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(2, 16, 21, 12, 20, generator=rng) for _ in range(2))
+    tokens = torch.randn(2, 48, 64, generator=rng)
+    t = torch.tensor([300.0, 800.0])
+    norms = {}
+    for device, copies in (("cpu", 1), ("cuda", batch // 2)):
+        torch.manual_seed(0)
+        model = build_model(SHAPES, device=device, dtype=torch.float32)
+        if device == "cuda":
+            world = World.from_environment()
+            connect(world, torch.device(device))
+            mesh = device_mesh("full", world, torch.device(device))
+            model = parallelise(model, mesh, compute=torch.bfloat16, compile_blocks=compiled)
+        text = TextEmbedding(tokens.repeat(copies, 1, 1), torch.ones(2 * copies, 48, dtype=torch.bool))
+        text = TextEmbedding(*(part.to(device) for part in text))
+        clean, drawn = (part.repeat(copies, 1, 1, 1, 1).to(device) for part in (x0, noise))
+        times = t.repeat(copies).to(device)
+        velocity, _ = model(FlowSchedule(3.0).add_noise(clean, drawn, times), times, text)
+        (velocity.float() - (drawn - clean)).square().mean().backward()
+        grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        grads = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
+        norms[device] = torch.stack([grad.norm().cpu() for grad in grads])
+    difference = (norms["cuda"] - norms["cpu"]).norm() / norms["cpu"].norm()
+    assert difference < 0.05, (norms["cpu"], norms["cuda"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,10 +2,10 @@
 
     python asset/shapes/make_tokenizer.py [folder]
 
-The tokenizer is trained here, from nothing but the captions below, and works as Gemma's does: a space belongs
+The tokenizer is trained here, from nothing but captions of the world, and works as Gemma's does: a space belongs
 to the word after it, unknown characters fall back to their UTF-8 bytes, <bos> starts every text. The same
-library version writes the same bytes each time; nothing is drawn at random and nothing is fetched. There are
-no weights in the folder: `seeded:asset/shapes/text_encoder` draws them from a fixed seed.
+library version writes the same bytes each time; nothing is fetched. The weights beside it are trained on it by
+`train_video_scripts/shapes_recipe.py`; `seeded:asset/shapes/text_encoder` draws random ones of this shape.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import product
 from pathlib import Path
 
 from tokenizers import (
@@ -28,85 +27,21 @@ from tokenizers import (
     trainers,
 )
 
+from longsana.data.prompts import with_motion_score
+from longsana.data.shapes import draw_scene
+
 FOLDER = Path(__file__).parent / "text_encoder"
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0 to 3, in Gemma's order
 VOCABULARY = 768
 
-SIZES = ("tiny", "small", "medium", "big", "large", "huge")
-COLORS = (
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "cyan",
-    "blue",
-    "purple",
-    "pink",
-    "brown",
-    "gray",
-    "white",
-    "black",
-)
-SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
-SPEEDS = ("very slowly", "slowly", "steadily", "quickly", "very fast")
-MOTIONS = (
-    "moves {} to the right",
-    "moves {} to the left",
-    "moves {} up",
-    "moves {} down",
-    "slides {} across the frame from left to right",
-    "drifts {} from the top toward the bottom",
-    "travels {} along the diagonal",
-    "bounces {} between the left and right walls",
-    "bounces {} off every edge of the picture",
-    "orbits {} around the center, clockwise",
-    "orbits {} around the middle, counterclockwise",
-    "swings {} from side to side",
-    "spins {} in place",
-    "grows {} and then shrinks",
-    "falls {} and comes to rest",
-    "turns {} and goes back",
-)
-STILL = (
-    "stays still",
-    "rests in the center without moving",
-    "does not move",
-    "waits in the upper left corner",
-)
-TWO = (
-    "{0} while {1}",
-    "{0}, and {1}",
-    "{0}; at the same time {1}",
-    "{0}. Behind it {1}",
-    "Two shapes: {0}, then {1}",
-)
-BACKGROUNDS = (
-    "on a {} background",
-    "over a plain {} background",
-    "in front of a dark {} wall",
-    "on a light {} floor",
-)
 SCORES = (1, 5, 10, 20, 30)
+CAPTIONS = 6000
 
 
 def captions() -> Iterator[str]:
-    """Every shape with every motion, alone and in pairs; the other words take turns."""
-    actors = tuple(f"a {size} {color} {shape}" for size, color, shape in product(SIZES, COLORS, SHAPES))
-    moves = (*(motion.format(speed) for motion, speed in product(MOTIONS, SPEEDS)), *STILL)
-    scenes = tuple(scene.format(color) for scene, color in product(BACKGROUNDS, COLORS))
-    for turn, actor in enumerate(actors):
-        # Steps without a common factor with the lists' lengths visit every entry.
-        first = f"{actor} {moves[turn * 5 % len(moves)]}"
-        second = f"{actors[(turn * 7 + 3) % len(actors)]} {moves[(turn * 11 + 1) % len(moves)]}"
-        scene = scenes[turn * 5 % len(scenes)]
-        yield _finish(f"{first} {scene}", turn)
-        yield _finish(f"{TWO[turn % len(TWO)].format(first, second)} {scene}", turn + 1)
-
-
-def _finish(sentence: str, turn: int) -> str:
-    if turn % 2:
-        sentence = sentence[0].upper() + sentence[1:] + "."
-    return f"{sentence} motion score: {SCORES[turn % len(SCORES)]}."
+    """Captions of training scenes, with the motion scores in turn."""
+    for index in range(CAPTIONS):
+        yield with_motion_score(draw_scene(0, index).caption, SCORES[index % len(SCORES)])
 
 
 def train(texts: Sequence[str]) -> Tokenizer:

@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from longsana.data.shapes import draw_scene, render
 from longsana.data.shards import DTYPES, Contents, ShardFolder, ShardWriter
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError, did_you_mean
@@ -29,10 +31,19 @@ class Clip(NamedTuple):
     prompt: str
 
 
+class Batch(NamedTuple):
+    """latents: (B, C, T, H, W), on any device."""
+
+    latents: Tensor
+    prompts: list[str]
+
+
 class ClipSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Clip: ...
+
+    def batch(self, indices: Sequence[int]) -> Batch: ...
 
     def prompts(self) -> Sequence[str]:
         """Every prompt that a clip may have, some perhaps more than once."""
@@ -55,6 +66,9 @@ class ClipFolder:
 
     def __getitem__(self, index: int) -> Clip:
         return Clip(*self._folder[index])
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return _together([self[index] for index in indices])
 
     def prompts(self) -> Sequence[str]:
         return self._folder.prompts()
@@ -103,14 +117,72 @@ class GeneratedClips:
             raise IndexError(f"clip {index} of {self.length}")
         return self.make(index)
 
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return _together([self[index] for index in indices])
+
     def prompts(self) -> Sequence[str]:
         return self.captions
 
 
-def open_clips(data_path: str, *, shape: Shape, seed: int = 0, digests: bool = True) -> ClipSource:
+def _together(clips: Sequence[Clip]) -> Batch:
+    return Batch(torch.stack([clip.latents for clip in clips]), [clip.prompt for clip in clips])
+
+
+class Encoder(Protocol):
+    """What makes latents of pictures."""
+
+    device: torch.device
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Latents (B, C, T, h, w) of frames (B, 3, 4 T - 3, 8 h, 8 w) in [-1, 1]."""
+        ...
+
+
+class ShapeClips:
+    """`count` clips of the shapes world, drawn and encoded here and kept, in float16, where the encoder is.
+
+    In groups of a fixed size, so that a clip's latents do not depend on which clips are asked for together.
+    """
+
+    def __init__(self, shape: Shape, seed: int, count: int, encoder: Encoder, group: int = 16) -> None:
+        _, frames, height, width = shape
+        size = (8 * height, 8 * width)
+        self._scenes = [draw_scene(seed, index, size=size) for index in range(-(-count // group) * group)]
+        encoded = []
+        for first in tqdm(range(0, count, group), desc="shapes", unit="group", disable=None, leave=False):
+            scenes = self._scenes[first : first + group]
+            pictures = render(scenes, range(4 * frames - 3), size=size, device=encoder.device)
+            encoded.append(encoder.encode(pictures).to(torch.float16))
+        self._latents = torch.cat(encoded)[:count]
+
+    def __len__(self) -> int:
+        return len(self._latents)
+
+    def __getitem__(self, index: int) -> Clip:
+        if not 0 <= index < len(self):
+            raise IndexError(f"clip {index} of {len(self)}")
+        return Clip(self._latents[index].float(), self._scenes[index].caption)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        chosen = torch.tensor(indices, device=self._latents.device)
+        return Batch(self._latents[chosen].float(), [self._scenes[index].caption for index in indices])
+
+    def prompts(self) -> Sequence[str]:
+        return [scene.caption for scene in self._scenes[: len(self)]]
+
+
+def open_clips(
+    data_path: str,
+    *,
+    shape: Shape,
+    seed: int = 0,
+    count: int = 1 << 13,
+    encoder: Callable[[], Encoder] | None = None,
+    digests: bool = True,
+) -> ClipSource:
     """The clips that `data_path` names: a folder, or generated:NAME.
 
-    seed: of generated clips. digests: see `ShardFolder`.
+    seed, count: of generated clips. encoder: called for one if they are made of pictures. digests: see `ShardFolder`.
 
     Raises:
         InputError: no such generator, or the folder is not whole or holds clips of another shape.
@@ -121,7 +193,7 @@ def open_clips(data_path: str, *, shape: Shape, seed: int = 0, digests: bool = T
             raise InputError(
                 f"{data_path}: no generator '{name}'{did_you_mean(name, GENERATORS)}; known: {', '.join(GENERATORS)}"
             )
-        return GENERATORS[name](shape, seed)
+        return GENERATORS[name](shape, seed, count, encoder)
     clips = ClipFolder(data_path, digests=digests)
     if clips.shape != shape:
         raise InputError(
@@ -136,7 +208,7 @@ SPEEDS = {"slowly": 0.25, "steadily": 0.5, "quickly": 1.0}
 """Latent cells a frame."""
 
 
-def moving_blobs(shape: Shape, seed: int) -> GeneratedClips:
+def moving_blobs(shape: Shape, seed: int, count: int, encoder: Callable[[], Encoder] | None) -> GeneratedClips:
     """Three soft bumps that move together; what leaves the picture comes in on the other side."""
 
     def caption(direction: str, speed: str) -> str:
@@ -151,7 +223,7 @@ def moving_blobs(shape: Shape, seed: int) -> GeneratedClips:
         )
 
     captions = tuple(caption(direction, speed) for direction in DIRECTIONS for speed in SPEEDS)
-    return GeneratedClips(make, 1 << 16, captions)
+    return GeneratedClips(make, count, captions)
 
 
 def _blobs(shape: Shape, down: float, right: float, rng: np.random.Generator, count: int = 3) -> Tensor:
@@ -175,4 +247,12 @@ def _bump(distance: np.ndarray, period: int, spread: float) -> np.ndarray:
     return np.exp(-0.5 * (around / spread) ** 2)
 
 
-GENERATORS: dict[str, Callable[[Shape, int], ClipSource]] = {"blobs": moving_blobs}
+def moving_shapes(shape: Shape, seed: int, count: int, encoder: Callable[[], Encoder] | None) -> ShapeClips:
+    assert encoder is not None, "clips of pictures need an encoder"
+    return ShapeClips(shape, seed, count, encoder())
+
+
+GENERATORS: dict[str, Callable[[Shape, int, int, Callable[[], Encoder] | None], ClipSource]] = {
+    "blobs": moving_blobs,
+    "shapes": moving_shapes,
+}

@@ -37,7 +37,7 @@ BACKGROUNDS = {
     "teal": (14, 74, 76),
 }
 """Colours are sRGB bytes, at most 225: a shift by a tenth of the range is not clipped away."""
-SIZES = {"small": 12.0, "big": 18.0}
+SIZES = {"small": 15.0, "big": 20.0}
 """Half the extent of a shape in pixels."""
 SPEEDS = {"slowly": 0.7, "quickly": 2.1}
 """Pixels a frame."""
@@ -97,8 +97,9 @@ class Track:
         radius, speed = SIZES[self.actor.size], SPEEDS.get(self.actor.speed, 0.0)
         left, top, width, height = self.box
         along, across, phase, slant = self.draws
-        room = np.array([width - 2 * radius - 2, height - 2 * radius - 2])
-        corner = np.array([left, top]) + radius + 1
+        margin = radius + 2  # a triangle's tip reaches beyond its radius
+        room = np.array([width - 2 * margin, height - 2 * margin])
+        corner = np.array([left, top]) + margin
         start = corner + room * (along, across)
         time = np.asarray(frames, dtype=float)[:, None]
         motion = self.actor.motion
@@ -233,6 +234,8 @@ def parse_caption(caption: str) -> Promise | None:
     text = text[:1].lower() + text[1:]
     actors = tuple(Actor(size, colour, kind, *_SAID[verb]) for size, colour, kind, verb in _ACTOR.findall(text))
     places = [name for names in _PLACE.findall(text) for name in names if name]
+    if "{" in text:
+        return None
     frame = _PLACE.sub("{place}", _ACTOR.sub("{}", text))
     frames = {re.sub(r"\{\d\}", "{}", form) for form in (*ONE, *BOTH)}
     if frame not in frames or len({actor.colour for actor in actors}) != len(actors):

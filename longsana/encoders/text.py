@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +30,8 @@ INSTRUCTION_SHA256 = "5cc83fa05520de996d01a8a713cd0a8b5a35cced838d5ee658c455d286
 class GemmaTextEncoder:
     """A tokenizer, the decoder of a Gemma 2, and the instruction ("" for none) put before prompts.
 
-    Prompts are encoded one at a time: an embedding is a function of its prompt alone.
+    Prompts are encoded one at a time: an embedding is a function of its prompt alone. `encode_together` is for many
+    prompts and a small encoder.
     """
 
     def __init__(
@@ -75,7 +77,6 @@ class GemmaTextEncoder:
         log.info("text encoder: %s, %s, instruction: %s", name, dtype, config.chi_prompt)
         return cls(tokenizer, model, instruction, caption_length)
 
-    @torch.no_grad()
     def encode(self, prompt: str, *, instruction: bool = True) -> TextEmbedding:
         """One prompt: tokens (1, L, C) in the encoder's dtype and mask (1, L); L = caption_length.
 
@@ -84,10 +85,14 @@ class GemmaTextEncoder:
             the instruction.
         A prompt that is too long loses its end: see `overflow`. Tokens where the mask is False mean nothing.
         """
+        return self.encode_together([prompt], instruction=instruction)
+
+    @torch.no_grad()
+    def encode_together(self, prompts: Sequence[str], *, instruction: bool = True) -> TextEmbedding:
+        """The same of B prompts: tokens (B, L, C) and mask (B, L). Products of another size round differently."""
         prefix, length = self._frame(instruction)
-        tokenized = self.tokenizer(
-            prefix + prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
+        texts = [prefix + prompt for prompt in prompts]
+        tokenized = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         ids: Tensor = tokenized["input_ids"].to(self.model.device)
         mask: Tensor = tokenized["attention_mask"].to(self.model.device)
         hidden: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state

@@ -6,6 +6,7 @@ The network is diffusers' `AutoencoderKLWan`. Its causal convolutions remember t
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
@@ -98,8 +99,8 @@ class WanVAE:
         """
         self.geometry.latent_frames(frames.shape[2])
         self.geometry.latent_size(*frames.shape[3:])
-        posterior = self.model.encode(frames.to(self.device, self.dtype)).latent_dist
-        return (posterior.mean.float() - self._mean) / self._std
+        moments = encode_clip(self.model, frames.to(self.device, self.dtype), latents_per_call=self.latents_per_call)
+        return (moments.chunk(2, dim=1)[0].float() - self._mean) / self._std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -147,14 +148,82 @@ class WanVAE:
         return (latents.to(self.device, torch.float32) * self._std + self._mean).to(self.dtype)
 
     def _decode_group(self, latents: Tensor, features: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        decoder = self.model.decoder
-        # diffusers replaces the entries of this list and never writes into their tensors: the caller's stay.
-        entries: list[Any] = [None] * len(list(decoder.modules())) if features is None else list(features)
-        x = self.model.post_quant_conv(self._denormalise(latents))
-        frames = decoder(x, feat_cache=entries, feat_idx=[0], first_chunk=features is None)
-        if features is None:
-            entries = _settle(entries)
-        return frames.clamp(-1, 1).float(), tuple(entries)
+        frames, features = _decode_group(self.model, self._denormalise(latents), features)
+        return frames.clamp(-1, 1).float(), features
+
+
+def new_model(folder: str | Path, seed: int) -> Model:
+    """A VAE to train, in the shape of `folder`'s config.json: float32, on the CPU, a function of the seed.
+
+    It starts as one that knows nothing of time: only the newest tap of each temporal kernel is not zero, and the
+    temporal strides pick and repeat frames. Random taps would have to be unlearned on clips, where steps are dear.
+    Kernels have the variance 1 / fan-in of that tap, and the posterior starts narrow (standard deviation 0.05): with
+    torch's smaller kernels and a posterior of 1 the decoder learns to ignore its latents and never recovers.
+
+    Raises:
+        InputError: there is no such config, or it makes no Wan VAE.
+    """
+    shape = _read_config(Path(folder))
+    _empty_model(shape, str(folder))
+    rng = torch.Generator().manual_seed(seed)
+    model: Model = AutoencoderKLWan(**shape)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 4 or name.endswith("gamma"):  # gains of norms, which stay 1
+                continue
+            newest = parameter[:, :, -1] if parameter.dim() == 5 else parameter
+            drawn = torch.randn(newest.shape, generator=rng) / newest[0].numel() ** 0.5
+            parameter.zero_()
+            if name.endswith("time_conv.weight"):
+                drawn = torch.eye(newest.shape[1]).repeat(newest.shape[0] // newest.shape[1], 1)[..., None, None]
+            newest.copy_(drawn)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+        model.quant_conv.bias[model.config.z_dim :] = -6
+    return model
+
+
+def encode_clip(model: Model, frames: Tensor, *, latents_per_call: int) -> Tensor:
+    """Posterior mean and log-variance (B, 2C, T, h, w), not normalised, of frames (B, 3, 4 T - 3, H, W) in [-1, 1].
+
+    The first frame is encoded alone, the others in calls of 4 * latents_per_call; with 1 it is diffusers' loop. Unlike
+    it this can be differentiated through.
+    """
+    entries: list[Any] = [None] * len(list(model.encoder.modules()))
+    groups = _groups(0, 1 + (frames.shape[2] - 1) // 4, latents_per_call)
+    encoded = [
+        model.encoder(frames[:, :, max(4 * group.start - 3, 0) : 4 * group.stop - 3], feat_cache=entries, feat_idx=[0])
+        for group in groups
+    ]
+    return model.quant_conv(torch.cat(encoded, dim=2))
+
+
+def decode_clip(model: Model, latents: Tensor, *, latents_per_call: int) -> Tensor:
+    """Frames (B, 3, 4 T - 3, H, W), not clamped, of latents (B, C, T, h, w) that are not normalised."""
+    features: tuple[Tensor, ...] | None = None
+    frames = []
+    for group in _groups(0, latents.shape[2], latents_per_call):
+        decoded, features = _decode_group(model, latents[:, :, group], features)
+        frames.append(decoded)
+    return torch.cat(frames, dim=2)
+
+
+def save_model(model: Model, folder: Path) -> None:
+    """Write a diffusers folder with weights in float16."""
+    nn.Module.to(copy.deepcopy(model), torch.float16).save_pretrained(folder)
+
+
+def _decode_group(
+    model: Model, latents: Tensor, features: tuple[Tensor, ...] | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    # diffusers replaces the entries of this list and never writes into their tensors: the caller's stay.
+    entries: list[Any] = [None] * len(list(model.decoder.modules())) if features is None else list(features)
+    x = model.post_quant_conv(latents)
+    frames = model.decoder(x, feat_cache=entries, feat_idx=[0], first_chunk=features is None)
+    if features is None:
+        entries = _settle(entries)
+    return frames, tuple(entries)
 
 
 def to_original_layout(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ PACES = {"": (-1.0, 0.35), "slowly": (0.35, 1.4), "quickly": (1.4, 2.8)}
 """Pixels a frame that are nearer to this word (0, 0.7, 2.1) than to the next one."""
 STRAIGHT = 0.95
 """Share of the way that must lead in the promised direction: 18 degrees off is wrong."""
-CURVE = (12.0, 45.0)
-"""Radius of an orbit in pixels; the world's are 21 to 28."""
+CURVE = (14.0, 42.0)
+"""Radius of an orbit in pixels; the world's are 18 to 28."""
 DIAGONAL = (math.radians(27), math.radians(63))
 """Slope of a bounce; the world's are 35 to 55 degrees."""
 BEND = 0.2
@@ -153,7 +153,7 @@ def _turns_astray(centre: Tensor, velocity: Tensor, course: Course, size: tuple[
     Walls are the sides of the picture and, where two shapes share it, the middle.
     """
     before, after, middle = velocity[:, :-4], velocity[:, 4:], centre[:, 4:-4]
-    period, reach = centre.new_tensor([size[1], size[0]]), course.radius[..., None] + 1
+    period, reach = centre.new_tensor([size[1], size[0]]), course.radius[..., None] + 2
     walls = torch.stack([*torch.broadcast_tensors(reach, period - reach, period / 2 - reach, period / 2 + reach)])
     gap = (middle - walls[:, :, :1]).abs().amin(0)
     # The frame in the middle is up to four frames from the turn.

@@ -30,14 +30,14 @@ class PromptNoise:
         return torch.randn(*shape, generator=keyed_generator(self.seed, *prompt, start, step))
 
 
-def keyed_generator(*key: int | str) -> torch.Generator:
-    """A generator on the CPU whose draws are a function of the key: streams of different keys are independent."""
+def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose draws are a function of the key and the kind of device, independent of other keys'."""
     digest = hashlib.sha256(json.dumps(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     """Without waiting for the GPU."""
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type == "cuda" and values.device.type == "cpu":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)

@@ -67,7 +67,15 @@ class StageBuilder:
 
     @cached_property
     def captions(self) -> Captions:
-        return Captions(self.config, self.device, self.world, self.config.train.text_encoder, self.folder / CAPTIONS)
+        train = self.config.train
+        return Captions(
+            self.config,
+            self.device,
+            self.world,
+            train.text_encoder,
+            self.folder / CAPTIONS,
+            together=train.captions_together,
+        )
 
     @cached_property
     def vae(self) -> WanVAE:
@@ -81,7 +89,12 @@ class StageBuilder:
     def _flow_matching(self) -> Stage:
         config, frames = self.config, self.config.rollout.num_training_frames
         clips = open_clips(
-            config.data.data_path, shape=self._clip_shape, seed=config.train.seed, digests=self.world.is_main
+            config.data.data_path,
+            shape=self._clip_shape,
+            seed=config.train.seed,
+            count=config.data.num_clips,
+            encoder=lambda: self.vae,
+            digests=self.world.is_main,
         )
         self.captions.prepare(clips.prompts())
         generator = self._generator()

@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from longsana.config import InferenceConfig
 from longsana.data.prompts import with_motion_score
-from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand
+from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, expand
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.runtime.files import check_writable, write_exclusive
+from longsana.sampling.noise import to_device
 from longsana.sampling.pipeline import VideoPipeline, resolve_dtype
 from longsana.sampling.request import source_digest
 
@@ -38,6 +39,8 @@ class Captions:
         keep: on the device. offload: on the host, and on the device while it encodes. Both remember embeddings on
         the host, up to `cache_bytes`.
         free: on the device until `prepare` has encoded every prompt into files of `folder`, then nowhere.
+    together: captions encoded at a time, always so many: an embedding does not depend on which they are. More than one
+        are encoded before training in each mode.
     prompts_per_file: of free.
 
     A file in `folder` is named after what is in it (texts, encoder and settings), so that runs may share the folder.
@@ -54,6 +57,7 @@ class Captions:
         mode: Mode,
         folder: Path,
         *,
+        together: int = 1,
         cache_bytes: int = 4 << 30,
         prompts_per_file: int = 256,
     ) -> None:
@@ -62,10 +66,10 @@ class Captions:
         self._negative = _Text(config.sampling.negative_prompt, instruction=False)
         self._source: _Source
         if mode == "free":
-            self._source = _Files(config, self._device, world, folder, prompts_per_file)
+            self._source = _Files(config, self._device, world, folder, prompts_per_file, together)
         else:
             self._source = _Encoder(
-                config, self._device, home="cpu" if mode == "offload" else device, cached=cache_bytes
+                config, self._device, home="cpu" if mode == "offload" else device, cached=cache_bytes, together=together
             )
 
     def prepare(self, prompts: Sequence[str]) -> None:
@@ -88,8 +92,9 @@ class Captions:
         return _Text(with_motion_score(prompt, self._motion_score), instruction=True)
 
     def _batch(self, texts: Sequence[_Text]) -> TextEmbedding:
-        expanded = [expand(embedding, self._device) for embedding in self._source.fetch(texts)]
-        return TextEmbedding(*(torch.cat(parts) for parts in zip(*expanded, strict=True)))
+        # On the host: filling a mask on the GPU would wait for it, once a caption.
+        expanded = [expand(embedding, "cpu") for embedding in self._source.fetch(texts)]
+        return TextEmbedding(*(to_device(torch.cat(parts), self._device) for parts in zip(*expanded, strict=True)))
 
 
 class _Text(NamedTuple):
@@ -110,22 +115,25 @@ class _Source(Protocol):
 class _Encoder:
     """The encoder itself, at `home` while it has nothing to do, and the embeddings that were wanted last."""
 
-    def __init__(self, config: InferenceConfig, device: torch.device, *, home: torch.device | str, cached: int) -> None:
+    def __init__(
+        self, config: InferenceConfig, device: torch.device, *, home: torch.device | str, cached: int, together: int
+    ) -> None:
         self._open = ExitStack()  # of the encoder, for as long as this lives
         self._encoder = self._open.enter_context(VideoPipeline(config, device).text_encoder())
         self._device, self._home = device, torch.device(home)
         self._move(self._home)
         self._cache: OrderedDict[_Text, CompactEmbedding] = OrderedDict()
-        self._bytes, self._most = 0, cached
+        self._bytes, self._most, self._together = 0, cached, together
 
     def prepare(self, negative: _Text, texts: Sequence[_Text]) -> None:
-        pass  # each is encoded when it is wanted
+        if self._together > 1:  # else each is encoded when it is wanted
+            self.fetch(texts)
 
     def fetch(self, texts: Sequence[_Text]) -> list[CompactEmbedding]:
         found = {text: self._cache[text] for text in texts if text in self._cache}
         if missing := [text for text in dict.fromkeys(texts) if text not in found]:
             with self._at_work() as encoder:
-                found |= {text: _encode(encoder, text) for text in missing}
+                found |= dict(zip(missing, _encode(encoder, missing, self._together), strict=True))
         for text, embedding in found.items():
             self._remember(text, embedding)
         return [found[text] for text in texts]
@@ -159,10 +167,10 @@ class _Files:
     """
 
     def __init__(
-        self, config: InferenceConfig, device: torch.device, world: World, folder: Path, per_file: int
+        self, config: InferenceConfig, device: torch.device, world: World, folder: Path, per_file: int, together: int
     ) -> None:
         self._config, self._device, self._world = config, device, world
-        self._folder, self._per_file = folder, per_file
+        self._folder, self._per_file, self._together = folder, per_file, together
         self._places: dict[_Text, tuple[Path, int]] = {}
 
     def prepare(self, negative: _Text, texts: Sequence[_Text]) -> None:
@@ -172,7 +180,7 @@ class _Files:
         identity, missing = "", []
         if self._world.is_main:
             check_writable(self._folder, "--logdir")
-            identity = _identity(self._config, self._device)
+            identity = _identity(self._config, self._device, self._together)
         identity = self._world.broadcast(identity)
         paths = [self._folder / _file_name(identity, group) for group in groups]
         if self._world.is_main:
@@ -184,7 +192,7 @@ class _Files:
             with VideoPipeline(self._config, self._device).text_encoder() as encoder:
                 bar = tqdm(mine, desc="captions", unit="file", disable=None if self._world.is_main else True)
                 for number in bar:
-                    _write(paths[number], [_encode(encoder, text) for text in groups[number]])
+                    _write(paths[number], _encode(encoder, groups[number], self._together))
         self._world.gather(None)  # until every file is there
         for path, group in zip(paths, groups, strict=True):
             self._places |= {text: (path, row) for row, text in enumerate(group)}
@@ -199,15 +207,26 @@ class _Files:
             return CompactEmbedding(file.get_slice("tokens")[start : start + length], mask[row : row + 1])
 
 
-def _encode(encoder: GemmaTextEncoder, text: _Text) -> CompactEmbedding:
-    return compact(encoder.encode(text.text, instruction=text.instruction))
+def _encode(encoder: GemmaTextEncoder, texts: Sequence[_Text], together: int) -> list[CompactEmbedding]:
+    """Embeddings in the order of the texts, `together` at a time; the last ones with copies of themselves."""
+    found: dict[_Text, CompactEmbedding] = {}
+    for instruction in (True, False):
+        same = [text for text in texts if text.instruction is instruction]
+        for group in (same[i : i + together] for i in range(0, len(same), together)):
+            padded = [text.text for text in group] + [group[-1].text] * (together - len(group))
+            tokens, mask = encoder.encode_together(padded, instruction=instruction)
+            tokens, mask = tokens.cpu(), mask.cpu()
+            found |= {
+                text: CompactEmbedding(tokens[row][mask[row]], mask[row : row + 1]) for row, text in enumerate(group)
+            }
+    return [found[text] for text in texts]
 
 
 def _nbytes(embedding: CompactEmbedding) -> int:
     return sum(part.untyped_storage().nbytes() for part in embedding)
 
 
-def _identity(config: InferenceConfig, device: torch.device) -> str:
+def _identity(config: InferenceConfig, device: torch.device, together: int) -> str:
     """Digest of all that decides an embedding except its text."""
     deciding = (
         _FORMAT,
@@ -215,6 +234,7 @@ def _identity(config: InferenceConfig, device: torch.device) -> str:
         config.text_encoder.chi_prompt,
         str(resolve_dtype(config.text_encoder.dtype, device)),
         config.model.caption_length,
+        *((together,) if together > 1 else ()),
     )
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
 

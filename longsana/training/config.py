@@ -15,9 +15,10 @@ from longsana.config import RETIRED, InferenceConfig, ModelConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    # flow_matching: a folder of latent clips or generated:NAME; ode: a folder of trajectories or a published LMDB;
-    # self_forcing and longsana: a text file, one prompt a line
+    # flow_matching: a folder of latent clips, or generated:shapes or generated:blobs; ode: a folder of trajectories or
+    # a published LMDB; self_forcing and longsana: a text file, one prompt a line
     data_path: str = "data/longsana/vidprom_filtered_extended.txt"
+    num_clips: int = 8192  # generated: so many clips, made before training and kept in memory
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,11 @@ class TrainConfig:
     gradient_checkpointing: bool = True
     sharding_strategy: Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"] = "full"
     compile: bool = False  # each block under torch.compile
+    device_noise: bool = False  # draw noise on the GPU: faster for small networks, and other noise than a CPU's
     text_encoder: Literal["keep", "offload", "free"] = "keep"  # on the GPU; on the host between uses; encode all first
+    captions_together: int = (
+        1  # captions encoded at a time; more are faster with a small encoder, and round differently
+    )
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,10 @@ class FlowMatching(Stage):
         self.order = Shuffled(len(clips), config.train.seed, generator.name)
 
     def loss(self, turn: Turn) -> Loss:
-        items = [self.clips[self.order[number]] for number in turn.samples]
-        x0 = torch.stack([item.latents for item in items]).to(turn.device, torch.float32)
-        text = self._drop(self.embed([item.prompt for item in items]), turn)
-        t = self._timesteps(len(items), turn.rng("t"))
+        latents, prompts = self.clips.batch([self.order[number] for number in turn.samples])
+        x0 = latents.to(turn.device, torch.float32)
+        text = self._drop(self.embed(prompts), turn)
+        t = self._timesteps(len(prompts), turn.rng("t"))
         t = t.repeat_interleave(torch.tensor(self.plan.lengths), dim=1).to(turn.device)
         noise = turn.normal("noise", x0.shape)
         velocity, _ = self.generator(self.schedule.add_noise(x0, noise, t), t, text, plan=self.plan)

@@ -140,7 +140,9 @@ class Loop:
         learning = 0.0
         for slot in self.slots.mine:
             start = first + slot * batch
-            turn = Turn(settings.seed, step, player.name, slot, range(start, start + batch), self.device)
+            turn = Turn(
+                settings.seed, step, player.name, slot, range(start, start + batch), self.device, settings.device_noise
+            )
             loss = self.stage.loss(turn)
             (loss.value / self.slots.accumulation).backward()
             for name, value in loss.metrics.items():

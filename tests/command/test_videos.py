@@ -24,7 +24,7 @@ from .conftest import assert_whole, frames_of, latents, sidecars
 
 Command = Callable[..., int]
 Prompts = Callable[..., Path]
-SHAPES = ModelConfig(model="SanaMSVideo_2M_P2_D8", linear_head_dim=28, caption_channels=64, caption_length=48)
+SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_wrong_checkpoint(
 ) -> None:
     path = tmp_path / "model.pth"
     if fault != "missing":
-        other = ModelConfig(model=SHAPES.model, depth=2, linear_head_dim=28, caption_channels=64, caption_length=48)
+        other = ModelConfig(model=SHAPES.model, depth=2, linear_head_dim=32, caption_channels=64, caption_length=48)
         model = LongSanaDiT(other if fault == "other architecture" else SHAPES)
         model.init_weights(0)
         save_checkpoint(model.state_dict(), path, layout="upstream", config=model.config)

@@ -7,8 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from longsana.data.clips import DIRECTIONS, SPEEDS, Clip, ClipFolder, GeneratedClips, open_clips, write_clips
+from longsana.config import VAEConfig
+from longsana.data.clips import (
+    DIRECTIONS,
+    SPEEDS,
+    Batch,
+    Clip,
+    ClipFolder,
+    ClipSource,
+    Encoder,
+    GeneratedClips,
+    ShapeClips,
+    open_clips,
+    write_clips,
+)
+from longsana.data.shapes import draw_scene, parse_caption, render
+from longsana.encoders.vae import WanVAE
 from longsana.runtime.errors import InputError
 
 SHAPE = (16, 9, 12, 20)
@@ -116,3 +133,96 @@ def test_blobs_are_smooth_and_about_as_large_as_latents() -> None:
 def test_what_is_not_there(path: str, says: str) -> None:
     with pytest.raises(InputError, match=says):
         open_clips(path, shape=SHAPE)
+
+
+# Clips of the shapes world
+
+PICTURES = (6, 3, 12, 20)  # latents of 9 frames of 96 x 160
+
+
+class Pooling:
+    """An encoder: averages over 8 x 8 pixels and over what a latent spans, and their negatives."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.batches: list[int] = []
+
+    def encode(self, frames: Tensor) -> Tensor:
+        self.batches.append(len(frames))
+        first, rest = frames[:, :, :1], frames[:, :, 1:]
+        values = torch.cat([F.avg_pool3d(first, (1, 8, 8)), F.avg_pool3d(rest, (4, 8, 8))], dim=2)
+        return torch.cat([values, -values], dim=1)
+
+
+def shape_clips(count: int, *, seed: int = 0, encoder: Encoder | None = None) -> ShapeClips:
+    return ShapeClips(PICTURES, seed, count, encoder or Pooling(), group=4)
+
+
+def same(one: Batch | Clip, other: Batch | Clip) -> bool:
+    return one[1] == other[1] and torch.equal(one.latents, other.latents)
+
+
+def assert_batches_are_items(clips: ClipSource, indices: list[int]) -> None:
+    batch = clips.batch(indices)
+    assert batch.latents.dtype == torch.float32
+    assert batch.prompts == [clips[index].prompt for index in indices]
+    assert torch.equal(batch.latents, torch.stack([clips[index].latents for index in indices]))
+
+
+def test_a_batch_is_its_items(tmp_path: Path) -> None:
+    clips = shape_clips(6)
+    write_clips(tmp_path / "clips", clips, {"generator": "shapes"}, dtype="float16", shard_size=4)
+    folder = ClipFolder(tmp_path / "clips")
+    for source in (clips, folder, open_clips("generated:blobs", shape=SHAPE)):
+        assert_batches_are_items(source, [5, 0, 3, 3])
+    # On disk they are what they were in memory, to the bit.
+    assert same(folder.batch(range(6)), clips.batch(range(6)))
+
+
+def test_a_shape_clip_is_the_encoded_scene() -> None:
+    clips = shape_clips(6, seed=7)
+    assert len(clips) == 6
+    for index in range(6):
+        scene = draw_scene(7, index)
+        latents = Pooling().encode(render([scene], range(9)))[0]
+        assert clips[index].prompt == scene.caption
+        assert clips[index].latents.shape == PICTURES
+        torch.testing.assert_close(clips[index].latents, latents, rtol=1e-3, atol=1e-3)
+    assert clips.prompts() == [draw_scene(7, index).caption for index in range(6)]
+    assert all(parse_caption(caption) for caption in clips.prompts())
+
+
+def test_a_shape_clip_does_not_depend_on_how_many_there_are() -> None:
+    few, many = Pooling(), Pooling()
+    some, more = shape_clips(3, encoder=few), shape_clips(9, encoder=many)
+    assert (few.batches, many.batches) == ([4], [4, 4, 4]), "kernels round differently for other batches"
+    assert same(some.batch([0, 1, 2]), more.batch([0, 1, 2]))
+    assert_batches_are_items(more, [8, 2])
+    assert len(some.prompts()) == 3
+    with pytest.raises(IndexError):
+        some[3]
+    assert not same(shape_clips(3, seed=1)[0], some[0])
+
+
+def test_shape_clips_are_opened_by_name_and_encoded_by_anyone() -> None:
+    asked = []
+
+    def pooling() -> Pooling:
+        asked.append(Pooling())
+        return asked[-1]
+
+    clips = open_clips("generated:shapes", shape=PICTURES, seed=3, count=5, encoder=pooling)
+    assert isinstance(clips, ShapeClips)
+    assert len(asked) == 1
+    assert len(clips) == 5
+    assert same(clips[4], shape_clips(5, seed=3)[4])
+    open_clips("generated:blobs", shape=SHAPE, encoder=pooling)
+    assert len(asked) == 1, "blobs are not made of pictures"
+
+
+def test_the_vae_is_such_an_encoder() -> None:
+    shapes = Path(__file__).resolve().parents[2] / "asset/shapes/vae"
+    vae = WanVAE.load(VAEConfig(vae_pretrained=f"seeded:{shapes}"), "cpu", torch.float32)
+    clips = ShapeClips((16, 2, 4, 4), 0, 2, vae, group=2)
+    pictures = render([draw_scene(0, index, size=(32, 32)) for index in range(2)], range(5), size=(32, 32))
+    torch.testing.assert_close(clips.batch([0, 1]).latents, vae.encode(pictures), rtol=1e-3, atol=1e-3)

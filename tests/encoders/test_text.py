@@ -307,7 +307,7 @@ def without_bos(folder: Path) -> None:
         (remove("tokenizer.json"), r"no tokenizer\.json"),
         (write("tokenizer.json", "{}"), "its tokenizer cannot be read"),
         (without_bos, "does not put <bos>"),
-        (edit("config.json", vocab_size=600), "its tokenizer has 676 tokens, its config.json 600"),
+        (edit("config.json", vocab_size=500), "its tokenizer has 535 tokens, its config.json 500"),
         (remove("*.safetensors"), r"no \*\.safetensors weights; .*seeded:"),
         (without_a_tensor, "lacks tensors: "),
         (
@@ -343,7 +343,7 @@ def test_a_missing_folder() -> None:
 
 
 def test_the_small_tokenizer_is_small_and_has_gemmas_special_tokens(plain: GemmaTextEncoder) -> None:
-    assert sum(file.stat().st_size for file in SMALL.iterdir()) < 150_000
+    assert sum(file.stat().st_size for file in SMALL.glob("*.json")) < 150_000
     names = ["<pad>", "<eos>", "<bos>", "<unk>"]
     assert plain.tokenizer.convert_tokens_to_ids(names) == [0, 1, 2, 3]
     assert len(plain.tokenizer) == plain.model.config.vocab_size
@@ -366,7 +366,7 @@ def test_the_script_makes_the_same_files_again(tmp_path: Path, monkeypatch: pyte
     for name in ("first", "second"):
         monkeypatch.setattr("sys.argv", ["make_tokenizer.py", str(tmp_path / name)])
         runpy.run_path(str(ASSET / "make_tokenizer.py"), run_name="__main__")
-    for file in SMALL.iterdir():
+    for file in SMALL.glob("*.json"):
         first = (tmp_path / "first" / file.name).read_bytes()
         assert first == (tmp_path / "second" / file.name).read_bytes()
         assert json.loads(first) == json.loads(file.read_text(encoding="utf-8"))

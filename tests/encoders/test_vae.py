@@ -11,11 +11,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longsana.config import VAEConfig
-from longsana.encoders.vae import DecodeCache, WanVAE, to_original_layout
+from longsana.encoders.vae import (
+    DecodeCache,
+    WanVAE,
+    decode_clip,
+    encode_clip,
+    new_model,
+    save_model,
+    to_original_layout,
+)
 from longsana.runtime.errors import InputError
 
 SHAPE = Path(__file__).resolve().parents[2] / "asset/shapes/vae"
@@ -354,3 +362,135 @@ def test_damaged_and_dangerous_files_are_refused(original: Path, tmp_path: Path)
         with pytest.raises(InputError, match="cannot be read as weights") as caught:
             load(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+WHOLE = 1 << 20  # latents a call
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the config of a VAE of width 4."""
+    folder = tmp_path_factory.mktemp("small")
+    config = json.loads((SHAPE / "config.json").read_text()) | {"base_dim": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@torch.no_grad()
+def test_a_clip_is_encoded_as_diffusers_does(vae: WanVAE) -> None:
+    for frames in (1, 5, 17):
+        clip = draw(2, 3, frames, 16, 24).clamp(-1, 1)
+        expected = vae.model.encode(clip).latent_dist.parameters
+        assert torch.equal(encode_clip(vae.model, clip, latents_per_call=1), expected)
+        for size in (2, 3, WHOLE):
+            grouped = encode_clip(vae.model, clip, latents_per_call=size)
+            torch.testing.assert_close(grouped, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_clip_is_decoded_as_diffusers_does(vae: WanVAE) -> None:
+    for count in (1, 2, 5):
+        latents = 1.5 * draw(2, 16, count, 2, 3)
+        expected = vae.model.decode(latents).sample
+        frames = decode_clip(vae.model, latents, latents_per_call=1)
+        assert torch.equal(frames.clamp(-1, 1), expected)
+        assert frames.abs().max() > 1, "for a loss that sees what is too bright"
+        for size in (2, 3, WHOLE):
+            grouped = decode_clip(vae.model, latents, latents_per_call=size)
+            torch.testing.assert_close(grouped, frames, atol=2e-5, rtol=1e-5)
+
+
+def test_encoding_in_groups_differs_by_rounding(vae: WanVAE) -> None:
+    clip = draw(1, 3, 29, 16, 24).clamp(-1, 1)
+    torch.testing.assert_close(load(f"seeded:{SHAPE}", 5).encode(clip), vae.encode(clip), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("latents_per_call", [1, WHOLE])
+def test_gradients_reach_every_parameter(small: Path, latents_per_call: int) -> None:
+    model = new_model(small, 0)
+    moments = encode_clip(model, draw(1, 3, 9, 16, 16).clamp(-1, 1), latents_per_call=latents_per_call)
+    mean, log_variance = moments.chunk(2, dim=1)
+    latents = mean + (0.5 * log_variance).exp() * draw(*mean.shape)
+    decode_clip(model, latents, latents_per_call=latents_per_call).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_gradients_do_not_depend_on_the_groups(small: Path) -> None:
+    clip = draw(1, 3, 13, 16, 16).clamp(-1, 1)
+    gradients = []
+    for size in (1, 2, WHOLE):
+        model = new_model(small, 0).double()
+        mean, _ = encode_clip(model, clip.double(), latents_per_call=size).chunk(2, dim=1)
+        decode_clip(model, mean, latents_per_call=size).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], atol=1e-9, rtol=1e-9)
+
+
+def test_a_new_model_is_a_function_of_the_seed(small: Path) -> None:
+    torch.manual_seed(1)
+    one = new_model(small, 0).state_dict()
+    torch.manual_seed(2)
+    same, other = new_model(small, 0).state_dict(), new_model(small, 1).state_dict()
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    drawn = [name for name in one if name.endswith("conv1.weight")]
+    assert drawn
+    assert not any(torch.equal(one[name], other[name]) for name in drawn)
+
+
+@torch.no_grad()
+def test_a_new_model_knows_nothing_of_time(small: Path) -> None:
+    """Each latent is the last of its frames as a picture alone, and becomes the same picture four times."""
+    model = new_model(small, 0)
+    clip = draw(1, 3, 13, 16, 16).clamp(-1, 1)
+    latents = encode_clip(model, clip, latents_per_call=WHOLE)
+    for index in range(4):
+        alone = encode_clip(model, clip[:, :, 4 * index : 4 * index + 1], latents_per_call=1)
+        torch.testing.assert_close(latents[:, :, index : index + 1], alone, atol=1e-5, rtol=1e-5)
+    changed = clip.clone()
+    changed[:, :, [2, 7]] = 0  # frames that no stride picks
+    torch.testing.assert_close(encode_clip(model, changed, latents_per_call=WHOLE), latents, atol=1e-5, rtol=1e-5)
+
+    mean = latents.chunk(2, dim=1)[0]
+    frames = decode_clip(model, mean, latents_per_call=WHOLE)
+    for index in range(4):
+        alone = decode_clip(model, mean[:, :, index : index + 1], latents_per_call=1)
+        mine = frames[:, :, max(4 * index - 3, 0) : 4 * index + 1]
+        torch.testing.assert_close(mine, alone.expand_as(mine), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_new_model_has_a_narrow_posterior_and_tells_pictures_apart(small: Path) -> None:
+    model = new_model(small, 0)
+    pictures = draw(4, 3, 1, 16, 16).clamp(-1, 1)
+    mean, log_variance = encode_clip(model, pictures, latents_per_call=1).chunk(2, dim=1)
+    assert log_variance.mean().item() == pytest.approx(-6, abs=1.5)
+    assert mean.std(dim=0).mean() > 3 * (0.5 * log_variance).exp().mean()
+    decoded = decode_clip(model, mean, latents_per_call=1)
+    assert decoded.std(dim=0).mean() > 0.1
+
+
+def test_a_saved_model_is_loaded_as_the_vae_that_it_was(small: Path, tmp_path: Path) -> None:
+    model = new_model(small, 3)
+    mean, std = [index / 10 for index in range(16)], [1 + index / 10 for index in range(16)]
+    model.register_to_config(latents_mean=mean, latents_std=std)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_model(model, tmp_path / "saved")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}, "the caller's stays"
+    loaded = load(tmp_path / "saved")
+    for name, tensor in loaded.model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], atol=1e-6, rtol=1e-3, msg=name)
+    assert all(
+        tensor.dtype == torch.float16 for tensor in load_file(next((tmp_path / "saved").glob("*.safet*"))).values()
+    )
+    clip = draw(1, 3, 5, 16, 16).clamp(-1, 1)
+    with torch.no_grad():
+        raw = encode_clip(model, clip, latents_per_call=1).chunk(2, dim=1)[0]
+    expected = (raw - torch.tensor(mean).view(1, -1, 1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1, 1)
+    torch.testing.assert_close(loaded.encode(clip), expected, atol=0.02, rtol=0.02)

@@ -39,13 +39,13 @@ def encoder(config: InferenceConfig) -> GemmaTextEncoder:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """Every text that any encoder is given from now on, and whether with the instruction."""
     seen: list[tuple[str, bool]] = []
-    real = GemmaTextEncoder.encode
+    real = GemmaTextEncoder.encode_together
 
-    def spy(self: GemmaTextEncoder, prompt: str, *, instruction: bool = True) -> TextEmbedding:
-        seen.append((prompt, instruction))
-        return real(self, prompt, instruction=instruction)
+    def spy(self: GemmaTextEncoder, prompts: Sequence[str], *, instruction: bool = True) -> TextEmbedding:
+        seen.extend((prompt, instruction) for prompt in prompts)
+        return real(self, prompts, instruction=instruction)
 
-    monkeypatch.setattr(GemmaTextEncoder, "encode", spy)
+    monkeypatch.setattr(GemmaTextEncoder, "encode_together", spy)
     return seen
 
 
@@ -243,8 +243,8 @@ from longsana.runtime.distributed import World
 from longsana.training.captions import Captions
 
 def work(folder, count, rank, size):
-    encode, encoded = GemmaTextEncoder.encode, []
-    GemmaTextEncoder.encode = lambda self, text, **rest: encoded.append(text) or encode(self, text, **rest)
+    encode, encoded = GemmaTextEncoder.encode_together, []
+    GemmaTextEncoder.encode_together = lambda self, texts, **rest: encoded.extend(texts) or encode(self, texts, **rest)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
     world = World.from_environment()
     world.connect()

@@ -33,7 +33,8 @@ SCRIPT = ROOT / "train_video_scripts" / "generate_ode_pairs.py"
 CONFIGS = ROOT / "configs" / "sana_video_config" / "longsana"
 SMALL = [
     *("--threads", "1", "--sampling.num_frames", "17", "--sampling.height", "32", "--sampling.width", "48"),
-    *("--pairs.num_steps", "4", "--pairs.dtype", "float32"),
+    *("--pairs.num_steps", "4", "--pairs.dtype", "float32", "--pairs.shard_size", "2"),
+    *("--sampling.bs", "1"),
 ]
 LINES = ["a red circle", "a blue square", "a red circle", "a green star", "a cyan ring", "a blue square", "a white dot"]
 DISTINCT = ["a red circle", "a blue square", "a green star", "a cyan ring", "a white dot"]
@@ -153,8 +154,8 @@ def test_the_same_again_samples_nothing(
     capsys.readouterr()
     for arguments, says in (
         (["--sampling.seed", "1"], "sampling.seed=1 (there: 0)"),
-        (["--pairs.cfg_scale", "3"], "pairs.cfg_scale=3.0 (there: 6.0)"),
-        (["--model.load_from", "seeded:1"], "model.load_from=seeded:1 (there: seeded:0)"),
+        (["--pairs.cfg_scale", "2"], "pairs.cfg_scale=2.0 (there: 3.0)"),
+        (["--model.load_from", "seeded:1"], "model.load_from=seeded:1 (there: seeded:2)"),
         (["--sampling.negative_prompt", "dull"], "sampling.negative_prompt=dull (there: )"),
         (["--sampling.motion_score", "3"], "sampling.motion_score=3 (there: 10)"),
         (["--end_index", "1"], "count=1 (there: 2)"),
@@ -228,9 +229,9 @@ def test_the_manifest_tells_what_made_it(command: Callable[..., int], tmp_path: 
     assert command("--end_index", "1", "--pairs.dtype", "bfloat16") == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     made_by = manifest["made_by"]
-    assert (made_by["pairs.shift"], made_by["pairs.num_steps"], made_by["pairs.cfg_scale"]) == (8, 4, 6)
+    assert (made_by["pairs.shift"], made_by["pairs.num_steps"], made_by["pairs.cfg_scale"]) == (8, 4, 3)
     assert (made_by["pairs.causal"], made_by["chunks"], made_by["steps"]) == (False, [5], [0, 1, 2, 3, 4])
-    assert (made_by["model.load_from"], made_by["sampling.seed"]) == ("seeded:0", 0)
+    assert (made_by["model.load_from"], made_by["sampling.seed"]) == ("seeded:2", 0)
     assert len(made_by["prompts_sha256"]) == 64
     assert (manifest["dtype"], manifest["count"], manifest["shape"]) == ("bfloat16", 1, [5, 16, 5, 4, 6])
 
@@ -265,5 +266,5 @@ def test_a_checkpoint_without_a_null_caption_is_refused(
     monkeypatch.setattr(LongSanaDiT, "init_weights", without)
     assert command("sampling.null_caption=learned") == 2
     assert (
-        "error: sampling.null_caption=learned: seeded:0: the checkpoint has no null caption" in capsys.readouterr().err
+        "error: sampling.null_caption=learned: seeded:2: the checkpoint has no null caption" in capsys.readouterr().err
     )

@@ -38,3 +38,17 @@ def test_what_is_shared_does_not_know_the_slot():
     assert draw(turn(0).shared_rng("exit")) != draw(turn(0, step=1).shared_rng("exit"))
     assert draw(turn(0).rng("t")) != draw(turn(5).rng("t"))
     assert draw(turn(0).rng("t")) != draw(turn(0).rng("drop"))
+
+
+def test_noise_drawn_on_the_device_is_a_function_of_its_name_and_slot():
+    def turn(slot: int = 0, *, device_noise: bool = True) -> Turn:
+        return Turn(0, 0, "generator", slot, range(1), torch.device("cpu"), device_noise)
+
+    noise = turn().normal("noise", (2, 300))
+    assert noise.dtype == torch.float32
+    torch.manual_seed(9)
+    assert torch.equal(noise, turn().normal("noise", (2, 300)))
+    for other in (turn().normal("t", (2, 300)), turn(1).normal("noise", (2, 300))):
+        assert abs(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]) < 0.2
+    # Where the device is the CPU, to draw there changes nothing.
+    assert torch.equal(noise, turn(device_noise=False).normal("noise", (2, 300)))

@@ -1,0 +1,204 @@
+"""What a model of the shapes world can do: many prompts, several seeds, and scores by the length of the video."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+from longsana.config import InferenceConfig
+from longsana.data.prompts import Prompt
+from longsana.data.shapes import FPS, draw_scene, parse_caption, render
+from longsana.encoders.vae import WanVAE
+from longsana.evaluation.measures import Measures, boundaries, drift, drift_curve, measure, per_second, seam_index
+from longsana.evaluation.verifier import Seen, judge, observe
+from longsana.models.embeddings import TextEmbedding
+from longsana.runtime.clock import Clock
+from longsana.sampling.pipeline import VideoPipeline, resolve_dtype
+from longsana.sampling.sampler import Network
+from longsana.state import CausalState
+
+FIGURES = ("colour", "kind", "background", "motion", "persistence")
+DRIFT = "saturation drift"
+TRUTH = 1 << 20
+"""Index of the first scene that is filmed as ground truth, far from those of training and of prompts."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """prompts: those of `shapes.prompts` that are held out. lengths: seconds from the start, scored apart."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int] = (0, 1, 2)
+    lengths: Sequence[int] = (5, 30, 60)
+    batch: int = 64  # videos at a time
+    absorbs: bool = True  # False, an ablation: a chunk's state is that of its last denoising pass
+
+    @property
+    def frames(self) -> int:
+        return max(self.lengths) * FPS + 1
+
+
+def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> dict[str, Any]:
+    """Sample the trial's videos and score them; see `summarise`."""
+    sampling = dataclasses.replace(config.sampling, num_frames=trial.frames)
+    config = dataclasses.replace(config, sampling=sampling)
+    pipeline = VideoPipeline(config, device)
+    prompts = [
+        Prompt(line, text, (text,), 0, sampling.height, sampling.width)
+        for line, text in enumerate(trial.prompts, start=1)
+    ]
+    with pipeline.text_encoder() as encoder:
+        captions = [pipeline.encode(encoder, prompt) for prompt in prompts]
+    pipeline.load()
+    if not trial.absorbs:
+        network: Any = _Unabsorbing(pipeline.model)
+        pipeline.model = network
+    plan = pipeline.plan if config.scheduler.sampling_algo != "flow_euler" else ChunkPlan((pipeline.plan.frames,))
+    seams = boundaries(plan.frames, max(plan.lengths[1:], default=plan.frames))
+    runs = []
+    for seed in trial.seeds:
+        pipeline.config = dataclasses.replace(config, sampling=dataclasses.replace(sampling, seed=seed))
+        videos: list[dict[str, Any]] = []
+        for first in range(0, len(prompts), trial.batch):
+            some = slice(first, first + trial.batch)
+            films = (film.pixels for film in pipeline.sample(prompts[some], captions[some], Clock(device)))
+            videos += _score(films, trial.prompts[some], trial.lengths, seams, device)
+        runs.append(videos)
+    return summarise(runs, trial.lengths)
+
+
+def strips(
+    config: InferenceConfig, prompts: Sequence[str], seconds: Sequence[int], path: Path, device: torch.device
+) -> None:
+    """A picture of the frames at these seconds, a prompt a row. Needs matplotlib."""
+    from matplotlib import pyplot
+
+    sampling = dataclasses.replace(config.sampling, num_frames=max(seconds) * FPS + 1)
+    pipeline = VideoPipeline(dataclasses.replace(config, sampling=sampling), device)
+    asked = [Prompt(line, text, (text,), 0, sampling.height, sampling.width) for line, text in enumerate(prompts, 1)]
+    with pipeline.text_encoder() as encoder:
+        captions = [pipeline.encode(encoder, prompt) for prompt in asked]
+    pipeline.load()
+    films = torch.cat([film.pixels for film in pipeline.sample(asked, captions, Clock(device))], dim=1)
+    rows = films[:, [second * FPS for second in seconds]]  # (B, columns, H, W, 3)
+    rows = torch.nn.functional.pad(rows, (0, 0, 2, 2, 2, 2), value=255)
+    picture = rows.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
+    pyplot.imsave(path, picture.numpy())
+
+
+class _Unabsorbing:
+    """A network without the clean pass at t = 0: asked for one, it gives the state of the pass before."""
+
+    def __init__(self, model: Network) -> None:
+        self.model = model
+        self.state: CausalState | None = None
+
+    def __call__(
+        self, x: Tensor, t: Tensor, text: TextEmbedding, *, state: CausalState | None = None
+    ) -> tuple[Tensor, CausalState]:
+        if self.state is not None and not t.any():
+            return x, self.state
+        velocity, self.state = self.model(x, t, text, state=state)
+        return velocity, self.state
+
+
+def try_truth(config: InferenceConfig, trial: Trial, device: torch.device) -> dict[str, Any]:
+    """The same of the world itself, seen through the VAE: what no model can surpass. One seed; other prompts."""
+    vae = WanVAE.load(config.vae, device, resolve_dtype(config.vae.weight_dtype, device))
+    plan = ChunkPlan.split(vae.geometry.latent_frames(trial.frames), config.sampling.chunk_frames)
+    seams = boundaries(plan.frames, config.sampling.chunk_frames)
+    videos: list[dict[str, Any]] = []
+    batch = max(trial.batch // 8, 1)  # a film's pictures are encoded at once
+    for first in range(0, len(trial.prompts), batch):
+        indices = range(first, min(first + batch, len(trial.prompts)))
+        scenes = [draw_scene(0, TRUTH + index, held_out=True) for index in indices]
+        latents = vae.encode(render(scenes, range(trial.frames), device=device))
+        captions = [scene.caption for scene in scenes]
+        videos += _score(_decoded(vae, latents, plan), captions, trial.lengths, seams, device)
+    return summarise([videos], trial.lengths)
+
+
+def _decoded(vae: WanVAE, latents: Tensor, plan: ChunkPlan) -> Iterator[Tensor]:
+    cache = None
+    for part in plan.slices():
+        frames, cache = vae.decode_stream(latents[:, :, part], cache)
+        yield vae.to_uint8(frames)
+
+
+def _score(
+    films: Iterable[Tensor], captions: Sequence[str], lengths: Sequence[int], seams: Sequence[int], device: torch.device
+) -> list[dict[str, Any]]:
+    """Of each video the figures by length, and curves by second. films: pieces (B, F, H, W, 3), uint8."""
+    seen: list[Seen] = []
+    measured: list[Measures] = []
+    before = None
+    for film in films:
+        pictures = film.to(device)
+        seen.append(observe(pictures))
+        measured.append(measure(pictures, before))
+        before = pictures[:, -1]
+    whole, looks = Seen.join(seen), Measures.join(measured)
+    promises = [parse_caption(caption) for caption in captions]
+    assert all(promises), captions
+    figures: dict[int, dict[str, Tensor]] = {}
+    for seconds in lengths:
+        frames = seconds * FPS + 1
+        verdicts = judge(whole.first(frames), promises)
+        figures[seconds] = {name: getattr(verdicts, name).nanmean(1) for name in FIGURES}
+        figures[seconds]["seam index"] = seam_index(
+            looks.change[:, :frames], [frame for frame in seams if frame < frames]
+        )
+        figures[seconds][DRIFT] = drift(looks.saturation[:, :frames], FPS).abs()
+    verdicts = judge(whole, promises)
+    curves = {
+        "adherence": per_second(verdicts.adherence, FPS),
+        "persistence": per_second(verdicts.persistence, FPS),
+        DRIFT: drift_curve(looks.saturation, FPS),
+    }
+    return [
+        {
+            "figures": {
+                length: {name: float(each[i]) for name, each in own.items()} for length, own in figures.items()
+            },
+            "curves": {name: curve[i].tolist() for name, curve in curves.items()},
+        }
+        for i in range(len(captions))
+    ]
+
+
+def summarise(runs: Sequence[Sequence[dict[str, Any]]], lengths: Sequence[int]) -> dict[str, Any]:
+    """Of a run a seed, each a list of videos.
+
+    "figures": by seconds and name, [mean, spread]: the mean over videos, its mean and standard deviation over seeds.
+    "curves": by name, the mean over all videos of each second. "videos", "seeds": how many.
+    """
+    figures = {}
+    for seconds in lengths:
+        names = runs[0][0]["figures"][seconds]
+        means = {name: [_mean(video["figures"][seconds][name] for video in run) for run in runs] for name in names}
+        figures[str(seconds)] = {name: [_mean(values), _spread(values)] for name, values in means.items()}
+    videos = [video for run in runs for video in run]
+    curves = {
+        name: [_mean(values) for values in zip(*(video["curves"][name] for video in videos), strict=True)]
+        for name in videos[0]["curves"]
+    }
+    return {"figures": figures, "curves": curves, "videos": len(runs[0]), "seeds": len(runs)}
+
+
+def _spread(values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return statistics.pstdev(numbers) if len(numbers) > 1 else None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are numbers; None of none."""
+    numbers = [value for value in values if value is not None and value == value]
+    return statistics.fmean(numbers) if numbers else None

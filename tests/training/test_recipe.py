@@ -1,0 +1,85 @@
+"""The whole recipe of the shapes world in tiny steps: each part is made once, and all later steps can use it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from longsana.config import InferenceConfig, load_config
+from longsana.sampling.request import check_config
+from tests.scripts import load_script
+
+ROOT = Path(__file__).resolve().parents[2]
+recipe = load_script(ROOT / "train_video_scripts" / "shapes_recipe.py")
+CONFIGS = ROOT / "configs/sana_video_config/longsana/shapes"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("recipe")
+    assert recipe.main(["--out", str(out), "--size", "tiny"]) == 0
+    return out / "parts"
+
+
+def test_every_step_makes_its_part(made):
+    table = (made / "table.md").read_text()
+    for row in recipe.ROWS:
+        assert table.count(f"| {row.name} ") == 1
+    assert {"plot.png", "strips.png"} <= {path.name for path in made.iterdir()}
+    noted = json.loads((made / "times.json").read_text())
+    assert {"text", "vae", *recipe.NETWORKS, "table", "vae score"} <= noted.keys()
+    assert max(path.stat().st_size for path in made.rglob("*") if path.is_file()) < 15e6
+    assert sum(path.stat().st_size for path in made.glob("*.*")) < 60e6
+
+
+def test_networks_differ_from_stage_to_stage(made):
+    weights = [load_file(made / f"{name}.safetensors") for name in recipe.NETWORKS]
+    for before, after in itertools.pairwise(weights):
+        assert before.keys() == after.keys()
+        assert any(not (before[name] == after[name]).all() for name in before)
+
+
+def test_what_ships_is_whole_and_small(made):
+    """Networks in bfloat16, a card that says how they were made, and the default config can use them."""
+    asset = made / "asset"
+    assert sum(path.stat().st_size for path in asset.rglob("*") if path.is_file()) < 30e6
+    full, short = (load_file(folder / "longsana.safetensors") for folder in (made, asset))
+    assert all((full[name].bfloat16() == short[name]).all() for name in full)
+    card = (asset / "README.md").read_text()
+    assert "LongSANA, num_cached_blocks 2" in card
+    assert "seed 0, commit " in card
+    settings = [
+        f"model.load_from={asset}/longsana.safetensors",
+        f"vae.vae_pretrained={asset}/vae",
+        f"text_encoder.text_encoder_name={asset}/text_encoder",
+    ]
+    check_config(load_config(CONFIGS / "longsana.yaml", settings, InferenceConfig))
+
+
+def test_what_is_there_is_passed_over(made, capsys):
+    times = (made / "times.json").read_text()
+    newest = {path: path.stat().st_mtime_ns for path in made.glob("*.safetensors")}
+    (made / "plot.png").unlink()
+    assert recipe.main(["--out", str(made.parent), "--size", "tiny"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in made.glob("*.safetensors")} == newest
+    assert (made / "plot.png").exists(), "and what is not there is made again"
+    assert json.loads((made / "times.json").read_text()).keys() == json.loads(times).keys()
+
+
+def test_parts_are_all_that_a_step_needs(made, tmp_path):
+    """Another machine goes on from the parts alone."""
+    shutil.copytree(made, tmp_path / "parts")
+    (tmp_path / "parts" / "ode.safetensors").unlink()
+    assert recipe.main(["--out", str(tmp_path), "--size", "tiny", "--steps", "ode"]) == 0
+    again, first = (load_file(folder / "ode.safetensors") for folder in (tmp_path / "parts", made))
+    assert all((again[name] == first[name]).all() for name in first), "trajectories are made again from their seed"
+
+
+def test_a_wrong_step_is_refused(tmp_path, capsys):
+    assert recipe.main(["--out", str(tmp_path), "--steps", "vea"]) == 2
+    assert "--steps vea: no such step; there are text, vae, base" in capsys.readouterr().err

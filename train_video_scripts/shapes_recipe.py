@@ -1,0 +1,404 @@
+"""Train everything of the shapes world, one step after another, and measure it.
+
+    python train_video_scripts/shapes_recipe.py --out output/shapes
+
+A step is done when what it makes lies in OUT/parts, and is then passed over: stopped at any moment, the same command
+goes on, the networks' steps from where they were. OUT/parts is all that later steps need: carry it to another machine,
+and the rest can be made there. Without a GPU `--size tiny` shows in a minute that all of it runs; it trains nothing.
+Exit status: 0 done, else that of the step that stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from longsana.config import RETIRED, InferenceConfig, load_config
+from longsana.data.shapes import prompts
+from longsana.runtime.commandline import Parser, set_up_logging
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import atomic_write_text
+
+log = logging.getLogger("longsana")
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs/sana_video_config/longsana/shapes"
+NETWORKS = ("base", "ode", "self_forcing", "longsana")
+TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
+
+TINY: dict[str, list[str]] = {
+    "text": ["steps=2", "batch=4", "test_captions=4"],
+    "vae": [
+        "steps=[1,1]", "clips=[4,1]", "frames=[1,5]", "heights=[32,32]", "widths=[32,32]", "statistics_clips=1",
+        "test_clips=1", "test_frames=5",
+    ],
+    "stage": [
+        "train.max_iters=2", "train.log_iters=2", "train.batch_size=1", "train.mixed_precision=false",
+        "train.ema_start_step=0", "rollout.num_training_frames=5",
+    ],
+    "base": ["data.num_clips=2"],
+    "ode": ["sampling.chunk_frames=2"],
+    "self_forcing": [
+        "sampling.chunk_frames=2", "rollout.min_num_training_frames=5", "rollout.slice_last_frames=5",
+    ],
+    "longsana": [
+        "sampling.chunk_frames=2", "rollout.min_num_training_frames=5", "rollout.slice_last_frames=5",
+        "rollout.overlap_latents=2", "streaming.streaming_min_new_frame=4", "streaming.streaming_max_length=9",
+    ],
+    "pairs": ["pairs.num_steps=4", "pairs.shard_size=2", "sampling.num_frames=17", "sampling.bs=2"],
+    "sample": ["scheduler.num_inference_steps=2"],
+}  # fmt: skip
+"""Settings that make a step take seconds on two cores."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. weights: of parts. settings: of the sampler. prompts and seeds: at most so many."""
+
+    name: str
+    weights: str
+    settings: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = (5, 30, 60)
+    prompts: int = HELD_OUT_PROMPTS
+    seeds: int = 3
+    steps: int = 4
+    absorbs: bool = True
+
+
+BASE_SETTINGS = (
+    "scheduler.sampling_algo=flow_euler",
+    "scheduler.inference_flow_shift=3.0",
+    "scheduler.num_inference_steps=30",
+    "sampling.cfg_scale=3.0",
+    "sampling.null_caption=learned",
+)
+TRUTH = "ground truth through the VAE"
+ROWS = (
+    Row(TRUTH, "", seeds=1, steps=0),
+    Row("base model", "base", BASE_SETTINGS, lengths=(5,), steps=30),
+    Row("ODE-initialised", "ode", seeds=1),
+    Row("Self-Forcing", "self_forcing"),
+    Row("LongSANA", "longsana"),
+    Row("LongSANA, num_cached_blocks 2", "longsana", ("model.num_cached_blocks=2",), prompts=32, seeds=1),
+    Row("LongSANA, no clean absorbing pass", "longsana", prompts=32, seeds=1, absorbs=False),
+)
+
+
+CARD = """\
+# The models of the shapes world
+
+Text to videos of one or two moving shapes, 160x96 pixels, 16 frames a second, of any length. Made from nothing by
+`train_video_scripts/shapes_recipe.py` (seed 0, commit {commit}): no data but what `longsana/data/shapes.py` draws.
+
+* `vae`: a Wan 2.1 VAE of base width 12. `text_encoder`: a Gemma 2 of two layers, trained on the world's captions.
+* `base.safetensors`: the bidirectional base model. `ode`, `self_forcing`, `longsana`: the generator after each stage.
+
+Networks have 2.9 M parameters, in bfloat16. Combinations of kind, colour and motion in `shapes.HELD_OUT` were never
+trained on; every prompt of the table has one.
+
+| step | seconds, or score | machine |
+|---|---|---|
+{steps}
+
+{table}
+
+Use: the world's grammar only. Other prompts give some video of shapes. Licence: Apache-2.0.
+"""
+
+
+class Recipe:
+    """The steps, in order; each makes one thing of `parts`. tiny: on a CPU, in seconds."""
+
+    def __init__(self, out: Path, *, tiny: bool) -> None:
+        self.parts, self.runs, self.tiny = out / "parts", out / "runs", tiny
+        self.device = World.from_environment().device()
+        self.parts.mkdir(parents=True, exist_ok=True)
+        self._write_prompts()
+        self.steps: dict[str, tuple[Path, Callable[[], int]]] = {
+            "text": (self.parts / "text_encoder", self.text),
+            "vae": (self.parts / "vae", self.vae),
+            **{name: (self.parts / f"{name}.safetensors", self._stage(name)) for name in NETWORKS},
+            "table": (self.parts / "table.md", self.table),
+            "plot": (self.parts / "plot.png", self.plot),
+            "strips": (self.parts / "strips.png", self.strips),
+            "package": (self.parts / "asset", self.package),
+        }
+
+    def run(self, names: Sequence[str]) -> int:
+        for name in names:
+            product, make = self.steps[name]
+            if product.exists():
+                log.info("== %s: %s is there", name, product)
+                continue
+            log.info("== %s", name)
+            started = time.perf_counter()
+            if status := make():
+                return status
+            self._note(name, time.perf_counter() - started)
+        return 0
+
+    # Parts that are not networks of ours
+
+    def text(self) -> int:
+        from longsana.training.text_encoder import TextTrainingConfig, train_text_encoder
+
+        config = load_config(CONFIGS / "text_encoder.yaml", self._tiny("text"), TextTrainingConfig, {})
+        return self._finished("text_encoder", lambda folder: train_text_encoder(config, folder, self.device))
+
+    def vae(self) -> int:
+        from longsana.training.vae import VAETrainingConfig, train_vae
+
+        config = load_config(CONFIGS / "vae.yaml", self._tiny("vae"), VAETrainingConfig, {})
+        return self._finished("vae", lambda folder: train_vae(config, folder, self.device))
+
+    def _finished(self, name: str, train: Callable[[Path], float]) -> int:
+        """A folder of parts that appears when it is whole."""
+        unfinished = self.runs / name
+        unfinished.mkdir(parents=True, exist_ok=True)
+        score = train(unfinished)
+        self._note(f"{name} score", score)
+        unfinished.rename(self.parts / name)
+        return 0
+
+    # Networks, by the commands that train the 2B ones
+
+    def _stage(self, name: str) -> Callable[[], int]:
+        def make() -> int:
+            from train_video_scripts import train_longsana
+
+            if name == "ode" and (status := self._pairs()):
+                return status
+            given = [f"data.data_path={self.parts / 'prompts.txt'}", *self._from("real_score", "base")]
+            settings: list[str] = {
+                "base": [],
+                "ode": [*self._from("model", "base"), f"data.data_path={self.runs / 'pairs'}"],
+                "self_forcing": [*given, *self._from("model", "ode"), *self._from("fake_score", "base")],
+                "longsana": [*given, *self._from("model", "self_forcing"), *self._from("fake_score", "critic")],
+            }[name]
+            run = self.runs / name
+            config = CONFIGS / ("streaming.yaml" if name == "longsana" else f"{name}.yaml")
+            status = train_longsana.main(
+                [
+                    "--config_path", str(config), "--logdir", str(run), "--no_visualize", "--disable-wandb",
+                    *self._models(), *settings, *self._tiny("stage"), *self._tiny(name),
+                ]
+            )  # fmt: skip
+            if status:
+                return int(status)
+            if name == "self_forcing" and (status := self._export(run, "critic", "critic")):
+                return status
+            return self._export(run, "ema", name)
+
+        return make
+
+    def _pairs(self) -> int:
+        from train_video_scripts import generate_ode_pairs
+
+        text = f"text_encoder.text_encoder_name={self.parts / 'text_encoder'}"
+        status: int = generate_ode_pairs.main(
+            [
+                "--config_path", str(CONFIGS / "ode_pairs.yaml"), "--out", str(self.runs / "pairs"),
+                "--txt_file", str(self.parts / "prompts.txt"), "--end_index", "2" if self.tiny else "768",
+                text, *self._from("model", "base"), *self._tiny("pairs"),
+            ]
+        )  # fmt: skip
+        return status
+
+    def _export(self, run: Path, weights: str, name: str) -> int:
+        from train_video_scripts import export
+
+        newest = max(run.glob("checkpoint_model_*"))
+        target = self.parts / f"{name}.safetensors"
+        status: int = export.main(
+            [str(newest), "--out", str(target), "--layout", "safetensors", "--weights", weights, "--force"]
+        )
+        return status
+
+    def _models(self) -> list[str]:
+        return [
+            f"vae.vae_pretrained={self.parts / 'vae'}",
+            f"text_encoder.text_encoder_name={self.parts / 'text_encoder'}",
+        ]
+
+    def _from(self, section: str, name: str) -> list[str]:
+        return [f"{section}.load_from={self.parts / name}.safetensors"]
+
+    # Measurement
+
+    def table(self) -> int:
+        from longsana.evaluation.trial import Trial, try_model, try_truth
+
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        scores: dict[str, Any] = {}
+        for row in ROWS:
+            path = self._scores(row)
+            if not path.exists():
+                started = time.perf_counter()
+                texts = (self.parts / "held_out.txt").read_text(encoding="utf-8").splitlines()
+                trial = Trial(texts[: row.prompts], tuple(range(row.seeds)), row.lengths, absorbs=row.absorbs)
+                if self.tiny:
+                    trial = Trial(texts[:2], (0,), (1,), batch=2, absorbs=row.absorbs)
+                settings = [*self._models(), *row.settings, *(self._tiny("sample") if row.name == "base model" else [])]
+                if row.weights:
+                    settings += self._from("model", row.weights)
+                config = load_config(CONFIGS / "longsana.yaml", settings, InferenceConfig, RETIRED)
+                attempt = try_truth if row.name == TRUTH else try_model
+                result = attempt(config, trial, self.device) | {"steps": row.steps}
+                result["seconds"] = round(time.perf_counter() - started, 1)
+                atomic_write_text(path, json.dumps(result) + "\n")
+                log.info("%s: %.0f s", row.name, result["seconds"])
+            scores[row.name] = json.loads(path.read_text(encoding="utf-8"))
+        text = render_table(scores)
+        atomic_write_text(self.parts / "table.md", text)
+        print(text)
+        return 0
+
+    def plot(self) -> int:
+        """The long videos of all models, second by second. Needs matplotlib."""
+        from longsana.evaluation.report import plot
+
+        scores = {row.name: json.loads(self._scores(row).read_text(encoding="utf-8")) for row in ROWS}
+        longest = max(len(score["curves"]["persistence"]) for score in scores.values())
+        curves = {name: score["curves"] for name, score in scores.items()}
+        plot({name: own for name, own in curves.items() if len(own["persistence"]) == longest}, self.parts / "plot.png")
+        return 0
+
+    def strips(self) -> int:
+        """LongSANA's pictures every quarter of a minute, a prompt a row."""
+        from longsana.evaluation.trial import strips
+
+        settings = [*self._models(), *self._from("model", "longsana")]
+        config = load_config(CONFIGS / "longsana.yaml", settings, InferenceConfig, RETIRED)
+        texts = (self.parts / "held_out.txt").read_text(encoding="utf-8").splitlines()
+        seconds = (0, 1) if self.tiny else (0, 15, 30, 45, 60)
+        strips(config, texts[:3], seconds, self.parts / "strips.png", self.device)
+        return 0
+
+    def package(self) -> int:
+        """What ships: networks in bfloat16, the other parts as they are, and the model card."""
+
+        def gather(folder: Path) -> float:
+            for part in ("vae", "text_encoder"):
+                shutil.copytree(self.parts / part, folder / part, dirs_exist_ok=True)
+            for name in NETWORKS:
+                weights = load_file(self.parts / f"{name}.safetensors")
+                save_file(
+                    {key: value.to(torch.bfloat16) for key, value in weights.items()}, folder / f"{name}.safetensors"
+                )
+            atomic_write_text(folder / "README.md", self._card())
+            return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+        return self._finished("asset", gather)
+
+    def _card(self) -> str:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=CONFIGS, capture_output=True, text=True, check=False
+        ).stdout.strip()
+        noted = json.loads((self.parts / "times.json").read_text(encoding="utf-8"))
+        lines = [f"| {name} | {entry['value']} | {entry['machine']} |" for name, entry in noted.items()]
+        return CARD.format(
+            commit=commit or "unknown",
+            steps="\n".join(lines),
+            table=(self.parts / "table.md").read_text(encoding="utf-8").strip(),
+        )
+
+    def _scores(self, row: Row) -> Path:
+        return self.parts / f"scores_{row.name.replace(' ', '_').replace(',', '')}.json"
+
+    # What else
+
+    def _tiny(self, step: str) -> list[str]:
+        return TINY[step] if self.tiny else []
+
+    def _write_prompts(self) -> None:
+        for name, seed, count, held_out in (
+            ("prompts.txt", 1, TRAINING_PROMPTS, False),
+            ("held_out.txt", 0, HELD_OUT_PROMPTS, True),
+        ):
+            atomic_write_text(self.parts / name, "\n".join(prompts(seed, count, held_out=held_out)) + "\n")
+
+    def _note(self, name: str, value: float) -> None:
+        """times.json: seconds of each step, and scores of parts, with the machine."""
+        path = self.parts / "times.json"
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        machine = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+        noted[name] = {"value": round(value, 2), "machine": machine, "torch": torch.__version__}
+        atomic_write_text(path, json.dumps(noted, indent=1) + "\n")
+        log.info("== %s: %.2f", name, value)
+
+
+def render_table(scores: dict[str, Any]) -> str:
+    """Markdown: a line a model and length."""
+    from longsana.evaluation.report import table
+    from longsana.evaluation.trial import DRIFT, FIGURES
+
+    lines = []
+    for name, score in scores.items():
+        for seconds, figures in score["figures"].items():
+            lines.append(
+                {
+                    "model": name,
+                    "seconds": int(seconds),
+                    **{figure: _percent(figures[figure]) for figure in FIGURES},
+                    "seam index": _number(figures["seam index"]),
+                    DRIFT: _percent(figures[DRIFT]),
+                    "steps": score["steps"] or "",
+                    "videos": f"{score['videos']} x {score['seeds']}",
+                }
+            )
+    return table(lines)
+
+
+def _percent(value: Sequence[float | None]) -> str:
+    mean, spread = value
+    if mean is None:
+        return ""
+    return f"{100 * mean:.1f} %" if spread is None else f"{100 * mean:.1f} ± {100 * spread:.1f} %"
+
+
+def _number(value: Sequence[float | None]) -> str:
+    mean, spread = value
+    if mean is None:
+        return ""
+    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("output/shapes"), help="(default: %(default)s)")
+    parser.add_argument("--steps", nargs="+", metavar="STEP", help="only these (default: all, in order)")
+    parser.add_argument("--size", choices=["full", "tiny"], default="full")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    set_up_logging(World.from_environment())
+    try:
+        options = parse(arguments)
+        recipe = Recipe(options.out.resolve(), tiny=options.size == "tiny")
+        names = options.steps or list(recipe.steps)
+        if unknown := [name for name in names if name not in recipe.steps]:
+            raise InputError(f"--steps {unknown[0]}: no such step; there are {', '.join(recipe.steps)}")
+        return recipe.run(names)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
