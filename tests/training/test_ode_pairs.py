@@ -156,7 +156,7 @@ def test_the_same_again_samples_nothing(
         (["--sampling.seed", "1"], "sampling.seed=1 (there: 0)"),
         (["--pairs.cfg_scale", "2"], "pairs.cfg_scale=2.0 (there: 3.0)"),
         (["--model.load_from", "seeded:1"], "model.load_from=seeded:1 (there: seeded:2)"),
-        (["--sampling.negative_prompt", "dull"], "sampling.negative_prompt=dull (there: )"),
+        (["--sampling.null_caption", "negative_prompt", "--sampling.negative_prompt", "dull"], "(there: learned)"),
         (["--sampling.motion_score", "3"], "sampling.motion_score=3 (there: 10)"),
         (["--end_index", "1"], "count=1 (there: 2)"),
         (["--pairs.causal", "true", "--sampling.chunk_frames", "2"], "chunks=[3, 2] (there: [5])"),
