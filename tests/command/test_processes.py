@@ -91,7 +91,7 @@ def test_bars_on_a_terminal(prompts: Prompts, tmp_path: Path) -> None:
 
 def test_disk_full(prompts: Prompts, tmp_path: Path) -> None:
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 1_000))
 
     full = launch(
         *("--txt_file", prompts("a red circle", "a blue square"), "--work_dir", tmp_path),
