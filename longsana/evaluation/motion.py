@@ -17,11 +17,11 @@ PACES = {"": (-1.0, 0.35), "slowly": (0.35, 1.4), "quickly": (1.4, 2.8)}
 """Pixels a frame that are nearer to this word (0, 0.7, 2.1) than to the next one."""
 STRAIGHT = 0.95
 """Share of the way that must lead in the promised direction: 18 degrees off is wrong."""
-CURVE = (14.0, 42.0)
+CURVE = (15.5, 34.0)
 """Radius of an orbit in pixels; the world's are 18 to 28."""
 DIAGONAL = (math.radians(27), math.radians(63))
 """Slope of a bounce; the world's are 35 to 55 degrees."""
-BEND = 0.2
+BEND = 0.13
 """Radians that a straight way may seem to bend in a second; the slowest orbit turns by 0.4."""
 LEAP = 0.7
 """Pixels a frame, over four frames, that no pace may exceed its word by: a leap by three to six pixels."""
