@@ -29,8 +29,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longsana.config import RETIRED, InferenceConfig, load_config
+from longsana.data.prompts import training_prompts
 from longsana.data.shapes import prompts
-from longsana.runtime.commandline import Parser, set_up_logging
+from longsana.runtime.commandline import Parser, run_command, set_up_logging
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text
@@ -209,7 +210,7 @@ class Recipe:
     def _pairs(self) -> int:
         from train_video_scripts import generate_ode_pairs
 
-        text = f"text_encoder.text_encoder_name={self.parts / 'text_encoder'}"
+        _, text = self._models()  # no video is decoded
         status: int = generate_ode_pairs.main(
             [
                 "--config_path", str(CONFIGS / "ode_pairs.yaml"), "--out", str(self.runs / "pairs"),
@@ -244,19 +245,19 @@ class Recipe:
         from longsana.evaluation.trial import Trial, try_model, try_truth
 
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        texts = training_prompts(self.parts / "held_out.txt")
         scores: dict[str, Any] = {}
         for row in ROWS:
             path = self._scores(row)
             if not path.exists():
                 started = time.perf_counter()
-                texts = (self.parts / "held_out.txt").read_text(encoding="utf-8").splitlines()
                 trial = Trial(texts[: row.prompts], tuple(range(row.seeds)), row.lengths, absorbs=row.absorbs)
                 if self.tiny:
                     trial = Trial(texts[:2], (0,), (1,), batch=2, absorbs=row.absorbs)
-                settings = [*self._models(), *row.settings, *(self._tiny("sample") if row.name == "base model" else [])]
+                settings = [*row.settings, *(self._tiny("sample") if row.name == "base model" else [])]
                 if row.weights:
                     settings += self._from("model", row.weights)
-                config = load_config(CONFIGS / "longsana.yaml", settings, InferenceConfig, RETIRED)
+                config = self._sampler(settings)
                 attempt = try_truth if row.name == TRUTH else try_model
                 result = attempt(config, trial, self.device) | {"steps": row.steps}
                 result["seconds"] = round(time.perf_counter() - started, 1)
@@ -282,9 +283,8 @@ class Recipe:
         """LongSANA's pictures every quarter of a minute, a prompt a row."""
         from longsana.evaluation.trial import strips
 
-        settings = [*self._models(), *self._from("model", "longsana")]
-        config = load_config(CONFIGS / "longsana.yaml", settings, InferenceConfig, RETIRED)
-        texts = (self.parts / "held_out.txt").read_text(encoding="utf-8").splitlines()
+        config = self._sampler(self._from("model", "longsana"))
+        texts = training_prompts(self.parts / "held_out.txt")
         seconds = (0, 1) if self.tiny else (0, 15, 30, 45, 60)
         strips(config, texts[:3], seconds, self.parts / "strips.png", self.device)
         return 0
@@ -317,6 +317,9 @@ class Recipe:
             table=(self.parts / "table.md").read_text(encoding="utf-8").strip(),
         )
 
+    def _sampler(self, settings: Sequence[str]) -> InferenceConfig:
+        return load_config(CONFIGS / "longsana.yaml", [*self._models(), *settings], InferenceConfig, RETIRED)
+
     def _scores(self, row: Row) -> Path:
         return self.parts / f"scores_{row.name.replace(' ', '_').replace(',', '')}.json"
 
@@ -330,7 +333,9 @@ class Recipe:
             ("prompts.txt", 1, TRAINING_PROMPTS, False),
             ("held_out.txt", 0, HELD_OUT_PROMPTS, True),
         ):
-            atomic_write_text(self.parts / name, "\n".join(prompts(seed, count, held_out=held_out)) + "\n")
+            path = self.parts / name
+            if not path.exists():
+                atomic_write_text(path, "\n".join(prompts(seed, count, held_out=held_out)) + "\n")
 
     def _note(self, name: str, value: float) -> None:
         """times.json: seconds of each step, and scores of parts, with the machine."""
@@ -386,18 +391,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def prepare(arguments: Sequence[str]) -> tuple[Recipe, list[str]]:
+    options = parse(arguments)
+    recipe = Recipe(options.out.resolve(), tiny=options.size == "tiny")
+    names = options.steps or list(recipe.steps)
+    if unknown := [name for name in names if name not in recipe.steps]:
+        raise InputError(f"--steps {unknown[0]}: no such step; there are {', '.join(recipe.steps)}")
+    return recipe, names
+
+
 def main(arguments: Sequence[str]) -> int:
-    set_up_logging(World.from_environment())
-    try:
-        options = parse(arguments)
-        recipe = Recipe(options.out.resolve(), tiny=options.size == "tiny")
-        names = options.steps or list(recipe.steps)
-        if unknown := [name for name in names if name not in recipe.steps]:
-            raise InputError(f"--steps {unknown[0]}: no such step; there are {', '.join(recipe.steps)}")
-        return recipe.run(names)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    world = World.from_environment()
+    set_up_logging(world)
+    # The stages' commands meet their processes themselves.
+    return run_command(world, lambda: prepare(arguments), lambda asked: asked[0].run(asked[1]), connect=lambda: None)
 
 
 if __name__ == "__main__":

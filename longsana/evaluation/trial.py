@@ -18,14 +18,14 @@ from longsana.data.prompts import Prompt
 from longsana.data.shapes import FPS, draw_scene, parse_caption, render
 from longsana.encoders.vae import WanVAE
 from longsana.evaluation.measures import Measures, boundaries, drift, drift_curve, measure, per_second, seam_index
-from longsana.evaluation.verifier import Seen, judge, observe
+from longsana.evaluation.verifier import Seen, Verdicts, judge, observe
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.clock import Clock
-from longsana.sampling.pipeline import VideoPipeline, resolve_dtype
+from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
 from longsana.sampling.sampler import Network
 from longsana.state import CausalState
 
-FIGURES = ("colour", "kind", "background", "motion", "persistence")
+FIGURES = Verdicts._fields
 DRIFT = "saturation drift"
 TRUTH = 1 << 20
 """Index of the first scene that is filmed as ground truth, far from those of training and of prompts."""
@@ -48,24 +48,15 @@ class Trial:
 
 def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> dict[str, Any]:
     """Sample the trial's videos and score them; see `summarise`."""
-    sampling = dataclasses.replace(config.sampling, num_frames=trial.frames)
-    config = dataclasses.replace(config, sampling=sampling)
-    pipeline = VideoPipeline(config, device)
-    prompts = [
-        Prompt(line, text, (text,), 0, sampling.height, sampling.width)
-        for line, text in enumerate(trial.prompts, start=1)
-    ]
-    with pipeline.text_encoder() as encoder:
-        captions = [pipeline.encode(encoder, prompt) for prompt in prompts]
-    pipeline.load()
+    pipeline, prompts, captions = _loaded(config, trial.prompts, trial.frames, device)
+    config, plan = pipeline.config, pipeline.plan
     if not trial.absorbs:
         network: Any = _Unabsorbing(pipeline.model)
         pipeline.model = network
-    plan = pipeline.plan if config.scheduler.sampling_algo != "flow_euler" else ChunkPlan((pipeline.plan.frames,))
-    seams = boundaries(plan.frames, max(plan.lengths[1:], default=plan.frames))
+    seams = boundaries(plan.frames, plan.lengths[-1])
     runs = []
     for seed in trial.seeds:
-        pipeline.config = dataclasses.replace(config, sampling=dataclasses.replace(sampling, seed=seed))
+        pipeline.config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seed=seed))
         videos: list[dict[str, Any]] = []
         for first in range(0, len(prompts), trial.batch):
             some = slice(first, first + trial.batch)
@@ -75,18 +66,26 @@ def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> di
     return summarise(runs, trial.lengths)
 
 
+def _loaded(
+    config: InferenceConfig, texts: Sequence[str], frames: int, device: torch.device
+) -> tuple[VideoPipeline, list[Prompt], list[Caption]]:
+    """A pipeline that is ready to sample videos of so many frames, its prompts and their captions."""
+    sampling = dataclasses.replace(config.sampling, num_frames=frames)
+    pipeline = VideoPipeline(dataclasses.replace(config, sampling=sampling), device)
+    prompts = [Prompt(line, text, (text,), 0, sampling.height, sampling.width) for line, text in enumerate(texts, 1)]
+    with pipeline.text_encoder() as encoder:
+        captions = [pipeline.encode(encoder, prompt) for prompt in prompts]
+    pipeline.load()
+    return pipeline, prompts, captions
+
+
 def strips(
     config: InferenceConfig, prompts: Sequence[str], seconds: Sequence[int], path: Path, device: torch.device
 ) -> None:
     """A picture of the frames at these seconds, a prompt a row. Needs matplotlib."""
     from matplotlib import pyplot
 
-    sampling = dataclasses.replace(config.sampling, num_frames=max(seconds) * FPS + 1)
-    pipeline = VideoPipeline(dataclasses.replace(config, sampling=sampling), device)
-    asked = [Prompt(line, text, (text,), 0, sampling.height, sampling.width) for line, text in enumerate(prompts, 1)]
-    with pipeline.text_encoder() as encoder:
-        captions = [pipeline.encode(encoder, prompt) for prompt in asked]
-    pipeline.load()
+    pipeline, asked, captions = _loaded(config, prompts, max(seconds) * FPS + 1, device)
     films = torch.cat([film.pixels for film in pipeline.sample(asked, captions, Clock(device))], dim=1)
     rows = films[:, [second * FPS for second in seconds]]  # (B, columns, H, W, 3)
     rows = torch.nn.functional.pad(rows, (0, 0, 2, 2, 2, 2), value=255)
@@ -153,9 +152,7 @@ def _score(
         frames = seconds * FPS + 1
         verdicts = judge(whole.first(frames), promises)
         figures[seconds] = {name: getattr(verdicts, name).nanmean(1) for name in FIGURES}
-        figures[seconds]["seam index"] = seam_index(
-            looks.change[:, :frames], [frame for frame in seams if frame < frames]
-        )
+        figures[seconds]["seam index"] = seam_index(looks.change[:, :frames], seams)
         figures[seconds][DRIFT] = drift(looks.saturation[:, :frames], FPS).abs()
     verdicts = judge(whole, promises)
     curves = {

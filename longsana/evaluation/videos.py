@@ -20,6 +20,7 @@ from longsana.data.shapes import Promise, parse_caption
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.evaluation.measures import boundaries
 from longsana.runtime.errors import InputError
+from longsana.sampling.request import WHOLE_CLIP
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _describe(path: Path) -> Video:
 
 def _boundaries(record: dict[str, Any]) -> tuple[int, ...]:
     config = record["config"]
-    if config["scheduler"]["sampling_algo"] == "flow_euler":  # samples a clip as one chunk
+    if config["scheduler"]["sampling_algo"] == WHOLE_CLIP:
         return ()
     vae = GEOMETRIES[config["vae"]["vae_type"]]
     latents = vae.latent_frames(record["frames"])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from longsana.config import InferenceConfig
 from longsana.data.prompts import with_motion_score
-from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, expand
+from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.runtime.files import check_writable, write_exclusive
@@ -214,10 +214,10 @@ def _encode(encoder: GemmaTextEncoder, texts: Sequence[_Text], together: int) ->
         same = [text for text in texts if text.instruction is instruction]
         for group in (same[i : i + together] for i in range(0, len(same), together)):
             padded = [text.text for text in group] + [group[-1].text] * (together - len(group))
-            tokens, mask = encoder.encode_together(padded, instruction=instruction)
-            tokens, mask = tokens.cpu(), mask.cpu()
+            tokens, mask = (part.cpu() for part in encoder.encode_together(padded, instruction=instruction))
             found |= {
-                text: CompactEmbedding(tokens[row][mask[row]], mask[row : row + 1]) for row, text in enumerate(group)
+                text: compact(TextEmbedding(tokens[row : row + 1], mask[row : row + 1]))
+                for row, text in enumerate(group)
             }
     return [found[text] for text in texts]
 

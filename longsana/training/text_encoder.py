@@ -7,7 +7,6 @@ What stays tells "a red circle and a blue square" from "a blue circle and a red 
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from longsana.config import TextEncoderConfig
 from longsana.data.prompts import with_motion_score
 from longsana.data.shapes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SIZES, SPEEDS, Promise, draw_scene
 from longsana.encoders.text import GemmaTextEncoder
+from longsana.training.rate import warm_cosine
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,8 @@ def train_text_encoder(config: TextTrainingConfig, folder: Path, device: torch.d
     heads = _Heads(config.caption_channels).to(device)
     weights = [*model.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warm_cosine(step, config.steps))
     for step in range(config.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * min(1, (step + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * step / config.steps))
         captions, promises = _captions(config.seed + 1, step * config.batch, config.batch, held_out=False)
         logits = heads(_summary(encoder, captions))
         loss = sum(
@@ -71,6 +70,7 @@ def train_text_encoder(config: TextTrainingConfig, folder: Path, device: torch.d
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
+        schedule.step()
         optimiser.zero_grad()
         if (step + 1) % 100 == 0 or step + 1 == config.steps:
             log.info("text encoder: step %d of %d, loss %.4f", step + 1, config.steps, loss.item())

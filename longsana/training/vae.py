@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from longsana.config import VAEConfig
 from longsana.data.shapes import draw_scene, render
 from longsana.encoders.vae import Model, WanVAE, decode_clip, encode_clip, new_model, save_model
 from longsana.sampling.noise import keyed_generator
+from longsana.training.rate import warm_cosine
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +58,14 @@ def train_vae(config: VAETrainingConfig, folder: Path, device: torch.device) -> 
     weights, working, averaged = (list(model.parameters()) for model in (master, network, average))
     total = sum(config.steps)
     optimiser = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warm_cosine(step, total))
     step, started = 0, time.perf_counter()
     phases = zip(config.steps, config.clips, config.frames, config.heights, config.widths, strict=True)
     for steps, clips, frames, *size in phases:
         for _ in range(steps):
             pictures = _clips(config.seed, step, clips, frames, (size[0], size[1]), device)
-            noise = _noise(config, step, pictures)
-            error, divergence = _losses(network, pictures, noise)
+            rng = keyed_generator(config.seed, step, "vae", device=device)
+            error, divergence = _losses(network, pictures, rng)
             (error + config.kl_weight * divergence).backward()
             for weight, copied in zip(weights, working, strict=True):
                 weight.grad = None if copied.grad is None else copied.grad.float()
@@ -81,7 +83,7 @@ def train_vae(config: VAETrainingConfig, folder: Path, device: torch.device) -> 
                     step, total, clips, frames, error.item(), divergence.item(), time.perf_counter() - started,
                 )  # fmt: skip
         save_model(average, folder)  # a stop loses one phase
-    _normalise(average.to(device), config, device)
+    _normalise(average, config, device)
     save_model(average, folder)
     psnr = held_out_psnr(folder, config.test_clips, config.test_frames, device)
     log.info("vae: %.2f dB on %d held-out clips of %d frames, streamed", psnr, config.test_clips, config.test_frames)
@@ -92,32 +94,24 @@ def held_out_psnr(folder: Path, clips: int, frames: int, device: torch.device, *
     """Peak signal-to-noise ratio in dB over all pixels, after the way that inference takes."""
     vae = WanVAE.load(VAEConfig(vae_pretrained=str(folder), latents_per_call=5), device, torch.float32)
     squares, count = 0.0, 0
-    for first in range(0, clips, batch):
-        scenes = [draw_scene(0, index, held_out=True) for index in range(first, min(first + batch, clips))]
-        pictures = render(scenes, range(frames), device=device)
+    for pictures in _films(0, clips, frames, device, held_out=True, batch=batch):
         decoded, _ = vae.decode_stream(vae.encode(pictures))
         squares += (decoded - pictures).square().sum(dtype=torch.float64).item()
         count += pictures.numel()
     return 10 * math.log10(4 / (squares / count))
 
 
-def _losses(network: Model, pictures: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def _losses(network: Model, pictures: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mean absolute error, and KL divergence from N(0, 1), the mean over latent values, in nats."""
     dtype = network.dtype
     moments = encode_clip(network, pictures.to(dtype), latents_per_call=WHOLE).float()
     mean, log_variance = moments.chunk(2, dim=1)
     log_variance = log_variance.clamp(-20, 10)
+    noise = torch.randn(mean.shape, generator=rng, device=mean.device)
     latents = mean + (0.5 * log_variance).exp() * noise
     decoded = decode_clip(network, latents.to(dtype), latents_per_call=WHOLE)
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
     return F.l1_loss(decoded.float(), pictures), divergence.mean()
-
-
-def _noise(config: VAETrainingConfig, step: int, pictures: Tensor) -> Tensor:
-    batch, _, frames, height, width = pictures.shape
-    shape = (batch, 16, 1 + (frames - 1) // 4, height // 8, width // 8)
-    rng = keyed_generator(config.seed, step, "vae", device=pictures.device)
-    return torch.randn(shape, generator=rng, device=pictures.device)
 
 
 def _clips(seed: int, step: int, count: int, frames: int, size: tuple[int, int], device: torch.device) -> Tensor:
@@ -130,20 +124,20 @@ def _clips(seed: int, step: int, count: int, frames: int, size: tuple[int, int],
     return pictures.transpose(1, 2).flatten(0, 1)[:count, :, None]
 
 
-def _rate(step: int, total: int) -> float:
-    """Warm-up over 50 steps, then a cosine down to a fiftieth."""
-    return min(1.0, (step + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * min(step / total, 1.0)))
+def _films(seed: int, count: int, frames: int, device: torch.device, *, held_out: bool, batch: int) -> Iterator[Tensor]:
+    """Pictures (B, 3, frames, H, W) of the seed's first `count` scenes, at most `batch` at a time."""
+    for first in range(0, count, batch):
+        indices = range(first, min(first + batch, count))
+        scenes = [draw_scene(seed, index, held_out=held_out) for index in indices]
+        yield render(scenes, range(frames), device=device)
 
 
 @torch.no_grad()
-def _normalise(model: Any, config: VAETrainingConfig, device: torch.device, batch: int = 16) -> None:
+def _normalise(model: Any, config: VAETrainingConfig, device: torch.device) -> None:
     """Write mean and standard deviation of each latent channel into the model's config."""
     means = []
-    for first in range(0, config.statistics_clips, batch):
-        scenes = [
-            draw_scene(config.seed + 2, index) for index in range(first, min(first + batch, config.statistics_clips))
-        ]
-        moments = encode_clip(model, render(scenes, range(81), device=device), latents_per_call=5)
+    for pictures in _films(config.seed + 2, config.statistics_clips, 81, device, held_out=False, batch=16):
+        moments = encode_clip(model, pictures, latents_per_call=5)
         means.append(moments.chunk(2, dim=1)[0].transpose(0, 1).flatten(1).double())
     values = torch.cat(means, dim=1)
     model.register_to_config(
