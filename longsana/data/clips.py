@@ -144,8 +144,9 @@ class ShapeClips:
     In groups of a fixed size, so that a clip's latents do not depend on which clips are asked for together.
     """
 
-    def __init__(self, shape: Shape, seed: int, count: int, encoder: Encoder, group: int = 16) -> None:
+    def __init__(self, shape: Shape, seed: int, count: int, encoder: Encoder, group: int | None = None) -> None:
         _, frames, height, width = shape
+        group = group or (16 if encoder.device.type == "cpu" else 64)  # a GPU waits for launches
         size = (8 * height, 8 * width)
         self._scenes = [draw_scene(seed, index, size=size) for index in range(-(-count // group) * group)]
         encoded = []

@@ -22,7 +22,7 @@ class Rotary(NamedTuple):
 
 def rotary(
     head_dim: int,
-    start: int,
+    start: int | Tensor,
     grid: tuple[int, int, int],
     *,
     dtype: torch.dtype,
@@ -43,7 +43,7 @@ def rotary(
     angles = []
     for first, count, channels, shape in axes:
         exponents = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
-        positions = torch.arange(first, first + count, dtype=torch.float64, device=device)
+        positions = first + torch.arange(count, dtype=torch.float64, device=device)
         angles.append(torch.outer(positions, THETA**-exponents).view(shape).expand(*grid, -1))
     angle = torch.cat(angles, dim=-1).flatten(0, 2)
     return Rotary(angle.cos().to(dtype), angle.sin().to(dtype))

@@ -83,7 +83,12 @@ class StageBuilder:
         return WanVAE.load(config, self.device, resolve_dtype(config.weight_dtype, self.device))
 
     @cached_property
-    def _mesh(self) -> DeviceMesh:
+    def _mesh(self) -> DeviceMesh | None:
+        """None: passes are replayed. On a CPU there is nothing to replay."""
+        if self.config.train.cuda_graphs and self.device.type == "cuda":
+            if self.world.size > 1:
+                raise InputError(f"train.cuda_graphs=true: for one process, and this run has {self.world.size}")
+            return None
         return device_mesh(self.config.train.sharding_strategy, self.world, self.device)
 
     def _flow_matching(self) -> Stage:

@@ -34,7 +34,7 @@ FOR_ALL = ("rollout.num_training_frames",)
 
 FREE = (
     *("train.max_iters", "train.log_iters", "train.max_checkpoints", "train.async_checkpoint", "train.text_encoder"),
-    *("train.sharding_strategy", "train.gradient_checkpointing", "train.compile"),
+    *("train.sharding_strategy", "train.gradient_checkpointing", "train.compile", "train.cuda_graphs"),
     *("validation.", "wandb.", "video.", "sampling.txt_file", "sampling.num_frames", "sampling.bs"),
 )
 """Settings, or prefixes of them, that a resumed run may change: they do not decide what is learned."""

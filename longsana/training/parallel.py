@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.distributed import World
+from longsana.training.replay import replay_passes
 
 Strategy = Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"]
 # The longest that others wait for one: the main process reading a checkpoint's every byte, or encoding its captions.
@@ -37,7 +38,7 @@ def device_mesh(strategy: Strategy, world: World, device: torch.device) -> Devic
 
 def parallelise(
     model: LongSanaDiT,
-    mesh: DeviceMesh,
+    mesh: DeviceMesh | None,
     *,
     compute: torch.dtype,
     strategy: Strategy = "full",
@@ -46,10 +47,15 @@ def parallelise(
 ) -> LongSanaDiT:
     """Shard a network in place, block by block. Its weights keep their dtype; it computes in `compute`.
 
+    mesh: None on one GPU: nothing is sharded, and passes are recorded as CUDA graphs (`replay`).
     checkpointing: blocks keep their inputs alone and compute again in the backward pass. The state is one of those
         inputs, a value that nobody changes: recomputation sees what the forward pass saw.
     """
-    for block in model.blocks:
+    if compile_blocks:
+        # Compiled, its backward pass gave gradients a million times too large, now and then (H100, torch 2.11).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    computing = model if mesh is not None else replay_passes(model, compute)
+    for block in computing.blocks:
         # The method, not a module around the block: names stay as they are, and FSDP's hooks outside.
         if checkpointing:
             block.forward = _checkpointed(block.forward)
@@ -57,6 +63,8 @@ def parallelise(
             # Checkpointing inside: around a compiled block, recomputation may meet another graph than the forward pass
             # did, one for shapes that have varied since, and fails.
             block.forward = torch.compile(block.forward)
+    if mesh is None:
+        return model
     # Inputs keep their dtype: bfloat16 would round the timestep 889 to 888, and the state's float32 sums.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     reshard = strategy != "hybrid_zero2"
