@@ -26,7 +26,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from longsana.config import RETIRED, InferenceConfig, load_config
 from longsana.data.prompts import training_prompts
@@ -40,6 +39,10 @@ log = logging.getLogger("longsana")
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/sana_video_config/longsana/shapes"
 NETWORKS = ("base", "ode", "self_forcing", "longsana")
+DRAFT = "base_draft"
+"""The base model after its first phase, which does not ship."""
+PHASES = {DRAFT: "base", "base": "base", "ode": "ode", "self_forcing": "self_forcing", "longsana": "streaming"}
+"""Configs of what is trained as networks are, in order."""
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
 
 TINY: dict[str, list[str]] = {
@@ -57,7 +60,7 @@ TINY: dict[str, list[str]] = {
     "self_forcing": [
         "sampling.chunk_frames=2", "rollout.min_num_training_frames=5", "rollout.slice_last_frames=5",
     ],
-    "longsana": [
+    "streaming": [
         "sampling.chunk_frames=2", "rollout.min_num_training_frames=5", "rollout.slice_last_frames=5",
         "rollout.overlap_latents=2", "streaming.streaming_min_new_frame=4", "streaming.streaming_max_length=9",
     ],
@@ -83,7 +86,7 @@ class Row:
 
 BASE_SETTINGS = (
     "scheduler.sampling_algo=flow_euler",
-    "scheduler.inference_flow_shift=3.0",
+    "scheduler.inference_flow_shift=8.0",
     "scheduler.num_inference_steps=30",
     "sampling.cfg_scale=3.0",
     "sampling.null_caption=learned",
@@ -133,7 +136,7 @@ class Recipe:
         self.steps: dict[str, tuple[Path, Callable[[], int]]] = {
             "text": (self.parts / "text_encoder", self.text),
             "vae": (self.parts / "vae", self.vae),
-            **{name: (self.parts / f"{name}.safetensors", self._stage(name)) for name in NETWORKS},
+            **{name: (self.parts / f"{name}.safetensors", self._stage(name)) for name in PHASES},
             "table": (self.parts / "table.md", self.table),
             "plot": (self.parts / "plot.png", self.plot),
             "strips": (self.parts / "strips.png", self.strips),
@@ -186,17 +189,18 @@ class Recipe:
                 return status
             given = [f"data.data_path={self.parts / 'prompts.txt'}", *self._from("real_score", "base")]
             settings: list[str] = {
-                "base": [],
+                DRAFT: ["optimizer.generator.lr=3.0e-3", "train.max_iters=5000"],
+                "base": self._from("model", DRAFT),
                 "ode": [*self._from("model", "base"), f"data.data_path={self.runs / 'pairs'}"],
                 "self_forcing": [*given, *self._from("model", "ode"), *self._from("fake_score", "base")],
                 "longsana": [*given, *self._from("model", "self_forcing"), *self._from("fake_score", "critic")],
             }[name]
             run = self.runs / name
-            config = CONFIGS / ("streaming.yaml" if name == "longsana" else f"{name}.yaml")
+            config = CONFIGS / f"{PHASES[name]}.yaml"
             status = train_longsana.main(
                 [
                     "--config_path", str(config), "--logdir", str(run), "--no_visualize", "--disable-wandb",
-                    *self._models(), *settings, *self._tiny("stage"), *self._tiny(name),
+                    *self._models(), *settings, *self._tiny("stage"), *self._tiny(PHASES[name]),
                 ]
             )  # fmt: skip
             if status:
@@ -226,8 +230,11 @@ class Recipe:
         newest = max(run.glob("checkpoint_model_*"))
         target = self.parts / f"{name}.safetensors"
         status: int = export.main(
-            [str(newest), "--out", str(target), "--layout", "safetensors", "--weights", weights, "--force"]
-        )
+            [
+                str(newest), "--out", str(target), "--layout", "safetensors", "--weights", weights,
+                "--dtype", "bfloat16", "--force",
+            ]
+        )  # fmt: skip
         return status
 
     def _models(self) -> list[str]:
@@ -290,16 +297,13 @@ class Recipe:
         return 0
 
     def package(self) -> int:
-        """What ships: networks in bfloat16, the other parts as they are, and the model card."""
+        """What ships, and the model card."""
 
         def gather(folder: Path) -> float:
             for part in ("vae", "text_encoder"):
                 shutil.copytree(self.parts / part, folder / part, dirs_exist_ok=True)
             for name in NETWORKS:
-                weights = load_file(self.parts / f"{name}.safetensors")
-                save_file(
-                    {key: value.to(torch.bfloat16) for key, value in weights.items()}, folder / f"{name}.safetensors"
-                )
+                shutil.copy(self.parts / f"{name}.safetensors", folder)
             atomic_write_text(folder / "README.md", self._card())
             return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 

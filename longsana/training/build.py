@@ -168,6 +168,11 @@ class StageBuilder:
     def _trained(self, settings: ModelConfig) -> LongSanaDiT:
         """Weights in float32, whatever the network computes in: small steps vanish in bfloat16."""
         train = self.config.train
+        if train.compile and self.device.type == "cuda":
+            raise InputError(
+                "train.compile=true: on a GPU (H100, torch 2.11) compiled blocks gave gradients of q_norm and k_norm "
+                "that were 1e7 times too large; train without it until `pytest -m gpu tests/test_gpu.py -k gradients` passes"
+            )
         return parallelise(
             build_model(settings, device=self.device, dtype=torch.float32),
             self._mesh,

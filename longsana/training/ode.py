@@ -8,6 +8,7 @@ from longsana.chunks import ChunkPlan
 from longsana.data.trajectories import Trajectories
 from longsana.flow.losses import trajectory_loss
 from longsana.flow.schedule import FlowSchedule
+from longsana.sampling.noise import to_device
 from longsana.training.config import TrainingConfig
 from longsana.training.player import Player
 from longsana.training.stage import Embed, Loss, Shuffled, Stage, Turn
@@ -27,12 +28,16 @@ class OdeInitialisation(Stage):
 
     def loss(self, turn: Turn) -> Loss:
         items = [self.trajectories[self.order[number]] for number in turn.samples]
-        states = torch.stack([item.states for item in items]).to(turn.device, torch.float32)  # (B, S, C, T, H, W)
         text = self.embed([item.prompt for item in items])
-        drawn = torch.randint(states.shape[1], (len(items), len(self.plan)), generator=turn.rng("state"))
+        states = len(self.schedule.steps) + 1  # of an item, (S, C, T, H, W), the last one clean
+        drawn = torch.randint(states, (len(items), len(self.plan)), generator=turn.rng("state"))
         index = drawn.repeat_interleave(torch.tensor(self.plan.lengths), dim=1)  # (B, T)
-        x = torch.stack([states[b, index[b], :, range(self.plan.frames)] for b in range(len(items))]).transpose(1, 2)
-        t = torch.tensor((*self.schedule.steps, 0), dtype=torch.float32)[index].to(turn.device)
+        frames = range(self.plan.frames)
+        chosen = [item.states[own, :, frames].transpose(0, 1) for item, own in zip(items, index, strict=True)]
+        # Chosen on the host: only these and the clean ones are moved.
+        x = to_device(torch.stack(chosen).float(), turn.device)
+        clean = to_device(torch.stack([item.states[-1] for item in items]).float(), turn.device)
+        t = to_device(torch.tensor((*self.schedule.steps, 0), dtype=torch.float32)[index], turn.device)
         velocity, _ = self.generator(x, t, text, plan=self.plan)
-        loss = trajectory_loss(self.schedule.to_x0(x, velocity, t), states[:, -1], t)
+        loss = trajectory_loss(self.schedule.to_x0(x, velocity, t), clean, t)
         return Loss(loss, {"generator_loss": loss.detach()})

@@ -51,9 +51,6 @@ def parallelise(
     checkpointing: blocks keep their inputs alone and compute again in the backward pass. The state is one of those
         inputs, a value that nobody changes: recomputation sees what the forward pass saw.
     """
-    if compile_blocks:
-        # Compiled, its backward pass gave gradients a million times too large, now and then (H100, torch 2.11).
-        torch.backends.cuda.enable_cudnn_sdp(False)
     computing = model if mesh is not None else replay_passes(model, compute)
     for block in computing.blocks:
         # The method, not a module around the block: names stay as they are, and FSDP's hooks outside.
