@@ -171,7 +171,8 @@ class StageBuilder:
         if train.compile and self.device.type == "cuda":
             raise InputError(
                 "train.compile=true: on a GPU (H100, torch 2.11) compiled blocks gave gradients of q_norm and k_norm "
-                "that were 1e7 times too large; train without it until `pytest -m gpu tests/test_gpu.py -k gradients` passes"
+                "that were 1e7 times too large; leave it out until `pytest -m gpu tests/test_gpu.py -k gradients` "
+                "passes there"
             )
         return parallelise(
             build_model(settings, device=self.device, dtype=torch.float32),
