@@ -26,7 +26,7 @@ LAYERS = [
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 OWNERS = {
     "transformers": {"longsana/encoders/text.py"},
-    "diffusers": {"longsana/encoders/text.py", "longsana/encoders/vae.py"},
+    "diffusers": {"longsana/encoders/text.py", "longsana/encoders/vae_files.py"},
     "wandb": {"longsana/runtime/logging.py"},
 }
 

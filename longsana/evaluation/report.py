@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from longsana.evaluation import measures
-from longsana.evaluation.measures import Measures, measure
-from longsana.evaluation.verifier import Seen, Verdicts, judge, observe, score
+from longsana.evaluation.verifier import Verdicts, judge, score, watch
 from longsana.evaluation.videos import Video, frame_rate, read_pieces
 from longsana.runtime.files import atomic_write_text
 
@@ -30,24 +29,14 @@ Curves = Mapping[str, Sequence[float | None]]
 
 def examine(video: Video, device: torch.device) -> dict[str, Any]:
     """All figures of one video, read in pieces: "row" for the table, "scores" by length, and "curves" by second."""
-    promise = video.promise
-    parts: list[Measures] = []
-    seen: list[Seen] = []
-    before, rate = None, frame_rate(video.path)
-    for piece in read_pieces(video.path):
-        pictures = piece.to(device)
-        parts.append(measure(pictures, before))
-        before = pictures[:, -1]
-        if promise:
-            seen.append(observe(pictures))
-    figures = Measures.join(parts)
+    promise, rate = video.promise, frame_rate(video.path)
+    figures, whole = watch(read_pieces(video.path), device, shapes=promise is not None)
     frames = figures.change.shape[1]
 
     row: Row = {"video": video.path.name, "seconds": round((frames - 1) / rate, 2)}
     curves: dict[str, Tensor] = {}
     scores = {}
-    if promise:
-        whole = Seen.join(seen)
+    if promise and whole:
         verdicts = judge(whole, [promise])
         row |= score(verdicts).as_dict()
         for seconds in LENGTHS:

@@ -17,8 +17,8 @@ from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.data.shapes import FPS, draw_scene, parse_caption, render
 from longsana.encoders.vae import WanVAE
-from longsana.evaluation.measures import Measures, boundaries, drift, drift_curve, measure, per_second, seam_index
-from longsana.evaluation.verifier import Seen, Verdicts, judge, observe
+from longsana.evaluation.measures import boundaries, drift, drift_curve, per_second, seam_index
+from longsana.evaluation.verifier import Verdicts, judge, watch
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.clock import Clock
 from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
@@ -136,15 +136,8 @@ def _score(
     films: Iterable[Tensor], captions: Sequence[str], lengths: Sequence[int], seams: Sequence[int], device: torch.device
 ) -> list[dict[str, Any]]:
     """Of each video the figures by length, and curves by second. films: pieces (B, F, H, W, 3), uint8."""
-    seen: list[Seen] = []
-    measured: list[Measures] = []
-    before = None
-    for film in films:
-        pictures = film.to(device)
-        seen.append(observe(pictures))
-        measured.append(measure(pictures, before))
-        before = pictures[:, -1]
-    whole, looks = Seen.join(seen), Measures.join(measured)
+    looks, whole = watch(films, device)
+    assert whole is not None
     promises = [parse_caption(caption) for caption in captions]
     assert all(promises), captions
     figures: dict[int, dict[str, Tensor]] = {}

@@ -45,17 +45,18 @@ class TextTrainingConfig:
 
 def train_text_encoder(config: TextTrainingConfig, folder: Path, device: torch.device) -> float:
     """Train and write a transformers folder; returns the share of held-out captions that it understands in full."""
-    torch.manual_seed(config.seed)
     shape = Path(config.shape)
-    encoder = GemmaTextEncoder.load(
-        TextEncoderConfig(text_encoder_name=f"seeded:{shape}", chi_prompt="none"),
-        caption_length=config.caption_length,
-        caption_channels=config.caption_channels,
-        device=device,
-        dtype=torch.float32,
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        encoder = GemmaTextEncoder.load(
+            TextEncoderConfig(text_encoder_name=f"seeded:{shape}", chi_prompt="none"),
+            caption_length=config.caption_length,
+            caption_channels=config.caption_channels,
+            device=device,
+            dtype=torch.float32,
+        )
+        heads = _Heads(config.caption_channels).to(device)
     model: nn.Module = encoder.model.requires_grad_(True)
-    heads = _Heads(config.caption_channels).to(device)
     weights = [*model.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warm_cosine(step, config.steps))

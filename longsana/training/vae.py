@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from longsana.config import VAEConfig
 from longsana.data.shapes import draw_scene, render
-from longsana.encoders.vae import Model, WanVAE, decode_clip, encode_clip, new_model, save_model
+from longsana.encoders.vae import WanVAE, decode_clip, encode_clip
+from longsana.encoders.vae_files import Model, new_model, save_model
 from longsana.sampling.noise import keyed_generator
 from longsana.training.rate import warm_cosine
 

@@ -15,15 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longsana.config import VAEConfig
-from longsana.encoders.vae import (
-    DecodeCache,
-    WanVAE,
-    decode_clip,
-    encode_clip,
-    new_model,
-    save_model,
-    to_original_layout,
-)
+from longsana.encoders.vae import DecodeCache, WanVAE, decode_clip, encode_clip
+from longsana.encoders.vae_files import new_model, save_model, to_original_layout
 from longsana.runtime.errors import InputError
 
 SHAPE = Path(__file__).resolve().parents[2] / "asset/shapes/vae"

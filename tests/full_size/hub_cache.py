@@ -21,7 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from longsana.config import ModelConfig
-from longsana.encoders.vae import to_original_layout
+from longsana.encoders.vae_files import to_original_layout
 from longsana.models.dit import LongSanaDiT
 from longsana.models.weights import save_checkpoint
 

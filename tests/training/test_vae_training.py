@@ -15,7 +15,8 @@ from torch import Tensor
 
 from longsana.config import VAEConfig
 from longsana.data.shapes import draw_scene, render
-from longsana.encoders.vae import WanVAE, new_model, save_model
+from longsana.encoders.vae import WanVAE
+from longsana.encoders.vae_files import new_model, save_model
 from longsana.training import vae as training
 from longsana.training.vae import VAETrainingConfig, held_out_psnr, train_vae
 
