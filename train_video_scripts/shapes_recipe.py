@@ -42,7 +42,7 @@ NETWORKS = ("base", "ode", "self_forcing", "longsana")
 DRAFT = "base_draft"
 """The base model after its first phase, which does not ship."""
 PHASES = {DRAFT: "base", "base": "base", "ode": "ode", "self_forcing": "self_forcing", "longsana": "streaming"}
-"""Configs of what is trained as networks are, in order."""
+"""Training phases of networks, in order, each with its config."""
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
 
 TINY: dict[str, list[str]] = {

@@ -141,7 +141,8 @@ class Encoder(Protocol):
 class ShapeClips:
     """`count` clips of the shapes world, drawn and encoded here and kept, in float16, where the encoder is.
 
-    In groups of a fixed size, so that a clip's latents do not depend on which clips are asked for together.
+    In groups of a fixed size, one for CPUs and one for GPUs, so that a clip's latents do not depend on which clips are
+    asked for together.
     """
 
     def __init__(self, shape: Shape, seed: int, count: int, encoder: Encoder, group: int | None = None) -> None:

@@ -99,7 +99,7 @@ class Track:
         along, across, phase, slant = self.draws
         margin = radius + 2  # a triangle's tip reaches beyond its radius
         room = np.array([width - 2 * margin, height - 2 * margin])
-        room[room == 0] = 1.0  # a box as large as the shape; smaller ones it leaves
+        room[room == 0] = 1.0  # not 0: it is divided by. Where it is negative, the shape leaves its box
         corner = np.array([left, top]) + margin
         start = corner + room * (along, across)
         time = np.asarray(frames, dtype=float)[:, None]

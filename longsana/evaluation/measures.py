@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -38,6 +38,20 @@ class Measures(NamedTuple):
     def join(cls, pieces: Sequence[Measures]) -> Measures:
         """Consecutive pieces of the same videos."""
         return cls(*(torch.cat(values, dim=1) for values in zip(*pieces, strict=True)))
+
+
+def measure_pieces(
+    pieces: Iterable[Tensor], device: torch.device, visit: Callable[[Tensor], object] = lambda pictures: None
+) -> Measures:
+    """Figures of consecutive uint8 pieces (B, F, H, W, 3) of the same videos; `visit` is shown each, on the device."""
+    measured: list[Measures] = []
+    before = None
+    for piece in pieces:
+        pictures = piece.to(device)
+        measured.append(measure(pictures, before))
+        before = pictures[:, -1]
+        visit(pictures)
+    return Measures.join(measured)
 
 
 def measure(pictures: Tensor, before: Tensor | None = None) -> Measures:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longsana.evaluation import measures
-from longsana.evaluation.verifier import Verdicts, judge, score, watch
+from longsana.evaluation.verifier import Seen, Verdicts, judge, observe, score
 from longsana.evaluation.videos import Video, frame_rate, read_pieces
 from longsana.runtime.files import atomic_write_text
 
@@ -30,13 +30,20 @@ Curves = Mapping[str, Sequence[float | None]]
 def examine(video: Video, device: torch.device) -> dict[str, Any]:
     """All figures of one video, read in pieces: "row" for the table, "scores" by length, and "curves" by second."""
     promise, rate = video.promise, frame_rate(video.path)
-    figures, whole = watch(read_pieces(video.path), device, shapes=promise is not None)
+    seen: list[Seen] = []
+
+    def see(pictures: Tensor) -> None:
+        if promise:
+            seen.append(observe(pictures))
+
+    figures = measures.measure_pieces(read_pieces(video.path), device, see)
     frames = figures.change.shape[1]
 
     row: Row = {"video": video.path.name, "seconds": round((frames - 1) / rate, 2)}
     curves: dict[str, Tensor] = {}
     scores = {}
-    if promise and whole:
+    if promise:
+        whole = Seen.join(seen)
         verdicts = judge(whole, [promise])
         row |= score(verdicts).as_dict()
         for seconds in LENGTHS:

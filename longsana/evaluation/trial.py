@@ -17,8 +17,8 @@ from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.data.shapes import FPS, draw_scene, parse_caption, render
 from longsana.encoders.vae import WanVAE
-from longsana.evaluation.measures import boundaries, drift, drift_curve, per_second, seam_index
-from longsana.evaluation.verifier import Verdicts, judge, watch
+from longsana.evaluation.measures import boundaries, drift, drift_curve, measure_pieces, per_second, seam_index
+from longsana.evaluation.verifier import Seen, Verdicts, judge, observe
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.clock import Clock
 from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
@@ -136,8 +136,9 @@ def _score(
     films: Iterable[Tensor], captions: Sequence[str], lengths: Sequence[int], seams: Sequence[int], device: torch.device
 ) -> list[dict[str, Any]]:
     """Of each video the figures by length, and curves by second. films: pieces (B, F, H, W, 3), uint8."""
-    looks, whole = watch(films, device)
-    assert whole is not None
+    seen: list[Seen] = []
+    looks = measure_pieces(films, device, lambda pictures: seen.append(observe(pictures)))
+    whole = Seen.join(seen)
     promises = [parse_caption(caption) for caption in captions]
     assert all(promises), captions
     figures: dict[int, dict[str, Tensor]] = {}

@@ -7,7 +7,7 @@ videos at once, on any device, and their memory beyond the result does not grow 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longsana.data.shapes import BACKGROUNDS, COLOURS, KINDS, Promise, coverage
-from longsana.evaluation.measures import Measures, measure
 from longsana.evaluation.motion import Course, as_promised
 
 GROUP = 32
@@ -69,20 +68,6 @@ class Seen(NamedTuple):
         """The same of the first frames alone."""
         *tensors, size = self
         return Seen._make([*(values[:, :frames] for values in tensors), size])
-
-
-def watch(pieces: Iterable[Tensor], device: torch.device, *, shapes: bool = True) -> tuple[Measures, Seen | None]:
-    """Consecutive pieces (B, F, H, W, 3), uint8, of the same videos, measured; and with `shapes` observed."""
-    measured: list[Measures] = []
-    seen: list[Seen] = []
-    before = None
-    for piece in pieces:
-        pictures = piece.to(device)
-        measured.append(measure(pictures, before))
-        before = pictures[:, -1]
-        if shapes:
-            seen.append(observe(pictures))
-    return Measures.join(measured), Seen.join(seen) if shapes else None
 
 
 def observe(pictures: Tensor) -> Seen:

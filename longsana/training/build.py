@@ -31,6 +31,7 @@ from longsana.training.longsana import LongSana
 from longsana.training.ode import OdeInitialisation
 from longsana.training.parallel import device_mesh, parallelise
 from longsana.training.player import Player
+from longsana.training.replay import replay_passes
 from longsana.training.self_forcing import SelfForcing
 from longsana.training.stage import Slots, Stage
 
@@ -83,12 +84,7 @@ class StageBuilder:
         return WanVAE.load(config, self.device, resolve_dtype(config.weight_dtype, self.device))
 
     @cached_property
-    def _mesh(self) -> DeviceMesh | None:
-        """None: passes are replayed. On a CPU there is nothing to replay."""
-        if self.config.train.cuda_graphs and self.device.type == "cuda":
-            if self.world.size > 1:
-                raise InputError(f"train.cuda_graphs=true: for one process, and this run has {self.world.size}")
-            return None
+    def _mesh(self) -> DeviceMesh:
         return device_mesh(self.config.train.sharding_strategy, self.world, self.device)
 
     def _flow_matching(self) -> Stage:
@@ -163,25 +159,21 @@ class StageBuilder:
         settings = self.config.real_score
         dtype = resolve_dtype(settings.dtype, self.device)
         model = build_model(settings, device=self.device, dtype=dtype).requires_grad_(False)
-        return parallelise(model, self._mesh, compute=dtype, strategy=self.config.train.sharding_strategy)
+        return self._spread(model, dtype)
 
     def _trained(self, settings: ModelConfig) -> LongSanaDiT:
         """Weights in float32, whatever the network computes in: small steps vanish in bfloat16."""
         train = self.config.train
-        if train.compile and self.device.type == "cuda":
-            raise InputError(
-                "train.compile=true: on a GPU (H100, torch 2.11) compiled blocks gave gradients of q_norm and k_norm "
-                "that were 1e7 times too large; leave it out until `pytest -m gpu tests/test_gpu.py -k gradients` "
-                "passes there"
-            )
-        return parallelise(
-            build_model(settings, device=self.device, dtype=torch.float32),
-            self._mesh,
-            compute=torch.bfloat16 if train.mixed_precision else torch.float32,
-            strategy=train.sharding_strategy,
-            checkpointing=train.gradient_checkpointing,
-            compile_blocks=train.compile,
-        )
+        model = build_model(settings, device=self.device, dtype=torch.float32)
+        compute = torch.bfloat16 if train.mixed_precision else torch.float32
+        return self._spread(model, compute, checkpointing=train.gradient_checkpointing, compile_blocks=train.compile)
+
+    def _spread(self, model: LongSanaDiT, compute: torch.dtype, **blocks: bool) -> LongSanaDiT:
+        """Over all processes; or, where there is one GPU and one is enough, into graphs."""
+        train = self.config.train
+        if train.cuda_graphs and self.device.type == "cuda":
+            return replay_passes(model, compute, **blocks)
+        return parallelise(model, self._mesh, compute=compute, strategy=train.sharding_strategy, **blocks)
 
     def _null(self, model: LongSanaDiT) -> TextEmbedding:
         """(1, L, C), what guidance moves away from: a caption that `model` was trained with for none."""

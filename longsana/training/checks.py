@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from longsana.chunks import ChunkPlan
 from longsana.config import load_config
@@ -18,6 +21,8 @@ from longsana.runtime.hub import SEEDED, locate
 from longsana.sampling.request import SOURCES, check_config
 from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
 from longsana.training.stage import Slots
+
+log = logging.getLogger(__name__)
 
 DISTILLED = ("self_forcing", "longsana")
 SECTIONS = {
@@ -103,6 +108,26 @@ def check_training(config: TrainingConfig) -> None:
                 )
         if longest < first:
             raise InputError(f"streaming.streaming_max_length={longest}: shorter than the first stretch, {first}")
+
+
+def check_device(config: TrainingConfig, world: World, device: torch.device) -> None:
+    """Refuse what this device cannot do.
+
+    Raises:
+        InputError: the setting, and why.
+    """
+    train = config.train
+    if train.compile and device.type == "cuda":
+        raise InputError(
+            "train.compile=true: not on a GPU; with torch 2.11 on an H100, compiled blocks gave gradients of q_norm "
+            "and k_norm that were 1e7 times too large"
+        )
+    if train.cuda_graphs and device.type == "cuda" and world.size > 1:
+        raise InputError(
+            f"train.cuda_graphs=true: graphs are for one process, and this run has {world.size}; set it to false"
+        )
+    if train.cuda_graphs and device.type != "cuda":
+        log.info("train.cuda_graphs: there is no GPU, so passes are computed as usual")
 
 
 def _check_distillation(config: TrainingConfig) -> None:

@@ -104,7 +104,7 @@ class TrainConfig:
     gradient_checkpointing: bool = True
     sharding_strategy: Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"] = "full"
     compile: bool = False  # each block under torch.compile
-    cuda_graphs: bool = False  # one process on a GPU: record each kind of pass once; faster for small networks
+    cuda_graphs: bool = False  # one process on a GPU: record passes and replay them; faster for small networks
     device_noise: bool = False  # draw noise on the GPU: faster for small networks, and other noise than a CPU's
     text_encoder: Literal["keep", "offload", "free"] = "keep"  # on the GPU; on the host between uses; encode all first
     captions_together: int = (

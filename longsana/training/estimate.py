@@ -111,8 +111,9 @@ def estimate(
     outside blocks, and the blocks in flight) and `reduced` (a block's gradients, whole, before and in their reduction).
 
     Not in it: what the allocator reserves beyond what is in use (5 to 8 GiB below), CUDA's context, workspaces of
-    convolutions, what torch.compile changes, a text encoder that is offloaded (there while it encodes, when little else
-    is), and validation, which holds no gradients.
+    convolutions, what torch.compile and train.cuda_graphs change (graphs hold a second copy of the weights, and the
+    activations of every kind of pass, as reserved memory), a text encoder that is offloaded (there while it encodes,
+    when little else is), and validation, which holds no gradients.
 
     The 2B network at 480p, 21 latents, on an H100 alone (torch 2.11), as `max_memory_allocated` without encoders and
     average: critic's update 66.4 GiB, estimated 66.0; generator's 62.8, estimated 62.4. Six blocks, no checkpointing,

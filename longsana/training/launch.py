@@ -17,7 +17,7 @@ from longsana.runtime.files import check_writable
 from longsana.runtime.logging import RunLog, WandbRun
 from longsana.training.build import CAPTIONS, StageBuilder
 from longsana.training.checkpoint import Checkpointer, read_progress
-from longsana.training.checks import check_same_run, flat, slots_of
+from longsana.training.checks import check_device, check_same_run, flat, slots_of
 from longsana.training.config import TrainingConfig
 from longsana.training.loop import Loop, Validate, weights_for_sampling
 from longsana.training.parallel import connect
@@ -55,6 +55,7 @@ def train(config: TrainingConfig, options: RunOptions, world: World) -> int:
         TrainingFailed: the numbers do not.
     """
     device = world.device()
+    check_device(config, world, device)
     connect(world, device)
     torch.manual_seed(config.train.seed + world.rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

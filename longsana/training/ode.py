@@ -29,8 +29,8 @@ class OdeInitialisation(Stage):
     def loss(self, turn: Turn) -> Loss:
         items = [self.trajectories[self.order[number]] for number in turn.samples]
         text = self.embed([item.prompt for item in items])
-        states = len(self.schedule.steps) + 1  # of an item, (S, C, T, H, W), the last one clean
-        drawn = torch.randint(states, (len(items), len(self.plan)), generator=turn.rng("state"))
+        levels = len(self.schedule.steps) + 1  # of an item's states, (S, C, T, H, W); the last one is clean
+        drawn = torch.randint(levels, (len(items), len(self.plan)), generator=turn.rng("state"))
         index = drawn.repeat_interleave(torch.tensor(self.plan.lengths), dim=1)  # (B, T)
         frames = range(self.plan.frames)
         chosen = [item.states[own, :, frames].transpose(0, 1) for item, own in zip(items, index, strict=True)]

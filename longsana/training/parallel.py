@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.distributed import World
-from longsana.training.replay import replay_passes
 
 Strategy = Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"]
 # The longest that others wait for one: the main process reading a checkpoint's every byte, or encoding its captions.
@@ -38,7 +37,7 @@ def device_mesh(strategy: Strategy, world: World, device: torch.device) -> Devic
 
 def parallelise(
     model: LongSanaDiT,
-    mesh: DeviceMesh | None,
+    mesh: DeviceMesh,
     *,
     compute: torch.dtype,
     strategy: Strategy = "full",
@@ -47,21 +46,10 @@ def parallelise(
 ) -> LongSanaDiT:
     """Shard a network in place, block by block. Its weights keep their dtype; it computes in `compute`.
 
-    mesh: None on one GPU: nothing is sharded, and passes are recorded as CUDA graphs (`replay`).
     checkpointing: blocks keep their inputs alone and compute again in the backward pass. The state is one of those
         inputs, a value that nobody changes: recomputation sees what the forward pass saw.
     """
-    computing = model if mesh is not None else replay_passes(model, compute)
-    for block in computing.blocks:
-        # The method, not a module around the block: names stay as they are, and FSDP's hooks outside.
-        if checkpointing:
-            block.forward = _checkpointed(block.forward)
-        if compile_blocks:
-            # Checkpointing inside: around a compiled block, recomputation may meet another graph than the forward pass
-            # did, one for shapes that have varied since, and fails.
-            block.forward = torch.compile(block.forward)
-    if mesh is None:
-        return model
+    wrap_blocks(model, checkpointing=checkpointing, compile_blocks=compile_blocks)
     # Inputs keep their dtype: bfloat16 would round the timestep 889 to 888, and the state's float32 sums.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     reshard = strategy != "hybrid_zero2"
@@ -69,6 +57,17 @@ def parallelise(
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     return model
+
+
+def wrap_blocks(model: LongSanaDiT, *, checkpointing: bool, compile_blocks: bool) -> None:
+    for block in model.blocks:
+        # The method, not a module around the block: names stay as they are, and FSDP's hooks outside.
+        if checkpointing:
+            block.forward = _checkpointed(block.forward)
+        if compile_blocks:
+            # Checkpointing inside: around a compiled block, recomputation may meet another graph than the forward pass
+            # did, one for shapes that have varied since, and fails.
+            block.forward = torch.compile(block.forward)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

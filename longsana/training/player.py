@@ -20,7 +20,7 @@ class Player:
     ema_weight: share of the old average that an update keeps; 0 keeps no average.
     ema_start: iterations before which the average is just the weights.
 
-    Weights, gradients, moments and average are shards of equal shape (FSDP2); nothing here gathers them.
+    Weights, gradients, moments and average are shards of equal shape under FSDP2; nothing here gathers them.
     """
 
     def __init__(

@@ -1,41 +1,49 @@
 """CUDA graphs for training on one GPU: a small network's kernels take less time than it takes to launch them.
 
-Each kind of pass (shapes, chunks, with or without gradients) is recorded once and then replayed with one launch. A
-replay computes what the pass would have: same kernels, same order.
+Each kind of pass (shapes, chunks, with or without gradients) is recorded and then replayed with one launch: the same
+kernels in the same order. Passes of a kind that wait together for their backward passes are as many recordings.
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longsana.chunks import ChunkPlan
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.state import CausalState
+from longsana.training.parallel import wrap_blocks
 
 WARM_UP = 3
 """Passes before recording: what libraries set up on first use must not be part of a graph."""
 
 
-def replay_passes(model: LongSanaDiT, compute: torch.dtype) -> LongSanaDiT:
-    """Let a network on a GPU replay its passes, in place, and return the copy that is recorded.
+def replay_passes(
+    model: LongSanaDiT, compute: torch.dtype, *, checkpointing: bool = False, compile_blocks: bool = False
+) -> LongSanaDiT:
+    """Let a network on a GPU replay its passes, in place; the slow twin is the network itself.
 
-    The copy computes in `compute`; weights and their gradients stay the model's own, in their own dtype. Only weights
-    get gradients: inputs that need one are refused.
+    What is recorded is a copy that computes in `compute`; weights and their gradients stay the model's own, in their
+    own dtype. Only weights get gradients, and only from the velocity: states carry none, and inputs that need one are
+    refused (ValueError). checkpointing, compile_blocks: see `parallelise`.
     """
     working = copy.deepcopy(model).to(compute)
+    wrap_blocks(working, checkpointing=checkpointing, compile_blocks=compile_blocks)
     # The method, not a module around the network: names stay as they are.
     model.forward = _Passes(model, working)  # type: ignore[method-assign]
-    return working
+    return model
 
 
 class _Inputs(NamedTuple):
-    """What a pass reads. frames: (), int64, of the state: an absolute offset must not be recorded."""
+    """What a pass reads. frames: () int64, of the state; as a number, a graph would keep that of its first call."""
 
     x: Tensor
     t: Tensor
@@ -72,7 +80,7 @@ class _Passes:
         frames = torch.full((), state.frames, dtype=torch.int64, device=x.device)
         inputs = _Inputs(x, t, text.tokens, text.mask, state.kv, state.k_sum, state.tail, frames)
         learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.weights)
-        if learns and any(tensor.requires_grad for tensor in inputs):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
             raise ValueError("a replayed pass gives gradients to weights alone, and an input needs one")
         one = self._pass(inputs, plan, learns)
         velocity, kv, k_sum, tail = _Replay.apply(one, inputs, *self.weights) if learns else one.replay(inputs)
@@ -81,19 +89,22 @@ class _Passes:
     def _pass(self, inputs: _Inputs, plan: ChunkPlan, learns: bool) -> _Pass:
         kind = (tuple((tensor.shape, tensor.dtype) for tensor in inputs), plan.lengths, learns)
         for one in self.recorded[kind]:
-            if not one.awaits_backward:
+            if one.user() is None:
                 return one
-        # The activations of all others are still wanted.
+        # The activations of all others are still wanted by someone's backward pass.
         self.recorded[kind].append(_Pass(self, inputs, plan, learns))
         return self.recorded[kind][-1]
 
 
 class _Pass:
-    """A recorded forward pass, and with `learns` the backward pass after it."""
+    """A recorded forward pass, and with `learns` the backward pass after it.
+
+    user: what holds the autograd graph of its last forward pass, until that is gone or its backward pass is over.
+    """
 
     def __init__(self, passes: _Passes, inputs: _Inputs, plan: ChunkPlan, learns: bool) -> None:
         self.inputs = _Inputs(*(tensor.detach().clone() for tensor in inputs))
-        self.awaits_backward = False
+        self.user: Callable[[], Any] = _nobody
         self._passes, self._plan = passes, plan
         self._forward = torch.cuda.CUDAGraph()
         with torch.set_grad_enabled(learns):
@@ -117,6 +128,7 @@ class _Pass:
         """The gradient of each weight, the caller's own; None of those that the pass does not use."""
         self._gradient.copy_(gradient)
         self._backward.replay()
+        # In a few launches, where a clone of each would take one a weight.
         own = iter(torch._foreach_mul([value for value in self._gradients if value is not None], 1.0))
         return [None if value is None else next(own) for value in self._gradients]
 
@@ -147,16 +159,27 @@ class _Pass:
         torch.cuda.current_stream().wait_stream(stream)
 
 
+def _nobody() -> None:
+    return None
+
+
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, one: _Pass, inputs: _Inputs, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.one, one.awaits_backward = one, True
+        ctx.one, one.user = one, weakref.ref(ctx)
+        ctx.weights, ctx.versions = weights, [weight._version for weight in weights]
         velocity, *state = one.replay(inputs)
         ctx.mark_non_differentiable(*state)
+        ctx.set_materialize_grads(False)
         return velocity, *state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *others: Any) -> tuple[Any, ...]:
         one: _Pass = ctx.one
-        one.awaits_backward = False
+        if one.user() is not ctx:
+            raise RuntimeError("a replayed pass is differentiated a second time; its activations are gone")
+        if ctx.versions != [weight._version for weight in ctx.weights]:
+            raise RuntimeError("weights were changed between a replayed pass and its backward pass")
+        one.user = _nobody
         return (None, None, *one.replay_backward(gradient))

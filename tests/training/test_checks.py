@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from longsana.config import load_config
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.training.checks import check_same_run, check_sources, check_training, slots_of
+from longsana.training.checks import check_device, check_same_run, check_sources, check_training, slots_of
 from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
 from tests.training.conftest import ROOT
 
@@ -180,3 +181,11 @@ def test_what_a_resumed_run_may_change(small_training, tmp_path):
         "streaming.streaming_max_length: 9 -> 13",
         "optimizer.generator.lr: 0.001 -> 0.5",
     ]
+
+
+@pytest.mark.parametrize(("override", "processes"), [("train.compile=true", 1), ("train.cuda_graphs=true", 2)])
+def test_what_a_gpu_cannot_do_is_refused_before_anything_is_loaded(override, processes):
+    config = load(ROOT / "configs/sana_video_config/longsana/480ms/ode.yaml", override)
+    check_device(config, World(size=processes), torch.device("cpu"))
+    with pytest.raises(InputError, match=override.partition("=")[0]):
+        check_device(config, World(size=processes), torch.device("cuda"))

@@ -34,8 +34,8 @@ def test_every_step_makes_its_part(made):
     assert {"plot.png", "strips.png"} <= {path.name for path in made.iterdir()}
     noted = json.loads((made / "times.json").read_text())
     assert {"text", "vae", *recipe.PHASES, "table", "vae score"} <= noted.keys()
-    assert max(path.stat().st_size for path in made.rglob("*") if path.is_file()) < 15e6
-    assert sum(path.stat().st_size for path in made.glob("*.*")) < 60e6
+    assert max(path.stat().st_size for path in made.rglob("*") if path.is_file()) < 6e6
+    assert sum(path.stat().st_size for path in made.glob("*.*")) < 40e6
 
 
 def test_networks_differ_from_stage_to_stage(made):

@@ -34,6 +34,8 @@ STAGES: dict[str, tuple[str, list[str], int]] = {
     "self_forcing": ("self_forcing", [], 7),
     "longsana": ("longsana", [], 7),
 }
+WITHOUT_TWINS = [pytest.param(name, marks=pytest.mark.slow if name == "causal" else ()) for name in STAGES]
+"""Of the two that match flows, one is enough for every day."""
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert not differing
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", WITHOUT_TWINS)
 def test_kill_9_loses_nothing(stage_config, run, tmp_path, name):
     config, whole, broken = stage_config(name), tmp_path / "whole", tmp_path / "broken"
     assert run(config, whole) == 0
@@ -134,7 +136,7 @@ def test_the_runs_differ_where_they_should(stage_config, run, tmp_path):
     ("name", "overrides"),
     [
         ("base", ["train.sharding_strategy=no_shard"]),
-        ("causal", ["train.sharding_strategy=hybrid_zero2"]),
+        pytest.param("causal", ["train.sharding_strategy=hybrid_zero2"], marks=pytest.mark.slow),
         ("ode", []),
         ("self_forcing", ["train.mixed_precision=true", "train.gradient_checkpointing=true"]),
         ("longsana", []),
