@@ -40,7 +40,7 @@ log = logging.getLogger("longsana")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/sana_video_config/longsana/shapes"
 NETWORKS = ("base", "ode", "self_forcing", "longsana")
 DRAFT = "base_draft"
-"""The base model after its first phase, which does not ship."""
+"""The base model after its first phase, of use to the second alone."""
 PHASES = {DRAFT: "base", "base": "base", "ode": "ode", "self_forcing": "self_forcing", "longsana": "streaming"}
 """Training phases of networks, in order, each with its config."""
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64

@@ -31,7 +31,7 @@ def rotary(
     """Rotation of the tokens of frames [start, start + T) on a grid of (T, h, w) tokens, width fastest.
 
     Height and width take 2 (d // 6) channels each and time the rest: 36, 36 and 40 of 112. The angle of pair i of a
-    share of p channels at position n is n theta^(-2 i / p).
+    share of p channels at position n is n theta^(-2 i / p). start may be a tensor (), for a recorded pass to read.
     """
     frames, height, width = grid
     space = 2 * (head_dim // 6)

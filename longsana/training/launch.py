@@ -55,8 +55,8 @@ def train(config: TrainingConfig, options: RunOptions, world: World) -> int:
         TrainingFailed: the numbers do not.
     """
     device = world.device()
-    check_device(config, world, device)
     connect(world, device)
+    world.on_main(lambda: check_device(config, world, device))
     torch.manual_seed(config.train.seed + world.rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     slots = slots_of(config, world)

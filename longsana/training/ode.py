@@ -29,15 +29,15 @@ class OdeInitialisation(Stage):
     def loss(self, turn: Turn) -> Loss:
         items = [self.trajectories[self.order[number]] for number in turn.samples]
         text = self.embed([item.prompt for item in items])
-        levels = len(self.schedule.steps) + 1  # of an item's states, (S, C, T, H, W); the last one is clean
-        drawn = torch.randint(levels, (len(items), len(self.plan)), generator=turn.rng("state"))
+        times = torch.tensor((*self.schedule.steps, 0), dtype=torch.float32)  # of an item's states, (S, C, T, H, W)
+        drawn = torch.randint(len(times), (len(items), len(self.plan)), generator=turn.rng("state"))
         index = drawn.repeat_interleave(torch.tensor(self.plan.lengths), dim=1)  # (B, T)
         frames = range(self.plan.frames)
         chosen = [item.states[own, :, frames].transpose(0, 1) for item, own in zip(items, index, strict=True)]
         # Chosen on the host: only these and the clean ones are moved.
-        x = to_device(torch.stack(chosen).float(), turn.device)
-        clean = to_device(torch.stack([item.states[-1] for item in items]).float(), turn.device)
-        t = to_device(torch.tensor((*self.schedule.steps, 0), dtype=torch.float32)[index], turn.device)
+        x = to_device(torch.stack(chosen), turn.device)
+        clean = to_device(torch.stack([item.states[-1] for item in items]), turn.device)
+        t = to_device(times[index], turn.device)
         velocity, _ = self.generator(x, t, text, plan=self.plan)
         loss = trajectory_loss(self.schedule.to_x0(x, velocity, t), clean, t)
         return Loss(loss, {"generator_loss": loss.detach()})

@@ -79,8 +79,9 @@ class _Passes:
         state = state or self.working.empty_state(x.shape[0], x.shape[3], x.shape[4])
         frames = torch.full((), state.frames, dtype=torch.int64, device=x.device)
         inputs = _Inputs(x, t, text.tokens, text.mask, state.kv, state.k_sum, state.tail, frames)
-        learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.weights)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        graph = torch.is_grad_enabled()
+        learns = graph and any(weight.requires_grad for weight in self.weights)
+        if graph and any(tensor.requires_grad for tensor in inputs):
             raise ValueError("a replayed pass gives gradients to weights alone, and an input needs one")
         one = self._pass(inputs, plan, learns)
         velocity, kv, k_sum, tail = _Replay.apply(one, inputs, *self.weights) if learns else one.replay(inputs)

@@ -220,7 +220,7 @@ def test_seeded_weights_are_the_same_each_time_and_leave_the_global_generator_al
 
 def test_seeded_weights_give_pictures_and_latents_of_a_fair_size(vae: WanVAE) -> None:
     frames = vae.decode(draw(1, 16, 3, 4, 4))
-    assert (frames.abs() == 1).float().mean() < 0.3  # clamped; how many depends on the config's statistics
+    assert (frames.abs() == 1).float().mean() < 0.25  # clamped; how many depends on the config's statistics
     assert (frames.std(dim=(2, 3, 4)) > 0.1).all()
     latents = vae.encode(frames)
     assert 0.1 < latents.std() < 3
