@@ -39,9 +39,14 @@ log = logging.getLogger("longsana")
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/sana_video_config/longsana/shapes"
 NETWORKS = ("base", "ode", "self_forcing", "longsana")
-DRAFT = "base_draft"
-"""The base model after its first phase, of use to the second alone."""
-PHASES = {DRAFT: "base", "base": "base", "ode": "ode", "self_forcing": "self_forcing", "longsana": "streaming"}
+BASE_PHASES = ("base_1", "base_2", "base_3", "base")
+"""The base model's, each from the one before and on clips of its own; the last with a lower learning rate."""
+PHASES = {
+    **dict.fromkeys(BASE_PHASES, "base"),
+    "ode": "ode",
+    "self_forcing": "self_forcing",
+    "longsana": "streaming",
+}
 """Training phases of networks, in order, each with its config."""
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
 
@@ -189,8 +194,7 @@ class Recipe:
                 return status
             given = [f"data.data_path={self.parts / 'prompts.txt'}", *self._from("real_score", "base")]
             settings: list[str] = {
-                DRAFT: ["optimizer.generator.lr=3.0e-3", "train.max_iters=5000"],
-                "base": self._from("model", DRAFT),
+                **{phase: self._base_phase(number) for number, phase in enumerate(BASE_PHASES)},
                 "ode": [*self._from("model", "base"), f"data.data_path={self.runs / 'pairs'}"],
                 "self_forcing": [*given, *self._from("model", "ode"), *self._from("fake_score", "base")],
                 "longsana": [*given, *self._from("model", "self_forcing"), *self._from("fake_score", "critic")],
@@ -210,6 +214,14 @@ class Recipe:
             return self._export(run, "ema", name)
 
         return make
+
+    def _base_phase(self, number: int) -> list[str]:
+        settings = [f"train.seed={number}"]
+        if number > 0:
+            settings += self._from("model", BASE_PHASES[number - 1])
+        if BASE_PHASES[number] == "base":
+            settings += ["optimizer.generator.lr=7.0e-4", "train.max_iters=1200"]
+        return settings
 
     def _pairs(self) -> int:
         from train_video_scripts import generate_ode_pairs

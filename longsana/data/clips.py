@@ -65,7 +65,8 @@ class ClipFolder:
         return len(self._folder)
 
     def __getitem__(self, index: int) -> Clip:
-        return Clip(*self._folder[index])
+        latents, prompt = self._folder[index]
+        return Clip(latents.float(), prompt)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         return _together([self[index] for index in indices])

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,20 +205,29 @@ class ShardFolder:
         return self.contents.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        """Item `index`: its tensor in float32 and its prompt. No other item is read."""
+        """Item `index`: its tensor as it is stored, and its prompt. No other item is read."""
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
         shard, row = divmod(index, self.contents.shard_size)
-        path = self.folder / shard_name(shard)
-        with safe_open(path, framework="pt") as file:
-            values = file.get_slice(VALUES)[row : row + 1][0]
-        # A copy: the slice is a view of the mapped file.
-        return values.to(torch.float32, copy=True), _header(path)["prompts"][row]
+        path, dtype = self.folder / shard_name(shard), DTYPES[self.contents.dtype]
+        size = math.prod(self.contents.shape) * dtype.itemsize
+        # Read, not mapped: file systems that are not local give mapped pages one by one.
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            file.seek(8 + header + row * size)
+            raw = bytearray(file.read(size))
+        if len(raw) != size:
+            raise InputError(f"{path}: damaged (ends within item {row})")
+        return torch.frombuffer(raw, dtype=dtype).view(self.contents.shape), self._prompts(shard)[row]
 
     def prompts(self) -> list[str]:
         """Of all items, in order."""
-        shards = range(self.contents.shards)
-        return [prompt for shard in shards for prompt in _header(self.folder / shard_name(shard))["prompts"]]
+        return [prompt for shard in range(self.contents.shards) for prompt in self._prompts(shard)]
+
+    @cache  # noqa: B019 (a folder lives as long as the run)
+    def _prompts(self, shard: int) -> list[str]:
+        prompts: list[str] = _header(self.folder / shard_name(shard))["prompts"]
+        return prompts
 
 
 def shard_name(number: int) -> str:

@@ -29,7 +29,7 @@ TOLERANCE = 5e-4
 
 
 class Trajectory(NamedTuple):
-    """states: (S, C, T, H, W), float32, from noise to clean latents."""
+    """states: (S, C, T, H, W), of the dtype that they are stored in, from noise to clean latents."""
 
     states: Tensor
     prompt: str
@@ -150,7 +150,7 @@ class PublishedLmdb:
         expected = 2 * int(np.prod(self._stored))
         if len(raw) != expected:
             raise self._wrong(f"{key} is {len(raw)} bytes, latents_shape says {expected}")
-        values = torch.from_numpy(np.frombuffer(raw, dtype="<f2").astype(np.float32)).view(self._stored)
+        values = torch.from_numpy(np.frombuffer(raw, dtype="<f2").astype(np.float16)).view(self._stored)
         return values.transpose(1, 2).contiguous(), self._prompt(index)
 
     def prompts(self) -> list[str]:

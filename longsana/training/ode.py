@@ -35,8 +35,8 @@ class OdeInitialisation(Stage):
         frames = range(self.plan.frames)
         chosen = [item.states[own, :, frames].transpose(0, 1) for item, own in zip(items, index, strict=True)]
         # Chosen on the host: only these and the clean ones are moved.
-        x = to_device(torch.stack(chosen), turn.device)
-        clean = to_device(torch.stack([item.states[-1] for item in items]), turn.device)
+        x = to_device(torch.stack(chosen), turn.device).float()
+        clean = to_device(torch.stack([item.states[-1] for item in items]), turn.device).float()
         t = to_device(times[index], turn.device)
         velocity, _ = self.generator(x, t, text, plan=self.plan)
         loss = trajectory_loss(self.schedule.to_x0(x, velocity, t), clean, t)

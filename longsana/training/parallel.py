@@ -17,6 +17,9 @@ from longsana.runtime.distributed import World
 Strategy = Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"]
 # The longest that others wait for one: the main process reading a checkpoint's every byte, or encoding its captions.
 PATIENCE = timedelta(hours=2)
+# Padded strides go wrong in torch 2.11: of the attention denominators' gradient, (B, N, heads), one kernel writes
+# contiguous memory, and the next reads it as if each sample had been padded to a multiple of 32 numbers.
+INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {"comprehensive_padding": False}
 
 
 def connect(world: World, device: torch.device) -> None:
@@ -67,7 +70,7 @@ def wrap_blocks(model: LongSanaDiT, *, checkpointing: bool, compile_blocks: bool
         if compile_blocks:
             # Checkpointing inside: around a compiled block, recomputation may meet another graph than the forward pass
             # did, one for shapes that have varied since, and fails.
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, options=INDUCTOR)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

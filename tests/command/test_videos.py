@@ -17,10 +17,11 @@ from longsana.config import ModelConfig
 from longsana.encoders.text import GemmaTextEncoder
 from longsana.models.dit import LongSanaDiT
 from longsana.models.weights import save_checkpoint
+from longsana.runtime.hub import file_sha256
 from longsana.sampling.pipeline import VideoPipeline
 from longsana.sampling.sampler import generate
 
-from .conftest import assert_whole, frames_of, latents, sidecars
+from .conftest import ROOT, assert_whole, frames_of, latents, sidecars
 
 Command = Callable[..., int]
 Prompts = Callable[..., Path]
@@ -40,7 +41,7 @@ def test_videos_and_sidecars(command: Command, prompts: Prompts, videos: Path) -
     assert first["prompt"] == "a red circle"
     assert (first["seed"], first["frames"], first["height"], first["width"], first["fps"]) == (0, 17, 32, 48, 8)
     assert first["config"]["model"]["dtype"] == "float32"
-    assert first["sha256"]["model"] == "seeded:0"
+    assert first["sha256"]["model"] == file_sha256(ROOT / "asset/shapes/longsana.safetensors")
     assert {"torch", "diffusers", "transformers", "longsana"} <= set(first["versions"])
     assert {"text", "denoise", "absorb", "decode", "write", "wall"} <= set(first["timings"])
     assert first["machine"]["threads"] == 1

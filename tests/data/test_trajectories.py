@@ -68,7 +68,7 @@ def test_what_is_written_is_read(folder: Path) -> None:
     for index, prompt in enumerate(PROMPTS):
         states, read = trajectories[index]
         assert read == prompt
-        assert states.dtype == torch.float32
+        assert states.dtype == torch.float16
         assert torch.equal(states, values(index).half().float())
     for index in (-1, len(PROMPTS)):
         with pytest.raises(IndexError):
@@ -81,7 +81,7 @@ def test_what_is_written_is_read(folder: Path) -> None:
 def test_an_item_is_a_copy(folder: Path) -> None:
     trajectories = Trajectories.open(folder)
     trajectories[0].states.zero_()
-    assert torch.equal(trajectories[0].states, values(0).half().float())
+    assert torch.equal(trajectories[0].states, values(0).half())
 
 
 def test_only_the_item_is_read(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_the_published_lmdb_is_read(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert trajectories.prompts() == PROMPTS[:3]
     for index in range(3):
         assert trajectories[index].prompt == PROMPTS[index]
-        assert torch.equal(trajectories[index].states, values(index).half().float())
+        assert torch.equal(trajectories[index].states, values(index).half())
     with pytest.raises(IndexError):
         trajectories[3]
 

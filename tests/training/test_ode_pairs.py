@@ -34,7 +34,7 @@ CONFIGS = ROOT / "configs" / "sana_video_config" / "longsana"
 SMALL = [
     *("--threads", "1", "--sampling.num_frames", "17", "--sampling.height", "32", "--sampling.width", "48"),
     *("--pairs.num_steps", "4", "--pairs.dtype", "float32", "--pairs.shard_size", "2"),
-    *("--sampling.bs", "1"),
+    *("--sampling.bs", "1", "--model.load_from", "seeded:2"),
 ]
 LINES = ["a red circle", "a blue square", "a red circle", "a green star", "a cyan ring", "a blue square", "a white dot"]
 DISTINCT = ["a red circle", "a blue square", "a green star", "a cyan ring", "a white dot"]

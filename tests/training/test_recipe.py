@@ -35,7 +35,7 @@ def test_every_step_makes_its_part(made):
     noted = json.loads((made / "times.json").read_text())
     assert {"text", "vae", *recipe.PHASES, "table", "vae score"} <= noted.keys()
     assert max(path.stat().st_size for path in made.rglob("*") if path.is_file()) < 6e6
-    assert sum(path.stat().st_size for path in made.glob("*.*")) < 40e6
+    assert sum(path.stat().st_size for path in made.glob("*.*")) < 60e6
 
 
 def test_networks_differ_from_stage_to_stage(made):
