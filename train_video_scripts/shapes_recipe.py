@@ -142,6 +142,8 @@ class Recipe:
             "text": (self.parts / "text_encoder", self.text),
             "vae": (self.parts / "vae", self.vae),
             **{name: (self.parts / f"{name}.safetensors", self._stage(name)) for name in PHASES},
+            "scores": (self.parts / "scores.json", self.scores),
+            "speed": (self.parts / "speed.json", self.speed),
             "table": (self.parts / "table.md", self.table),
             "plot": (self.parts / "plot.png", self.plot),
             "strips": (self.parts / "strips.png", self.strips),
@@ -260,30 +262,45 @@ class Recipe:
 
     # Measurement
 
-    def table(self) -> int:
+    def scores(self) -> int:
         from longsana.evaluation.trial import Trial, try_model, try_truth
 
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         texts = training_prompts(self.parts / "held_out.txt")
         scores: dict[str, Any] = {}
         for row in ROWS:
-            path = self._scores(row)
+            path = self.parts / f"scores_{row.name.replace(' ', '_').replace(',', '')}.json"
             if not path.exists():
                 started = time.perf_counter()
                 trial = Trial(texts[: row.prompts], tuple(range(row.seeds)), row.lengths, absorbs=row.absorbs)
                 if self.tiny:
                     trial = Trial(texts[:2], (0,), (1,), batch=2, absorbs=row.absorbs)
-                settings = [*row.settings, *(self._tiny("sample") if row.name == "base model" else [])]
-                if row.weights:
-                    settings += self._from("model", row.weights)
-                config = self._sampler(settings)
                 attempt = try_truth if row.name == TRUTH else try_model
-                result = attempt(config, trial, self.device) | {"steps": row.steps}
+                result = attempt(self._sampler(row), trial, self.device)
                 result["seconds"] = round(time.perf_counter() - started, 1)
                 atomic_write_text(path, json.dumps(result) + "\n")
                 log.info("%s: %.0f s", row.name, result["seconds"])
             scores[row.name] = json.loads(path.read_text(encoding="utf-8"))
-        text = render_table(scores)
+        atomic_write_text(self.parts / "scores.json", json.dumps(scores) + "\n")
+        return 0
+
+    def speed(self) -> int:
+        """Frames a second on two cores of this machine."""
+        from longsana.evaluation.trial import measure_speed
+
+        torch.set_num_threads(2)
+        prompt = training_prompts(self.parts / "held_out.txt")[0]
+        speeds = {}
+        for row in ROWS:
+            if row.weights:
+                seconds = 1 if self.tiny else min(10, max(row.lengths))
+                speeds[row.name] = measure_speed(self._sampler(row), prompt, seconds, absorbs=row.absorbs)
+                log.info("%s: %.1f FPS", row.name, speeds[row.name])
+        atomic_write_text(self.parts / "speed.json", json.dumps(speeds) + "\n")
+        return 0
+
+    def table(self) -> int:
+        text = render_table(self._read("scores"), self._read("speed"))
         atomic_write_text(self.parts / "table.md", text)
         print(text)
         return 0
@@ -292,7 +309,7 @@ class Recipe:
         """The long videos of all models, second by second. Needs matplotlib."""
         from longsana.evaluation.report import plot
 
-        scores = {row.name: json.loads(self._scores(row).read_text(encoding="utf-8")) for row in ROWS}
+        scores = self._read("scores")
         longest = max(len(score["curves"]["persistence"]) for score in scores.values())
         curves = {name: score["curves"] for name, score in scores.items()}
         plot({name: own for name, own in curves.items() if len(own["persistence"]) == longest}, self.parts / "plot.png")
@@ -302,7 +319,7 @@ class Recipe:
         """LongSANA's pictures every quarter of a minute, a prompt a row."""
         from longsana.evaluation.trial import strips
 
-        config = self._sampler(self._from("model", "longsana"))
+        config = self._sampler(next(row for row in ROWS if row.name == "LongSANA"))
         texts = training_prompts(self.parts / "held_out.txt")
         seconds = (0, 1) if self.tiny else (0, 15, 30, 45, 60)
         strips(config, texts[:3], seconds, self.parts / "strips.png", self.device)
@@ -325,7 +342,7 @@ class Recipe:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=CONFIGS, capture_output=True, text=True, check=False
         ).stdout.strip()
-        noted = json.loads((self.parts / "times.json").read_text(encoding="utf-8"))
+        noted = self._read("times")
         lines = [f"| {name} | {entry['value']} | {entry['machine']} |" for name, entry in noted.items()]
         return CARD.format(
             commit=commit or "unknown",
@@ -333,11 +350,20 @@ class Recipe:
             table=(self.parts / "table.md").read_text(encoding="utf-8").strip(),
         )
 
-    def _sampler(self, settings: Sequence[str]) -> InferenceConfig:
-        return load_config(CONFIGS / "longsana.yaml", [*self._models(), *settings], InferenceConfig, RETIRED)
+    def _sampler(self, row: Row) -> InferenceConfig:
+        settings = [*self._models(), *row.settings]
+        if row.weights:
+            settings += self._from("model", row.weights)
+        if self.tiny and row.name == "base model":
+            settings += TINY["sample"]
+        return load_config(CONFIGS / "longsana.yaml", settings, InferenceConfig, RETIRED)
 
-    def _scores(self, row: Row) -> Path:
-        return self.parts / f"scores_{row.name.replace(' ', '_').replace(',', '')}.json"
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.parts / f"{name}.json"
+        if not path.exists():
+            raise InputError(f"{path}: not found; run --steps {name} first")
+        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read
 
     # What else
 
@@ -356,19 +382,20 @@ class Recipe:
     def _note(self, name: str, value: float) -> None:
         """times.json: seconds of each step, and scores of parts, with the machine."""
         path = self.parts / "times.json"
-        noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        noted = self._read("times") if path.exists() else {}
         machine = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
         noted[name] = {"value": round(value, 2), "machine": machine, "torch": torch.__version__}
         atomic_write_text(path, json.dumps(noted, indent=1) + "\n")
         log.info("== %s: %.2f", name, value)
 
 
-def render_table(scores: dict[str, Any]) -> str:
+def render_table(scores: dict[str, Any], speeds: dict[str, float]) -> str:
     """Markdown: a line a model and length."""
     from longsana.evaluation.report import table
     from longsana.evaluation.trial import DRIFT, FIGURES
 
     lines = []
+    steps = {row.name: row.steps for row in ROWS}
     for name, score in scores.items():
         for seconds, figures in score["figures"].items():
             lines.append(
@@ -378,7 +405,8 @@ def render_table(scores: dict[str, Any]) -> str:
                     **{figure: _percent(figures[figure]) for figure in FIGURES},
                     "seam index": _number(figures["seam index"]),
                     DRIFT: _percent(figures[DRIFT]),
-                    "steps": score["steps"] or "",
+                    "steps": steps[name] or "",
+                    "FPS on two cores": f"{speeds[name]:.1f}" if name in speeds else "",
                     "videos": f"{score['videos']} x {score['seeds']}",
                 }
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,18 @@ def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> di
             videos += _score(films, trial.prompts[some], trial.lengths, seams, device)
         runs.append(videos)
     return summarise(runs, trial.lengths)
+
+
+def measure_speed(config: InferenceConfig, prompt: str, seconds: int, *, absorbs: bool = True) -> float:
+    """Frames a second, from caption to pixels, on the CPU with as many threads as torch has."""
+    device = torch.device("cpu")
+    pipeline, prompts, captions = _loaded(config, [prompt], seconds * FPS + 1, device)
+    if not absorbs:
+        network: Any = _Unabsorbing(pipeline.model)
+        pipeline.model = network
+    started = time.perf_counter()
+    frames = sum(film.pixels.shape[1] for film in pipeline.sample(prompts, captions, Clock(device)))
+    return frames / (time.perf_counter() - started)
 
 
 def _loaded(

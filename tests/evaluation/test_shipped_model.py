@@ -5,7 +5,7 @@ No unit test can replace this: it is the whole system, from prompts to what a vi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,14 @@ from longsana.state import CausalState
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
 LEAST = {"colour": 0.97, "kind": 0.85, "background": 0.99, "persistence": 0.84}
 SEAM = 1.25
+
+
+@pytest.fixture(autouse=True)
+def both_cores() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def figures() -> dict[str, float]:

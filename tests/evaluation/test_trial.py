@@ -93,7 +93,7 @@ def test_without_the_clean_pass_a_state_is_that_of_the_last_denoising_pass(small
 
 def test_a_network_is_sampled_and_scored():
     """A random one: what it shows is noise, and none of it is what was promised."""
-    config = load_config(CONFIG, ["model.depth=1"], InferenceConfig)
+    config = load_config(CONFIG, ["model.depth=1", "model.load_from=seeded:0"], InferenceConfig)
     report = try_model(config, Trial(prompts(0, 2, held_out=True), seeds=(0, 1), lengths=(1,), batch=1), CPU)
     assert report["videos"] == 2
     assert report["seeds"] == 2
