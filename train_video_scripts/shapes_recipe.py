@@ -40,7 +40,8 @@ log = logging.getLogger("longsana")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/sana_video_config/longsana/shapes"
 NETWORKS = ("base", "ode", "self_forcing", "longsana")
 BASE_PHASES = ("base_1", "base_2", "base_3", "base")
-"""The base model's, each from the one before and on clips of its own; the last with a lower learning rate."""
+"""The base model's, each from the one before and on clips of its own: the second on clips with turns, the last with a
+lower learning rate."""
 PHASES = {
     **dict.fromkeys(BASE_PHASES, "base"),
     "ode": "ode",
@@ -221,6 +222,8 @@ class Recipe:
         settings = [f"train.seed={number}"]
         if number > 0:
             settings += self._from("model", BASE_PHASES[number - 1])
+        if BASE_PHASES[number] == "base_2":
+            settings += ["data.data_path=generated:turning_shapes"]
         if BASE_PHASES[number] == "base":
             settings += ["optimizer.generator.lr=7.0e-4", "train.max_iters=1200"]
         return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longsana.data.shapes import draw_scene, render
+from longsana.data.shapes import TURNS, Scene, draw_scene, render
 from longsana.data.shards import DTYPES, Contents, ShardFolder, ShardWriter
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError, did_you_mean
@@ -139,18 +140,40 @@ class Encoder(Protocol):
         ...
 
 
+def any_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
+    """Of the world as it is. size: (height, width) of the picture."""
+    return draw_scene(seed, index, size=size)
+
+
+def turning_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
+    """In three of four scenes a shape bounces or orbits: what a base model is slowest to learn."""
+    for again in itertools.count():
+        scene = draw_scene(seed + 1000 * again, index, size=size)
+        if index % 4 == 0 or any(track.actor.motion in ("bounce", *TURNS) for track in scene.tracks):
+            return scene
+    raise AssertionError("endless")
+
+
 class ShapeClips:
     """`count` clips of the shapes world, drawn and encoded here and kept, in float16, where the encoder is.
 
     In groups of a fixed size, one for CPUs and one for GPUs, so that a clip's latents do not depend on which clips are
-    asked for together.
+    asked for together. draw: of a seed, an index and a picture's (height, width) the scene of a clip.
     """
 
-    def __init__(self, shape: Shape, seed: int, count: int, encoder: Encoder, group: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        seed: int,
+        count: int,
+        encoder: Encoder,
+        group: int | None = None,
+        draw: Callable[[int, int, tuple[int, int]], Scene] = any_scene,
+    ) -> None:
         _, frames, height, width = shape
         group = group or (16 if encoder.device.type == "cpu" else 64)  # a GPU waits for launches
         size = (8 * height, 8 * width)
-        self._scenes = [draw_scene(seed, index, size=size) for index in range(-(-count // group) * group)]
+        self._scenes = [draw(seed, index, size) for index in range(-(-count // group) * group)]
         encoded = []
         for first in tqdm(range(0, count, group), desc="shapes", unit="group", disable=None, leave=False):
             scenes = self._scenes[first : first + group]
@@ -255,7 +278,13 @@ def moving_shapes(shape: Shape, seed: int, count: int, encoder: Callable[[], Enc
     return ShapeClips(shape, seed, count, encoder())
 
 
+def turning_shapes(shape: Shape, seed: int, count: int, encoder: Callable[[], Encoder] | None) -> ShapeClips:
+    assert encoder is not None, "clips of pictures need an encoder"
+    return ShapeClips(shape, seed, count, encoder(), draw=turning_scene)
+
+
 GENERATORS: dict[str, Callable[[Shape, int, int, Callable[[], Encoder] | None], ClipSource]] = {
     "blobs": moving_blobs,
     "shapes": moving_shapes,
+    "turning_shapes": turning_shapes,
 }

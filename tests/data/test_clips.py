@@ -22,9 +22,10 @@ from longsana.data.clips import (
     GeneratedClips,
     ShapeClips,
     open_clips,
+    turning_scene,
     write_clips,
 )
-from longsana.data.shapes import draw_scene, parse_caption, render
+from longsana.data.shapes import TURNS, draw_scene, is_held_out, parse_caption, render
 from longsana.encoders.vae import WanVAE
 from longsana.runtime.errors import InputError
 
@@ -218,6 +219,19 @@ def test_shape_clips_are_opened_by_name_and_encoded_by_anyone() -> None:
     assert same(clips[4], shape_clips(5, seed=3)[4])
     open_clips("generated:blobs", shape=SHAPE, encoder=pooling)
     assert len(asked) == 1, "blobs are not made of pictures"
+
+
+def test_most_turning_scenes_turn_and_none_is_held_out() -> None:
+    scenes = [turning_scene(2, index, (96, 160)) for index in range(200)]
+    turning = [any(track.actor.motion in ("bounce", *TURNS) for track in scene.tracks) for scene in scenes]
+    assert sum(turning) > 150
+    assert all(turning[index] for index in range(200) if index % 4)
+    assert len({scene.caption for scene in scenes}) > 190
+    for scene in scenes:
+        for track in scene.tracks:
+            assert not is_held_out(track.actor.kind, track.actor.colour, track.actor.motion)
+    clips = open_clips("generated:turning_shapes", shape=PICTURES, seed=2, count=4, encoder=Pooling)
+    assert clips.prompts() == [scene.caption for scene in scenes[:4]]
 
 
 def test_the_vae_is_such_an_encoder() -> None:
