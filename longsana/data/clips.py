@@ -147,11 +147,12 @@ def any_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
 
 def turning_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
     """In three of four scenes a shape bounces or orbits: what a base model is slowest to learn."""
-    for again in itertools.count():
-        scene = draw_scene(seed + 1000 * again, index, size=size)
-        if index % 4 == 0 or any(track.actor.motion in ("bounce", *TURNS) for track in scene.tracks):
-            return scene
-    raise AssertionError("endless")
+    scenes = (draw_scene(seed + 1000 * again, index, size=size) for again in itertools.count())
+    return next(scene for scene in scenes if index % 4 == 0 or _turns(scene))
+
+
+def _turns(scene: Scene) -> bool:
+    return any(track.actor.motion in ("bounce", *TURNS) for track in scene.tracks)
 
 
 class ShapeClips:
