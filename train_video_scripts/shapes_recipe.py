@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -342,13 +341,12 @@ class Recipe:
         return self._finished("asset", gather)
 
     def _card(self) -> str:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=CONFIGS, capture_output=True, text=True, check=False
-        ).stdout.strip()
+        from longsana.sampling.records import commit
+
         noted = self._read("times")
         lines = [f"| {name} | {entry['value']} | {entry['machine']} |" for name, entry in noted.items()]
         return CARD.format(
-            commit=commit or "unknown",
+            commit=commit(),
             steps="\n".join(lines),
             table=(self.parts / "table.md").read_text(encoding="utf-8").strip(),
         )

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import platform
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -72,3 +73,15 @@ def finished_videos(folder: Path) -> dict[str, str]:
 def versions() -> dict[str, str]:
     names = ("torch", "diffusers", "transformers", "av")
     return {"longsana": longsana.__version__, "python": platform.python_version()} | {n: version(n) for n in names}
+
+
+def commit() -> str:
+    """Of the checkout that this package lies in, "-dirty" if it was changed since; "unknown" outside of one."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or "unknown"

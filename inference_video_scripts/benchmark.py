@@ -1,0 +1,96 @@
+"""What a video costs on this machine: one prompt to one mp4, part by part.
+
+    python inference_video_scripts/benchmark.py --num_frames 961                # the small default
+    python inference_video_scripts/benchmark.py --config=configs/... --model_path=... --num_frames 961 --out full.json
+
+One chunk is made first (cold), then the whole video (warm). Config, settings and flags are those of
+inference_sana_video.py. The report goes to --out as JSON, a table of it is printed. The wall time is from the prompt to
+the finished mp4, without start-up; `other` is what none of the parts accounts for.
+Exit status: 0 done, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
+
+from inference_video_scripts.inference_sana_video import DEFAULT_CONFIG, SETTING_FLAGS, check_settings
+from longsana.config import InferenceConfig, leaf_keys, load_config
+from longsana.data.prompts import Prompt
+from longsana.evaluation.report import table
+from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.distributed import World, set_threads
+from longsana.runtime.files import atomic_write_text, check_writable
+from longsana.runtime.hub import locate
+from longsana.sampling.request import check_config, select_prompts
+
+log = logging.getLogger("longsana")
+
+
+@dataclass(frozen=True)
+class Request:
+    config: InferenceConfig
+    prompt: Prompt
+    out: Path
+    threads: int | None
+
+
+def prepare(arguments: Sequence[str]) -> Request:
+    parser = Parser(__doc__)
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("output/benchmark.json"), help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores)")
+    options, settings = parser.parse_command(arguments, SETTING_FLAGS, leaf_keys(InferenceConfig))
+    config: InferenceConfig = load_config(locate(options.config, "the config"), settings)
+    check_settings(settings, config)
+    check_config(config)
+    check_writable(options.out.parent, "--out")
+    return Request(config, select_prompts(config, 0, 1)[0], options.out, options.threads)
+
+
+def run(request: Request, world: World) -> int:
+    from longsana.sampling.benchmark import benchmark  # brings diffusers and transformers, which take seconds
+
+    set_threads(request.threads, world)
+    with tempfile.TemporaryDirectory() as folder:
+        report = benchmark(request.config, request.prompt, world.device(), Path(folder))
+    atomic_write_text(request.out, json.dumps(report, indent=2) + "\n")
+    print(render(report))
+    log.info("the report is %s", request.out)
+    return 0
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as a table of two columns."""
+    wall = report["seconds"]["wall"]
+    lines = {
+        **{f"{part}, s": f"{seconds:.2f} ({seconds / wall:.0%})" for part, seconds in report["seconds"].items()},
+        **{
+            f"first frames on disk, {name}, s": f"{value:.2f}" for name, value in report["first frames on disk"].items()
+        },
+        **{f"start-up: {name}, s": f"{value:.2f}" for name, value in report["start-up"].items()},
+        **{f"FPS {name}": f"{value:.1f}" for name, value in report["FPS"].items()},
+        **{f"a chunk, {name}, s": f"{report['chunk'][name]:.3f}" for name in ("p50", "p95")},
+        **{f"{name}, MB": f"{value / 1e6:.0f}" for name, value in report["memory"].items()},
+    }
+    video = report["video"]
+    title = f"{video['frames']} frames of {video['width']}x{video['height']}"
+    return table([{title: name, report["machine"]["device"]: value} for name, value in lines.items()])
+
+
+def main(arguments: Sequence[str]) -> int:
+    world = World.from_environment()
+    set_up_logging(world)
+    return run_command(world, lambda: prepare(arguments), lambda request: run(request, world))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

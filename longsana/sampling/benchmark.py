@@ -1,0 +1,190 @@
+"""What a video costs, part by part: one prompt to one mp4 in this process, first cold and then warm."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+
+from longsana.config import InferenceConfig
+from longsana.data.prompts import Prompt
+from longsana.encoders.text import GemmaTextEncoder
+from longsana.runtime.clock import Clock
+from longsana.runtime.files import partial_name
+from longsana.runtime.video import VideoWriter
+from longsana.sampling.pipeline import Caption, VideoPipeline
+from longsana.sampling.records import commit, versions
+
+PARTS = ("text", "denoise", "absorb", "decode", "write", "other")
+"""What the wall time of a video is made of. other: all that no clock was running for."""
+
+
+HEADER = 1024
+"""Bytes of an mp4 that are no frames yet, at most."""
+
+
+class Film(NamedTuple):
+    """One video. Seconds, from its start.
+
+    parts: seconds of each of PARTS but the text. first_frames: when the first of them were on disk.
+    chunks: seconds of each chunk, with all that happens between it and the next.
+    """
+
+    frames: int
+    wall: float
+    parts: dict[str, float]
+    first_frames: float
+    chunks: list[float]
+
+
+def benchmark(config: InferenceConfig, prompt: Prompt, device: torch.device, folder: Path) -> dict[str, Any]:
+    """The report on one video in `folder`, which is made after one chunk of it has warmed everything up."""
+    started = {"process": time.time() - psutil.Process().create_time()}
+    pipeline = VideoPipeline(config, device)
+    with _timed(started, "text encoder"), pipeline.text_encoder() as encoder:
+        pipeline.encode(encoder, prompt)
+        text, caption = _encode(pipeline, encoder, prompt)
+    with _timed(started, "networks"):
+        pipeline.load()
+    cold = make_film(pipeline, prompt, caption, folder / "cold.mp4", chunks=1)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    warm = make_film(pipeline, prompt, caption, folder / "warm.mp4")
+    parts = {"text": text, **warm.parts}
+    wall = text + warm.wall
+    latents = parts["denoise"] + parts["absorb"]
+    later = warm.chunks[1:] or warm.chunks
+    sampling = config.sampling
+    return {
+        "video": {
+            "frames": warm.frames,
+            "height": prompt.height,
+            "width": prompt.width,
+            "sampler": config.scheduler.sampling_algo,
+            "chunks": list(pipeline.plan.lengths),
+            "network": config.model.model,
+            "dtype": {"network": str(pipeline.model.dtype), "vae": str(pipeline.vae.dtype)},
+            "seed": sampling.seed,
+        },
+        "seconds": {**parts, "wall": wall},
+        "first frames on disk": {"cold": text + cold.first_frames, "warm": text + warm.first_frames},
+        "start-up": started,
+        "FPS": {"end to end": warm.frames / wall, "without decoder": warm.frames / latents},
+        "chunk": {
+            "p50": statistics.median(later),
+            "p95": sorted(later)[int(0.95 * (len(later) - 1))],
+            "seconds": warm.chunks,
+        },
+        "memory": memory(device),
+        "machine": machine(device),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def make_film(
+    pipeline: VideoPipeline, prompt: Prompt, caption: Caption, path: Path, *, chunks: int | None = None
+) -> Film:
+    """chunks: end after so many."""
+    config, device_clock, host_clock = pipeline.config, Clock(pipeline.device), Clock()
+    started = time.perf_counter()
+    ends: list[float] = []
+    with (
+        _watch(partial_name(path)) as first_frames,
+        VideoWriter(
+            path,
+            fps=config.sampling.fps,
+            height=prompt.height,
+            width=prompt.width,
+            crf=config.video.crf,
+            preset=config.video.preset,
+        ) as writer,
+    ):
+        for frames in pipeline.sample([prompt], [caption], device_clock):
+            with host_clock.part("write"):
+                writer.append(frames.pixels[0])
+            ends[frames.chunk :] = [time.perf_counter() - started]
+            if chunks is not None and len(ends) == chunks:
+                break
+        closing = time.perf_counter()
+    wall = time.perf_counter() - started
+    parts = {"absorb": 0.0, **device_clock.seconds(), **host_clock.seconds()}
+    parts["write"] += started + wall - closing
+    parts["other"] = wall - sum(parts.values())
+    return Film(
+        frames=writer.frames,
+        wall=wall,
+        parts={name: parts[name] for name in PARTS if name in parts},
+        first_frames=min([*first_frames, started + wall]) - started,
+        chunks=[end - begin for begin, end in zip([0.0, *ends], ends, strict=False)],
+    )
+
+
+@contextmanager
+def _watch(path: Path) -> Iterator[list[float]]:
+    """Empty, until frames of a file that is being written are on disk; then the moment."""
+    moments: list[float] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.005):
+            if path.exists() and path.stat().st_size > HEADER:
+                moments.append(time.perf_counter())
+                return
+
+    watcher = threading.Thread(target=look, name="first frames", daemon=True)
+    watcher.start()
+    try:
+        yield moments
+    finally:
+        over.set()
+        watcher.join()
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def _encode(pipeline: VideoPipeline, encoder: GemmaTextEncoder, prompt: Prompt) -> tuple[float, Caption]:
+    clock = Clock(pipeline.device)
+    with clock.part("text"):
+        caption = pipeline.encode(encoder, prompt)
+    return clock.seconds()["text"], caption
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes: this process's memory now and at its fullest, and the most that tensors took on the GPU."""
+    kept = {
+        "host RSS": psutil.Process().memory_info().rss,
+        "host RSS peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+    if device.type == "cuda":
+        kept["GPU peak"] = torch.cuda.max_memory_allocated(device)
+    return kept
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it ran on; of a GPU also clocks (MHz), watts and driver, as they are now."""
+    found: dict[str, Any] = {"device": device.type, "threads": torch.get_num_threads(), "cores": psutil.cpu_count()}
+    if device.type == "cuda":
+        asked = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw"
+        answer = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits", f"--id={device.index or 0}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        found |= dict(zip(asked.split(","), (value.strip() for value in answer.split(",")), strict=True))
+    return found

@@ -1,0 +1,62 @@
+"""The benchmark: a report whose parts are the whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longsana.sampling.benchmark import PARTS
+from tests.scripts import load_script
+
+from .conftest import ROOT, SMALL
+
+script = load_script(ROOT / "inference_video_scripts" / "benchmark.py")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("benchmark") / "report.json"
+    assert script.main([*SMALL, "--num_frames", "49", "--out", str(out)]) == 0
+    read: dict[str, Any] = json.loads(out.read_text())
+    return read
+
+
+def test_the_parts_are_the_whole(report: dict[str, Any]) -> None:
+    seconds = report["seconds"]
+    assert seconds.keys() == {*PARTS, "wall"}
+    assert min(seconds[part] for part in PARTS) >= 0
+    assert sum(seconds[part] for part in PARTS) == pytest.approx(seconds["wall"])
+    assert seconds["other"] < 0.03 * seconds["wall"]
+    # All that happens while a video is made happens in a chunk, but for the closing of the file.
+    assert sum(report["chunk"]["seconds"]) <= seconds["wall"]
+    assert sum(report["chunk"]["seconds"]) == pytest.approx(seconds["wall"] - seconds["text"], rel=0.2)
+
+
+def test_figures_follow_from_each_other(report: dict[str, Any]) -> None:
+    video, seconds, fps = report["video"], report["seconds"], report["FPS"]
+    assert (video["frames"], video["height"], video["width"]) == (49, 32, 48)
+    assert video["chunks"] == [3, 2, 2, 2, 2, 2]
+    assert len(report["chunk"]["seconds"]) == 6
+    assert fps["end to end"] == pytest.approx(49 / seconds["wall"])
+    assert fps["without decoder"] == pytest.approx(49 / (seconds["denoise"] + seconds["absorb"]))
+    assert report["chunk"]["p50"] <= report["chunk"]["p95"]
+    assert 0 < report["first frames on disk"]["warm"] <= seconds["wall"]
+    assert report["memory"]["host RSS"] <= report["memory"]["host RSS peak"]
+    assert len(report["commit"].removesuffix("-dirty")) == 40
+
+
+def test_the_table_shows_the_parts(report: dict[str, Any]) -> None:
+    table = script.render(report)
+    assert "49 frames of 48x32" in table
+    for part in (*PARTS, "wall"):
+        assert f"| {part}, s " in table
+
+
+def test_bad_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "report.json"
+    assert script.main(["--num_frames", "50", "--out", str(out)]) == 2
+    assert "num_frames" in capsys.readouterr().err
+    assert not out.exists()
