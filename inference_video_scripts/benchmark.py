@@ -22,12 +22,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
-from inference_video_scripts.inference_sana_video import DEFAULT_CONFIG, SETTING_FLAGS, check_settings
+from inference_video_scripts.inference_sana_video import DEFAULT_CONFIG, SETTING_FLAGS, check_settings, check_threads
 from longsana.config import InferenceConfig, leaf_keys, load_config
 from longsana.data.prompts import Prompt
 from longsana.evaluation.report import table
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
 from longsana.runtime.distributed import World, set_threads
+from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, check_writable
 from longsana.runtime.hub import locate
 from longsana.sampling.request import check_config, select_prompts
@@ -43,7 +44,9 @@ class Request:
     threads: int | None
 
 
-def prepare(arguments: Sequence[str]) -> Request:
+def prepare(arguments: Sequence[str], world: World) -> Request:
+    if world.size > 1:
+        raise InputError(f"the benchmark is for one process, and here are {world.size}; start it without a launcher")
     parser = Parser(__doc__)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("output/benchmark.json"), help="(default: %(default)s)")
@@ -51,7 +54,12 @@ def prepare(arguments: Sequence[str]) -> Request:
     options, settings = parser.parse_command(arguments, SETTING_FLAGS, leaf_keys(InferenceConfig))
     config: InferenceConfig = load_config(locate(options.config, "the config"), settings)
     check_settings(settings, config)
+    if config.sampling.bs != 1:
+        raise InputError(f"--bs {config.sampling.bs}: one video is measured, so it must be 1")
+    check_threads(options.threads)
     check_config(config)
+    if options.out.is_dir():
+        raise InputError(f"--out {options.out}: is a folder; give the name of a file")
     check_writable(options.out.parent, "--out")
     return Request(config, select_prompts(config, 0, 1)[0], options.out, options.threads)
 
@@ -89,7 +97,7 @@ def render(report: dict[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> int:
     world = World.from_environment()
     set_up_logging(world)
-    return run_command(world, lambda: prepare(arguments), lambda request: run(request, world))
+    return run_command(world, lambda: prepare(arguments, world), lambda request: run(request, world))
 
 
 if __name__ == "__main__":

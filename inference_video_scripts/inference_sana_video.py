@@ -98,6 +98,11 @@ def check_settings(settings: Sequence[str], config: InferenceConfig) -> None:
             raise InputError(f"{name}: has no meaning with sampling.null_caption=learned, which takes its place")
 
 
+def check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise InputError(f"--threads {threads}: must be at least 1")
+
+
 @dataclass(frozen=True)
 class Request:
     """What the command line asks for, checked as far as it can be without loading anything large."""
@@ -113,8 +118,7 @@ def prepare(arguments: Sequence[str]) -> Request:
     config_path = locate(options.config, "the config")
     config: InferenceConfig = load_config(config_path, settings)
     check_settings(settings, config)
-    if options.threads is not None and options.threads < 1:
-        raise InputError(f"--threads {options.threads}: must be at least 1")
+    check_threads(options.threads)
     check_config(config)
     prompts = select_prompts(config, options.start_index, options.end_index)
     work_dir = Path(options.work_dir or Path("output/inference") / config_path.stem)

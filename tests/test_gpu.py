@@ -27,7 +27,13 @@ pytestmark = pytest.mark.gpu
 SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
 
 
-COMPILED_IS_WRONG = "gradients up to 1e10 times too large (H100, torch 2.11), before strides were no longer padded"
+COMPILED = pytest.param(
+    True,
+    marks=pytest.mark.xfail(
+        reason="gradients up to 1e10 times too large (H100, torch 2.11); not seen right yet with unpadded strides",
+        strict=True,
+    ),
+)
 
 
 def test_noise_is_the_same_on_cpu_and_gpu() -> None:
@@ -81,7 +87,7 @@ def gradients(model: LongSanaDiT, device: str, copies: int = 1) -> dict[str, tor
 
 
 @pytest.mark.parametrize("copies", [1, 32])
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.xfail(reason=COMPILED_IS_WRONG))])
+@pytest.mark.parametrize("compiled", [False, COMPILED])
 @pytest.mark.parametrize("replayed", [False, True])
 def test_gradients_agree_with_the_cpu(copies: int, compiled: bool, replayed: bool, mesh: DeviceMesh) -> None:
     """In bfloat16 as training computes."""

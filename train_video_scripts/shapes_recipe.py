@@ -112,7 +112,7 @@ CARD = """\
 # The models of the shapes world
 
 Text to videos of one or two moving shapes, 160x96 pixels, 16 frames a second, of any length. Made from nothing by
-`train_video_scripts/shapes_recipe.py` (seed 0, commit {commit}): no data but what `longsana/data/shapes.py` draws.
+`train_video_scripts/shapes_recipe.py` (commit {commit}, its seeds): no data but what `longsana/data/shapes.py` draws.
 
 * `vae`: a Wan 2.1 VAE of base width 12. `text_encoder`: a Gemma 2 of two layers, trained on the world's captions.
 * `base.safetensors`: the bidirectional base model. `ode`, `self_forcing`, `longsana`: the generator after each stage.
@@ -153,8 +153,11 @@ class Recipe:
     def run(self, names: Sequence[str]) -> int:
         for name in names:
             product, make = self.steps[name]
-            if product.exists():
-                log.info("== %s: %s is there", name, product)
+            # Of the base model's phases, a later one is all that is wanted of those before it.
+            later = BASE_PHASES[BASE_PHASES.index(name) :] if name in BASE_PHASES else ()
+            there = [path for path in (product, *(self.steps[phase][0] for phase in later)) if path.exists()]
+            if there:
+                log.info("== %s: %s is there", name, there[0])
                 continue
             log.info("== %s", name)
             started = time.perf_counter()
@@ -194,6 +197,12 @@ class Recipe:
 
             if name == "ode" and (status := self._pairs()):
                 return status
+            critic = self.parts / "critic.safetensors"
+            if name == "longsana" and not critic.exists():
+                raise InputError(
+                    f"{critic}: not found; Self-Forcing makes it and it does not ship: remove self_forcing.safetensors "
+                    "there and run --steps self_forcing longsana"
+                )
             given = [f"data.data_path={self.parts / 'prompts.txt'}", *self._from("real_score", "base")]
             settings: list[str] = {
                 **{phase: self._base_phase(number) for number, phase in enumerate(BASE_PHASES)},
@@ -290,6 +299,7 @@ class Recipe:
         """Frames a second on two cores of this machine."""
         from longsana.evaluation.trial import measure_speed
 
+        threads = torch.get_num_threads()
         torch.set_num_threads(2)
         prompt = training_prompts(self.parts / "held_out.txt")[0]
         speeds = {}
@@ -298,6 +308,7 @@ class Recipe:
                 seconds = 1 if self.tiny else min(10, max(row.lengths))
                 speeds[row.name] = measure_speed(self._sampler(row), prompt, seconds, absorbs=row.absorbs)
                 log.info("%s: %.1f FPS", row.name, speeds[row.name])
+        torch.set_num_threads(threads)
         atomic_write_text(self.parts / "speed.json", json.dumps(speeds) + "\n")
         return 0
 
@@ -329,6 +340,9 @@ class Recipe:
 
     def package(self) -> int:
         """What ships, and the model card."""
+        wanted = ["vae", "text_encoder", *(f"{name}.safetensors" for name in NETWORKS), "table.md", "times.json"]
+        if missing := [name for name in wanted if not (self.parts / name).exists()]:
+            raise InputError(f"{self.parts}: {', '.join(missing)} not found; run the steps that make them first")
 
         def gather(folder: Path) -> float:
             for part in ("vae", "text_encoder"):

@@ -146,7 +146,7 @@ def any_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
 
 
 def turning_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
-    """In three of four scenes a shape bounces or orbits: what a base model is slowest to learn."""
+    """In three of four scenes a shape bounces or orbits, what a base model is slowest to learn; the fourth is any."""
     scenes = (draw_scene(seed + 1000 * again, index, size=size) for again in itertools.count())
     return next(scene for scene in scenes if index % 4 == 0 or _turns(scene))
 

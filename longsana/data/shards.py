@@ -13,7 +13,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,7 +187,8 @@ class ShardFolder:
     """
 
     def __init__(self, folder: Path, kind: str, remedy: str, *, digests: bool = True) -> None:
-        self.folder = folder
+        self.folder, self.remedy = folder, remedy
+        self._known: dict[int, list[str]] = {}  # prompts of shards
         try:
             self.contents, shards = read_manifest(folder)
             if self.contents.kind != kind:
@@ -217,17 +217,17 @@ class ShardFolder:
             file.seek(8 + header + row * size)
             raw = bytearray(file.read(size))
         if len(raw) != size:
-            raise InputError(f"{path}: damaged (ends within item {row})")
+            raise InputError(f"{path}: damaged (ends within item {row}); {self.remedy}")
         return torch.frombuffer(raw, dtype=dtype).view(self.contents.shape), self._prompts(shard)[row]
 
     def prompts(self) -> list[str]:
         """Of all items, in order."""
         return [prompt for shard in range(self.contents.shards) for prompt in self._prompts(shard)]
 
-    @cache  # noqa: B019 (a folder lives as long as the run)
     def _prompts(self, shard: int) -> list[str]:
-        prompts: list[str] = _header(self.folder / shard_name(shard))["prompts"]
-        return prompts
+        if shard not in self._known:
+            self._known[shard] = _header(self.folder / shard_name(shard))["prompts"]
+        return self._known[shard]
 
 
 def shard_name(number: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from longsana.evaluation import measures
 from longsana.evaluation.verifier import Seen, Verdicts, judge, observe, score
 from longsana.evaluation.videos import Video, frame_rate, read_pieces
-from longsana.runtime.files import atomic_write_text
+from longsana.runtime.files import atomic_write_text, partial_name
 
 LENGTHS = (5, 30, 60)
 """Seconds of the stretches from the start that are scored apart from the whole."""
@@ -126,7 +126,8 @@ def plot(curves: Mapping[str, Curves], path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     axes.flat[0].legend(loc="lower left")
-    figure.savefig(path, dpi=110)
+    figure.savefig(partial_name(path), dpi=110)
+    partial_name(path).replace(path)
     pyplot.close(figure)
 
 

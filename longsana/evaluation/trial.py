@@ -22,6 +22,7 @@ from longsana.evaluation.measures import boundaries, drift, drift_curve, measure
 from longsana.evaluation.verifier import Seen, Verdicts, judge, observe
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.clock import Clock
+from longsana.runtime.files import partial_name
 from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
 from longsana.sampling.sampler import Network
 from longsana.state import CausalState
@@ -103,7 +104,8 @@ def strips(
     rows = films[:, [second * FPS for second in seconds]]  # (B, columns, H, W, 3)
     rows = torch.nn.functional.pad(rows, (0, 0, 2, 2, 2, 2), value=255)
     picture = rows.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
-    pyplot.imsave(path, picture.numpy())
+    pyplot.imsave(partial_name(path), picture.numpy())
+    partial_name(path).replace(path)
 
 
 class _Unabsorbing:

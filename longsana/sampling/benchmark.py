@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import platform
 import resource
 import statistics
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +38,7 @@ class Film(NamedTuple):
     """One video. Seconds, from its start.
 
     parts: seconds of each of PARTS but the text. first_frames: when the first of them were on disk.
-    chunks: seconds of each chunk, with all that happens between it and the next.
+    chunks: seconds of each chunk, with all that happens between it and the next. machine: see there, at the last chunk.
     """
 
     frames: int
@@ -44,15 +46,17 @@ class Film(NamedTuple):
     parts: dict[str, float]
     first_frames: float
     chunks: list[float]
+    machine: dict[str, Any]
 
 
 def benchmark(config: InferenceConfig, prompt: Prompt, device: torch.device, folder: Path) -> dict[str, Any]:
     """The report on one video in `folder`, which is made after one chunk of it has warmed everything up."""
     started = {"process": time.time() - psutil.Process().create_time()}
     pipeline = VideoPipeline(config, device)
-    with _timed(started, "text encoder"), pipeline.text_encoder() as encoder:
-        pipeline.encode(encoder, prompt)
-        text, caption = _encode(pipeline, encoder, prompt)
+    with ExitStack() as loaded:
+        with _timed(started, "text encoder"):
+            encoder = loaded.enter_context(pipeline.text_encoder())
+        (first_text, _), (text, caption) = (_encode(pipeline, encoder, prompt) for _ in range(2))
     with _timed(started, "networks"):
         pipeline.load()
     cold = make_film(pipeline, prompt, caption, folder / "cold.mp4", chunks=1)
@@ -76,16 +80,16 @@ def benchmark(config: InferenceConfig, prompt: Prompt, device: torch.device, fol
             "seed": sampling.seed,
         },
         "seconds": {**parts, "wall": wall},
-        "first frames on disk": {"cold": text + cold.first_frames, "warm": text + warm.first_frames},
+        "first frames on disk": {"cold": first_text + cold.first_frames, "warm": text + warm.first_frames},
         "start-up": started,
         "FPS": {"end to end": warm.frames / wall, "without decoder": warm.frames / latents},
         "chunk": {
             "p50": statistics.median(later),
-            "p95": sorted(later)[int(0.95 * (len(later) - 1))],
+            "p95": sorted(later)[math.ceil(0.95 * len(later)) - 1],
             "seconds": warm.chunks,
         },
         "memory": memory(device),
-        "machine": machine(device),
+        "machine": warm.machine,
         "versions": versions(),
         "commit": commit(),
     }
@@ -116,16 +120,21 @@ def make_film(
             if chunks is not None and len(ends) == chunks:
                 break
         closing = time.perf_counter()
-    wall = time.perf_counter() - started
+        used = machine(pipeline.device)
+        looked = time.perf_counter()
+    ended = time.perf_counter()
+    wall = ended - started - (looked - closing)
     parts = {"absorb": 0.0, **device_clock.seconds(), **host_clock.seconds()}
-    parts["write"] += started + wall - closing
+    parts["write"] += ended - looked
     parts["other"] = wall - sum(parts.values())
     return Film(
         frames=writer.frames,
         wall=wall,
         parts={name: parts[name] for name in PARTS if name in parts},
-        first_frames=min([*first_frames, started + wall]) - started,
+        # Of a video so small that all of it was written at once, when the file was closed.
+        first_frames=first_frames[0] - started if first_frames else wall,
         chunks=[end - begin for begin, end in zip([0.0, *ends], ends, strict=False)],
+        machine=used,
     )
 
 
@@ -176,15 +185,29 @@ def memory(device: torch.device) -> dict[str, int]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What it ran on; of a GPU also clocks (MHz), watts and driver, as they are now."""
-    found: dict[str, Any] = {"device": device.type, "threads": torch.get_num_threads(), "cores": psutil.cpu_count()}
+    """What it runs on; of a GPU also clocks (MHz), watts and driver, as they are at this moment."""
+    found: dict[str, Any] = {"device": _processor(), "threads": torch.get_num_threads(), "cores": psutil.cpu_count()}
     if device.type == "cuda":
-        asked = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw"
-        answer = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits", f"--id={device.index or 0}"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        found |= dict(zip(asked.split(","), (value.strip() for value in answer.split(",")), strict=True))
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = properties.name
+        asked = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw"
+        try:
+            answer = subprocess.run(
+                ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits", f"--id=GPU-{properties.uuid}"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            found |= dict(zip(asked.split(","), (value.strip() for value in answer.split(",")), strict=True))
+        except (OSError, subprocess.CalledProcessError) as error:
+            found["clocks"] = f"unknown ({error})"
     return found
+
+
+def _processor() -> str:
+    """The name of the CPU, where Linux tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from longsana.sampling.benchmark import PARTS
+from longsana.sampling.records import commit
 from tests.scripts import load_script
 
 from .conftest import ROOT, SMALL
@@ -45,7 +46,7 @@ def test_figures_follow_from_each_other(report: dict[str, Any]) -> None:
     assert report["chunk"]["p50"] <= report["chunk"]["p95"]
     assert 0 < report["first frames on disk"]["warm"] <= seconds["wall"]
     assert report["memory"]["host RSS"] <= report["memory"]["host RSS peak"]
-    assert len(report["commit"].removesuffix("-dirty")) == 40
+    assert report["commit"] == commit()
 
 
 def test_the_table_shows_the_parts(report: dict[str, Any]) -> None:
@@ -57,6 +58,17 @@ def test_the_table_shows_the_parts(report: dict[str, Any]) -> None:
 
 def test_bad_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "report.json"
-    assert script.main(["--num_frames", "50", "--out", str(out)]) == 2
-    assert "num_frames" in capsys.readouterr().err
+    for arguments, says in (
+        (["--num_frames", "50"], "num_frames"),
+        (["--bs", "2"], "--bs 2"),
+        (["--threads", "0"], "--threads 0"),
+        (["--out", str(tmp_path)], "is a folder"),
+    ):
+        assert script.main(["--out", str(out), *arguments]) == 2
+        assert says in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_no_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert commit() == "unknown"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,9 +48,9 @@ def scenes(motions: tuple[str, ...]) -> list[Scene]:
 
 
 def exchanged(caption: str, opposites: dict[str, str]) -> str:
-    words = [opposites.get(word.rstrip("."), word) for word in caption.split()]
-    assert words != caption.split(), caption
-    return " ".join(words)
+    other = re.sub(r"\w+", lambda word: opposites.get(word[0], word[0]), caption)
+    assert other != caption
+    return other
 
 
 @torch.no_grad()

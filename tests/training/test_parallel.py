@@ -217,7 +217,7 @@ def test_more_blocks_are_no_more_graphs(sharded, inputs, checkpointing, monkeypa
     pass, which recomputes.
     """
     compile_block = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compile_block(function, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_block(function, backend="aot_eager"))
     options = {"checkpointing": checkpointing, "compile_blocks": True}
     few, many = (train_compiled(sharded(depth=depth, **options), inputs) for depth in (2, 12))
     assert few.graphs == many.graphs > 0

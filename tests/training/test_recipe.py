@@ -33,7 +33,7 @@ def test_every_step_makes_its_part(made):
         assert table.count(f"| {row.name} ") == 1
     assert {"plot.png", "strips.png"} <= {path.name for path in made.iterdir()}
     noted = json.loads((made / "times.json").read_text())
-    assert {"text", "vae", *recipe.PHASES, "table", "vae score"} <= noted.keys()
+    assert {"text", "vae", *recipe.PHASES, "scores", "speed", "table", "vae score"} <= noted.keys()
     assert max(path.stat().st_size for path in made.rglob("*") if path.is_file()) < 6e6
     assert sum(path.stat().st_size for path in made.glob("*.*")) < 60e6
 
@@ -52,7 +52,7 @@ def test_what_ships_is_whole_and_small(made):
     assert {value.dtype for value in load_file(asset / "longsana.safetensors").values()} == {torch.bfloat16}
     card = (asset / "README.md").read_text()
     assert "LongSANA, num_cached_blocks 2" in card
-    assert "seed 0, commit " in card
+    assert "(commit " in card
     settings = [
         f"model.load_from={asset}/longsana.safetensors",
         f"vae.vae_pretrained={asset}/vae",
@@ -78,6 +78,20 @@ def test_parts_are_all_that_a_step_needs(made, tmp_path):
     assert recipe.main(["--out", str(tmp_path), "--size", "tiny", "--steps", "ode"]) == 0
     again, first = (load_file(folder / "ode.safetensors") for folder in (tmp_path / "parts", made))
     assert all((again[name] == first[name]).all() for name in first), "trajectories are made again from their seed"
+
+
+def test_a_base_model_needs_no_earlier_phase(made, tmp_path):
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    shutil.copy(made / "base.safetensors", parts)
+    assert recipe.main(["--out", str(tmp_path), "--size", "tiny", "--steps", *recipe.BASE_PHASES]) == 0
+    assert {path.name for path in parts.glob("*.safetensors")} == {"base.safetensors"}
+
+
+def test_what_a_step_lacks_is_named(made, tmp_path, capsys):
+    for step, says in (("package", "vae, text_encoder"), ("table", "scores.json: not found"), ("longsana", "critic")):
+        assert recipe.main(["--out", str(tmp_path), "--size", "tiny", "--steps", step]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_a_wrong_step_is_refused(tmp_path, capsys):
