@@ -152,11 +152,10 @@ class Recipe:
 
     def run(self, names: Sequence[str]) -> int:
         for name in names:
-            product, make = self.steps[name]
+            _, make = self.steps[name]
             # Of the base model's phases, a later one is all that is wanted of those before it.
-            later = BASE_PHASES[BASE_PHASES.index(name) :] if name in BASE_PHASES else ()
-            there = [path for path in (product, *(self.steps[phase][0] for phase in later)) if path.exists()]
-            if there:
+            serve = BASE_PHASES[BASE_PHASES.index(name) :] if name in BASE_PHASES else (name,)
+            if there := [product for product, _ in (self.steps[step] for step in serve) if product.exists()]:
                 log.info("== %s: %s is there", name, there[0])
                 continue
             log.info("== %s", name)

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -140,6 +141,9 @@ class Encoder(Protocol):
         ...
 
 
+Draw = Callable[[int, int, tuple[int, int]], Scene]
+
+
 def any_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
     """Of the world as it is. size: (height, width) of the picture."""
     return draw_scene(seed, index, size=size)
@@ -169,7 +173,7 @@ class ShapeClips:
         count: int,
         encoder: Encoder,
         group: int | None = None,
-        draw: Callable[[int, int, tuple[int, int]], Scene] = any_scene,
+        draw: Draw = any_scene,
     ) -> None:
         _, frames, height, width = shape
         group = group or (16 if encoder.device.type == "cpu" else 64)  # a GPU waits for launches
@@ -274,18 +278,15 @@ def _bump(distance: np.ndarray, period: int, spread: float) -> np.ndarray:
     return np.exp(-0.5 * (around / spread) ** 2)
 
 
-def moving_shapes(shape: Shape, seed: int, count: int, encoder: Callable[[], Encoder] | None) -> ShapeClips:
+def moving_shapes(
+    shape: Shape, seed: int, count: int, encoder: Callable[[], Encoder] | None, draw: Draw = any_scene
+) -> ShapeClips:
     assert encoder is not None, "clips of pictures need an encoder"
-    return ShapeClips(shape, seed, count, encoder())
-
-
-def turning_shapes(shape: Shape, seed: int, count: int, encoder: Callable[[], Encoder] | None) -> ShapeClips:
-    assert encoder is not None, "clips of pictures need an encoder"
-    return ShapeClips(shape, seed, count, encoder(), draw=turning_scene)
+    return ShapeClips(shape, seed, count, encoder(), draw=draw)
 
 
 GENERATORS: dict[str, Callable[[Shape, int, int, Callable[[], Encoder] | None], ClipSource]] = {
     "blobs": moving_blobs,
     "shapes": moving_shapes,
-    "turning_shapes": turning_shapes,
+    "turning_shapes": partial(moving_shapes, draw=turning_scene),
 }

@@ -50,11 +50,8 @@ class Trial:
 
 def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> dict[str, Any]:
     """Sample the trial's videos and score them; see `summarise`."""
-    pipeline, prompts, captions = _loaded(config, trial.prompts, trial.frames, device)
+    pipeline, prompts, captions = _loaded(config, trial.prompts, trial.frames, device, absorbs=trial.absorbs)
     config, plan = pipeline.config, pipeline.plan
-    if not trial.absorbs:
-        network: Any = _Unabsorbing(pipeline.model)
-        pipeline.model = network
     seams = boundaries(plan.frames, plan.lengths[-1])
     runs = []
     for seed in trial.seeds:
@@ -71,17 +68,14 @@ def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> di
 def measure_speed(config: InferenceConfig, prompt: str, seconds: int, *, absorbs: bool = True) -> float:
     """Frames a second, from caption to pixels, on the CPU with as many threads as torch has."""
     device = torch.device("cpu")
-    pipeline, prompts, captions = _loaded(config, [prompt], seconds * FPS + 1, device)
-    if not absorbs:
-        network: Any = _Unabsorbing(pipeline.model)
-        pipeline.model = network
+    pipeline, prompts, captions = _loaded(config, [prompt], seconds * FPS + 1, device, absorbs=absorbs)
     started = time.perf_counter()
     frames = sum(film.pixels.shape[1] for film in pipeline.sample(prompts, captions, Clock(device)))
     return frames / (time.perf_counter() - started)
 
 
 def _loaded(
-    config: InferenceConfig, texts: Sequence[str], frames: int, device: torch.device
+    config: InferenceConfig, texts: Sequence[str], frames: int, device: torch.device, *, absorbs: bool = True
 ) -> tuple[VideoPipeline, list[Prompt], list[Caption]]:
     """A pipeline that is ready to sample videos of so many frames, its prompts and their captions."""
     sampling = dataclasses.replace(config.sampling, num_frames=frames)
@@ -90,6 +84,9 @@ def _loaded(
     with pipeline.text_encoder() as encoder:
         captions = [pipeline.encode(encoder, prompt) for prompt in prompts]
     pipeline.load()
+    if not absorbs:
+        network: Any = _Unabsorbing(pipeline.model)
+        pipeline.model = network
     return pipeline, prompts, captions
 
 
