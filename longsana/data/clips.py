@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longsana.data.shapes import TURNS, Scene, draw_scene, render
+from longsana.data.shapes import TURNS, Scene, Track, draw_scene, render
 from longsana.data.shards import DTYPES, Contents, ShardFolder, ShardWriter
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError, did_you_mean
@@ -150,13 +150,33 @@ def any_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
 
 
 def turning_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
-    """In three of four scenes a shape bounces or orbits, what a base model is slowest to learn; the fourth is any."""
+    """In three of four scenes a shape bounces or orbits, what a base model is slowest to learn; the fourth is any.
+
+    More of these shapes begin near one point of their way than elsewhere. A network knows places from the edges of the
+    picture alone, and of an unknown place the sense of an orbit says nothing: all orbits taken together look alike in
+    both senses. From a known start it says at once where the shape goes, which is learned first.
+    """
     scenes = (draw_scene(seed + 1000 * again, index, size=size) for again in itertools.count())
-    return next(scene for scene in scenes if index % 4 == 0 or _turns(scene))
+    scene = next(scene for scene in scenes if index % 4 == 0 or any(_turns(track) for track in scene.tracks))
+    spread = np.random.default_rng((seed, index)).random() ** 3
+    tracks = (_near_start(track, spread) if _turns(track) else track for track in scene.tracks)
+    return replace(scene, tracks=tuple(tracks))
 
 
-def _turns(scene: Scene) -> bool:
-    return any(track.actor.motion in ("bounce", *TURNS) for track in scene.tracks)
+def _turns(track: Track) -> bool:
+    return track.actor.motion in ("bounce", *TURNS)
+
+
+START = (0.5, 0.5, 0.625, 0.5)
+"""A track's draws: the middle of its box, or the upper left of its orbit."""
+
+
+def _near_start(track: Track, spread: float) -> Track:
+    """spread: 0 begins at START, 1 where it was drawn."""
+    along, across, phase, slant = (
+        start + spread * (draw - 0.5) for start, draw in zip(START, track.draws, strict=True)
+    )
+    return replace(track, draws=(along, across, phase % 1, slant))
 
 
 class ShapeClips:

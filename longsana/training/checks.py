@@ -117,11 +117,6 @@ def check_device(config: TrainingConfig, world: World, device: torch.device) -> 
         InputError: the setting, and why.
     """
     train = config.train
-    if train.compile and device.type == "cuda":
-        raise InputError(
-            "train.compile=true: not on a GPU; with torch 2.11 on an H100, compiled blocks gave gradients that were up "
-            "to 1e10 times too large"
-        )
     if train.cuda_graphs and device.type == "cuda" and world.size > 1:
         raise InputError(
             f"train.cuda_graphs=true: graphs are for one process, and this run has {world.size}; set it to false"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -225,7 +226,8 @@ def test_most_turning_scenes_turn_and_none_is_held_out() -> None:
     scenes = [turning_scene(2, index, (96, 160)) for index in range(200)]
     turning = [any(track.actor.motion in ("bounce", *TURNS) for track in scene.tracks) for scene in scenes]
     assert all(turning[index] for index in range(200) if index % 4)
-    assert scenes[::4] == [draw_scene(2, index) for index in range(0, 200, 4)]
+    drawn = [draw_scene(2, index) for index in range(0, 200, 4)]
+    assert [scene.caption for scene in scenes[::4]] == [scene.caption for scene in drawn]
     assert not all(turning)
     assert len({scene.caption for scene in scenes}) > 190
     for scene in scenes:
@@ -233,6 +235,21 @@ def test_most_turning_scenes_turn_and_none_is_held_out() -> None:
             assert not is_held_out(track.actor.kind, track.actor.colour, track.actor.motion)
     clips = open_clips("generated:turning_shapes", shape=PICTURES, seed=2, count=4, encoder=Pooling)
     assert clips.prompts() == [scene.caption for scene in scenes[:4]]
+
+
+def test_turning_shapes_begin_near_one_place_and_anywhere() -> None:
+    tracks = [track for index in range(1, 4000, 4) for track in turning_scene(2, index, (96, 160)).tracks]
+    orbits = [track for track in tracks if track.actor.motion in TURNS]
+    phases = np.array([track.draws[2] for track in orbits])
+    away = np.abs((phases - 0.625 + 0.5) % 1 - 0.5)
+    assert np.mean(away < 0.05) > 0.4  # a tenth, if they began anywhere
+    assert np.histogram(away, bins=4, range=(0, 0.5))[0].min() > 10
+    nearest = orbits[away.argmin()]
+    x, y = nearest(np.arange(1))[0]
+    assert x < nearest.box.left + nearest.box.width / 2
+    assert y < nearest.box.top + nearest.box.height / 2
+    others = [track.draws for track in tracks if track.actor.motion == "still"]
+    assert np.std([draws[0] for draws in others]) > 0.25  # everywhere
 
 
 def test_the_vae_is_such_an_encoder() -> None:
