@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longsana.models.rope import Rotary
-from longsana.ops import linear_attention
+from longsana.ops import linear_attention, qk_features
+
+NORM_EPS = 1e-5
 
 
 class LinearAttention(nn.Module):
@@ -19,17 +21,17 @@ class LinearAttention(nn.Module):
         self.head_dim, self.window, self.eps = head_dim, window, eps
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         # Over the full width, before the split into heads.
-        self.q_norm = nn.RMSNorm(hidden_size, eps=1e-5)
-        self.k_norm = nn.RMSNorm(hidden_size, eps=1e-5)
+        self.q_norm = nn.RMSNorm(hidden_size, eps=NORM_EPS)
+        self.k_norm = nn.RMSNorm(hidden_size, eps=NORM_EPS)
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def forward(
         self, x: Tensor, rotary: Rotary, kv: Tensor, k_sum: Tensor, lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, N, D); kv, k_sum: as in `LayerState`; lengths: tokens of each chunk. Returns x's like, next sums."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k = F.relu(self.q_norm(q)), F.relu(self.k_norm(k))
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        qkv = self.qkv(x)
+        q, k = qk_features(qkv, self.q_norm.weight, self.k_norm.weight, NORM_EPS)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, qkv.chunk(3, dim=-1)[2]))
         out, kv, k_sum = linear_attention(
             q, k, v, *rotary, kv, k_sum, lengths=lengths, window=self.window, eps=self.eps
         )

@@ -11,7 +11,6 @@ import math
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
@@ -19,8 +18,11 @@ from longsana.models.attention import CrossAttention, LinearAttention
 from longsana.models.embeddings import CaptionEmbedding, TextEmbedding, TimeEmbedding
 from longsana.models.feed_forward import MixFeedForward
 from longsana.models.rope import Rotary, rotary
+from longsana.ops import add_norm_modulate, gated_residual, norm_modulate
 from longsana.ops.reference import accumulation_dtype
 from longsana.state import CausalState, LayerState
+
+NORM_EPS = 1e-6
 
 
 class Block(nn.Module):
@@ -51,14 +53,15 @@ class Block(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.modulation + modulation)[:, :, None].unbind(dim=-2)
         tokens = x.shape[2]
 
-        h = modulate(x, shift_1, scale_1).flatten(1, 2)
+        h = norm_modulate(x, shift_1, scale_1, NORM_EPS).flatten(1, 2)
         h, kv, k_sum = self.attn(h, rotary, state.kv, state.k_sum, [n * tokens for n in plan.lengths])
-        x = x + gate_1 * h.view(x.shape)
+        x = gated_residual(x, gate_1, h.view(x.shape))
 
-        x = x + self.cross_attn(x.flatten(1, 2), text, mask).view(x.shape)
+        h = self.cross_attn(x.flatten(1, 2), text, mask).view(x.shape)
+        x, h = add_norm_modulate(x, h, shift_2, scale_2, NORM_EPS)
 
-        h, tail = self.feed_forward(modulate(x, shift_2, scale_2), size, state.tail, plan.lengths)
-        return x + gate_2 * h, LayerState(kv, k_sum, tail)
+        h, tail = self.feed_forward(h, size, state.tail, plan.lengths)
+        return gated_residual(x, gate_2, h), LayerState(kv, k_sum, tail)
 
 
 class FinalLayer(nn.Module):
@@ -70,7 +73,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x: (B, T, S, D); embedding: (B, 1 or T, D), before the blocks' modulation layer."""
         shift, scale = (self.modulation + embedding[:, :, None])[:, :, None].unbind(dim=-2)
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(norm_modulate(x, shift, scale, NORM_EPS))
 
 
 class LongSanaDiT(nn.Module):
@@ -222,7 +225,3 @@ class LongSanaDiT(nn.Module):
                 nn.init.zeros_(module.bias)
         xavier(self.patch_embed.weight)
         fill(self.text_embed.null_tokens, std=self.config.caption_channels**-0.5)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift

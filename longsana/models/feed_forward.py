@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from longsana.ops import temporal_conv
+from longsana.ops import add_temporal_conv, gated_conv
 
 
 class MixFeedForward(nn.Module):
@@ -23,10 +22,7 @@ class MixFeedForward(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int], tail: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """x: (B, T, S, D) with S = size[0] * size[1]; tail: (B, S, D); lengths: frames of each chunk."""
-        batch, frames = x.shape[:2]
-        hidden = F.silu(self.expand(x)).view(batch * frames, *size, -1)
-        hidden = self.depthwise(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        value, gate = hidden.chunk(2, dim=-1)
-        x = self.project(value * F.silu(gate)).view(x.shape)
+        assert self.depthwise.bias is not None
+        x = self.project(gated_conv(self.expand(x), self.depthwise.weight, self.depthwise.bias, size))
         # A clone: a slice would keep the whole activation alive for as long as the state lives.
-        return x + temporal_conv(x, tail, self.temporal.weight, lengths=lengths), x[:, -1].clone()
+        return add_temporal_conv(x, tail, self.temporal.weight, lengths=lengths), x[:, -1].clone()

@@ -88,6 +88,50 @@ def linear_attention(
     return torch.cat(out, 1), kv, k_sum
 
 
+def qk_features(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Non-negative queries and keys: RMSNorm over the full width, before the split into heads, then ReLU.
+
+    Args:
+        qkv: (..., 3 D), the fused product. q_weight, k_weight: (D,).
+
+    Returns:
+        q and k, (..., D).
+    """
+    q, k, _ = qkv.chunk(3, dim=-1)
+    return F.rms_norm(q, q_weight.shape, q_weight, eps).relu(), F.rms_norm(k, k_weight.shape, k_weight, eps).relu()
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weights, then the modulation of a frame. x: (B, T, S, D); shift, scale: (B, 1 or T, 1, D)."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def add_norm_modulate(x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + h, and `norm_modulate` of it. x, h: (B, T, S, D)."""
+    x = x + h
+    return x, norm_modulate(x, shift, scale, eps)
+
+
+def gated_residual(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
+    """x + gate h. x, h: (B, T, S, D); gate: (B, 1 or T, 1, D)."""
+    return x + gate * h
+
+
+def gated_conv(x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
+    """The gate of the Mix-FFN: SiLU, a depthwise 3x3 convolution within each frame, then value times SiLU(gate).
+
+    Args:
+        x: (..., S, 2 I), S = size[0] * size[1] tokens of a frame. weight: (2 I, 1, 3, 3). bias: (2 I,).
+
+    Returns:
+        (..., S, I).
+    """
+    hidden = F.silu(x).reshape(-1, *size, x.shape[-1]).permute(0, 3, 1, 2)
+    hidden = F.conv2d(hidden, weight, bias, padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)
+    value, gate = hidden.chunk(2, dim=-1)
+    return (value * F.silu(gate)).reshape(*x.shape[:-1], -1)
+
+
 def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int]) -> Tensor:
     """Convolution over three frames whose right neighbour never lies in another chunk (the causal Mix-FFN).
 
@@ -108,3 +152,8 @@ def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[
         out.append(F.conv2d(padded.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1))
         left = chunk[:, -1:]
     return torch.cat(out, dim=1)
+
+
+def add_temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int]) -> Tensor:
+    """x and its `temporal_conv`."""
+    return x + temporal_conv(x, tail, weight, lengths=lengths)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -376,21 +375,25 @@ def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
     patch.setattr(attention, "linear_attention", plant)
 
 
+def signed_features(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`qk_features` without the ReLU."""
+    q, k, _ = qkv.chunk(3, dim=-1)
+    return F.rms_norm(q, q_weight.shape, q_weight, eps), F.rms_norm(k, k_weight.shape, k_weight, eps)
+
+
 @fault("RoPE before ReLU")
 def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
     def plant(q, k, v, cos, sin, *args, _real=attention.linear_attention, **kwargs):
         q, k = F.relu(rotate(q, cos, sin)), F.relu(rotate(k, cos, sin))
         return _real(q, k, v, cos * 0 + 1, sin * 0, *args, **kwargs)
 
-    attend = F.scaled_dot_product_attention
-    patch.setattr(attention, "F", SimpleNamespace(relu=lambda x: x, scaled_dot_product_attention=attend))
+    patch.setattr(attention, "qk_features", signed_features)
     patch.setattr(attention, "linear_attention", plant)
 
 
 @fault("no ReLU")
 def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
-    attend = F.scaled_dot_product_attention
-    patch.setattr(attention, "F", SimpleNamespace(relu=lambda x: x, scaled_dot_product_attention=attend))
+    patch.setattr(attention, "qk_features", signed_features)
 
 
 @fault("swapped h and w")
@@ -404,33 +407,36 @@ def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
 
 @fault("swapped GLU halves")
 def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
-    for block in model.blocks:
-        block.feed_forward.depthwise.register_forward_hook(lambda _, __, out: out.roll(out.shape[1] // 2, 1))
+    def plant(x, weight, bias, size, _real=feed_forward.gated_conv):
+        half = len(bias) // 2
+        return _real(x.roll(half, -1), weight.roll(half, 0), bias.roll(half), size)
+
+    patch.setattr(feed_forward, "gated_conv", plant)
 
 
 @fault("zero left neighbour")
 def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
-    def plant(x, tail, weight, *, lengths, _real=feed_forward.temporal_conv):
+    def plant(x, tail, weight, *, lengths, _real=feed_forward.add_temporal_conv):
         chunks = x.split(list(lengths), dim=1)
         return torch.cat([_real(c, torch.zeros_like(tail), weight, lengths=[c.shape[1]]) for c in chunks], dim=1)
 
-    patch.setattr(feed_forward, "temporal_conv", plant)
+    patch.setattr(feed_forward, "add_temporal_conv", plant)
 
 
 @fault("right neighbour in the next chunk")
 def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
-    def plant(x, tail, weight, *, lengths, _real=feed_forward.temporal_conv):
+    def plant(x, tail, weight, *, lengths, _real=feed_forward.add_temporal_conv):
         return _real(x, tail, weight, lengths=[x.shape[1]])
 
-    patch.setattr(feed_forward, "temporal_conv", plant)
+    patch.setattr(feed_forward, "add_temporal_conv", plant)
 
 
 @fault("no inner residual")
 def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
-    def plant(x, *args, _real=feed_forward.temporal_conv, **kwargs):
+    def plant(x, *args, _real=feed_forward.add_temporal_conv, **kwargs):
         return _real(x, *args, **kwargs) - x
 
-    patch.setattr(feed_forward, "temporal_conv", plant)
+    patch.setattr(feed_forward, "add_temporal_conv", plant)
 
 
 @fault("tail after the temporal convolution")
@@ -446,7 +452,9 @@ def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
 
 @fault("scale first")
 def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
-    patch.setattr(dit, "modulate", lambda x, shift, scale, _real=dit.modulate: _real(x, scale, shift))
+    patch.setattr(
+        dit, "norm_modulate", lambda x, shift, scale, eps, _real=dit.norm_modulate: _real(x, scale, shift, eps)
+    )
 
 
 @fault("final layer modulated by the blocks' vector")

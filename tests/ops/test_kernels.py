@@ -1,0 +1,176 @@
+"""Every fused operation against its plain twin in float64: outputs, final state, and every gradient.
+
+On a CPU the kernels run in Triton's interpreter, on a GPU compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from longsana.ops import reference, temporal
+from longsana.ops.backend import differentiable
+
+pytest.importorskip("triton")
+attention, gated_conv, norms = (
+    importlib.import_module(f"longsana.ops.{name}") for name in ("attention", "gated_conv", "norms")
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = [(torch.float32, 2e-5), (torch.bfloat16, 1.2e-2), (torch.float16, 2e-3)]
+"""Of the largest value of the float64 result."""
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """float64, and exact in bfloat16: a twin in float64 and a kernel in 16 bits see the same numbers."""
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.bfloat16().double()
+
+
+@pytest.fixture(autouse=True)
+def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel forgets to write is seen."""
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, plain=plain, **options: plain(*args, **options).fill_(torch.nan))
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **options: new_empty(*args, **options).fill_(torch.nan))
+
+
+def compare(
+    fast: Callable[..., object],
+    plain: Callable[..., object],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    """plain sees the inputs in float64, fast in dtype."""
+    expected = plain(*inputs)
+    given = fast(*(value.to(DEVICE, dtype) for value in inputs))
+    expected, given = (value if isinstance(value, tuple) else (value,) for value in (expected, given))
+    for wanted, result in zip(expected, given, strict=True):
+        assert result.shape == wanted.shape
+        error = (result.cpu().double() - wanted).abs().max() / wanted.abs().max()
+        assert error < tolerance, error
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 56), (1, 1, 1, 8), (1, 2, 7, 100)])
+def test_norms_and_residuals(shape, dtype, tolerance):
+    x, h = 3 * random(*shape, seed=1) + 0.5, random(*shape, seed=2)
+    for frames in {1, shape[1]}:
+        # As the network has it: parts of one tensor, not contiguous.
+        shift, scale, gate = random(shape[0], frames, 3, shape[3], seed=3)[:, :, None].unbind(-2)
+
+        def modulated(x: Tensor, shift: Tensor, scale: Tensor, module=norms) -> Tensor:
+            return module.norm_modulate(x, shift, scale, 1e-6)
+
+        compare(modulated, lambda *parts: modulated(*parts, module=reference), (x, shift, scale), dtype, tolerance)
+        compare(
+            lambda *parts: norms.add_norm_modulate(*parts, 1e-6),
+            lambda *parts: reference.add_norm_modulate(*parts, 1e-6),
+            (x, h, shift, scale),
+            dtype,
+            2 * tolerance,  # the sum is rounded, then normalised
+        )
+        compare(norms.gated_residual, reference.gated_residual, (x, gate, h), dtype, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 5, 56), (1, 1, 8), (3, 100)])
+def test_qk_features(shape, dtype, tolerance):
+    *rest, width = shape
+    inputs = (2 * random(*rest, 3 * width, seed=1), 1 + random(width, seed=2) / 4, 1 + random(width, seed=3) / 4)
+    inputs = tuple(value.bfloat16().double() for value in inputs)
+    compare(
+        lambda *parts: norms.qk_features(*parts, 1e-5), lambda *parts: reference.qk_features(*parts, 1e-5),
+        inputs, dtype, tolerance,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize(
+    ("lengths", "heads", "dim", "window"),
+    [((5,), 3, 8, -1), ((150,), 2, 28, -1), ((3, 70, 2), 1, 112, -1), ((4, 1, 66), 2, 12, 1), ((2, 2, 2, 2), 1, 20, 2)],
+)
+def test_linear_attention(lengths, heads, dim, window, dtype, tolerance):
+    count = sum(lengths)
+    q, k, v = random(2, count, 3, heads, dim).unbind(2)  # v is part of a wider tensor, as in the network
+    angle = 3 * random(count, dim // 2, seed=4)
+    entries = max(window, 1)
+    past = 5 * random(2, entries, heads, dim, dim, seed=5), 5 * random(2, entries, heads, dim, seed=6).abs()
+
+    def attend(module, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        sums = reference.accumulation_dtype(q.dtype)
+        rotation = (part.to(q.device, sums) for part in (angle.cos(), angle.sin()))
+        kv, k_sum = (part.to(q.device, sums) for part in past)
+        return module.linear_attention(q, k, v, *rotation, kv, k_sum, lengths=lengths, window=window, eps=1e-6)
+
+    # A joined copy, so that v's stride is the wide one in every dtype.
+    inputs = q.abs(), k.abs(), v
+    expected = attend(reference, *inputs)
+    wide = torch.stack(inputs, 2).to(DEVICE, dtype)
+    given = attend(attention, wide[:, :, 0], wide[:, :, 1], wide[:, :, 2])
+    for wanted, result in zip(expected, given, strict=True):
+        assert result.shape == wanted.shape
+        error = (result.cpu().double() - wanted).abs().max() / wanted.abs().max()
+        assert error < tolerance, error
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize(("frames", "size", "inner"), [(2, (3, 5), 20), (1, (1, 1), 4), (1, (4, 18), 70)])
+def test_gated_conv(frames, size, inner, dtype, tolerance):
+    inputs = (
+        2 * random(frames, size[0] * size[1], 2 * inner, seed=1),
+        random(2 * inner, 1, 3, 3, seed=2) / 2,
+        random(2 * inner, seed=3) / 2,
+    )
+    compare(
+        lambda *parts: gated_conv.gated_conv(*parts, size), lambda *parts: reference.gated_conv(*parts, size), inputs,
+        dtype, tolerance,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize("lengths", [(1,), (4,), (3, 1, 2)])
+def test_add_temporal_conv(lengths, dtype, tolerance):
+    width = 24
+    inputs = (
+        random(2, sum(lengths), 6, width, seed=1), random(2, 6, width, seed=2), random(width, width, 3, 1, seed=3) / 4
+    )  # fmt: skip
+    compare(
+        lambda *parts: temporal.add_temporal_conv(*parts, lengths=lengths),
+        lambda *parts: reference.add_temporal_conv(*parts, lengths=lengths),
+        inputs,
+        dtype,
+        2 * tolerance,  # rounded after every tap
+    )
+
+
+def test_gradients_of_a_fused_operation_are_its_twins():
+    """Of inputs that want them, through outputs that are used."""
+    x, h = random(1, 2, 3, 8, seed=1).float(), random(1, 2, 3, 8, seed=2).float()
+    shift, scale = random(1, 1, 2, 8, seed=3).float()[:, :, None].unbind(-2)
+
+    def gradients(operation: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+        inputs = [x.clone().requires_grad_(), h, shift.clone().requires_grad_(), scale.clone().requires_grad_()]
+        inputs = [value.to(DEVICE).detach().requires_grad_(value.requires_grad) for value in inputs]
+        total, y = operation(*inputs, 1e-6)
+        ((2 * total).sum() + (y * random(*y.shape, seed=4).to(y)).sum()).backward()
+        return [value.grad for value in inputs]
+
+    expected = gradients(reference.add_norm_modulate)
+    given = gradients(lambda *inputs: differentiable(norms.add_norm_modulate, reference.add_norm_modulate, *inputs))
+    assert given[1] is None
+    assert expected[1] is None
+    for wanted, result in zip(expected, given, strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        inputs = (part.to(DEVICE) for part in (x, h, shift, scale))
+        total, _ = differentiable(norms.add_norm_modulate, reference.add_norm_modulate, *inputs, 1e-6)
+    assert total.grad_fn is None
