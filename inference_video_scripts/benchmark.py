@@ -3,6 +3,8 @@
     python inference_video_scripts/benchmark.py --num_frames 961                # the small default
     python inference_video_scripts/benchmark.py --config=configs/... --model_path=... --num_frames 961 --out full.json
 
+    python inference_video_scripts/benchmark.py ... --backend triton --kernels --peer diffusers
+
 One chunk is made first (cold), then the whole video (warm). Config, settings and flags are those of
 inference_sana_video.py. The report goes to --out as JSON, a table of it is printed. The wall time is from the prompt to
 the finished mp4, without start-up; `other` is what none of the parts accounts for.
@@ -13,12 +15,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
@@ -35,6 +38,8 @@ from longsana.sampling.request import check_config, select_prompts
 
 log = logging.getLogger("longsana")
 
+Backend = Literal["reference", "triton", "compile"]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -42,6 +47,9 @@ class Request:
     prompt: Prompt
     out: Path
     threads: int | None
+    backend: Backend | None
+    kernels: bool
+    peer: bool
 
 
 def prepare(arguments: Sequence[str], world: World) -> Request:
@@ -51,6 +59,11 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("output/benchmark.json"), help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores)")
+    parser.add_argument(
+        "--backend", choices=get_args(Backend), help="the network's operations: plain, fused, or under torch.compile"
+    )
+    parser.add_argument("--kernels", action="store_true", help="also each operation against its reference and floor")
+    parser.add_argument("--peer", choices=["diffusers"], help="also the same network and decoder of this library")
     options, settings = parser.parse_command(arguments, SETTING_FLAGS, leaf_keys(InferenceConfig))
     config: InferenceConfig = load_config(locate(options.config, "the config"), settings)
     check_settings(settings, config)
@@ -61,15 +74,36 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     if options.out.is_dir():
         raise InputError(f"--out {options.out}: is a folder; give the name of a file")
     check_writable(options.out.parent, "--out")
-    return Request(config, select_prompts(config, 0, 1)[0], options.out, options.threads)
+    if options.backend == "triton" and world.device().type != "cuda":
+        raise InputError("--backend triton: needs a GPU; here there is none")
+    return Request(
+        config,
+        select_prompts(config, 0, 1)[0],
+        options.out,
+        options.threads,
+        options.backend,
+        options.kernels,
+        options.peer is not None,
+    )
 
 
 def run(request: Request, world: World) -> int:
+    if request.backend:
+        # Read when the operations are loaded, which is below.
+        os.environ["LONGSANA_OPS"] = "triton" if request.backend == "triton" else "reference"
     from longsana.sampling.benchmark import benchmark  # brings diffusers and transformers, which take seconds
 
     set_threads(request.threads, world)
     with tempfile.TemporaryDirectory() as folder:
-        report = benchmark(request.config, request.prompt, world.device(), Path(folder))
+        report = benchmark(
+            request.config,
+            request.prompt,
+            world.device(),
+            Path(folder),
+            compiled=request.backend == "compile",
+            operations=request.kernels,
+            peers=request.peer,
+        )
     atomic_write_text(request.out, json.dumps(report, indent=2) + "\n")
     print(render(report))
     log.info("the report is %s", request.out)
@@ -89,6 +123,11 @@ def render(report: dict[str, Any]) -> str:
         **{f"a chunk, {name}, s": f"{report['chunk'][name]:.3f}" for name in ("p50", "p95")},
         **{f"{name}, MB": f"{value / 1e6:.0f}" for name, value in report["memory"].items()},
     }
+    for name, row in report.get("operations", {}).get("operations", {}).items():
+        taken = ", ".join(f"{backend} {ms:.3f}" for backend, ms in row["ms"].items())
+        lines[f"{name}, ms"] = f"{taken} ({row['share of the floor']:.0%} of the floor's speed)"
+    for what, figures in report.get("peers", {}).items():
+        lines |= {f"{what}: {name}": f"{value:.2f}" for name, value in figures.items()}
     video = report["video"]
     title = f"{video['frames']} frames of {video['width']}x{video['height']}"
     return table([{title: name, report["machine"]["device"]: value} for name, value in lines.items()])

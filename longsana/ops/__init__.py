@@ -6,27 +6,31 @@ compute capability 8.0 or newer. It will be the default once it has run on one. 
 torch.compile, which fuses on its own, always go to the twins.
 """
 
+from longsana.ops import reference
 from longsana.ops.backend import BACKEND, operation
-from longsana.ops.reference import (
-    add_norm_modulate,
-    add_temporal_conv,
-    gated_conv,
-    gated_residual,
-    linear_attention,
-    norm_modulate,
-    qk_features,
-)
 
-add_norm_modulate = operation(add_norm_modulate, "norms")
-gated_conv = operation(gated_conv, "gated_conv")
-gated_residual = operation(gated_residual, "norms")
-linear_attention = operation(linear_attention, "attention")
-norm_modulate = operation(norm_modulate, "norms")
-qk_features = operation(qk_features, "norms")
-add_temporal_conv = operation(add_temporal_conv, "temporal")
+FUSED = {
+    "add_norm_modulate": "norms",
+    "add_temporal_conv": "temporal",
+    "gated_conv": "gated_conv",
+    "gated_residual": "norms",
+    "linear_attention": "attention",
+    "norm_modulate": "norms",
+    "qk_features": "norms",
+}
+"""Module of this package that holds the fused implementation, under the same name."""
+
+add_norm_modulate = operation(reference.add_norm_modulate, FUSED)
+add_temporal_conv = operation(reference.add_temporal_conv, FUSED)
+gated_conv = operation(reference.gated_conv, FUSED)
+gated_residual = operation(reference.gated_residual, FUSED)
+linear_attention = operation(reference.linear_attention, FUSED)
+norm_modulate = operation(reference.norm_modulate, FUSED)
+qk_features = operation(reference.qk_features, FUSED)
 
 __all__ = [
     "BACKEND",
+    "FUSED",
     "add_norm_modulate",
     "add_temporal_conv",
     "gated_conv",

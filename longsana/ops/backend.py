@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -39,11 +39,11 @@ BACKEND = _pick()
 """triton or reference."""
 
 
-def operation(plain: Callable[P, R], module: str) -> Callable[P, R]:
-    """plain, or on a GPU the function of the same name in this module of the package."""
+def operation(plain: Callable[P, R], modules: Mapping[str, str]) -> Callable[P, R]:
+    """plain, or on a GPU the function of the same name in the package's module that `modules` says."""
     if BACKEND == "reference":
         return plain
-    fused: Callable[P, R] = getattr(importlib.import_module(f"longsana.ops.{module}"), plain.__name__)
+    fused: Callable[P, R] = fused_twin(plain.__name__, modules)
 
     @wraps(plain)
     def either(*inputs: P.args, **settings: P.kwargs) -> R:
@@ -54,6 +54,12 @@ def operation(plain: Callable[P, R], module: str) -> Callable[P, R]:
         return differentiable(partial(fused, **settings), partial(plain, **settings), *inputs)
 
     return either
+
+
+def fused_twin(name: str, modules: Mapping[str, str]) -> Callable[..., Any]:
+    """Needs triton."""
+    twin: Callable[..., Any] = getattr(importlib.import_module(f"longsana.ops.{modules[name]}"), name)
+    return twin
 
 
 def differentiable(fused: Callable[..., Any], plain: Callable[..., Any], *inputs: Any) -> Any:

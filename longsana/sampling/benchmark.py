@@ -20,9 +20,11 @@ import torch
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.encoders.text import GemmaTextEncoder
+from longsana.ops import BACKEND
 from longsana.runtime.clock import Clock
 from longsana.runtime.files import partial_name
 from longsana.runtime.video import VideoWriter
+from longsana.sampling.microbenchmark import compile_blocks, measure_operations, measure_peers
 from longsana.sampling.pipeline import Caption, VideoPipeline
 from longsana.sampling.records import commit, versions
 
@@ -49,8 +51,20 @@ class Film(NamedTuple):
     machine: dict[str, Any]
 
 
-def benchmark(config: InferenceConfig, prompt: Prompt, device: torch.device, folder: Path) -> dict[str, Any]:
-    """The report on one video in `folder`, which is made after one chunk of it has warmed everything up."""
+def benchmark(
+    config: InferenceConfig,
+    prompt: Prompt,
+    device: torch.device,
+    folder: Path,
+    *,
+    compiled: bool = False,
+    operations: bool = False,
+    peers: bool = False,
+) -> dict[str, Any]:
+    """The report on one video in `folder`, which is made after one chunk of it has warmed everything up.
+
+    compiled: each block of the network under torch.compile. operations, peers: with those of `microbenchmark`.
+    """
     started = {"process": time.time() - psutil.Process().create_time()}
     pipeline = VideoPipeline(config, device)
     with ExitStack() as loaded:
@@ -59,6 +73,8 @@ def benchmark(config: InferenceConfig, prompt: Prompt, device: torch.device, fol
         (first_text, _), (text, caption) = (_encode(pipeline, encoder, prompt) for _ in range(2))
     with _timed(started, "networks"):
         pipeline.load()
+        if compiled:
+            compile_blocks(pipeline.model.blocks)
     cold = make_film(pipeline, prompt, caption, folder / "cold.mp4", chunks=1)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -68,7 +84,7 @@ def benchmark(config: InferenceConfig, prompt: Prompt, device: torch.device, fol
     latents = parts["denoise"] + parts["absorb"]
     later = warm.chunks[1:] or warm.chunks
     sampling = config.sampling
-    return {
+    report: dict[str, Any] = {
         "video": {
             "frames": warm.frames,
             "height": prompt.height,
@@ -76,6 +92,7 @@ def benchmark(config: InferenceConfig, prompt: Prompt, device: torch.device, fol
             "sampler": config.scheduler.sampling_algo,
             "chunks": list(pipeline.plan.lengths),
             "network": config.model.model,
+            "backend": "compile" if compiled else BACKEND,
             "dtype": {"network": str(pipeline.model.dtype), "vae": str(pipeline.vae.dtype)},
             "seed": sampling.seed,
         },
@@ -93,6 +110,12 @@ def benchmark(config: InferenceConfig, prompt: Prompt, device: torch.device, fol
         "versions": versions(),
         "commit": commit(),
     }
+    size = prompt.height, prompt.width
+    if operations:
+        report["operations"] = measure_operations(config, size, device)
+    if peers:
+        report["peers"] = measure_peers(pipeline, size)
+    return report
 
 
 def make_film(
@@ -175,10 +198,10 @@ def _encode(pipeline: VideoPipeline, encoder: GemmaTextEncoder, prompt: Prompt) 
 
 def memory(device: torch.device) -> dict[str, int]:
     """Bytes: this process's memory now and at its fullest, and the most that tensors took on the GPU."""
-    kept = {
-        "host RSS": psutil.Process().memory_info().rss,
-        "host RSS peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-    }
+    resident = psutil.Process().memory_info().rss
+    # Linux keeps the peak up to date only now and then.
+    peak = max(resident, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    kept = {"host RSS": resident, "host RSS peak": peak}
     if device.type == "cuda":
         kept["GPU peak"] = torch.cuda.max_memory_allocated(device)
     return kept

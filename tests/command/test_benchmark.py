@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from longsana.ops import FUSED
 from longsana.sampling.benchmark import PARTS
 from longsana.sampling.records import commit
 from tests.scripts import load_script
@@ -20,7 +21,7 @@ script = load_script(ROOT / "inference_video_scripts" / "benchmark.py")
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("benchmark") / "report.json"
-    assert script.main([*SMALL, "--num_frames", "49", "--out", str(out)]) == 0
+    assert script.main([*SMALL, "--num_frames", "49", "--kernels", "--out", str(out)]) == 0
     read: dict[str, Any] = json.loads(out.read_text())
     return read
 
@@ -49,6 +50,30 @@ def test_figures_follow_from_each_other(report: dict[str, Any]) -> None:
     assert report["commit"] == commit()
 
 
+def test_every_operation_is_measured(report: dict[str, Any]) -> None:
+    measured = report["operations"]["operations"]
+    assert measured.keys() == FUSED.keys()
+    for row in measured.values():
+        assert row["ms"].keys() == {"reference"}  # without a GPU nothing is fused
+        assert row["GB/s"] > 0
+        floor = max(
+            row["GB/s"] / report["operations"]["copy, GB/s"], row["TFLOP/s"] / report["operations"]["product, TFLOP/s"]
+        )
+        assert row["share of the floor"] == pytest.approx(floor)
+    assert "gated_conv, ms" in script.render(report)
+
+
+@pytest.mark.slow
+def test_peers_are_measured_beside_it(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    assert script.main([*SMALL, "--peer", "diffusers", "--backend", "compile", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["video"]["backend"] == "compile"
+    assert report["peers"]["forward, ms"].keys() == {"ours", "diffusers, eager", "diffusers, each block compiled"}
+    assert report["peers"]["decoder, ms a frame"].keys() == {"ours", "diffusers, float32", "diffusers, bfloat16"}
+    assert min(value for figures in report["peers"].values() for value in figures.values()) > 0
+
+
 def test_the_table_shows_the_parts(report: dict[str, Any]) -> None:
     table = script.render(report)
     assert "49 frames of 48x32" in table
@@ -63,6 +88,7 @@ def test_bad_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--bs", "2"], "--bs 2"),
         (["--threads", "0"], "--threads 0"),
         (["--out", str(tmp_path)], "is a folder"),
+        (["--backend", "triton"], "needs a GPU"),
     ):
         assert script.main(["--out", str(out), *arguments]) == 2
         assert says in capsys.readouterr().err

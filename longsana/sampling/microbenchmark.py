@@ -1,0 +1,212 @@
+"""What parts cost on this machine: operations against their floor, the network and the decoder against peers."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longsana.config import InferenceConfig, ModelConfig
+from longsana.encoders.geometry import geometry
+from longsana.models.embeddings import TextEmbedding
+from longsana.models.naming import diffusers_config
+from longsana.models.rope import rotary
+from longsana.ops import FUSED, reference
+from longsana.ops.backend import fused_twin
+from longsana.sampling.pipeline import VideoPipeline, resolve_dtype
+
+REPEATS = 15
+T_STEP = 727.0
+
+
+class Ceilings(NamedTuple):
+    """What this machine reaches: bytes a second of a copy, read and write; operations a second of a square product."""
+
+    bytes: float
+    operations: float
+
+
+class Case(NamedTuple):
+    """An operation at the size of a chunk. operations: multiplications and additions in matrix products."""
+
+    name: str
+    inputs: Sequence[Any]
+    settings: dict[str, Any]
+    operations: int = 0
+
+    def moved(self, outputs: Any) -> int:
+        """Bytes, if every tensor is read or written once."""
+        tensors = [value for value in (*self.inputs, *_tuple(outputs)) if isinstance(value, Tensor)]
+        return sum(value.numel() * value.element_size() for value in tensors)
+
+
+def seconds(call: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
+    """Of one call: the median, after two that warm up."""
+    for _ in range(2):
+        call()
+    taken = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            taken.append(begin.elapsed_time(end) / 1000)
+        else:
+            started = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    size = 1 << (30 if device.type == "cuda" else 26)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    width = 8192 if device.type == "cuda" else 1024
+    square = torch.randn(width, width, device=device).to(dtype)
+    copied = seconds(lambda: target.copy_(source), device)
+    multiplied = seconds(lambda: square @ square, device)
+    return Ceilings(2 * size / copied, 2 * width**3 / multiplied)
+
+
+@torch.no_grad()
+def measure_operations(config: InferenceConfig, size: tuple[int, int], device: torch.device) -> dict[str, Any]:
+    """Every operation of a block on one chunk of a video of height x width pixels; fused ones on a GPU only.
+
+    ms of the plain twin and of the fused one, the largest difference between both relative to the largest value, GB/s
+    and TFLOP/s of the faster, and its share of the floor: the time that `ceilings` allow over its own.
+    """
+    dtype = resolve_dtype(config.model.dtype, device)
+    limits = ceilings(device, dtype)
+    rows: dict[str, Any] = {}
+    for case in cases(config, size, dtype, device):
+        plain = partial(getattr(reference, case.name), *case.inputs, **case.settings)
+        expected = plain()
+        row: dict[str, Any] = {"ms": {"reference": 1000 * seconds(plain, device)}}
+        if device.type == "cuda":
+            fused = partial(fused_twin(case.name, FUSED), *case.inputs, **case.settings)
+            row["difference"] = max(
+                float((a.float() - b.float()).abs().max() / b.float().abs().max())
+                for a, b in zip(_tuple(fused()), _tuple(expected), strict=True)
+            )
+            row["ms"]["fused"] = 1000 * seconds(fused, device)
+        best = min(row["ms"].values()) / 1000
+        moved = case.moved(expected)
+        floor = max(moved / limits.bytes, case.operations / limits.operations)
+        row |= {
+            "GB/s": moved / best / 1e9,
+            "TFLOP/s": case.operations / best / 1e12,
+            "share of the floor": floor / best,
+        }
+        rows[case.name] = row
+    return {"copy, GB/s": limits.bytes / 1e9, "product, TFLOP/s": limits.operations / 1e12, "operations": rows}
+
+
+def cases(config: InferenceConfig, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    network = config.model
+    width, inner, dim = _widths(network)
+    frames, grid = config.sampling.chunk_frames, _grid(config, size)
+    tokens = math.prod(grid)
+    rng = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=rng).to(dtype)
+
+    x, h, modulation = random(1, frames, tokens, width), random(1, frames, tokens, width), random(1, 1, 3, width)
+    shift, scale, gate = modulation[:, :, None].unbind(-2)
+    yield Case("norm_modulate", (x, shift, scale, 1e-6), {})
+    yield Case("add_norm_modulate", (x, h, shift, scale, 1e-6), {})
+    yield Case("gated_residual", (x, gate, h), {})
+    qkv = random(1, frames * tokens, 3 * width)
+    weight = random(width)
+    yield Case("qk_features", (qkv, weight, weight, 1e-5), {})
+    q, k, v = (part.unflatten(-1, (-1, dim)) for part in qkv.chunk(3, dim=-1))
+    q, k = (part.relu().contiguous() for part in (q, k))
+    turn = rotary(dim, 0, (frames, *grid), dtype=torch.float32, device=device)
+    heads = width // dim
+    past = (
+        torch.randn(1, 1, heads, dim, dim, device=device, generator=rng),
+        torch.rand(1, 1, heads, dim, device=device, generator=rng),
+    )
+    attention = {"lengths": [frames * tokens], "window": -1, "eps": network.linear_attn_eps}
+    yield Case("linear_attention", (q, k, v, *turn, *past), attention, 4 * frames * tokens * width * dim)
+    del qkv, q, k, v
+    wide, filters = random(1, frames, tokens, 2 * inner), random(2 * inner, 1, 3, 3) / 3
+    yield Case("gated_conv", (wide, filters, random(2 * inner), grid), {})
+    del wide
+    taps = random(width, width, 3, 1) / (3 * width) ** 0.5
+    conv = {"lengths": [frames]}
+    yield Case("add_temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)
+
+
+@torch.no_grad()
+def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, Any]:
+    """ms of one denoising pass over one chunk, and of decoding it, here and in diffusers, random weights each.
+
+    diffusers' network sees one chunk without a past: it has none.
+    """
+    from diffusers import SanaVideoTransformer3DModel
+
+    config, device, model = pipeline.config, pipeline.device, pipeline.model
+    frames = config.sampling.chunk_frames
+    height, width = pipeline.geometry.latent_size(*size)
+    rng = torch.Generator(device).manual_seed(0)
+    x = torch.randn(1, config.model.in_channels, frames, height, width, device=device, generator=rng).to(model.dtype)
+    length, channels = config.model.caption_length, config.model.caption_channels
+    tokens = torch.randn(1, length, channels, device=device, generator=rng).to(model.dtype)
+    text = TextEmbedding(tokens, torch.ones(1, length, dtype=torch.bool, device=device))
+    t = torch.full((1,), T_STEP, device=device)
+    _, state = model(x, t, text)
+    forward = {"ours": seconds(partial(model, x, t, text, state=state), device)}
+
+    settings = {name: value for name, value in diffusers_config(config.model).items() if not name.startswith("_")}
+    with torch.device(device):
+        peer: Any = SanaVideoTransformer3DModel(**settings)
+    peer = peer.to(model.dtype).eval()
+    run = partial(peer, x, tokens, t, encoder_attention_mask=text.mask.to(model.dtype), return_dict=False)
+    forward["diffusers, eager"] = seconds(run, device)
+    compile_blocks(peer.transformer_blocks)
+    forward["diffusers, each block compiled"] = seconds(run, device)
+    del peer, run
+
+    vae = pipeline.vae
+    _, cache = vae.decode_stream(x[:, :, :1])
+    decoder = {"ours": seconds(partial(vae.decode_stream, x, cache), device, 5) / (4 * frames)}
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs = partial(copy.deepcopy(vae.model).to(dtype).decode, x.to(dtype))
+        decoder[f"diffusers, {str(dtype).removeprefix('torch.')}"] = seconds(theirs, device, 3) / (4 * frames - 3)
+    return {
+        "forward, ms": {name: 1000 * value for name, value in forward.items()},
+        "decoder, ms a frame": {name: 1000 * value for name, value in decoder.items()},
+    }
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """torch.compile, each by itself: all are alike, and one compilation serves them."""
+    for block in blocks:
+        block.compile()
+
+
+def _widths(network: ModelConfig) -> tuple[int, int, int]:
+    """Of the residual stream, of half the feed-forward, of a head."""
+    width = network.architecture().hidden_size
+    return width, int(network.mlp_ratio * width), network.linear_head_dim
+
+
+def _grid(config: InferenceConfig, size: tuple[int, int]) -> tuple[int, int]:
+    patch = config.model.architecture().patch_size
+    height, width = geometry(config.vae).latent_size(*size)
+    return height // patch[1], width // patch[2]
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
