@@ -120,6 +120,7 @@ def render(report: dict[str, Any]) -> str:
         },
         **{f"start-up: {name}, s": f"{value:.2f}" for name, value in report["start-up"].items()},
         **{f"FPS {name}": f"{value:.1f}" for name, value in report["FPS"].items()},
+        **{f"FPS of the encoder alone, {name}": f"{value:.1f}" for name, value in report["encoder alone, FPS"].items()},
         **{f"a chunk, {name}, s": f"{report['chunk'][name]:.3f}" for name in ("p50", "p95")},
         **{f"{name}, MB": f"{value / 1e6:.0f}" for name, value in report["memory"].items()},
     }

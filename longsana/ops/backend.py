@@ -35,6 +35,8 @@ def _pick() -> str:
     return "triton"
 
 
+OWN_GRADIENTS = ("linear_attention",)
+"""Fused operations whose gradients are fused too."""
 BACKEND = _pick()
 """triton or reference."""
 
@@ -51,6 +53,8 @@ def operation(plain: Callable[P, R], modules: Mapping[str, str]) -> Callable[P, 
         assert isinstance(first, Tensor)
         if not first.is_cuda or first.dtype == torch.float64 or torch.compiler.is_compiling():
             return plain(*inputs, **settings)
+        if plain.__name__ in OWN_GRADIENTS:
+            return fused(*inputs, **settings)
         return differentiable(partial(fused, **settings), partial(plain, **settings), *inputs)
 
     return either

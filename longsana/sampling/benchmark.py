@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
+from torch import Tensor
 
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
@@ -36,11 +37,16 @@ HEADER = 1024
 """Bytes of an mp4 that are no frames yet, at most."""
 
 
+ENCODED = 80
+"""Frames that are enough to know an encoder's speed."""
+
+
 class Film(NamedTuple):
     """One video. Seconds, from its start.
 
     parts: seconds of each of PARTS but the text. first_frames: when the first of them were on disk.
     chunks: seconds of each chunk, with all that happens between it and the next. machine: see there, at the last chunk.
+    last: (F, H, W, 3), the last frames.
     """
 
     frames: int
@@ -49,6 +55,7 @@ class Film(NamedTuple):
     first_frames: float
     chunks: list[float]
     machine: dict[str, Any]
+    last: Tensor
 
 
 def benchmark(
@@ -105,6 +112,10 @@ def benchmark(
             "p95": sorted(later)[math.ceil(0.95 * len(later)) - 1],
             "seconds": warm.chunks,
         },
+        "encoder alone, FPS": {
+            "these frames": encoder_speed(config, warm.last, folder),
+            "noise": encoder_speed(config, torch.randint(256, warm.last.shape, dtype=torch.uint8), folder),
+        },
         "memory": memory(device),
         "machine": warm.machine,
         "versions": versions(),
@@ -158,7 +169,19 @@ def make_film(
         first_frames=first_frames[0] - started if first_frames else wall,
         chunks=[end - begin for begin, end in zip([0.0, *ends], ends, strict=False)],
         machine=used,
+        last=frames.pixels[0],
     )
+
+
+def encoder_speed(config: InferenceConfig, frames: Tensor, folder: Path) -> float:
+    """Frames a second that the mp4's encoder takes when nothing else runs, of frames (F, H, W, 3) over and over."""
+    _, height, width, _ = frames.shape
+    video, path = config.video, folder / "encoder.mp4"
+    started = time.perf_counter()
+    with VideoWriter(path, config.sampling.fps, height, width, video.crf, video.preset) as writer:
+        while writer.frames < ENCODED:
+            writer.append(frames)
+    return writer.frames / (time.perf_counter() - started)
 
 
 @contextmanager

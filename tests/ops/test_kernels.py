@@ -104,18 +104,21 @@ def test_linear_attention(lengths, heads, dim, window, dtype, tolerance):
     entries = max(window, 1)
     past = 5 * random(2, entries, heads, dim, dim, seed=5), 5 * random(2, entries, heads, dim, seed=6).abs()
 
-    def attend(module, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        sums = reference.accumulation_dtype(q.dtype)
-        rotation = (part.to(q.device, sums) for part in (angle.cos(), angle.sin()))
-        kv, k_sum = (part.to(q.device, sums) for part in past)
-        return module.linear_attention(q, k, v, *rotation, kv, k_sum, lengths=lengths, window=window, eps=1e-6)
+    def attend(module, q: Tensor, k: Tensor, v: Tensor, sums: list[Tensor]) -> tuple[Tensor, ...]:
+        rotation = (part.to(sums[0]) for part in (angle.cos(), angle.sin()))
+        return module.linear_attention(q, k, v, *rotation, *sums, lengths=lengths, window=window, eps=1e-6)
 
-    # A joined copy, so that v's stride is the wide one in every dtype.
-    inputs = q.abs(), k.abs(), v
-    expected = attend(reference, *inputs)
-    wide = torch.stack(inputs, 2).to(DEVICE, dtype)
-    given = attend(attention, wide[:, :, 0], wide[:, :, 1], wide[:, :, 2])
-    for wanted, result in zip(expected, given, strict=True):
+    # Parts of one tensor, so that strides are the wide ones in every dtype.
+    wide = torch.stack([q.abs(), k.abs(), v], 2).requires_grad_()
+    carried = [part.clone().requires_grad_() for part in past]
+    results = []
+    for module, tensor in ((reference, wide), (attention, wide.detach().to(DEVICE, dtype).requires_grad_())):
+        sums = [part.detach().to(tensor.device, reference.accumulation_dtype(tensor.dtype)) for part in carried]
+        sums = [part.requires_grad_() for part in sums]
+        outputs = attend(module, *tensor.unbind(2), sums)
+        cotangents = [random(*value.shape, seed=seed).to(value) for seed, value in enumerate(outputs, 7)]
+        results.append([*outputs, *torch.autograd.grad(outputs, [tensor, *sums], cotangents)])
+    for wanted, result in zip(*results, strict=True):
         assert result.shape == wanted.shape
         error = (result.cpu().double() - wanted).abs().max() / wanted.abs().max()
         assert error < tolerance, error
