@@ -318,10 +318,12 @@ def _strides(part: Tensor) -> tuple[int, int]:
 
 def _tile(part: Tensor) -> dict[str, Any]:
     dim = part.shape[-1]
+    lanes = max(triton.next_power_of_2(dim), 16)  # the least that a product takes
     return {
         "HALF": dim // 2,
-        "HALVES": max(triton.next_power_of_2(dim // 2), 16),  # the least that a product takes
-        "LANES": max(triton.next_power_of_2(dim), 16),
+        "HALVES": max(triton.next_power_of_2(dim // 2), 16),
+        "LANES": lanes,
         "TOKENS": TOKENS,
+        "num_warps": 8 if lanes > 64 else 4,  # a head's kv is held in registers
         "PRECISION": "ieee" if part.dtype == torch.float32 else "tf32",
     }
