@@ -67,6 +67,7 @@ class ModelConfig:
     load_from: str = "seeded:0"  # path, hf://owner/repo/file, or seeded:N for random weights from seed N
     checkpoint_key: Literal["generator", "generator_ema", "critic"] = "generator"  # read from trainer checkpoints
     dtype: Dtype = "auto"
+    float8: bool = False  # inference: large matrix products in float8 with a scale a row, for GPUs from Hopper on
 
     def architecture(self) -> Architecture:
         """The named architecture with this config's own sizes put over it."""

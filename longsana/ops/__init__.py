@@ -17,6 +17,7 @@ FUSED = {
     "linear_attention": "attention",
     "norm_modulate": "norms",
     "qk_features": "norms",
+    "quantise_rows": "norms",
 }
 """Module of this package that holds the fused implementation, under the same name."""
 
@@ -27,6 +28,7 @@ gated_residual = operation(reference.gated_residual, FUSED)
 linear_attention = operation(reference.linear_attention, FUSED)
 norm_modulate = operation(reference.norm_modulate, FUSED)
 qk_features = operation(reference.qk_features, FUSED)
+quantise_rows = operation(reference.quantise_rows, FUSED)
 
 __all__ = [
     "BACKEND",
@@ -38,4 +40,5 @@ __all__ = [
     "linear_attention",
     "norm_modulate",
     "qk_features",
+    "quantise_rows",
 ]

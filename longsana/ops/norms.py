@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longsana.ops.reference import FLOAT8_MAX
+
 WARPS = 8
 
 
@@ -72,6 +74,17 @@ def _residual_kernel(
     tl.store(y + row, value.to(y.dtype.element_ty), inside)
 
 
+@triton.jit
+def _quantise_kernel(x, y, scales, width: tl.constexpr, largest: tl.constexpr, LANES: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    inside = lane < width
+    value = tl.load(x + token * width + lane, inside, 0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / largest
+    tl.store(y + token * width + lane, (value / scale).to(y.dtype.element_ty), inside)
+    tl.store(scales + token, scale)
+
+
 def qk_features(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     qkv = qkv.contiguous()
     width = qkv.shape[-1] // 3
@@ -93,6 +106,14 @@ def add_norm_modulate(x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: f
     total, y = torch.empty_like(x), torch.empty_like(x)
     _modulate(x, h, shift, scale, total, y, eps, add=True)
     return total, y
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    count, width = x.shape
+    y, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(count, 1, dtype=torch.float32)
+    _quantise_kernel[(count,)](x, y, scale, width, FLOAT8_MAX, triton.next_power_of_2(width), num_warps=WARPS)
+    return y, scale
 
 
 def _modulate(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums, numerators and denominators are float32; float64 stays float64 for exact tests."""
@@ -130,6 +132,19 @@ def gated_conv(x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -
     hidden = F.conv2d(hidden, weight, bias, padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)
     value, gate = hidden.chunk(2, dim=-1)
     return (value * F.silu(gate)).reshape(*x.shape[:-1], -1)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float8 (e4m3) numbers and a float32 scale for each row, whose product is near x.
+
+    Args:
+        x: (N, D).
+
+    Returns:
+        (N, D) in float8_e4m3fn, the largest of each row 448 in size; and (N, 1).
+    """
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FLOAT8_MAX
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int]) -> Tensor:

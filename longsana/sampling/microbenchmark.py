@@ -143,6 +143,7 @@ def cases(config: InferenceConfig, size: tuple[int, int], dtype: torch.dtype, de
     wide, filters = random(1, frames, tokens, 2 * inner), random(2 * inner, 1, 3, 3) / 3
     yield Case("gated_conv", (wide, filters, random(2 * inner), grid), {})
     del wide
+    yield Case("quantise_rows", (x.flatten(0, 2),), {})
     taps = random(width, width, 3, 1) / (3 * width) ** 0.5
     conv = {"lengths": [frames]}
     yield Case("add_temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)

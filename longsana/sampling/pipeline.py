@@ -19,6 +19,7 @@ from longsana.flow.schedule import FlowSchedule, uniform_sigmas
 from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, null_embedding
+from longsana.models.float8 import to_float8
 from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
 from longsana.sampling.noise import PromptNoise
@@ -109,6 +110,11 @@ class VideoPipeline:
         self.model = build_model(
             config.model, device=self.device, dtype=resolve_dtype(config.model.dtype, self.device)
         ).requires_grad_(False)
+        if config.model.float8:
+            try:
+                to_float8(self.model)
+            except ValueError as error:
+                raise InputError(f"model.float8=true: {error}") from error
         if config.sampling.cfg_scale != 1 and config.sampling.null_caption == "learned":
             self._null(1)
 

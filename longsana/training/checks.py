@@ -71,6 +71,13 @@ def check_training(config: TrainingConfig) -> None:
     ):
         if number < 1:
             raise InputError(f"{name}={number}: must be at least 1")
+    for name, network in (
+        ("model", config.model),
+        ("real_score", config.real_score),
+        ("fake_score", config.fake_score),
+    ):
+        if network.float8:
+            raise InputError(f"{name}.float8=true: weights in float8 cannot be trained; it is for inference")
     if not 0 <= train.ema_weight < 1:
         raise InputError(f"train.ema_weight={train.ema_weight}: must be in [0, 1); 0 keeps no average")
     if config.validation.vis_ema and train.ema_weight == 0:

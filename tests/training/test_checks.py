@@ -183,6 +183,11 @@ def test_what_a_resumed_run_may_change(small_training, tmp_path):
     ]
 
 
+def test_float8_is_not_trained():
+    with pytest.raises(InputError, match=r"model.float8=true: .* for inference"):
+        check_training(load(ROOT / "configs/sana_video_config/longsana/480ms/ode.yaml", "model.float8=true"))
+
+
 def test_what_a_gpu_cannot_do_is_refused_before_anything_is_loaded():
     config = load(ROOT / "configs/sana_video_config/longsana/480ms/ode.yaml", "train.cuda_graphs=true")
     check_device(config, World(size=2), torch.device("cpu"))

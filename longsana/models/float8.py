@@ -1,0 +1,53 @@
+"""Large matrix products in float8 for inference: e4m3, a scale for every row of the input and of the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longsana.models.dit import LongSanaDiT
+from longsana.ops import quantise_rows
+
+MULTIPLE = 16
+"""What the hardware's products want of widths."""
+PRODUCTS = (
+    *("attn.qkv", "attn.out", "cross_attn.q", "cross_attn.out"),
+    *("feed_forward.expand", "feed_forward.project"),
+)
+"""Of each block: all products over video tokens but the temporal convolution, five sixths of the work."""
+
+
+class Float8Linear(nn.Module):
+    """`linear` with both factors rounded to float8, summed in float32. Not for training."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
+            raise ValueError(f"{linear}: for float8 both widths must be multiples of {MULTIPLE}")
+        weight, scale = quantise_rows(linear.weight.detach())
+        self.weight: Tensor
+        self.scale: Tensor
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.t().contiguous())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, scale = quantise_rows(x.flatten(0, -2))
+        out = torch._scaled_mm(
+            rows, self.weight.t(), scale_a=scale, scale_b=self.scale, bias=self.bias, out_dtype=x.dtype,
+            use_fast_accum=True,
+        )  # fmt: skip
+        return out.unflatten(0, x.shape[:-1])
+
+
+def to_float8(model: LongSanaDiT) -> None:
+    """Replace the large products of every block, in place.
+
+    Raises:
+        ValueError: a width is no multiple of 16.
+    """
+    for block in model.blocks:
+        for name in PRODUCTS:
+            parent, _, leaf = name.rpartition(".")
+            module = block.get_submodule(parent)
+            setattr(module, leaf, Float8Linear(getattr(module, leaf)))

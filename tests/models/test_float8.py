@@ -1,0 +1,62 @@
+"""Products in float8 against their exact twins."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longsana.models.float8 import PRODUCTS, Float8Linear, to_float8
+from longsana.ops.reference import FLOAT8_MAX, quantise_rows
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_rows_keep_three_bits_of_mantissa_and_their_own_size():
+    x = random(6, 80) * torch.tensor([1e-3, 1.0, 1e4, 0.0, 1.0, 50.0])[:, None]
+    rows, scale = quantise_rows(x)
+    assert rows.dtype == torch.float8_e4m3fn
+    assert scale.shape == (6, 1)
+    back = rows.float() * scale
+    # Half a step of the mantissa, or of the smallest numbers: 2^-9 of scale 1.
+    assert ((back - x).abs() <= x.abs() / 16 + scale * 2**-10).all()
+    assert (rows[:3].float().abs().amax(1) == FLOAT8_MAX).all()
+    assert not back[3].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_that_of_the_rounded_factors(dtype, bias):
+    linear = nn.Linear(48, 32, bias=bias).to(dtype).requires_grad_(False)
+    x = random(2, 5, 48).to(dtype)
+    (rows, row_scale), (weight, weight_scale) = quantise_rows(x.flatten(0, 1)), quantise_rows(linear.weight)
+    expected = (rows.double() * row_scale) @ (weight.double() * weight_scale).t()
+    if bias:
+        expected += linear.bias
+    given = Float8Linear(linear)(x)
+    assert given.dtype == dtype
+    torch.testing.assert_close(given.flatten(0, 1).double(), expected, rtol=1e-2, atol=1e-2)
+    exact = x.double() @ linear.weight.double().t() + (linear.bias.double() if bias else 0)
+    error = (given.double() - exact).norm() / exact.norm()
+    assert 0.005 < error < 0.05  # two factors of three bits
+
+
+def test_a_network_stays_near_itself(small_config, random_model, random_text, random_latents):
+    model = random_model(small_config(hidden_size=112), torch.float32)
+    rounded = copy.deepcopy(model)
+    to_float8(rounded)
+    x, text, t = random_latents(1, 3).float(), random_text(1), torch.tensor([700.0])
+    (expected, state), (given, rounded_state) = model(x, t, text), rounded(x, t, text)
+    assert 0.005 < (given - expected).norm() / expected.norm() < 0.15
+    assert 0.005 < (rounded_state.kv - state.kv).norm() / state.kv.norm() < 0.15
+    names = {name for name, module in rounded.blocks[0].named_modules() if isinstance(module, Float8Linear)}
+    assert names == set(PRODUCTS)
+
+
+def test_widths_that_the_hardware_cannot_take_are_refused(small_config, random_model):
+    with pytest.raises(ValueError, match="multiples of 16"):
+        to_float8(random_model(small_config()))  # 56 wide
