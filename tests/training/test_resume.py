@@ -93,7 +93,9 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert not differing
 
 
-@pytest.mark.parametrize("name", WITHOUT_TWINS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("base", "longsana") else pytest.mark.slow) for name in STAGES]
+)
 def test_kill_9_loses_nothing(stage_config, run, tmp_path, name):
     config, whole, broken = stage_config(name), tmp_path / "whole", tmp_path / "broken"
     assert run(config, whole) == 0
@@ -137,7 +139,7 @@ def test_the_runs_differ_where_they_should(stage_config, run, tmp_path):
     [
         ("base", ["train.sharding_strategy=no_shard"]),
         pytest.param("causal", ["train.sharding_strategy=hybrid_zero2"], marks=pytest.mark.slow),
-        ("ode", []),
+        pytest.param("ode", [], marks=pytest.mark.slow),
         ("self_forcing", ["train.mixed_precision=true", "train.gradient_checkpointing=true"]),
         ("longsana", []),
     ],
