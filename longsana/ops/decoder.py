@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from longsana.ops import reference
@@ -54,20 +52,20 @@ def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor) -> None:
 
 if triton:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["pixels", "frames", "height", "width"])  # one binary for clips of any size
     def _norm_silu(
-        x: Any,
-        gamma: Any,
-        out: Any,
-        pixels: Any,
-        frames: Any,
-        height: Any,
-        width: Any,
-        stride_batch: Any,
-        stride_frame: Any,
-        stride_row: Any,
-        stride_pixel: Any,
-        root: Any,
+        x: tl.tensor,
+        gamma: tl.tensor,
+        out: tl.tensor,
+        pixels: tl.tensor,
+        frames: tl.tensor,
+        height: tl.tensor,
+        width: tl.tensor,
+        stride_batch: tl.tensor,
+        stride_frame: tl.tensor,
+        stride_row: tl.tensor,
+        stride_pixel: tl.tensor,
+        root: tl.tensor,
         channels: tl.constexpr,
         block_pixels: tl.constexpr,
         block_channels: tl.constexpr,
