@@ -9,46 +9,10 @@ from longsana.ops import reference
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there is none for this platform, and so no CUDA either
+except ImportError:  # it has no wheels for this platform
     triton = None
 
 ELEMENTS = 4096  # of a program's block: 32 for each thread of four warps
-
-
-def fused_norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor) -> None:
-    """`norm_silu_into` in Triton: x is read once, out is written once, all sums are float32."""
-    batch, frames, height, width, channels = x.shape
-    assert x.is_contiguous() and gamma.is_contiguous(), "channels last, without gaps"
-    assert out.shape == x.shape and out.stride(4) == 1, (out.shape, out.stride())
-    pixels = batch * frames * height * width
-    block_channels = triton.next_power_of_2(channels)
-    block_pixels = max(ELEMENTS // block_channels, 1)
-    _norm_silu[(triton.cdiv(pixels, block_pixels),)](
-        x,
-        gamma,
-        out,
-        pixels,
-        frames,
-        height,
-        width,
-        *out.stride()[:4],
-        channels**0.5,
-        channels=channels,
-        block_pixels=block_pixels,
-        block_channels=block_channels,
-    )
-
-
-def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor) -> None:
-    """Write silu(gamma * sqrt(C) * x / max(|x|, 1e-12)) into `out`.
-
-    Args:
-        x: (B, T, H, W, C), contiguous, of any floating dtype (on a GPU: bfloat16, float16 or float32).
-        gamma: (C,).
-        out: (B, T, H, W, C), a view such as the interior of a padded buffer; nothing around it is written.
-    """
-    (fused_norm_silu_into if x.is_cuda and triton else reference.norm_silu_into)(x, gamma, out)
-
 
 if triton:
 
@@ -90,3 +54,38 @@ if triton:
         length = tl.maximum(tl.sqrt(tl.sum(values * values, axis=1)), 1e-12)
         y = values / length[:, None] * gain[None, :]
         tl.store(out + target, (y * tl.sigmoid(y)).to(out.dtype.element_ty), mask=inside)
+
+
+def fused_norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """`norm_silu_into` in Triton: x is read once, out is written once, all sums are float32."""
+    batch, frames, height, width, channels = x.shape
+    assert x.is_contiguous() and gamma.is_contiguous(), "channels last, without gaps"
+    assert out.shape == x.shape and out.stride(4) == 1, (out.shape, out.stride())
+    pixels = batch * frames * height * width
+    block_channels = triton.next_power_of_2(channels)
+    block_pixels = max(ELEMENTS // block_channels, 1)
+    _norm_silu[(triton.cdiv(pixels, block_pixels),)](
+        x,
+        gamma,
+        out,
+        pixels,
+        frames,
+        height,
+        width,
+        *out.stride()[:4],
+        channels**0.5,
+        channels=channels,
+        block_pixels=block_pixels,
+        block_channels=block_channels,
+    )
+
+
+def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """Write silu(gamma * sqrt(C) * x / max(|x|, 1e-12)) into `out`.
+
+    Args:
+        x: (B, T, H, W, C), contiguous, of any floating dtype (on a GPU: bfloat16, float16 or float32).
+        gamma: (C,).
+        out: (B, T, H, W, C), a view such as the interior of a padded buffer; nothing around it is written.
+    """
+    (fused_norm_silu_into if x.is_cuda and triton else reference.norm_silu_into)(x, gamma, out)
