@@ -96,7 +96,10 @@ class _Step:
         if border:
             _clear_border(buffer)
         frames = buffer[:, :, border : border + height, border : border + width]
-        frames[:, :2] = 0 if self.first else next(self._past).permute(0, 2, 3, 4, 1)
+        if self.first:
+            frames[:, :2].zero_()
+        else:
+            frames[:, :2] = next(self._past).permute(0, 2, 3, 4, 1)
         return buffer, frames
 
     def _remember(self, frames: Tensor) -> None:
@@ -109,7 +112,7 @@ def _attention(block: Layer, x: Tensor) -> Tensor:
     batch, count, height, width, channels = x.shape
     y = F.rms_norm(x, (channels,), block.norm.gamma.flatten(), eps=1e-24 / channels)  # diffusers': |x| >= 1e-12
     q, k, v = _linear(block.to_qkv, y).view(batch * count, 1, height * width, 3 * channels).chunk(3, dim=-1)
-    return x + _linear(block.proj, F.scaled_dot_product_attention(q, k, v).view_as(x))
+    return x + _linear(block.proj, F.scaled_dot_product_attention(q, k, v).reshape(x.shape))
 
 
 def _enlarged(layer: Layer, x: Tensor) -> Tensor:
@@ -126,8 +129,8 @@ def _enlarged(layer: Layer, x: Tensor) -> Tensor:
 def _clear_border(buffer: Tensor) -> None:
     """Zero the outermost pixels of (..., H, W, C)."""
     height, width = buffer.shape[-3:-1]
-    buffer[..., :: height - 1, :, :] = 0
-    buffer[..., :: width - 1, :] = 0
+    buffer[..., :: height - 1, :, :].zero_()
+    buffer[..., :: width - 1, :].zero_()
 
 
 def _conv3d(layer: Layer, x: Tensor) -> Tensor:
@@ -135,4 +138,6 @@ def _conv3d(layer: Layer, x: Tensor) -> Tensor:
 
 
 def _linear(layer: Layer, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.flatten(1), layer.bias)  # a convolution whose kernel is one pixel
+    """A convolution whose kernel is one pixel."""
+    # Flat: with more dimensions the bias may become a pass of its own.
+    return F.linear(x.flatten(0, -2), layer.weight.flatten(1), layer.bias).unflatten(0, x.shape[:-1])
