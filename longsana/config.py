@@ -86,7 +86,7 @@ class VAEConfig:
     # A Wan .pth, a diffusers folder, hf://..., or seeded:FOLDER for random weights in the shape of FOLDER/config.json
     vae_pretrained: str = "hf://Efficient-Large-Model/SANA-Video_2B_480p/vae/Wan2.1_VAE.pth"
     weight_dtype: Dtype = "auto"
-    latents_per_call: int = 1  # latent frames decoded together; 1 is equal to one-shot decoding to the bit
+    latents_per_call: int = 1  # latent frames decoded together; frames differ by rounding alone
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The Wan 2.1 video VAE: pixels to latents, and latents back to pixels chunk by chunk in constant memory.
 
 The network is diffusers' `AutoencoderKLWan`. Its causal convolutions remember the last two frames of their input;
-`decode_stream` hands that memory in and out as a value, so a video of any length is decoded as it is sampled.
+`decode_stream` hands that memory in and out as a value, so a video of any length is decoded as it is sampled. It runs
+the network's own weights by `wan_decoder`; diffusers' loop is the slow twin (`decode`), and the one to train through.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longsana.config import VAEConfig
+from longsana.encoders import wan_decoder
 from longsana.encoders.geometry import VAEGeometry, geometry
 from longsana.encoders.vae_files import Model, load_model
 
@@ -55,9 +57,7 @@ class WanVAE:
         assert config.latents_per_call > 0
         shape = geometry(config)
         model = load_model(config.vae_pretrained, shape, device, dtype)
-        if model.device.type == "cpu":
-            # Twice as fast on two cores (18 against 38 ms a frame of 160 x 96, base_dim 12, five latents a call).
-            _to_channels_last(model)
+        _to_channels_last(model)
         return cls(model, shape, config.latents_per_call)
 
     @torch.no_grad()
@@ -85,16 +85,16 @@ class WanVAE:
         """Frames of the next latents (B, C, T, h, w) of a video, T >= 1, and the cache to decode the ones after.
 
         Returns float32 frames in [-1, 1], (B, 3, `geometry.pixel_frames(T, first=cache is None)`, H, W).
-        Cut anywhere, with `latents_per_call=1` the frames are those of `decode` to the bit. With more they differ from
-        it by rounding (about 1e-5 in float32), and are equal to the bit for cuts between groups: latent 0 is decoded
-        alone, then 1 .. g, g+1 .. 2g, and so on.
+        Cut anywhere, the frames are those of `decode` within rounding (about 1e-5 in float32). Cuts between groups of
+        g = `latents_per_call` change no bit of them: latent 0 is decoded alone, then 1 .. g, g+1 .. 2g, and so on.
         """
         start = 0 if cache is None else cache.latents
         features: tuple[Tensor, ...] | None = None if cache is None else cache.features
         frames: list[Tensor] = []
         for group in _groups(start, latents.shape[2], self.latents_per_call):
-            decoded, features = self._decode_group(latents[:, :, group.start - start : group.stop - start], features)
-            frames.append(decoded)
+            raw = self._denormalise(latents[:, :, group.start - start : group.stop - start])
+            decoded, features = wan_decoder.decode(self.model, raw, features)
+            frames.append(decoded.clamp_(-1, 1).float())
         assert features is not None, "no latents to decode"
         return torch.cat(frames, dim=2), DecodeCache(features, start + latents.shape[2])
 
@@ -116,10 +116,6 @@ class WanVAE:
 
     def _denormalise(self, latents: Tensor) -> Tensor:
         return (latents.to(self.device, torch.float32) * self._std + self._mean).to(self.dtype)
-
-    def _decode_group(self, latents: Tensor, features: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        frames, features = _decode_group(self.model, self._denormalise(latents), features)
-        return frames.clamp(-1, 1).float(), features
 
 
 def encode_clip(model: Model, frames: Tensor, *, latents_per_call: int) -> Tensor:

@@ -16,6 +16,7 @@ FUSED = {
     "gated_residual": "norms",
     "linear_attention": "attention",
     "norm_modulate": "norms",
+    "norm_silu_into": "decoder",
     "qk_features": "norms",
     "quantise_rows": "norms",
 }
@@ -27,6 +28,7 @@ gated_conv = operation(reference.gated_conv, FUSED)
 gated_residual = operation(reference.gated_residual, FUSED)
 linear_attention = operation(reference.linear_attention, FUSED)
 norm_modulate = operation(reference.norm_modulate, FUSED)
+norm_silu_into = operation(reference.norm_silu_into, FUSED)
 qk_features = operation(reference.qk_features, FUSED)
 quantise_rows = operation(reference.quantise_rows, FUSED)
 
@@ -39,6 +41,7 @@ __all__ = [
     "gated_residual",
     "linear_attention",
     "norm_modulate",
+    "norm_silu_into",
     "qk_features",
     "quantise_rows",
 ]

@@ -172,3 +172,18 @@ def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[
 def add_temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int]) -> Tensor:
     """x and its `temporal_conv`."""
     return x + temporal_conv(x, tail, weight, lengths=lengths)
+
+
+def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """SiLU of an RMSNorm over channels, written into a view: the Wan decoder's step before each convolution.
+
+        out = silu(y)      y = gamma * sqrt(C) * x / max(|x|, 1e-12)
+
+    Args:
+        x: (B, T, H, W, C).
+        gamma: (C,).
+        out: (B, T, H, W, C), any view, such as the interior of a padded buffer; only its elements are written.
+    """
+    wide = x.to(accumulation_dtype(x.dtype))
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+    out.copy_(F.silu(wide / length * (gamma.to(wide.dtype) * x.shape[-1] ** 0.5)))

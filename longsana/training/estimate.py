@@ -40,7 +40,7 @@ class Encoders(NamedTuple):
     text_parameters: int = 2_614_341_888
     vae_parameters: int = 126_892_531
     cache_values: float = 2364.5
-    decode_values: int = 7507
+    decode_values: int = 6370
 
 
 class Estimate(NamedTuple):

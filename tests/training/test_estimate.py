@@ -237,7 +237,7 @@ def test_every_stage_has_an_estimate(training_config: Any) -> None:
     assert flow.streams == ode.teacher == 0 < longsana.streams
 
 
-def test_sizes_of_the_encoders() -> None:
+def test_sizes_of_the_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """The constants are those of the libraries' networks, and of a decoder that runs on meta tensors."""
     from diffusers import AutoencoderKLWan
     from transformers import Gemma2Config, Gemma2Model
@@ -251,6 +251,8 @@ def test_sizes_of_the_encoders() -> None:
     assert sum(weight.numel() for weight in gemma.parameters()) == Encoders().text_parameters
     assert sum(weight.numel() for weight in wan.parameters()) == Encoders().vae_parameters
     vae = WanVAE(wan, geometry(VAEConfig()), 1)
+    # The kernel of a GPU takes no memory; its plain twin does.
+    monkeypatch.setattr("longsana.encoders.wan_decoder.norm_silu_into", lambda x, gamma, out: None)
     _, cache = vae.decode_stream(torch.empty(1, 16, 2, 12, 20, device="meta"))
     assert sum(feature.nbytes for feature in cache.features) == 2 * 96 * 160 * Encoders().cache_values
     with LiveBytes(ignore=[*wan.parameters(), *cache.features]) as live:

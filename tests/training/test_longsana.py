@@ -58,7 +58,7 @@ def test_stretches_make_one_video_whoever_asks(build, vae):
         assert torch.equal(window.latents[:, :, 1:], videos[index])
         assert window.learned.tolist() == [False, True, True, True, True]
         # What leads it is the last picture of all before, as if the whole video had been decoded in one call.
-        picture = vae.decode(torch.cat(videos[:index], dim=2))[:, :, -1:]
+        picture = vae.decode_stream(torch.cat(videos[:index], dim=2))[0][:, :, -1:]
         assert torch.equal(window.latents[:, :, :1], vae.encode(picture))
 
 
@@ -68,7 +68,7 @@ def test_a_cold_cache_decodes_the_last_latents_alone(build, vae):
     first = stage.rollout(turn("critic", 0))
     assert stage.streams[0].cache is None
     window = stage.rollout(turn("critic", 1))
-    picture = vae.decode(first.latents[:, :, -2:])[:, :, -1:]
+    picture = vae.decode_stream(first.latents[:, :, -2:])[0][:, :, -1:]
     assert torch.equal(window.latents[:, :, :1], vae.encode(picture))
 
 

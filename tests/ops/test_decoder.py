@@ -1,0 +1,80 @@
+"""The Wan decoder's norm and activation: the twin against the formula, the kernel against the twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from longsana.ops.reference import norm_silu_into
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [
+    (1, 1, 1, 1, 12),
+    (2, 3, 4, 5, 12),
+    (1, 2, 3, 7, 96),
+    (1, 1, 5, 2, 384),
+    (2, 1, 3, 3, 1),
+    (1, 2, 9, 5, 130),
+    (1, 1, 1, 3, 5000),  # one pixel is more than a program's usual block
+]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pixels(*shape: int) -> Tensor:
+    """Of any length between 1e-2 and 1e2, and one that is zero."""
+    x = draw(*shape) * 10 ** draw(*shape[:4], 1, seed=1).clamp(-2, 2)
+    x[0, 0, -1, -1] = 0
+    return x
+
+
+def room(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A buffer of NaN with two more frames and a border of one pixel, and the view of it that is to be written."""
+    batch, frames, height, width, channels = x.shape
+    buffer = x.new_full((batch, 2 + frames, height + 2, width + 2, channels), float("nan"))
+    return buffer, buffer[:, 2:, 1:-1, 1:-1]
+
+
+def test_the_twin_is_the_formula() -> None:
+    x, gamma = pixels(2, 1, 2, 3, 5).double(), draw(5, seed=2).double()
+    out = torch.empty_like(x)
+    norm_silu_into(x, gamma, out)
+    for pixel, given in zip(x.view(-1, 5), out.view(-1, 5), strict=True):
+        y = pixel / max(sum(float(value) ** 2 for value in pixel) ** 0.5, 1e-12) * 5**0.5 * gamma
+        torch.testing.assert_close(given, y / (1 + (-y).exp()), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_twin_writes_its_view_alone(dtype: torch.dtype) -> None:
+    x, gamma = pixels(2, 2, 3, 4, 6).to(dtype), draw(6, seed=2).to(dtype)
+    buffer, view = room(x)
+    norm_silu_into(x, gamma, view)
+    assert view.isfinite().all()
+    assert buffer.isfinite().sum() == view.numel()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel_is_the_twin(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    fused = pytest.importorskip("longsana.ops.decoder").norm_silu_into
+    x, gamma = (values.to(DEVICE, dtype) for values in (pixels(*shape), draw(shape[-1], seed=2)))
+    expected = torch.empty(shape, dtype=torch.float64, device=DEVICE)
+    norm_silu_into(x.double(), gamma.double(), expected)
+    buffer, view = room(x)
+    fused(x, gamma, view)
+    torch.testing.assert_close(view.double(), expected, atol=1e-6, rtol=tolerance)
+    assert buffer.isfinite().sum() == view.numel()
+
+
+def test_the_kernel_reaches_beyond_32_bits() -> None:
+    fused = pytest.importorskip("longsana.ops.decoder").norm_silu_into
+    x, gamma = pixels(2, 1, 2, 2, 16).to(DEVICE, torch.bfloat16), torch.ones(16, device=DEVICE, dtype=torch.bfloat16)
+    buffer = torch.empty(2**31 + 64, device=DEVICE, dtype=torch.bfloat16)  # on a CPU, pages that nobody touches
+    view = buffer.as_strided(x.shape, (2**31, 64, 32, 16, 1))
+    fused(x, gamma, view)
+    expected = torch.empty_like(x)
+    norm_silu_into(x, gamma, expected)
+    torch.testing.assert_close(view.clone(), expected, atol=1e-6, rtol=8e-3)
