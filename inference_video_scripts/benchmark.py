@@ -29,6 +29,7 @@ from inference_video_scripts.inference_sana_video import DEFAULT_CONFIG, SETTING
 from longsana.config import InferenceConfig, leaf_keys, load_config
 from longsana.data.prompts import Prompt
 from longsana.evaluation.report import table
+from longsana.ops.backend import VARIABLE, can_fuse
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
 from longsana.runtime.distributed import World, set_threads
 from longsana.runtime.errors import InputError
@@ -74,8 +75,8 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     if options.out.is_dir():
         raise InputError(f"--out {options.out}: is a folder; give the name of a file")
     check_writable(options.out.parent, "--out")
-    if options.backend == "triton" and world.device().type != "cuda":
-        raise InputError("--backend triton: needs a GPU; here there is none")
+    if options.backend == "triton" and not can_fuse():
+        raise InputError("--backend triton: needs an NVIDIA GPU of compute capability 9.0 or newer; here there is none")
     return Request(
         config,
         select_prompts(config, 0, 1)[0],
@@ -89,8 +90,8 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
 
 def run(request: Request, world: World) -> int:
     if request.backend:
-        # Read when the operations are loaded, which is below.
-        os.environ["LONGSANA_OPS"] = "triton" if request.backend == "triton" else "reference"
+        # Read by the first operation.
+        os.environ[VARIABLE] = "triton" if request.backend == "triton" else "reference"
     from longsana.sampling.benchmark import benchmark  # brings diffusers and transformers, which take seconds
 
     set_threads(request.threads, world)

@@ -99,6 +99,20 @@ def test_gradients_agree_with_the_cpu(copies: int, compiled: bool, replayed: boo
         assert not wrong
 
 
+@pytest.mark.parametrize("replayed", [False, True])
+def test_fused_operations_make_the_same_network(replayed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Velocity, next state and gradients, of two chunks in a row and of one clip."""
+    plain, fused = (build_model(SHAPES, device="cuda", dtype=torch.float32) for _ in range(2))
+    if replayed:
+        replay_passes(fused, torch.float32)
+    outputs, grads = two_chunks(plain), gradients(plain, "cuda")
+    monkeypatch.setattr("longsana.ops.backend.backend", lambda: "triton")
+    for expected, given in zip(outputs, two_chunks(fused), strict=True):
+        assert torch.allclose(expected, given, rtol=1e-3, atol=1e-4)
+    for name, given in gradients(fused, "cuda").items():
+        assert (given - grads[name]).norm() < 1e-3 * grads[name].norm(), name
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_replayed_passes_are_the_passes_themselves(checkpointing: bool) -> None:
     plain, replayed = (build_model(SHAPES, device="cuda", dtype=torch.float32) for _ in range(2))

@@ -20,7 +20,7 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.head_dim, self.window, self.eps = head_dim, window, eps
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        # Over the full width, before the split into heads.
+        # Over the full width, before the split into heads. These hold weights; `qk_features` is the forward of both.
         self.q_norm = nn.RMSNorm(hidden_size, eps=NORM_EPS)
         self.k_norm = nn.RMSNorm(hidden_size, eps=NORM_EPS)
         self.out = nn.Linear(hidden_size, hidden_size)
@@ -31,7 +31,8 @@ class LinearAttention(nn.Module):
         """x: (B, N, D); kv, k_sum: as in `LayerState`; lengths: tokens of each chunk. Returns x's like, next sums."""
         qkv = self.qkv(x)
         q, k = qk_features(qkv, self.q_norm.weight, self.k_norm.weight, NORM_EPS)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, qkv.chunk(3, dim=-1)[2]))
+        _, _, v = qkv.chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         out, kv, k_sum = linear_attention(
             q, k, v, *rotary, kv, k_sum, lengths=lengths, window=self.window, eps=self.eps
         )

@@ -16,13 +16,15 @@ class MixFeedForward(nn.Module):
         super().__init__()
         inner = int(mlp_ratio * hidden_size)
         self.expand = nn.Linear(hidden_size, 2 * inner)
+        # The convolutions hold weights; operations are their forwards.
         self.depthwise = nn.Conv2d(2 * inner, 2 * inner, 3, padding=1, groups=2 * inner)
         self.project = nn.Linear(inner, hidden_size, bias=False)
         self.temporal = nn.Conv2d(hidden_size, hidden_size, (3, 1), bias=False)
 
     def forward(self, x: Tensor, size: tuple[int, int], tail: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """x: (B, T, S, D) with S = size[0] * size[1]; tail: (B, S, D); lengths: frames of each chunk."""
-        assert self.depthwise.bias is not None
-        x = self.project(gated_conv(self.expand(x), self.depthwise.weight, self.depthwise.bias, size))
+        bias = self.depthwise.bias
+        assert bias is not None
+        x = self.project(gated_conv(self.expand(x), self.depthwise.weight, bias, size))
         # A clone: a slice would keep the whole activation alive for as long as the state lives.
         return add_temporal_conv(x, tail, self.temporal.weight, lengths=lengths), x[:, -1].clone()

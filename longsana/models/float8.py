@@ -10,6 +10,7 @@ from longsana.ops import quantise_rows
 
 MULTIPLE = 16
 """What the hardware's products want of widths."""
+CAPABILITY = (8, 9)
 PRODUCTS = (
     *("attn.qkv", "attn.out", "cross_attn.q", "cross_attn.out"),
     *("feed_forward.expand", "feed_forward.project"),
@@ -18,7 +19,7 @@ PRODUCTS = (
 
 
 class Float8Linear(nn.Module):
-    """`linear` with both factors rounded to float8, summed in float32. Not for training."""
+    """`linear` with both factors rounded to float8, summed in the fast mode of the hardware. Not for training."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -44,8 +45,13 @@ def to_float8(model: LongSanaDiT) -> None:
     """Replace the large products of every block, in place.
 
     Raises:
-        ValueError: a width is no multiple of 16.
+        ValueError: a width is no multiple of 16, or this GPU or the network's dtype is not one that such products take.
     """
+    device = model.patch_embed.weight.device
+    if device.type == "cuda" and (
+        torch.cuda.get_device_capability(device) < CAPABILITY or model.dtype != torch.bfloat16
+    ):
+        raise ValueError("float8 needs a GPU of compute capability 8.9 or newer, and model.dtype=bfloat16")
     for block in model.blocks:
         for name in PRODUCTS:
             parent, _, leaf = name.rpartition(".")

@@ -1,13 +1,13 @@
 """Operations of the network; models import these names and nothing below.
 
 Each has a plain twin in `reference.py`, where its shapes are, and a fused implementation for GPUs. Which one runs is
-decided when this package is loaded: the fused one where the environment says LONGSANA_OPS=triton, on an NVIDIA GPU of
-compute capability 8.0 or newer. It will be the default once it has run on one. Tensors on a CPU, in float64, or under
-torch.compile, which fuses on its own, always go to the twins.
+decided at the first operation on a GPU: the fused one where the environment says LONGSANA_OPS=triton, on an NVIDIA GPU
+of compute capability 9.0 or newer. It will be the default once it has run on one. Tensors on a CPU, in float64, or
+under torch.compile, which fuses on its own, always go to the twins.
 """
 
 from longsana.ops import reference
-from longsana.ops.backend import BACKEND, operation
+from longsana.ops.backend import backend, operation
 
 FUSED = {
     "add_norm_modulate": "norms",
@@ -33,10 +33,10 @@ qk_features = operation(reference.qk_features, FUSED)
 quantise_rows = operation(reference.quantise_rows, FUSED)
 
 __all__ = [
-    "BACKEND",
     "FUSED",
     "add_norm_modulate",
     "add_temporal_conv",
+    "backend",
     "gated_conv",
     "gated_residual",
     "linear_attention",

@@ -2,7 +2,8 @@
 
 A rotation turns channels (2i, 2i + 1) together, so even and odd channels are loaded as two tiles and never woven again:
 a product over channels is the sum of a product over the even ones and one over the odd. Everything is computed in
-float32, with TF32 products for 16-bit inputs: 10 bits of mantissa, more than bfloat16 has and as many as float16.
+float32, with TF32 products for 16-bit inputs: 10 bits of mantissa, more than bfloat16 has and as many as float16. The
+hardware would cut the other bits off, which makes all products smaller; so factors are rounded first.
 
 Gradients, with o = n / m, n = (R q)^T S, m = q . z + eps and g that of o:
     of n: g / m      of m: -(g . o) / m      of R q: S (g / m)      of S: sum (R q) (g / m)^T, as S is a sum over keys
@@ -18,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longsana.ops.reference import prefix_sums
 
@@ -30,13 +32,24 @@ Span = tuple[int, int]
 
 
 @triton.jit
+def _product(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b, of float32 factors."""
+    if PRECISION == "tf32":
+        a = (a.to(tl.uint32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+        b = (b.to(tl.uint32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def _rotated(source, cos, sin, token, there, token_stride, HALF: tl.constexpr, HALVES: tl.constexpr):
     """Even and odd channels (tokens, HALVES) of a head, as they are and rotated, and the cosines and sines."""
-    pair = tl.arange(0, HALVES)
+    pair, lane = tl.arange(0, HALVES), tl.arange(0, 2 * HALVES)
     inside = there[:, None] & (pair < HALF)[None, :]
-    at = source + token[:, None] * token_stride + 2 * pair[None, :]
-    even = tl.load(at, inside, 0.0).to(tl.float32)
-    odd = tl.load(at + 1, inside, 0.0).to(tl.float32)
+    # Loaded as they lie, then parted: every other number by itself would be a load of 16 bits.
+    both = tl.load(
+        source + token[:, None] * token_stride + lane[None, :], there[:, None] & (lane < 2 * HALF)[None, :], 0.0
+    )
+    even, odd = tl.split(tl.reshape(both.to(tl.float32), (both.shape[0], HALVES, 2)))
     angle = token[:, None] * HALF + pair[None, :]
     c, s = tl.load(cos + angle, inside, 0.0), tl.load(sin + angle, inside, 0.0)
     return even, odd, even * c - odd * s, even * s + odd * c, c, s
@@ -63,11 +76,12 @@ def _store_unrotated(
     target, even, odd, c, s, more_even, more_odd, token, there, token_stride, HALF: tl.constexpr, HALVES: tl.constexpr
 ):
     """The gradient of a head's channels, from that of the rotated ones and what comes to them unrotated."""
-    pair = tl.arange(0, HALVES)
-    inside = there[:, None] & (pair < HALF)[None, :]
-    at = target + token[:, None] * token_stride + 2 * pair[None, :]
-    tl.store(at, (even * c + odd * s + more_even).to(target.dtype.element_ty), inside)
-    tl.store(at + 1, (odd * c - even * s + more_odd).to(target.dtype.element_ty), inside)
+    lane = tl.arange(0, 2 * HALVES)
+    both = tl.reshape(
+        tl.join(even * c + odd * s + more_even, odd * c - even * s + more_odd), (even.shape[0], 2 * HALVES)
+    )
+    at = target + token[:, None] * token_stride + lane[None, :]
+    tl.store(at, both.to(target.dtype.element_ty), there[:, None] & (lane < 2 * HALF)[None, :])
 
 
 @triton.jit
@@ -97,8 +111,8 @@ def _sums_kernel(
         even, odd, r_even, r_odd, _, _ = _rotated(k, cos, sin, token, there, k_token, HALF, HALVES)
         value = tl.load(v + token[:, None] * v_token + lane[None, :], there[:, None] & (lane < dim)[None, :], 0.0)
         value = value.to(tl.float32)
-        kv_even = tl.dot(tl.trans(r_even), value, kv_even, input_precision=PRECISION)
-        kv_odd = tl.dot(tl.trans(r_odd), value, kv_odd, input_precision=PRECISION)
+        kv_even = _product(tl.trans(r_even), value, kv_even, PRECISION)
+        kv_odd = _product(tl.trans(r_odd), value, kv_odd, PRECISION)
         if WEIGHTED:
             w = tl.load(weight + clip * weight_clip + token * heads + head, there, 0.0)[:, None]
             even *= w
@@ -131,14 +145,14 @@ def _sums_gradients_kernel(
     value = value.to(tl.float32)
     row = clip * heads + head
     kv_even, kv_odd, k_even, k_odd = _state(kv + row * dim * dim, k_sum + row * dim, HALF, HALVES, LANES)
-    even = tl.dot(value, tl.trans(kv_even), input_precision=PRECISION)
-    odd = tl.dot(value, tl.trans(kv_odd), input_precision=PRECISION)
+    even = _product(value, tl.trans(kv_even), None, PRECISION)
+    odd = _product(value, tl.trans(kv_odd), None, PRECISION)
     own = clip * clip_stride + head * dim
     _store_unrotated(
         k_grad + own, even, odd, c, s, k_even[None, :], k_odd[None, :], token, there, heads * dim, HALF, HALVES
     )
-    grad = tl.dot(r_even, kv_even, input_precision=PRECISION)
-    grad = tl.dot(r_odd, kv_odd, grad, input_precision=PRECISION)
+    grad = _product(r_even, kv_even, None, PRECISION)
+    grad = _product(r_odd, kv_odd, grad, PRECISION)
     at = v_grad + own + token[:, None] * heads * dim + lane[None, :]
     tl.store(at, grad.to(v_grad.dtype.element_ty), wide)
 
@@ -160,8 +174,8 @@ def _output_kernel(
     row = clip * heads + head
     kv_even, kv_odd, k_even, k_odd = _state(kv + row * dim * dim, k_sum + row * dim, HALF, HALVES, LANES)
     denominator = tl.sum(even * k_even[None, :], 1) + tl.sum(odd * k_odd[None, :], 1) + eps
-    numerator = tl.dot(r_even, kv_even, input_precision=PRECISION)
-    numerator = tl.dot(r_odd, kv_odd, numerator, input_precision=PRECISION)
+    numerator = _product(r_even, kv_even, None, PRECISION)
+    numerator = _product(r_odd, kv_odd, numerator, PRECISION)
     tl.store(
         out + clip * out_clip + token[:, None] * heads * dim + head * dim + lane[None, :],
         (numerator / denominator[:, None]).to(out.dtype.element_ty),
@@ -188,8 +202,8 @@ def _output_gradients_kernel(
     row = clip * heads + head
     kv_even, kv_odd, k_even, k_odd = _state(kv + row * dim * dim, k_sum + row * dim, HALF, HALVES, LANES)
     denominator = tl.sum(even * k_even[None, :], 1) + tl.sum(odd * k_odd[None, :], 1) + eps
-    numerator = tl.dot(r_even, kv_even, input_precision=PRECISION)
-    numerator = tl.dot(r_odd, kv_odd, numerator, input_precision=PRECISION)
+    numerator = _product(r_even, kv_even, None, PRECISION)
+    numerator = _product(r_odd, kv_odd, numerator, PRECISION)
     own = clip * clip_stride + head * dim
     at = own + token[:, None] * heads * dim + lane[None, :]
     of_n = tl.load(grad + at, wide, 0.0).to(tl.float32) / denominator[:, None]
@@ -198,8 +212,8 @@ def _output_gradients_kernel(
     tl.store(m_grad + own // dim + token * heads, of_m, there)
     _store_unrotated(
         q_grad + own,
-        tl.dot(of_n, tl.trans(kv_even), input_precision=PRECISION),
-        tl.dot(of_n, tl.trans(kv_odd), input_precision=PRECISION),
+        _product(of_n, tl.trans(kv_even), None, PRECISION),
+        _product(of_n, tl.trans(kv_odd), None, PRECISION),
         c, s, of_m[:, None] * k_even[None, :], of_m[:, None] * k_odd[None, :], token, there, heads * dim, HALF, HALVES,
     )  # fmt: skip
 
@@ -235,6 +249,7 @@ class _Sums(torch.autograd.Function):
         return _sums(k, v, None, cos, sin, spans)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, kv: Tensor, k_sum: Tensor) -> tuple[Tensor | None, ...]:
         k, v, cos, sin = ctx.saved_tensors
         batch, _, heads, _ = k.shape
@@ -274,6 +289,7 @@ class _Output(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, cos, sin, kv, k_sum = ctx.saved_tensors
         batch, count, heads, _ = q.shape
@@ -313,6 +329,7 @@ def _strides(part: Tensor) -> tuple[int, int]:
     """From clip to clip and token to token of (B, N, heads, d), whose heads lie side by side."""
     assert part.stride(3) == 1 and part.stride(2) == part.shape[3], part.stride()
     clip, token, *_ = part.stride()
+    assert part.shape[1] * token < 2**31, "offsets within a clip have 32 bits"
     return clip, token
 
 

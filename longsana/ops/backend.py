@@ -6,46 +6,56 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Mapping
-from functools import partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import cache, partial, wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 P = ParamSpec("P")
 R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 VARIABLE = "LONGSANA_OPS"
-CAPABILITY = (8, 0)
-"""Of the oldest GPUs with bfloat16 and TF32 matrix units."""
+CAPABILITY = (9, 0)
+"""Of the oldest GPUs whose shared memory holds the kernels' tiles."""
+OWN_GRADIENTS = ("linear_attention",)
+"""Fused operations whose gradients are fused too."""
+IN_PLACE = ("norm_silu_into",)
+"""Operations that write into an argument, and are fused only where nothing is differentiated."""
+# Padded strides go wrong in torch 2.11: of the attention denominators' gradient, (B, N, heads), one kernel writes
+# contiguous memory, and the next reads it as if each sample had been padded to a multiple of 32 numbers.
+INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {"comprehensive_padding": False}
+"""Options of torch.compile for this network."""
 
 
-def _pick() -> str:
+@cache
+def backend() -> Literal["triton", "reference"]:
+    """What LONGSANA_OPS asks for, if this machine can do it; settled at the first operation on a GPU.
+
+    Raises:
+        ValueError: it asks for something else.
+    """
     wanted = os.environ.get(VARIABLE, "reference")
     if wanted not in ("triton", "reference"):
         raise ValueError(f"{VARIABLE}={wanted}: must be triton or reference")
-    if wanted == "reference" or not torch.cuda.is_available():
+    if wanted == "reference":
         return "reference"
-    found = torch.cuda.get_device_capability()
-    if found < CAPABILITY:
-        log.warning("%s is of compute capability %d.%d, fused operations need 8.0: plain PyTorch instead",
-                    torch.cuda.get_device_name(), *found)  # fmt: skip
+    if not can_fuse():
+        log.warning("%s=triton: needs an NVIDIA GPU of compute capability 9.0; plain PyTorch instead", VARIABLE)
         return "reference"
     return "triton"
 
 
-OWN_GRADIENTS = ("linear_attention",)
-"""Fused operations whose gradients are fused too."""
-BACKEND = _pick()
-"""triton or reference."""
+def can_fuse() -> bool:
+    """Whether the fused operations run here."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= CAPABILITY
 
 
 def operation(plain: Callable[P, R], modules: Mapping[str, str]) -> Callable[P, R]:
-    """plain, or on a GPU the function of the same name in the package's module that `modules` says."""
-    if BACKEND == "reference":
-        return plain
-    fused: Callable[P, R] = fused_twin(plain.__name__, modules)
+    """plain; or, on a GPU, the function of the same name in the package's module that `modules` says."""
+    name = plain.__name__
 
     @wraps(plain)
     def either(*inputs: P.args, **settings: P.kwargs) -> R:
@@ -53,7 +63,10 @@ def operation(plain: Callable[P, R], modules: Mapping[str, str]) -> Callable[P, 
         assert isinstance(first, Tensor)
         if not first.is_cuda or first.dtype == torch.float64 or torch.compiler.is_compiling():
             return plain(*inputs, **settings)
-        if plain.__name__ in OWN_GRADIENTS:
+        if backend() == "reference" or (name in IN_PLACE and _wants_gradients(inputs)):
+            return plain(*inputs, **settings)
+        fused: Callable[P, R] = fused_twin(name, modules)
+        if name in OWN_GRADIENTS:
             return fused(*inputs, **settings)
         return differentiable(partial(fused, **settings), partial(plain, **settings), *inputs)
 
@@ -61,16 +74,17 @@ def operation(plain: Callable[P, R], modules: Mapping[str, str]) -> Callable[P, 
 
 
 def fused_twin(name: str, modules: Mapping[str, str]) -> Callable[..., Any]:
-    """Needs triton."""
     twin: Callable[..., Any] = getattr(importlib.import_module(f"longsana.ops.{modules[name]}"), name)
     return twin
 
 
 def differentiable(fused: Callable[..., Any], plain: Callable[..., Any], *inputs: Any) -> Any:
     """fused(*inputs). Its gradients are those of `plain`, which is computed when they are asked for."""
-    if not (torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)):
-        return fused(*inputs)
-    return _Fused.apply(fused, plain, *inputs)
+    return _Fused.apply(fused, plain, *inputs) if _wants_gradients(inputs) else fused(*inputs)
+
+
+def _wants_gradients(inputs: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
 
 
 class _Fused(torch.autograd.Function):
@@ -81,6 +95,7 @@ class _Fused(torch.autograd.Function):
         return fused(*inputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         tensors = [
             None if value is None else value.detach().requires_grad_(wanted)

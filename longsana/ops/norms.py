@@ -33,7 +33,7 @@ def _features_kernel(qkv, q_weight, k_weight, q, k, width: tl.constexpr, eps: tl
         weight = tl.load((k_weight if part else q_weight) + lane, inside, 0.0).to(tl.float32)
         y = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps) * weight
         out = (k if part else q) + token * width + lane
-        tl.store(out, tl.maximum(y, 0.0).to(q.dtype.element_ty), inside)
+        tl.store(out, tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL).to(q.dtype.element_ty), inside)
 
 
 @triton.jit

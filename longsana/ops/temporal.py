@@ -1,4 +1,7 @@
-"""The temporal convolution as matrix products: nothing is padded or joined, each tap adds itself to the output."""
+"""The temporal convolution as matrix products: nothing is padded or joined, each tap adds itself to the output.
+
+The sum is rounded after each tap, which the twin does once.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from torch import Tensor
 
 
 def add_temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int]) -> Tensor:
-    before, here, after = (tap.t() for tap in weight[..., 0].unbind(-1))  # each (D in, D out)
+    # (3, D in, D out), copied once: a product would copy a tap of any other layout each time.
+    before, here, after = weight[..., 0].permute(2, 1, 0).contiguous()
     x = x.contiguous()
     (batch, frames), width = x.shape[:2], x.shape[-1]
     flat = x.view(-1, width)

@@ -21,7 +21,7 @@ from torch import Tensor
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.encoders.text import GemmaTextEncoder
-from longsana.ops import BACKEND
+from longsana.ops import backend
 from longsana.runtime.clock import Clock
 from longsana.runtime.files import partial_name
 from longsana.runtime.video import VideoWriter
@@ -99,7 +99,7 @@ def benchmark(
             "sampler": config.scheduler.sampling_algo,
             "chunks": list(pipeline.plan.lengths),
             "network": config.model.model,
-            "backend": "compile" if compiled else BACKEND,
+            "backend": "compile" if compiled else backend(),
             "dtype": {"network": str(pipeline.model.dtype), "vae": str(pipeline.vae.dtype)},
             "seed": sampling.seed,
         },
@@ -123,7 +123,7 @@ def benchmark(
     }
     size = prompt.height, prompt.width
     if operations:
-        report["operations"] = measure_operations(config, size, device)
+        report["operations"] = measure_operations(pipeline, size)
     if peers:
         report["peers"] = measure_peers(pipeline, size)
     return report

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from longsana.config import InferenceConfig, ModelConfig
 from longsana.encoders.geometry import geometry
+from longsana.models import attention, dit
 from longsana.models.embeddings import TextEmbedding
 from longsana.models.naming import diffusers_config
 from longsana.models.rope import rotary
 from longsana.ops import FUSED, reference
-from longsana.ops.backend import fused_twin
-from longsana.sampling.pipeline import VideoPipeline, resolve_dtype
+from longsana.ops.backend import IN_PLACE, INDUCTOR, can_fuse, fused_twin
+from longsana.sampling.pipeline import VideoPipeline
 
 REPEATS = 15
 T_STEP = 727.0
@@ -40,11 +41,21 @@ class Case(NamedTuple):
     inputs: Sequence[Any]
     settings: dict[str, Any]
     operations: int = 0
+    unread: int = 0  # bytes of the inputs
 
-    def moved(self, outputs: Any) -> int:
+    def outputs(self, returned: Any) -> tuple[Tensor, ...]:
+        """Of a call: what it returned, or wrote into its last input."""
+        if returned is None:
+            return (self.inputs[-1].clone(),)
+        return returned if isinstance(returned, tuple) else (returned,)
+
+    def moved(self, outputs: Sequence[Tensor]) -> int:
         """Bytes, if every tensor is read or written once."""
-        tensors = [value for value in (*self.inputs, *_tuple(outputs)) if isinstance(value, Tensor)]
-        return sum(value.numel() * value.element_size() for value in tensors)
+        tensors = {id(value): value for value in self.inputs if isinstance(value, Tensor)}
+        if self.name in IN_PLACE:
+            tensors.popitem()
+        total = sum(value.numel() * value.element_size() for value in (*tensors.values(), *outputs))
+        return total - self.unread
 
 
 def seconds(call: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
@@ -79,24 +90,24 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 @torch.no_grad()
-def measure_operations(config: InferenceConfig, size: tuple[int, int], device: torch.device) -> dict[str, Any]:
-    """Every operation of a block on one chunk of a video of height x width pixels; fused ones on a GPU only.
+def measure_operations(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, Any]:
+    """Every operation on one chunk of a video of height x width pixels; fused ones where they run.
 
     ms of the plain twin and of the fused one, the largest difference between both relative to the largest value, GB/s
     and TFLOP/s of the faster, and its share of the floor: the time that `ceilings` allow over its own.
     """
-    dtype = resolve_dtype(config.model.dtype, device)
+    device, dtype = pipeline.device, pipeline.model.dtype
     limits = ceilings(device, dtype)
     rows: dict[str, Any] = {}
-    for case in cases(config, size, dtype, device):
+    for case in cases(pipeline, size):
         plain = partial(getattr(reference, case.name), *case.inputs, **case.settings)
-        expected = plain()
+        expected = case.outputs(plain())
         row: dict[str, Any] = {"ms": {"reference": 1000 * seconds(plain, device)}}
-        if device.type == "cuda":
+        if can_fuse():
             fused = partial(fused_twin(case.name, FUSED), *case.inputs, **case.settings)
             row["difference"] = max(
                 float((a.float() - b.float()).abs().max() / b.float().abs().max())
-                for a, b in zip(_tuple(fused()), _tuple(expected), strict=True)
+                for a, b in zip(case.outputs(fused()), expected, strict=True)
             )
             row["ms"]["fused"] = 1000 * seconds(fused, device)
         best = min(row["ms"].values()) / 1000
@@ -111,7 +122,8 @@ def measure_operations(config: InferenceConfig, size: tuple[int, int], device: t
     return {"copy, GB/s": limits.bytes / 1e9, "product, TFLOP/s": limits.operations / 1e12, "operations": rows}
 
 
-def cases(config: InferenceConfig, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
+    config, device, dtype = pipeline.config, pipeline.device, pipeline.model.dtype
     network = config.model
     width, inner, dim = _widths(network)
     frames, grid = config.sampling.chunk_frames, _grid(config, size)
@@ -123,12 +135,13 @@ def cases(config: InferenceConfig, size: tuple[int, int], dtype: torch.dtype, de
 
     x, h, modulation = random(1, frames, tokens, width), random(1, frames, tokens, width), random(1, 1, 3, width)
     shift, scale, gate = modulation[:, :, None].unbind(-2)
-    yield Case("norm_modulate", (x, shift, scale, 1e-6), {})
-    yield Case("add_norm_modulate", (x, h, shift, scale, 1e-6), {})
+    yield Case("norm_modulate", (x, shift, scale, dit.NORM_EPS), {})
+    yield Case("add_norm_modulate", (x, h, shift, scale, dit.NORM_EPS), {})
     yield Case("gated_residual", (x, gate, h), {})
     qkv = random(1, frames * tokens, 3 * width)
     weight = random(width)
-    yield Case("qk_features", (qkv, weight, weight, 1e-5), {})
+    unread = qkv.numel() // 3 * qkv.element_size()  # v
+    yield Case("qk_features", (qkv, weight, weight, attention.NORM_EPS), {}, unread=unread)
     q, k, v = (part.unflatten(-1, (-1, dim)) for part in qkv.chunk(3, dim=-1))
     q, k = (part.relu().contiguous() for part in (q, k))
     turn = rotary(dim, 0, (frames, *grid), dtype=torch.float32, device=device)
@@ -137,13 +150,19 @@ def cases(config: InferenceConfig, size: tuple[int, int], dtype: torch.dtype, de
         torch.randn(1, 1, heads, dim, dim, device=device, generator=rng),
         torch.rand(1, 1, heads, dim, device=device, generator=rng),
     )
-    attention = {"lengths": [frames * tokens], "window": -1, "eps": network.linear_attn_eps}
-    yield Case("linear_attention", (q, k, v, *turn, *past), attention, 4 * frames * tokens * width * dim)
+    settings = {"lengths": [frames * tokens], "window": -1, "eps": network.linear_attn_eps}
+    yield Case("linear_attention", (q, k, v, *turn, *past), settings, 4 * frames * tokens * width * dim)
     del qkv, q, k, v
     wide, filters = random(1, frames, tokens, 2 * inner), random(2 * inner, 1, 3, 3) / 3
     yield Case("gated_conv", (wide, filters, random(2 * inner), grid), {})
     del wide
     yield Case("quantise_rows", (x.flatten(0, 2),), {})
+    # The decoder's widest step, the four frames of one latent.
+    channels = pipeline.vae.model.config.base_dim
+    picture = torch.randn(1, 4, *size, channels, device=device, generator=rng).to(pipeline.vae.dtype)
+    buffer = picture.new_zeros(1, 6, size[0] + 2, size[1] + 2, channels)
+    gamma = picture.new_ones(channels)
+    yield Case("norm_silu_into", (picture, gamma, buffer[:, 2:, 1:-1, 1:-1]), {})
     taps = random(width, width, 3, 1) / (3 * width) ** 0.5
     conv = {"lengths": [frames]}
     yield Case("add_temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)
@@ -175,7 +194,8 @@ def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, A
     peer = peer.to(model.dtype).eval()
     run = partial(peer, x, tokens, t, encoder_attention_mask=text.mask.to(model.dtype), return_dict=False)
     forward["diffusers, eager"] = seconds(run, device)
-    compile_blocks(peer.transformer_blocks)
+    for block in peer.transformer_blocks:
+        block.compile()
     forward["diffusers, each block compiled"] = seconds(run, device)
     del peer, run
 
@@ -183,7 +203,10 @@ def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, A
     _, cache = vae.decode_stream(x[:, :, :1])
     decoder = {"ours": seconds(partial(vae.decode_stream, x, cache), device, 5) / (4 * frames)}
     for dtype in (torch.float32, torch.bfloat16):
-        theirs = partial(copy.deepcopy(vae.model).to(dtype).decode, x.to(dtype))
+        peer = copy.deepcopy(vae.model).to(dtype)
+        for weight in peer.parameters():
+            weight.data = weight.data.contiguous()  # its own layout, not ours
+        theirs = partial(peer.decode, x.to(dtype))
         decoder[f"diffusers, {str(dtype).removeprefix('torch.')}"] = seconds(theirs, device, 3) / (4 * frames - 3)
     return {
         "forward, ms": {name: 1000 * value for name, value in forward.items()},
@@ -194,7 +217,7 @@ def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, A
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """torch.compile, each by itself: all are alike, and one compilation serves them."""
     for block in blocks:
-        block.compile()
+        block.compile(options=INDUCTOR)
 
 
 def _widths(network: ModelConfig) -> tuple[int, int, int]:
@@ -207,7 +230,3 @@ def _grid(config: InferenceConfig, size: tuple[int, int]) -> tuple[int, int]:
     patch = config.model.architecture().patch_size
     height, width = geometry(config.vae).latent_size(*size)
     return height // patch[1], width // patch[2]
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)

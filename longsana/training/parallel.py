@@ -12,14 +12,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from longsana.models.dit import LongSanaDiT
+from longsana.ops.backend import INDUCTOR
 from longsana.runtime.distributed import World
 
 Strategy = Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"]
 # The longest that others wait for one: the main process reading a checkpoint's every byte, or encoding its captions.
 PATIENCE = timedelta(hours=2)
-# Padded strides go wrong in torch 2.11: of the attention denominators' gradient, (B, N, heads), one kernel writes
-# contiguous memory, and the next reads it as if each sample had been padded to a multiple of 32 numbers.
-INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {"comprehensive_padding": False}
 
 
 def connect(world: World, device: torch.device) -> None:

@@ -89,7 +89,7 @@ def test_bad_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--bs", "2"], "--bs 2"),
         (["--threads", "0"], "--threads 0"),
         (["--out", str(tmp_path)], "is a folder"),
-        (["--backend", "triton"], "needs a GPU"),
+        (["--backend", "triton"], "needs an NVIDIA GPU"),
     ):
         assert script.main(["--out", str(out), *arguments]) == 2
         assert says in capsys.readouterr().err

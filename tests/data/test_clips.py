@@ -238,12 +238,17 @@ def test_most_turning_scenes_turn_and_none_is_held_out() -> None:
 
 
 def test_turning_shapes_begin_near_one_place_and_anywhere() -> None:
-    tracks = [track for index in range(1, 4000, 4) for track in turning_scene(2, index, (96, 160)).tracks]
+    scenes = [turning_scene(2, index, (96, 160)) for index in range(1, 4000, 4)]
+    for count in (1, 2):  # how far is not how many
+        some = [track for scene in scenes if len(scene.tracks) == count for track in scene.tracks]
+        draws = np.array([track.draws[0] for track in some if track.actor.motion in TURNS])
+        assert np.mean(np.abs(draws - 0.5) > 0.2) > 0.05
+    tracks = [track for scene in scenes for track in scene.tracks]
     orbits = [track for track in tracks if track.actor.motion in TURNS]
     phases = np.array([track.draws[2] for track in orbits])
     away = np.abs((phases - 0.625 + 0.5) % 1 - 0.5)
-    assert np.mean(away < 0.05) > 0.4  # a tenth, if they began anywhere
-    assert np.histogram(away, bins=4, range=(0, 0.5))[0].min() > 5
+    assert np.mean(away < 0.05) > 0.3  # a tenth, if they began anywhere
+    assert away.max() > 0.4
     nearest = orbits[away.argmin()]
     x, y = nearest(np.arange(1))[0]
     assert x < nearest.box.left + nearest.box.width / 2

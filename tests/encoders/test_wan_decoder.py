@@ -13,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from longsana.config import VAEConfig
 from longsana.encoders.vae import DecodeCache, WanVAE
+from longsana.ops import FUSED
+from longsana.ops.backend import fused_twin
 
 TRAINED = Path(__file__).resolve().parents[2] / "asset/shapes/vae"
 SHAPES = {
@@ -140,8 +142,11 @@ def test_a_cache_that_was_made_contiguous_is_the_same(load: Load) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "size"), [("published", (60, 104)), ("trained", (12, 20))])
-def test_at_its_own_size_on_a_gpu(load: Load, name: str, size: tuple[int, int]) -> None:
-    """In bfloat16; and nothing is transposed for a convolution."""
+def test_at_its_own_size_on_a_gpu(
+    load: Load, name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, with the fused norm; and nothing is transposed for a convolution."""
+    monkeypatch.setattr("longsana.encoders.wan_decoder.norm_silu_into", fused_twin("norm_silu_into", FUSED))
     latents = draw(1, 16, 7, *size).cuda()
     expected = load(name, device="cuda").decode(latents)
     vae = load(name, 3, "cuda", torch.bfloat16)
