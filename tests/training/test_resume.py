@@ -137,7 +137,7 @@ def test_the_runs_differ_where_they_should(stage_config, run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("base", ["train.sharding_strategy=no_shard"]),
+        pytest.param("base", ["train.sharding_strategy=no_shard"], marks=pytest.mark.slow),
         pytest.param("causal", ["train.sharding_strategy=hybrid_zero2"], marks=pytest.mark.slow),
         pytest.param("ode", [], marks=pytest.mark.slow),
         ("self_forcing", ["train.mixed_precision=true", "train.gradient_checkpointing=true"]),
