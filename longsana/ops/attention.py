@@ -72,6 +72,25 @@ def _state(kv, k_sum, HALF: tl.constexpr, HALVES: tl.constexpr, LANES: tl.conste
 
 
 @triton.jit
+def _times_state(r_even, r_odd, kv_even, kv_odd, PRECISION: tl.constexpr):
+    """(tokens, LANES), of rotated channels and a head's kv."""
+    return _product(r_odd, kv_odd, _product(r_even, kv_even, None, PRECISION), PRECISION)
+
+
+@triton.jit
+def _fractions(
+    q, cos, sin, kv, k_sum, token, there, token_stride, eps: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
+    LANES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Numerators (tokens, LANES) and denominators (tokens,) of a head; its sums and the rotation, as read."""
+    even, odd, r_even, r_odd, c, s = _rotated(q, cos, sin, token, there, token_stride, HALF, HALVES)
+    kv_even, kv_odd, k_even, k_odd = _state(kv, k_sum, HALF, HALVES, LANES)
+    denominator = tl.sum(even * k_even[None, :], 1) + tl.sum(odd * k_odd[None, :], 1) + eps
+    numerator = _times_state(r_even, r_odd, kv_even, kv_odd, PRECISION)
+    return numerator, denominator, kv_even, kv_odd, k_even, k_odd, c, s
+
+
+@triton.jit
 def _store_unrotated(
     target, even, odd, c, s, more_even, more_odd, token, there, token_stride, HALF: tl.constexpr, HALVES: tl.constexpr
 ):
@@ -151,8 +170,7 @@ def _sums_gradients_kernel(
     _store_unrotated(
         k_grad + own, even, odd, c, s, k_even[None, :], k_odd[None, :], token, there, heads * dim, HALF, HALVES
     )
-    grad = _product(r_even, kv_even, None, PRECISION)
-    grad = _product(r_odd, kv_odd, grad, PRECISION)
+    grad = _times_state(r_even, r_odd, kv_even, kv_odd, PRECISION)
     at = v_grad + own + token[:, None] * heads * dim + lane[None, :]
     tl.store(at, grad.to(v_grad.dtype.element_ty), wide)
 
@@ -168,14 +186,11 @@ def _output_kernel(
     lane = tl.arange(0, LANES)
     token = first + tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     there = token < last
-    even, odd, r_even, r_odd, _, _ = _rotated(
-        q + clip * q_clip + head * dim, cos, sin, token, there, q_token, HALF, HALVES
-    )
     row = clip * heads + head
-    kv_even, kv_odd, k_even, k_odd = _state(kv + row * dim * dim, k_sum + row * dim, HALF, HALVES, LANES)
-    denominator = tl.sum(even * k_even[None, :], 1) + tl.sum(odd * k_odd[None, :], 1) + eps
-    numerator = _product(r_even, kv_even, None, PRECISION)
-    numerator = _product(r_odd, kv_odd, numerator, PRECISION)
+    numerator, denominator, _, _, _, _, _, _ = _fractions(
+        q + clip * q_clip + head * dim, cos, sin, kv + row * dim * dim, k_sum + row * dim, token, there, q_token, eps,
+        HALF, HALVES, LANES, PRECISION,
+    )  # fmt: skip
     tl.store(
         out + clip * out_clip + token[:, None] * heads * dim + head * dim + lane[None, :],
         (numerator / denominator[:, None]).to(out.dtype.element_ty),
@@ -196,14 +211,11 @@ def _output_gradients_kernel(
     token = first + tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     there = token < last
     wide = there[:, None] & (lane < dim)[None, :]
-    even, odd, r_even, r_odd, c, s = _rotated(
-        q + clip * q_clip + head * dim, cos, sin, token, there, q_token, HALF, HALVES
-    )
     row = clip * heads + head
-    kv_even, kv_odd, k_even, k_odd = _state(kv + row * dim * dim, k_sum + row * dim, HALF, HALVES, LANES)
-    denominator = tl.sum(even * k_even[None, :], 1) + tl.sum(odd * k_odd[None, :], 1) + eps
-    numerator = _product(r_even, kv_even, None, PRECISION)
-    numerator = _product(r_odd, kv_odd, numerator, PRECISION)
+    numerator, denominator, kv_even, kv_odd, k_even, k_odd, c, s = _fractions(
+        q + clip * q_clip + head * dim, cos, sin, kv + row * dim * dim, k_sum + row * dim, token, there, q_token, eps,
+        HALF, HALVES, LANES, PRECISION,
+    )  # fmt: skip
     own = clip * clip_stride + head * dim
     at = own + token[:, None] * heads * dim + lane[None, :]
     of_n = tl.load(grad + at, wide, 0.0).to(tl.float32) / denominator[:, None]

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longsana.config import InferenceConfig, ModelConfig
-from longsana.encoders.geometry import geometry
+from longsana.config import ModelConfig
 from longsana.models import attention, dit
 from longsana.models.embeddings import TextEmbedding
 from longsana.models.naming import diffusers_config
@@ -126,7 +125,7 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
     config, device, dtype = pipeline.config, pipeline.device, pipeline.model.dtype
     network = config.model
     width, inner, dim = _widths(network)
-    frames, grid = config.sampling.chunk_frames, _grid(config, size)
+    frames, grid = config.sampling.chunk_frames, _grid(pipeline, size)
     tokens = math.prod(grid)
     rng = torch.Generator(device).manual_seed(0)
 
@@ -226,7 +225,8 @@ def _widths(network: ModelConfig) -> tuple[int, int, int]:
     return width, int(network.mlp_ratio * width), network.linear_head_dim
 
 
-def _grid(config: InferenceConfig, size: tuple[int, int]) -> tuple[int, int]:
-    patch = config.model.architecture().patch_size
-    height, width = geometry(config.vae).latent_size(*size)
-    return height // patch[1], width // patch[2]
+def _grid(pipeline: VideoPipeline, size: tuple[int, int]) -> tuple[int, int]:
+    """Tokens down and across a frame."""
+    _, down, across = pipeline.model.patch_size
+    height, width = pipeline.geometry.latent_size(*size)
+    return height // down, width // across

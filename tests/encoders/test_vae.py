@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from longsana.config import VAEConfig
 from longsana.encoders import wan_decoder
-from longsana.encoders.vae import DecodeCache, WanVAE, decode_clip, encode_clip
+from longsana.encoders.vae import WanVAE, decode_clip, encode_clip
 from longsana.encoders.vae_files import new_model, save_model, to_original_layout
 from longsana.runtime.errors import InputError
+from tests.encoders.streaming import draw, stream
 
 SHAPE = Path(__file__).resolve().parents[2] / "asset/shapes/vae"
 CPU = torch.device("cpu")
@@ -48,19 +48,6 @@ def original_weights() -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return to_original_layout(AutoencoderKLWan(base_dim=4).state_dict())
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def stream(vae: WanVAE, latents: Tensor, lengths: Sequence[int]) -> tuple[Tensor, DecodeCache]:
-    cache, frames = None, []
-    for chunk in latents.split(list(lengths), dim=2):
-        pixels, cache = vae.decode_stream(chunk, cache)
-        frames.append(pixels)
-    assert cache is not None
-    return torch.cat(frames, dim=2), cache
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------

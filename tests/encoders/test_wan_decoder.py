@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from longsana.config import VAEConfig
-from longsana.encoders.vae import DecodeCache, WanVAE
+from longsana.encoders.vae import WanVAE
 from longsana.ops import FUSED
 from longsana.ops.backend import fused_twin
+from tests.encoders.streaming import draw, stream
 
 TRAINED = Path(__file__).resolve().parents[2] / "asset/shapes/vae"
 SHAPES = {
@@ -37,19 +38,6 @@ def load(tmp_path: Path) -> Load:
         return WanVAE.load(VAEConfig(vae_pretrained=source, latents_per_call=latents_per_call), device, dtype)
 
     return vae
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def stream(vae: WanVAE, latents: Tensor, lengths: Sequence[int]) -> tuple[Tensor, DecodeCache]:
-    cache, frames = None, []
-    for chunk in latents.split(list(lengths), dim=2):
-        pixels, cache = vae.decode_stream(chunk, cache)
-        frames.append(pixels)
-    assert cache is not None
-    return torch.cat(frames, dim=2), cache
 
 
 def psnr(given: Tensor, expected: Tensor) -> float:

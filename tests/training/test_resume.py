@@ -34,8 +34,8 @@ STAGES: dict[str, tuple[str, list[str], int]] = {
     "self_forcing": ("self_forcing", [], 7),
     "longsana": ("longsana", [], 7),
 }
-WITHOUT_TWINS = [pytest.param(name, marks=pytest.mark.slow if name == "causal" else ()) for name in STAGES]
-"""Of the two that match flows, one is enough for every day."""
+EVERY_DAY = [pytest.param(name, marks=() if name in ("base", "longsana") else pytest.mark.slow) for name in STAGES]
+"""One that trains one network and one that trains two are enough for every day."""
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +93,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert not differing
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("base", "longsana") else pytest.mark.slow) for name in STAGES]
-)
+@pytest.mark.parametrize("name", EVERY_DAY)
 def test_kill_9_loses_nothing(stage_config, run, tmp_path, name):
     config, whole, broken = stage_config(name), tmp_path / "whole", tmp_path / "broken"
     assert run(config, whole) == 0
