@@ -38,9 +38,9 @@ log = logging.getLogger("longsana")
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/sana_video_config/longsana/shapes"
 NETWORKS = ("base", "ode", "self_forcing", "longsana")
-BASE_PHASES = ("base_1", "base_2", "base_3", "base")
-"""The base model's, each from the one before and on clips of its own: the second on clips with turns, the last with a
-lower learning rate."""
+BASE_PHASES = {"base_1": 10_000, "base_2": 3_500, "base_3": 5_500, "base_4": 8_000, "base": 2_000}
+"""Iterations of the base model, in phases of at most 8 minutes on one H100. Each goes on from the one before, on clips of
+its own: the second on clips with turns, the last with a lower learning rate."""
 PHASES = {
     **dict.fromkeys(BASE_PHASES, "base"),
     "ode": "ode",
@@ -93,7 +93,7 @@ BASE_SETTINGS = (
     "scheduler.sampling_algo=flow_euler",
     "scheduler.inference_flow_shift=8.0",
     "scheduler.num_inference_steps=30",
-    "sampling.cfg_scale=3.0",
+    "sampling.cfg_scale=2.0",
     "sampling.null_caption=learned",
 )
 TRUTH = "ground truth through the VAE"
@@ -154,7 +154,8 @@ class Recipe:
         for name in names:
             _, make = self.steps[name]
             # Of the base model's phases, a later one is all that is wanted of those before it.
-            serve = BASE_PHASES[BASE_PHASES.index(name) :] if name in BASE_PHASES else (name,)
+            phases = list(BASE_PHASES)
+            serve = phases[phases.index(name) :] if name in phases else [name]
             if there := [product for product, _ in (self.steps[step] for step in serve) if product.exists()]:
                 log.info("== %s: %s is there", name, there[0])
                 continue
@@ -204,7 +205,7 @@ class Recipe:
                 )
             given = [f"data.data_path={self.parts / 'prompts.txt'}", *self._from("real_score", "base")]
             settings: list[str] = {
-                **{phase: self._base_phase(number) for number, phase in enumerate(BASE_PHASES)},
+                **{phase: self._base_phase(phase) for phase in BASE_PHASES},
                 "ode": [*self._from("model", "base"), f"data.data_path={self.runs / 'pairs'}"],
                 "self_forcing": [*given, *self._from("model", "ode"), *self._from("fake_score", "base")],
                 "longsana": [*given, *self._from("model", "self_forcing"), *self._from("fake_score", "critic")],
@@ -225,16 +226,18 @@ class Recipe:
 
         return make
 
-    def _base_phase(self, number: int) -> list[str]:
-        settings = [f"train.seed={number}"]
+    def _base_phase(self, name: str) -> list[str]:
+        phases = list(BASE_PHASES)
+        number = phases.index(name)
+        settings = [f"train.seed={number}", f"train.max_iters={BASE_PHASES[name]}"]
         if number > 0:
-            settings += self._from("model", BASE_PHASES[number - 1])
-        if BASE_PHASES[number] == "base_2":
+            settings += self._from("model", phases[number - 1])
+        if name == "base_2":
             # The sense of an orbit is decided at sigma 0.93 to 0.985, where these lie.
             settings += ["data.data_path=generated:turning_shapes"]
             settings += ["flow_matching.logit_mean=0.5", "flow_matching.logit_std=1.0"]
-        if BASE_PHASES[number] == "base":
-            settings += ["optimizer.generator.lr=7.0e-4", "train.max_iters=1200"]
+        if name == "base":
+            settings += ["optimizer.generator.lr=7.0e-4"]
         return settings
 
     def _pairs(self) -> int:
