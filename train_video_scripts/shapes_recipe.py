@@ -39,8 +39,8 @@ log = logging.getLogger("longsana")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/sana_video_config/longsana/shapes"
 NETWORKS = ("base", "ode", "self_forcing", "longsana")
 BASE_PHASES = {"base_1": 10_000, "base_2": 3_500, "base_3": 5_500, "base_4": 8_000, "base": 2_000}
-"""Iterations of the base model, in phases of at most 8 minutes on one H100. Each goes on from the one before, on clips of
-its own: the second on clips with turns, the last with a lower learning rate."""
+"""Iterations of the base model, in phases of at most 8 minutes on one H100. Each goes on from the one before, on clips
+of its own: the second on clips with turns, the last with a lower learning rate."""
 PHASES = {
     **dict.fromkeys(BASE_PHASES, "base"),
     "ode": "ode",
