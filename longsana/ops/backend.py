@@ -32,18 +32,20 @@ INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {"comprehensive_pad
 
 @cache
 def backend() -> Literal["triton", "reference"]:
-    """What LONGSANA_OPS asks for, if this machine can do it; settled at the first operation on a GPU.
+    """Fused operations where this machine can run them, unless LONGSANA_OPS asks for the plain ones.
+
+    Settled at the first operation on a GPU.
 
     Raises:
         ValueError: it asks for something else.
     """
-    wanted = os.environ.get(VARIABLE, "reference")
+    wanted = os.environ.get(VARIABLE, "triton")
     if wanted not in ("triton", "reference"):
         raise ValueError(f"{VARIABLE}={wanted}: must be triton or reference")
     if wanted == "reference":
         return "reference"
     if not can_fuse():
-        log.warning("%s=triton: needs an NVIDIA GPU of compute capability 9.0; plain PyTorch instead", VARIABLE)
+        log.warning("plain PyTorch operations: the fused ones need an NVIDIA GPU of compute capability 9.0")
         return "reference"
     return "triton"
 
