@@ -5,6 +5,8 @@ its own and below it: three sums of each column are carried, and the upper one i
 column's neighbours are other registers of the same thread, so that a number is read, and its SiLU computed, once in a
 strip: SiLU is two of the slow operations of a GPU, and three of it a number took half of the time.
 """
+# Tuples that grow while a loop is unrolled change their type.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
