@@ -5,7 +5,7 @@
 
     python inference_video_scripts/benchmark.py ... --backend triton --kernels --peer diffusers
 
-One chunk is made first (cold), then the whole video (warm). Config, settings and flags are those of
+Two chunks are made first (cold), then the whole video (warm). Config, settings and flags are those of
 inference_sana_video.py. The report goes to --out as JSON, a table of it is printed. The wall time is from the prompt to
 the finished mp4, without start-up; `other` is what none of the parts accounts for.
 Exit status: 0 done, 2 bad input.

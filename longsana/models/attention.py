@@ -51,10 +51,17 @@ class CrossAttention(nn.Module):
         self.k_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.out = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """x: (B, N, D); text: (B, L, D); mask: (B, L), True where x may look."""
-        q = self.q_norm(self.q(x))
-        k, v = self.kv(text).chunk(2, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, self.k_norm(k), v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """x: (B, N, D); text: (B, L, D), or what `read` made of it; mask: (B, L), True where x may look."""
+        k, v = self.read(text) if isinstance(text, Tensor) else text
+        mask = None if mask is None else mask[:, None, None]
+        out = F.scaled_dot_product_attention(self._heads(self.q_norm(self.q(x))), k, v, attn_mask=mask)
         return self.out(out.transpose(1, 2).flatten(-2))
+
+    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, heads, L, d) of a caption (B, L, D)."""
+        k, v = self.kv(text).chunk(2, dim=-1)
+        return self._heads(self.k_norm(k)), self._heads(v)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

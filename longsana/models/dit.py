@@ -7,6 +7,8 @@ once; rollout and inference are one chunk plus the state of everything before.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
 from longsana.models.attention import CrossAttention, LinearAttention
-from longsana.models.embeddings import CaptionEmbedding, TextEmbedding, TimeEmbedding
+from longsana.models.embeddings import CaptionEmbedding, TextEmbedding, TextMemory, TimeEmbedding
 from longsana.models.feed_forward import MixFeedForward
 from longsana.models.rope import Rotary, rotary
 from longsana.ops import add_norm_modulate, gated_residual, norm_modulate
@@ -42,14 +44,17 @@ class Block(nn.Module):
         self,
         x: Tensor,
         modulation: Tensor,
-        text: Tensor,
-        mask: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
+        mask: Tensor | None,
         rotary: Rotary,
         size: tuple[int, int],
         plan: ChunkPlan,
         state: LayerState,
     ) -> tuple[Tensor, LayerState]:
-        """x: (B, T, S, D); modulation: (B, 1 or T, 6, D). Returns x's like and the next state."""
+        """x: (B, T, S, D); modulation: (B, 1 or T, 6, D); text, mask: see `CrossAttention`.
+
+        Returns x's like and the next state.
+        """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.modulation + modulation)[:, :, None].unbind(dim=-2)
         tokens = x.shape[2]
 
@@ -110,7 +115,7 @@ class LongSanaDiT(nn.Module):
         self,
         x: Tensor,
         t: Tensor,
-        text: TextEmbedding,
+        text: TextEmbedding | TextMemory,
         *,
         plan: ChunkPlan | None = None,
         state: CausalState | None = None,
@@ -120,7 +125,7 @@ class LongSanaDiT(nn.Module):
         Args:
             x: (B, C, T, H, W), noisy latents. H and W are multiples of the patch.
             t: (B,) or (B, T), timestep in [0, 1000] of each clip or of each latent frame.
-            text: tokens (B, L, caption_channels) and mask (B, L).
+            text: tokens (B, L, caption_channels) and mask (B, L); or what `read` made of them.
             plan: chunks of the T frames; a frame sees its own chunk and everything before. None is one chunk.
             state: everything before the first frame; None is nothing.
 
@@ -135,7 +140,10 @@ class LongSanaDiT(nn.Module):
 
         x = self.patch_embed(x.to(self.dtype)).permute(0, 2, 3, 4, 1).flatten(2, 3)
         embedding, modulation = self.time_embed(t.view(batch, -1))
-        caption = self.text_embed(text.tokens)
+        if isinstance(text, TextMemory):
+            captions: Sequence[Tensor | tuple[Tensor, Tensor]] = text.layers
+        else:
+            captions = [self.text_embed(text.tokens)] * len(self.blocks)
         rotation = rotary(
             self.config.linear_head_dim,
             state.frames,
@@ -144,11 +152,21 @@ class LongSanaDiT(nn.Module):
             device=x.device,
         )
         layers = []
-        for block, memory in zip(self.blocks, state.layers(), strict=True):
+        for block, caption, memory in zip(self.blocks, captions, state.layers(), strict=True):
             x, memory = block(x, modulation, caption, text.mask, rotation, size, plan, memory)
             layers.append(memory)
         patches = self.final(x, embedding)
         return self._unpatchify(patches, size), CausalState.stack(layers, state.frames + frames)
+
+    def read(self, text: TextEmbedding) -> TextMemory:
+        """A caption for many passes: keys and values are computed once, and a single caption loses its padding.
+
+        Not for sharded networks, whose weights are whole in `forward` alone.
+        """
+        alone = len(text.mask) == 1 and bool(text.mask.any())
+        caption = self.text_embed(text.tokens[:, text.mask[0]] if alone else text.tokens)
+        layers = [cast(Block, block).cross_attn.read(caption) for block in self.blocks]
+        return TextMemory(layers, None if alone else text.mask)
 
     def empty_state(self, batch: int, height: int, width: int, *, frames: int = 0) -> CausalState:
         """The state before the first frame of a video of height x width latent cells."""

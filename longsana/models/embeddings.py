@@ -21,6 +21,17 @@ class TextEmbedding(NamedTuple):
     mask: Tensor
 
 
+class TextMemory(NamedTuple):
+    """What a network's blocks have made of a `TextEmbedding`: see `LongSanaDiT.read`.
+
+    layers: of each block, keys and values (B, heads, L, d).
+    mask: (B, L); None if all tokens may be looked at.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+    mask: Tensor | None
+
+
 class TimeEmbedding(nn.Module):
     """Timestep to the conditioning vector and the six modulation vectors of every block."""
 

@@ -182,7 +182,8 @@ def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, A
     x = torch.randn(1, config.model.in_channels, frames, height, width, device=device, generator=rng).to(model.dtype)
     length, channels = config.model.caption_length, config.model.caption_channels
     tokens = torch.randn(1, length, channels, device=device, generator=rng).to(model.dtype)
-    text = TextEmbedding(tokens, torch.ones(1, length, dtype=torch.bool, device=device))
+    mask = torch.ones(1, length, dtype=torch.bool, device=device)
+    text = model.read(TextEmbedding(tokens, mask))
     t = torch.full((1,), T_STEP, device=device)
     _, state = model(x, t, text)
     forward = {"ours": seconds(partial(model, x, t, text, state=state), device)}
@@ -191,7 +192,7 @@ def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, A
     with torch.device(device):
         peer: Any = SanaVideoTransformer3DModel(**settings)
     peer = peer.to(model.dtype).eval()
-    run = partial(peer, x, tokens, t, encoder_attention_mask=text.mask.to(model.dtype), return_dict=False)
+    run = partial(peer, x, tokens, t, encoder_attention_mask=mask.to(model.dtype), return_dict=False)
     forward["diffusers, eager"] = seconds(run, device)
     for block in peer.transformer_blocks:
         block.compile()

@@ -13,17 +13,19 @@ from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule, euler_sigmas
-from longsana.models.embeddings import TextEmbedding
+from longsana.models.embeddings import TextEmbedding, TextMemory
 from longsana.runtime.clock import Clock
 from longsana.sampling.noise import PromptNoise
 from longsana.state import CausalState
+
+Text = TextEmbedding | TextMemory
 
 
 class Network(Protocol):
     """What a sampler needs of the network."""
 
     def __call__(
-        self, x: Tensor, t: Tensor, text: TextEmbedding, *, state: CausalState | None = None
+        self, x: Tensor, t: Tensor, text: Text, *, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]: ...
 
 
@@ -44,7 +46,7 @@ def denoise_chunk(
     model: Network,
     schedule: FlowSchedule,
     noise: Tensor,
-    text: TextEmbedding,
+    text: Text,
     state: CausalState | None,
     *,
     rng: Callable[[int], Tensor],
@@ -70,7 +72,7 @@ def denoise_chunk(
 
 
 @torch.no_grad()
-def absorb(model: Network, x0: Tensor, text: TextEmbedding, state: CausalState | None) -> CausalState:
+def absorb(model: Network, x0: Tensor, text: Text, state: CausalState | None) -> CausalState:
     """The state after clean latents x0: one pass at t = 0, its velocity dropped."""
     _, state = model(x0, timestep(0, x0), text, state=state)
     return state
@@ -80,7 +82,7 @@ def absorb(model: Network, x0: Tensor, text: TextEmbedding, state: CausalState |
 def generate(
     model: Network,
     schedule: FlowSchedule,
-    texts: Iterable[TextEmbedding],
+    texts: Iterable[Text],
     plan: ChunkPlan,
     *,
     shape: tuple[int, int, int],
@@ -111,8 +113,8 @@ def generate(
 @torch.no_grad()
 def sample_clip(
     model: Network,
-    text: TextEmbedding,
-    negative: TextEmbedding | None,
+    text: Text,
+    negative: Text | None,
     *,
     shift: float,
     steps: int,
@@ -140,7 +142,7 @@ def sample_clip(
 @torch.no_grad()
 def sample_chunks(
     model: Network,
-    captions: Sequence[TextEmbedding],
+    captions: Sequence[Text],
     plan: ChunkPlan,
     *,
     sigmas: Sequence[float],
@@ -173,7 +175,7 @@ def sample_chunks(
 @torch.no_grad()
 def trajectory(
     model: Network,
-    captions: Sequence[TextEmbedding],
+    captions: Sequence[Text],
     plan: ChunkPlan,
     *,
     sigmas: Sequence[float],
@@ -212,7 +214,7 @@ def trajectory(
 @torch.no_grad()
 def euler_path(
     model: Network,
-    captions: Sequence[TextEmbedding],
+    captions: Sequence[Text],
     *,
     sigmas: Sequence[float],
     cfg_scale: float,

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from longsana.chunks import ChunkPlan
 from longsana.models.dit import LongSanaDiT
-from longsana.models.embeddings import TextEmbedding
+from longsana.models.embeddings import TextEmbedding, TextMemory
 from longsana.state import CausalState
 from longsana.training.parallel import wrap_blocks
 
@@ -70,11 +70,12 @@ class _Passes:
         self,
         x: Tensor,
         t: Tensor,
-        text: TextEmbedding,
+        text: TextEmbedding | TextMemory,
         *,
         plan: ChunkPlan | None = None,
         state: CausalState | None = None,
     ) -> tuple[Tensor, CausalState]:
+        assert isinstance(text, TextEmbedding), "what was read with other weights"
         plan = plan or ChunkPlan((x.shape[2],))
         state = state or self.working.empty_state(x.shape[0], x.shape[3], x.shape[4])
         frames = torch.full((), state.frames, dtype=torch.int64, device=x.device)

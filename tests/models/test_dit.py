@@ -146,6 +146,20 @@ def test_padded_tokens_of_a_caption_are_not_seen(small_config, random_model, ran
 # Time -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_caption_that_was_read_is_the_caption(small_config, random_model, random_text, random_latents, batch):
+    """And a single one has lost its padding."""
+    model = random_model(small_config())
+    x, text, t = random_latents(batch, 4), random_text(batch), torch.full((batch,), 500.0)
+    text = TextEmbedding(text.tokens, text.mask.clone())
+    text.mask[:, 5:] = False
+    read = model.read(text)
+    assert len(read.layers) == len(model.blocks)
+    assert read.layers[0][0].shape[2] == (5 if batch == 1 else text.mask.shape[1])
+    for expected, given in zip(model(x, t, text)[0], model(x, t, read)[0], strict=True):
+        torch.testing.assert_close(given, expected)
+
+
 def test_timesteps_per_frame(small_config, random_model, random_text, random_latents):
     model, text, x = random_model(small_config()), random_text(2), random_latents(2, 4)
     t = torch.tensor([960.0, 31.0])
