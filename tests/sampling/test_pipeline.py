@@ -18,16 +18,20 @@ TEXTS = ("A big red circle moves slowly to the left on a black background.", "A 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[VideoPipeline, Caption]:
     """Three chunks of two latents; a caption of two parts."""
-    config = load_config(CONFIG, ["sampling.num_frames=21", "sampling.chunk_frames=2"], InferenceConfig)
+    config = load_config(
+        CONFIG,
+        ["sampling.num_frames=21", "sampling.chunk_frames=2", "sampling.height=32", "sampling.width=32"],
+        InferenceConfig,
+    )
     pipeline = VideoPipeline(config, "cpu")
     with pipeline.text_encoder() as encoder:
-        caption = pipeline.encode(encoder, Prompt(1, TEXTS[0], TEXTS, 0, 96, 160))
+        caption = pipeline.encode(encoder, Prompt(1, TEXTS[0], TEXTS, 0, 32, 32))
     pipeline.load()
     return pipeline, caption
 
 
 def latents(pipeline: VideoPipeline, texts: tuple[str, ...], caption: Caption) -> Tensor:
-    prompt = Prompt(1, texts[0], texts, 0, 96, 160)
+    prompt = Prompt(1, texts[0], texts, 0, 32, 32)
     return torch.cat([frames.latents for frames in pipeline.sample([prompt], [caption], Clock())], dim=2)
 
 
