@@ -3,7 +3,7 @@
     python inference_video_scripts/benchmark.py --num_frames 961                # the small default
     python inference_video_scripts/benchmark.py --config=configs/... --model_path=... --num_frames 961 --out full.json
 
-    python inference_video_scripts/benchmark.py ... --backend triton --kernels --peer diffusers
+    python inference_video_scripts/benchmark.py ... --backend triton --kernels --profile --peer diffusers
 
 Two chunks are made first (cold), then the whole video (warm). Config, settings and flags are those of
 inference_sana_video.py. The report goes to --out as JSON, a table of it is printed. The wall time is from the prompt to
@@ -39,6 +39,8 @@ from longsana.sampling.request import check_config, select_prompts
 
 log = logging.getLogger("longsana")
 
+LONGEST = 25
+"""Kernels of a profile that the table shows; the JSON has all."""
 Backend = Literal["reference", "triton", "compile"]
 
 
@@ -51,6 +53,7 @@ class Request:
     backend: Backend | None
     kernels: bool
     peer: bool
+    profile: bool
 
 
 def prepare(arguments: Sequence[str], world: World) -> Request:
@@ -64,6 +67,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
         "--backend", choices=get_args(Backend), help="the network's operations: plain, fused, or under torch.compile"
     )
     parser.add_argument("--kernels", action="store_true", help="also each operation against its reference and floor")
+    parser.add_argument("--profile", action="store_true", help="also each kernel of one forward and of one decode")
     parser.add_argument("--peer", choices=["diffusers"], help="also the same network and decoder of this library")
     options, settings = parser.parse_command(arguments, SETTING_FLAGS, leaf_keys(InferenceConfig))
     config: InferenceConfig = load_config(locate(options.config, "the config"), settings)
@@ -85,6 +89,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
         options.backend,
         options.kernels,
         options.peer is not None,
+        options.profile,
     )
 
 
@@ -104,6 +109,7 @@ def run(request: Request, world: World) -> int:
             compiled=request.backend == "compile",
             operations=request.kernels,
             peers=request.peer,
+            profiled=request.profile,
         )
     atomic_write_text(request.out, json.dumps(report, indent=2) + "\n")
     print(render(report))
@@ -130,6 +136,10 @@ def render(report: dict[str, Any]) -> str:
         lines[f"{name}, ms"] = f"{taken} ({row['share of the floor']:.0%} of the floor's speed)"
     for what, figures in report.get("peers", {}).items():
         lines |= {f"{what}: {name}": f"{value:.2f}" for name, value in figures.items()}
+    for what, kernels in report.get("profile", {}).items():
+        total = sum(row["ms"] for row in kernels.values())
+        for name, row in list(kernels.items())[:LONGEST]:
+            lines[f"{what}, ms: {name[:60]}"] = f"{row['ms']:.2f} in {row['calls']} ({row['ms'] / total:.0%})"
     video = report["video"]
     title = f"{video['frames']} frames of {video['width']}x{video['height']}"
     return table([{title: name, report["machine"]["device"]: value} for name, value in lines.items()])

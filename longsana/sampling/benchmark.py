@@ -25,7 +25,7 @@ from longsana.ops import backend
 from longsana.runtime.clock import Clock
 from longsana.runtime.files import partial_name
 from longsana.runtime.video import VideoWriter
-from longsana.sampling.microbenchmark import compile_blocks, measure_operations, measure_peers
+from longsana.sampling.microbenchmark import compile_blocks, measure_operations, measure_peers, measure_profile
 from longsana.sampling.pipeline import Caption, VideoPipeline
 from longsana.sampling.records import commit, versions
 
@@ -67,10 +67,11 @@ def benchmark(
     compiled: bool = False,
     operations: bool = False,
     peers: bool = False,
+    profiled: bool = False,
 ) -> dict[str, Any]:
     """The report on one video in `folder`, made after its first chunks have warmed everything up: one has no past.
 
-    compiled: each block of the network under torch.compile. operations, peers: with those of `microbenchmark`.
+    compiled: each block under torch.compile. operations, peers, profiled: with those of `microbenchmark`.
     """
     started = {"process": time.time() - psutil.Process().create_time()}
     pipeline = VideoPipeline(config, device)
@@ -124,6 +125,8 @@ def benchmark(
     size = prompt.height, prompt.width
     if operations:
         report["operations"] = measure_operations(pipeline, size)
+    if profiled:
+        report["profile"] = measure_profile(pipeline, size)
     if peers:
         report["peers"] = measure_peers(pipeline, size)
     return report

@@ -167,26 +167,76 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
     yield Case("add_temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)
 
 
-@torch.no_grad()
-def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, Any]:
-    """ms of one denoising pass over one chunk, and of decoding it, here and in diffusers, random weights each.
+class Work(NamedTuple):
+    """One chunk for the network and the decoder, both with a past, of random numbers.
 
-    diffusers' network sees one chunk without a past: it has none.
+    x: (1, C, T, h, w). text: without padding. forward, decode: one pass each.
     """
-    from diffusers import SanaVideoTransformer3DModel
 
-    config, device, model = pipeline.config, pipeline.device, pipeline.model
+    x: Tensor
+    t: Tensor
+    text: TextEmbedding
+    forward: Callable[[], Any]
+    decode: Callable[[], Any]
+
+
+def _work(pipeline: VideoPipeline, size: tuple[int, int]) -> Work:
+    config, device, model, vae = pipeline.config, pipeline.device, pipeline.model, pipeline.vae
     frames = config.sampling.chunk_frames
     height, width = pipeline.geometry.latent_size(*size)
     rng = torch.Generator(device).manual_seed(0)
     x = torch.randn(1, config.model.in_channels, frames, height, width, device=device, generator=rng).to(model.dtype)
     length, channels = config.model.caption_length, config.model.caption_channels
     tokens = torch.randn(1, length, channels, device=device, generator=rng).to(model.dtype)
-    mask = torch.ones(1, length, dtype=torch.bool, device=device)
-    text = model.read(TextEmbedding(tokens, mask))
-    t = torch.full((1,), T_STEP, device=device)
-    _, state = model(x, t, text)
-    forward = {"ours": seconds(partial(model, x, t, text, state=state), device)}
+    text = TextEmbedding(tokens, torch.ones(1, length, dtype=torch.bool, device=device))
+    read, t = model.read(text), torch.full((1,), T_STEP, device=device)
+    _, state = model(x, t, read)
+    _, cache = vae.decode_stream(x[:, :, :1])
+    return Work(x, t, text, partial(model, x, t, read, state=state), partial(vae.decode_stream, x, cache))
+
+
+@torch.no_grad()
+def measure_profile(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, Any]:
+    """Where the time of a chunk goes: ms of each kernel (on a CPU, of each operation) in a forward and in a decode.
+
+    Longest first, all calls of a name together; "idle" is the rest of the time between the first and the last.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda, work = pipeline.device.type == "cuda", _work(pipeline, size)
+    report = {}
+    for name, call in (("forward", work.forward), ("decode", work.decode)):
+        wall = seconds(call, pipeline.device, 3)
+        with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+            call()
+            if cuda:
+                torch.cuda.synchronize()
+        spent = {
+            event.key: {
+                "ms": (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000,
+                "calls": event.count,
+            }
+            for event in profiler.key_averages()
+        }
+        spent["idle"] = {"ms": max(0.0, 1000 * wall - sum(row["ms"] for row in spent.values())), "calls": 1}
+        report[name] = dict(sorted(spent.items(), key=lambda item: -item[1]["ms"]))
+    return report
+
+
+@torch.no_grad()
+def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, Any]:
+    """ms of one denoising pass over one chunk, and of decoding it, here and in diffusers, random weights each.
+
+    diffusers' network sees one chunk without a past: it has none. Here the caption's keys and values are not part of a
+    pass.
+    """
+    from diffusers import SanaVideoTransformer3DModel
+
+    config, device, model = pipeline.config, pipeline.device, pipeline.model
+    work = _work(pipeline, size)
+    x, t, (tokens, mask) = work.x, work.t, work.text
+    frames = x.shape[2]
+    forward = {"ours": seconds(work.forward, device)}
 
     settings = {name: value for name, value in diffusers_config(config.model).items() if not name.startswith("_")}
     with torch.device(device):
@@ -200,8 +250,7 @@ def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, A
     del peer, run
 
     vae = pipeline.vae
-    _, cache = vae.decode_stream(x[:, :, :1])
-    decoder = {"ours": seconds(partial(vae.decode_stream, x, cache), device, 5) / (4 * frames)}
+    decoder = {"ours": seconds(work.decode, device, 5) / (4 * frames)}
     for dtype in (torch.float32, torch.bfloat16):
         peer = copy.deepcopy(vae.model).to(dtype)
         for weight in peer.parameters():

@@ -21,7 +21,7 @@ script = load_script(ROOT / "inference_video_scripts" / "benchmark.py")
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("benchmark") / "report.json"
-    assert script.main([*SMALL, "--num_frames", "49", "--kernels", "--out", str(out)]) == 0
+    assert script.main([*SMALL, "--num_frames", "49", "--kernels", "--profile", "--out", str(out)]) == 0
     read: dict[str, Any] = json.loads(out.read_text())
     return read
 
@@ -62,6 +62,18 @@ def test_every_operation_is_measured(report: dict[str, Any]) -> None:
         )
         assert row["share of the floor"] == pytest.approx(floor)
     assert "gated_conv, ms" in script.render(report)
+
+
+def test_a_profile_says_where_the_time_goes(report: dict[str, Any]) -> None:
+    assert report["profile"].keys() == {"forward", "decode"}
+    for kernels in report["profile"].values():
+        spent = [row["ms"] for row in kernels.values()]
+        assert spent == sorted(spent, reverse=True) and min(spent) >= 0
+        assert all(row["calls"] >= 1 for row in kernels.values())
+    assert report["profile"]["forward"]["aten::addmm"]["calls"] > 10
+    assert any("convolution" in name for name in report["profile"]["decode"])
+    table = script.render(report)
+    assert "forward, ms: aten::addmm" in table
 
 
 @pytest.mark.slow
