@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 VARIABLE = "LONGSANA_OPS"
 CAPABILITY = (9, 0)
 """Of the oldest GPUs whose shared memory holds the kernels' tiles."""
-OWN_GRADIENTS = ("linear_attention",)
+OWN_GRADIENTS = ("gated_conv", "linear_attention")
 """Fused operations whose gradients are fused too."""
 IN_PLACE = ("norm_silu_into",)
 """Operations that write into an argument, and are fused only where nothing is differentiated."""

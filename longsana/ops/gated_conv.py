@@ -10,12 +10,18 @@ strip: SiLU is two of the slow operations of a GPU, and three of it a number too
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-COLUMNS, CHANNELS = 4, 256
-"""Of a strip. 52 columns are 13 strips."""
+COLUMNS, GRADIENT_COLUMNS, CHANNELS = 4, 2, 256
+"""Of a strip. 52 columns are 13 strips; gradients hold more of each column."""
+PROGRAMS = 528
+"""Programs that keep a large GPU busy, four times its multiprocessors."""
 
 
 @triton.jit
@@ -108,12 +114,184 @@ def _gated_conv_kernel(
     _store_row(out + (height - 1) * width * inner, v_above, g_above, lane, column, width, inner, COLUMNS)
 
 
+@triton.jit
+def _silu_gradient(x):
+    """d silu(x) / d x."""
+    sigmoid = 1 / (1 + tl.exp(-x))
+    return sigmoid * (1 + x * (1 - sigmoid))
+
+
+@triton.jit
+def _zeros(count: tl.constexpr, CHANNELS: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(count):
+        zeros += (tl.zeros((CHANNELS,), tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _convolved(bias, above, here, below, taps, COLUMNS: tl.constexpr):
+    sums = _add(_start(bias, COLUMNS), above, taps, 0, COLUMNS)
+    return _add(_add(sums, here, taps, 1, COLUMNS), below, taps, 2, COLUMNS)
+
+
+@triton.jit
+def _of_taps(total, of_sums, above, here, below, COLUMNS: tl.constexpr):
+    """The gradients of nine taps and, last, of the bias: `total` with a row of outputs added."""
+    more = ()
+    for tap in tl.static_range(9):
+        own = total[tap]
+        for i in tl.static_range(COLUMNS):
+            if tap < 3:
+                own += of_sums[i] * above[i + tap]
+            elif tap < 6:
+                own += of_sums[i] * here[i + tap - 3]
+            else:
+                own += of_sums[i] * below[i + tap - 6]
+        more += (own,)
+    own = total[9]
+    for i in tl.static_range(COLUMNS):
+        own += of_sums[i]
+    more += (own,)
+    return more
+
+
+@triton.jit
+def _store_of_taps(target, total, lane, last, stride: tl.constexpr):
+    for i in tl.static_range(10):
+        tl.store(target + i * stride + lane, total[i], lane < last)
+
+
+@triton.jit
+def _sums_gradients_kernel(
+    x, taps, bias, grad, of_sums, of_taps, height, width, strips, count, share,
+    inner: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """of_sums, the gradients of the convolution's outputs, like x; of_taps (shares, 10, 2 inner), those of a share's
+    strips of taps and bias."""
+    part = tl.program_id(1)
+    lane = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    channels = lane < inner
+    stride: tl.constexpr = 2 * inner
+    v_taps = _load_taps(taps, lane, channels, stride)
+    g_taps = _load_taps(taps, lane + inner, channels, stride)
+    v_bias = tl.load(bias + lane, channels, 0.0).to(tl.float32)
+    g_bias = tl.load(bias + inner + lane, channels, 0.0).to(tl.float32)
+    v_total, g_total = _zeros(10, CHANNELS), _zeros(10, CHANNELS)
+    nothing = _zeros(COLUMNS + 2, CHANNELS)
+    for strip in range(part * share, tl.minimum(part * share + share, count)):
+        first, column = (strip // strips).to(tl.int64) * height * width, strip % strips * COLUMNS
+        source = x + first * stride
+        v_above, g_above = nothing, nothing
+        v_here = _activate(_load_row(source, lane, inner, column, width, stride, COLUMNS), COLUMNS)
+        g_here = _activate(_load_row(source, lane + inner, stride, column, width, stride, COLUMNS), COLUMNS)
+        for row in range(height):
+            below = source + (row + 1) * width * stride
+            there = row + 1 < height
+            # Lanes before 0 are none.
+            v_below = _activate(
+                _load_row(below, lane, tl.where(there, inner, 0), column, width, stride, COLUMNS), COLUMNS
+            )
+            g_below = _activate(
+                _load_row(below, lane + inner, tl.where(there, stride, 0), column, width, stride, COLUMNS), COLUMNS
+            )
+            values = _convolved(v_bias, v_above, v_here, v_below, v_taps, COLUMNS)
+            gates = _convolved(g_bias, g_above, g_here, g_below, g_taps, COLUMNS)
+            of_values, of_gates = (), ()
+            for i in tl.static_range(COLUMNS):
+                pixel = first + row * width + column + i
+                inside = lane < tl.where(column + i < width, inner, 0)
+                of_out = tl.load(grad + pixel * inner + lane, inside, 0.0).to(tl.float32)
+                of_value, of_gate = of_out * _silu(gates[i]), of_out * values[i] * _silu_gradient(gates[i])
+                tl.store(of_sums + pixel * stride + lane, of_value.to(of_sums.dtype.element_ty), inside)
+                tl.store(of_sums + pixel * stride + inner + lane, of_gate.to(of_sums.dtype.element_ty), inside)
+                of_values += (of_value,)
+                of_gates += (of_gate,)
+            v_total = _of_taps(v_total, of_values, v_above, v_here, v_below, COLUMNS)
+            g_total = _of_taps(g_total, of_gates, g_above, g_here, g_below, COLUMNS)
+            v_above, v_here, g_above, g_here = v_here, v_below, g_here, g_below
+    of_taps += part * 10 * stride
+    _store_of_taps(of_taps, v_total, lane, inner, stride)
+    _store_of_taps(of_taps + inner, g_total, lane, inner, stride)
+
+
+@triton.jit
+def _input_gradients_kernel(
+    x, taps, of_sums, of_x, height, width, stride: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """The convolution's transpose, with its taps the other way round, of of_sums; times the gradient of SiLU."""
+    frame, column = tl.program_id(2).to(tl.int64), tl.program_id(1) * COLUMNS
+    lane = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    first = frame * height * width
+    own = _load_taps(taps, lane, lane < stride, stride)
+    turned = (own[8], own[7], own[6], own[5], own[4], own[3], own[2], own[1], own[0])
+    above = _zeros(COLUMNS + 2, CHANNELS)
+    here = _to_float(_load_row(of_sums + first * stride, lane, stride, column, width, stride, COLUMNS), COLUMNS)
+    for row in range(height):
+        pointer = of_sums + (first + (row + 1) * width) * stride
+        last = tl.where(row + 1 < height, stride, 0)
+        below = _to_float(_load_row(pointer, lane, last, column, width, stride, COLUMNS), COLUMNS)
+        sums = _convolved(tl.zeros((CHANNELS,), tl.float32), above, here, below, turned, COLUMNS)
+        for i in tl.static_range(COLUMNS):
+            at = (first + row * width + column + i) * stride + lane
+            inside = lane < tl.where(column + i < width, stride, 0)
+            slope = _silu_gradient(tl.load(x + at, inside, 0.0).to(tl.float32))
+            tl.store(of_x + at, (sums[i] * slope).to(of_x.dtype.element_ty), inside)
+        above, here = here, below
+
+
+@triton.jit
+def _to_float(row, COLUMNS: tl.constexpr):
+    values = ()
+    for i in tl.static_range(COLUMNS + 2):
+        values += (row[i].to(tl.float32),)
+    return values
+
+
 def gated_conv(x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
-    x, taps = x.contiguous(), weight.flatten(1).t().contiguous()
-    inner = x.shape[-1] // 2
-    out = x.new_empty(*x.shape[:-1], inner)
-    frames = x.numel() // (x.shape[-2] * x.shape[-1])
-    _gated_conv_kernel[(triton.cdiv(inner, CHANNELS), triton.cdiv(size[1], COLUMNS), frames)](
-        x, taps, bias, out, *size, inner, COLUMNS, CHANNELS, num_warps=4
-    )
+    out: Tensor = _GatedConv.apply(x, weight, bias, size)
     return out
+
+
+class _GatedConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
+        x, taps = x.contiguous(), _taps(weight)
+        ctx.save_for_backward(x, weight, bias)
+        ctx.size = size
+        inner = x.shape[-1] // 2
+        out = x.new_empty(*x.shape[:-1], inner)
+        frames = x.numel() // (x.shape[-2] * x.shape[-1])
+        _gated_conv_kernel[(triton.cdiv(inner, CHANNELS), triton.cdiv(size[1], COLUMNS), frames)](
+            x, taps, bias, out, *size, inner, COLUMNS, CHANNELS, num_warps=4
+        )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        (height, width), wide = ctx.size, x.shape[-1]
+        taps, of_sums, of_x = _taps(weight), x.new_empty(x.shape), x.new_empty(x.shape)
+        strips, blocks = triton.cdiv(width, GRADIENT_COLUMNS), triton.cdiv(wide // 2, CHANNELS)
+        frames = x.numel() // (height * width * wide)
+        count = frames * strips
+        # A few strips a program: their gradients of the taps are one sum, and sums of programs do not race.
+        share = triton.cdiv(count, max(PROGRAMS // blocks, 1))
+        shares = triton.cdiv(count, share)
+        of_taps = x.new_empty(shares, 10, wide, dtype=torch.float32)
+        _sums_gradients_kernel[(blocks, shares)](
+            x, taps, bias, grad.contiguous(), of_sums, of_taps, height, width, strips, count, share, wide // 2,
+            GRADIENT_COLUMNS, CHANNELS, num_warps=4,
+        )  # fmt: skip
+        _input_gradients_kernel[(triton.cdiv(wide, CHANNELS), triton.cdiv(width, COLUMNS), frames)](
+            x, taps, of_sums, of_x, height, width, wide, COLUMNS, CHANNELS, num_warps=4
+        )
+        total = of_taps.sum(0)
+        of_weight = total[:9].t().reshape(weight.shape).to(weight.dtype)
+        return of_x, of_weight, total[9].to(bias.dtype), None
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """(9, channels) of (channels, 1, 3, 3)."""
+    return weight.flatten(1).t().contiguous()

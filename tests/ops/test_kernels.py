@@ -168,6 +168,26 @@ def test_gated_conv(frames, size, inner, dtype, tolerance):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize(("frames", "size", "inner"), [(2, (3, 5), 20), (1, (1, 1), 4), (3, (4, 6), 70)])
+def test_gradients_of_gated_conv(frames, size, inner, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(gated_conv, "PROGRAMS", 2)  # programs take several strips, and the last of them fewer
+    inputs = (
+        2 * random(frames, size[0] * size[1], 2 * inner, seed=1),
+        random(2 * inner, 1, 3, 3, seed=2) / 2,
+        random(2 * inner, seed=3) / 2,
+    )
+    cotangent = random(frames, size[0] * size[1], inner, seed=4)
+    results = []
+    for module, device, kind in ((reference, "cpu", torch.float64), (gated_conv, DEVICE, dtype)):
+        own = [value.to(device, kind).requires_grad_() for value in inputs]
+        results.append(torch.autograd.grad(module.gated_conv(*own, size), own, cotangent.to(device, kind)))
+    for wanted, result in zip(*results, strict=True):
+        assert result.shape == wanted.shape and result.dtype == dtype
+        error = (result.cpu().double() - wanted).abs().max() / wanted.abs().max()
+        assert error < 2 * tolerance, error  # the convolution's gradients are rounded once on the way
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
 @pytest.mark.parametrize("lengths", [(1,), (4,), (3, 1, 2)])
 def test_add_temporal_conv(lengths, dtype, tolerance):
     width = 24
