@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 VARIABLE = "LONGSANA_OPS"
 CAPABILITY = (9, 0)
 """Of the oldest GPUs whose shared memory holds the kernels' tiles."""
-OWN_GRADIENTS = ("gated_conv", "linear_attention")
+OWN_GRADIENTS = (
+    "add_norm_modulate", "gated_conv", "gated_residual", "linear_attention", "norm_modulate", "qk_features",
+)  # fmt: skip
 """Fused operations whose gradients are fused too."""
 IN_PLACE = ("norm_silu_into",)
 """Operations that write into an argument, and are fused only where nothing is differentiated."""

@@ -1,26 +1,33 @@
 """What happens to every token on its own, in one pass over memory each: norms, modulation, residuals (Triton).
 
-One program a token. Twins in `reference.py`, with shapes.
+One program a token; for gradients, one for a share of the tokens that have a modulation or weight in common, which sums
+its gradients, and the sums of programs are added by PyTorch. Twins in `reference.py`, with shapes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longsana.ops.reference import FLOAT8_MAX
 
 WARPS = 8
+PROGRAMS = 528
+"""Programs that keep a large GPU busy, four times its multiprocessors."""
 
 
 @triton.jit
 def _normalised(x, inside, width, eps):
-    """LayerNorm of a row without weights; lanes beyond the width are garbage."""
+    """LayerNorm of a row without weights, zeros beyond the width; and what the row was multiplied by."""
     mean = tl.sum(x, 0) / width
     centred = tl.where(inside, x - mean, 0.0)
-    return centred * tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+    factor = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+    return centred * factor, factor
 
 
 @triton.jit
@@ -53,7 +60,7 @@ def _modulate_kernel(
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + row, rounded, inside)
         value = rounded.to(tl.float32)
-    normalised = _normalised(value, inside, width, eps)
+    normalised, _ = _normalised(value, inside, width, eps)
     by = tl.load(scale + modulation, inside, 0.0).to(tl.float32)
     to = tl.load(shift + modulation, inside, 0.0).to(tl.float32)
     tl.store(y + row, (normalised * (1 + by) + to).to(y.dtype.element_ty), inside)
@@ -75,6 +82,86 @@ def _residual_kernel(
 
 
 @triton.jit
+def _features_gradients_kernel(
+    qkv, q_weight, k_weight, of_q, of_k, of_qkv, of_weights, count, share,
+    width: tl.constexpr, eps: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """of_weights (shares, 2, width): those of the tokens of a share."""
+    program = tl.program_id(0)
+    first = program.to(tl.int64) * share
+    lane = tl.arange(0, LANES)
+    inside = lane < width
+    for part in tl.static_range(2):
+        weight = tl.load((k_weight if part else q_weight) + lane, inside, 0.0).to(tl.float32)
+        total = tl.zeros((LANES,), tl.float32)
+        for token in range(tl.minimum(share, count - program * share)):
+            row = (first + token) * width + lane
+            x = tl.load(qkv + 3 * row - 2 * lane + part * width, inside, 0.0).to(tl.float32)
+            factor = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+            normalised = x * factor
+            of_y = tl.load((of_k if part else of_q) + row, inside, 0.0).to(tl.float32)
+            of_y = tl.where(normalised * weight > 0, of_y, 0.0)
+            total += of_y * normalised
+            of_x = of_y * weight
+            of_x = factor * (of_x - normalised * (tl.sum(of_x * normalised, 0) / width))
+            tl.store(of_qkv + 3 * row - 2 * lane + part * width, of_x.to(of_qkv.dtype.element_ty), inside)
+            if part:
+                nothing = tl.zeros((LANES,), of_qkv.dtype.element_ty)
+                tl.store(of_qkv + 3 * row - 2 * lane + 2 * width, nothing, inside)
+        tl.store(of_weights + (program * 2 + part) * width + lane, total, inside)
+
+
+@triton.jit
+def _modulate_gradients_kernel(
+    x, scale, of_total, of_y, of_x, of_shift, of_scale, tokens, frames, clip_stride, frame_stride, share,
+    width: tl.constexpr, eps: tl.constexpr, ADD: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """of_shift, of_scale (B T, shares, width): those of the tokens of a share of a frame."""
+    frame, part = tl.program_id(0), tl.program_id(1)
+    lane = tl.arange(0, LANES)
+    inside = lane < width
+    by = tl.load(scale + frame // frames * clip_stride + frame % frames * frame_stride + lane, inside, 0.0)
+    by = 1 + by.to(tl.float32)
+    shift_total, scale_total = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    for token in range(part * share, tl.minimum(part * share + share, tokens)):
+        row = (frame.to(tl.int64) * tokens + token) * width + lane
+        value = tl.load(x + row, inside, 0.0).to(tl.float32)
+        normalised, factor = _normalised(value, inside, width, eps)
+        given = tl.load(of_y + row, inside, 0.0).to(tl.float32)
+        shift_total += given
+        scale_total += given * normalised
+        given *= by
+        mean, along = tl.sum(given, 0) / width, tl.sum(given * normalised, 0) / width
+        given = factor * (given - mean - normalised * along)
+        if ADD:
+            given += tl.load(of_total + row, inside, 0.0).to(tl.float32)
+        tl.store(of_x + row, given.to(of_x.dtype.element_ty), inside)
+    at = (frame * tl.num_programs(1) + part) * width + lane
+    tl.store(of_shift + at, shift_total, inside)
+    tl.store(of_scale + at, scale_total, inside)
+
+
+@triton.jit
+def _residual_gradients_kernel(
+    gate, h, of_y, of_h, of_gate, tokens, frames, clip_stride, frame_stride, share,
+    width: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """of_gate (B T, shares, width): those of the tokens of a share of a frame."""
+    frame, part = tl.program_id(0), tl.program_id(1)
+    lane = tl.arange(0, LANES)
+    inside = lane < width
+    by = tl.load(gate + frame // frames * clip_stride + frame % frames * frame_stride + lane, inside, 0.0)
+    by = by.to(tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for token in range(part * share, tl.minimum(part * share + share, tokens)):
+        row = (frame.to(tl.int64) * tokens + token) * width + lane
+        given = tl.load(of_y + row, inside, 0.0).to(tl.float32)
+        total += given * tl.load(h + row, inside, 0.0).to(tl.float32)
+        tl.store(of_h + row, (given * by).to(of_h.dtype.element_ty), inside)
+    tl.store(of_gate + (frame * tl.num_programs(1) + part) * width + lane, total, inside)
+
+
+@triton.jit
 def _quantise_kernel(x, y, scales, width: tl.constexpr, largest: tl.constexpr, LANES: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
@@ -86,33 +173,119 @@ def _quantise_kernel(x, y, scales, width: tl.constexpr, largest: tl.constexpr, L
 
 
 def qk_features(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    qkv = qkv.contiguous()
-    width = qkv.shape[-1] // 3
-    q, k = (qkv.new_empty(*qkv.shape[:-1], width) for _ in range(2))
-    _features_kernel[(qkv.numel() // (3 * width),)](
-        qkv, q_weight, k_weight, q, k, width, eps, triton.next_power_of_2(width), num_warps=WARPS
-    )
+    q, k = _Features.apply(qkv, q_weight, k_weight, eps)
     return q, k
 
 
+class _Features(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        qkv = qkv.contiguous()
+        ctx.save_for_backward(qkv, q_weight, k_weight)
+        ctx.eps = eps
+        width = qkv.shape[-1] // 3
+        q, k = (qkv.new_empty(*qkv.shape[:-1], width) for _ in range(2))
+        _features_kernel[(qkv.numel() // (3 * width),)](qkv, q_weight, k_weight, q, k, width, eps, **_row(width))
+        return q, k
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_q: Tensor, of_k: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, q_weight, k_weight = ctx.saved_tensors
+        width = qkv.shape[-1] // 3
+        count = qkv.numel() // (3 * width)
+        shares, share = _shares(count, 1)
+        of_qkv = torch.empty_like(qkv)
+        of_weights = qkv.new_empty(shares, 2, width, dtype=torch.float32)
+        _features_gradients_kernel[(shares,)](
+            qkv, q_weight, k_weight, of_q.contiguous(), of_k.contiguous(), of_qkv, of_weights, count, share, width,
+            ctx.eps, **_row(width),
+        )  # fmt: skip
+        of_q_weight, of_k_weight = of_weights.sum(0).to(q_weight.dtype)
+        return of_qkv, of_q_weight, of_k_weight, None
+
+
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    _modulate(x, x, shift, scale, x, y, eps, add=False)
+    y: Tensor = _NormModulate.apply(x, shift, scale, eps)
     return y
 
 
+class _NormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, scale)
+        ctx.eps = eps
+        y = torch.empty_like(x)
+        _modulate(x, x, shift, scale, x, y, eps, add=False)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        return (*_modulate_gradients(x, scale, None, of_y, ctx.eps), None)
+
+
 def add_norm_modulate(x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x, h = x.contiguous(), h.contiguous()
-    total, y = torch.empty_like(x), torch.empty_like(x)
-    _modulate(x, h, shift, scale, total, y, eps, add=True)
+    total, y = _AddNormModulate.apply(x, h, shift, scale, eps)
     return total, y
+
+
+class _AddNormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x, h = x.contiguous(), h.contiguous()
+        total, y = torch.empty_like(x), torch.empty_like(x)
+        _modulate(x, h, shift, scale, total, y, eps, add=True)
+        ctx.save_for_backward(total, scale)
+        ctx.eps = eps
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_total: Tensor, of_y: Tensor) -> tuple[Tensor | None, ...]:
+        total, scale = ctx.saved_tensors
+        of_x, of_shift, of_scale = _modulate_gradients(total, scale, of_total, of_y, ctx.eps)
+        return of_x, of_x, of_shift, of_scale, None
+
+
+def gated_residual(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
+    y: Tensor = _GatedResidual.apply(x, gate, h)
+    return y
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
+        x, h = x.contiguous(), h.contiguous()
+        ctx.save_for_backward(gate, h)
+        y = torch.empty_like(x)
+        batch, frames, tokens, width = x.shape
+        _residual_kernel[(batch * frames * tokens,)](
+            x, gate, h, y, tokens, frames, *_frame_strides(gate, x), width, **_row(width)
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor, ...]:
+        gate, h = ctx.saved_tensors
+        batch, frames, tokens, width = h.shape
+        shares, share = _shares(tokens, batch * frames)
+        of_h, of_gate = torch.empty_like(h), h.new_empty(batch, frames, shares, width, dtype=torch.float32)
+        _residual_gradients_kernel[(batch * frames, shares)](
+            gate, h, of_y.contiguous(), of_h, of_gate, tokens, frames, *_frame_strides(gate, h), share, width,
+            **_row(width),
+        )  # fmt: skip
+        return of_y, _of_modulation(of_gate, gate), of_h
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     count, width = x.shape
     y, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(count, 1, dtype=torch.float32)
-    _quantise_kernel[(count,)](x, y, scale, width, FLOAT8_MAX, triton.next_power_of_2(width), num_warps=WARPS)
+    _quantise_kernel[(count,)](x, y, scale, width, FLOAT8_MAX, **_row(width))
     return y, scale
 
 
@@ -123,19 +296,39 @@ def _modulate(
     strides = _frame_strides(shift, x)
     assert strides == _frame_strides(scale, x)
     _modulate_kernel[(batch * frames * tokens,)](
-        x, h, shift, scale, total, y, tokens, frames, *strides, width, eps, add, triton.next_power_of_2(width),
-        num_warps=WARPS,
-    )  # fmt: skip
-
-
-def gated_residual(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-    x, h = x.contiguous(), h.contiguous()
-    y = torch.empty_like(x)
-    batch, frames, tokens, width = x.shape
-    _residual_kernel[(batch * frames * tokens,)](
-        x, gate, h, y, tokens, frames, *_frame_strides(gate, x), width, triton.next_power_of_2(width), num_warps=WARPS
+        x, h, shift, scale, total, y, tokens, frames, *strides, width, eps, add, **_row(width)
     )
-    return y
+
+
+def _modulate_gradients(
+    x: Tensor, scale: Tensor, of_total: Tensor | None, of_y: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, shift and scale."""
+    batch, frames, tokens, width = x.shape
+    shares, share = _shares(tokens, batch * frames)
+    of_y = of_y.contiguous()
+    of_x = torch.empty_like(x)
+    of_shift, of_scale = (x.new_empty(batch, frames, shares, width, dtype=torch.float32) for _ in range(2))
+    _modulate_gradients_kernel[(batch * frames, shares)](
+        x, scale, of_y if of_total is None else of_total.contiguous(), of_y, of_x, of_shift, of_scale, tokens, frames,
+        *_frame_strides(scale, x), share, width, eps, of_total is not None, **_row(width),
+    )  # fmt: skip
+    return of_x, _of_modulation(of_shift, scale), _of_modulation(of_scale, scale)
+
+
+def _of_modulation(shares: Tensor, modulation: Tensor) -> Tensor:
+    """The gradient of modulation (B, 1 or T, 1, D), from that of shares (B, T, shares, D) of its tokens."""
+    return shares.sum(2, keepdim=True).sum_to_size(modulation.shape).to(modulation.dtype)
+
+
+def _shares(tokens: int, others: int) -> tuple[int, int]:
+    """Programs that part tokens, where `others` work beside them, and the tokens of each."""
+    share = triton.cdiv(tokens, min(max(PROGRAMS // others, 1), tokens))
+    return triton.cdiv(tokens, share), share
+
+
+def _row(width: int) -> dict[str, int]:
+    return {"LANES": triton.next_power_of_2(width), "num_warps": WARPS}
 
 
 def _frame_strides(modulation: Tensor, x: Tensor) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import pytest
 import torch
@@ -92,6 +93,46 @@ def test_qk_features(shape, dtype, tolerance):
     )  # fmt: skip
 
 
+def compare_gradients(
+    name: str, module: ModuleType, inputs: Sequence[Tensor], settings: Sequence[object], dtype: torch.dtype,
+    tolerance: float,
+) -> None:  # fmt: skip
+    """Of all inputs, with random cotangents of all outputs."""
+    results = []
+    for source, device, kind in ((reference, "cpu", torch.float64), (module, DEVICE, dtype)):
+        own = [value.to(device, kind).requires_grad_() for value in inputs]
+        outputs = getattr(source, name)(*own, *settings)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        cotangents = [random(*value.shape, seed=seed).to(value) for seed, value in enumerate(outputs, 10)]
+        results.append(torch.autograd.grad(outputs, own, cotangents))
+    for wanted, result in zip(*results, strict=True):
+        assert result.shape == wanted.shape and result.dtype == dtype
+        error = (result.cpu().double() - wanted).abs().max() / wanted.abs().max()
+        assert error < tolerance, error
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize(("shape", "programs"), [((2, 3, 5, 20), 1), ((1, 1, 1, 8), 528), ((1, 2, 7, 100), 5)])
+def test_gradients_of_norms_and_residuals(shape, dtype, tolerance, programs, monkeypatch):
+    monkeypatch.setattr(norms, "PROGRAMS", programs)
+    x, h = 3 * random(*shape, seed=1) + 0.5, random(*shape, seed=2)
+    for frames in {1, shape[1]}:
+        shift, scale, gate = random(shape[0], frames, 3, shape[3], seed=3)[:, :, None].unbind(-2)
+        compare_gradients("norm_modulate", norms, (x, shift, scale), [1e-6], dtype, tolerance)
+        compare_gradients("add_norm_modulate", norms, (x, h, shift, scale), [1e-6], dtype, 2 * tolerance)
+        compare_gradients("gated_residual", norms, (x, gate, h), [], dtype, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize(("shape", "programs"), [((2, 5, 20), 3), ((1, 1, 8), 528), ((3, 100), 1)])
+def test_gradients_of_qk_features(shape, dtype, tolerance, programs, monkeypatch):
+    monkeypatch.setattr(norms, "PROGRAMS", programs)
+    *rest, width = shape
+    inputs = (2 * random(*rest, 3 * width, seed=1), 1 + random(width, seed=2) / 4, 1 + random(width, seed=3) / 4)
+    inputs = tuple(value.bfloat16().double() for value in inputs)
+    compare_gradients("qk_features", norms, inputs, [1e-5], dtype, 2 * tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(5, 56), (1, 8), (3, 100)])
 def test_quantise_rows(shape, dtype):
@@ -168,7 +209,7 @@ def test_gated_conv(frames, size, inner, dtype, tolerance):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
-@pytest.mark.parametrize(("frames", "size", "inner"), [(2, (3, 5), 20), (1, (1, 1), 4), (3, (4, 6), 70)])
+@pytest.mark.parametrize(("frames", "size", "inner"), [(2, (3, 5), 20), (1, (1, 1), 4), (3, (2, 4), 30)])
 def test_gradients_of_gated_conv(frames, size, inner, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(gated_conv, "PROGRAMS", 2)  # programs take several strips, and the last of them fewer
     inputs = (
@@ -176,15 +217,8 @@ def test_gradients_of_gated_conv(frames, size, inner, dtype, tolerance, monkeypa
         random(2 * inner, 1, 3, 3, seed=2) / 2,
         random(2 * inner, seed=3) / 2,
     )
-    cotangent = random(frames, size[0] * size[1], inner, seed=4)
-    results = []
-    for module, device, kind in ((reference, "cpu", torch.float64), (gated_conv, DEVICE, dtype)):
-        own = [value.to(device, kind).requires_grad_() for value in inputs]
-        results.append(torch.autograd.grad(module.gated_conv(*own, size), own, cotangent.to(device, kind)))
-    for wanted, result in zip(*results, strict=True):
-        assert result.shape == wanted.shape and result.dtype == dtype
-        error = (result.cpu().double() - wanted).abs().max() / wanted.abs().max()
-        assert error < 2 * tolerance, error  # the convolution's gradients are rounded once on the way
+    # The convolution's gradients are rounded once on the way.
+    compare_gradients("gated_conv", gated_conv, inputs, [size], dtype, 2 * tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
