@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from longsana.ops import reference, temporal
-from longsana.ops.backend import differentiable
 
 pytest.importorskip("triton")
 attention, gated_conv, norms = (
@@ -94,14 +93,13 @@ def test_qk_features(shape, dtype, tolerance):
 
 
 def compare_gradients(
-    name: str, module: ModuleType, inputs: Sequence[Tensor], settings: Sequence[object], dtype: torch.dtype,
-    tolerance: float,
-) -> None:  # fmt: skip
+    name: str, module: ModuleType, inputs: Sequence[Tensor], dtype: torch.dtype, tolerance: float, **settings: object
+) -> None:
     """Of all inputs, with random cotangents of all outputs."""
     results = []
     for source, device, kind in ((reference, "cpu", torch.float64), (module, DEVICE, dtype)):
         own = [value.to(device, kind).requires_grad_() for value in inputs]
-        outputs = getattr(source, name)(*own, *settings)
+        outputs = getattr(source, name)(*own, **settings)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         cotangents = [random(*value.shape, seed=seed).to(value) for seed, value in enumerate(outputs, 10)]
         results.append(torch.autograd.grad(outputs, own, cotangents))
@@ -118,9 +116,9 @@ def test_gradients_of_norms_and_residuals(shape, dtype, tolerance, programs, mon
     x, h = 3 * random(*shape, seed=1) + 0.5, random(*shape, seed=2)
     for frames in {1, shape[1]}:
         shift, scale, gate = random(shape[0], frames, 3, shape[3], seed=3)[:, :, None].unbind(-2)
-        compare_gradients("norm_modulate", norms, (x, shift, scale), [1e-6], dtype, tolerance)
-        compare_gradients("add_norm_modulate", norms, (x, h, shift, scale), [1e-6], dtype, 2 * tolerance)
-        compare_gradients("gated_residual", norms, (x, gate, h), [], dtype, tolerance)
+        compare_gradients("norm_modulate", norms, (x, shift, scale), dtype, tolerance, eps=1e-6)
+        compare_gradients("add_norm_modulate", norms, (x, h, shift, scale), dtype, 2 * tolerance, eps=1e-6)
+        compare_gradients("gated_residual", norms, (x, gate, h), dtype, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
@@ -130,7 +128,7 @@ def test_gradients_of_qk_features(shape, dtype, tolerance, programs, monkeypatch
     *rest, width = shape
     inputs = (2 * random(*rest, 3 * width, seed=1), 1 + random(width, seed=2) / 4, 1 + random(width, seed=3) / 4)
     inputs = tuple(value.bfloat16().double() for value in inputs)
-    compare_gradients("qk_features", norms, inputs, [1e-5], dtype, 2 * tolerance)
+    compare_gradients("qk_features", norms, inputs, dtype, 2 * tolerance, eps=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -218,7 +216,7 @@ def test_gradients_of_gated_conv(frames, size, inner, dtype, tolerance, monkeypa
         random(2 * inner, seed=3) / 2,
     )
     # The convolution's gradients are rounded once on the way.
-    compare_gradients("gated_conv", gated_conv, inputs, [size], dtype, 2 * tolerance)
+    compare_gradients("gated_conv", gated_conv, inputs, dtype, 2 * tolerance, size=size)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
@@ -237,26 +235,11 @@ def test_add_temporal_conv(lengths, dtype, tolerance):
     )
 
 
-def test_gradients_of_a_fused_operation_are_its_twins():
-    """Of inputs that want them, through outputs that are used."""
-    x, h = random(1, 2, 3, 8, seed=1).float(), random(1, 2, 3, 8, seed=2).float()
-    shift, scale = random(1, 1, 2, 8, seed=3).float()[:, :, None].unbind(-2)
-
-    def gradients(operation: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor | None]:
-        inputs = [x.clone().requires_grad_(), h, shift.clone().requires_grad_(), scale.clone().requires_grad_()]
-        inputs = [value.to(DEVICE).detach().requires_grad_(value.requires_grad) for value in inputs]
-        total, y = operation(*inputs, 1e-6)
-        ((2 * total).sum() + (y * random(*y.shape, seed=4).to(y)).sum()).backward()
-        return [value.grad for value in inputs]
-
-    expected = gradients(reference.add_norm_modulate)
-    given = gradients(lambda *inputs: differentiable(norms.add_norm_modulate, reference.add_norm_modulate, *inputs))
-    assert given[1] is None
-    assert expected[1] is None
-    for wanted, result in zip(expected, given, strict=True):
-        if wanted is not None:
-            torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        inputs = (part.to(DEVICE) for part in (x, h, shift, scale))
-        total, _ = differentiable(norms.add_norm_modulate, reference.add_norm_modulate, *inputs, 1e-6)
-    assert total.grad_fn is None
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize("lengths", [(1,), (4,), (3, 1, 2)])
+def test_gradients_of_add_temporal_conv(lengths, dtype, tolerance):
+    width = 24
+    inputs = (
+        random(2, sum(lengths), 6, width, seed=1), random(2, 6, width, seed=2), random(width, width, 3, 1, seed=3) / 4
+    )  # fmt: skip
+    compare_gradients("add_temporal_conv", temporal, inputs, dtype, 2 * tolerance, lengths=lengths)
