@@ -80,7 +80,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
         raise InputError(f"--out {options.out}: is a folder; give the name of a file")
     check_writable(options.out.parent, "--out")
     if options.backend == "triton" and not can_fuse():
-        raise InputError("--backend triton: needs an NVIDIA GPU of compute capability 9.0 or newer; here there is none")
+        raise InputError("--backend triton: needs an NVIDIA GPU with the shared memory of an H100; here there is none")
     return Request(
         config,
         select_prompts(config, 0, 1)[0],

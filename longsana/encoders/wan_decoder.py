@@ -135,8 +135,8 @@ def _clear_border(buffer: Tensor) -> None:
 
 def _conv3d(layer: Layer, x: Tensor) -> Tensor:
     x = x.permute(0, 4, 1, 2, 3)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        # conv3d takes oneDNN only where B C T H is above 20480, and elsewhere up to 20 times as long.
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.enabled:
+        # conv3d takes oneDNN for a single video only where C T H is above 20480, and elsewhere up to 20 times as long.
         y = torch.mkldnn_convolution(x, layer.weight, layer.bias, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
     else:
         y = F.conv3d(x, layer.weight, layer.bias)

@@ -20,11 +20,10 @@ from longsana.data.shapes import FPS, draw_scene, parse_caption, render
 from longsana.encoders.vae import WanVAE
 from longsana.evaluation.measures import boundaries, drift, drift_curve, measure_pieces, per_second, seam_index
 from longsana.evaluation.verifier import Seen, Verdicts, judge, observe
-from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.clock import Clock
 from longsana.runtime.files import partial_name
 from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
-from longsana.sampling.sampler import Network
+from longsana.sampling.sampler import Network, Text
 from longsana.state import CausalState
 
 FIGURES = Verdicts._fields
@@ -113,7 +112,7 @@ class _Unabsorbing:
         self.state: CausalState | None = None
 
     def __call__(
-        self, x: Tensor, t: Tensor, text: TextEmbedding, *, state: CausalState | None = None
+        self, x: Tensor, t: Tensor, text: Text, *, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
         if self.state is not None and not t.any():
             return x, self.state

@@ -165,7 +165,10 @@ class LongSanaDiT(nn.Module):
         """
         alone = len(text.mask) == 1 and bool(text.mask.any())
         caption = self.text_embed(text.tokens[:, text.mask[0]] if alone else text.tokens)
-        layers = [cast(Block, block).cross_attn.read(caption) for block in self.blocks]
+        layers = []
+        for block in self.blocks:
+            keys, values = cast(Block, block).cross_attn.read(caption)
+            layers.append((keys, values.contiguous()))  # a view would keep unnormalised keys alive
         return TextMemory(layers, None if alone else text.mask)
 
     def empty_state(self, batch: int, height: int, width: int, *, frames: int = 0) -> CausalState:

@@ -33,9 +33,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-SUMS, OUTPUT, GRADIENTS = Tile(32, 8, 2), Tile(64, 4, 1), Tile(64, 8, 1)
-"""For heads of 112 on sm_90: 128, 254 and 255 registers a thread, so that two programs of the first two share a
-multiprocessor; the gradients' spill 160 and 360 bytes."""
+SUMS, OUTPUT, GRADIENTS = Tile(32, 4, 2), Tile(64, 4, 1), Tile(64, 8, 1)
+"""For heads of 112 on sm_90 two programs of the first two share a multiprocessor: 244 and 255 registers a thread
+(Triton 3.6), none in memory. The gradients spill some hundred bytes."""
 PROGRAMS = 264
 """Programs that keep a large GPU busy, twice its multiprocessors."""
 Span = tuple[int, int]

@@ -17,8 +17,8 @@ R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 VARIABLE = "LONGSANA_OPS"
-CAPABILITY = (9, 0)
-"""Of the oldest GPUs whose shared memory holds the kernels' tiles."""
+SHARED_MEMORY = 227 << 10
+"""Bytes that a program may have, to hold the kernels' tiles: on H100, H200, B200, not on their smaller relatives."""
 WITHOUT_GRADIENTS = ("norm_silu_into", "quantise_rows")
 """Operations that are fused only where nothing is differentiated."""
 # Padded strides go wrong in torch 2.11: of the attention denominators' gradient, (B, N, heads), one kernel writes
@@ -42,14 +42,17 @@ def backend() -> Literal["triton", "reference"]:
     if wanted == "reference":
         return "reference"
     if not can_fuse():
-        log.warning("plain PyTorch operations: the fused ones need an NVIDIA GPU of compute capability 9.0")
+        log.warning("plain PyTorch operations: the fused ones need an NVIDIA GPU with the shared memory of an H100")
         return "reference"
     return "triton"
 
 
 def can_fuse() -> bool:
     """Whether the fused operations run here."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= CAPABILITY
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return False
+    own: int = getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin")  # noqa: B009 (not in stubs)
+    return own >= SHARED_MEMORY
 
 
 def operation(plain: Callable[P, R], modules: Mapping[str, str]) -> Callable[P, R]:

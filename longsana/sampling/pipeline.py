@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
@@ -68,8 +68,7 @@ class VideoPipeline:
         )
         self.plan = chunk_plan(config)
         self._negative: CompactEmbedding | None = None  # one for all captions
-        # Of a network that stays as it is; that of a trainer is not read ahead.
-        self._read: Callable[[TextEmbedding], Text] = lambda text: text
+        self._loaded: LongSanaDiT | None = None
         self.model: LongSanaDiT
         self.vae: WanVAE
 
@@ -118,7 +117,7 @@ class VideoPipeline:
                 to_float8(self.model)
             except ValueError as error:
                 raise InputError(f"model.float8=true: {error}") from error
-        self._read = self.model.read
+        self._loaded = self.model
         if config.sampling.cfg_scale != 1 and config.sampling.null_caption == "learned":
             self._null(1)
 
@@ -162,9 +161,9 @@ class VideoPipeline:
 
             @lru_cache(maxsize=1)  # most videos have one prompt
             def text(chosen: tuple[int, ...]) -> Text:
-                return self._read(
-                    self._batch([caption.parts[part] for caption, part in zip(captions, chosen, strict=True)])
-                )
+                batch = [caption.parts[part] for caption, part in zip(captions, chosen, strict=True)]
+                with clock.part("denoise"):
+                    return self._read(self._batch(batch))
 
             return generate(
                 self.model,
@@ -200,6 +199,10 @@ class VideoPipeline:
             device=self.device,
             clock=clock,
         )
+
+    def _read(self, text: TextEmbedding) -> Text:
+        """Ahead of its passes, where the network stays as it was loaded; a trainer's changes, and may be sharded."""
+        return self.model.read(text) if self.model is self._loaded else text
 
     def _batch(self, embeddings: Sequence[CompactEmbedding]) -> TextEmbedding:
         expanded = [expand(embedding, self.device) for embedding in embeddings]

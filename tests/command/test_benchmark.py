@@ -69,6 +69,7 @@ def test_a_profile_says_where_the_time_goes(report: dict[str, Any]) -> None:
     for kernels in report["profile"].values():
         spent = [row["ms"] for row in kernels.values()]
         assert spent == sorted(spent, reverse=True) and min(spent) >= 0
+        assert sum(spent) > 0.2
         assert all(row["calls"] >= 1 for row in kernels.values())
     assert report["profile"]["forward"]["aten::addmm"]["calls"] > 10
     assert any("convolution" in name for name in report["profile"]["decode"])
@@ -82,7 +83,9 @@ def test_peers_are_measured_beside_it(tmp_path: Path) -> None:
     assert script.main([*SMALL, "--peer", "diffusers", "--backend", "compile", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert report["video"]["backend"] == "compile"
-    assert report["peers"]["forward, ms"].keys() == {"ours", "diffusers, eager", "diffusers, each block compiled"}
+    assert report["peers"]["forward, ms"].keys() == {
+        "ours, caption read before", "diffusers, eager", "diffusers, each block compiled",
+    }  # fmt: skip
     assert report["peers"]["decoder, ms a frame"].keys() == {"ours", "diffusers, float32", "diffusers, bfloat16"}
     assert min(value for figures in report["peers"].values() for value in figures.values()) > 0
 

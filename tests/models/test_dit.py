@@ -143,9 +143,6 @@ def test_padded_tokens_of_a_caption_are_not_seen(small_config, random_model, ran
     assert relative(model(x, torch.zeros(2), wide)[0][1:], out[1:]) > 1e-2
 
 
-# Time -----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_caption_that_was_read_is_the_caption(small_config, random_model, random_text, random_latents, batch):
     """And a single one has lost its padding."""
@@ -158,6 +155,9 @@ def test_a_caption_that_was_read_is_the_caption(small_config, random_model, rand
     assert read.layers[0][0].shape[2] == (5 if batch == 1 else text.mask.shape[1])
     for expected, given in zip(model(x, t, text)[0], model(x, t, read)[0], strict=True):
         torch.testing.assert_close(given, expected)
+
+
+# Time -----------------------------------------------------------------------------------------------------------------
 
 
 def test_timesteps_per_frame(small_config, random_model, random_text, random_latents):

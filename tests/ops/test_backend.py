@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 module = importlib.import_module("longsana.ops.backend")  # longsana.ops.backend is also the name of the function
 
@@ -29,12 +31,25 @@ def test_the_fused_ones_run_where_they_can_unless_the_plain_ones_are_asked_for(a
     assert module.backend() == picked
 
 
+@pytest.mark.parametrize(
+    ("there", "shared", "able"),
+    [(True, 227, True), (True, 228, True), (True, 163, False), (True, 99, False), (False, 227, False)],
+)
+def test_the_tiles_must_fit(there, shared, able, monkeypatch):
+    """H100, an A100's and a consumer card's shared memory, in KB; and no GPU at all."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared << 10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert module.can_fuse() is able
+
+
 def test_a_device_that_cannot_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(module, "can_fuse", lambda: False)
     with caplog.at_level(logging.WARNING):
         assert [module.backend() for _ in range(3)] == ["reference"] * 3
     assert [record.message for record in caplog.records] == [
-        "plain PyTorch operations: the fused ones need an NVIDIA GPU of compute capability 9.0"
+        "plain PyTorch operations: the fused ones need an NVIDIA GPU with the shared memory of an H100"
     ]
 
 

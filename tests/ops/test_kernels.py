@@ -149,7 +149,8 @@ def test_quantise_rows(shape, dtype):
     ("lengths", "heads", "dim", "window"),
     [((5,), 3, 8, -1), ((150,), 2, 28, -1), ((3, 70, 2), 1, 112, -1), ((4, 1, 66), 2, 12, 1), ((2, 2, 2, 2), 1, 20, 2)],
 )
-def test_linear_attention(lengths, heads, dim, window, dtype, tolerance):
+def test_linear_attention(lengths, heads, dim, window, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(attention, "PROGRAMS", 4)  # the longest chunks are several tiles of a program
     count = sum(lengths)
     q, k, v = random(2, count, 3, heads, dim).unbind(2)  # v is part of a wider tensor, as in the network
     angle = 3 * random(count, dim // 2, seed=4)
@@ -194,7 +195,8 @@ def test_linear_attention_of_wide_heads_in_float32():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
 @pytest.mark.parametrize(("frames", "size", "inner"), [(2, (3, 5), 20), (1, (1, 1), 4), (1, (4, 18), 70)])
-def test_gated_conv(frames, size, inner, dtype, tolerance):
+def test_gated_conv(frames, size, inner, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(gated_conv, "CHANNELS", 64)
     inputs = (
         2 * random(frames, size[0] * size[1], 2 * inner, seed=1),
         random(2 * inner, 1, 3, 3, seed=2) / 2,
@@ -209,7 +211,8 @@ def test_gated_conv(frames, size, inner, dtype, tolerance):
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
 @pytest.mark.parametrize(("frames", "size", "inner"), [(2, (3, 5), 20), (1, (1, 1), 4), (3, (2, 4), 30)])
 def test_gradients_of_gated_conv(frames, size, inner, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(gated_conv, "PROGRAMS", 2)  # programs take several strips, and the last of them fewer
+    monkeypatch.setattr(gated_conv, "PROGRAMS", 4)  # programs take several strips, and the last of them fewer
+    monkeypatch.setattr(gated_conv, "CHANNELS", 16)
     inputs = (
         2 * random(frames, size[0] * size[1], 2 * inner, seed=1),
         random(2 * inner, 1, 3, 3, seed=2) / 2,
