@@ -121,14 +121,14 @@ class VideoPipeline:
         if config.sampling.cfg_scale != 1 and config.sampling.null_caption == "learned":
             self._null(1)
 
-    def captions(self, captions: Sequence[Caption]) -> list[TextEmbedding]:
+    def captions(self, captions: Sequence[Caption]) -> list[Text]:
         """On the device, for a batch: the (first part of the) captions, and with guidance what to move away from."""
-        toward = self._batch([caption.parts[0] for caption in captions])
-        if self.config.sampling.cfg_scale == 1:
-            return [toward]
-        if self.config.sampling.null_caption == "learned":
-            return [toward, self._null(len(captions))]
-        return [toward, self._batch([caption.negative for caption in captions if caption.negative is not None])]
+        texts = [self._batch([caption.parts[0] for caption in captions])]
+        if self.config.sampling.cfg_scale != 1 and self.config.sampling.null_caption == "learned":
+            texts.append(self._null(len(captions)))
+        elif self.config.sampling.cfg_scale != 1:
+            texts.append(self._batch([caption.negative for caption in captions if caption.negative is not None]))
+        return [self._read(text) for text in texts]
 
     def _null(self, batch: int) -> TextEmbedding:
         try:
@@ -175,7 +175,8 @@ class VideoPipeline:
                 device=self.device,
                 clock=clock,
             )
-        embeddings = [self._read(embedding) for embedding in self.captions(captions)]
+        with clock.part("denoise"):
+            embeddings = self.captions(captions)
         steps, cfg_scale = config.scheduler.num_inference_steps, config.sampling.cfg_scale
         if config.scheduler.sampling_algo == WHOLE_CLIP:
             return sample_clip(

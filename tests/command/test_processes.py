@@ -25,7 +25,7 @@ Prompts = Callable[..., Path]
 LINES = ["a red circle", "a blue square", "a red circle", "a green star", "a cyan ring"]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_processes_makes_the_same_latents(
     processes: int, command: Callable[..., int], prompts: Prompts, tmp_path: Path
 ) -> None:
@@ -72,6 +72,7 @@ def test_kill_at_any_moment_and_go_on(command: Callable[..., int], prompts: Prom
     assert latents(folder) == latents(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_bars_on_a_terminal(prompts: Prompts, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
