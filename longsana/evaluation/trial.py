@@ -20,10 +20,11 @@ from longsana.data.shapes import FPS, draw_scene, parse_caption, render
 from longsana.encoders.vae import WanVAE
 from longsana.evaluation.measures import boundaries, drift, drift_curve, measure_pieces, per_second, seam_index
 from longsana.evaluation.verifier import Seen, Verdicts, judge, observe
+from longsana.models.embeddings import Text
 from longsana.runtime.clock import Clock
 from longsana.runtime.files import partial_name
 from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
-from longsana.sampling.sampler import Network, Text
+from longsana.sampling.sampler import Network
 from longsana.state import CausalState
 
 FIGURES = Verdicts._fields

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
 from longsana.models.attention import CrossAttention, LinearAttention
-from longsana.models.embeddings import CaptionEmbedding, TextEmbedding, TextMemory, TimeEmbedding
+from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding, TextMemory, TimeEmbedding
 from longsana.models.feed_forward import MixFeedForward
 from longsana.models.rope import Rotary, rotary
 from longsana.ops import add_norm_modulate, gated_residual, norm_modulate
@@ -115,7 +115,7 @@ class LongSanaDiT(nn.Module):
         self,
         x: Tensor,
         t: Tensor,
-        text: TextEmbedding | TextMemory,
+        text: Text,
         *,
         plan: ChunkPlan | None = None,
         state: CausalState | None = None,

@@ -32,6 +32,9 @@ class TextMemory(NamedTuple):
     mask: Tensor | None
 
 
+Text = TextEmbedding | TextMemory
+
+
 class TimeEmbedding(nn.Module):
     """Timestep to the conditioning vector and the six modulation vectors of every block."""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longsana.ops import reference
+from longsana.ops.backend import shares
 from longsana.ops.reference import prefix_sums
 
 
@@ -106,10 +107,18 @@ def _rotated(x, c, s):
 
 
 @triton.jit
-def _state(kv, k_sum, lane, dim: tl.constexpr):
-    """A head's sums: kv (LANES, LANES) and k_sum (LANES,)."""
+def _state(kv, k_sum, row, lane, dim: tl.constexpr, EXACT: tl.constexpr):
+    """A head's sums: kv (LANES, LANES), split, and k_sum (LANES,)."""
     inside = (lane < dim)[:, None] & (lane < dim)[None, :]
-    return tl.load(kv + lane[:, None] * dim + lane[None, :], inside, 0.0), tl.load(k_sum + lane, lane < dim, 0.0)
+    sums = tl.load(kv + row * dim * dim + lane[:, None] * dim + lane[None, :], inside, 0.0)
+    return _split(sums, EXACT), tl.load(k_sum + row * dim + lane, lane < dim, 0.0)
+
+
+@triton.jit
+def _share(first, last, share):
+    """The program's tokens: the first, and the one after the last."""
+    begin = first + tl.program_id(0) * share
+    return begin, tl.minimum(begin + share, last)
 
 
 @triton.jit
@@ -128,8 +137,7 @@ def _sums_kernel(
     lane = tl.arange(0, LANES)
     total = tl.zeros((LANES, LANES), tl.float32)  # of kv, transposed: v is multiplied as it lies
     k_total = tl.zeros((LANES,), tl.float32)
-    begin = first + part * share
-    end = tl.minimum(begin + share, last)
+    begin, end = _share(first, last, share)
     for start in range(begin, end, TOKENS):
         token = start + tl.arange(0, TOKENS)
         there = token < end
@@ -152,14 +160,12 @@ def _sums_gradients_kernel(
     HALF: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """kv (B, heads, d, d) and k_sum (B, heads, d) are the gradients of the sums."""
-    part, head, clip = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, clip = tl.program_id(1), tl.program_id(2).to(tl.int64)
     dim: tl.constexpr = 2 * HALF
     lane = tl.arange(0, LANES)
     row, own = clip * heads + head, clip * clip_stride + head * dim
-    sums, k_total = _state(kv + row * dim * dim, k_sum + row * dim, lane, dim)
-    sums = _split(sums, EXACT)
-    begin = first + part * share
-    end = tl.minimum(begin + share, last)
+    sums, k_total = _state(kv, k_sum, row, lane, dim, EXACT)
+    begin, end = _share(first, last, share)
     for start in range(begin, end, TOKENS):
         token = start + tl.arange(0, TOKENS)
         there = token < end
@@ -181,14 +187,12 @@ def _output_kernel(
     HALF: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """out of the tokens first .. last, which see kv (B, heads, d, d) and k_sum (B, heads, d)."""
-    part, head, clip = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, clip = tl.program_id(1), tl.program_id(2).to(tl.int64)
     dim: tl.constexpr = 2 * HALF
     lane = tl.arange(0, LANES)
     row = clip * heads + head
-    sums, k_total = _state(kv + row * dim * dim, k_sum + row * dim, lane, dim)
-    sums = _split(sums, EXACT)
-    begin = first + part * share
-    end = tl.minimum(begin + share, last)
+    sums, k_total = _state(kv, k_sum, row, lane, dim, EXACT)
+    begin, end = _share(first, last, share)
     for start in range(begin, end, TOKENS):
         token = start + tl.arange(0, TOKENS)
         there = token < end
@@ -209,14 +213,12 @@ def _output_gradients_kernel(
     eps: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """q_grad, and the gradients of numerators (B, N, heads, d) and denominators (B, N, heads)."""
-    part, head, clip = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, clip = tl.program_id(1), tl.program_id(2).to(tl.int64)
     dim: tl.constexpr = 2 * HALF
     lane = tl.arange(0, LANES)
     row, own = clip * heads + head, clip * clip_stride + head * dim
-    sums, k_total = _state(kv + row * dim * dim, k_sum + row * dim, lane, dim)
-    sums = _split(sums, EXACT)
-    begin = first + part * share
-    end = tl.minimum(begin + share, last)
+    sums, k_total = _state(kv, k_sum, row, lane, dim, EXACT)
+    begin, end = _share(first, last, share)
     for start in range(begin, end, TOKENS):
         token = start + tl.arange(0, TOKENS)
         there = token < end
@@ -275,7 +277,7 @@ class _Sums(torch.autograd.Function):
         batch, _, heads, _ = k.shape
         k_grad, v_grad = (part.new_empty(part.shape) for part in (k, v))
         for chunk, (first, last) in enumerate(ctx.spans):
-            parts, share = _shares(last - first, batch * heads, GRADIENTS)
+            parts, share = _parts(last - first, batch * heads, GRADIENTS)
             _sums_gradients_kernel[(parts, heads, batch)](
                 k, v, cos, sin, kv[:, chunk].contiguous(), k_sum[:, chunk].contiguous(), k_grad, v_grad, first, last,
                 share, heads, *_strides(k), *_strides(v), k_grad.stride(0), **_sizes(k, GRADIENTS),
@@ -303,7 +305,7 @@ class _Output(torch.autograd.Function):
         batch, _, heads, _ = q.shape
         out = q.new_empty(q.shape, dtype=dtype)
         for chunk, (first, last) in enumerate(spans):
-            parts, share = _shares(last - first, batch * heads, OUTPUT)
+            parts, share = _parts(last - first, batch * heads, OUTPUT)
             _output_kernel[(parts, heads, batch)](
                 q, cos, sin, kv[:, chunk].contiguous(), k_sum[:, chunk].contiguous(), out, first, last, share, heads,
                 *_strides(q), out.stride(0), eps, **_sizes(q, OUTPUT),
@@ -319,7 +321,7 @@ class _Output(torch.autograd.Function):
         q_grad, n_grad = q.new_empty(q.shape), q.new_empty(q.shape, dtype=torch.float32)
         m_grad = q.new_empty(batch, count, heads, dtype=torch.float32)
         for chunk, (first, last) in enumerate(ctx.spans):
-            parts, share = _shares(last - first, batch * heads, GRADIENTS)
+            parts, share = _parts(last - first, batch * heads, GRADIENTS)
             _output_gradients_kernel[(parts, heads, batch)](
                 q, grad, cos, sin, kv[:, chunk].contiguous(), k_sum[:, chunk].contiguous(), q_grad, n_grad, m_grad,
                 first, last, share, heads, *_strides(q), grad.stride(0), ctx.eps, **_sizes(q, GRADIENTS),
@@ -334,7 +336,7 @@ def _sums(
     batch, _, heads, dim = k.shape
     own = []
     for first, last in spans:
-        parts, share = _shares(last - first, batch * heads, SUMS)
+        parts, share = _parts(last - first, batch * heads, SUMS)
         kv = k.new_empty(batch, parts, heads, dim, dim, dtype=torch.float32)
         k_sum = k.new_empty(batch, parts, heads, dim, dtype=torch.float32)
         _sums_kernel[(parts, heads, batch)](
@@ -354,11 +356,8 @@ def _strides(part: Tensor) -> tuple[int, int]:
     return clip, token
 
 
-def _shares(tokens: int, others: int, tile: Tile) -> tuple[int, int]:
-    """Programs that part a chunk's tokens, where `others` work beside them, and the tokens of each."""
-    parts = max(min(PROGRAMS // others, triton.cdiv(tokens, tile.tokens)), 1)
-    share = triton.cdiv(triton.cdiv(tokens, parts), tile.tokens) * tile.tokens
-    return triton.cdiv(tokens, share), share
+def _parts(tokens: int, others: int, tile: Tile) -> tuple[int, int]:
+    return shares(tokens, others, programs=PROGRAMS, step=tile.tokens)
 
 
 def _sizes(part: Tensor, tile: Tile) -> dict[str, Any]:

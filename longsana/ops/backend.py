@@ -80,3 +80,13 @@ def fused_twin(name: str, modules: Mapping[str, str]) -> Callable[..., Any]:
 
 def _wants_gradients(inputs: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+
+
+def shares(count: int, others: int, *, programs: int, step: int = 1) -> tuple[int, int]:
+    """How many programs part `count` things, where each has `others` beside it, and how many each takes.
+
+    About `programs` in all; shares are multiples of step.
+    """
+    parts = max(min(programs // others, -(-count // step)), 1)
+    share = -(-count // (parts * step)) * step
+    return -(-count // share), share

@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longsana.ops.backend import shares
+
 COLUMNS, GRADIENT_COLUMNS, CHANNELS = 4, 2, 256
 """Of a strip. 52 columns are 13 strips; gradients hold more of each column."""
 PROGRAMS = 528
@@ -69,11 +71,11 @@ def _add(sums, values, taps, dy: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _start(bias, COLUMNS: tl.constexpr):
-    sums = ()
-    for _ in tl.static_range(COLUMNS):
-        sums += (bias,)
-    return sums
+def _repeated(vector, count: tl.constexpr):
+    vectors = ()
+    for _ in tl.static_range(count):
+        vectors += (vector,)
+    return vectors
 
 
 @triton.jit
@@ -95,8 +97,8 @@ def _gated_conv_kernel(
     out += (frame * height * width + column) * inner
     v_taps = _load_taps(taps, lane, channels, stride)
     g_taps = _load_taps(taps, lane + inner, channels, stride)
-    v_none = _start(tl.load(bias + lane, channels, 0.0).to(tl.float32), COLUMNS)
-    g_none = _start(tl.load(bias + inner + lane, channels, 0.0).to(tl.float32), COLUMNS)
+    v_none = _repeated(tl.load(bias + lane, channels, 0.0).to(tl.float32), COLUMNS)
+    g_none = _repeated(tl.load(bias + inner + lane, channels, 0.0).to(tl.float32), COLUMNS)
     v_above, v_here, g_above, g_here = v_none, v_none, g_none, g_none
     v_next = _load_row(x, lane, inner, column, width, stride, COLUMNS)
     g_next = _load_row(x, lane + inner, stride, column, width, stride, COLUMNS)
@@ -122,32 +124,20 @@ def _silu_gradient(x):
 
 
 @triton.jit
-def _zeros(count: tl.constexpr, CHANNELS: tl.constexpr):
-    zeros = ()
-    for _ in tl.static_range(count):
-        zeros += (tl.zeros((CHANNELS,), tl.float32),)
-    return zeros
-
-
-@triton.jit
 def _convolved(bias, above, here, below, taps, COLUMNS: tl.constexpr):
-    sums = _add(_start(bias, COLUMNS), above, taps, 0, COLUMNS)
+    sums = _add(_repeated(bias, COLUMNS), above, taps, 0, COLUMNS)
     return _add(_add(sums, here, taps, 1, COLUMNS), below, taps, 2, COLUMNS)
 
 
 @triton.jit
 def _of_taps(total, of_sums, above, here, below, COLUMNS: tl.constexpr):
     """The gradients of nine taps and, last, of the bias: `total` with a row of outputs added."""
+    rows = (above, here, below)
     more = ()
     for tap in tl.static_range(9):
         own = total[tap]
         for i in tl.static_range(COLUMNS):
-            if tap < 3:
-                own += of_sums[i] * above[i + tap]
-            elif tap < 6:
-                own += of_sums[i] * here[i + tap - 3]
-            else:
-                own += of_sums[i] * below[i + tap - 6]
+            own += of_sums[i] * rows[tap // 3][i + tap % 3]
         more += (own,)
     own = total[9]
     for i in tl.static_range(COLUMNS):
@@ -177,8 +167,8 @@ def _sums_gradients_kernel(
     g_taps = _load_taps(taps, lane + inner, channels, stride)
     v_bias = tl.load(bias + lane, channels, 0.0).to(tl.float32)
     g_bias = tl.load(bias + inner + lane, channels, 0.0).to(tl.float32)
-    v_total, g_total = _zeros(10, CHANNELS), _zeros(10, CHANNELS)
-    nothing = _zeros(COLUMNS + 2, CHANNELS)
+    zero = tl.zeros((CHANNELS,), tl.float32)
+    v_total, g_total, nothing = _repeated(zero, 10), _repeated(zero, 10), _repeated(zero, COLUMNS + 2)
     for strip in range(part * share, tl.minimum(part * share + share, count)):
         first, column = (strip // strips).to(tl.int64) * height * width, strip % strips * COLUMNS
         source = x + first * stride
@@ -225,13 +215,14 @@ def _input_gradients_kernel(
     first = frame * height * width
     own = _load_taps(taps, lane, lane < stride, stride)
     turned = (own[8], own[7], own[6], own[5], own[4], own[3], own[2], own[1], own[0])
-    above = _zeros(COLUMNS + 2, CHANNELS)
+    zero = tl.zeros((CHANNELS,), tl.float32)
+    above = _repeated(zero, COLUMNS + 2)
     here = _to_float(_load_row(of_sums + first * stride, lane, stride, column, width, stride, COLUMNS), COLUMNS)
     for row in range(height):
         pointer = of_sums + (first + (row + 1) * width) * stride
         last = tl.where(row + 1 < height, stride, 0)
         below = _to_float(_load_row(pointer, lane, last, column, width, stride, COLUMNS), COLUMNS)
-        sums = _convolved(tl.zeros((CHANNELS,), tl.float32), above, here, below, turned, COLUMNS)
+        sums = _convolved(zero, above, here, below, turned, COLUMNS)
         for i in tl.static_range(COLUMNS):
             at = (first + row * width + column + i) * stride + lane
             inside = lane < tl.where(column + i < width, stride, 0)
@@ -278,10 +269,9 @@ class _GatedConv(torch.autograd.Function):
         frames = x.numel() // (height * width * wide)
         count = frames * strips
         # A few strips a program: their gradients of the taps are one sum, and sums of programs do not race.
-        share = triton.cdiv(count, max(PROGRAMS // blocks, 1))
-        shares = triton.cdiv(count, share)
-        of_taps = x.new_empty(shares, 10, wide, dtype=torch.float32)
-        _sums_gradients_kernel[(blocks, shares)](
+        parts, share = shares(count, blocks, programs=PROGRAMS)
+        of_taps = x.new_empty(parts, 10, wide, dtype=torch.float32)
+        _sums_gradients_kernel[(blocks, parts)](
             x, taps, bias, grad.contiguous(), of_sums, of_taps, height, width, strips, count, share, wide // 2,
             GRADIENT_COLUMNS, CHANNELS, num_warps=4,
         )  # fmt: skip

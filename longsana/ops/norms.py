@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longsana.ops.backend import shares
 from longsana.ops.reference import FLOAT8_MAX
 
 WARPS = 8
@@ -194,10 +195,10 @@ class _Features(torch.autograd.Function):
         qkv, q_weight, k_weight = ctx.saved_tensors
         width = qkv.shape[-1] // 3
         count = qkv.numel() // (3 * width)
-        shares, share = _shares(count, 1)
+        parts, share = shares(count, 1, programs=PROGRAMS)
         of_qkv = torch.empty_like(qkv)
-        of_weights = qkv.new_empty(shares, 2, width, dtype=torch.float32)
-        _features_gradients_kernel[(shares,)](
+        of_weights = qkv.new_empty(parts, 2, width, dtype=torch.float32)
+        _features_gradients_kernel[(parts,)](
             qkv, q_weight, k_weight, of_q.contiguous(), of_k.contiguous(), of_qkv, of_weights, count, share, width,
             ctx.eps, **_row(width),
         )  # fmt: skip
@@ -272,9 +273,9 @@ class _GatedResidual(torch.autograd.Function):
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor, ...]:
         gate, h = ctx.saved_tensors
         batch, frames, tokens, width = h.shape
-        shares, share = _shares(tokens, batch * frames)
-        of_h, of_gate = torch.empty_like(h), h.new_empty(batch, frames, shares, width, dtype=torch.float32)
-        _residual_gradients_kernel[(batch * frames, shares)](
+        parts, share = shares(tokens, batch * frames, programs=PROGRAMS)
+        of_h, of_gate = torch.empty_like(h), h.new_empty(batch, frames, parts, width, dtype=torch.float32)
+        _residual_gradients_kernel[(batch * frames, parts)](
             gate, h, of_y.contiguous(), of_h, of_gate, tokens, frames, *_frame_strides(gate, h), share, width,
             **_row(width),
         )  # fmt: skip
@@ -305,26 +306,20 @@ def _modulate_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, shift and scale."""
     batch, frames, tokens, width = x.shape
-    shares, share = _shares(tokens, batch * frames)
+    parts, share = shares(tokens, batch * frames, programs=PROGRAMS)
     of_y = of_y.contiguous()
     of_x = torch.empty_like(x)
-    of_shift, of_scale = (x.new_empty(batch, frames, shares, width, dtype=torch.float32) for _ in range(2))
-    _modulate_gradients_kernel[(batch * frames, shares)](
+    of_shift, of_scale = (x.new_empty(batch, frames, parts, width, dtype=torch.float32) for _ in range(2))
+    _modulate_gradients_kernel[(batch * frames, parts)](
         x, scale, of_y if of_total is None else of_total.contiguous(), of_y, of_x, of_shift, of_scale, tokens, frames,
         *_frame_strides(scale, x), share, width, eps, of_total is not None, **_row(width),
     )  # fmt: skip
     return of_x, _of_modulation(of_shift, scale), _of_modulation(of_scale, scale)
 
 
-def _of_modulation(shares: Tensor, modulation: Tensor) -> Tensor:
-    """The gradient of modulation (B, 1 or T, 1, D), from that of shares (B, T, shares, D) of its tokens."""
-    return shares.sum(2, keepdim=True).sum_to_size(modulation.shape).to(modulation.dtype)
-
-
-def _shares(tokens: int, others: int) -> tuple[int, int]:
-    """Programs that part tokens, where `others` work beside them, and the tokens of each."""
-    share = triton.cdiv(tokens, min(max(PROGRAMS // others, 1), tokens))
-    return triton.cdiv(tokens, share), share
+def _of_modulation(sums: Tensor, modulation: Tensor) -> Tensor:
+    """The gradient of modulation (B, 1 or T, 1, D), from sums (B, T, shares, D) over its tokens."""
+    return sums.sum(2, keepdim=True).sum_to_size(modulation.shape).to(modulation.dtype)
 
 
 def _row(width: int) -> dict[str, int]:

@@ -19,13 +19,13 @@ from longsana.encoders.vae import WanVAE
 from longsana.flow.schedule import FlowSchedule, uniform_sigmas
 from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
-from longsana.models.embeddings import TextEmbedding, null_embedding
+from longsana.models.embeddings import Text, TextEmbedding, null_embedding
 from longsana.models.float8 import to_float8
 from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
 from longsana.sampling.noise import PromptNoise
 from longsana.sampling.request import DISTILLED, WHOLE_CLIP, chunk_plan
-from longsana.sampling.sampler import Chunk, Text, generate, sample_chunks, sample_clip
+from longsana.sampling.sampler import Chunk, generate, sample_chunks, sample_clip
 
 
 class Caption(NamedTuple):

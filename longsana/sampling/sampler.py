@@ -13,12 +13,10 @@ from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule, euler_sigmas
-from longsana.models.embeddings import TextEmbedding, TextMemory
+from longsana.models.embeddings import Text
 from longsana.runtime.clock import Clock
 from longsana.sampling.noise import PromptNoise
 from longsana.state import CausalState
-
-Text = TextEmbedding | TextMemory
 
 
 class Network(Protocol):

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from longsana.chunks import ChunkPlan
 from longsana.models.dit import LongSanaDiT
-from longsana.models.embeddings import TextEmbedding, TextMemory
+from longsana.models.embeddings import Text, TextEmbedding
 from longsana.state import CausalState
 from longsana.training.parallel import wrap_blocks
 
@@ -70,7 +70,7 @@ class _Passes:
         self,
         x: Tensor,
         t: Tensor,
-        text: TextEmbedding | TextMemory,
+        text: Text,
         *,
         plan: ChunkPlan | None = None,
         state: CausalState | None = None,

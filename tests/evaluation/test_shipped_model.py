@@ -19,7 +19,7 @@ from longsana.state import CausalState
 
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
 LEAST = {"colour": 0.97, "kind": 0.92, "background": 0.99, "motion": 0.7, "persistence": 0.9}
-SEAM = 1.3
+SEAM = 1.25
 
 
 @pytest.fixture(autouse=True)

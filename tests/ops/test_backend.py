@@ -57,3 +57,13 @@ def test_an_unknown_backend_is_an_error(monkeypatch):
     monkeypatch.setenv(module.VARIABLE, "cuda")
     with pytest.raises(ValueError, match="LONGSANA_OPS=cuda: must be triton or reference"):
         module.backend()
+
+
+@pytest.mark.parametrize(
+    ("count", "others", "programs", "step"), [(1, 1, 528, 1), (15600, 20, 264, 64), (7, 100, 4, 1)]
+)
+def test_shares_are_all_there_is_and_none_is_empty(count, others, programs, step):
+    parts, share = module.shares(count, others, programs=programs, step=step)
+    assert share % step == 0
+    assert (parts - 1) * share < count <= parts * share
+    assert parts * others <= max(programs, others)

@@ -238,13 +238,4 @@ def test_add_temporal_conv(lengths, dtype, tolerance):
         dtype,
         2 * tolerance,  # rounded after every tap
     )
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
-@pytest.mark.parametrize("lengths", [(1,), (4,), (3, 1, 2)])
-def test_gradients_of_add_temporal_conv(lengths, dtype, tolerance):
-    width = 24
-    inputs = (
-        random(2, sum(lengths), 6, width, seed=1), random(2, 6, width, seed=2), random(width, width, 3, 1, seed=3) / 4
-    )  # fmt: skip
     compare_gradients("add_temporal_conv", temporal, inputs, dtype, 2 * tolerance, lengths=lengths)
