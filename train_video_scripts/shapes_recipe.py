@@ -67,7 +67,7 @@ TINY: dict[str, list[str]] = {
     ],
     "streaming": [
         "sampling.chunk_frames=2", "rollout.min_num_training_frames=5", "rollout.slice_last_frames=5",
-        "rollout.overlap_latents=2", "streaming.streaming_min_new_frame=4", "streaming.streaming_max_length=9",
+        "rollout.overlap_latents=2", "streaming.streaming_min_new_frame=4", "streaming.streaming_max_length=13",
     ],
     "pairs": ["pairs.num_steps=4", "pairs.shard_size=2", "sampling.num_frames=17", "sampling.bs=2"],
     "sample": ["scheduler.num_inference_steps=2"],

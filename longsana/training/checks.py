@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
+from itertools import count
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def check_training(config: TrainingConfig) -> None:
         InputError: the first one found, by name, with what would be right.
     """
     check_config(config)
-    trainer, train, rollout, chunk = config.trainer, config.train, config.rollout, config.sampling.chunk_frames
+    trainer, train, rollout = config.trainer, config.train, config.rollout
     for setting, value, default in _of_other_trainers(config):
         section = next(name for name in SECTIONS if setting.startswith(f"{name}."))
         raise InputError(
@@ -96,25 +98,7 @@ def check_training(config: TrainingConfig) -> None:
             "from that; set sampling.negative_prompt='' or sampling.null_caption=learned"
         )
     if trainer == "longsana":
-        new, longest = config.streaming.streaming_min_new_frame, config.streaming.streaming_max_length
-        first = rollout.num_training_frames
-        if new < 1 or len(ChunkPlan.split(new, chunk)) != len(ChunkPlan.split(first, chunk)):
-            raise InputError(
-                f"streaming.streaming_min_new_frame={new}: must be as many chunks of {chunk} as the first stretch, "
-                f"rollout.num_training_frames={first}, so that all processes run the network equally often; "
-                f"for example {first - first % chunk}"
-            )
-        for name, number, wanted in (
-            ("slice_last_frames", rollout.slice_last_frames, new + 1),
-            ("min_num_training_frames", rollout.min_num_training_frames, first),
-        ):
-            if number != wanted:
-                raise InputError(
-                    f"rollout.{name}={number}: must be {wanted} with streams: a window is the picture that leads it "
-                    f"and the {new} new latents, and every first stretch has {first}"
-                )
-        if longest < first:
-            raise InputError(f"streaming.streaming_max_length={longest}: shorter than the first stretch, {first}")
+        _check_streams(config)
 
 
 def check_device(config: TrainingConfig, world: World, device: torch.device) -> None:
@@ -130,6 +114,40 @@ def check_device(config: TrainingConfig, world: World, device: torch.device) -> 
         )
     if train.cuda_graphs and device.type != "cuda":
         log.info("train.cuda_graphs: there is no GPU, so passes are computed as usual")
+
+
+def _check_streams(config: TrainingConfig) -> None:
+    rollout, chunk = config.rollout, config.sampling.chunk_frames
+    first, new = rollout.num_training_frames, config.streaming.streaming_min_new_frame
+    longest, ratio = config.streaming.streaming_max_length, config.distillation.dfake_gen_update_ratio
+    if new < 1 or len(ChunkPlan.split(new, chunk)) != len(ChunkPlan.split(first, chunk)):
+        raise InputError(
+            f"streaming.streaming_min_new_frame={new}: must be as many chunks of {chunk} as the first stretch, "
+            f"rollout.num_training_frames={first}, so that all processes run the network equally often; "
+            f"for example {first - first % chunk}"
+        )
+    for name, number, wanted in (
+        ("slice_last_frames", rollout.slice_last_frames, new + 1),
+        ("min_num_training_frames", rollout.min_num_training_frames, first),
+    ):
+        if number != wanted:
+            raise InputError(
+                f"rollout.{name}={number}: must be {wanted} with streams: a window is the picture that leads it "
+                f"and the {new} new latents, and every first stretch has {first}"
+            )
+    if longest < first:
+        raise InputError(f"streaming.streaming_max_length={longest}: shorter than the first stretch, {first}")
+    # In `ratio` iterations the players take ratio + 1 stretches, one of them the generator.
+    stretches = 1 + (longest - first) // new
+    if gcd(stretches, ratio + 1) > 1:
+        learned = sorted({call % stretches for call in range(0, stretches * (ratio + 1), ratio + 1)})
+        right = next(n for n in count(stretches) if gcd(n, ratio + 1) == 1)
+        raise InputError(
+            f"streaming.streaming_max_length={longest}: of a stream's {stretches} stretches the generator would learn "
+            f"number {', '.join(str(n) for n in learned)} alone, in every stream: with distillation."
+            f"dfake_gen_update_ratio={ratio} it takes one in {ratio + 1}; for example {first + (right - 1) * new} "
+            f"({right} stretches)"
+        )
 
 
 def _check_distillation(config: TrainingConfig) -> None:

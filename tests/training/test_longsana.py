@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
+from longsana.config import load_config
+from longsana.runtime.errors import InputError
+from longsana.state import CausalState
+from longsana.training.checks import check_training
+from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
 from longsana.training.longsana import LongSana
 from longsana.training.stage import Slots, Turn
 from tests.training.conftest import CHANNELS, HEIGHT, PROMPTS, WIDTH
@@ -60,6 +66,31 @@ def test_stretches_make_one_video_whoever_asks(build, vae):
         # What leads it is the last picture of all before, as if the whole video had been decoded in one call.
         picture = vae.decode_stream(torch.cat(videos[:index], dim=2))[0][:, :, -1:]
         assert torch.equal(window.latents[:, :, :1], vae.encode(picture))
+
+
+@pytest.mark.parametrize(("longest", "ratio"), [(9, 1), (9, 2), (9, 3), (13, 1), (13, 2), (13, 3), (17, 3)])
+def test_every_stretch_is_learned_or_the_config_is_refused(build, small_training, longest, ratio):
+    """The check is the law of what really happens: players share the streams, so the generator takes one stretch in
+    ratio + 1, and must come to all of them."""
+    settings = (f"streaming.streaming_max_length={longest}", f"distillation.dfake_gen_update_ratio={ratio}")
+    stage = build(*settings)
+    stage.generate = lambda turn, plan, text, state, *_, **__: (
+        torch.zeros(1, *SHAPE[:1], plan.frames, *SHAPE[1:]),
+        CausalState(*[torch.zeros(1)] * 3, frames=plan.frames + (state.frames if state else 0)),
+    )
+    stage.lead = lambda new, cache: (new[:, :, -1:], None)
+    stretches, learned = 1 + (longest - 5) // 4, set()
+    for step in range(stretches * ratio):
+        for player in stage.players:
+            if step % (ratio if player.name == "generator" else 1) == 0:
+                if player.name == "generator":
+                    learned.add(stage.streams[0].state.frames if stage.streams else 0)
+                stage.rollout(turn(player.name, step))
+    allowed = (
+        nullcontext() if len(learned) == stretches else pytest.raises(InputError, match="the generator would learn")
+    )
+    with allowed:
+        check_training(load_config(small_training("longsana", *settings), (), TrainingConfig, RETIRED_IN_TRAINING))
 
 
 def test_a_cold_cache_decodes_the_last_latents_alone(build, vae):
