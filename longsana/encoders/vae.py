@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from longsana.config import VAEConfig
 from longsana.encoders import wan_decoder
@@ -57,7 +57,7 @@ class WanVAE:
         assert config.latents_per_call > 0
         shape = geometry(config)
         model = load_model(config.vae_pretrained, shape, device, dtype)
-        _to_channels_last(model)
+        wan_decoder.prepare(model)
         return cls(model, shape, config.latents_per_call)
 
     @torch.no_grad()
@@ -182,10 +182,3 @@ def _settle(entries: list[Any]) -> list[Tensor]:
 
 def _per_channel(values: list[float], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
-
-
-def _to_channels_last(model: nn.Module) -> None:
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-    for parameter in model.parameters():
-        if parameter.dim() in layouts:
-            parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])

@@ -4,6 +4,9 @@ Activations are (B, T, H, W, C) in memory, what convolutions call channels-last:
 a convolution is a buffer with a border of zeros that the operation before it writes straight into; where it looks back
 in time, the buffer's first two frames are the last two of the call before.
 
+In the widest pictures a GPU takes two neighbouring pixels for one of twice the channels, since cuDNN's convolutions for
+Hopper want multiples of 64: of the published 96 it does 246 TFLOP/s, of 192 608 (one H100). Operations: a third more.
+
 The weights are those of diffusers' `AutoencoderKLWan`, whose own loop is the slow twin.
 """
 
@@ -16,16 +19,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longsana.encoders.vae_files import Model
-from longsana.ops import norm_silu_into
+from longsana.ops import add_shortcut, norm_silu_into, spread_into
 
 Layer: TypeAlias = Any  # one of diffusers' modules
+
+
+def prepare(model: Model) -> None:
+    """Lay the model's weights out for `decode`, once; in any other layout a GPU reorders them in every call."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in model.parameters():
+        if parameter.dim() in layouts:
+            parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
+    for layer in model.decoder.modules():
+        cubic = isinstance(layer, nn.Conv3d) and layer.kernel_size == (3, 3, 3)
+        if cubic and layer.weight.is_cuda and layer.in_channels % 64 == layer.out_channels % 64 == 32:
+            pair(layer)
+
+
+def pair(layer: nn.Conv3d) -> None:
+    """Let a 3x3x3 convolution run on pairs of pixels where the width is even."""
+    layer.register_buffer("paired", _paired(layer.weight), persistent=False)
 
 
 def decode(model: Model, latents: Tensor, features: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Frames of the next latents of a video, and what the decoder remembers of all so far.
 
     Args:
-        model: its convolutions' weights should be channels-last; a GPU reorders others in every call.
+        model: see `prepare`.
         latents: (B, C, T, h, w), not normalised, in the model's dtype. The first latent of a video comes alone.
         features: what the call before returned; None at the start of a video. Only read.
 
@@ -59,10 +79,12 @@ class _Step:
         self._past = iter(features or ())
 
     def residual(self, block: Layer, x: Tensor) -> Tensor:
-        h = _conv3d(block.conv1, self.normalised(block.norm1, x))
-        h = self.normalised(block.norm2, h)  # rebinding frees what went in
-        h = _conv3d(block.conv2, h)
-        return h.add_(x if isinstance(block.conv_shortcut, nn.Identity) else _linear(block.conv_shortcut, x))
+        late = x.is_cuda  # see ops/decoder.py; oneDNN adds biases at no cost
+        h = _conv3d(block.conv1, self.normalised(block.norm1, x), bias=not late)
+        h = self.normalised(block.norm2, h, block.conv1.bias if late else None)  # rebinding frees what went in
+        h = _conv3d(block.conv2, h, bias=not late)
+        shortcut = x if isinstance(block.conv_shortcut, nn.Identity) else _linear(block.conv_shortcut, x)
+        return add_shortcut(h, shortcut, block.conv2.bias if late else None)
 
     def upsampled(self, layer: Layer, x: Tensor) -> Tensor:
         """Twice the height and width, and twice the frames where the layer says so; the first latent stays one."""
@@ -78,14 +100,14 @@ class _Step:
     def padded(self, x: Tensor, border: int) -> Tensor:
         """What a causal convolution reads, without its own padding: (B, 2 + T, H + 2 border, W + 2 border, C)."""
         buffer, frames = self._buffer(x, border)
-        frames[:, 2:] = x
+        spread_into(x, frames[:, 2:])
         self._remember(frames[:, -2:])
         return buffer
 
-    def normalised(self, norm: Layer, x: Tensor) -> Tensor:
-        """The same of SiLU(norm(x)), with a border of 1."""
+    def normalised(self, norm: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same of SiLU(norm(x + bias)), with a border of 1."""
         buffer, frames = self._buffer(x, border=1)
-        norm_silu_into(x, norm.gamma.flatten(), frames[:, 2:])
+        norm_silu_into(x, norm.gamma.flatten(), frames[:, 2:], bias)
         self._remember(frames[:, -2:])
         return buffer
 
@@ -99,12 +121,16 @@ class _Step:
         if self.first:
             frames[:, :2].zero_()
         else:
-            frames[:, :2] = next(self._past).permute(0, 2, 3, 4, 1)
+            past = next(self._past).permute(0, 2, 3, 4, 1)
+            # Memory of another layout may come from a checkpoint.
+            spread_into(past if past.stride(4) == 1 else past.contiguous(), frames[:, :2])
         return buffer, frames
 
     def _remember(self, frames: Tensor) -> None:
         # Copied: a view would keep the whole buffer alive.
-        self.features.append(frames.permute(0, 4, 1, 2, 3).clone(memory_format=torch.channels_last_3d))
+        own = frames.new_empty(frames.shape)
+        spread_into(frames, own)
+        self.features.append(own.permute(0, 4, 1, 2, 3))
 
 
 def _attention(block: Layer, x: Tensor) -> Tensor:
@@ -120,8 +146,7 @@ def _enlarged(layer: Layer, x: Tensor) -> Tensor:
     batch, count, copies, height, width, channels = x.shape
     buffer = x.new_empty(batch, count, copies, 2 * height + 2, 2 * width + 2, channels)
     _clear_border(buffer)
-    pixels = buffer[:, :, :, 1:-1, 1:-1].unflatten(4, (width, 2)).unflatten(3, (height, 2))
-    pixels.copy_(x[:, :, :, :, None, :, None])
+    spread_into(x.flatten(0, 1), buffer.flatten(0, 1)[:, :, 1:-1, 1:-1])
     y = F.conv2d(buffer.flatten(0, 2).permute(0, 3, 1, 2), layer.weight, layer.bias)
     return y.permute(0, 2, 3, 1).unflatten(0, (batch, count * copies))
 
@@ -133,14 +158,33 @@ def _clear_border(buffer: Tensor) -> None:
     buffer[..., :: width - 1, :].zero_()
 
 
-def _conv3d(layer: Layer, x: Tensor) -> Tensor:
+def _conv3d(layer: Layer, x: Tensor, *, bias: bool = True) -> Tensor:
+    added = layer.bias if bias else None
+    if getattr(layer, "paired", None) is not None and x.shape[3] % 2 == 0:
+        pairs = x.unflatten(3, (-1, 2)).flatten(4)
+        y = F.conv3d(pairs.permute(0, 4, 1, 2, 3), layer.paired, None if added is None else added.repeat(2))
+        return y.permute(0, 2, 3, 4, 1).unflatten(4, (2, -1)).flatten(3, 4)
     x = x.permute(0, 4, 1, 2, 3)
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.enabled:
         # conv3d takes oneDNN for a single video only where C T H is above 20480, and elsewhere up to 20 times as long.
-        y = torch.mkldnn_convolution(x, layer.weight, layer.bias, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
+        y = torch.mkldnn_convolution(x, layer.weight, added, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
     else:
-        y = F.conv3d(x, layer.weight, layer.bias)
+        y = F.conv3d(x, layer.weight, added)
     return y.permute(0, 2, 3, 4, 1)
+
+
+def _paired(weight: Tensor) -> Tensor:
+    """(2 O, 2 I, kt, kh, 2), which does to pairs of neighbouring pixels what weight (O, I, kt, kh, 3) does to pixels.
+
+    A pair of outputs sees two pairs, four pixels, of which each output takes three.
+    """
+    out, channels, *kernel, _ = weight.shape
+    paired = weight.new_zeros(2, out, 2, channels, *kernel, 2)
+    for pixel in range(2):
+        for tap in range(3):
+            pair, side = divmod(pixel + tap, 2)
+            paired[pixel, :, side, ..., pair] = weight[..., tap]
+    return paired.flatten(2, 3).flatten(0, 1).contiguous(memory_format=torch.channels_last_3d)
 
 
 def _linear(layer: Layer, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from longsana.ops.backend import backend, operation
 
 FUSED = {
     "add_norm_modulate": "norms",
+    "add_shortcut": "decoder",
     "add_temporal_conv": "temporal",
     "gated_conv": "gated_conv",
     "gated_residual": "norms",
@@ -19,10 +20,12 @@ FUSED = {
     "norm_silu_into": "decoder",
     "qk_features": "norms",
     "quantise_rows": "norms",
+    "spread_into": "decoder",
 }
 """Module of this package that holds the fused implementation, under the same name."""
 
 add_norm_modulate = operation(reference.add_norm_modulate, FUSED)
+add_shortcut = operation(reference.add_shortcut, FUSED)
 add_temporal_conv = operation(reference.add_temporal_conv, FUSED)
 gated_conv = operation(reference.gated_conv, FUSED)
 gated_residual = operation(reference.gated_residual, FUSED)
@@ -31,10 +34,12 @@ norm_modulate = operation(reference.norm_modulate, FUSED)
 norm_silu_into = operation(reference.norm_silu_into, FUSED)
 qk_features = operation(reference.qk_features, FUSED)
 quantise_rows = operation(reference.quantise_rows, FUSED)
+spread_into = operation(reference.spread_into, FUSED)
 
 __all__ = [
     "FUSED",
     "add_norm_modulate",
+    "add_shortcut",
     "add_temporal_conv",
     "backend",
     "gated_conv",
@@ -44,4 +49,5 @@ __all__ = [
     "norm_silu_into",
     "qk_features",
     "quantise_rows",
+    "spread_into",
 ]

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 VARIABLE = "LONGSANA_OPS"
 SHARED_MEMORY = 227 << 10
 """Bytes that a program may have, to hold the kernels' tiles: on H100, H200, B200, not on their smaller relatives."""
-WITHOUT_GRADIENTS = ("norm_silu_into", "quantise_rows")
+WITHOUT_GRADIENTS = ("add_shortcut", "norm_silu_into", "quantise_rows", "spread_into")
 """Operations that are fused only where nothing is differentiated."""
 # Padded strides go wrong in torch 2.11: of the attention denominators' gradient, (B, N, heads), one kernel writes
 # contiguous memory, and the next reads it as if each sample had been padded to a multiple of 32 numbers.

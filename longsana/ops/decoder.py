@@ -1,4 +1,7 @@
-"""The Wan decoder's norm and activation as one pass over memory."""
+"""What lies between the Wan decoder's convolutions, each as one pass over memory.
+
+cuDNN adds a bias in a pass of its own, so what reads a convolution's result adds it here.
+"""
 
 from __future__ import annotations
 
@@ -9,47 +12,56 @@ from torch import Tensor
 ELEMENTS = 4096  # of a program's block: 32 for each thread of four warps
 
 
-@triton.jit(do_not_specialize=["pixels", "frames", "height", "width"])  # one binary for clips of any size
-def _norm_silu(
-    x: tl.tensor,
-    gamma: tl.tensor,
-    out: tl.tensor,
-    pixels: tl.tensor,
-    frames: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    stride_batch: tl.tensor,
-    stride_frame: tl.tensor,
-    stride_row: tl.tensor,
-    stride_pixel: tl.tensor,
-    root: tl.tensor,
-    channels: tl.constexpr,
-    block_pixels: tl.constexpr,
-    block_channels: tl.constexpr,
-) -> None:
-    pixel = tl.program_id(0) * block_pixels + tl.arange(0, block_pixels)
-    channel = tl.arange(0, block_channels)
-    inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-
-    # A buffer of several videos has more than 2**31 elements.
-    source = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+@triton.jit
+def _place(pixel, frames, height, width, stride_batch, stride_frame, stride_row, stride_pixel):
+    """Where pixel number `pixel` of (batch, frame, row, column) lies. A buffer may have more than 2**31 elements."""
     row = pixel // width
     frame = row // height
-    target = (
+    return (
         (frame // frames).to(tl.int64) * stride_batch
         + (frame % frames).to(tl.int64) * stride_frame
         + (row % height).to(tl.int64) * stride_row
         + (pixel % width).to(tl.int64) * stride_pixel
-    )[:, None] + channel[None, :]
+    )
+
+
+@triton.jit(do_not_specialize=["pixels", "frames", "height", "width"])  # one binary for clips of any size
+def _norm_silu(
+    x,
+    gamma,
+    bias,
+    out,
+    pixels,
+    frames,
+    height,
+    width,
+    stride_batch,
+    stride_frame,
+    stride_row,
+    stride_pixel,
+    root,
+    channels: tl.constexpr,
+    block_pixels: tl.constexpr,
+    block_channels: tl.constexpr,
+):
+    pixel = tl.program_id(0) * block_pixels + tl.arange(0, block_pixels)
+    channel = tl.arange(0, block_channels)
+    inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+
+    source = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+    target = _place(pixel, frames, height, width, stride_batch, stride_frame, stride_row, stride_pixel)
+    target = target[:, None] + channel[None, :]
 
     values = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        values += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
     gain = tl.load(gamma + channel, mask=channel < channels, other=0.0).to(tl.float32) * root
     length = tl.maximum(tl.sqrt(tl.sum(values * values, axis=1)), 1e-12)
     y = values / length[:, None] * gain[None, :]
     tl.store(out + target, (y * tl.sigmoid(y)).to(out.dtype.element_ty), mask=inside)
 
 
-def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     batch, frames, height, width, channels = x.shape
     assert x.is_contiguous() and gamma.is_contiguous(), "channels last, without gaps"
     assert out.shape == x.shape and out.stride(4) == 1, (out.shape, out.stride())
@@ -59,6 +71,7 @@ def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     _norm_silu[(triton.cdiv(pixels, block_pixels),)](
         x,
         gamma,
+        bias,
         out,
         pixels,
         frames,
@@ -67,6 +80,81 @@ def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor) -> None:
         *out.stride()[:4],
         channels**0.5,
         channels=channels,
+        block_pixels=block_pixels,
+        block_channels=block_channels,
+    )
+
+
+@triton.jit
+def _add_shortcut(x, shortcut, bias, elements, channels: tl.constexpr, block: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < elements
+    total = tl.load(x + at, inside, 0.0).to(tl.float32) + tl.load(shortcut + at, inside, 0.0).to(tl.float32)
+    if bias is not None:
+        total += tl.load(bias + at % channels, inside, 0.0).to(tl.float32)
+    tl.store(x + at, total.to(x.dtype.element_ty), inside)
+
+
+def add_shortcut(x: Tensor, shortcut: Tensor, bias: Tensor | None = None) -> Tensor:
+    assert x.is_contiguous() and shortcut.is_contiguous() and x.shape == shortcut.shape, "channels last, without gaps"
+    _add_shortcut[(triton.cdiv(x.numel(), ELEMENTS),)](
+        x, shortcut, bias, x.numel(), channels=x.shape[-1], block=ELEMENTS
+    )
+    return x
+
+
+@triton.jit(do_not_specialize=["pixels", "frames", "height", "width"])
+def _spread(
+    x,
+    out,
+    pixels,
+    frames,
+    height,
+    width,
+    x_batch,
+    x_frame,
+    x_row,
+    x_pixel,
+    out_batch,
+    out_frame,
+    out_row,
+    out_pixel,
+    channels: tl.constexpr,
+    copies: tl.constexpr,
+    block_pixels: tl.constexpr,
+    block_channels: tl.constexpr,
+):
+    pixel = tl.program_id(0) * block_pixels + tl.arange(0, block_pixels)
+    channel = tl.arange(0, block_channels)
+    inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    source = _place(pixel, frames, height, width, x_batch, x_frame, x_row, x_pixel)
+    target = _place(pixel, frames, height, width, out_batch, out_frame, copies * out_row, copies * out_pixel)
+    values = tl.load(x + source[:, None] + channel[None, :], mask=inside)
+    target = target[:, None] + channel[None, :]
+    for row in tl.static_range(copies):
+        for column in tl.static_range(copies):
+            tl.store(out + target + (row * out_row + column * out_pixel), values, mask=inside)
+
+
+def spread_into(x: Tensor, out: Tensor) -> None:
+    batch, frames, height, width, channels = x.shape
+    copies = out.shape[3] // width
+    assert out.shape == (batch, frames, copies * height, copies * width, channels), (x.shape, out.shape)
+    assert x.stride(4) == out.stride(4) == 1, "channels are neighbours"
+    pixels = batch * frames * height * width
+    block_channels = triton.next_power_of_2(channels)
+    block_pixels = max(ELEMENTS // block_channels, 1)
+    _spread[(triton.cdiv(pixels, block_pixels),)](
+        x,
+        out,
+        pixels,
+        frames,
+        height,
+        width,
+        *x.stride()[:4],
+        *out.stride()[:4],
+        channels=channels,
+        copies=copies,
         block_pixels=block_pixels,
         block_channels=block_channels,
     )

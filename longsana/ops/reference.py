@@ -174,16 +174,41 @@ def add_temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Seque
     return x + temporal_conv(x, tail, weight, lengths=lengths)
 
 
-def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """SiLU of an RMSNorm over channels, written into a view: the Wan decoder's step before each convolution.
 
-        out = silu(y)      y = gamma * sqrt(C) * x / max(|x|, 1e-12)
+        out = silu(y)      y = gamma * sqrt(C) * (x + bias) / max(|x + bias|, 1e-12)
 
     Args:
         x: (B, T, H, W, C).
-        gamma: (C,).
+        gamma: (C,). bias: (C,), of the convolution that made x, if it is still to be added.
         out: (B, T, H, W, C), any view, such as the interior of a padded buffer; only its elements are written.
     """
     wide = x.to(accumulation_dtype(x.dtype))
+    if bias is not None:
+        wide = wide + bias
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
     out.copy_(F.silu(wide / length * (gamma.to(wide.dtype) * x.shape[-1] ** 0.5)))
+
+
+def add_shortcut(x: Tensor, shortcut: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x + shortcut + bias, in x's memory: a residual block's end in the Wan decoder.
+
+    Args:
+        x, shortcut: (B, T, H, W, C). bias: (C,), of the convolution that made x, if it is still to be added.
+    """
+    if bias is not None:
+        shortcut = shortcut.to(accumulation_dtype(x.dtype)) + bias
+    return x.add_(shortcut)
+
+
+def spread_into(x: Tensor, out: Tensor) -> None:
+    """Write pictures into a view, each pixel as a square of pixels: nearest-neighbour enlargement, or a copy.
+
+    Args:
+        x: (A, B, H, W, C), any view whose channels are neighbours in memory.
+        out: (A, B, k H, k W, C), likewise; only its elements are written.
+    """
+    height, width = x.shape[2:4]
+    k = out.shape[3] // width
+    out.unflatten(3, (width, k)).unflatten(2, (height, k)).copy_(x[:, :, :, None, :, None])

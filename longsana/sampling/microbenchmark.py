@@ -43,18 +43,22 @@ class Case(NamedTuple):
     unread: int = 0  # bytes of the inputs
 
     def outputs(self, returned: Any) -> tuple[Tensor, ...]:
-        """Of a call: what it returned, or wrote into its last input."""
+        """Of a call: what it returned, or wrote into the last tensor of its inputs."""
         if returned is None:
-            return (self.inputs[-1].clone(),)
+            return (self._written().clone(),)
         return returned if isinstance(returned, tuple) else (returned,)
 
     def moved(self, outputs: Sequence[Tensor]) -> int:
         """Bytes, if every tensor is read or written once."""
         tensors = {id(value): value for value in self.inputs if isinstance(value, Tensor)}
-        if self.name == "norm_silu_into":  # which is given what it writes
-            tensors.popitem()
+        if self.name.endswith("_into"):  # which is given what it writes
+            tensors.pop(id(self._written()))
         total = sum(value.numel() * value.element_size() for value in (*tensors.values(), *outputs))
         return total - self.unread
+
+    def _written(self) -> Tensor:
+        *_, last = (value for value in self.inputs if isinstance(value, Tensor))
+        return last
 
 
 def seconds(call: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
@@ -162,6 +166,8 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
     buffer = picture.new_zeros(1, 6, size[0] + 2, size[1] + 2, channels)
     gamma = picture.new_ones(channels)
     yield Case("norm_silu_into", (picture, gamma, buffer[:, 2:, 1:-1, 1:-1]), {})
+    yield Case("add_shortcut", (picture, picture.clone(), gamma), {})
+    yield Case("spread_into", (picture[:, :, ::2, ::2].contiguous(), buffer[:, 2:, 1:-1, 1:-1]), {})
     taps = random(width, width, 3, 1) / (3 * width) ** 0.5
     conv = {"lengths": [frames]}
     yield Case("add_temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)

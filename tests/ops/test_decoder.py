@@ -1,4 +1,4 @@
-"""The Wan decoder's norm and activation: the twin against the formula, the kernel against the twin."""
+"""What lies between the Wan decoder's convolutions: twins against formulas, kernels against twins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longsana.ops.reference import norm_silu_into
+from longsana.ops.reference import add_shortcut, norm_silu_into, spread_into
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [
@@ -41,7 +41,7 @@ def room(x: Tensor) -> tuple[Tensor, Tensor]:
 def test_the_twin_is_the_formula() -> None:
     x, gamma = pixels(2, 1, 2, 3, 5).double(), draw(5, seed=2).double()
     out = torch.empty_like(x)
-    norm_silu_into(x, gamma, out)
+    norm_silu_into(x - 0.5, gamma, out, torch.full_like(gamma, 0.5))
     for pixel, given in zip(x.view(-1, 5), out.view(-1, 5), strict=True):
         y = pixel / max(sum(float(value) ** 2 for value in pixel) ** 0.5, 1e-12) * 5**0.5 * gamma
         torch.testing.assert_close(given, y / (1 + (-y).exp()), atol=1e-12, rtol=1e-12)
@@ -60,13 +60,48 @@ def test_the_twin_writes_its_view_alone(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel_is_the_twin(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
     fused = pytest.importorskip("longsana.ops.decoder").norm_silu_into
-    x, gamma = (values.to(DEVICE, dtype) for values in (pixels(*shape), draw(shape[-1], seed=2)))
-    expected = torch.empty(shape, dtype=torch.float64, device=DEVICE)
-    norm_silu_into(x.double(), gamma.double(), expected)
-    buffer, view = room(x)
-    fused(x, gamma, view)
-    torch.testing.assert_close(view.double(), expected, atol=1e-6, rtol=tolerance)
-    assert buffer.isfinite().sum() == view.numel()
+    x, gamma, given = (
+        values.to(DEVICE, dtype) for values in (pixels(*shape), *(draw(shape[-1], seed=i) for i in (2, 3)))
+    )
+    for bias in (None, given):
+        expected = torch.empty(shape, dtype=torch.float64, device=DEVICE)
+        norm_silu_into(x.double(), gamma.double(), expected, None if bias is None else bias.double())
+        buffer, view = room(x)
+        fused(x, gamma, view, bias)
+        torch.testing.assert_close(view.double(), expected, atol=1e-5, rtol=tolerance)
+        assert buffer.isfinite().sum() == view.numel()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shortcut_is_added_in_place(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    """By the twin and by the kernel, which writes nothing beyond."""
+    fused = pytest.importorskip("longsana.ops.decoder").add_shortcut
+    values = (draw(*shape), draw(*shape, seed=1), draw(shape[-1], seed=2))
+    x, shortcut, bias = (value.to(DEVICE, dtype) for value in values)
+    for add in (add_shortcut, fused):
+        for more in (None, bias):
+            room = x.new_full((x.numel() + 9,), float("nan"))
+            inside = room[: x.numel()].view_as(x).copy_(x)
+            assert add(inside, shortcut, more) is inside
+            expected = x.double() + shortcut.double() + (0 if more is None else more.double())
+            torch.testing.assert_close(inside.double(), expected, atol=1e-6, rtol=tolerance)
+            assert room.isfinite().sum() == x.numel()
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pixels_become_squares(shape: tuple[int, ...], copies: int) -> None:
+    """Of views as the decoder has them: of other frames' channels beside one's own, into a buffer with a border."""
+    fused = pytest.importorskip("longsana.ops.decoder").spread_into
+    batch, frames, height, width, channels = shape
+    x = draw(batch, height, width, frames, channels).to(DEVICE, torch.bfloat16).permute(0, 3, 1, 2, 4)
+    expected = x.repeat_interleave(copies, dim=2).repeat_interleave(copies, dim=3)
+    for spread in (spread_into, fused):
+        buffer, view = room(expected)
+        spread(x, view)
+        assert torch.equal(view, expected)
+        assert buffer.isfinite().sum() == view.numel()
 
 
 def test_the_kernel_reaches_beyond_32_bits() -> None:

@@ -252,7 +252,7 @@ def test_sizes_of_the_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(weight.numel() for weight in wan.parameters()) == Encoders().vae_parameters
     vae = WanVAE(wan, geometry(VAEConfig()), 1)
     # The kernel of a GPU takes no memory; its plain twin does.
-    monkeypatch.setattr("longsana.encoders.wan_decoder.norm_silu_into", lambda x, gamma, out: None)
+    monkeypatch.setattr("longsana.encoders.wan_decoder.norm_silu_into", lambda x, gamma, out, bias: None)
     _, cache = vae.decode_stream(torch.empty(1, 16, 2, 12, 20, device="meta"))
     assert sum(feature.nbytes for feature in cache.features) == 2 * 96 * 160 * Encoders().cache_values
     with LiveBytes(ignore=[*wan.parameters(), *cache.features]) as live:
