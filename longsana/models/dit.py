@@ -171,6 +171,11 @@ class LongSanaDiT(nn.Module):
             layers.append((keys, values.contiguous()))  # a view would keep unnormalised keys alive
         return TextMemory(layers, None if alone else text.mask)
 
+    def arrange(self) -> None:
+        """Lay weights out in memory for inference on a GPU, whose operations otherwise reorder some in every pass."""
+        for block in self.blocks:
+            cast(Block, block).feed_forward.arrange()
+
     def empty_state(self, batch: int, height: int, width: int, *, frames: int = 0) -> CausalState:
         """The state before the first frame of a video of height x width latent cells."""
         return CausalState.empty(

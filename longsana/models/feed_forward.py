@@ -21,6 +21,11 @@ class MixFeedForward(nn.Module):
         self.project = nn.Linear(inner, hidden_size, bias=False)
         self.temporal = nn.Conv2d(hidden_size, hidden_size, (3, 1), bias=False)
 
+    def arrange(self) -> None:
+        """Lay the taps out in memory as the fused operations read them, outermost; shapes and values stay."""
+        for conv in (self.depthwise, self.temporal):
+            conv.weight.data = conv.weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
     def forward(self, x: Tensor, size: tuple[int, int], tail: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """x: (B, T, S, D) with S = size[0] * size[1]; tail: (B, S, D); lengths: frames of each chunk."""
         bias = self.depthwise.bias

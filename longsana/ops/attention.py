@@ -343,9 +343,11 @@ def _sums(
             k, v, k if weight is None else weight, cos, sin, kv, k_sum, first, last, share, heads, *_strides(k),
             *_strides(v), 0 if weight is None else weight.stride(0), weight is not None, **_sizes(k, SUMS),
         )  # fmt: skip
-        own.append((kv.sum(1), k_sum.sum(1)))
+        own.append((kv.sum(1, keepdim=True), k_sum.sum(1, keepdim=True)))
+    if len(own) == 1:
+        return own[0]
     kvs, k_sums = zip(*own, strict=True)
-    return torch.stack(kvs, 1), torch.stack(k_sums, 1)
+    return torch.cat(kvs, 1), torch.cat(k_sums, 1)
 
 
 def _strides(part: Tensor) -> tuple[int, int]:

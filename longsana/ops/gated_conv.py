@@ -20,8 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from longsana.ops.backend import shares
 
-COLUMNS, GRADIENT_COLUMNS, CHANNELS = 4, 2, 256
-"""Of a strip. 52 columns are 13 strips; gradients hold more of each column."""
+COLUMNS, CHANNELS = 4, 128
+"""Of a strip. 52 columns are 13 strips."""
+GRADIENT_COLUMNS, GRADIENT_CHANNELS = 2, 256
+"""Of the gradients' strips; those of the sums hold more of each column."""
 PROGRAMS = 528
 """Programs that keep a large GPU busy, four times its multiprocessors."""
 
@@ -265,7 +267,7 @@ class _GatedConv(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         (height, width), wide = ctx.size, x.shape[-1]
         taps, of_sums, of_x = _taps(weight), x.new_empty(x.shape), x.new_empty(x.shape)
-        strips, blocks = triton.cdiv(width, GRADIENT_COLUMNS), triton.cdiv(wide // 2, CHANNELS)
+        strips, blocks = triton.cdiv(width, GRADIENT_COLUMNS), triton.cdiv(wide // 2, GRADIENT_CHANNELS)
         frames = x.numel() // (height * width * wide)
         count = frames * strips
         # A few strips a program: their gradients of the taps are one sum, and sums of programs do not race.
@@ -273,10 +275,10 @@ class _GatedConv(torch.autograd.Function):
         of_taps = x.new_empty(parts, 10, wide, dtype=torch.float32)
         _sums_gradients_kernel[(blocks, parts)](
             x, taps, bias, grad.contiguous(), of_sums, of_taps, height, width, strips, count, share, wide // 2,
-            GRADIENT_COLUMNS, CHANNELS, num_warps=4,
+            GRADIENT_COLUMNS, GRADIENT_CHANNELS, num_warps=4,
         )  # fmt: skip
-        _input_gradients_kernel[(triton.cdiv(wide, CHANNELS), triton.cdiv(width, COLUMNS), frames)](
-            x, taps, of_sums, of_x, height, width, wide, COLUMNS, CHANNELS, num_warps=4
+        _input_gradients_kernel[(triton.cdiv(wide, GRADIENT_CHANNELS), triton.cdiv(width, COLUMNS), frames)](
+            x, taps, of_sums, of_x, height, width, wide, COLUMNS, GRADIENT_CHANNELS, num_warps=4
         )
         total = of_taps.sum(0)
         of_weight = total[:9].t().reshape(weight.shape).to(weight.dtype)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from longsana.ops.backend import shares
 from longsana.ops.reference import FLOAT8_MAX
 
-WARPS = 8
+WARPS = 4
 PROGRAMS = 528
 """Programs that keep a large GPU busy, four times its multiprocessors."""
 

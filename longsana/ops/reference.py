@@ -34,6 +34,9 @@ def prefix_sums(past: Tensor, own: Tensor, window: int) -> tuple[Tensor, Tensor]
     Returns:
         (B, n, ...), for each chunk the sum over itself and what it sees; and the next `past`.
     """
+    if window < 0 and own.shape[1] == 1:  # a step of inference, in one launch
+        total = past + own
+        return total, total
     history = torch.cat([past, own], dim=1)
     if window < 0:
         sums = history.cumsum(dim=1)[:, 1:]

@@ -117,6 +117,8 @@ class VideoPipeline:
                 to_float8(self.model)
             except ValueError as error:
                 raise InputError(f"model.float8=true: {error}") from error
+        if self.device.type == "cuda":
+            self.model.arrange()
         self._loaded = self.model
         if config.sampling.cfg_scale != 1 and config.sampling.null_caption == "learned":
             self._null(1)

@@ -157,6 +157,23 @@ def test_a_caption_that_was_read_is_the_caption(small_config, random_model, rand
         torch.testing.assert_close(given, expected)
 
 
+def test_arranged_weights_are_the_same_weights(small_config, random_model, random_text, random_latents):
+    """And the fused operations, which run on a GPU alone, take them as they lie."""
+    from longsana.ops.gated_conv import _taps
+
+    model, text = random_model(small_config()), random_text(1)
+    x, t = random_latents(1, 4), torch.tensor([500.0])
+    expected, _ = model(x, t, text)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model.arrange()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(model(x, t, text)[0], expected)
+    for block in model.blocks:
+        depthwise, temporal = block.feed_forward.depthwise.weight, block.feed_forward.temporal.weight
+        assert _taps(depthwise).data_ptr() == depthwise.data_ptr()
+        assert temporal[..., 0].permute(2, 1, 0).is_contiguous()
+
+
 # Time -----------------------------------------------------------------------------------------------------------------
 
 
