@@ -16,8 +16,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,12 +139,25 @@ def render(report: dict[str, Any]) -> str:
     for what, figures in report.get("peers", {}).items():
         lines |= {f"{what}: {name}": f"{value:.2f}" for name, value in figures.items()}
     for what, kernels in report.get("profile", {}).items():
-        total = sum(row["ms"] for row in kernels.values())
-        for name, row in list(kernels.items())[:LONGEST]:
-            lines[f"{what}, ms: {name[:60]}"] = f"{row['ms']:.2f} in {row['calls']} ({row['ms'] / total:.0%})"
+        spent: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+        for kernel, row in kernels.items():
+            ms, calls = spent[name := short_name(kernel)]
+            spent[name] = (ms + row["ms"], calls + row["calls"])
+        total = sum(ms for ms, _ in spent.values())
+        for name, (ms, calls) in sorted(spent.items(), key=lambda item: -item[1][0])[:LONGEST]:
+            lines[f"{what}, ms: {name}"] = f"{ms:.2f} in {calls} ({ms / total:.0%})"
     video = report["video"]
     title = f"{video['frames']} frames of {video['width']}x{video['height']}"
     return table([{title: name, report["machine"]["device"]: value} for name, value in lines.items()])
+
+
+def short_name(kernel: str) -> str:
+    """A kernel's name without its template's arguments, but for what PyTorch's elementwise kernels compute."""
+    name = kernel.replace("(anonymous namespace)::", "").removeprefix("void ")
+    head, *arguments = re.split("[<(]", name, maxsplit=1)
+    computed = re.search(r"\w*(?:Functor|_functor|_kernel_cuda)\w*", arguments[0]) if arguments else None
+    short = (head.rsplit("::", 1)[-1] if arguments else head).strip()
+    return (f"{short} {computed[0]}" if computed else short)[:80]
 
 
 def main(arguments: Sequence[str]) -> int:

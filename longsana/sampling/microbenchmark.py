@@ -224,6 +224,7 @@ def measure_profile(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str,
                 "calls": event.count,
             }
             for event in profiler.key_averages()
+            if not cuda or event.self_device_time_total > 0  # the host's calls are listed too
         }
         if cuda:
             spent["idle"] = {"ms": max(0.0, 1000 * wall - sum(row["ms"] for row in spent.values())), "calls": 1}

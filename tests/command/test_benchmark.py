@@ -64,6 +64,32 @@ def test_every_operation_is_measured(report: dict[str, Any]) -> None:
     assert "gated_conv, ms" in script.render(report)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        (
+            "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::CUDAFunctor_add"
+            "<c10::BFloat16> >(at::TensorIteratorBase&, at::native::CUDAFunctor_add<c10::BFloat16> const&)>(int)",
+            "elementwise_kernel CUDAFunctor_add",
+        ),
+        (
+            "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::"
+            "direct_copy_kernel_cuda(at::TensorIteratorBase&)::{lambda()#3}::operator()() const>(int)",
+            "elementwise_kernel direct_copy_kernel_cuda",
+        ),
+        (
+            "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float>(int)",
+            "vectorized_layer_norm_kernel",
+        ),
+        ("nvjet_sm90_tst_192x208_64x4_2x1_v_bz_coopB_TNT", "nvjet_sm90_tst_192x208_64x4_2x1_v_bz_coopB_TNT"),
+        ("Memcpy DtoD (Device -> Device)", "Memcpy DtoD"),
+        ("aten::addmm", "aten::addmm"),
+    ],
+)
+def test_kernels_have_short_names_of_their_own(kernel: str, name: str) -> None:
+    assert script.short_name(kernel) == name
+
+
 def test_a_profile_says_where_the_time_goes(report: dict[str, Any]) -> None:
     assert report["profile"].keys() == {"forward", "decode"}
     for kernels in report["profile"].values():
