@@ -136,6 +136,8 @@ def render(report: dict[str, Any]) -> str:
     for name, row in report.get("operations", {}).get("operations", {}).items():
         taken = ", ".join(f"{backend} {ms:.3f}" for backend, ms in row["ms"].items())
         lines[f"{name}, ms"] = f"{taken} ({row['share of the floor']:.0%} of the floor's speed)"
+        if learning := row.get("ms with gradients"):
+            lines[f"{name}, with gradients, ms"] = ", ".join(f"{backend} {ms:.3f}" for backend, ms in learning.items())
     for what, figures in report.get("peers", {}).items():
         lines |= {f"{what}: {name}": f"{value:.2f}" for name, value in figures.items()}
     for what, kernels in report.get("profile", {}).items():

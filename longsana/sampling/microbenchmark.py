@@ -19,7 +19,7 @@ from longsana.models.embeddings import TextEmbedding
 from longsana.models.naming import diffusers_config
 from longsana.models.rope import rotary
 from longsana.ops import FUSED, reference
-from longsana.ops.backend import INDUCTOR, can_fuse, fused_twin
+from longsana.ops.backend import INDUCTOR, WITHOUT_GRADIENTS, can_fuse, fused_twin
 from longsana.sampling.pipeline import VideoPipeline
 
 REPEATS = 15
@@ -34,13 +34,18 @@ class Ceilings(NamedTuple):
 
 
 class Case(NamedTuple):
-    """An operation at the size of a chunk. operations: multiplications and additions in matrix products."""
+    """An operation at the size of a chunk.
+
+    operations: multiplications and additions in matrix products. learned: of how many tensors of the inputs, the first
+    ones, training takes gradients; None for all.
+    """
 
     name: str
     inputs: Sequence[Any]
     settings: dict[str, Any]
     operations: int = 0
     unread: int = 0  # bytes of the inputs
+    learned: int | None = None
 
     def outputs(self, returned: Any) -> tuple[Tensor, ...]:
         """Of a call: what it returned, or wrote into the last tensor of its inputs."""
@@ -55,6 +60,19 @@ class Case(NamedTuple):
             tensors.pop(id(self._written()))
         total = sum(value.numel() * value.element_size() for value in (*tensors.values(), *outputs))
         return total - self.unread
+
+    def learning(self, operation: Callable[..., Any]) -> Callable[[], Any]:
+        """A forward and a backward pass."""
+        inputs = [part.detach() if isinstance(part, Tensor) else part for part in self.inputs]
+        tensors = [part for part in inputs if isinstance(part, Tensor)]
+        learned = [part.requires_grad_() for part in tensors[: self.learned]]
+
+        def passes() -> None:
+            with torch.enable_grad():
+                outputs = self.outputs(operation(*inputs, **self.settings))
+                torch.autograd.grad(outputs, learned, [torch.ones_like(y) for y in outputs])
+
+        return passes
 
     def _written(self) -> Tensor:
         *_, last = (value for value in self.inputs if isinstance(value, Tensor))
@@ -96,8 +114,9 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 def measure_operations(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, Any]:
     """Every operation on one chunk of a video of height x width pixels; fused ones where they run.
 
-    ms of the plain twin and of the fused one, the largest difference between both relative to the largest value, GB/s
-    and TFLOP/s of the faster, and its share of the floor: the time that `ceilings` allow over its own.
+    ms of the plain twin and of the fused one, with gradients also of forward and backward pass together; the largest
+    difference between both relative to the largest value, GB/s and TFLOP/s of the faster, and its share of the floor:
+    the time that `ceilings` allow over its own.
     """
     device, dtype = pipeline.device, pipeline.model.dtype
     limits = ceilings(device, dtype)
@@ -106,8 +125,13 @@ def measure_operations(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[s
         plain = partial(getattr(reference, case.name), *case.inputs, **case.settings)
         expected = case.outputs(plain())
         row: dict[str, Any] = {"ms": {"reference": 1000 * seconds(plain, device)}}
+        learns = case.name not in WITHOUT_GRADIENTS
+        if learns:
+            row["ms with gradients"] = {"reference": 1000 * seconds(case.learning(plain.func), device)}
         if can_fuse():
             fused = partial(fused_twin(case.name, FUSED), *case.inputs, **case.settings)
+            if learns:
+                row["ms with gradients"]["fused"] = 1000 * seconds(case.learning(fused.func), device)
             row["difference"] = max(
                 float((a.float() - b.float()).abs().max() / b.float().abs().max())
                 for a, b in zip(case.outputs(fused()), expected, strict=True)
@@ -154,7 +178,7 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
         torch.rand(1, 1, heads, dim, device=device, generator=rng),
     )
     settings = {"lengths": [frames * tokens], "window": -1, "eps": network.linear_attn_eps}
-    yield Case("linear_attention", (q, k, v, *turn, *past), settings, 4 * frames * tokens * width * dim)
+    yield Case("linear_attention", (q, k, v, *turn, *past), settings, 4 * frames * tokens * width * dim, learned=3)
     del qkv, q, k, v
     wide, filters = random(1, frames, tokens, 2 * inner), random(2 * inner, 1, 3, 3) / 3
     yield Case("gated_conv", (wide, filters, random(2 * inner), grid), {})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from longsana.ops import FUSED
+from longsana.ops.backend import WITHOUT_GRADIENTS
 from longsana.sampling.benchmark import PARTS
 from longsana.sampling.records import commit
 from tests.scripts import load_script
@@ -54,6 +55,9 @@ def test_figures_follow_from_each_other(report: dict[str, Any]) -> None:
 def test_every_operation_is_measured(report: dict[str, Any]) -> None:
     measured = report["operations"]["operations"]
     assert measured.keys() == FUSED.keys()
+    learning = {name for name, row in measured.items() if "ms with gradients" in row}
+    assert learning == FUSED.keys() - set(WITHOUT_GRADIENTS)
+    assert all(measured[name]["ms with gradients"]["reference"] > 0 for name in learning)
     for row in measured.values():
         assert row["ms"].keys() == {"reference"}  # without a GPU nothing is fused
         assert row["GB/s"] > 0
