@@ -24,6 +24,7 @@ from longsana.models.float8 import to_float8
 from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
 from longsana.sampling.noise import PromptNoise
+from longsana.sampling.replay import ReplayedNetwork
 from longsana.sampling.request import DISTILLED, WHOLE_CLIP, chunk_plan
 from longsana.sampling.sampler import Chunk, generate, sample_chunks, sample_clip
 
@@ -69,6 +70,7 @@ class VideoPipeline:
         self.plan = chunk_plan(config)
         self._negative: CompactEmbedding | None = None  # one for all captions
         self._loaded: LongSanaDiT | None = None
+        self._network: ReplayedNetwork | None = None  # of what is loaded
         self.model: LongSanaDiT
         self.vae: WanVAE
 
@@ -120,6 +122,8 @@ class VideoPipeline:
         if self.device.type == "cuda":
             self.model.arrange()
         self._loaded = self.model
+        if self.device.type == "cuda" and config.sampling.cuda_graphs:
+            self._network = ReplayedNetwork(self.model)
         if config.sampling.cfg_scale != 1 and config.sampling.null_caption == "learned":
             self._null(1)
 
@@ -167,8 +171,9 @@ class VideoPipeline:
                 with clock.part("denoise"):
                     return self._read(self._batch(batch))
 
+            own = self._network if self.model is self._loaded else None
             return generate(
-                self.model,
+                own or self.model,
                 self.schedule,
                 map(text, zip(*parts, strict=True)),
                 self.plan,

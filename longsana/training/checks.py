@@ -43,6 +43,7 @@ FREE = (
     *("train.max_iters", "train.log_iters", "train.max_checkpoints", "train.async_checkpoint", "train.text_encoder"),
     *("train.sharding_strategy", "train.gradient_checkpointing", "train.compile", "train.cuda_graphs"),
     *("validation.", "wandb.", "video.", "sampling.txt_file", "sampling.num_frames", "sampling.bs"),
+    "sampling.cuda_graphs",
 )
 """Settings, or prefixes of them, that a resumed run may change: they do not decide what is learned."""
 
