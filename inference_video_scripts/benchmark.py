@@ -53,9 +53,7 @@ class Request:
     out: Path
     threads: int | None
     backend: Backend | None
-    kernels: bool
-    peer: bool
-    profile: bool
+    extras: tuple[str, ...]
 
 
 def prepare(arguments: Sequence[str], world: World) -> Request:
@@ -71,6 +69,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     parser.add_argument("--kernels", action="store_true", help="also each operation against its reference and floor")
     parser.add_argument("--profile", action="store_true", help="also each kernel of one forward and of one decode")
     parser.add_argument("--peer", choices=["diffusers"], help="also the same network and decoder of this library")
+    parser.add_argument("--float8", action="store_true", help="also what model.float8 would change: errors and speed")
     options, settings = parser.parse_command(arguments, SETTING_FLAGS, leaf_keys(InferenceConfig))
     config: InferenceConfig = load_config(locate(options.config, "the config"), settings)
     check_settings(settings, config)
@@ -83,15 +82,19 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     check_writable(options.out.parent, "--out")
     if options.backend == "triton" and not can_fuse():
         raise InputError("--backend triton: needs an NVIDIA GPU with the shared memory of an H100; here there is none")
+    extras = {
+        "operations": options.kernels,
+        "profile": options.profile,
+        "peers": options.peer,
+        "float8": options.float8,
+    }
     return Request(
         config,
         select_prompts(config, 0, 1)[0],
         options.out,
         options.threads,
         options.backend,
-        options.kernels,
-        options.peer is not None,
-        options.profile,
+        tuple(name for name, wanted in extras.items() if wanted),
     )
 
 
@@ -109,9 +112,7 @@ def run(request: Request, world: World) -> int:
             world.device(),
             Path(folder),
             compiled=request.backend == "compile",
-            operations=request.kernels,
-            peers=request.peer,
-            profiled=request.profile,
+            extras=request.extras,
         )
     atomic_write_text(request.out, json.dumps(report, indent=2) + "\n")
     print(render(report))
@@ -132,6 +133,7 @@ def render(report: dict[str, Any]) -> str:
         **{f"FPS of the encoder alone, {name}": f"{value:.1f}" for name, value in report["encoder alone, FPS"].items()},
         **{f"a chunk, {name}, s": f"{report['chunk'][name]:.3f}" for name in ("p50", "p95")},
         **{f"{name}, MB": f"{value / 1e6:.0f}" for name, value in report["memory"].items()},
+        **{f"{name}, ms": f"{value:.2f}" for name, value in report["passes"].items()},
     }
     for name, row in report.get("operations", {}).get("operations", {}).items():
         taken = ", ".join(f"{backend} {ms:.3f}" for backend, ms in row["ms"].items())
@@ -140,6 +142,8 @@ def render(report: dict[str, Any]) -> str:
             lines[f"{name}, with gradients, ms"] = ", ".join(f"{backend} {ms:.3f}" for backend, ms in learning.items())
     for what, figures in report.get("peers", {}).items():
         lines |= {f"{what}: {name}": f"{value:.2f}" for name, value in figures.items()}
+    if float8 := report.get("float8"):
+        lines |= {f"float8: {name}": f"{value:.4g}" for name, value in float8.items()}
     for what, kernels in report.get("profile", {}).items():
         spent: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
         for kernel, row in kernels.items():

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,25 @@ from longsana.ops import backend
 from longsana.runtime.clock import Clock
 from longsana.runtime.files import partial_name
 from longsana.runtime.video import VideoWriter
-from longsana.sampling.microbenchmark import compile_blocks, measure_operations, measure_peers, measure_profile
+from longsana.sampling.microbenchmark import (
+    compile_blocks,
+    measure_float8,
+    measure_operations,
+    measure_passes,
+    measure_peers,
+    measure_profile,
+)
 from longsana.sampling.pipeline import Caption, VideoPipeline
 from longsana.sampling.records import commit, versions
+
+EXTRAS: dict[str, Callable[[VideoPipeline, tuple[int, int]], dict[str, Any]]] = {
+    "operations": measure_operations,
+    "profile": measure_profile,
+    "peers": measure_peers,
+    "float8": measure_float8,  # the last one: it changes the network
+}
+"""What a report may also have, measured at a height and width."""
+
 
 PARTS = ("text", "denoise", "absorb", "decode", "write", "other")
 """What the wall time of a video is made of. other: all that no clock was running for."""
@@ -64,13 +80,11 @@ def benchmark(
     folder: Path,
     *,
     compiled: bool = False,
-    operations: bool = False,
-    peers: bool = False,
-    profiled: bool = False,
+    extras: Collection[str] = (),
 ) -> dict[str, Any]:
     """The report on one video in `folder`, made after its first chunks have warmed everything up: one has no past.
 
-    compiled: each block under torch.compile. operations, peers, profiled: with those of `microbenchmark`.
+    compiled: each block under torch.compile. extras: those of EXTRAS that are wanted.
     """
     started = {"process": time.time() - psutil.Process().create_time()}
     pipeline = VideoPipeline(config, device)
@@ -119,13 +133,8 @@ def benchmark(
         "commit": commit(),
     }
     size = prompt.height, prompt.width
-    if operations:
-        report["operations"] = measure_operations(pipeline, size)
-    if profiled:
-        report["profile"] = measure_profile(pipeline, size)
-    if peers:
-        report["peers"] = measure_peers(pipeline, size)
-    return report
+    report["passes"] = measure_passes(pipeline, size)
+    return report | {name: measure(pipeline, size) for name, measure in EXTRAS.items() if name in extras}
 
 
 def make_film(

@@ -13,14 +13,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
 from longsana.models import attention, dit
-from longsana.models.embeddings import TextEmbedding
+from longsana.models.embeddings import TextEmbedding, TextMemory
+from longsana.models.float8 import PRODUCTS, Float8Linear, to_float8
 from longsana.models.naming import diffusers_config
 from longsana.models.rope import rotary
 from longsana.ops import FUSED, reference
 from longsana.ops.backend import INDUCTOR, WITHOUT_GRADIENTS, can_fuse, fused_twin
+from longsana.runtime.errors import InputError
+from longsana.sampling.noise import PromptNoise
 from longsana.sampling.pipeline import VideoPipeline
+from longsana.sampling.replay import Recording
+from longsana.sampling.sampler import generate
+from longsana.state import CausalState
 
 REPEATS = 15
 T_STEP = 727.0
@@ -200,12 +207,14 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
 class Work(NamedTuple):
     """One chunk for the network and the decoder, both with a past, of random numbers.
 
-    x: (1, C, T, h, w). text: without padding. forward, decode: one pass each.
+    x: (1, C, T, h, w). text: without padding; read: by the network. forward, decode: one pass each.
     """
 
     x: Tensor
     t: Tensor
     text: TextEmbedding
+    read: TextMemory
+    state: CausalState
     forward: Callable[[], Any]
     decode: Callable[[], Any]
 
@@ -222,7 +231,75 @@ def _work(pipeline: VideoPipeline, size: tuple[int, int]) -> Work:
     read, t = model.read(text), torch.full((1,), T_STEP, device=device)
     _, state = model(x, t, read)
     _, cache = vae.decode_stream(x[:, :, :1])
-    return Work(x, t, text, partial(model, x, t, read, state=state), partial(vae.decode_stream, x, cache))
+    forward, decode = partial(model, x, t, read, state=state), partial(vae.decode_stream, x, cache)
+    return Work(x, t, text, read, state, forward, decode)
+
+
+@torch.no_grad()
+def measure_passes(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, float]:
+    """ms of one pass over a chunk with a past, on a GPU also as the CUDA graph that it is replayed as; and of decoding
+    a chunk, for each frame."""
+    device, work = pipeline.device, _work(pipeline, size)
+    passes = {"forward": 1000 * seconds(work.forward, device)}
+    if device.type == "cuda":
+        recording = Recording(pipeline.model, work.x, work.t, work.read, work.state)
+        passes["forward, replayed"] = 1000 * seconds(partial(recording.replay, work.x, work.t, work.state), device)
+    frames = pipeline.geometry.pixel_frames(work.x.shape[2], first=False)
+    return passes | {"decode a frame": 1000 * seconds(work.decode, device) / frames}
+
+
+@torch.no_grad()
+def measure_float8(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, float]:
+    """What `model.float8` does to the network, which is left in float8.
+
+    Relative errors of products, each given what it gets in a pass: the largest of all blocks. Of the latents of three
+    chunks, each after those before it. And ms of a pass.
+
+    Raises:
+        InputError: this network or device cannot.
+    """
+    if pipeline.config.model.float8:
+        raise InputError("--float8: model.float8=true: it is compared with the network in its own dtype")
+    model, work = pipeline.model, _work(pipeline, size)
+    shape = (work.x.shape[1], *work.x.shape[3:])
+
+    def latents() -> list[Tensor]:
+        noise = PromptNoise(0, [("", 0)])
+        plan = ChunkPlan((work.x.shape[2],) * 3)
+        chunks = generate(
+            model, pipeline.schedule, [work.read] * 3, plan, shape=shape, rng=noise, device=pipeline.device
+        )
+        return [chunk.latents for chunk in chunks]
+
+    report: dict[str, float] = {}
+
+    def compare(name: str, module: nn.Module, inputs: tuple[Tensor], exact: Tensor) -> None:
+        assert isinstance(module, nn.Linear)
+        key = f"error of {name}"
+        report[key] = max(report.get(key, 0.0), relative_error(Float8Linear(module)(*inputs), exact))
+
+    try:
+        hooks = [
+            block.get_submodule(name).register_forward_hook(partial(compare, name))
+            for block in model.blocks
+            for name in PRODUCTS
+        ]
+        try:
+            work.forward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        before, plain = latents(), 1000 * seconds(work.forward, pipeline.device)
+        to_float8(model)
+    except ValueError as error:
+        raise InputError(f"--float8: {error}") from error
+    for index, (exact, given) in enumerate(zip(before, latents(), strict=True), start=1):
+        report[f"error of latents, chunk {index}"] = relative_error(given, exact)
+    return report | {"forward before, ms": plain, "forward, ms": 1000 * seconds(work.forward, pipeline.device)}
+
+
+def relative_error(given: Tensor, exact: Tensor) -> float:
+    return float((given.float() - exact.float()).norm() / exact.float().norm())
 
 
 @torch.no_grad()

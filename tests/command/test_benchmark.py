@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from longsana.models.float8 import PRODUCTS
 from longsana.ops import FUSED
 from longsana.ops.backend import WITHOUT_GRADIENTS
 from longsana.sampling.benchmark import PARTS
@@ -22,7 +23,7 @@ script = load_script(ROOT / "inference_video_scripts" / "benchmark.py")
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("benchmark") / "report.json"
-    assert script.main([*SMALL, "--num_frames", "49", "--kernels", "--profile", "--out", str(out)]) == 0
+    assert script.main([*SMALL, "--num_frames", "49", "--kernels", "--profile", "--float8", "--out", str(out)]) == 0
     read: dict[str, Any] = json.loads(out.read_text())
     return read
 
@@ -66,6 +67,19 @@ def test_every_operation_is_measured(report: dict[str, Any]) -> None:
         )
         assert row["share of the floor"] == pytest.approx(floor)
     assert "gated_conv, ms" in script.render(report)
+
+
+def test_passes_are_measured(report: dict[str, Any]) -> None:
+    assert report["passes"].keys() == {"forward", "decode a frame"}  # without a GPU nothing is replayed
+    assert min(report["passes"].values()) > 0
+    assert "decode a frame, ms" in script.render(report)
+
+
+def test_float8_is_compared(report: dict[str, Any]) -> None:
+    errors = [value for name, value in report["float8"].items() if name.startswith("error of")]
+    assert len(errors) == len(PRODUCTS) + 3
+    assert all(0.005 < error < 0.5 for error in errors), report["float8"]
+    assert report["float8"]["forward, ms"] > 0
 
 
 @pytest.mark.parametrize(
