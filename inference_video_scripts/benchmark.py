@@ -27,10 +27,13 @@ from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
+import torch
+
 from inference_video_scripts.inference_sana_video import DEFAULT_CONFIG, SETTING_FLAGS, check_settings, check_threads
 from longsana.config import InferenceConfig, leaf_keys, load_config
 from longsana.data.prompts import Prompt
 from longsana.evaluation.report import table
+from longsana.models.float8 import check_float8
 from longsana.ops.backend import VARIABLE, can_fuse
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
 from longsana.runtime.distributed import World, set_threads
@@ -82,12 +85,21 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     check_writable(options.out.parent, "--out")
     if options.backend == "triton" and not can_fuse():
         raise InputError("--backend triton: needs an NVIDIA GPU with the shared memory of an H100; here there is none")
+    if options.float8 and (config.model.float8 or options.backend == "compile"):
+        raise InputError(
+            "--float8: compares the network as it is with float8; not with model.float8 or --backend compile"
+        )
     extras = {
         "operations": options.kernels,
         "profile": options.profile,
         "peers": options.peer,
         "float8": options.float8,
     }
+    if options.float8:
+        try:
+            check_float8(world.device(), torch.bfloat16)
+        except ValueError as error:
+            raise InputError(f"--float8: {error}") from error
     return Request(
         config,
         select_prompts(config, 0, 1)[0],
@@ -163,7 +175,10 @@ def short_name(kernel: str) -> str:
     head, *arguments = re.split("[<(]", name, maxsplit=1)
     computed = re.search(r"\w*(?:Functor|_functor|_kernel_cuda)\w*", arguments[0]) if arguments else None
     short = (head.rsplit("::", 1)[-1] if arguments else head).strip()
-    return (f"{short} {computed[0]}" if computed else short)[:80]
+    if computed:
+        return f"{short} {computed[0]}"
+    # cutlass' kernels are told apart by what they are given.
+    return f"{short} {arguments[0][:60]}" if re.fullmatch(r"Kernel\d?|(device_)?kernel", short) else short
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -127,7 +127,7 @@ class SamplingConfig:
     # What guidance moves away from: the negative prompt, or the null caption that the checkpoint was trained with
     null_caption: Literal["negative_prompt", "learned"] = "negative_prompt"
     motion_score: int = 10  # appended to every prompt; 0 or less: nothing is appended
-    cuda_graphs: bool = True  # on a GPU: record a pass of long videos and replay it
+    cuda_graphs: bool = False  # longlive_flow_euler on a GPU: record a pass of a long video and replay it
 
 
 @dataclass(frozen=True)

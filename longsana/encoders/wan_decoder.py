@@ -30,10 +30,11 @@ def prepare(model: Model) -> None:
     for parameter in model.parameters():
         if parameter.dim() in layouts:
             parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
-    for layer in model.decoder.modules():
-        cubic = isinstance(layer, nn.Conv3d) and layer.kernel_size == (3, 3, 3)
-        if cubic and layer.weight.is_cuda and layer.in_channels % 64 == layer.out_channels % 64 == 32:
-            pair(layer)
+    if model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16):
+        for layer in model.decoder.modules():
+            cubic = isinstance(layer, nn.Conv3d) and layer.kernel_size == (3, 3, 3)
+            if cubic and layer.in_channels % 64 == layer.out_channels % 64 == 32:
+                pair(layer)
 
 
 def pair(layer: nn.Conv3d) -> None:
@@ -79,7 +80,7 @@ class _Step:
         self._past = iter(features or ())
 
     def residual(self, block: Layer, x: Tensor) -> Tensor:
-        late = x.is_cuda  # see ops/decoder.py; oneDNN adds biases at no cost
+        late = _biases_come_late(x)
         h = _conv3d(block.conv1, self.normalised(block.norm1, x), bias=not late)
         h = self.normalised(block.norm2, h, block.conv1.bias if late else None)  # rebinding frees what went in
         h = _conv3d(block.conv2, h, bias=not late)
@@ -91,7 +92,7 @@ class _Step:
         copies = x[:, :, None]
         if layer.mode == "upsample3d" and self.first:
             # diffusers leaves the convolution out for the first latent, and forgets what it would have seen.
-            self._remember(x.new_zeros(1).expand(x.shape[0], 2, *x.shape[2:]))
+            self.features.append(x.new_zeros(x.shape[0], 2, *x.shape[2:]).permute(0, 4, 1, 2, 3))
         elif layer.mode == "upsample3d":
             pairs = _conv3d(layer.time_conv, self.padded(x, border=0))
             copies = pairs.unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5)
@@ -156,6 +157,11 @@ def _clear_border(buffer: Tensor) -> None:
     height, width = buffer.shape[-3:-1]
     buffer[..., :: height - 1, :, :].zero_()
     buffer[..., :: width - 1, :].zero_()
+
+
+def _biases_come_late(x: Tensor) -> bool:
+    """Whether what reads a convolution's result adds its bias: see ops/decoder.py. oneDNN adds it at no cost."""
+    return x.is_cuda
 
 
 def _conv3d(layer: Layer, x: Tensor, *, bias: bool = True) -> Tensor:

@@ -172,7 +172,7 @@ class LongSanaDiT(nn.Module):
         return TextMemory(layers, None if alone else text.mask)
 
     def arrange(self) -> None:
-        """Lay weights out in memory for inference on a GPU, whose operations otherwise reorder some in every pass."""
+        """Lay weights out in memory for inference with fused operations, which otherwise reorder some in every pass."""
         for block in self.blocks:
             cast(Block, block).feed_forward.arrange()
 

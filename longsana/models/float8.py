@@ -41,17 +41,19 @@ class Float8Linear(nn.Module):
         return out.unflatten(0, x.shape[:-1])
 
 
+def check_float8(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse (ValueError) a GPU or dtype that such products do not take."""
+    if device.type == "cuda" and (torch.cuda.get_device_capability(device) < CAPABILITY or dtype != torch.bfloat16):
+        raise ValueError("float8 needs a GPU of compute capability 8.9 or newer, and model.dtype=bfloat16")
+
+
 def to_float8(model: LongSanaDiT) -> None:
     """Replace the large products of every block, in place.
 
     Raises:
-        ValueError: a width is no multiple of 16, or this GPU or the network's dtype is not one that such products take.
+        ValueError: a width is no multiple of 16; and see `check_float8`.
     """
-    device = model.patch_embed.weight.device
-    if device.type == "cuda" and (
-        torch.cuda.get_device_capability(device) < CAPABILITY or model.dtype != torch.bfloat16
-    ):
-        raise ValueError("float8 needs a GPU of compute capability 8.9 or newer, and model.dtype=bfloat16")
+    check_float8(model.patch_embed.weight.device, model.dtype)
     for block in model.blocks:
         for name in PRODUCTS:
             parent, _, leaf = name.rpartition(".")

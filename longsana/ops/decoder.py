@@ -66,9 +66,8 @@ def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor, bias: Tensor | None = 
     assert x.is_contiguous() and gamma.is_contiguous(), "channels last, without gaps"
     assert out.shape == x.shape and out.stride(4) == 1, (out.shape, out.stride())
     pixels = batch * frames * height * width
-    block_channels = triton.next_power_of_2(channels)
-    block_pixels = max(ELEMENTS // block_channels, 1)
-    _norm_silu[(triton.cdiv(pixels, block_pixels),)](
+    sizes = _block(channels)
+    _norm_silu[(triton.cdiv(pixels, sizes["block_pixels"]),)](
         x,
         gamma,
         bias,
@@ -80,26 +79,29 @@ def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor, bias: Tensor | None = 
         *out.stride()[:4],
         channels**0.5,
         channels=channels,
-        block_pixels=block_pixels,
-        block_channels=block_channels,
+        **sizes,
     )
 
 
-@triton.jit
-def _add_shortcut(x, shortcut, bias, elements, channels: tl.constexpr, block: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = at < elements
+@triton.jit(do_not_specialize=["pixels"])
+def _add_shortcut(
+    x, shortcut, bias, pixels, channels: tl.constexpr, block_pixels: tl.constexpr, block_channels: tl.constexpr
+):
+    pixel = tl.program_id(0) * block_pixels + tl.arange(0, block_pixels)
+    channel = tl.arange(0, block_channels)
+    inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
     total = tl.load(x + at, inside, 0.0).to(tl.float32) + tl.load(shortcut + at, inside, 0.0).to(tl.float32)
     if bias is not None:
-        total += tl.load(bias + at % channels, inside, 0.0).to(tl.float32)
+        total += tl.load(bias + channel, channel < channels, 0.0).to(tl.float32)[None, :]
     tl.store(x + at, total.to(x.dtype.element_ty), inside)
 
 
 def add_shortcut(x: Tensor, shortcut: Tensor, bias: Tensor | None = None) -> Tensor:
     assert x.is_contiguous() and shortcut.is_contiguous() and x.shape == shortcut.shape, "channels last, without gaps"
-    _add_shortcut[(triton.cdiv(x.numel(), ELEMENTS),)](
-        x, shortcut, bias, x.numel(), channels=x.shape[-1], block=ELEMENTS
-    )
+    channels = x.shape[-1]
+    pixels, sizes = x.numel() // channels, _block(channels)
+    _add_shortcut[(triton.cdiv(pixels, sizes["block_pixels"]),)](x, shortcut, bias, pixels, channels, **sizes)
     return x
 
 
@@ -142,9 +144,8 @@ def spread_into(x: Tensor, out: Tensor) -> None:
     assert out.shape == (batch, frames, copies * height, copies * width, channels), (x.shape, out.shape)
     assert x.stride(4) == out.stride(4) == 1, "channels are neighbours"
     pixels = batch * frames * height * width
-    block_channels = triton.next_power_of_2(channels)
-    block_pixels = max(ELEMENTS // block_channels, 1)
-    _spread[(triton.cdiv(pixels, block_pixels),)](
+    sizes = _block(channels)
+    _spread[(triton.cdiv(pixels, sizes["block_pixels"]),)](
         x,
         out,
         pixels,
@@ -155,6 +156,11 @@ def spread_into(x: Tensor, out: Tensor) -> None:
         *out.stride()[:4],
         channels=channels,
         copies=copies,
-        block_pixels=block_pixels,
-        block_channels=block_channels,
+        **sizes,
     )
+
+
+def _block(channels: int) -> dict[str, int]:
+    """Pixels and channels of a program: all channels of some pixels."""
+    block_channels = triton.next_power_of_2(channels)
+    return {"block_pixels": max(ELEMENTS // block_channels, 1), "block_channels": block_channels}

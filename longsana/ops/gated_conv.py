@@ -23,7 +23,7 @@ from longsana.ops.backend import shares
 COLUMNS, CHANNELS = 4, 128
 """Of a strip. 52 columns are 13 strips."""
 GRADIENT_COLUMNS, GRADIENT_CHANNELS = 2, 256
-"""Of the gradients' strips; those of the sums hold more of each column."""
+"""Of the gradients' strips. Those of the sums hold more of each column; those of the inputs are COLUMNS wide."""
 PROGRAMS = 528
 """Programs that keep a large GPU busy, four times its multiprocessors."""
 

@@ -42,8 +42,6 @@ EXTRAS: dict[str, Callable[[VideoPipeline, tuple[int, int]], dict[str, Any]]] = 
     "float8": measure_float8,  # the last one: it changes the network
 }
 """What a report may also have, measured at a height and width."""
-
-
 PARTS = ("text", "denoise", "absorb", "decode", "write", "other")
 """What the wall time of a video is made of. other: all that no clock was running for."""
 
@@ -132,6 +130,7 @@ def benchmark(
         "versions": versions(),
         "commit": commit(),
     }
+    assert EXTRAS.keys() >= set(extras), extras
     size = prompt.height, prompt.width
     report["passes"] = measure_passes(pipeline, size)
     return report | {name: measure(pipeline, size) for name, measure in EXTRAS.items() if name in extras}
@@ -235,13 +234,14 @@ def _encode(pipeline: VideoPipeline, prompt: Prompt, started: dict[str, float]) 
 
 
 def memory(device: torch.device) -> dict[str, int]:
-    """Bytes: this process's memory now and at its fullest, and the most that tensors took on the GPU."""
+    """Bytes: this process's memory now and at its fullest; of a GPU the most that tensors and their allocator took."""
     resident = psutil.Process().memory_info().rss
     # Linux keeps the peak up to date only now and then.
     peak = max(resident, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     kept = {"host RSS": resident, "host RSS peak": peak}
     if device.type == "cuda":
         kept["GPU peak"] = torch.cuda.max_memory_allocated(device)
+        kept["GPU peak reserved"] = torch.cuda.max_memory_reserved(device)  # a CUDA graph's memory is only here
     return kept
 
 

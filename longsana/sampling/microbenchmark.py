@@ -22,7 +22,6 @@ from longsana.models.naming import diffusers_config
 from longsana.models.rope import rotary
 from longsana.ops import FUSED, reference
 from longsana.ops.backend import INDUCTOR, WITHOUT_GRADIENTS, can_fuse, fused_twin
-from longsana.runtime.errors import InputError
 from longsana.sampling.noise import PromptNoise
 from longsana.sampling.pipeline import VideoPipeline
 from longsana.sampling.replay import Recording
@@ -44,7 +43,7 @@ class Case(NamedTuple):
     """An operation at the size of a chunk.
 
     operations: multiplications and additions in matrix products. learned: of how many tensors of the inputs, the first
-    ones, training takes gradients; None for all.
+    ones, training takes gradients; None for all. written: which input the operation writes into, if it returns nothing.
     """
 
     name: str
@@ -53,18 +52,23 @@ class Case(NamedTuple):
     operations: int = 0
     unread: int = 0  # bytes of the inputs
     learned: int | None = None
+    written: int | None = None
 
-    def outputs(self, returned: Any) -> tuple[Tensor, ...]:
-        """Of a call: what it returned, or wrote into the last tensor of its inputs."""
-        if returned is None:
-            return (self._written().clone(),)
+    def outputs(self, operation: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        """What the operation makes of inputs: what it returns, or writes."""
+        returned = operation(*inputs, **self.settings)
+        if self.written is not None:
+            returned = inputs[self.written]
         return returned if isinstance(returned, tuple) else (returned,)
+
+    def once(self, operation: Callable[..., Any]) -> tuple[Tensor, ...]:
+        """The same of copies of the inputs, which it may change."""
+        return self.outputs(operation, [part.clone() if isinstance(part, Tensor) else part for part in self.inputs])
 
     def moved(self, outputs: Sequence[Tensor]) -> int:
         """Bytes, if every tensor is read or written once."""
-        tensors = {id(value): value for value in self.inputs if isinstance(value, Tensor)}
-        if self.name.endswith("_into"):  # which is given what it writes
-            tensors.pop(id(self._written()))
+        written = None if self.written is None else self.inputs[self.written]
+        tensors = {id(value): value for value in self.inputs if isinstance(value, Tensor) and value is not written}
         total = sum(value.numel() * value.element_size() for value in (*tensors.values(), *outputs))
         return total - self.unread
 
@@ -76,14 +80,10 @@ class Case(NamedTuple):
 
         def passes() -> None:
             with torch.enable_grad():
-                outputs = self.outputs(operation(*inputs, **self.settings))
+                outputs = self.outputs(operation, inputs)
                 torch.autograd.grad(outputs, learned, [torch.ones_like(y) for y in outputs])
 
         return passes
-
-    def _written(self) -> Tensor:
-        *_, last = (value for value in self.inputs if isinstance(value, Tensor))
-        return last
 
 
 def seconds(call: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
@@ -129,21 +129,24 @@ def measure_operations(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[s
     limits = ceilings(device, dtype)
     rows: dict[str, Any] = {}
     for case in cases(pipeline, size):
-        plain = partial(getattr(reference, case.name), *case.inputs, **case.settings)
-        expected = case.outputs(plain())
-        row: dict[str, Any] = {"ms": {"reference": 1000 * seconds(plain, device)}}
-        learns = case.name not in WITHOUT_GRADIENTS
-        if learns:
-            row["ms with gradients"] = {"reference": 1000 * seconds(case.learning(plain.func), device)}
+        plain = getattr(reference, case.name)
+        expected = case.once(plain)
+        backends = {"reference": plain}
+        row: dict[str, Any] = {}
         if can_fuse():
-            fused = partial(fused_twin(case.name, FUSED), *case.inputs, **case.settings)
-            if learns:
-                row["ms with gradients"]["fused"] = 1000 * seconds(case.learning(fused.func), device)
+            backends["fused"] = fused_twin(case.name, FUSED)
             row["difference"] = max(
                 float((a.float() - b.float()).abs().max() / b.float().abs().max())
-                for a, b in zip(case.outputs(fused()), expected, strict=True)
+                for a, b in zip(case.once(backends["fused"]), expected, strict=True)
             )
-            row["ms"]["fused"] = 1000 * seconds(fused, device)
+        row["ms"] = {
+            name: 1000 * seconds(partial(call, *case.inputs, **case.settings), device)
+            for name, call in backends.items()
+        }
+        if case.name not in WITHOUT_GRADIENTS:
+            row["ms with gradients"] = {
+                name: 1000 * seconds(case.learning(call), device) for name, call in backends.items()
+            }
         best = min(row["ms"].values()) / 1000
         moved = case.moved(expected)
         floor = max(moved / limits.bytes, case.operations / limits.operations)
@@ -196,9 +199,10 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
     picture = torch.randn(1, 4, *size, channels, device=device, generator=rng).to(pipeline.vae.dtype)
     buffer = picture.new_zeros(1, 6, size[0] + 2, size[1] + 2, channels)
     gamma = picture.new_ones(channels)
-    yield Case("norm_silu_into", (picture, gamma, buffer[:, 2:, 1:-1, 1:-1]), {})
-    yield Case("add_shortcut", (picture, picture.clone(), gamma), {})
-    yield Case("spread_into", (picture[:, :, ::2, ::2].contiguous(), buffer[:, 2:, 1:-1, 1:-1]), {})
+    bias = gamma.clone()
+    yield Case("norm_silu_into", (picture, gamma, buffer[:, 2:, 1:-1, 1:-1], bias), {}, written=2)
+    yield Case("add_shortcut", (picture, picture.clone(), bias), {})
+    yield Case("spread_into", (picture[:, :, ::2, ::2].contiguous(), buffer[:, 2:, 1:-1, 1:-1]), {}, written=1)
     taps = random(width, width, 3, 1) / (3 * width) ** 0.5
     conv = {"lengths": [frames]}
     yield Case("add_temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)
@@ -250,16 +254,14 @@ def measure_passes(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, 
 
 @torch.no_grad()
 def measure_float8(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, float]:
-    """What `model.float8` does to the network, which is left in float8.
+    """What `model.float8` does to the network, not compiled, which is left in float8.
 
     Relative errors of products, each given what it gets in a pass: the largest of all blocks. Of the latents of three
     chunks, each after those before it. And ms of a pass.
 
     Raises:
-        InputError: this network or device cannot.
+        ValueError: this network or device cannot.
     """
-    if pipeline.config.model.float8:
-        raise InputError("--float8: model.float8=true: it is compared with the network in its own dtype")
     model, work = pipeline.model, _work(pipeline, size)
     shape = (work.x.shape[1], *work.x.shape[3:])
 
@@ -278,21 +280,17 @@ def measure_float8(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, 
         key = f"error of {name}"
         report[key] = max(report.get(key, 0.0), relative_error(Float8Linear(module)(*inputs), exact))
 
-    try:
-        hooks = [
-            block.get_submodule(name).register_forward_hook(partial(compare, name))
-            for block in model.blocks
-            for name in PRODUCTS
-        ]
-        try:
-            work.forward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        before, plain = latents(), 1000 * seconds(work.forward, pipeline.device)
-        to_float8(model)
-    except ValueError as error:
-        raise InputError(f"--float8: {error}") from error
+    hooks = [
+        block.get_submodule(name).register_forward_hook(partial(compare, name))
+        for block in model.blocks
+        for name in PRODUCTS
+    ]
+    work.forward()
+    for hook in hooks:
+        hook.remove()
+    assert len(report) == len(PRODUCTS), report
+    before, plain = latents(), 1000 * seconds(work.forward, pipeline.device)
+    to_float8(model)
     for index, (exact, given) in enumerate(zip(before, latents(), strict=True), start=1):
         report[f"error of latents, chunk {index}"] = relative_error(given, exact)
     return report | {"forward before, ms": plain, "forward, ms": 1000 * seconds(work.forward, pipeline.device)}

@@ -21,6 +21,7 @@ from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import Text, TextEmbedding, null_embedding
 from longsana.models.float8 import to_float8
+from longsana.ops import backend
 from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
 from longsana.sampling.noise import PromptNoise
@@ -119,7 +120,7 @@ class VideoPipeline:
                 to_float8(self.model)
             except ValueError as error:
                 raise InputError(f"model.float8=true: {error}") from error
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and backend() == "triton":
             self.model.arrange()
         self._loaded = self.model
         if self.device.type == "cuda" and config.sampling.cuda_graphs:

@@ -50,7 +50,7 @@ def fingerprint(settings: Mapping[str, Any], prompt: Prompt, digests: Mapping[st
     deciding = {section: dict(values) for section, values in settings.items()}
     for section, key in SOURCES.items():
         deciding[section][key] = digests[section]
-    for key in ("bs", "txt_file"):
+    for key in ("bs", "cuda_graphs", "txt_file"):
         del deciding["sampling"][key]
     identity = [prompt.text, prompt.repetition, deciding]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -15,25 +15,25 @@ from longsana.models.embeddings import Text
 from longsana.state import CausalState
 
 PLAIN_PASSES = 5
-"""Passes of a kind before one is recorded, a chunk's: all kernels are compiled, and short videos are not worth it."""
+"""Passes of a kind before one is recorded, the next chunk's: the operations' kernels are compiled by then."""
 
 
 class _Kind(NamedTuple):
-    """What a recording holds on to: the caption it reads, and the shapes it was made for."""
+    """What a recording is of: a caption, and shapes and dtypes."""
 
     text: Text
-    shapes: tuple[torch.Size, ...]
+    tensors: tuple[tuple[torch.Size, torch.dtype], ...]
 
-    def fits(self, text: Text, shapes: tuple[torch.Size, ...]) -> bool:
-        return self.text is text and self.shapes == shapes
+    def fits(self, text: Text, tensors: tuple[tuple[torch.Size, torch.dtype], ...]) -> bool:
+        return self.text is text and self.tensors == tensors
 
 
 class ReplayedNetwork:
     """A network on one GPU, for passes without gradients with a caption that is the same object for many of them.
 
-    Values in, values out, like the network: what it returns is the caller's own. One recording is kept; its memory is a
-    pass's activations, once. Passes without a state, of guidance (whose captions alternate), and the first of each kind
-    are the network's own.
+    Values in, values out, like the network: what it returns is the caller's own. One recording is kept until a video
+    begins or another caption comes. Its memory, beside all else: a pass's activations, and two states. Passes without
+    a state, of guidance (whose captions alternate), and the first of each kind are the network's own.
     """
 
     def __init__(self, model: LongSanaDiT) -> None:
@@ -46,10 +46,11 @@ class ReplayedNetwork:
         self, x: Tensor, t: Tensor, text: Text, *, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
         if state is None:
+            self._kind = self._recording = None
             return self.model(x, t, text)
-        shapes = (x.shape, t.shape, *(part.shape for part in state[:3]))
-        if self._kind is None or not self._kind.fits(text, shapes):
-            self._kind, self._passes, self._recording = _Kind(text, shapes), 0, None
+        tensors = tuple((part.shape, part.dtype) for part in (x, t, *state[:3]))
+        if self._kind is None or not self._kind.fits(text, tensors):
+            self._kind, self._passes, self._recording = _Kind(text, tensors), 0, None
         self._passes += 1
         if self._passes <= PLAIN_PASSES:
             return self.model(x, t, text, state=state)
@@ -59,26 +60,32 @@ class ReplayedNetwork:
 
 
 class Recording:
-    """One pass, recorded."""
+    """One pass, recorded. It reads the network's weights and the caption where they lie."""
 
     def __init__(self, model: LongSanaDiT, x: Tensor, t: Tensor, text: Text, state: CausalState) -> None:
+        self._model, self._text = model, text
         # The state's number of frames too: as a number, a graph would keep that of its first call.
-        self._frames = torch.zeros((), dtype=torch.int64, device=x.device)
+        self._frames = torch.full((), state.frames, dtype=torch.int64, device=x.device)
         self._x, self._t = x.clone(), t.clone()
         self._state = CausalState(state.kv.clone(), state.k_sum.clone(), state.tail.clone(), cast(int, self._frames))
-        self._given: CausalState | None = None
+        side = torch.cuda.Stream()  # what a pass sets up on first use must not be part of the graph
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._run()
+        torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # whatever other threads do
-            velocity, after = model(self._x, self._t, text, state=self._state)
-        self._outputs = (velocity, *after[:3])
+            self._outputs = self._run()
 
     def replay(self, x: Tensor, t: Tensor, state: CausalState) -> tuple[Tensor, CausalState]:
         self._x.copy_(x)
         self._t.copy_(t)
-        if state is not self._given:  # a chunk's denoising steps all see the same past
-            torch._foreach_copy_(list(self._state[:3]), list(state[:3]))
-            self._frames.fill_(state.frames)
-            self._given = state
+        torch._foreach_copy_(list(self._state[:3]), list(state[:3]))
+        self._frames.fill_(state.frames)
         self._graph.replay()
         velocity, kv, k_sum, tail = (output.clone() for output in self._outputs)
         return velocity, CausalState(kv, k_sum, tail, state.frames + x.shape[2])
+
+    def _run(self) -> tuple[Tensor, ...]:
+        velocity, after = self._model(self._x, self._t, self._text, state=self._state)
+        return velocity, after.kv, after.k_sum, after.tail

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from longsana.config import VAEConfig
+from longsana.encoders import wan_decoder
 from longsana.encoders.vae import WanVAE
 from longsana.encoders.wan_decoder import pair
 from longsana.ops import FUSED
@@ -19,6 +20,7 @@ from longsana.ops.backend import fused_twin
 from tests.encoders.streaming import draw, stream
 
 TRAINED = Path(__file__).resolve().parents[2] / "asset/shapes/vae"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {
     "narrow": {"base_dim": 8},  # as published but for its width
     "mirrored": {"base_dim": 6, "num_res_blocks": 1, "temperal_downsample": [True, True, False]},
@@ -89,6 +91,22 @@ def test_pairs_of_pixels_as_one(load: Load, name: str, dtype: torch.dtype) -> No
     assert psnr(frames, expected) >= (110 if dtype == torch.float32 else 130)
 
 
+def test_frames_as_a_gpu_makes_them(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all kernels, late biases and pairs, which pictures of an odd width do without."""
+    monkeypatch.setattr(wan_decoder, "_biases_come_late", lambda x: True)
+    for name in ("norm_silu_into", "add_shortcut", "spread_into"):
+        monkeypatch.setattr(wan_decoder, name, fused_twin(name, FUSED))
+    latents = draw(2, 16, 3, 2, 3).to(DEVICE)
+    expected = load("trained", device=DEVICE).decode(latents)
+    vae = load("trained", 2, DEVICE)
+    for layer in vae.model.decoder.modules():
+        if getattr(layer, "kernel_size", None) == (3, 3, 3):
+            pair(layer)
+    frames, cache = vae.decode_stream(latents[:, :, :2])
+    later, _ = vae.decode_stream(latents[:, :, 2:], cache)
+    assert psnr(torch.cat([frames, later], dim=2), expected) >= 80
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -150,8 +168,9 @@ def test_a_cache_that_was_made_contiguous_is_the_same(load: Load) -> None:
 def test_at_its_own_size_on_a_gpu(
     load: Load, name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bfloat16, with the fused norm; and nothing is transposed for a convolution."""
-    monkeypatch.setattr("longsana.encoders.wan_decoder.norm_silu_into", fused_twin("norm_silu_into", FUSED))
+    """In bfloat16, with the kernels; and nothing is transposed for a convolution."""
+    for operation in ("norm_silu_into", "add_shortcut", "spread_into"):
+        monkeypatch.setattr(wan_decoder, operation, fused_twin(operation, FUSED))
     latents = draw(1, 16, 7, *size).cuda()
     expected = load(name, device="cuda").decode(latents)
     vae = load(name, 3, "cuda", torch.bfloat16)

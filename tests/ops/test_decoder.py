@@ -113,3 +113,8 @@ def test_the_kernel_reaches_beyond_32_bits() -> None:
     expected = torch.empty_like(x)
     norm_silu_into(x, gamma, expected)
     torch.testing.assert_close(view.clone(), expected, atol=1e-6, rtol=8e-3)
+    copied = torch.empty_like(x)
+    pytest.importorskip("longsana.ops.decoder").spread_into(view, copied)  # from there, and back
+    view.zero_()
+    pytest.importorskip("longsana.ops.decoder").spread_into(copied, view)
+    assert torch.equal(view, copied) and torch.equal(copied, view.clone()) and copied.any()

@@ -63,8 +63,25 @@ def test_a_video_is_recorded_from_its_third_chunk_on(counted: type[Counted]) -> 
     network, text = ReplayedNetwork(model), caption(model, 0)
     assert torch.equal(video(network, [text] * 5), video(model, [text] * 5))
     assert (len(counted.made), counted.replayed) == (1, 15)
-    video(network, [text] * 5)  # of which only the first chunk is of another length
-    assert (len(counted.made), counted.replayed) == (1, 35)
+    # The next video begins without a state, and is recorded anew.
+    assert torch.equal(video(network, [text] * 5), video(model, [text] * 5))
+    assert (len(counted.made), counted.replayed) == (2, 30)
+
+
+@torch.no_grad()
+def test_a_longer_chunk_or_a_batch_is_a_recording_of_its_own(counted: type[Counted]) -> None:
+    model = build_model(SHAPES, device="cpu", dtype=torch.float32)
+    network, text = ReplayedNetwork(model), caption(model, 0)
+    plan = ChunkPlan((2, 2, 2, 3, 3))
+    assert torch.equal(video(network, [text] * 5, plan=plan), video(model, [text] * 5, plan=plan))
+    assert (len(counted.made), counted.replayed) == (2, 10)
+    x, t = torch.randn(2, 16, 2, 4, 6), torch.zeros(2)
+    tokens = torch.randn(2, 48, 64)
+    masked = model.read(TextEmbedding(tokens, torch.arange(48)[None] < torch.tensor([[7], [48]])))
+    _, state = model(x, t, masked)
+    for _ in range(replay.PLAIN_PASSES + 2):
+        assert torch.equal(network(x, t, masked, state=state)[0], model(x, t, masked, state=state)[0])
+    assert (len(counted.made), counted.replayed) == (3, 12)
 
 
 @torch.no_grad()

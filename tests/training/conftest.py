@@ -131,7 +131,9 @@ def distilled(training_config, random_model, network, embed, vae) -> Callable[..
         models = [random_model(network, torch.float32, seed) for seed in range(3)]
         return stage(
             config,
-            Player("generator", models[0], config.optimizer.generator, every=2),
+            Player(
+                "generator", models[0], config.optimizer.generator, every=config.distillation.dfake_gen_update_ratio
+            ),
             Player("critic", models[1], config.optimizer.critic),
             models[2].requires_grad_(False),
             embed=embed,
