@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_video_scripts", "inference_video_scripts")
 # A layer may import those after it, never one beside it.
 LAYERS = [
-    [*SCRIPTS],
+    [*SCRIPTS, "convert"],
     ["training", "evaluation"],
     ["sampling"],
     ["data", "encoders", "flow"],

@@ -18,12 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longsana.encoders.geometry import VAEGeometry
+from longsana.models.checkpoint_files import write_pickle
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.hub import SEEDED, locate
 
 Model: TypeAlias = Any  # an AutoencoderKLWan; diffusers' type hints do not say that it is a module
 SEED = 0  # of `seeded:` weights
 WIDTH = 96  # base_dim of the published VAE
+ORIGINAL = ("dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "latents_mean", "latents_std")
+"""What a file in the original layout cannot say, beside its width."""
 
 
 def load_model(source: str, shape: VAEGeometry, device: torch.device | str, dtype: torch.dtype) -> Model:
@@ -32,6 +35,34 @@ def load_model(source: str, shape: VAEGeometry, device: torch.device | str, dtyp
     Raises:
         InputError: nothing is there, it cannot be read, or its tensors are not exactly those of a VAE of this shape.
     """
+    model, weights = _read_model(source, shape)
+    on_device = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
+    model.load_state_dict(on_device, strict=True, assign=True)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def convert_model(source: str, shape: VAEGeometry, out: Path, layout: str) -> None:
+    """Write the VAE that `source` names in the other layout, every tensor as it is.
+
+    layout: diffusers, a folder; or upstream, one file with the names of `Wan2.1_VAE.pth`.
+
+    Raises:
+        InputError: see `load_model`; or a shape that the original layout, which comes without a config, cannot say.
+    """
+    model, weights = _read_model(source, shape)
+    if layout == "diffusers":
+        model.load_state_dict(weights, strict=True, assign=True)
+        model.save_pretrained(out)
+        return
+    published = inspect.signature(AutoencoderKLWan.__init__).parameters
+    if changed := [key for key in ORIGINAL if model.config[key] != published[key].default]:
+        raise InputError(f"{source}: the layout upstream has no config, so {', '.join(changed)} must be as published")
+    write_pickle(dict(to_original_layout(weights)), out)
+
+
+def _read_model(source: str, shape: VAEGeometry) -> tuple[Model, dict[str, Tensor]]:
+    """A model without memory, and its weights as `source` has them, under its names."""
     what = "vae.vae_pretrained"
     name_in_file: Callable[[str], str] = str
     if source.startswith(SEEDED):
@@ -45,11 +76,7 @@ def load_model(source: str, shape: VAEGeometry, device: torch.device | str, dtyp
         model = _empty_model({"base_dim": _width(weights)}, source)
         name_in_file = _original_name
     _check_geometry(model, shape, source)
-    weights = _renamed(weights, model, source, name_in_file)
-    on_device = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
-    model.load_state_dict(on_device, strict=True, assign=True)
-    model.eval().requires_grad_(False)
-    return model
+    return model, _renamed(weights, model, source, name_in_file)
 
 
 def new_model(folder: str | Path, seed: int) -> Model:

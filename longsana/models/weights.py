@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,28 +64,27 @@ def load_weights(
     Raises:
         InputError: the file cannot be read or does not fit the network. The model is as it was.
     """
-    file = weights_file(path)
-    entries = open_checkpoint(file, key)
-    for name in sorted(entries):
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED):
-            log.info("%s: %s is not used", file, name)
-            del entries[name]
-
     expected = model.state_dict()
-    sources = _match(entries, {name: tuple(tensor.shape) for name, tensor in expected.items()}, file, model.config)
     loaded = {}
-    for name, parts in sources.items():
-        # Popped, so that a file that could not be mapped is freed as it is used up.
-        tensors = [entries.pop(part.name).read() for part in parts]
-        if not tensors:
-            loaded[name] = torch.zeros(expected[name].shape, device=device, dtype=dtype)
-            continue
-        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    for name, tensor, mapped in _read(path, key, model.config, expected):
         # A copy always: memory that maps the file would change, or crash us, with it.
-        whole = whole.reshape(expected[name].shape).to(device, dtype, copy=len(tensors) == 1)
-        loaded[name] = whole.contiguous()
-    for name, tensor in loaded.items():
-        _assign(model, name, tensor)
+        loaded[name] = tensor.to(device, dtype, copy=mapped).contiguous()
+    for name, old in expected.items():
+        new = loaded.get(name)
+        _assign(model, name, torch.zeros(old.shape, device=device, dtype=dtype) if new is None else new)
+
+
+def read_weights(path: Path, config: ModelConfig, *, key: str = "generator") -> dict[str, Tensor]:
+    """What `load_weights` would load, each tensor in its own dtype, and null tokens only if the file has them.
+
+    The file is mapped as long as its tensors are used: it must not change.
+
+    Raises:
+        InputError: as there.
+    """
+    with torch.device("meta"):
+        expected = LongSanaDiT(config).state_dict()
+    return {name: tensor for name, tensor, _ in _read(path, key, config, expected)}
 
 
 def save_checkpoint(
@@ -133,6 +132,25 @@ def save_checkpoint(
     else:
         write_safetensors(renamed, path / DIFFUSERS_WEIGHTS, shard_bytes)
         atomic_write_text(path / "config.json", json.dumps(diffusers_config(config), indent=2) + "\n")
+
+
+def _read(
+    path: Path, key: str, config: ModelConfig, expected: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, bool]]:
+    """Names and tensors of a checkpoint, and whether a tensor may be a view of the file."""
+    file = weights_file(path)
+    entries = open_checkpoint(file, key)
+    for name in sorted(entries):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED):
+            log.info("%s: %s is not used", file, name)
+            del entries[name]
+    sources = _match(entries, {name: tuple(tensor.shape) for name, tensor in expected.items()}, file, config)
+    for name, parts in sources.items():
+        # Popped, so that a file that could not be mapped is freed as it is used up.
+        tensors = [entries.pop(part.name).read() for part in parts]
+        if tensors:
+            whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            yield name, whole.reshape(expected[name].shape), len(tensors) == 1
 
 
 def _match(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -13,12 +11,11 @@ from torch import Tensor
 
 from longsana.config import ModelConfig, load_config
 from longsana.models.build import empty_model
-from longsana.models.checkpoint_files import DIFFUSERS_WEIGHTS, NETWORKS, weights_file
+from longsana.models.checkpoint_files import NETWORKS, weights_file
 from longsana.models.dcp_files import SEPARATOR, is_checkpoint, open_tensors
-from longsana.models.weights import Layout, load_weights, save_checkpoint
+from longsana.models.weights import Layout, load_weights
+from longsana.models.writing import check_target, write_network
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import check_writable, move_into_place, partial_name
-from longsana.runtime.hub import INDEX_SUFFIX
 from longsana.training.checkpoint import read_progress
 from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
 
@@ -52,9 +49,8 @@ def export(
         raise InputError(f"{checkpoint}: no checkpoint folder of training (checkpoint_model_..., with {CONFIG} in it)")
     if layout == "trainer" and weights is not None:
         raise InputError(f"--weights {weights}: --layout trainer holds all networks; leave it out")
-    _check_out(out, layout, force)
-    config = load_config(folder / CONFIG, schema=TrainingConfig, retired=RETIRED_IN_TRAINING)
-    roles = {"generator": config.model, "generator_ema": config.model, "critic": config.fake_score}
+    check_target(out, layout, "--out", force=force)
+    roles = network_configs(folder)
     group = GROUPS[weights or "raw"]
     others: dict[str, dict[str, Tensor]] = {}
     there = {name.partition(SEPARATOR)[0] for name in open_tensors(folder)}
@@ -63,15 +59,18 @@ def export(
         raise InputError(f"--weights {weights}: {checkpoint} holds no such network; it has {has}")
     if layout == "trainer":
         for name in (name for name in NETWORKS[1:] if name in there):
-            _check_same(config.model, roles[name], name)
+            _check_same(roles["generator"], roles[name], name)
             others[name] = _read(folder, name, roles[name], dtype)
     state_dict = _read(folder, group, roles[group], dtype)
     step = int(read_progress(folder)["step"])
-    if layout != "diffusers":
-        save_checkpoint(state_dict, out, layout, roles[group], others=others, step=step)
-    else:
-        _write_folder(state_dict, out, roles[group])
+    write_network(state_dict, out, layout, roles[group], others=others, step=step)
     log.info("%s: %s of step %d, %s, %s", out, ", ".join([group, *others]), step, layout, str(dtype)[6:])
+
+
+def network_configs(folder: Path) -> dict[str, ModelConfig]:
+    """Of the networks in a checkpoint folder, by their groups' names."""
+    config = load_config(folder / CONFIG, schema=TrainingConfig, retired=RETIRED_IN_TRAINING)
+    return {"generator": config.model, "generator_ema": config.model, "critic": config.fake_score}
 
 
 def _read(folder: Path, group: str, config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -88,42 +87,3 @@ def _check_same(config: ModelConfig, other: ModelConfig, name: str) -> None:
             f"the {name} has another shape than the generator ({other.model}, {config.model}): "
             f"export it by itself, with --weights {name} and another layout"
         )
-
-
-def _check_out(out: Path, layout: Layout, force: bool) -> None:
-    if layout != "diffusers":
-        if out.is_dir():
-            raise InputError(f"--out {out}: a folder; the layout {layout} is one file, so name that")
-        index = out.with_name(out.name.removesuffix(".safetensors") + INDEX_SUFFIX)
-        exists = out.exists() or (layout == "safetensors" and index.exists())
-    else:
-        if out.is_file():
-            raise InputError(f"--out {out}: a file; the layout diffusers is a folder")
-        names = sorted(path.name for path in out.iterdir()) if out.exists() else []
-        stem = DIFFUSERS_WEIGHTS.removesuffix(".safetensors")
-        if strange := [name for name in names if name != "config.json" and not name.startswith(stem)]:
-            raise InputError(
-                f"--out {out}: holds more than a network ({', '.join(strange[:3])}); choose another folder"
-            )
-        exists = bool(names)
-    if exists and not force:
-        raise InputError(f"--out {out}: exists; choose another, or replace it with --force")
-    check_writable(out.parent, "--out")
-
-
-def _write_folder(state_dict: dict[str, Tensor], out: Path, config: ModelConfig) -> None:
-    out = out.absolute()  # "." has no name
-    unfinished, replaced = partial_name(out), out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        save_checkpoint(state_dict, unfinished, "diffusers", config)
-        if out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(out, replaced)
-        move_into_place(unfinished, out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if replaced.exists() and not out.exists():
-            os.rename(replaced, out)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -156,7 +156,7 @@ def test_a_failing_export_keeps_what_was_there(
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for place in ("longsana.training.export.move_into_place", "longsana.models.checkpoint_files.move_into_place"):
+    for place in ("longsana.models.writing.move_into_place", "longsana.models.checkpoint_files.move_into_place"):
         with monkeypatch.context() as patch:
             patch.setattr(place, fail)
             with pytest.raises(OSError, match="No space left"):

@@ -1,0 +1,142 @@
+"""Weights from one layout to another: a network, or a Wan 2.1 VAE.
+
+    python -m longsana.convert SANA_Video_2B_480p_LongLive.pth transformer --to diffusers
+    python -m longsana.convert transformer model.pth --to upstream
+    python -m longsana.convert Wan2.1_VAE.pth vae --to diffusers
+
+SRC is any file or folder that the inference command reads (also hf://OWNER/REPO/FILE), DST a folder for diffusers, else
+a file. Every tensor keeps its dtype; nothing is computed with them. Beside the weights lies a model card.
+Exit status: 0 it is there, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from longsana.config import InferenceConfig, ModelConfig, load_config
+from longsana.models.checkpoint_files import NETWORKS, open_checkpoint, weights_file
+from longsana.models.dcp_files import is_checkpoint
+from longsana.models.weights import LAYOUTS, Layout, read_weights
+from longsana.models.writing import CARD, check_target, write_folder, write_network
+from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import atomic_write_text
+from longsana.runtime.hub import locate
+
+log = logging.getLogger("longsana")
+
+VAE_CLASS = "AutoencoderKLWan"
+VAE_LAYOUTS = ("upstream", "diffusers")
+MODEL_CARD = """\
+# {title}
+
+{what}, {layout} layout: {count:,} parameters, {dtypes}.
+
+Converted from `{source}` by `python -m longsana.convert`, every tensor as it was. Licence and use are those of the
+source.
+"""
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.prog = "python -m longsana.convert"
+    parser.add_argument("source", metavar="SRC", help="a checkpoint, a folder of one, or hf://OWNER/REPO/FILE")
+    parser.add_argument("target", metavar="DST", type=Path, help="a folder for diffusers, else a file")
+    parser.add_argument("--to", choices=list(LAYOUTS), required=True)
+    parser.add_argument("--config", help="YAML of the network, if it is not the published one at 480p")
+    parser.add_argument("--key", choices=NETWORKS, default=NETWORKS[0], help="of a training checkpoint: the network")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    return parser.parse_args(arguments)
+
+
+def prepare(arguments: Sequence[str], world: World) -> argparse.Namespace:
+    options = parse(arguments)
+    if world.size > 1:
+        raise InputError("several processes: a conversion is the work of one; start it without a launcher")
+    options.path = locate(options.source, "SRC")
+    options.vae = is_vae(options.path, options.key)
+    if options.vae and options.to not in VAE_LAYOUTS:
+        raise InputError(f"--to {options.to}: this is a VAE, for which there are {' and '.join(VAE_LAYOUTS)}")
+    check_target(options.target, options.to, "DST", force=options.force)
+    if options.path.resolve() == options.target.resolve():
+        raise InputError(f"DST {options.target}: is SRC")
+    return options
+
+
+def is_vae(path: Path, key: str) -> bool:
+    """Whether these are a VAE's weights, by a diffusers folder's config or by names in a file."""
+    config = path / "config.json"
+    if config.is_file():
+        return VAE_CLASS in config.read_text(encoding="utf-8", errors="replace")
+    return any(name.startswith("encoder.") for name in open_checkpoint(weights_file(path), key))
+
+
+def network_config(options: argparse.Namespace) -> ModelConfig:
+    """Of the network in SRC: what --config says, else a training checkpoint's own, else the published one."""
+    if options.config is not None:
+        config: InferenceConfig = load_config(locate(options.config, "--config"))
+        return config.model
+    if is_checkpoint(options.path):
+        from longsana.training.export import network_configs  # torch.distributed comes with it
+
+        return network_configs(options.path)[options.key]
+    return ModelConfig()
+
+
+def run(options: argparse.Namespace) -> int:
+    path, target, layout = options.path, options.target, options.to
+    if options.vae:
+        _convert_vae(path, target, layout, options.source)
+    else:
+        config = network_config(options)
+        try:
+            state_dict = read_weights(path, config, key=options.key)
+        except InputError as error:
+            remedy = "" if options.config else "; a network of another size needs its YAML: --config"
+            raise InputError(f"{error}{remedy}") from error
+        write_network(state_dict, target, layout, config)
+        counts = {str(tensor.dtype).removeprefix("torch."): tensor for tensor in state_dict.values()}
+        count = sum(tensor.numel() for tensor in state_dict.values())
+        _write_card(target, layout, options.source, f"Network {config.model}", count, sorted(counts))
+    log.info("%s: %s, from %s", target, layout, options.source)
+    return 0
+
+
+def _convert_vae(path: Path, target: Path, layout: Layout, source: str) -> None:
+    from longsana.config import VAEConfig
+    from longsana.encoders.geometry import geometry
+    from longsana.encoders.vae_files import convert_model  # brings diffusers, which takes seconds
+
+    shape = geometry(VAEConfig())
+    if layout == "diffusers":
+        write_folder(target, lambda folder: convert_model(str(path), shape, folder, layout))
+    else:
+        convert_model(str(path), shape, target, layout)
+    entries = open_checkpoint(weights_file(target), NETWORKS[0])
+    count = sum(torch.Size(entry.shape).numel() for entry in entries.values())
+    _write_card(target, layout, source, "Wan 2.1 VAE", count, sorted({entry.dtype for entry in entries.values()}))
+
+
+def _write_card(target: Path, layout: Layout, source: str, what: str, count: int, dtypes: list[str]) -> None:
+    card = target / CARD if layout == "diffusers" else target.with_name(f"{target.name}.md")
+    text = MODEL_CARD.format(
+        title=target.name, what=what, layout=layout, count=count, dtypes=", ".join(dtypes), source=source
+    )
+    atomic_write_text(card, text)
+
+
+def main(arguments: Sequence[str]) -> int:
+    world = World.from_environment()
+    set_up_logging(world)
+    return run_command(world, lambda: prepare(arguments, world), run)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,76 @@
+"""Where weights are written: nothing is replaced unasked, and what is there is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from longsana.config import ModelConfig
+from longsana.models.checkpoint_files import DIFFUSERS_WEIGHTS
+from longsana.models.weights import Layout, save_checkpoint
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import check_writable, move_into_place, partial_name
+from longsana.runtime.hub import INDEX_SUFFIX
+
+CARD = "README.md"
+
+
+def check_target(out: Path, layout: Layout, option: str, *, force: bool) -> None:
+    """Refuse (InputError) what weights cannot be written to; option: what the user calls it."""
+    if layout != "diffusers":
+        if out.is_dir():
+            raise InputError(f"{option} {out}: a folder; the layout {layout} is one file, so name that")
+        index = out.with_name(out.name.removesuffix(".safetensors") + INDEX_SUFFIX)
+        exists = out.exists() or (layout == "safetensors" and index.exists())
+    else:
+        if out.is_file():
+            raise InputError(f"{option} {out}: a file; the layout diffusers is a folder")
+        names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        stem = DIFFUSERS_WEIGHTS.removesuffix(".safetensors")
+        if strange := [name for name in names if name not in ("config.json", CARD) and not name.startswith(stem)]:
+            raise InputError(
+                f"{option} {out}: holds more than a network ({', '.join(strange[:3])}); choose another folder"
+            )
+        exists = bool(names)
+    if exists and not force:
+        raise InputError(f"{option} {out}: exists; choose another, or replace it with --force")
+    check_writable(out.parent, option)
+
+
+def write_network(
+    state_dict: Mapping[str, Tensor],
+    out: Path,
+    layout: Layout,
+    config: ModelConfig,
+    *,
+    others: Mapping[str, Mapping[str, Tensor]] | None = None,
+    step: int = 0,
+) -> None:
+    """`save_checkpoint`, where the folder of diffusers too appears whole or not at all."""
+    if layout == "diffusers":
+        write_folder(out, lambda folder: save_checkpoint(state_dict, folder, layout, config))
+    else:
+        save_checkpoint(state_dict, out, layout, config, others=others, step=step)
+
+
+def write_folder(out: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder, and put it in the place of `out` when it is whole."""
+    out = out.absolute()  # "." has no name
+    unfinished, replaced = partial_name(out), out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        write(unfinished)
+        if out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(out, replaced)
+        move_into_place(unfinished, out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if replaced.exists() and not out.exists():
+            os.rename(replaced, out)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,160 @@
+"""`python -m longsana.convert`: round trips to the bit, of networks and VAEs, in the published layouts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from longsana import convert
+from longsana.models.checkpoint_files import open_checkpoint, weights_file
+from longsana.models.naming import NULL_TOKENS
+from longsana.models.weights import LAYOUTS, Layout, read_weights, save_checkpoint
+from tests.models.checkpoints import PATHS, TINY, assert_same, weights
+
+SIZES = ("depth", "hidden_size", "num_heads", "linear_head_dim", "caption_channels", "caption_length")
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., int]:
+    """`command(SRC, DST, "--to", ...)` for the small network."""
+    config = tmp_path / "config.yaml"
+    OmegaConf.save({"model": {name: getattr(TINY, name) for name in SIZES}}, config)
+    return lambda *arguments: convert.main([*map(str, arguments), "--config", str(config)])
+
+
+def mixed() -> dict[str, Tensor]:
+    """Weights of which some are in bfloat16."""
+    return {name: tensor.bfloat16() if "norm" in name else tensor for name, tensor in weights().items()}
+
+
+@pytest.mark.parametrize("there", list(LAYOUTS))
+@pytest.mark.parametrize("back", list(LAYOUTS))
+def test_there_and_back_is_the_same(there: Layout, back: Layout, command: Callable[..., int], tmp_path: Path) -> None:
+    expected = mixed()
+    source, between, end = (tmp_path / part for part in ("a", "b", "c"))
+    for folder in (source, between, end):
+        folder.mkdir()
+    save_checkpoint(expected, source / PATHS[back], back, TINY)
+    assert command(source / PATHS[back], between / PATHS[there], "--to", there) == 0
+    assert command(between / PATHS[there], end / PATHS[back], "--to", back) == 0
+    if "diffusers" in (there, back):
+        del expected[NULL_TOKENS]  # it has no place for them
+    assert_same(read_weights(end / PATHS[back], TINY), expected)
+    names = [dict.fromkeys(open_checkpoint(weights_file(at / PATHS[back]), "generator")) for at in (source, end)]
+    if there != "diffusers":
+        assert names[0] == names[1]
+
+
+def test_a_model_card_says_what_it_is(command: Callable[..., int], tmp_path: Path) -> None:
+    save_checkpoint(mixed(), tmp_path / "model.pth", "upstream", TINY)
+    assert command(tmp_path / "model.pth", tmp_path / "folder", "--to", "diffusers") == 0
+    card = (tmp_path / "folder/README.md").read_text()
+    count = sum(tensor.numel() for tensor in weights().values())
+    assert f"{count:,} parameters, bfloat16, float32" in card and "model.pth" in card
+    # A folder with its card is replaced like one without.
+    assert command(tmp_path / "model.pth", tmp_path / "folder", "--to", "diffusers") == 2
+    assert command(tmp_path / "model.pth", tmp_path / "folder", "--to", "diffusers", "--force") == 0
+    assert command(tmp_path / "folder", tmp_path / "m.safetensors", "--to", "safetensors") == 0
+    assert (tmp_path / "m.safetensors.md").exists()
+
+
+def test_a_network_of_a_training_checkpoint_is_chosen(command: Callable[..., int], tmp_path: Path) -> None:
+    networks = {"generator": weights(0), "generator_ema": weights(1), "critic": weights(2)}
+    generator = networks.pop("generator")
+    save_checkpoint(generator, tmp_path / "model.pt", "trainer", TINY, others=networks, step=7)
+    for seed, key in enumerate(("generator", "generator_ema", "critic")):
+        out = tmp_path / f"{key}.pth"
+        assert command(tmp_path / "model.pt", out, "--to", "upstream", "--key", key) == 0
+        assert_same(read_weights(out, TINY), weights(seed))
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffusers import AutoencoderKLWan
+
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKLWan(base_dim=4).save_pretrained(folder / "vae")
+    return folder / "vae"
+
+
+def test_a_vae_there_and_back(vae_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    assert convert.main([str(vae_folder), str(tmp_path / "Wan2.1_VAE.pth"), "--to", "upstream"]) == 0
+    original = torch.load(tmp_path / "Wan2.1_VAE.pth", weights_only=True)
+    assert "encoder.conv1.weight" in original and "decoder.upsamples.0.residual.0.gamma" in original
+    assert convert.main([str(tmp_path / "Wan2.1_VAE.pth"), str(tmp_path / "vae"), "--to", "diffusers"]) == 0
+    (file,) = (tmp_path / "vae").glob("*.safetensors")
+    (before,) = vae_folder.glob("*.safetensors")
+    assert_same(load_file(file), load_file(before))
+    ignored = ("_name_or_path", "_diffusers_version")
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (vae_folder, tmp_path / "vae")]
+    assert len({json.dumps({k: v for k, v in config.items() if k not in ignored}) for config in configs}) == 1
+    assert "Wan 2.1 VAE" in (tmp_path / "vae/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/none", "{tmp}/x", "--to", "upstream"], "SRC: '"),
+        (["{tmp}/model.pth", "{tmp}/model.pth", "--to", "upstream", "--force"], "is SRC"),
+        (["{tmp}/model.pth", "{tmp}", "--to", "upstream"], "a folder; the layout upstream is one file"),
+        (["{tmp}/model.pth", "{tmp}/y.pth", "--to", "upstream"], "does not fit SanaMSVideo_2000M_P2_D20"),
+        (["{tmp}/model.pth", "{tmp}/y.pth", "--to", "zip"], "invalid choice: 'zip'"),
+        (["asset/shapes/vae", "{tmp}/y.pth", "--to", "trainer"], "this is a VAE"),
+        (["asset/shapes/vae", "{tmp}/y.pth", "--to", "upstream"], "num_res_blocks"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
+    save_checkpoint(weights(), tmp_path / "model.pth", "upstream", TINY)
+    assert convert.main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") <= 2, error
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pth"}
+
+
+def test_it_is_a_command_of_the_package(tmp_path: Path) -> None:
+    save_checkpoint(weights(), tmp_path / "model.pth", "upstream", TINY)
+    command = [sys.executable, "-m", "longsana.convert", tmp_path / "model.pth", tmp_path / "m.pth", "--to", "upstream"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "another size needs its YAML: --config" in done.stderr
+    helped = subprocess.run([*command[:3], "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0 and "SRC" in helped.stdout
+
+
+PEAK = """
+import resource, sys
+from longsana import convert
+assert convert.main(sys.argv[1:]) == 0
+print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["diffusers", "upstream"])
+def test_memory_is_a_little_more_than_the_checkpoint(layout: Layout, tmp_path: Path) -> None:
+    """Where tensors are cut in three, and where they are joined."""
+    peaks, sizes = [], []
+    for name, width in (("small", 112), ("large", 1120)):
+        config = replace(TINY, hidden_size=width, num_heads=width // 112, linear_head_dim=112, depth=4)
+        OmegaConf.save({"model": {key: getattr(config, key) for key in SIZES}}, tmp_path / f"{name}.yaml")
+        other: Layout = "upstream" if layout == "diffusers" else "diffusers"
+        tensors = weights(config=config)
+        sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+        save_checkpoint(tensors, tmp_path / name, other, config)
+        arguments = [tmp_path / name, tmp_path / f"{name}.out", "--to", layout, "--config", tmp_path / f"{name}.yaml"]
+        done = subprocess.run([sys.executable, "-c", PEAK, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]))
+    assert sizes[1] > 300e6
+    assert peaks[1] - peaks[0] <= 1.3 * (sizes[1] - sizes[0])
