@@ -13,6 +13,7 @@ import pty
 import struct
 import sys
 import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,7 @@ def test_a_resumed_run_is_the_same_wandb_run_and_loses_no_step(
     """Killed at step 5 with a checkpoint of step 3: steps 3 and 4 come again, and wandb must not drop them."""
     folder = tmp_path / "run"
     for steps in (range(5), range(3, 7)):
+        time.sleep(1.1)  # wandb names a run's files by the second
         with open_log(folder, steps.start, wandb=offline()) as run_log:
             for step in steps:
                 run_log.metrics(step, {"loss": float(step)})
