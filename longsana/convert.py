@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from longsana.config import InferenceConfig, ModelConfig, load_config
-from longsana.models.checkpoint_files import NETWORKS, open_checkpoint, weights_file
+from longsana.models.checkpoint_files import NETWORKS, PIPELINE_PART, open_checkpoint, weights_file
 from longsana.models.dcp_files import is_checkpoint
 from longsana.models.weights import LAYOUTS, Layout, read_weights
-from longsana.models.writing import CARD, check_target, write_folder, write_network
+from longsana.models.writing import card_of, check_target, write_folder, write_network
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -39,8 +39,8 @@ MODEL_CARD = """\
 
 {what}, {layout} layout: {count:,} parameters, {dtypes}.
 
-Converted from `{source}` by `python -m longsana.convert`, every tensor as it was. Licence and use are those of the
-source.
+Converted from `{source}` by `python -m longsana.convert`: every tensor that this layout has a place for, as it was.
+Licence and use are those of the source.
 """
 
 
@@ -60,13 +60,20 @@ def prepare(arguments: Sequence[str], world: World) -> argparse.Namespace:
     options = parse(arguments)
     if world.size > 1:
         raise InputError("several processes: a conversion is the work of one; start it without a launcher")
-    options.path = locate(options.source, "SRC")
+    options.path = locate(options.source, "SRC", PIPELINE_PART)
+    options.target = options.target.expanduser()
     options.vae = is_vae(options.path, options.key)
     if options.vae and options.to not in VAE_LAYOUTS:
         raise InputError(f"--to {options.to}: this is a VAE, for which there are {' and '.join(VAE_LAYOUTS)}")
-    check_target(options.target, options.to, "DST", force=options.force)
-    if options.path.resolve() == options.target.resolve():
-        raise InputError(f"DST {options.target}: is SRC")
+    check_target(options.target, options.to, "DST", force=options.force, card=True)
+    options.target = options.target.absolute()
+    file = weights_file(options.path).resolve()
+    if options.target.resolve() in (options.path.resolve(), file, file.parent):
+        raise InputError(f"DST {options.target}: is SRC, or where it lies")
+    if options.to == "trainer":
+        log.warning(
+            "a trainer's file with one network, the %s; export.py keeps those of a run, and its step", options.key
+        )
     return options
 
 
@@ -101,10 +108,10 @@ def run(options: argparse.Namespace) -> int:
         except InputError as error:
             remedy = "" if options.config else "; a network of another size needs its YAML: --config"
             raise InputError(f"{error}{remedy}") from error
-        write_network(state_dict, target, layout, config)
-        counts = {str(tensor.dtype).removeprefix("torch."): tensor for tensor in state_dict.values()}
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()}
         count = sum(tensor.numel() for tensor in state_dict.values())
-        _write_card(target, layout, options.source, f"Network {config.model}", count, sorted(counts))
+        card = _card(target, layout, options.source, f"Network {config.model} ({options.key})", count, dtypes)
+        write_network(state_dict, target, layout, config, card=card)
     log.info("%s: %s, from %s", target, layout, options.source)
     return 0
 
@@ -114,22 +121,21 @@ def _convert_vae(path: Path, target: Path, layout: Layout, source: str) -> None:
     from longsana.encoders.geometry import geometry
     from longsana.encoders.vae_files import convert_model  # brings diffusers, which takes seconds
 
+    entries = open_checkpoint(weights_file(path), NETWORKS[0]).values()
+    count = sum(torch.Size(entry.shape).numel() for entry in entries)
+    card = _card(target, layout, source, "Wan 2.1 VAE", count, {entry.dtype for entry in entries})
     shape = geometry(VAEConfig())
     if layout == "diffusers":
-        write_folder(target, lambda folder: convert_model(str(path), shape, folder, layout))
+        write_folder(target, lambda folder: convert_model(str(path), shape, folder, layout), card)
     else:
         convert_model(str(path), shape, target, layout)
-    entries = open_checkpoint(weights_file(target), NETWORKS[0])
-    count = sum(torch.Size(entry.shape).numel() for entry in entries.values())
-    _write_card(target, layout, source, "Wan 2.1 VAE", count, sorted({entry.dtype for entry in entries.values()}))
+        atomic_write_text(card_of(target, layout), card)
 
 
-def _write_card(target: Path, layout: Layout, source: str, what: str, count: int, dtypes: list[str]) -> None:
-    card = target / CARD if layout == "diffusers" else target.with_name(f"{target.name}.md")
-    text = MODEL_CARD.format(
-        title=target.name, what=what, layout=layout, count=count, dtypes=", ".join(dtypes), source=source
+def _card(target: Path, layout: Layout, source: str, what: str, count: int, dtypes: set[str]) -> str:
+    return MODEL_CARD.format(
+        title=target.name, what=what, layout=layout, count=count, dtypes=", ".join(sorted(dtypes)), source=source
     )
-    atomic_write_text(card, text)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -65,7 +65,8 @@ def test_a_model_card_says_what_it_is(command: Callable[..., int], tmp_path: Pat
     assert command(tmp_path / "model.pth", tmp_path / "folder", "--to", "diffusers") == 2
     assert command(tmp_path / "model.pth", tmp_path / "folder", "--to", "diffusers", "--force") == 0
     assert command(tmp_path / "folder", tmp_path / "m.safetensors", "--to", "safetensors") == 0
-    assert (tmp_path / "m.safetensors.md").exists()
+    card = tmp_path / "m.safetensors.md"
+    assert (tmp_path / "m.safetensors").stat().st_mode == card.stat().st_mode
 
 
 def test_a_network_of_a_training_checkpoint_is_chosen(command: Callable[..., int], tmp_path: Path) -> None:
@@ -76,6 +77,40 @@ def test_a_network_of_a_training_checkpoint_is_chosen(command: Callable[..., int
         out = tmp_path / f"{key}.pth"
         assert command(tmp_path / "model.pt", out, "--to", "upstream", "--key", key) == 0
         assert_same(read_weights(out, TINY), weights(seed))
+
+
+def test_parts_of_different_dtypes_are_not_joined(command: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_checkpoint(weights(), tmp_path / "folder", "diffusers", TINY)
+    (file,) = (tmp_path / "folder").glob("*.safetensors")
+    tensors = load_file(file)
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    save_file(tensors | {name: tensors[name].bfloat16()}, file)
+    assert command(tmp_path / "folder", tmp_path / "m.pth", "--to", "upstream") == 2
+    assert "differ in dtype" in capsys.readouterr().err
+
+
+def test_a_card_of_someone_else_is_left_alone(command: Callable[..., int], tmp_path: Path) -> None:
+    save_checkpoint(weights(), tmp_path / "model.pth", "upstream", TINY)
+    (tmp_path / "README.md").write_text("mine")
+    assert command(tmp_path / "model.pth", tmp_path / "README", "--to", "safetensors") == 2
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_into_the_folder_one_is_in(
+    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(weights(), tmp_path / "model.pth", "upstream", TINY)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert command(tmp_path / "model.pth", ".", "--to", "diffusers") == 0
+    assert_same(read_weights(tmp_path / "here", TINY), without_null())
+    assert (tmp_path / "here/README.md").exists()
+
+
+def without_null() -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights().items() if name != NULL_TOKENS}
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +146,10 @@ def test_a_vae_there_and_back(vae_folder: Path, tmp_path: Path) -> None:
         (["{tmp}/model.pth", "{tmp}", "--to", "upstream"], "a folder; the layout upstream is one file"),
         (["{tmp}/model.pth", "{tmp}/y.pth", "--to", "upstream"], "does not fit SanaMSVideo_2000M_P2_D20"),
         (["{tmp}/model.pth", "{tmp}/y.pth", "--to", "zip"], "invalid choice: 'zip'"),
+        (["{tmp}/model.pth", "hf://me/model", "--to", "diffusers"], "on this machine"),
+        (["{tmp}/model.pth", "{tmp}/y.safetensors", "--to", "upstream"], "readers would not expect"),
+        (["{tmp}/model.pth", "{tmp}/y.safetensors.index.json", "--to", "safetensors"], "readers would not expect"),
+        (["{tmp}", "{tmp}/model.pth", "--to", "upstream", "--force"], "is SRC, or where it lies"),
         (["asset/shapes/vae", "{tmp}/y.pth", "--to", "trainer"], "this is a VAE"),
         (["asset/shapes/vae", "{tmp}/y.pth", "--to", "upstream"], "num_res_blocks"),
     ],

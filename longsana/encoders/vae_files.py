@@ -25,7 +25,10 @@ from longsana.runtime.hub import SEEDED, locate
 Model: TypeAlias = Any  # an AutoencoderKLWan; diffusers' type hints do not say that it is a module
 SEED = 0  # of `seeded:` weights
 WIDTH = 96  # base_dim of the published VAE
-ORIGINAL = ("dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "latents_mean", "latents_std")
+ORIGINAL = (
+    *("dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "latents_mean", "latents_std"),
+    *("decoder_base_dim", "is_residual"),
+)
 """What a file in the original layout cannot say, beside its width."""
 
 

@@ -238,7 +238,10 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = partial_name(path)
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # as other files come out here; safetensors writes files for oneself alone
         write(unfinished)
+        unfinished.chmod(mode)
         with unfinished.open("rb") as stream:
             os.fsync(stream.fileno())
         move_into_place(unfinished, path)

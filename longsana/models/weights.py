@@ -80,11 +80,11 @@ def read_weights(path: Path, config: ModelConfig, *, key: str = "generator") -> 
     The file is mapped as long as its tensors are used: it must not change.
 
     Raises:
-        InputError: as there.
+        InputError: as there; or parts of one tensor differ in dtype.
     """
     with torch.device("meta"):
         expected = LongSanaDiT(config).state_dict()
-    return {name: tensor for name, tensor, _ in _read(path, key, config, expected)}
+    return {name: tensor for name, tensor, _ in _read(path, key, config, expected, exact=True)}
 
 
 def save_checkpoint(
@@ -135,9 +135,12 @@ def save_checkpoint(
 
 
 def _read(
-    path: Path, key: str, config: ModelConfig, expected: Mapping[str, Tensor]
+    path: Path, key: str, config: ModelConfig, expected: Mapping[str, Tensor], *, exact: bool = False
 ) -> Iterator[tuple[str, Tensor, bool]]:
-    """Names and tensors of a checkpoint, and whether a tensor may be a view of the file."""
+    """Names and tensors of a checkpoint, and whether a tensor may be a view of the file.
+
+    exact: refuse what would change when parts are joined.
+    """
     file = weights_file(path)
     entries = open_checkpoint(file, key)
     for name in sorted(entries):
@@ -148,6 +151,10 @@ def _read(
     for name, parts in sources.items():
         # Popped, so that a file that could not be mapped is freed as it is used up.
         tensors = [entries.pop(part.name).read() for part in parts]
+        if exact and len({tensor.dtype for tensor in tensors}) > 1:
+            raise InputError(
+                f"{file}: {' and '.join(part.name for part in parts)} differ in dtype, and belong together"
+            )
         if tensors:
             whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             yield name, whole.reshape(expected[name].shape), len(tensors) == 1

@@ -13,15 +13,30 @@ from longsana.config import ModelConfig
 from longsana.models.checkpoint_files import DIFFUSERS_WEIGHTS
 from longsana.models.weights import Layout, save_checkpoint
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import check_writable, move_into_place, partial_name
-from longsana.runtime.hub import INDEX_SUFFIX
+from longsana.runtime.files import atomic_write_text, check_writable, move_into_place, partial_name
+from longsana.runtime.hub import INDEX_SUFFIX, SCHEME, SEEDED
 
 CARD = "README.md"
 
 
-def check_target(out: Path, layout: Layout, option: str, *, force: bool) -> None:
-    """Refuse (InputError) what weights cannot be written to; option: what the user calls it."""
+def card_of(out: Path, layout: Layout) -> Path:
+    """Where the model card of weights lies."""
+    return out / CARD if layout == "diffusers" else out.with_name(f"{out.name}.md")
+
+
+def check_target(out: Path, layout: Layout, option: str, *, force: bool, card: bool = False) -> None:
+    """Refuse (InputError) what weights, and with `card` a model card, cannot be written to.
+
+    option: what the user calls it.
+    """
+    if str(out).startswith((SCHEME[:-1], SEEDED)):
+        raise InputError(f"{option} {out}: must be a file or folder on this machine")
     if layout != "diffusers":
+        pickled = layout in ("upstream", "trainer")
+        if out.name.endswith(INDEX_SUFFIX) or (pickled and out.suffix == ".safetensors"):
+            raise InputError(f"{option} {out}: readers would not expect the layout {layout} under this name")
+        if card and card_of(out, layout).exists() and not force:
+            raise InputError(f"{option} {out}: its card {card_of(out, layout).name} exists; replace it with --force")
         if out.is_dir():
             raise InputError(f"{option} {out}: a folder; the layout {layout} is one file, so name that")
         index = out.with_name(out.name.removesuffix(".safetensors") + INDEX_SUFFIX)
@@ -49,21 +64,26 @@ def write_network(
     *,
     others: Mapping[str, Mapping[str, Tensor]] | None = None,
     step: int = 0,
+    card: str = "",
 ) -> None:
-    """`save_checkpoint`, where the folder of diffusers too appears whole or not at all."""
+    """`save_checkpoint`, where the folder of diffusers too appears whole or not at all; and a model card."""
     if layout == "diffusers":
-        write_folder(out, lambda folder: save_checkpoint(state_dict, folder, layout, config))
-    else:
-        save_checkpoint(state_dict, out, layout, config, others=others, step=step)
+        write_folder(out, lambda folder: save_checkpoint(state_dict, folder, layout, config), card)
+        return
+    save_checkpoint(state_dict, out, layout, config, others=others, step=step)
+    if card:
+        atomic_write_text(card_of(out, layout), card)
 
 
-def write_folder(out: Path, write: Callable[[Path], object]) -> None:
+def write_folder(out: Path, write: Callable[[Path], object], card: str = "") -> None:
     """Let `write` fill a folder, and put it in the place of `out` when it is whole."""
     out = out.absolute()  # "." has no name
     unfinished, replaced = partial_name(out), out.with_name(f".{out.name}.replaced")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         write(unfinished)
+        if card:
+            atomic_write_text(unfinished / CARD, card)
         if out.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(out, replaced)
