@@ -22,12 +22,11 @@ import torch
 from longsana.config import InferenceConfig, ModelConfig, load_config
 from longsana.models.checkpoint_files import NETWORKS, PIPELINE_PART, open_checkpoint, weights_file
 from longsana.models.dcp_files import is_checkpoint
-from longsana.models.weights import LAYOUTS, Layout, read_weights
-from longsana.models.writing import card_of, check_target, write_folder, write_network
+from longsana.models.weights import LAYOUTS, Layout, read_weights, save_checkpoint
+from longsana.models.writing import check_target, write_weights
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text
 from longsana.runtime.hub import locate
 
 log = logging.getLogger("longsana")
@@ -111,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()}
         count = sum(tensor.numel() for tensor in state_dict.values())
         card = _card(target, layout, options.source, f"Network {config.model} ({options.key})", count, dtypes)
-        write_network(state_dict, target, layout, config, card=card)
+        write_weights(target, layout, lambda to: save_checkpoint(state_dict, to, layout, config), card)
     log.info("%s: %s, from %s", target, layout, options.source)
     return 0
 
@@ -125,11 +124,7 @@ def _convert_vae(path: Path, target: Path, layout: Layout, source: str) -> None:
     count = sum(torch.Size(entry.shape).numel() for entry in entries)
     card = _card(target, layout, source, "Wan 2.1 VAE", count, {entry.dtype for entry in entries})
     shape = geometry(VAEConfig())
-    if layout == "diffusers":
-        write_folder(target, lambda folder: convert_model(str(path), shape, folder, layout), card)
-    else:
-        convert_model(str(path), shape, target, layout)
-        atomic_write_text(card_of(target, layout), card)
+    write_weights(target, layout, lambda to: convert_model(str(path), shape, to, layout), card)
 
 
 def _card(target: Path, layout: Layout, source: str, what: str, count: int, dtypes: set[str]) -> str:

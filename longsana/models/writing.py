@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
-
-from longsana.config import ModelConfig
 from longsana.models.checkpoint_files import DIFFUSERS_WEIGHTS
-from longsana.models.weights import Layout, save_checkpoint
+from longsana.models.weights import Layout
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, check_writable, move_into_place, partial_name
 from longsana.runtime.hub import INDEX_SUFFIX, SCHEME, SEEDED
@@ -56,27 +53,17 @@ def check_target(out: Path, layout: Layout, option: str, *, force: bool, card: b
     check_writable(out.parent, option)
 
 
-def write_network(
-    state_dict: Mapping[str, Tensor],
-    out: Path,
-    layout: Layout,
-    config: ModelConfig,
-    *,
-    others: Mapping[str, Mapping[str, Tensor]] | None = None,
-    step: int = 0,
-    card: str = "",
-) -> None:
-    """`save_checkpoint`, where the folder of diffusers too appears whole or not at all; and a model card."""
+def write_weights(out: Path, layout: Layout, write: Callable[[Path], object], card: str = "") -> None:
+    """Let `write` write a file, or fill a folder that takes the place of `out` when it is whole; and a model card."""
     if layout == "diffusers":
-        write_folder(out, lambda folder: save_checkpoint(state_dict, folder, layout, config), card)
+        _write_folder(out, write, card)
         return
-    save_checkpoint(state_dict, out, layout, config, others=others, step=step)
+    write(out)
     if card:
         atomic_write_text(card_of(out, layout), card)
 
 
-def write_folder(out: Path, write: Callable[[Path], object], card: str = "") -> None:
-    """Let `write` fill a folder, and put it in the place of `out` when it is whole."""
+def _write_folder(out: Path, write: Callable[[Path], object], card: str) -> None:
     out = out.absolute()  # "." has no name
     unfinished, replaced = partial_name(out), out.with_name(f".{out.name}.replaced")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -13,6 +13,14 @@ ELEMENTS = 4096  # of a program's block: 32 for each thread of four warps
 
 
 @triton.jit
+def _own(pixels, channels: tl.constexpr, block_pixels: tl.constexpr, block_channels: tl.constexpr):
+    """This program's pixels and channels, and which of their numbers there are."""
+    pixel = tl.program_id(0) * block_pixels + tl.arange(0, block_pixels)
+    channel = tl.arange(0, block_channels)
+    return pixel, channel, (pixel < pixels)[:, None] & (channel < channels)[None, :]
+
+
+@triton.jit
 def _place(pixel, frames, height, width, stride_batch, stride_frame, stride_row, stride_pixel):
     """Where pixel number `pixel` of (batch, frame, row, column) lies. A buffer may have more than 2**31 elements."""
     row = pixel // width
@@ -44,9 +52,7 @@ def _norm_silu(
     block_pixels: tl.constexpr,
     block_channels: tl.constexpr,
 ):
-    pixel = tl.program_id(0) * block_pixels + tl.arange(0, block_pixels)
-    channel = tl.arange(0, block_channels)
-    inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    pixel, channel, inside = _own(pixels, channels, block_pixels, block_channels)
 
     source = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
     target = _place(pixel, frames, height, width, stride_batch, stride_frame, stride_row, stride_pixel)
@@ -87,9 +93,7 @@ def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor, bias: Tensor | None = 
 def _add_shortcut(
     x, shortcut, bias, pixels, channels: tl.constexpr, block_pixels: tl.constexpr, block_channels: tl.constexpr
 ):
-    pixel = tl.program_id(0) * block_pixels + tl.arange(0, block_pixels)
-    channel = tl.arange(0, block_channels)
-    inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    pixel, channel, inside = _own(pixels, channels, block_pixels, block_channels)
     at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
     total = tl.load(x + at, inside, 0.0).to(tl.float32) + tl.load(shortcut + at, inside, 0.0).to(tl.float32)
     if bias is not None:
@@ -126,9 +130,7 @@ def _spread(
     block_pixels: tl.constexpr,
     block_channels: tl.constexpr,
 ):
-    pixel = tl.program_id(0) * block_pixels + tl.arange(0, block_pixels)
-    channel = tl.arange(0, block_channels)
-    inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    pixel, channel, inside = _own(pixels, channels, block_pixels, block_channels)
     source = _place(pixel, frames, height, width, x_batch, x_frame, x_row, x_pixel)
     target = _place(pixel, frames, height, width, out_batch, out_frame, copies * out_row, copies * out_pixel)
     values = tl.load(x + source[:, None] + channel[None, :], mask=inside)

@@ -13,8 +13,8 @@ from longsana.config import ModelConfig, load_config
 from longsana.models.build import empty_model
 from longsana.models.checkpoint_files import NETWORKS, weights_file
 from longsana.models.dcp_files import SEPARATOR, is_checkpoint, open_tensors
-from longsana.models.weights import Layout, load_weights
-from longsana.models.writing import check_target, write_network
+from longsana.models.weights import Layout, load_weights, save_checkpoint
+from longsana.models.writing import check_target, write_weights
 from longsana.runtime.errors import InputError
 from longsana.training.checkpoint import read_progress
 from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
@@ -63,7 +63,9 @@ def export(
             others[name] = _read(folder, name, roles[name], dtype)
     state_dict = _read(folder, group, roles[group], dtype)
     step = int(read_progress(folder)["step"])
-    write_network(state_dict, out, layout, roles[group], others=others, step=step)
+    write_weights(
+        out, layout, lambda to: save_checkpoint(state_dict, to, layout, roles[group], others=others, step=step)
+    )
     log.info("%s: %s of step %d, %s, %s", out, ", ".join([group, *others]), step, layout, str(dtype)[6:])
 
 
