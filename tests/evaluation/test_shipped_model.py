@@ -18,8 +18,8 @@ from longsana.models.dit import LongSanaDiT
 from longsana.state import CausalState
 
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
-LEAST = {"colour": 0.97, "kind": 0.92, "background": 0.99, "motion": 0.7, "persistence": 0.9}
-SEAM = 1.25
+LEAST = {"colour": 0.97, "kind": 0.92, "background": 0.99, "motion": 0.75, "persistence": 0.92}
+SEAM = 1.15
 
 
 @pytest.fixture(autouse=True)
