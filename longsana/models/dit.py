@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
 from longsana.models.attention import CrossAttention, LinearAttention
-from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding, TextMemory, TimeEmbedding
+from longsana.models.embeddings import CaptionEmbedding, PatchEmbedding, Text, TextEmbedding, TextMemory, TimeEmbedding
 from longsana.models.feed_forward import MixFeedForward
 from longsana.models.rope import Rotary, rotary
 from longsana.ops import add_norm_modulate, gated_residual, norm_modulate
@@ -105,7 +105,7 @@ class LongSanaDiT(nn.Module):
         self.patch_size = size.patch_size
         self.heads = size.hidden_size // config.linear_head_dim
         self.window = max(config.num_cached_blocks, 1)  # entries of a state's sums
-        self.patch_embed = nn.Conv3d(config.in_channels, size.hidden_size, size.patch_size, size.patch_size)
+        self.patch_embed = PatchEmbedding(config.in_channels, size.hidden_size, size.patch_size, size.patch_size)
         self.time_embed = TimeEmbedding(size.hidden_size)
         self.text_embed = CaptionEmbedding(config.caption_channels, size.hidden_size, config.caption_length)
         self.blocks = nn.ModuleList(Block(size.hidden_size, size.num_heads, config) for _ in range(size.depth))
@@ -138,7 +138,7 @@ class LongSanaDiT(nn.Module):
         state = state or self.empty_state(batch, latent_size[0], latent_size[1])
         self._check(x, t, plan, state)
 
-        x = self.patch_embed(x.to(self.dtype)).permute(0, 2, 3, 4, 1).flatten(2, 3)
+        x = self.patch_embed(x.to(self.dtype))
         embedding, modulation = self.time_embed(t.view(batch, -1))
         if isinstance(text, TextMemory):
             captions: Sequence[Tensor | tuple[Tensor, Tensor]] = text.layers

@@ -1,4 +1,4 @@
-"""What the network is told besides the latents: the time and the text."""
+"""What the blocks are given: the latents as tokens, the time, and the text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,6 +34,16 @@ class TextMemory(NamedTuple):
 
 
 Text = TextEmbedding | TextMemory
+
+
+class PatchEmbedding(nn.Conv3d):
+    """Patches of latents to tokens: a convolution whose kernel is its stride, as a product that writes whole tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, T, H, W), H and W multiples of the patch; returns (B, T, S, D)."""
+        _, height, width = self.kernel_size
+        patches = rearrange(x, "b c t (h ph) (w pw) -> b t (h w) (c ph pw)", ph=height, pw=width)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class TimeEmbedding(nn.Module):

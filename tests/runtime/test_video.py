@@ -103,17 +103,6 @@ def test_how_frames_are_cut_does_not_matter(tmp_path: Path) -> None:
     assert np.abs(a - b).mean() < 1  # of noise: another frame in the same place is 40 and more
 
 
-def test_the_caller_may_reuse_its_buffer(tmp_path: Path) -> None:
-    pictures = smooth(40)
-    buffer = np.empty_like(pictures[:8])
-    with open_writer(tmp_path / "a.mp4") as video:
-        for i in range(0, 40, 8):
-            buffer[:] = pictures[i : i + 8]
-            video.append(buffer)
-            buffer[:] = 255 - buffer
-    assert np.abs(read(tmp_path / "a.mp4").astype(float) - pictures).mean() < 5
-
-
 def test_an_error_in_the_block_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="of the caller"), open_writer(tmp_path / "a.mp4") as video:  # noqa: PT012
         video.append(smooth(9))
