@@ -4,7 +4,8 @@
 
 A step is done when what it makes lies in OUT/parts, and is then passed over: stopped at any moment, the same command
 goes on, the networks' steps from where they were. OUT/parts is all that later steps need: carry it to another machine,
-and the rest can be made there. Without a GPU `--size tiny` shows in a minute that all of it runs; it trains nothing.
+and the rest can be made there; a score stays until its file goes. Without a GPU `--size tiny` shows in two minutes that
+all of it runs; it trains nothing.
 Exit status: 0 done, else that of the step that stopped.
 """
 
@@ -112,7 +113,8 @@ CARD = """\
 # The models of the shapes world
 
 Text to videos of one or two moving shapes, 160x96 pixels, 16 frames a second, of any length. Made from nothing by
-`train_video_scripts/shapes_recipe.py` (commit {commit}, its seeds): no data but what `longsana/data/shapes.py` draws.
+`train_video_scripts/shapes_recipe.py` (its seeds; packaged at commit {commit}): no data but what
+`longsana/data/shapes.py` draws.
 
 * `vae`: a Wan 2.1 VAE of base width 12. `text_encoder`: a Gemma 2 of two layers, trained on the world's captions.
 * `base.safetensors`: the bidirectional base model. `ode`, `self_forcing`, `longsana`: the generator after each stage.
@@ -344,15 +346,17 @@ class Recipe:
 
     def package(self) -> int:
         """What ships, and the model card."""
-        wanted = ["vae", "text_encoder", *(f"{name}.safetensors" for name in NETWORKS), "table.md", "times.json"]
+        networks = [f"{name}.safetensors" for name in NETWORKS]
+        measured = ["scores.json", "speed.json", "times.json", "plot.png", "strips.png"]
+        wanted = ["vae", "text_encoder", *networks, "table.md", *measured]
         if missing := [name for name in wanted if not (self.parts / name).exists()]:
             raise InputError(f"{self.parts}: {', '.join(missing)} not found; run the steps that make them first")
 
         def gather(folder: Path) -> float:
             for part in ("vae", "text_encoder"):
                 shutil.copytree(self.parts / part, folder / part, dirs_exist_ok=True)
-            for name in NETWORKS:
-                shutil.copy(self.parts / f"{name}.safetensors", folder)
+            for name in networks + measured:
+                shutil.copy(self.parts / name, folder)
             atomic_write_text(folder / "README.md", self._card())
             return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 

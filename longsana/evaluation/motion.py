@@ -63,8 +63,9 @@ def as_promised(centre: Tensor, course: Course, size: tuple[int, int]) -> Tensor
     return every[course.motion, torch.arange(len(centre), device=centre.device)].float()
 
 
-def _velocity(centre: Tensor, size: tuple[int, int], lag: int) -> Tensor:
-    """Pixels a frame (N, F - lag, 2) over `lag` frames: the noise of a centre, near 0.1, is divided by it."""
+def velocities(centre: Tensor, size: tuple[int, int], lag: int) -> Tensor:
+    """Pixels a frame (N, F - lag, ..., 2) of centres (N, F, ..., 2), over `lag` frames: their noise, near 0.1, is
+    divided by it."""
     x, y = (centre[:, lag:] - centre[:, :-lag]).unbind(-1)
     return torch.stack([around(x, size[1]), around(y, size[0])], dim=-1) / lag
 
@@ -88,14 +89,14 @@ def _on_frames(verdict: Tensor, window: int, frames: int) -> Tensor:
 
 def _still(centre: Tensor, course: Course, size: tuple[int, int], window: int) -> Tensor:
     """Whether it keeps to its place; (N, windows)."""
-    velocity = _velocity(centre, size, 4)
+    velocity = velocities(centre, size, 4)
     pace = _windows(velocity.norm(dim=-1), window - 4).nanmean(-1)
     return _steady(velocity, course, window) & (pace < course.high)
 
 
 def _straight(centre: Tensor, course: Course, size: tuple[int, int], window: int) -> Tensor:
     """Whether it goes in its direction at its pace, without a bend; (N, windows)."""
-    velocity = _velocity(centre, size, 4)
+    velocity = velocities(centre, size, 4)
     ways = centre.new_tensor([DIRECTIONS.get(motion, (0, 0)) for motion in MOTIONS])[course.motion]
     pace = _windows(velocity.norm(dim=-1), window - 4).nanmean(-1)
     along = _windows((velocity * ways[:, None]).sum(-1), window - 4).nanmean(-1)
@@ -114,7 +115,7 @@ def _angle(a: Tensor, b: Tensor) -> Tensor:
 def _orbit(centre: Tensor, course: Course, size: tuple[int, int], window: int) -> Tensor:
     """Whether it turns steadily the promised way; (N, windows)."""
     lag = window // 3
-    velocity = _velocity(centre, size, lag)
+    velocity = velocities(centre, size, lag)
     angle = _angle(velocity[:, :-lag], velocity[:, lag:])
     sense = centre.new_tensor([TURNS.get(motion, 0) for motion in MOTIONS])[course.motion]
     angle = angle * sense[:, None]
@@ -127,12 +128,12 @@ def _orbit(centre: Tensor, course: Course, size: tuple[int, int], window: int) -
     pace = _windows(velocity.norm(dim=-1), window - lag).nanmean(-1) * half / half.sin()
     curve = pace * lag / turn.clamp(min=1e-3)
     fits = (pace > course.low) & (pace < course.high) & (curve > CURVE[0]) & (curve < CURVE[1])
-    return fits & even & _steady(_velocity(centre, size, 4), course, window)
+    return fits & even & _steady(velocities(centre, size, 4), course, window)
 
 
 def _bounce(centre: Tensor, course: Course, size: tuple[int, int], window: int) -> Tensor:
     """Whether it goes diagonally, straight but for turns at walls; (N, windows)."""
-    velocity = _velocity(centre, size, 4)
+    velocity = velocities(centre, size, 4)
     half = (window - 4) // 2
     # Turning at a wall changes signs alone, and the few steps across the turn do not move a median.
     folded = velocity.abs().unfold(1, half, 1).nanmedian(-1).values  # (N, F - 4 - half + 1, 2)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longsana.data.shapes import COLOURS
 from longsana.evaluation import measures
 from longsana.evaluation.verifier import Seen, Verdicts, judge, observe, score
 from longsana.evaluation.videos import Video, frame_rate, read_pieces
@@ -28,7 +29,10 @@ Curves = Mapping[str, Sequence[float | None]]
 
 
 def examine(video: Video, device: torch.device) -> dict[str, Any]:
-    """All figures of one video, read in pieces: "row" for the table, "scores" by length, and "curves" by second."""
+    """All figures of one video, read in pieces: "row" for the table, "scores" by length, and "curves" by second.
+
+    "velocity": of each colour that is seen, x (to the right) and y (down) in pixels a frame, by second.
+    """
     promise, rate = video.promise, frame_rate(video.path)
     seen: list[Seen] = []
 
@@ -42,8 +46,13 @@ def examine(video: Video, device: torch.device) -> dict[str, Any]:
     row: Row = {"video": video.path.name, "seconds": round((frames - 1) / rate, 2)}
     curves: dict[str, Tensor] = {}
     scores = {}
+    velocity = {}
     if promise:
         whole = Seen.join(seen)
+        for index, colour in enumerate(COLOURS):
+            if whole.present[..., index].any():
+                own = whole.velocity[..., index, :].unbind(-1)
+                velocity[colour] = {axis: measures.per_second(part, rate) for axis, part in zip("xy", own, strict=True)}
         verdicts = judge(whole, [promise])
         row |= score(verdicts).as_dict()
         for seconds in LENGTHS:
@@ -59,7 +68,7 @@ def examine(video: Video, device: torch.device) -> dict[str, Any]:
         curves[f"{look} drift"] = measures.drift_curve(values, rate)
     row["seam index"] = float(measures.seam_index(figures.change, video.boundaries))
     row["movement"] = float(measures.motion(figures.change, rate))
-    return _plain({"row": row, "prompt": video.prompt, "scores": scores, "curves": curves})
+    return _plain({"row": row, "prompt": video.prompt, "scores": scores, "curves": curves, "velocity": velocity})
 
 
 def summarize(examined: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -125,7 +134,7 @@ def plot(curves: Mapping[str, Curves], path: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    axes.flat[0].legend(loc="lower left")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(partial_name(path), dpi=110)
     partial_name(path).replace(path)
     pyplot.close(figure)

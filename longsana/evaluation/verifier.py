@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longsana.data.shapes import BACKGROUNDS, COLOURS, KINDS, Promise, coverage
-from longsana.evaluation.motion import Course, as_promised
+from longsana.evaluation.motion import Course, as_promised, velocities
 
 GROUP = 32
 """Pictures looked at together."""
@@ -57,6 +57,11 @@ class Seen(NamedTuple):
     def present(self) -> Tensor:
         """(B, F, 7): an object of this colour is there."""
         return self.core >= CORE
+
+    @property
+    def velocity(self) -> Tensor:
+        """(B, F - 4, 7, 2): pixels a frame to the right and down, over four frames; nan where it is not seen."""
+        return velocities(self.centre, self.size, 4)
 
     @classmethod
     def join(cls, pieces: Sequence[Seen]) -> Seen:

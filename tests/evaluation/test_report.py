@@ -63,6 +63,8 @@ def test_the_truth_as_mp4(folder, command, tmp_path, capsys):
     assert rows[0]["seam index"] == pytest.approx(1, abs=0.3)
     assert rows[6]["seam index"] is None and rows[7]["seam index"] is None
     assert all(row["movement"] > 0 for row in rows)
+    assert all(record["videos"][index]["velocity"] for index in range(6)), "every shape that is seen has one"
+    assert not record["videos"][6]["velocity"]
     assert record["mean"]["curves"]["persistence"] == [1.0] * 6
     text = (tmp_path / "out/evaluation.md").read_text()
     assert text in capsys.readouterr().out

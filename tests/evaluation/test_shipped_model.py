@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longsana.config import InferenceConfig, load_config
-from longsana.evaluation.trial import Trial, try_model
+from longsana.evaluation.trial import Trial, try_model, try_truth
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.dit import LongSanaDiT
 from longsana.state import CausalState
@@ -45,6 +45,14 @@ def beyond_limits(found: dict[str, float]) -> list[str]:
 
 def test_four_prompts_for_ten_seconds() -> None:
     assert not beyond_limits(figures())
+
+
+def test_the_world_seen_through_the_shipped_vae() -> None:
+    config = load_config(CONFIG, [], InferenceConfig)
+    result = try_truth(config, Trial([""] * 4, seeds=(0,), lengths=(5,), batch=32), torch.device("cpu"))
+    found = {name: mean for name, (mean, _) in result["figures"]["5"].items() if name in LEAST}
+    assert found.keys() == LEAST.keys()
+    assert min(found.values()) >= 0.97, found
 
 
 def rope_starts_again(state: CausalState) -> CausalState:

@@ -88,6 +88,7 @@ def test_what_is_seen_is_where_and_what_it_is():
     error = seen.centre[0, :, colour] - path
     assert shapes.around(error[:, 0], shapes.WIDTH).abs().max() < 0.1
     assert error[:, 1].abs().max() < 0.1
+    assert (seen.velocity[0, :, colour] - torch.tensor([shapes.SPEEDS["quickly"], 0])).abs().max() < 0.05
     assert (seen.radius[0, :, colour] - shapes.SIZES["big"]).abs().max() < 0.5
     assert (seen.kind[0, :, colour] == KINDS.index("triangle")).all()
     assert seen.present[0].sum(-1).tolist() == [1] * 81

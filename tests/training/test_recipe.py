@@ -52,13 +52,26 @@ def test_what_ships_is_whole_and_small(made):
     assert {value.dtype for value in load_file(asset / "longsana.safetensors").values()} == {torch.bfloat16}
     card = (asset / "README.md").read_text()
     assert "LongSANA, num_cached_blocks 2" in card
-    assert "(commit " in card
+    assert "at commit " in card
     settings = [
         f"model.load_from={asset}/longsana.safetensors",
         f"vae.vae_pretrained={asset}/vae",
         f"text_encoder.text_encoder_name={asset}/text_encoder",
     ]
     check_config(load_config(CONFIGS / "longsana.yaml", settings, InferenceConfig))
+
+
+def test_the_table_and_the_plot_are_made_of_what_ships(tmp_path, capsys):
+    """The README's too: every number of its table is one of these."""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name in ("scores.json", "speed.json"):
+        shutil.copy(ROOT / "asset/shapes" / name, parts)
+    assert recipe.main(["--out", str(tmp_path), "--steps", "table", "plot"]) == 0
+    table = (parts / "table.md").read_text().strip()
+    assert table in (ROOT / "README.md").read_text()
+    assert table in (ROOT / "asset/shapes/README.md").read_text()
+    assert (parts / "plot.png").stat().st_size > 10_000
 
 
 def test_what_is_there_is_passed_over(made, capsys):
