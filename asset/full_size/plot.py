@@ -1,4 +1,4 @@
-"""Draw memory.svg from h100.json, which tests/full_size/measure.py recorded: `python asset/full_size/plot.py`."""
+"""Draw memory.svg from the reports of benchmark.py in h100.json: `python asset/full_size/plot.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 300, 60, 30, 46, 48
-MOST_FRAMES, MOST_GIB = 4000, 30
+MOST_FRAMES, MOST_GIB = 10_000, 60
 ENTRY = 152.53 / 1024  # GiB a chunk where each keeps an entry of its own, as published (480p)
 TEXT = 'font-family="sans-serif" font-size="13" fill="#444"'
 
@@ -22,8 +22,9 @@ def line(points: list[tuple[float, float]], style: str) -> str:
 
 
 def main() -> None:
-    records = [record for name, record in json.loads((HERE / "h100.json").read_text()).items() if name != "base"]
-    peaks = [(record["frames"], record["memory"]["gpu_peak_allocated"] / 2**30) for record in records]
+    reports = json.loads((HERE / "h100.json").read_text())
+    records = [report for name, report in reports.items() if "float8" not in name]
+    peaks = [(record["video"]["frames"], record["memory"]["GPU peak"] / 2**30) for record in records]
     first = peaks[0][1]
     chunks = [(frames, first + ENTRY * max((frames - 1) / 40 - 1, 0)) for frames, _ in peaks]
     parts = [
@@ -32,11 +33,11 @@ def main() -> None:
         f'<text x="{LEFT}" y="24" {TEXT} font-weight="bold">Peak GPU memory, prompt to mp4, 2B at 832x480, '
         f"{records[0]['machine']['device']}</text>",
     ]
-    for gib in range(0, MOST_GIB + 1, 10):
+    for gib in range(0, MOST_GIB + 1, 20):
         (x0, y), (x1, _) = at(0, gib), at(MOST_FRAMES, gib)
         parts.append(line([(x0, y), (x1, y)], 'stroke="#ddd"'))
         parts.append(f'<text x="{x0 - 8}" y="{y + 4}" text-anchor="end" {TEXT}>{gib} GiB</text>')
-    for minutes in range(5):
+    for minutes in range(0, 11, 2):
         x, y = at(minutes * 960, 0)
         parts.append(f'<text x="{x}" y="{y + 20}" text-anchor="middle" {TEXT}>{minutes} min</text>')
     parts.append(line([at(*point) for point in chunks], 'stroke="#bbb" stroke-width="2" stroke-dasharray="6 5"'))
@@ -44,11 +45,11 @@ def main() -> None:
     for point in peaks:
         x, y = at(*point)
         parts.append(f'<circle cx="{x}" cy="{y}" r="5" fill="#1769aa"/>')
-    x, y = at(1500, 6)
+    x, y = at(3700, 16)
     parts.append(
-        f'<text x="{x}" y="{y + 6}" {TEXT}>measured: {first:.2f} GiB at 81 frames, {peaks[-1][1]:.2f} at 3,841</text>'
+        f'<text x="{x}" y="{y + 6}" {TEXT}>measured: {first:.2f} GiB at 81 frames, {peaks[-1][1]:.2f} at {peaks[-1][0]:,}</text>'
     )
-    x, y = at(80, 22)
+    x, y = at(300, 44)
     parts.append(f'<text x="{x}" y="{y}" {TEXT}>computed: the same with a cache entry a chunk</text>')
     (HERE / "memory.svg").write_text("\n".join([*parts, "</svg>"]) + "\n")
 
