@@ -82,8 +82,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    vae_type: Literal["WanVAE"] = "WanVAE"
-    # A Wan .pth, a diffusers folder, hf://..., or seeded:FOLDER for random weights in the shape of FOLDER/config.json
+    vae_type: Literal["WanVAE", "LTX2VAE_diffusers"] = "WanVAE"
+    # A Wan .pth, a diffusers folder (for LTX-2 the only layout), hf://..., or seeded:FOLDER for random weights in the
+    # shape of FOLDER/config.json
     vae_pretrained: str = "hf://Efficient-Large-Model/SANA-Video_2B_480p/vae/Wan2.1_VAE.pth"
     weight_dtype: Dtype = "auto"
     latents_per_call: int = 1  # latent frames decoded together; frames differ by rounding alone

@@ -47,7 +47,8 @@ def main() -> None:
         parts.append(f'<circle cx="{x}" cy="{y}" r="5" fill="#1769aa"/>')
     x, y = at(3700, 16)
     parts.append(
-        f'<text x="{x}" y="{y + 6}" {TEXT}>measured: {first:.2f} GiB at 81 frames, {peaks[-1][1]:.2f} at {peaks[-1][0]:,}</text>'
+        f'<text x="{x}" y="{y + 6}" {TEXT}>measured: {first:.2f} GiB at 81 frames, '
+        f"{peaks[-1][1]:.2f} at {peaks[-1][0]:,}</text>"
     )
     x, y = at(300, 44)
     parts.append(f'<text x="{x}" y="{y}" {TEXT}>computed: the same with a cache entry a chunk</text>')

@@ -131,13 +131,27 @@ def _together(clips: Sequence[Clip]) -> Batch:
     return Batch(torch.stack([clip.latents for clip in clips]), [clip.prompt for clip in clips])
 
 
+class Strides(Protocol):
+    """How many pixels a latent is."""
+
+    @property
+    def space_stride(self) -> int: ...
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """Frames of a clip of so many latents."""
+        ...
+
+
 class Encoder(Protocol):
     """What makes latents of pictures."""
 
     device: torch.device
 
+    @property
+    def geometry(self) -> Strides: ...
+
     def encode(self, frames: Tensor) -> Tensor:
-        """Latents (B, C, T, h, w) of frames (B, 3, 4 T - 3, 8 h, 8 w) in [-1, 1]."""
+        """Latents (B, C, T, h, w) of frames (B, 3, F, H, W) in [-1, 1]."""
         ...
 
 
@@ -198,12 +212,13 @@ class ShapeClips:
     ) -> None:
         _, frames, height, width = shape
         group = group or (16 if encoder.device.type == "cpu" else 64)  # a GPU waits for launches
-        size = (8 * height, 8 * width)
+        stride = encoder.geometry.space_stride
+        size = (stride * height, stride * width)
         self._scenes = [draw(seed, index, size) for index in range(-(-count // group) * group)]
         encoded = []
         for first in tqdm(range(0, count, group), desc="shapes", unit="group", disable=None, leave=False):
             scenes = self._scenes[first : first + group]
-            pictures = render(scenes, range(4 * frames - 3), size=size, device=encoder.device)
+            pictures = render(scenes, range(encoder.geometry.pixel_frames(frames)), size=size, device=encoder.device)
             encoded.append(encoder.encode(pictures).to(torch.float16))
         self._latents = torch.cat(encoded)[:count]
 

@@ -63,7 +63,10 @@ class VAEGeometry:
             raise InputError("; ".join(complaints))
 
 
-GEOMETRIES = {"WanVAE": VAEGeometry(channels=16, time_stride=4, space_stride=8)}
+GEOMETRIES = {
+    "WanVAE": VAEGeometry(channels=16, time_stride=4, space_stride=8),
+    "LTX2VAE_diffusers": VAEGeometry(channels=128, time_stride=8, space_stride=32),
+}
 
 
 def geometry(config: VAEConfig) -> VAEGeometry:

@@ -1,12 +1,13 @@
-"""The Wan 2.1 video VAE: pixels to latents, and latents back to pixels chunk by chunk in constant memory.
+"""Video VAEs: pixels to latents, and latents back to pixels chunk by chunk in constant memory.
 
-The network is diffusers' `AutoencoderKLWan`. Its causal convolutions remember the last two frames of their input;
-`decode_stream` hands that memory in and out as a value, so a video of any length is decoded as it is sampled. It runs
-the network's own weights by `wan_decoder`; diffusers' loop is the slow twin (`decode`), and the one to train through.
+The networks are diffusers'. Their causal convolutions remember the last two frames of their input; `decode_stream`
+hands that memory in and out as a value, so a video of any length is decoded as it is sampled. It runs the network's own
+weights by `wan_decoder` or `ltx2_decoder`; diffusers' own decoding is the slow twin (`decode`).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longsana.config import VAEConfig
-from longsana.encoders import wan_decoder
+from longsana.encoders import ltx2_decoder, wan_decoder
 from longsana.encoders.geometry import VAEGeometry, geometry
-from longsana.encoders.vae_files import Model, load_model
+from longsana.encoders.vae_files import LTX2, Model, load_model
 
 
 class DecodeCache(NamedTuple):
@@ -35,30 +36,29 @@ class DecodeCache(NamedTuple):
         return sum(feature.untyped_storage().nbytes() for feature in self.features)
 
 
-class WanVAE:
-    """Encoder and decoder with frozen weights; no call leaves anything behind on the object."""
+class VideoVAE(ABC):
+    """Encoder and decoder with frozen weights; no call leaves anything behind on the object.
 
-    def __init__(self, model: Model, shape: VAEGeometry, latents_per_call: int) -> None:
+    Kinds of VAE differ in their network alone, which is diffusers'. See `load_vae`.
+    """
+
+    def __init__(self, model: Model, shape: VAEGeometry, latents_per_call: int, mean: Tensor, std: Tensor) -> None:
+        """mean, std: (C,), of the network's latents; ours have 0 and 1."""
+        assert latents_per_call > 0
         self.model = model
         self.geometry = shape
         self.latents_per_call = latents_per_call
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self._mean = _per_channel(model.config.latents_mean, model.device)
-        self._std = _per_channel(model.config.latents_std, model.device)
+        self._mean, self._std = (part.to(self.device, torch.float32).view(1, -1, 1, 1, 1) for part in (mean, std))
 
-    @classmethod
-    def load(cls, config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> WanVAE:
-        """Read the weights named by `config.vae_pretrained` and put them on `device` as `dtype`.
+    @abstractmethod
+    def _posterior_mean(self, frames: Tensor) -> Tensor:
+        """(B, C, T, h, w), not normalised, of frames in the network's dtype."""
 
-        Raises:
-            InputError: nothing is there, it cannot be read, or its tensors are not exactly those of a Wan 2.1 VAE.
-        """
-        assert config.latents_per_call > 0
-        shape = geometry(config)
-        model = load_model(config.vae_pretrained, shape, device, dtype)
-        wan_decoder.prepare(model)
-        return cls(model, shape, config.latents_per_call)
+    @abstractmethod
+    def _decode_group(self, latents: Tensor, features: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Frames, not clamped, of the next latents, and what is remembered. None: the start, one latent alone."""
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
@@ -69,16 +69,16 @@ class WanVAE:
         """
         self.geometry.latent_frames(frames.shape[2])
         self.geometry.latent_size(*frames.shape[3:])
-        moments = encode_clip(self.model, frames.to(self.device, self.dtype), latents_per_call=self.latents_per_call)
-        return (moments.chunk(2, dim=1)[0].float() - self._mean) / self._std
+        return (self._posterior_mean(frames.to(self.device, self.dtype)).float() - self._mean) / self._std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Frames (B, 3, F, H, W) float32 in [-1, 1] of a whole video's latents (B, C, T, h, w).
 
-        The slow twin of `decode_stream`: diffusers' own loop, whose memory grows with the length.
+        The slow twin of `decode_stream`: diffusers' own decoding, whose memory grows with the length.
         """
-        return self.model.decode(self._denormalise(latents)).sample.float()
+        frames: Tensor = self.model.decode(self._denormalise(latents)).sample
+        return frames.float().clamp_(-1, 1)
 
     @torch.no_grad()
     def decode_stream(self, latents: Tensor, cache: DecodeCache | None = None) -> tuple[Tensor, DecodeCache]:
@@ -93,7 +93,7 @@ class WanVAE:
         frames: list[Tensor] = []
         for group in _groups(start, latents.shape[2], self.latents_per_call):
             raw = self._denormalise(latents[:, :, group.start - start : group.stop - start])
-            decoded, features = wan_decoder.decode(self.model, raw, features)
+            decoded, features = self._decode_group(raw, features)
             frames.append(decoded.clamp_(-1, 1).float())
         assert features is not None, "no latents to decode"
         return torch.cat(frames, dim=2), DecodeCache(features, start + latents.shape[2])
@@ -116,6 +116,70 @@ class WanVAE:
 
     def _denormalise(self, latents: Tensor) -> Tensor:
         return (latents.to(self.device, torch.float32) * self._std + self._mean).to(self.dtype)
+
+
+class WanVAE(VideoVAE):
+    """The Wan 2.1 VAE, `AutoencoderKLWan`."""
+
+    def __init__(self, model: Model, shape: VAEGeometry, latents_per_call: int) -> None:
+        statistics = (torch.tensor(values) for values in (model.config.latents_mean, model.config.latents_std))
+        super().__init__(model, shape, latents_per_call, *statistics)
+
+    @classmethod
+    def load(cls, config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> WanVAE:
+        """Read the weights named by `config.vae_pretrained` and put them on `device` as `dtype`.
+
+        Raises:
+            InputError: nothing is there, it cannot be read, or its tensors are not exactly those of a Wan 2.1 VAE.
+        """
+        shape = geometry(config)
+        model = load_model(config.vae_pretrained, shape, device, dtype)
+        wan_decoder.prepare(model)
+        return cls(model, shape, config.latents_per_call)
+
+    def _posterior_mean(self, frames: Tensor) -> Tensor:
+        return encode_clip(self.model, frames, latents_per_call=self.latents_per_call).chunk(2, dim=1)[0]
+
+    def _decode_group(self, latents: Tensor, features: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return wan_decoder.decode(self.model, latents, features)
+
+
+class LTX2VAE(VideoVAE):
+    """The LTX-2 VAE, `AutoencoderKLLTX2Video` with a causal decoder. Its statistics are tensors of its weights."""
+
+    def __init__(self, model: Model, shape: VAEGeometry, latents_per_call: int) -> None:
+        scale = model.latents_std.float() / model.config.scaling_factor
+        super().__init__(model, shape, latents_per_call, model.latents_mean, scale)
+
+    @classmethod
+    def load(cls, config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> LTX2VAE:
+        """Read the diffusers folder named by `config.vae_pretrained` and put it on `device` as `dtype`.
+
+        Raises:
+            InputError: nothing is there, it cannot be read, or it is no LTX-2 VAE that can be decoded as a stream.
+        """
+        shape = geometry(config)
+        model = load_model(config.vae_pretrained, shape, device, dtype, kind=LTX2)
+        return cls(model, shape, config.latents_per_call)
+
+    def _posterior_mean(self, frames: Tensor) -> Tensor:
+        mean: Tensor = self.model.encode(frames).latent_dist.mean
+        return mean
+
+    def _decode_group(self, latents: Tensor, features: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return ltx2_decoder.decode(self.model, latents, features)
+
+
+VAES: dict[str, type[WanVAE | LTX2VAE]] = {"WanVAE": WanVAE, "LTX2VAE_diffusers": LTX2VAE}
+
+
+def load_vae(config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> VideoVAE:
+    """The VAE of `config.vae_type`, on `device` as `dtype`.
+
+    Raises:
+        InputError: its weights are not there, or not of this kind.
+    """
+    return VAES[config.vae_type].load(config, device, dtype)
 
 
 def encode_clip(model: Model, frames: Tensor, *, latents_per_call: int) -> Tensor:
@@ -178,7 +242,3 @@ def _settle(entries: list[Any]) -> list[Tensor]:
         else:
             settled.append(F.pad(entry, (0, 0, 0, 0, 2 - entry.shape[2], 0)))
     return settled
-
-
-def _per_channel(values: list[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)

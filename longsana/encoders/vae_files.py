@@ -1,4 +1,4 @@
-"""Files of a Wan 2.1 VAE: diffusers folders and the original layout, read whole or refused; and new weights."""
+"""Files of video VAEs: diffusers folders and Wan's original layout, read whole or refused; and new weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,7 +22,9 @@ from longsana.models.checkpoint_files import write_pickle
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.hub import SEEDED, locate
 
-Model: TypeAlias = Any  # an AutoencoderKLWan; diffusers' type hints do not say that it is a module
+Model: TypeAlias = Any  # one of diffusers' two; its type hints do not say that it is a module
+Kind: TypeAlias = type[AutoencoderKLWan] | type[AutoencoderKLLTX2Video]
+WAN, LTX2 = AutoencoderKLWan, AutoencoderKLLTX2Video
 SEED = 0  # of `seeded:` weights
 WIDTH = 96  # base_dim of the published VAE
 ORIGINAL = (
@@ -32,14 +34,22 @@ ORIGINAL = (
 """What a file in the original layout cannot say, beside its width."""
 
 
-def load_model(source: str, shape: VAEGeometry, device: torch.device | str, dtype: torch.dtype) -> Model:
-    """The network that `source` names, frozen: a diffusers folder, a file in the original layout, or seeded:FOLDER.
+def load_model(
+    source: str,
+    shape: VAEGeometry,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    kind: Kind = WAN,
+) -> Model:
+    """The network that `source` names, frozen: a diffusers folder, Wan's original file, or seeded:FOLDER.
 
     Raises:
         InputError: nothing is there, it cannot be read, or its tensors are not exactly those of a VAE of this shape.
     """
-    model, weights = _read_model(source, shape)
-    on_device = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
+    model, weights = _read_model(source, shape, kind)
+    learned = {name for name, _ in model.named_parameters()}  # and not the statistics, which keep their precision
+    on_device = {name: tensor.to(device, dtype if name in learned else None) for name, tensor in weights.items()}
     model.load_state_dict(on_device, strict=True, assign=True)
     model.eval().requires_grad_(False)
     return model
@@ -53,31 +63,34 @@ def convert_model(source: str, shape: VAEGeometry, out: Path, layout: str) -> No
     Raises:
         InputError: see `load_model`; or a shape that the original layout, which comes without a config, cannot say.
     """
-    model, weights = _read_model(source, shape)
+    model, weights = _read_model(source, shape, WAN)
     if layout == "diffusers":
         model.load_state_dict(weights, strict=True, assign=True)
         model.save_pretrained(out)
         return
-    published = inspect.signature(AutoencoderKLWan.__init__).parameters
+    published = inspect.signature(WAN.__init__).parameters
     if changed := [key for key in ORIGINAL if model.config[key] != published[key].default]:
         raise InputError(f"{source}: the layout upstream has no config, so {', '.join(changed)} must be as published")
     write_pickle(dict(to_original_layout(weights)), out)
 
 
-def _read_model(source: str, shape: VAEGeometry) -> tuple[Model, dict[str, Tensor]]:
+def _read_model(source: str, shape: VAEGeometry, kind: Kind) -> tuple[Model, dict[str, Tensor]]:
     """A model without memory, and its weights as `source` has them, under its names."""
     what = "vae.vae_pretrained"
     name_in_file: Callable[[str], str] = str
     if source.startswith(SEEDED):
-        model = _empty_model(_read_config(locate(source.removeprefix(SEEDED), what)), source)
+        model = _empty_model(_read_config(locate(source.removeprefix(SEEDED), what), kind), source, kind)
         weights = _seeded_weights(model)
-    elif (path := locate(source, what)).is_dir():
-        model = _empty_model(_read_config(path), source)
-        weights = _read_weights(_only_safetensors(path))
-    else:
+    elif (path := locate(source, what, "vae")).is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        model = _empty_model(_read_config(folder, kind), source, kind)
+        weights = _read_weights(_only_safetensors(folder))
+    elif kind is WAN:
         weights = _read_weights(path)  # the original layout; it comes without a config file
-        model = _empty_model({"base_dim": _width(weights)}, source)
+        model = _empty_model({"base_dim": _width(weights)}, source, kind)
         name_in_file = _original_name
+    else:
+        raise InputError(f"{what}={source}: a file; an {kind.__name__} is a diffusers folder with its config.json")
     _check_geometry(model, shape, source)
     return model, _renamed(weights, model, source, name_in_file)
 
@@ -93,10 +106,10 @@ def new_model(folder: str | Path, seed: int) -> Model:
     Raises:
         InputError: there is no such config, or it makes no Wan VAE.
     """
-    shape = _read_config(Path(folder))
-    _empty_model(shape, str(folder))
+    shape = _read_config(Path(folder), WAN)
+    _empty_model(shape, str(folder), WAN)
     rng = torch.Generator().manual_seed(seed)
-    model: Model = AutoencoderKLWan(**shape)
+    model: Model = WAN(**shape)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 4 or name.endswith("gamma"):  # gains of norms, which stay 1
@@ -166,17 +179,21 @@ class _FrameByFrame(nn.Conv3d):
         return torch.cat([super(_FrameByFrame, self).forward(frame) for frame in x.split(1, dim=2)], dim=2)
 
 
-def _empty_model(shape: dict[str, Any], source: str) -> Model:
+def _empty_model(shape: dict[str, Any], source: str, kind: Kind) -> Model:
     try:
         with torch.device("meta"):
-            model: Model = AutoencoderKLWan(**shape)
-            model.post_quant_conv = _FrameByFrame(model.z_dim, model.z_dim, 1)
+            model: Model = kind(**shape)
+            if kind is WAN:
+                model.post_quant_conv = _FrameByFrame(model.z_dim, model.z_dim, 1)
             return model
     except Exception as error:  # whatever a layer raises on sizes that make no network
-        raise InputError(f"{source}: its config makes no Wan VAE: {_one_line(error)}") from error
+        raise InputError(f"{source}: its config makes no {kind.__name__}: {_one_line(error)}") from error
 
 
 def _check_geometry(model: Model, shape: VAEGeometry, source: str) -> None:
+    if isinstance(model, LTX2):
+        _check_ltx2(model, shape, source)
+        return
     found = model.config
     strides = VAEGeometry(found.z_dim, 2 ** sum(found.temperal_downsample), 2 ** (len(found.dim_mult) - 1))
     if strides != shape or found.patch_size is not None or (found.in_channels, found.out_channels) != (3, 3):
@@ -189,7 +206,27 @@ def _check_geometry(model: Model, shape: VAEGeometry, source: str) -> None:
             raise InputError(f"{source}: {name} must be {shape.channels} finite numbers")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _check_ltx2(model: Model, shape: VAEGeometry, source: str) -> None:
+    found = model.config
+    strides = [
+        part for part, scaled in zip(found.downsample_type, found.spatio_temporal_scaling, strict=False) if scaled
+    ]
+    time = found.patch_size_t * 2 ** sum("temporal" in part for part in strides)
+    space = found.patch_size * 2 ** sum("spati" in part for part in strides)
+    own = VAEGeometry(found.latent_channels, time, space)
+    if own != shape or (found.in_channels, found.out_channels) != (3, 3):
+        raise InputError(f"{source}: not an LTX-2 VAE: its config gives {own}; needed is {shape}, and 3 -> 3 colours")
+    noise = found.decoder_inject_noise
+    if found.timestep_conditioning or (any(noise) if isinstance(noise, list | tuple) else noise):
+        raise InputError(f"{source}: its decoder takes a timestep or noise; only plain ones can be used")
+    if not (found.encoder_causal and found.decoder_causal):
+        raise InputError(
+            f"{source}: encoder_causal={found.encoder_causal}, decoder_causal={found.decoder_causal}: what looks into "
+            "the future cannot be decoded as a stream; both must be true, as published"
+        )
+
+
+def _read_config(folder: Path, kind: Kind) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no config.json in this folder; is it a diffusers VAE?")
@@ -197,10 +234,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {_one_line(error)}") from error
-    if not isinstance(values, dict) or values.get("_class_name") != AutoencoderKLWan.__name__:
-        raise InputError(f"{path}: not the config of an {AutoencoderKLWan.__name__}")
+    if not isinstance(values, dict) or values.get("_class_name") != kind.__name__:
+        raise InputError(f"{path}: not the config of an {kind.__name__}")
     shape = {key: value for key, value in values.items() if not key.startswith("_")}
-    known = inspect.signature(AutoencoderKLWan.__init__).parameters
+    known = inspect.signature(kind.__init__).parameters
     for key in shape:
         if key not in known:
             raise InputError(f"{path}: unknown key {key}{did_you_mean(key, known)}")
@@ -266,7 +303,7 @@ def _seeded_weights(model: nn.Module) -> dict[str, Tensor]:
         if name.endswith("weight"):
             weights[name] = draw / parameter[0].numel() ** 0.5
         else:
-            weights[name] = 0.1 * draw + float(name.endswith("gamma"))
+            weights[name] = 0.1 * draw + float(name.endswith(("gamma", "latents_std")))
     return weights
 
 

@@ -17,7 +17,7 @@ from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.data.shapes import FPS, draw_scene, parse_caption, render
-from longsana.encoders.vae import WanVAE
+from longsana.encoders.vae import VideoVAE, load_vae
 from longsana.evaluation.measures import boundaries, drift, drift_curve, measure_pieces, per_second, seam_index
 from longsana.evaluation.verifier import Seen, Verdicts, judge, observe
 from longsana.models.embeddings import Text
@@ -123,7 +123,7 @@ class _Unabsorbing:
 
 def try_truth(config: InferenceConfig, trial: Trial, device: torch.device) -> dict[str, Any]:
     """The same of the world itself, seen through the VAE: what no model can surpass. One seed; other prompts."""
-    vae = WanVAE.load(config.vae, device, resolve_dtype(config.vae.weight_dtype, device))
+    vae = load_vae(config.vae, device, resolve_dtype(config.vae.weight_dtype, device))
     plan = ChunkPlan.split(vae.geometry.latent_frames(trial.frames), config.sampling.chunk_frames)
     seams = boundaries(plan.frames, config.sampling.chunk_frames)
     videos: list[dict[str, Any]] = []
@@ -137,7 +137,7 @@ def try_truth(config: InferenceConfig, trial: Trial, device: torch.device) -> di
     return summarise([videos], trial.lengths)
 
 
-def _decoded(vae: WanVAE, latents: Tensor, plan: ChunkPlan) -> Iterator[Tensor]:
+def _decoded(vae: VideoVAE, latents: Tensor, plan: ChunkPlan) -> Iterator[Tensor]:
     cache = None
     for part in plan.slices():
         frames, cache = vae.decode_stream(latents[:, :, part], cache)

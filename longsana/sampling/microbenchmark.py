@@ -358,13 +358,14 @@ def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, A
     del peer, run
 
     vae = pipeline.vae
-    decoder = {"ours": seconds(work.decode, device, 5) / (4 * frames)}
+    later, whole = (vae.geometry.pixel_frames(frames, first=first) for first in (False, True))
+    decoder = {"ours": seconds(work.decode, device, 5) / later}
     for dtype in (torch.float32, torch.bfloat16):
         peer = copy.deepcopy(vae.model).to(dtype)
         for weight in peer.parameters():
             weight.data = weight.data.contiguous()  # its own layout, not ours
         theirs = partial(peer.decode, x.to(dtype))
-        decoder[f"diffusers, {str(dtype).removeprefix('torch.')}"] = seconds(theirs, device, 3) / (4 * frames - 3)
+        decoder[f"diffusers, {str(dtype).removeprefix('torch.')}"] = seconds(theirs, device, 3) / whole
     return {
         "forward, ms": {name: 1000 * value for name, value in forward.items()},
         "decoder, ms a frame": {name: 1000 * value for name, value in decoder.items()},

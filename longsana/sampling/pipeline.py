@@ -15,7 +15,7 @@ from longsana.config import Dtype, InferenceConfig
 from longsana.data.prompts import Prompt, parts_per_chunk, with_motion_score
 from longsana.encoders.geometry import geometry
 from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand
-from longsana.encoders.vae import WanVAE
+from longsana.encoders.vae import VideoVAE, load_vae
 from longsana.flow.schedule import FlowSchedule, uniform_sigmas
 from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
@@ -73,7 +73,7 @@ class VideoPipeline:
         self._loaded: LongSanaDiT | None = None
         self._network: ReplayedNetwork | None = None  # of what is loaded
         self.model: LongSanaDiT
-        self.vae: WanVAE
+        self.vae: VideoVAE
 
     @contextmanager
     def text_encoder(self) -> Iterator[GemmaTextEncoder]:
@@ -107,7 +107,7 @@ class VideoPipeline:
         self.load_model()
         config = self.config.vae
         with _blame("vae.vae_pretrained"):
-            self.vae = WanVAE.load(config, self.device, resolve_dtype(config.weight_dtype, self.device))
+            self.vae = load_vae(config, self.device, resolve_dtype(config.weight_dtype, self.device))
 
     def load_model(self) -> None:
         """The network alone, for those who need latents and no pictures."""

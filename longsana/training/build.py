@@ -15,7 +15,7 @@ from longsana.data.clips import open_clips
 from longsana.data.prompts import training_prompts
 from longsana.data.trajectories import check_grid, open_trajectories
 from longsana.encoders.geometry import geometry
-from longsana.encoders.vae import WanVAE
+from longsana.encoders.vae import VideoVAE, load_vae
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
@@ -79,9 +79,9 @@ class StageBuilder:
         )
 
     @cached_property
-    def vae(self) -> WanVAE:
+    def vae(self) -> VideoVAE:
         config = self.config.vae
-        return WanVAE.load(config, self.device, resolve_dtype(config.weight_dtype, self.device))
+        return load_vae(config, self.device, resolve_dtype(config.weight_dtype, self.device))
 
     @cached_property
     def _mesh(self) -> DeviceMesh:

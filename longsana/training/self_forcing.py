@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
-from longsana.encoders.vae import DecodeCache, WanVAE
+from longsana.encoders.vae import DecodeCache, VideoVAE
 from longsana.flow.losses import dmd_gradient, dmd_loss, flow_loss, guided
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule
 from longsana.flow.timesteps import score_timesteps
@@ -58,7 +58,7 @@ class SelfForcing(Stage):
         embed: Embed,
         negative: TextEmbedding,
         prompts: Sequence[str],
-        vae: WanVAE,
+        vae: VideoVAE,
         latent_shape: tuple[int, int, int],
     ) -> None:
         self.config = config

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts
 from longsana.encoders.geometry import geometry
-from longsana.encoders.vae import WanVAE
+from longsana.encoders.vae import VideoVAE
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.clock import Clock
 from longsana.runtime.distributed import World
@@ -85,7 +85,7 @@ class Validation:
             ]
 
     @torch.no_grad()
-    def run(self, step: int, model: LongSanaDiT, vae: WanVAE) -> Report:
+    def run(self, step: int, model: LongSanaDiT, vae: VideoVAE) -> Report:
         """Sample, measure and write every video of iteration `step`; all processes call this together.
 
         Raises:

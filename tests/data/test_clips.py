@@ -27,6 +27,7 @@ from longsana.data.clips import (
     write_clips,
 )
 from longsana.data.shapes import TURNS, draw_scene, is_held_out, parse_caption, render
+from longsana.encoders.geometry import GEOMETRIES
 from longsana.encoders.vae import WanVAE
 from longsana.runtime.errors import InputError
 
@@ -147,6 +148,7 @@ class Pooling:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
+        self.geometry = GEOMETRIES["WanVAE"]
         self.batches: list[int] = []
 
     def encode(self, frames: Tensor) -> Tensor:

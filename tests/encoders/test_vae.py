@@ -280,7 +280,7 @@ def save_folder(vae: WanVAE, folder: Path, **changes: object) -> None:
         ({"patch_size": 2}, "not a Wan 2.1 VAE"),
         ({"latents_std": [1.0]}, "latents_std must be 16"),
         ({"bas_dim": 12}, r"unknown key bas_dim \(did you mean 'base_dim'\?\)"),
-        ({"dim_mult": "wide"}, "makes no Wan VAE"),
+        ({"dim_mult": "wide"}, "makes no AutoencoderKLWan"),
         ({"_class_name": "AutoencoderKL"}, "not the config of an AutoencoderKLWan"),
     ],
 )

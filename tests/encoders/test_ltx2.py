@@ -1,0 +1,171 @@
+"""The LTX-2 VAE: a stream is the clip, and its files come whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLLTX2Video
+from torch import Tensor, nn
+
+from longsana.config import VAEConfig
+from longsana.encoders.vae import LTX2VAE, load_vae
+from longsana.runtime.errors import InputError
+from tests.encoders.streaming import draw, stream
+
+SMALL: dict[str, Any] = {
+    "block_out_channels": (8, 8, 16, 16),
+    "layers_per_block": (1, 1, 1, 1, 1),
+    "decoder_block_out_channels": (8, 16, 32),
+    "decoder_layers_per_block": (1, 2, 1, 1),
+    "scaling_factor": 0.8,
+}
+"""A narrow VAE with the published strides and latents."""
+ROUNDING = {"atol": 2e-5, "rtol": 0}  # of float32, between two orders of summing
+
+
+def write(folder: Path, **changes: Any) -> str:
+    """A diffusers folder with random weights, under which activations keep their size."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoencoderKLLTX2Video(**SMALL | changes)
+        for name, weight in model.named_parameters():
+            fan_in = weight[0].numel() if weight.dim() > 1 else 100
+            weight.data.normal_(1.0 if "norm" in name and weight.dim() == 1 else 0.0, fan_in**-0.5)
+        model.latents_mean.normal_()
+        model.latents_std.uniform_(0.5, 2)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def load(source: str, latents_per_call: int = 1, dtype: torch.dtype = torch.float32) -> LTX2VAE:
+    config = VAEConfig(vae_type="LTX2VAE_diffusers", vae_pretrained=source, latents_per_call=latents_per_call)
+    vae = load_vae(config, torch.device("cpu"), dtype)
+    assert isinstance(vae, LTX2VAE)
+    return vae
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(tmp_path_factory.mktemp("ltx2"))
+
+
+@pytest.fixture(scope="module")
+def vae(source: str) -> LTX2VAE:
+    return load(source)
+
+
+def clip(frames: int, height: int = 64, width: int = 96) -> Tensor:
+    return draw(1, 3, frames, height, width).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("lengths", [(3, 2), (1, 1, 1), (4,), (2, 1, 2)])
+def test_streaming_equals_one_shot_to_the_bit(vae: LTX2VAE, lengths: tuple[int, ...]) -> None:
+    latents = draw(1, 128, sum(lengths), 2, 3)
+    frames, cache = stream(vae, latents, lengths)
+    assert torch.equal(frames, vae.decode_stream(latents)[0])
+    torch.testing.assert_close(frames, vae.decode(latents), **ROUNDING)
+    assert frames.shape == (1, 3, 8 * sum(lengths) - 7, 64, 96)
+    assert cache.latents == sum(lengths)
+    assert frames.std() > 0.1 and (frames.abs() < 1).float().mean() > 0.5, "not all of it is clamped"
+
+
+@pytest.mark.parametrize("latents_per_call", [2, 3])
+def test_groups_differ_by_rounding_alone(source: str, latents_per_call: int) -> None:
+    latents = draw(2, 128, 6, 2, 2)
+    vae = load(source, latents_per_call)
+    frames, _ = stream(vae, latents, (4, 2))
+    torch.testing.assert_close(frames, vae.decode(latents), **ROUNDING)
+
+
+def test_memory_is_a_value_of_one_size(vae: LTX2VAE) -> None:
+    latents = draw(1, 128, 5, 2, 2)
+    _, cache = vae.decode_stream(latents[:, :, :2])
+    before = [feature.clone() for feature in cache.features]
+    first, after = vae.decode_stream(latents[:, :, 2:], cache)
+    again, _ = vae.decode_stream(latents[:, :, 2:], cache)
+    assert torch.equal(first, again)
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.features, strict=True))
+    assert after.nbytes == cache.nbytes
+
+
+def test_latents_are_normalised_with_the_weights_own_statistics(vae: LTX2VAE) -> None:
+    model, frames = vae.model, clip(17)
+    raw = model.encode(frames).latent_dist.mean
+    latents = vae.encode(frames)
+    mean, std = (part.view(1, -1, 1, 1, 1) for part in (model.latents_mean, model.latents_std))
+    torch.testing.assert_close(latents, (raw - mean) * 0.8 / std)
+    assert latents.shape == (1, 128, 3, 2, 3)
+    torch.testing.assert_close(vae.decode(latents), model.decode(raw).sample.clamp(-1, 1), **ROUNDING)
+
+
+def test_encoding_is_causal_and_refuses_what_would_be_cut_off(vae: LTX2VAE) -> None:
+    frames = clip(17)
+    torch.testing.assert_close(vae.encode(frames)[:, :, :2], vae.encode(frames[:, :, :9]), **ROUNDING)
+    with pytest.raises(InputError, match="8n\\+1 for this VAE; nearest are 9 and 17"):
+        vae.encode(clip(12))
+    with pytest.raises(InputError, match="height=48: must be a multiple of 32; nearest are 32 and 64"):
+        vae.encode(clip(9, height=48))
+
+
+def test_the_frame_that_leads_a_stretch(vae: LTX2VAE) -> None:
+    latents = draw(1, 128, 3, 2, 2)
+    lead, cache = vae.lead_latent(latents)
+    assert torch.equal(lead, vae.encode(vae.decode_stream(latents)[0][:, :, -1:]))
+    assert cache.latents == 3
+
+
+def test_low_precision_keeps_the_statistics(source: str, vae: LTX2VAE) -> None:
+    low = load(source, dtype=torch.bfloat16)
+    assert all(weight.dtype == torch.bfloat16 for weight in low.model.parameters())
+    assert torch.equal(low.model.latents_std, vae.model.latents_std)
+    latents = draw(1, 128, 3, 2, 2)
+    off = low.decode_stream(latents)[0] - vae.decode_stream(latents)[0]
+    span = float(vae.decode(latents).max() - vae.decode(latents).min())
+    assert 20 * torch.log10(span / off.square().mean().sqrt()) > 30
+
+
+def test_a_pipelines_folder(source: str, tmp_path: Path, vae: LTX2VAE) -> None:
+    """As published: the VAE is one part of a repository."""
+    (tmp_path / "vae").symlink_to(source)
+    (tmp_path / "model_index.json").write_text("{}")
+    latents = draw(1, 128, 2, 2, 2)
+    assert torch.equal(load(str(tmp_path)).decode(latents), vae.decode(latents))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"decoder_causal": False}, "looks into the future"),
+        ({"decoder_inject_noise": (False, True, False, False)}, "a timestep or noise"),
+        ({"latent_channels": 64}, "needed is VAEGeometry"),
+        ({"patch_size": 2}, "space_stride=16"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(source: str, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    values = json.loads((Path(source) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | changes))
+    with pytest.raises(InputError, match=says):
+        load(f"seeded:{tmp_path}")
+
+
+def test_another_kind_of_vae_is_refused(source: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not the config of an AutoencoderKLLTX2Video"):
+        load(str(Path(__file__).resolve().parents[2] / "asset/shapes/vae"))
+    with pytest.raises(InputError, match="not the config of an AutoencoderKLWan"):
+        load_vae(VAEConfig(vae_pretrained=source), torch.device("cpu"), torch.float32)
+    (tmp_path / "vae.pth").write_bytes(b"")
+    with pytest.raises(InputError, match="is a diffusers folder"):
+        load(str(tmp_path / "vae.pth"))
+
+
+def test_convolutions_of_the_decoder_all_remember(vae: LTX2VAE) -> None:
+    """A layer that were left out would start anew in every call."""
+    _, cache = vae.decode_stream(draw(1, 128, 1, 2, 2))
+    looking_back = [
+        layer for layer in vae.model.decoder.modules() if isinstance(layer, nn.Conv3d) and layer.kernel_size[0] == 3
+    ]
+    assert len(cache.features) == len(looking_back)
