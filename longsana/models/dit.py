@@ -196,7 +196,8 @@ class LongSanaDiT(nn.Module):
 
     def _unpatchify(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         _, ph, pw = self.patch_size
-        return rearrange(x, "b t (h w) (ph pw c) -> b c t (h ph) (w pw)", h=size[0], ph=ph, pw=pw)
+        x = rearrange(x, "b t (h w) (ph pw c) -> b c t (h ph) (w pw)", h=size[0], ph=ph, pw=pw)
+        return x.contiguous()  # of patches of one latent it is a view, which FSDP's hooks do not like
 
     def _check(self, x: Tensor, t: Tensor, plan: ChunkPlan, state: CausalState) -> None:
         batch, _, frames, height, width = x.shape

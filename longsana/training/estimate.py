@@ -31,16 +31,23 @@ FLOAT = torch.float32.itemsize
 
 
 class Encoders(NamedTuple):
-    """The frozen parts around the networks; as published, Gemma 2 2B and the Wan 2.1 VAE.
+    """The frozen parts around the networks: Gemma 2 2B, and a VAE.
 
     For a pixel of a frame, cache_values: what the decoder remembers of a video; decode_values: held at the peak of
         decoding one latent after another, with what it gives but without the workspaces of convolutions.
     """
 
+    vae_parameters: int
+    cache_values: float
+    decode_values: int
     text_parameters: int = 2_614_341_888
-    vae_parameters: int = 126_892_531
-    cache_values: float = 2364.5
-    decode_values: int = 6370
+
+
+PUBLISHED = {
+    "WanVAE": Encoders(vae_parameters=126_892_531, cache_values=2364.5, decode_values=6370),
+    "LTX2VAE_diffusers": Encoders(vae_parameters=1_222_479_601, cache_values=330.25, decode_values=2280),
+}
+"""By the type of the VAE, as they are published."""
 
 
 class Estimate(NamedTuple):
@@ -122,7 +129,7 @@ def estimate(
     Raises:
         InputError: the config makes no network, or the batch does not divide.
     """
-    encoders = encoders or Encoders()
+    encoders = encoders or PUBLISHED[config.vae.vae_type]
     train, distilled = config.train, config.trainer in DISTILLED
     world = World(size=world_size, local_size=local_size or world_size)
     sharers = {"full": world.size, "no_shard": 1}.get(train.sharding_strategy, world.local_size)

@@ -21,7 +21,7 @@ from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.models.flops import forward_flops
 from longsana.training.config import TrainingConfig
-from longsana.training.estimate import Encoders, estimate, model_flops
+from longsana.training.estimate import PUBLISHED, estimate, model_flops
 from longsana.training.rehearsal import LiveBytes, OnGPU, Update, rehearse, rollouts
 
 DEEP = ("model.depth=4", "real_score.depth=4", "fake_score.depth=4", "train.gradient_checkpointing=true")
@@ -214,7 +214,7 @@ def test_what_settings_cost(training_config: Any, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("longsana.training.estimate.rehearse", lambda *args, **options: plain)
     found = estimate(config, 1)
-    assert found.text_encoder == 2 * Encoders().text_parameters
+    assert found.text_encoder == 2 * PUBLISHED["WanVAE"].text_parameters
     assert estimate(changed(text_encoder="free"), 1).text_encoder == 0
     assert found.average > estimate(changed(ema_weight=0.0), 1).average == 0
     assert found.total == sum(found.parts.values()) > plain.activations + found.text_encoder
@@ -223,7 +223,7 @@ def test_what_settings_cost(training_config: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_every_stage_has_an_estimate(training_config: Any) -> None:
     """None of the rehearsals asks the value of a tensor. Where a video goes on, the decoder is needed for a moment."""
-    encoders = Encoders(decode_values=10**6)
+    encoders = PUBLISHED["WanVAE"]._replace(decode_values=10**6)
     decoding = 2 * 10**6 * 32 * 48
     found = {
         trainer: estimate(training_config(trainer), 1, encoders=encoders)
@@ -237,27 +237,33 @@ def test_every_stage_has_an_estimate(training_config: Any) -> None:
     assert flow.streams == ode.teacher == 0 < longsana.streams
 
 
-def test_sizes_of_the_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_sizes_of_the_encoders(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The constants are those of the libraries' networks, and of a decoder that runs on meta tensors."""
-    from diffusers import AutoencoderKLWan
+    from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan
     from transformers import Gemma2Config, Gemma2Model
 
     from longsana.config import VAEConfig
     from longsana.encoders.geometry import geometry
-    from longsana.encoders.vae import WanVAE
+    from longsana.encoders.vae import VAES
 
     with torch.device("meta"):
-        gemma, wan = Gemma2Model(Gemma2Config()), AutoencoderKLWan().eval().requires_grad_(False).bfloat16()
-    assert sum(weight.numel() for weight in gemma.parameters()) == Encoders().text_parameters
-    assert sum(weight.numel() for weight in wan.parameters()) == Encoders().vae_parameters
-    vae = WanVAE(wan, geometry(VAEConfig()), 1)
+        gemma = Gemma2Model(Gemma2Config())
+        model: Any = {"WanVAE": AutoencoderKLWan, "LTX2VAE_diffusers": AutoencoderKLLTX2Video}[kind]()
+    model = model.eval().requires_grad_(False).bfloat16()
+    published = PUBLISHED[kind]
+    assert sum(weight.numel() for weight in gemma.parameters()) == published.text_parameters
+    assert sum(weight.numel() for weight in model.parameters()) == published.vae_parameters
+    shape = geometry(VAEConfig(vae_type=kind))
+    vae = VAES[kind](model, shape, 1)
     # The kernel of a GPU takes no memory; its plain twin does.
     monkeypatch.setattr("longsana.encoders.wan_decoder.norm_silu_into", lambda x, gamma, out, bias: None)
-    _, cache = vae.decode_stream(torch.empty(1, 16, 2, 12, 20, device="meta"))
-    assert sum(feature.nbytes for feature in cache.features) == 2 * 96 * 160 * Encoders().cache_values
-    with LiveBytes(ignore=[*wan.parameters(), *cache.features]) as live:
-        vae.lead_latent(torch.empty(1, 16, 20, 12, 20, device="meta"), cache)
-    assert live.peak / (2 * 96 * 160) == pytest.approx(Encoders().decode_values, rel=0.02)
+    height, width = 96 // shape.space_stride, 160 // shape.space_stride
+    _, cache = vae.decode_stream(torch.empty(1, shape.channels, 2, height, width, device="meta"))
+    assert sum(feature.nbytes for feature in cache.features) == 2 * 96 * 160 * published.cache_values
+    with LiveBytes(ignore=[*model.parameters(), *cache.features]) as live:
+        vae.lead_latent(torch.empty(1, shape.channels, 20, height, width, device="meta"), cache)
+    assert live.peak / (2 * 96 * 160) == pytest.approx(published.decode_values, rel=0.02)
 
 
 def test_flops_of_an_update_counted_by_hand() -> None:

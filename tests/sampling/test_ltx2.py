@@ -1,0 +1,71 @@
+"""Another VAE by config alone: 8 frames and 32 x 32 pixels a latent, patches of one latent."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from longsana.config import InferenceConfig, load_config
+from longsana.data.prompts import Prompt
+from longsana.runtime.clock import Clock
+from longsana.runtime.errors import InputError
+from longsana.sampling.pipeline import VideoPipeline
+from longsana.sampling.request import check_config
+from tests.encoders.test_ltx2 import SMALL
+
+TEXT = "a red ball rolls"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> InferenceConfig:
+    """The 720p config with small networks: 41 frames in chunks of 2 latents."""
+    folder = tmp_path_factory.mktemp("vae")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLLTX2Video"} | SMALL))
+    return load_config(
+        "configs/sana_video_config/Sana_2000M_720px_longsana.yaml",
+        [
+            "model.load_from=seeded:1", "model.depth=2", "model.hidden_size=56", "model.num_heads=4",
+            "model.linear_head_dim=28", "model.caption_channels=64", "model.caption_length=48",
+            f"vae.vae_pretrained=seeded:{folder}", "text_encoder.text_encoder_name=seeded:asset/shapes/text_encoder",
+            "text_encoder.chi_prompt=none", "sampling.height=64", "sampling.width=96", "sampling.num_frames=41",
+            "sampling.chunk_frames=2",
+        ],
+        InferenceConfig,
+    )  # fmt: skip
+
+
+def test_a_video_chunk_by_chunk(config: InferenceConfig) -> None:
+    check_config(config)
+    pipeline = VideoPipeline(config, "cpu")
+    prompt = Prompt(1, TEXT, (TEXT,), 0, 64, 96)
+    with pipeline.text_encoder() as encoder:
+        caption = pipeline.encode(encoder, prompt)
+    pipeline.load()
+    pieces = list(pipeline.sample([prompt], [caption], Clock()))
+    assert [piece.pixels.shape[1] for piece in pieces] == [9, 16, 16]
+    latents = torch.cat([piece.latents for piece in pieces], dim=2)
+    assert latents.shape == (1, 128, 6, 2, 3)
+    whole = pipeline.vae.to_uint8(pipeline.vae.decode(latents))
+    pixels = torch.cat([piece.pixels for piece in pieces], dim=1)
+    assert (pixels.int() - whole.int()).abs().max() <= 1
+    assert pixels.float().std() > 10
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("sampling.num_frames=81", None),
+        ("sampling.num_frames=85", "must be 8n\\+1 for this VAE; nearest are 81 and 89"),
+        ("sampling.height=720", "nearest are 704 and 736"),
+        ("model.in_channels=16", "the latents of LTX2VAE_diffusers have 128"),
+    ],
+)
+def test_sizes_are_this_vaes(override: str, says: str | None) -> None:
+    config = load_config("configs/sana_video_config/Sana_2000M_720px_longsana.yaml", [override], InferenceConfig)
+    if says is None:
+        check_config(config)
+        return
+    with pytest.raises(InputError, match=says):
+        check_config(config)
