@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
+from longsana.encoders.vae import WanVAE
 from longsana.models import attention, dit
 from longsana.models.embeddings import TextEmbedding, TextMemory
 from longsana.models.float8 import PRODUCTS, Float8Linear, to_float8
@@ -194,6 +195,11 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
     yield Case("gated_conv", (wide, filters, random(2 * inner), grid), {})
     del wide
     yield Case("quantise_rows", (x.flatten(0, 2),), {})
+    taps = random(width, width, 3, 1) / (3 * width) ** 0.5
+    conv = {"lengths": [frames]}
+    yield Case("add_temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)
+    if not isinstance(pipeline.vae, WanVAE):
+        return
     # The decoder's widest step, the four frames of one latent.
     channels = pipeline.vae.model.config.base_dim
     picture = torch.randn(1, 4, *size, channels, device=device, generator=rng).to(pipeline.vae.dtype)
@@ -203,9 +209,6 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
     yield Case("norm_silu_into", (picture, gamma, buffer[:, 2:, 1:-1, 1:-1], bias), {}, written=2)
     yield Case("add_shortcut", (picture, picture.clone(), bias), {})
     yield Case("spread_into", (picture[:, :, ::2, ::2].contiguous(), buffer[:, 2:, 1:-1, 1:-1]), {}, written=1)
-    taps = random(width, width, 3, 1) / (3 * width) ** 0.5
-    conv = {"lengths": [frames]}
-    yield Case("add_temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)
 
 
 class Work(NamedTuple):

@@ -1,6 +1,7 @@
 """Fill a hub cache with random weights in the published layouts, so that the published command runs without a hub.
 
     python tests/full_size/hub_cache.py /tmp/hub            # 2B: about 15 GB and a minute on a GPU machine
+    python tests/full_size/hub_cache.py /tmp/hub --size 720 # what the configs of 720p read: 12 GB
     HF_HUB_CACHE=/tmp/hub HF_HUB_OFFLINE=1 accelerate launch ...
 
 The names, key names, shapes and dtypes are those of the published files; the numbers are random and the tokenizer is
@@ -30,9 +31,9 @@ OWNER = "Efficient-Large-Model"
 REVISION = "0" * 40
 
 
-def snapshot(cache: Path, repo: str) -> Path:
-    """The folder that the hub's client takes for the newest revision of `OWNER/repo`."""
-    folder = cache / f"models--{OWNER}--{repo}"
+def snapshot(cache: Path, repo: str, owner: str = OWNER) -> Path:
+    """The folder that the hub's client takes for the newest revision of `owner/repo`."""
+    folder = cache / f"models--{owner}--{repo}"
     (folder / "refs").mkdir(parents=True, exist_ok=True)
     (folder / "refs" / "main").write_text(REVISION)
     path = folder / "snapshots" / REVISION
@@ -71,6 +72,15 @@ def write_vae(path: Path, device: str) -> None:
     torch.save({name: tensor.cpu() for name, tensor in to_original_layout(model.state_dict()).items()}, path)
 
 
+def write_ltx2_vae(folder: Path, device: str) -> None:
+    from diffusers import AutoencoderKLLTX2Video
+
+    with torch.device(device):
+        model = AutoencoderKLLTX2Video().to(torch.bfloat16)
+    randomise(model, torch.Generator(device).manual_seed(1))
+    model.save_pretrained(folder)
+
+
 def write_text_encoder(folder: Path, device: str) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -105,6 +115,15 @@ def link_for_training(cache: Path) -> None:
         target.hardlink_to(source)
 
 
+def build_720p(cache: Path) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = ModelConfig(model="SanaMSVideo_2000M_P1_D20", in_channels=128)
+    checkpoint = snapshot(cache, "SANA-Video_2B_720p") / "checkpoints" / "SANA_Video_2B_720p_LTXVAE.pth"
+    write_network(checkpoint, config, device, seed=4)
+    write_ltx2_vae(snapshot(cache, "LTX-2", "Lightricks") / "vae", device)
+    write_text_encoder(snapshot(cache, "gemma-2-2b-it"), device)
+
+
 def build(cache: Path, *, base: bool = True) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     distilled = snapshot(cache, "SANA-Video_2B_480p_LongLive") / "checkpoints" / "SANA_Video_2B_480p_LongLive.pth"
@@ -121,5 +140,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path, help="folder to fill; use it as HF_HUB_CACHE")
     parser.add_argument("--no_base", action="store_true", help="leave the bidirectional base model out")
+    parser.add_argument("--size", type=int, choices=(480, 720), default=480)
     options = parser.parse_args()
-    build(options.cache, base=not options.no_base)
+    if options.size == 720:
+        build_720p(options.cache)
+    else:
+        build(options.cache, base=not options.no_base)
