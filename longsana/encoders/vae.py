@@ -17,7 +17,7 @@ from torch import Tensor
 from longsana.config import VAEConfig
 from longsana.encoders import wan_decoder
 from longsana.encoders.geometry import VAEGeometry, geometry
-from longsana.encoders.vae_files import Model, load_model
+from longsana.encoders.vae_files import Model, check_geometry, load_model
 
 
 class DecodeCache(NamedTuple):
@@ -59,6 +59,18 @@ class WanVAE:
         model = load_model(config.vae_pretrained, shape, device, dtype)
         wan_decoder.prepare(model)
         return cls(model, shape, config.latents_per_call)
+
+    @classmethod
+    def around(cls, model: Model, latents_per_call: int) -> WanVAE:
+        """The same of a diffusers `AutoencoderKLWan` that is where it shall run. Its weights may get another layout.
+
+        Raises:
+            InputError: it is no Wan 2.1 VAE.
+        """
+        shape = geometry(VAEConfig())
+        check_geometry(model, shape, "vae")
+        wan_decoder.prepare(model)
+        return cls(model, shape, latents_per_call)
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:

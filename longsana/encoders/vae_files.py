@@ -78,7 +78,7 @@ def _read_model(source: str, shape: VAEGeometry) -> tuple[Model, dict[str, Tenso
         weights = _read_weights(path)  # the original layout; it comes without a config file
         model = _empty_model({"base_dim": _width(weights)}, source)
         name_in_file = _original_name
-    _check_geometry(model, shape, source)
+    check_geometry(model, shape, source)
     return model, _renamed(weights, model, source, name_in_file)
 
 
@@ -176,7 +176,12 @@ def _empty_model(shape: dict[str, Any], source: str) -> Model:
         raise InputError(f"{source}: its config makes no Wan VAE: {_one_line(error)}") from error
 
 
-def _check_geometry(model: Model, shape: VAEGeometry, source: str) -> None:
+def check_geometry(model: Model, shape: VAEGeometry, source: str) -> None:
+    """Make sure that a model is a Wan 2.1 VAE of this shape.
+
+    Raises:
+        InputError: it is not; `source` is what the message calls it.
+    """
     found = model.config
     strides = VAEGeometry(found.z_dim, 2 ** sum(found.temperal_downsample), 2 ** (len(found.dim_mult) - 1))
     if strides != shape or found.patch_size is not None or (found.in_channels, found.out_channels) != (3, 3):
