@@ -8,7 +8,7 @@ repository says of how it was trained.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,17 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
             self.network.arrange()
         return self.network.read(text)
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
         """As diffusers' own, under the published names.
 
         Raises:
@@ -130,7 +140,17 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         renamed = rename(self.network.state_dict(), "diffusers", self.network.config)
         published = copy.copy(self)
         published.__dict__["state_dict"] = lambda: renamed
-        ModelMixin.save_pretrained(published, save_directory, **options)
+        ModelMixin.save_pretrained(
+            published,
+            save_directory,
+            is_main_process=is_main_process,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            push_to_hub=push_to_hub,
+            **options,
+        )
 
     @classmethod
     def _load_pretrained_model(  # type: ignore[override]

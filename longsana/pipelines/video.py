@@ -371,14 +371,16 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self._check(*size, output_type, chunk_frames, latents_per_call)
         if state is not None and state.decoder is None and output_type != "latent":
             raise InputError("state: of latents that were not decoded; go on with output_type='latent'")
-        if prompt is None and state is None:
-            raise InputError("prompt: missing; without a state there is none to go on with")
+        if prompt is None:
+            if state is None:
+                raise InputError("prompt: missing; without a state there is none to go on with")
+            prompt = state.prompt
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
         lengths = self._lengths(num_frames, chunk_frames, begins=state is None)
         self._num_timesteps = 0
-        prompts = _until_told(state.prompt if prompt is None and state is not None else prompt or "")
         seed = state.seed if state is not None and generator is None else take_seed(generator)
+        prompts = _until_told(prompt)
         return self._stream(
             prompts, lengths, schedule, size, seed, state, output_type, motion_score, chunk_frames, latents_per_call
         )
@@ -651,10 +653,9 @@ def _texts(prompt: str | list[str] | None, embeds: Tensor | None, copies: int) -
         raise InputError("prompt: missing; give it, or prompt_embeds")
     if prompt is None:
         assert embeds is not None
-        prompts = [""] * len(embeds)
-    else:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts or not all(isinstance(text, str) for text in prompts):
+        prompt = [""] * len(embeds)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise InputError("prompt: must be a text or a list of texts")
     return [text.strip() for text in prompts for _ in range(copies)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,3 +85,44 @@ def test_base(loaded_base: LongSanaVideoPipeline) -> None:
         **SIZE,
     ).frames
     assert torch.equal(own, latents)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_base_is_that_of_diffusers(loaded_base: LongSanaVideoPipeline, base_folder: Path, guidance: float) -> None:
+    """With the same embeddings, masks, noise and scheduler."""
+    import diffusers
+
+    theirs = diffusers.SanaVideoPipeline(
+        tokenizer=loaded_base.tokenizer,
+        text_encoder=loaded_base.text_encoder,
+        vae=loaded_base.vae,
+        transformer=diffusers.SanaVideoTransformer3DModel.from_pretrained(base_folder / "transformer"),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0),
+    )
+    theirs.set_progress_bar_config(disable=True)
+
+    # It embeds fractions of timesteps, which no checkpoint was trained on.
+    def whole(_: Any, arguments: Any, named: dict[str, Any]) -> Any:
+        return arguments, named | {"timestep": named["timestep"].floor()}
+
+    theirs.transformer.register_forward_pre_hook(whole, with_kwargs=True)
+    embeds, mask, away, away_mask = loaded_base.encode_prompt(PROMPT, OTHER, do_classifier_free_guidance=True)
+    assert away is not None and away_mask is not None
+    call: dict[str, Any] = {
+        "prompt_embeds": embeds,
+        "prompt_attention_mask": mask,
+        "negative_prompt_embeds": away,
+        "negative_prompt_attention_mask": away_mask,
+        "latents": torch.randn(1, 16, 5, 4, 8, generator=seed()),
+        "num_inference_steps": 4,
+        "guidance_scale": guidance,
+        "height": 32,
+        "width": 64,
+        "frames": 17,
+        "output_type": "latent",
+    }
+    own = loaded_base(**call).frames
+    call |= {"prompt_attention_mask": mask.long(), "negative_prompt_attention_mask": away_mask.long()}
+    peer = theirs(negative_prompt=None, use_resolution_binning=False, **call).frames
+    torch.testing.assert_close(own, peer, rtol=1e-3, atol=1e-3 * peer.abs().max().item())
+    assert own.std() > 0.1
