@@ -74,6 +74,7 @@ class GemmaTextEncoder:
         instruction = _instruction(config.chi_prompt)
         model: Any = _random_model(gemma) if seeded else _load_model(folder, gemma, dtype)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        _exact_rotations(model)
         log.info("text encoder: %s, %s, instruction: %s", name, dtype, config.chi_prompt)
         return cls(tokenizer, model, instruction, caption_length)
 
@@ -105,6 +106,7 @@ class GemmaTextEncoder:
         decoder: Any = model.base_model
         if gemma._attn_implementation != _ATTENTION:
             model.set_attn_implementation(_ATTENTION)
+        _exact_rotations(decoder)
         return cls(tokenizer, decoder, _instruction(chi_prompt), caption_length)
 
     def encode(self, prompt: str, *, instruction: bool = True) -> TextEmbedding:
@@ -272,6 +274,16 @@ def _load_model(folder: Path, config: Gemma2Config, dtype: torch.dtype) -> Gemma
         if keys:
             raise InputError(f"{folder}: the checkpoint {problem}: {', '.join(sorted(keys)[:3])} ({len(keys)} in all)")
     return model
+
+
+def _exact_rotations(model: Any) -> None:
+    """Frequencies in float32, as in training; casting a model casts them too.
+
+    In bfloat16 the words of a prompt, which stand behind the instruction, would be turned by up to a radian too much.
+    """
+    rotary = model.rotary_emb
+    if rotary.inv_freq.dtype != torch.float32:
+        model.rotary_emb = type(rotary)(model.config).to(rotary.inv_freq.device)
 
 
 def _random_model(config: Gemma2Config) -> Gemma2Model:
