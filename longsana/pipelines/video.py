@@ -191,7 +191,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     @property
     def distilled(self) -> bool:
         """Whether the model samples chunk by chunk in few steps, or a clip at once in many."""
-        return not isinstance(self.transformer, SanaVideoTransformer3DModel)
+        # Not isinstance: torch.compile wraps it.
+        return bool(self.config["transformer"][1] != SanaVideoTransformer3DModel.__name__)
 
     @property
     def geometry(self) -> VAEGeometry:
@@ -199,7 +200,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the call in progress, of all its chunks; 0 where there is no end."""
+        """Steps of the latest call, of all its chunks."""
         return self._num_timesteps
 
     @property
@@ -280,7 +281,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self._interrupt, self._num_timesteps = False, len(plan) * len(steps)
         finished: list[Tensor] = []
         with self.progress_bar(total=self._num_timesteps) as bar:
-            on_step = _Watch(self, steps, callback_on_step_end, bar)
+            on_step = _Watch(self, steps, self._num_timesteps, callback_on_step_end, bar)
             chunks: Iterator[Chunk]
             if isinstance(schedule, FlowSchedule):
                 chunks = generate(
@@ -321,7 +322,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if output_type == "latent":
             result: Any = torch.cat(finished, dim=2)
         else:
-            vae, cache = self._decoder(latents_per_call), None
+            onload(self.vae)
+            vae, cache = WanVAE.around(self.vae, latents_per_call), None
             stretches = []
             for stretch in finished:
                 pictures, cache = _decoded(vae, stretch, cache, chunk_frames)
@@ -378,7 +380,6 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
         lengths = self._lengths(num_frames, chunk_frames, begins=state is None)
-        self._num_timesteps = 0
         seed = state.seed if state is not None and generator is None else take_seed(generator)
         prompts = _until_told(prompt)
         return self._stream(
@@ -402,7 +403,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         shape = (self.geometry.channels, *self.geometry.latent_size(*size))
         cache = None if state is None or output_type == "latent" else state.decoder
         memory = None if state is None else state.network
-        heard, text = None, None
+        heard, text, vae = None, None, None
         self._interrupt = False
         try:
             for length, prompt in zip(lengths, prompts, strict=False):
@@ -423,7 +424,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 memory, frames = chunk.state, chunk.latents
                 assert memory is not None
                 if output_type != "latent":
-                    pictures, cache = _decoded(self._decoder(latents_per_call), chunk.latents, cache, chunk_frames)
+                    onload(self.vae)
+                    vae = vae or WanVAE.around(self.vae, latents_per_call)
+                    pictures, cache = _decoded(vae, chunk.latents, cache, chunk_frames)
                     frames = _pictures(pictures, output_type)
                 yield LongSanaVideoChunk(frames, StreamState(memory, cache, seed, prompt, size))
         except Interrupted:
@@ -615,10 +618,6 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         velocity, after = self.transformer(x, text, t, state=state, return_dict=False)
         return velocity, after
 
-    def _decoder(self, latents_per_call: int) -> WanVAE:
-        onload(self.vae)
-        return WanVAE.around(self.vae, latents_per_call)
-
 
 class _Watch:
     """What happens after each step: the callback, the progress bar, and an end if there was an interrupt."""
@@ -627,10 +626,12 @@ class _Watch:
         self,
         pipe: LongSanaVideoPipeline,
         timesteps: Sequence[int],
+        total: int | None = None,
         callback: Callback | None = None,
         bar: Any = None,
     ) -> None:
-        self._pipe, self._timesteps, self._callback, self._bar = pipe, timesteps, callback, bar
+        """timesteps: of a chunk; total: steps of the video, after whose last there is nothing to interrupt."""
+        self._pipe, self._timesteps, self._total, self._callback, self._bar = pipe, timesteps, total, callback, bar
         self._done = 0
 
     def __call__(self, step: int, x: Tensor) -> Tensor:
@@ -640,7 +641,7 @@ class _Watch:
         self._done += 1
         if self._bar is not None:
             self._bar.update()
-        if self._pipe.interrupt and self._done != self._pipe.num_timesteps:
+        if self._pipe.interrupt and self._done != self._total:
             raise Interrupted(x)
         return x
 

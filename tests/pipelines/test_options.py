@@ -261,6 +261,7 @@ def test_to_dtype(pipe: LongSanaVideoPipeline) -> None:
     pipe.to(dtype=torch.bfloat16)
     assert {pipe.vae.dtype, pipe.transformer.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
     low = pipe(**inputs(output_type="latent")).frames
+    assert pipe.text_encoder.rotary_emb.inv_freq.dtype == torch.float32
     assert low.dtype == torch.float32 and (low - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
@@ -282,3 +283,25 @@ def test_offload_hooks_bring_each_part(pipe: LongSanaVideoPipeline, monkeypatch:
     assert list(dict.fromkeys(fetched)) == ["text_encoder", "transformer", "vae"]
     with pytest.raises(InputError, match="use enable_model_cpu_offload"):
         pipe.enable_sequential_cpu_offload()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_model_cpu_offload_forward_pass(distilled_folder: Path, dtype: torch.dtype) -> None:
+    pipe = LongSanaVideoPipeline.from_pretrained(distilled_folder, torch_dtype=dtype).to("cuda")
+    expected = pipe(**inputs(num_frames=21, chunk_frames=2)).frames
+    pipe = LongSanaVideoPipeline.from_pretrained(distilled_folder, torch_dtype=dtype)
+    pipe.enable_model_cpu_offload()
+    for _ in range(2):  # the hooks are renewed after each call
+        assert torch.equal(pipe(**inputs(num_frames=21, chunk_frames=2)).frames, expected)
+    streamed = [chunk.frames for chunk in pipe.stream(**inputs(num_frames=21, chunk_frames=2))]
+    assert torch.equal(torch.cat(streamed, dim=1), expected)
+    assert {pipe.transformer.device.type, pipe.vae.device.type} == {"cpu"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device_map", ["cuda", "balanced"])
+def test_pipeline_with_accelerator_device_map(distilled_folder: Path, device_map: str) -> None:
+    expected = LongSanaVideoPipeline.from_pretrained(distilled_folder).to("cuda")(**inputs()).frames
+    pipe = LongSanaVideoPipeline.from_pretrained(distilled_folder, device_map=device_map)
+    assert torch.equal(pipe(**inputs()).frames, expected)

@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from longsana import LongSanaVideoPipeline
+from longsana.config import TextEncoderConfig
+from longsana.encoders.text import GemmaTextEncoder
 from longsana.models.naming import diffusers_config
 from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel, SanaVideoTransformer3DModel
 from longsana.runtime.errors import InputError
 from tests.models.checkpoints import TINY, weights
 from tests.pipelines.conftest import quiet
-from tests.pipelines.repository import ASSET, DISTILLED, shapes_config, shapes_repository, write_transformer
+from tests.pipelines.repository import ASSET, DISTILLED, PROMPT, shapes_config, shapes_repository, write_transformer
 from tests.pipelines.test_options import inputs
 
 
@@ -150,6 +152,41 @@ def test_a_transformer_of_other_sizes(tmp_path: Path) -> None:
     again = SanaVideoTransformer3DModel.from_pretrained(tmp_path)
     for name, tensor in model.network.named_parameters():
         assert torch.equal(again.network.get_parameter(name), tensor), name
+
+
+@pytest.mark.parametrize("tokenizer", ["GemmaTokenizer", "GemmaTokenizerFast"])
+def test_a_published_text_encoder(
+    tokenizer: str, distilled_folder: Path, tmp_path: Path, loaded: LongSanaVideoPipeline
+) -> None:
+    """A causal LM in bfloat16 shards whose tokenizer pads on the left, read as the batch command reads that folder."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    folder = shutil.copytree(distilled_folder, tmp_path / "repository")
+    shutil.rmtree(folder / "text_encoder")
+    settings = json.loads((ASSET / "text_encoder/config.json").read_text()) | {"vocab_size": 704}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        Gemma2ForCausalLM(Gemma2Config(**settings)).bfloat16().save_pretrained(
+            folder / "text_encoder", max_shard_size="100KB"
+        )
+    assert len(list((folder / "text_encoder").glob("model-*.safetensors"))) > 1
+    edited("tokenizer/tokenizer_config.json", tokenizer_class=tokenizer, padding_side="left")(folder)
+    edited(
+        "model_index.json", text_encoder=["transformers", "Gemma2ForCausalLM"], tokenizer=["transformers", tokenizer]
+    )(folder)
+    together = shutil.copytree(folder / "text_encoder", tmp_path / "together")
+    shutil.copytree(folder / "tokenizer", together, dirs_exist_ok=True)
+    encoder = GemmaTextEncoder.load(
+        TextEncoderConfig(text_encoder_name=str(together), chi_prompt="none"),
+        caption_length=48,
+        caption_channels=64,
+        device="cpu",
+        dtype=torch.bfloat16,
+    )
+    expected = encoder.encode(f"{PROMPT} motion score: 10.")
+    pipe = LongSanaVideoPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, transformer=loaded.transformer)
+    embeds, mask, *_ = pipe.encode_prompt(PROMPT)
+    assert torch.equal(mask, expected.mask) and torch.equal(embeds[mask], expected.tokens[mask])
 
 
 def test_a_passed_part_is_taken(distilled_folder: Path, loaded: LongSanaVideoPipeline) -> None:
