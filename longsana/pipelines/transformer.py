@@ -48,8 +48,11 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         InputError: they describe another kind of network.
     """
 
-    # A part of it computes with weights of modules that are never called, so it moves as a whole.
+    # Operations take weights from modules that are never called, where diffusers' hooks would wait in vain. So it moves
+    # as a whole, and only what is called may be stored in another dtype.
     _no_split_modules = None
+    _supports_group_offloading = False
+    _skip_layerwise_casting_patterns: Any = ("norm", "patch_embed", "time_embed", "text_embed", "depthwise", "temporal")
     _supports_gradient_checkpointing = False
 
     @register_to_config
@@ -167,11 +170,11 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         """Where diffusers' loader, which knows all its options, fills the model it has built from its files."""
         if hf_quantizer is not None:
             raise InputError("quantization_config: this transformer cannot be quantised")
-        device = device_map[""] if device_map and set(device_map) == {""} else "cpu"
+        device = device_map[""] if device_map else "cpu"
         load_weights(
             model.network,
             [Path(file) for file in resolved_model_file],
-            device=device if device != "disk" else "cpu",
+            device=device,
             dtype=dtype or torch.float32,
         )
         return model, [], [], [], None, []

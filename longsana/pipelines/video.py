@@ -27,6 +27,7 @@ from longsana.data.prompts import SPLIT, parts_per_chunk, with_motion_score
 from longsana.encoders.geometry import VAEGeometry, geometry
 from longsana.encoders.text import GemmaTextEncoder, compact, expand
 from longsana.encoders.vae import DecodeCache, WanVAE
+from longsana.encoders.vae_files import check_geometry
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule, euler_sigmas, uniform_sigmas
 from longsana.models.embeddings import Text, TextEmbedding
 from longsana.pipelines import transformer as networks
@@ -40,7 +41,7 @@ from longsana.pipelines.transformer import (
 )
 from longsana.runtime.errors import InputError
 from longsana.sampling.noise import Noise, PromptNoise
-from longsana.sampling.sampler import Chunk, generate, sample_clip
+from longsana.sampling.sampler import Chunk, StepEnd, generate, sample_clip
 from longsana.state import CausalState
 
 log = logging.get_logger(__name__)
@@ -62,6 +63,13 @@ DISTILLED = Defaults(steps=4, guidance=1.0, shift=7.0, motion_score=10)
 BASE = Defaults(steps=50, guidance=6.0, shift=8.0, motion_score=30)
 # Of the steps that it was distilled for: 1000, 960, 889 and 727 are an even grid of four, shifted by 8 (facts 4.2).
 GRID_SHIFT = 8.0
+
+
+class ManySteps(NamedTuple):
+    """Of the base model: the shift of its Euler steps, and their whole timesteps, falling."""
+
+    shift: float
+    steps: tuple[int, ...]
 
 
 @dataclass
@@ -149,6 +157,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 f"transformer: a {type(transformer).__module__}.{type(transformer).__name__}; needed is "
                 f"{' or '.join(TRANSFORMERS)} of {networks.__name__}, which from_pretrained builds"
             )
+        if not isinstance(vae, AutoencoderKLWan):
+            raise InputError(f"vae: a {type(vae).__name__}; needed is the AutoencoderKLWan of Wan 2.1")
+        check_geometry(vae, self.geometry, "vae")
         if chi_prompt not in ("sana", "none") or caption_length < 1:
             raise InputError(
                 f"chi_prompt={chi_prompt}, caption_length={caption_length}: needed are sana or none, and at least 1"
@@ -270,52 +281,30 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if others := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise InputError(f"callback_on_step_end_tensor_inputs: {', '.join(others)}: there are only latents")
         guidance = self._guidance(guidance_scale)
-        texts = _texts(prompt, prompt_embeds, num_videos_per_prompt)
-        shape = (self.geometry.channels, *size)
-        noise = _noise(texts, generator, latents, (len(texts), shape[0], length, *size))
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
-        steps = schedule.steps if isinstance(schedule, FlowSchedule) else schedule
-        device = self._execution_device
-
-        captions = self._captions(texts, motion_score, prompt_embeds, prompt_attention_mask, num_videos_per_prompt)
-        self._interrupt, self._num_timesteps = False, len(plan) * len(steps)
+        texts = _texts(prompt, prompt_embeds, num_videos_per_prompt)
+        if prompt_embeds is None:
+            captions = self._captions(texts, motion_score, parts=self.distilled)
+        else:
+            given = self._given("prompt", prompt_embeds, prompt_attention_mask, num_videos_per_prompt, len(texts))
+            captions = [[embedding] for embedding in given]
+        noise = _noise(texts, generator, latents, (len(texts), self.geometry.channels, length, *size))
+        self._interrupt, self._num_timesteps = False, len(plan) * len(schedule.steps)
+        away = None
+        if guidance > 1:
+            away = self._away(
+                negative_prompt,
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+                num_videos_per_prompt,
+                len(texts),
+            )
         finished: list[Tensor] = []
         with self.progress_bar(total=self._num_timesteps) as bar:
-            on_step = _Watch(self, steps, self._num_timesteps, callback_on_step_end, bar)
-            chunks: Iterator[Chunk]
-            if isinstance(schedule, FlowSchedule):
-                chunks = generate(
-                    self._network,
-                    schedule,
-                    self._parts(captions, plan),
-                    plan,
-                    shape=shape,
-                    rng=noise,
-                    device=device,
-                    on_step=on_step,
-                )
-            else:
-                away = None
-                if guidance > 1:
-                    away = self._away(
-                        negative_prompt,
-                        negative_prompt_embeds,
-                        negative_prompt_attention_mask,
-                        num_videos_per_prompt,
-                        len(texts),
-                    )
-                chunks = sample_clip(
-                    self._network,
-                    self._read(parts[0] for parts in captions),
-                    None if away is None else self._read(away),
-                    shift=self._shift(flow_shift),
-                    steps=len(steps),
-                    cfg_scale=guidance,
-                    noise=noise.draw(0, 0, (shape[0], length, *size), device),
-                    on_step=on_step,
-                )
+            on_step = _Watch(self, schedule.steps, self._num_timesteps, callback_on_step_end, bar)
             try:
-                finished.extend(chunk.latents for chunk in chunks)
+                for chunk in self._chunks(schedule, plan, captions, away, guidance, noise, size, on_step):
+                    finished.append(chunk.latents)
             except Interrupted as stop:
                 finished.append(stop.latents)
 
@@ -497,8 +486,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     def _schedule(
         self, steps: int | None, timesteps: Sequence[int] | None, flow_shift: float | None
-    ) -> FlowSchedule | list[int]:
-        """Of the distilled sampler; of the base model's, which knows its own, whole timesteps to report."""
+    ) -> FlowSchedule | ManySteps:
         count = (DISTILLED if self.distilled else BASE).steps if steps is None else steps
         if count < 1:
             raise InputError(f"num_inference_steps={count}: must be at least 1")
@@ -506,7 +494,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if not self.distilled:
             if timesteps is not None:
                 raise InputError("timesteps: the base model's follow from num_inference_steps and flow_shift")
-            return [int(sigma * TIMESTEPS) for sigma in euler_sigmas(shift, count)[:-1].tolist()]
+            return ManySteps(shift, tuple(int(sigma * TIMESTEPS) for sigma in euler_sigmas(shift, count)[:-1].tolist()))
         grid = [round(sigma * TIMESTEPS) for sigma in uniform_sigmas(GRID_SHIFT, count)[:-1].tolist()]
         try:
             return FlowSchedule(shift, tuple(grid if timesteps is None else map(int, timesteps)))
@@ -536,25 +524,56 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 )
         return ChunkPlan.split(latents, chunk_frames).lengths
 
-    def _captions(
+    def _chunks(
         self,
-        texts: Sequence[str],
-        motion_score: int | None,
-        embeds: Tensor | None = None,
-        mask: Tensor | None = None,
-        copies: int = 1,
+        schedule: FlowSchedule | ManySteps,
+        plan: ChunkPlan,
+        captions: Sequence[Sequence[TextEmbedding]],
+        away: Sequence[TextEmbedding] | None,
+        guidance: float,
+        noise: Noise,
+        size: tuple[int, int],
+        on_step: StepEnd,
+    ) -> Iterator[Chunk]:
+        """By the sampler that this model has."""
+        device, shape = self._execution_device, (self.geometry.channels, *size)
+        if isinstance(schedule, FlowSchedule):
+            return generate(
+                self._network,
+                schedule,
+                self._parts(captions, plan),
+                plan,
+                shape=shape,
+                rng=noise,
+                device=device,
+                on_step=on_step,
+            )
+        return sample_clip(
+            self._network,
+            self._read(parts[0] for parts in captions),
+            None if away is None else self._read(away),
+            shift=schedule.shift,
+            steps=len(schedule.steps),
+            cfg_scale=guidance,
+            noise=noise.draw(0, 0, (shape[0], plan.frames, *size), device),
+            on_step=on_step,
+        )
+
+    def _captions(
+        self, texts: Sequence[str], motion_score: int | None, *, parts: bool = False
     ) -> list[list[TextEmbedding]]:
-        """Of each video the embeddings of its parts."""
-        if embeds is not None:
-            return [[embedding] for embedding in self._given("prompt", embeds, mask, copies, len(texts))]
+        """Of each video the embeddings of its parts, of which there may be several with `parts`."""
         score = (DISTILLED if self.distilled else BASE).motion_score if motion_score is None else motion_score
         captions: dict[str, list[TextEmbedding]] = {}
         for text in texts:
-            parts = [part.strip() for part in text.split(SPLIT)]
-            if len(parts) > 1 and not self.distilled:
-                raise InputError(f"prompt: parts between '{SPLIT}' need the distilled model, which goes chunk by chunk")
+            pieces = [piece.strip() for piece in text.split(SPLIT)]
+            if len(pieces) > 1 and not parts:
+                raise InputError(
+                    f"prompt: parts between '{SPLIT}' are for a call of the distilled model; a stream takes several "
+                    "prompts as they are"
+                )
             if text not in captions:
-                captions[text] = [self._embed(with_motion_score(part, score)) for part in parts]
+                captions[text] = [self._embed(with_motion_score(piece, score)) for piece in pieces]
         return [captions[text] for text in texts]
 
     def _away(

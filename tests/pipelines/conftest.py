@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from longsana.pipelines.video import LongSanaVideoPipeline
-from tests.pipelines.repository import BASE, shapes_repository
+from tests.pipelines.repository import BASE, quiet, shapes_repository
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +33,3 @@ def loaded_base(base_folder: Path) -> LongSanaVideoPipeline:
 def pipe(distilled_folder: Path) -> LongSanaVideoPipeline:
     """The distilled model, of the test's own."""
     return quiet(distilled_folder)
-
-
-def quiet(folder: Path) -> LongSanaVideoPipeline:
-    pipe = LongSanaVideoPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

@@ -9,6 +9,7 @@ from typing import Any
 
 from longsana.config import InferenceConfig, ModelConfig, load_config
 from longsana.models.weights import read_weights, save_checkpoint
+from longsana.pipelines.video import LongSanaVideoPipeline
 
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "asset/shapes"
@@ -70,3 +71,10 @@ def write_transformer(folder: Path, source: Path, config: ModelConfig, name: str
     save_checkpoint(read_weights(source, config), folder, "diffusers", config, shard_bytes=shard_bytes)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name}, indent=2))
+
+
+def quiet(folder: Path, **options: Any) -> LongSanaVideoPipeline:
+    """The pipeline in a folder, without a progress bar."""
+    pipe = LongSanaVideoPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -13,8 +13,7 @@ from PIL import Image
 
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.runtime.errors import InputError
-from tests.pipelines.conftest import quiet
-from tests.pipelines.repository import OTHER, PROMPT, SIZE
+from tests.pipelines.repository import OTHER, PROMPT, SIZE, quiet
 
 
 def inputs(**changes: Any) -> dict[str, Any]:
@@ -245,7 +244,7 @@ def test_bad_input(loaded: LongSanaVideoPipeline, changes: dict[str, Any], messa
     ("changes", "message"),
     [
         ({"timesteps": [1000]}, "timesteps: the base model's follow"),
-        ({"prompt": "a<split>b"}, "need the distilled model"),
+        ({"prompt": "a<split>b"}, "parts between .* are for a call of the distilled model"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 for 1 prompts"),
     ],
 )
@@ -263,6 +262,20 @@ def test_to_dtype(pipe: LongSanaVideoPipeline) -> None:
     low = pipe(**inputs(output_type="latent")).frames
     assert pipe.text_encoder.rotary_emb.inv_freq.dtype == torch.float32
     assert low.dtype == torch.float32 and (low - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+def test_layerwise_casting_inference(pipe: LongSanaVideoPipeline) -> None:
+    expected = pipe(**inputs(output_type="latent")).frames
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    qkv = pipe.transformer.network.blocks[0].attn.qkv
+    assert qkv.weight.dtype == torch.float8_e4m3fn
+    stored = pipe(**inputs(output_type="latent")).frames
+    assert 0 < (stored - expected).abs().mean() < 0.5 * expected.abs().mean()
+
+
+def test_compiled_modules_are_seen_through(pipe: LongSanaVideoPipeline) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert pipe.distilled and pipe.config["transformer"][0] == "diffusers"
 
 
 def test_offload_hooks_bring_each_part(pipe: LongSanaVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

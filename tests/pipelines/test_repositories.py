@@ -21,8 +21,15 @@ from longsana.models.naming import diffusers_config
 from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel, SanaVideoTransformer3DModel
 from longsana.runtime.errors import InputError
 from tests.models.checkpoints import TINY, weights
-from tests.pipelines.conftest import quiet
-from tests.pipelines.repository import ASSET, DISTILLED, PROMPT, shapes_config, shapes_repository, write_transformer
+from tests.pipelines.repository import (
+    ASSET,
+    DISTILLED,
+    PROMPT,
+    quiet,
+    shapes_config,
+    shapes_repository,
+    write_transformer,
+)
 from tests.pipelines.test_options import inputs
 
 
@@ -94,8 +101,7 @@ def test_loading_with_variants(loaded: LongSanaVideoPipeline, tmp_path: Path) ->
     for folder in ("whole", "shards"):
         names = [file.name for file in (tmp_path / folder / "transformer").glob("*.safetensors")]
         assert names and all(".fp16" in name for name in names)
-        pipe = LongSanaVideoPipeline.from_pretrained(tmp_path / folder, variant="fp16")
-        pipe.set_progress_bar_config(disable=True)
+        pipe = quiet(tmp_path / folder, variant="fp16")
         assert torch.equal(latents(pipe), latents(loaded))
 
 
@@ -123,8 +129,7 @@ def test_from_save_pretrained_dtype(name: str, distilled_folder: Path, tmp_path:
 
 
 def test_pipeline_with_device_map(distilled_folder: Path, loaded: LongSanaVideoPipeline) -> None:
-    pipe = LongSanaVideoPipeline.from_pretrained(distilled_folder, device_map="cpu")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(distilled_folder, device_map="cpu")
     assert torch.equal(latents(pipe), latents(loaded))
 
 
@@ -194,6 +199,16 @@ def test_a_passed_part_is_taken(distilled_folder: Path, loaded: LongSanaVideoPip
     assert pipe.transformer is loaded.transformer and pipe.text_encoder is None
 
 
+def test_a_repository_in_the_hubs_cache(distilled_folder: Path, tmp_path: Path, loaded: LongSanaVideoPipeline) -> None:
+    cached = tmp_path / "models--owner--video"
+    shutil.copytree(distilled_folder, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0" * 40)
+    pipe = LongSanaVideoPipeline.from_pretrained("owner/video", cache_dir=tmp_path, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(pipe), latents(loaded))
+
+
 def edited(file: str, **changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / file
@@ -239,6 +254,11 @@ def test_parts_that_do_not_belong_together(
     import diffusers
 
     theirs = diffusers.SanaVideoTransformer3DModel.from_pretrained(distilled_folder / "transformer")
+    with pytest.raises(InputError, match="vae: a AutoencoderKL; needed is the AutoencoderKLWan"):
+        LongSanaVideoPipeline(vae=diffusers.AutoencoderKL(), transformer=loaded.transformer)
+    vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=8, latents_mean=[0] * 8, latents_std=[1] * 8)
+    with pytest.raises(InputError, match="vae: not a Wan"):
+        LongSanaVideoPipeline(vae=vae, transformer=loaded.transformer)
     with pytest.raises(InputError, match=r"a diffusers.*; needed is SanaVideoCausal.* which from_pretrained builds"):
         LongSanaVideoPipeline(vae=loaded.vae, transformer=theirs)
     folder = shutil.copytree(distilled_folder, tmp_path / "wide")

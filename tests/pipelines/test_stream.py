@@ -120,3 +120,5 @@ def test_bad_input(loaded: LongSanaVideoPipeline, loaded_base: LongSanaVideoPipe
         loaded_base.stream(PROMPT)
     with pytest.raises(InputError, match="there was none"):
         next(loaded.stream([], **SIZE))
+    with pytest.raises(InputError, match="a stream takes several prompts as they are"):
+        next(loaded.stream(f"{PROMPT}<split>{OTHER}", **SIZE))
