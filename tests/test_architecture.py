@@ -15,7 +15,7 @@ SCRIPTS = ("train_video_scripts", "inference_video_scripts")
 # A layer may import those after it, never one beside it.
 LAYERS = [
     [*SCRIPTS, "convert"],
-    ["training", "evaluation"],
+    ["training", "evaluation", "pipelines"],
     ["sampling"],
     ["data", "encoders", "flow"],
     ["models"],
@@ -29,6 +29,8 @@ OWNERS = {
     "diffusers": {
         "longsana/encoders/text.py",
         "longsana/encoders/vae_files.py",
+        "longsana/pipelines/transformer.py",
+        "longsana/pipelines/video.py",
         "longsana/sampling/microbenchmark.py",  # a peer
     },
     "wandb": {"longsana/runtime/logging.py"},

@@ -8,7 +8,7 @@ import inspect
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, locate
 
 if TYPE_CHECKING:
-    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
+    from transformers import Gemma2Config, Gemma2Model, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +71,43 @@ class GemmaTextEncoder:
                 f"{caption_channels}; the two must agree"
             )
         tokenizer = _load_tokenizer(folder, gemma.vocab_size)
-        instruction = complex_human_instruction() if config.chi_prompt == "sana" else ""
+        instruction = _instruction(config.chi_prompt)
         model: Any = _random_model(gemma) if seeded else _load_model(folder, gemma, dtype)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        _exact_rotations(model)
         log.info("text encoder: %s, %s, instruction: %s", name, dtype, config.chi_prompt)
         return cls(tokenizer, model, instruction, caption_length)
+
+    @classmethod
+    def around(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        *,
+        chi_prompt: Literal["sana", "none"],
+        caption_length: int,
+        caption_channels: int,
+    ) -> GemmaTextEncoder:
+        """The same of a tokenizer and a model that are loaded already, and are set to what `load` would set them to.
+
+        model: a Gemma 2 with or without its language head.
+
+        Raises:
+            InputError: see `load`.
+        """
+        gemma: Any = model.config
+        if gemma.model_type != "gemma2" or gemma.hidden_size != caption_channels:
+            raise InputError(
+                f"text_encoder: a {gemma.model_type} {gemma.hidden_size} wide; the transformer needs a gemma2 of "
+                f"{caption_channels} (its caption_channels)"
+            )
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        _check_tokenizer(tokenizer, gemma.vocab_size, "text_encoder: its tokenizer")
+        decoder: Any = model.base_model
+        if gemma._attn_implementation != _ATTENTION:
+            model.set_attn_implementation(_ATTENTION)
+        _exact_rotations(decoder)
+        return cls(tokenizer, decoder, _instruction(chi_prompt), caption_length)
 
     def encode(self, prompt: str, *, instruction: bool = True) -> TextEmbedding:
         """One prompt: tokens (1, L, C) in the encoder's dtype and mask (1, L); L = caption_length.
@@ -159,6 +191,10 @@ def complex_human_instruction() -> str:
     return text
 
 
+def _instruction(chi_prompt: Literal["sana", "none"]) -> str:
+    return complex_human_instruction() if chi_prompt == "sana" else ""
+
+
 def _read_config(folder: Path) -> Gemma2Config:
     from transformers import AutoConfig
 
@@ -187,14 +223,18 @@ def _load_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
             padding_side="right",
             truncation_side="right",
         )
-        start = tokenizer.encode("a")[:1]
+        tokenizer.encode("a")
     except Exception as error:  # as above
         raise InputError(f"{folder}: its tokenizer cannot be read: {_first_line(error)}") from error
-    if tokenizer.bos_token_id is None or start != [tokenizer.bos_token_id]:
-        raise InputError(f"{folder}: its tokenizer does not put <bos> before a text, as Gemma's does")
-    if len(tokenizer) > vocabulary:
-        raise InputError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, its config.json {vocabulary}")
+    _check_tokenizer(tokenizer, vocabulary, f"{folder}: its tokenizer")
     return tokenizer
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, what: str) -> None:
+    if tokenizer.bos_token_id is None or tokenizer.encode("a")[:1] != [tokenizer.bos_token_id]:
+        raise InputError(f"{what} does not put <bos> before a text, as Gemma's does")
+    if len(tokenizer) > vocabulary:
+        raise InputError(f"{what} has {len(tokenizer)} tokens, its config.json {vocabulary}")
 
 
 # Gemma 2 was trained with softcapped attention scores; transformers' "sdpa" leaves the cap out.
@@ -234,6 +274,16 @@ def _load_model(folder: Path, config: Gemma2Config, dtype: torch.dtype) -> Gemma
         if keys:
             raise InputError(f"{folder}: the checkpoint {problem}: {', '.join(sorted(keys)[:3])} ({len(keys)} in all)")
     return model
+
+
+def _exact_rotations(model: Any) -> None:
+    """Frequencies in float32, as in training; casting a model casts them too.
+
+    In bfloat16 the words of a prompt, which stand behind the instruction, would be turned by up to a radian too much.
+    """
+    rotary = model.rotary_emb
+    if rotary.inv_freq.dtype != torch.float32:
+        model.rotary_emb = type(rotary)(model.config).to(rotary.inv_freq.device)
 
 
 def _random_model(config: Gemma2Config) -> Gemma2Model:

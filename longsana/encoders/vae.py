@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,12 @@ from torch import Tensor
 
 from longsana.config import VAEConfig
 from longsana.encoders import ltx2_decoder, wan_decoder
-from longsana.encoders.geometry import VAEGeometry, geometry
-from longsana.encoders.vae_files import LTX2, Model, load_model
+from longsana.encoders.geometry import GEOMETRIES, VAEGeometry, geometry
+from longsana.encoders.vae_files import LTX2, WAN, Kind, Model, check_geometry, load_model
+from longsana.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class DecodeCache(NamedTuple):
@@ -42,15 +46,47 @@ class VideoVAE(ABC):
     Kinds of VAE differ in their network alone, which is diffusers'. See `load_vae`.
     """
 
-    def __init__(self, model: Model, shape: VAEGeometry, latents_per_call: int, mean: Tensor, std: Tensor) -> None:
-        """mean, std: (C,), of the network's latents; ours have 0 and 1."""
+    name: ClassVar[str]  # of VAEConfig.vae_type
+    kind: ClassVar[Kind]
+
+    def __init__(self, model: Model, shape: VAEGeometry, latents_per_call: int) -> None:
         assert latents_per_call > 0
         self.model = model
         self.geometry = shape
         self.latents_per_call = latents_per_call
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self._mean, self._std = (part.to(self.device, torch.float32).view(1, -1, 1, 1, 1) for part in (mean, std))
+        self._mean, self._std = (
+            part.to(self.device, torch.float32).view(1, -1, 1, 1, 1) for part in self._statistics(model)
+        )
+
+    @classmethod
+    def load(cls, config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """Read the weights named by `config.vae_pretrained` and put them on `device` as `dtype`.
+
+        Raises:
+            InputError: nothing is there, it cannot be read, or its tensors are not exactly those of this kind of VAE.
+        """
+        shape = geometry(config)
+        return cls(
+            load_model(config.vae_pretrained, shape, device, dtype, kind=cls.kind), shape, config.latents_per_call
+        )
+
+    @classmethod
+    def around(cls, model: Model, latents_per_call: int) -> Self:
+        """The same of diffusers' model that is where it shall run. Its weights may get another layout.
+
+        Raises:
+            InputError: it is not of this kind.
+        """
+        shape = GEOMETRIES[cls.name]
+        check_geometry(model, shape, "vae")
+        return cls(model, shape, latents_per_call)
+
+    @staticmethod
+    @abstractmethod
+    def _statistics(model: Model) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (C,) of the network's latents; ours have 0 and 1."""
 
     @abstractmethod
     def _posterior_mean(self, frames: Tensor) -> Tensor:
@@ -119,23 +155,17 @@ class VideoVAE(ABC):
 
 
 class WanVAE(VideoVAE):
-    """The Wan 2.1 VAE, `AutoencoderKLWan`."""
+    """The Wan 2.1 VAE."""
+
+    name, kind = "WanVAE", WAN
 
     def __init__(self, model: Model, shape: VAEGeometry, latents_per_call: int) -> None:
-        statistics = (torch.tensor(values) for values in (model.config.latents_mean, model.config.latents_std))
-        super().__init__(model, shape, latents_per_call, *statistics)
-
-    @classmethod
-    def load(cls, config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> WanVAE:
-        """Read the weights named by `config.vae_pretrained` and put them on `device` as `dtype`.
-
-        Raises:
-            InputError: nothing is there, it cannot be read, or its tensors are not exactly those of a Wan 2.1 VAE.
-        """
-        shape = geometry(config)
-        model = load_model(config.vae_pretrained, shape, device, dtype)
+        super().__init__(model, shape, latents_per_call)
         wan_decoder.prepare(model)
-        return cls(model, shape, config.latents_per_call)
+
+    @staticmethod
+    def _statistics(model: Model) -> tuple[Tensor, Tensor]:
+        return torch.tensor(model.config.latents_mean), torch.tensor(model.config.latents_std)
 
     def _posterior_mean(self, frames: Tensor) -> Tensor:
         return encode_clip(self.model, frames, latents_per_call=self.latents_per_call).chunk(2, dim=1)[0]
@@ -145,22 +175,13 @@ class WanVAE(VideoVAE):
 
 
 class LTX2VAE(VideoVAE):
-    """The LTX-2 VAE, `AutoencoderKLLTX2Video` with a causal decoder. Its statistics are tensors of its weights."""
+    """The LTX-2 VAE, with a causal decoder. Its statistics are tensors of its weights."""
 
-    def __init__(self, model: Model, shape: VAEGeometry, latents_per_call: int) -> None:
-        scale = model.latents_std.float() / model.config.scaling_factor
-        super().__init__(model, shape, latents_per_call, model.latents_mean, scale)
+    name, kind = "LTX2VAE_diffusers", LTX2
 
-    @classmethod
-    def load(cls, config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> LTX2VAE:
-        """Read the diffusers folder named by `config.vae_pretrained` and put it on `device` as `dtype`.
-
-        Raises:
-            InputError: nothing is there, it cannot be read, or it is no LTX-2 VAE that can be decoded as a stream.
-        """
-        shape = geometry(config)
-        model = load_model(config.vae_pretrained, shape, device, dtype, kind=LTX2)
-        return cls(model, shape, config.latents_per_call)
+    @staticmethod
+    def _statistics(model: Model) -> tuple[Tensor, Tensor]:
+        return model.latents_mean, model.latents_std.float() / model.config.scaling_factor
 
     def _posterior_mean(self, frames: Tensor) -> Tensor:
         mean: Tensor = self.model.encode(frames).latent_dist.mean
@@ -170,7 +191,7 @@ class LTX2VAE(VideoVAE):
         return ltx2_decoder.decode(self.model, latents, features)
 
 
-VAES: dict[str, type[WanVAE | LTX2VAE]] = {"WanVAE": WanVAE, "LTX2VAE_diffusers": LTX2VAE}
+VAES: dict[str, type[WanVAE | LTX2VAE]] = {kind.name: kind for kind in (WanVAE, LTX2VAE)}
 
 
 def load_vae(config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> VideoVAE:
@@ -180,6 +201,19 @@ def load_vae(config: VAEConfig, device: torch.device | str, dtype: torch.dtype) 
         InputError: its weights are not there, or not of this kind.
     """
     return VAES[config.vae_type].load(config, device, dtype)
+
+
+def kind_of(model: Model) -> type[WanVAE | LTX2VAE]:
+    """The class for a diffusers model.
+
+    Raises:
+        InputError: there is none.
+    """
+    for kind in VAES.values():
+        if isinstance(model, kind.kind):
+            return kind
+    known = " or ".join(kind.kind.__name__ for kind in VAES.values())
+    raise InputError(f"vae: a {type(model).__name__}; needed is an {known}")
 
 
 def encode_clip(model: Model, frames: Tensor, *, latents_per_call: int) -> Tensor:

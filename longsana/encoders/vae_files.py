@@ -91,7 +91,7 @@ def _read_model(source: str, shape: VAEGeometry, kind: Kind) -> tuple[Model, dic
         name_in_file = _original_name
     else:
         raise InputError(f"{what}={source}: a file; an {kind.__name__} is a diffusers folder with its config.json")
-    _check_geometry(model, shape, source)
+    check_geometry(model, shape, source)
     return model, _renamed(weights, model, source, name_in_file)
 
 
@@ -190,7 +190,12 @@ def _empty_model(shape: dict[str, Any], source: str, kind: Kind) -> Model:
         raise InputError(f"{source}: its config makes no {kind.__name__}: {_one_line(error)}") from error
 
 
-def _check_geometry(model: Model, shape: VAEGeometry, source: str) -> None:
+def check_geometry(model: Model, shape: VAEGeometry, source: str) -> None:
+    """Make sure that a model is a VAE of this shape that can be decoded as a stream.
+
+    Raises:
+        InputError: it is not; `source` is what the message calls it.
+    """
     if isinstance(model, LTX2):
         _check_ltx2(model, shape, source)
         return

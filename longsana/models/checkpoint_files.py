@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,25 +40,31 @@ class Entry(NamedTuple):
     read: Callable[[], Tensor]
 
 
-def open_checkpoint(path: Path, key: str) -> dict[str, Entry]:
+def open_checkpoint(path: Path | Sequence[Path], key: str) -> dict[str, Entry]:
     """The tensors of one network, by the names the file gives them, without `model.` in front of all.
 
-    path: a file, an index of shards, or a checkpoint folder of training.
+    path: a file, an index of shards, a checkpoint folder of training, or the shards themselves.
     key: the network to take from a training checkpoint; elsewhere there is one network to take.
 
     Raises:
         InputError: missing, damaged, ambiguous, holding objects other than tensors, or without this network.
     """
-    if path.is_dir():
+    if isinstance(path, Path) and path.is_dir():
         return _open_folder(path, key)
-    files = [path.parent / shard for shard in shards_of(path)] if path.name.endswith(INDEX_SUFFIX) else [path]
+    if not isinstance(path, Path):
+        files = list(path)
+    elif path.name.endswith(INDEX_SUFFIX):
+        files = [path.parent / shard for shard in shards_of(path)]
+    else:
+        files = [path]
     entries: dict[str, Entry] = {}
     for file in files:
         if not file.is_file():
-            raise InputError(f"{file}: no such file" + (f", but {path.name} lists it; {AGAIN}" if file != path else ""))
+            listed = f", but {path.name} lists it; {AGAIN}" if isinstance(path, Path) and file != path else ""
+            raise InputError(f"{file}: no such file{listed}")
         fresh = _open_file(file, key)
         if twice := sorted(entries.keys() & fresh.keys()):
-            raise InputError(f"{file}: {twice[0]} is in another shard of {path.name} too; {AGAIN}")
+            raise InputError(f"{file}: {twice[0]} is in another shard too; {AGAIN}")
         entries.update(fresh)
     if entries and all(name.startswith("model.") for name in entries):
         return {name.removeprefix("model."): entry for name, entry in entries.items()}

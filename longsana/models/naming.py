@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from longsana.config import ModelConfig
+from longsana.config import ARCHITECTURES, Architecture, ModelConfig
+from longsana.runtime.errors import InputError
 
 Naming = Literal["longsana", "upstream", "diffusers"]
 NAMINGS: tuple[Naming, ...] = ("longsana", "upstream", "diffusers")
@@ -43,6 +45,9 @@ BLOCKS: dict[Naming, str] = {"upstream": "blocks", "diffusers": "transformer_blo
 # Linear layers that are 1x1 convolutions elsewhere.
 POINTWISE = ("feed_forward.expand.weight", "feed_forward.project.weight")
 NULL_TOKENS = "text_embed.null_tokens"
+# Keys of a diffusers config that make no other network, or one that has no such part here.
+INFORMATIVE = ("_class_name", "sample_size", "rope_max_seq_len")
+ABSENT = {"dropout": 0, "guidance_embeds": False}
 
 
 class Foreign(NamedTuple):
@@ -94,3 +99,45 @@ def diffusers_config(config: ModelConfig) -> dict[str, Any]:
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 1024,
     }
+
+
+def from_diffusers_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The network that a diffusers `config.json` describes: the inverse of `diffusers_config`.
+
+    Raises:
+        InputError: it describes one of another kind.
+    """
+    heads, head_dim = values["num_attention_heads"], values["attention_head_dim"]
+    patch = values["patch_size"]
+    size = Architecture(
+        values["num_layers"], heads * head_dim, values["num_cross_attention_heads"] or heads, (patch[0], *patch[1:])
+    )
+    config = ModelConfig(
+        model=next((name for name, known in ARCHITECTURES.items() if known == size), ModelConfig.model),
+        depth=size.depth,
+        hidden_size=size.hidden_size,
+        num_heads=size.num_heads,
+        patch_size=size.patch_size,
+        in_channels=values["in_channels"],
+        linear_head_dim=head_dim,
+        mlp_ratio=values["mlp_ratio"],
+        caption_channels=values["caption_channels"],
+    )
+    wrong = differences(values, config)
+    wrong += [f"{name} {values[name]}" for name, plain in ABSENT.items() if values.get(name, plain) != plain]
+    if wrong:
+        raise InputError(f"the transformer's config.json: not a network that is known here: {', '.join(wrong)}")
+    return config
+
+
+def differences(written: Mapping[str, Any], config: ModelConfig) -> list[str]:
+    """What a diffusers `config.json` says of a network that is not so of this one."""
+    return [
+        f"{name} {written[name]} (this model: {value})"
+        for name, value in diffusers_config(config).items()
+        if name not in INFORMATIVE and written.get(name) is not None and _plain(written[name]) != value
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

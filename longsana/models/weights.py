@@ -26,7 +26,7 @@ from longsana.models.checkpoint_files import (
     write_safetensors,
 )
 from longsana.models.dit import LongSanaDiT
-from longsana.models.naming import NAMINGS, NULL_TOKENS, Foreign, Naming, diffusers_config, foreign
+from longsana.models.naming import NAMINGS, NULL_TOKENS, Foreign, Naming, differences, diffusers_config, foreign
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.files import atomic_write_text
 
@@ -47,7 +47,7 @@ LISTED = 10
 @torch.no_grad()
 def load_weights(
     model: LongSanaDiT,
-    path: Path,
+    path: Path | Sequence[Path],
     *,
     key: str = "generator",
     device: torch.device | str = "cpu",
@@ -56,7 +56,7 @@ def load_weights(
     """Give `model`, usually built on the meta device, the tensors of a checkpoint, as `dtype` on `device`.
 
     path: a file in any layout of `save_checkpoint` (or without the dict around its tensors), an index of shards, or a
-        folder with one of them, such as `transformer/` of a diffusers pipeline or the pipeline around it.
+        folder with one of them, such as `transformer/` of a diffusers pipeline or the pipeline around it; or shards.
     key: which network of a training checkpoint: generator, generator_ema or critic.
 
     The host holds the converted tensors and no second copy; the file is mapped, not read.
@@ -115,12 +115,12 @@ def save_checkpoint(
     naming, path = LAYOUTS[layout], Path(path)
     if others and (layout != "trainer" or not set(others) <= set(NETWORKS[1:])):
         raise ValueError(f"{', '.join(others)}: only the trainer layout holds other networks, {NETWORKS[1:]}")
-    renamed = _rename(state_dict, naming, config)
+    renamed = rename(state_dict, naming, config)
     if layout == "upstream":
         write_pickle({"state_dict": renamed}, path)
     elif layout == "trainer":
         networks = {"generator": renamed} | {
-            name: _rename(other, naming, config) for name, other in (others or {}).items()
+            name: rename(other, naming, config) for name, other in (others or {}).items()
         }
         prefixed = {
             network: {f"model.{name}": tensor for name, tensor in tensors.items()}
@@ -135,14 +135,19 @@ def save_checkpoint(
 
 
 def _read(
-    path: Path, key: str, config: ModelConfig, expected: Mapping[str, Tensor], *, exact: bool = False
+    path: Path | Sequence[Path],
+    key: str,
+    config: ModelConfig,
+    expected: Mapping[str, Tensor],
+    *,
+    exact: bool = False,
 ) -> Iterator[tuple[str, Tensor, bool]]:
     """Names and tensors of a checkpoint, and whether a tensor may be a view of the file.
 
     exact: refuse what would change when parts are joined.
     """
-    file = weights_file(path)
-    entries = open_checkpoint(file, key)
+    file = weights_file(path) if isinstance(path, Path) else path[0]
+    entries = open_checkpoint(file if isinstance(path, Path) else path, key)
     for name in sorted(entries):
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED):
             log.info("%s: %s is not used", file, name)
@@ -213,12 +218,7 @@ def _differences(file: Path, config: ModelConfig) -> Sequence[str]:
         raise InputError(f"{file.parent / 'config.json'}: cannot be read ({error}); download it again") from error
     if not isinstance(written, dict):
         raise InputError(f"{file.parent / 'config.json'}: expected a mapping, found a {type(written).__name__}")
-    informative = ("_class_name", "sample_size", "rope_max_seq_len")
-    return [
-        f"{name} {written[name]} (this model: {value})"
-        for name, value in diffusers_config(config).items()
-        if name not in informative and written.get(name) is not None and written[name] != value
-    ]
+    return differences(written, config)
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -229,7 +229,12 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, leaf, new)
 
 
-def _rename(state_dict: Mapping[str, Tensor], naming: Naming, config: ModelConfig) -> dict[str, Tensor]:
+def rename(state_dict: Mapping[str, Tensor], naming: Naming, config: ModelConfig) -> dict[str, Tensor]:
+    """Our tensors under another naming, on the host, each the only one in its storage.
+
+    Raises:
+        ValueError: the names or shapes are not those of `LongSanaDiT(config)`.
+    """
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in LongSanaDiT(config).state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}

@@ -6,28 +6,39 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Noise(Protocol):
+    """Where a sampler's noise comes from."""
+
+    def draw(self, start: int, step: int, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        """(B, *shape), float32, for denoising step `step` of the chunk whose first latent frame is `start`."""
 
 
 @dataclass(frozen=True)
 class PromptNoise:
     """Gaussian draws as a function of (seed, prompt, chunk, step): the same on any device, in any order or batch.
 
+    seed: of the whole batch, or one for each of its samples.
     prompts: for each sample of the batch its text and which repetition of that text it is.
     """
 
-    seed: int
+    seed: int | Sequence[int]
     prompts: Sequence[tuple[str, int]]
 
     def draw(self, start: int, step: int, shape: Sequence[int], device: torch.device | str) -> Tensor:
         """(B, *shape), float32, for denoising step `step` of the chunk whose first latent frame is `start`."""
+        seeds = [self.seed] * len(self.prompts) if isinstance(self.seed, int) else self.seed
         # Drawn on the CPU: a GPU's generator gives other numbers than a CPU's.
-        return to_device(torch.stack([self._draw(prompt, start, step, shape) for prompt in self.prompts]), device)
-
-    def _draw(self, prompt: tuple[str, int], start: int, step: int, shape: Sequence[int]) -> Tensor:
-        return torch.randn(*shape, generator=keyed_generator(self.seed, *prompt, start, step))
+        drawn = [
+            torch.randn(*shape, generator=keyed_generator(seed, *prompt, start, step))
+            for seed, prompt in zip(seeds, self.prompts, strict=True)
+        ]
+        return to_device(torch.stack(drawn), device)
 
 
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:

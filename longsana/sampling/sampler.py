@@ -15,7 +15,7 @@ from longsana.chunks import ChunkPlan
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule, euler_sigmas
 from longsana.models.embeddings import Text
 from longsana.runtime.clock import Clock
-from longsana.sampling.noise import PromptNoise
+from longsana.sampling.noise import Noise
 from longsana.state import CausalState
 
 
@@ -25,6 +25,17 @@ class Network(Protocol):
     def __call__(
         self, x: Tensor, t: Tensor, text: Text, *, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]: ...
+
+
+class StepEnd(Protocol):
+    """Is told what a chunk is after each of its steps, counted from 0, and returns what to go on with."""
+
+    def __call__(self, step: int, x: Tensor) -> Tensor: ...
+
+
+def go_on(step: int, x: Tensor) -> Tensor:
+    """The plain `StepEnd`."""
+    return x
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ def denoise_chunk(
     *,
     rng: Callable[[int], Tensor],
     exit_at: int | None = None,
+    on_step: StepEnd = go_on,
 ) -> Tensor:
     """Clean latents of one chunk.
 
@@ -56,6 +68,7 @@ def denoise_chunk(
         noise: (B, C, T, H, W), the initial noise.
         rng: step index to fresh noise like `noise`.
         exit_at: index of the step whose x0 is returned; None is the last. Only this step builds a graph.
+        on_step: is shown what the next step starts from, and in the end x0.
     """
     last = len(schedule.steps) - 1 if exit_at is None else exit_at
     x = noise
@@ -65,8 +78,8 @@ def denoise_chunk(
             velocity, _ = model(x, seen, text, state=state)
             x0 = schedule.to_x0(x, velocity, seen)
         if i < last:
-            x = schedule.add_noise(x0, rng(i + 1), timestep(schedule.steps[i + 1], x))
-    return x0
+            x = on_step(i, schedule.add_noise(x0, rng(i + 1), timestep(schedule.steps[i + 1], x)))
+    return on_step(last, x0)
 
 
 @torch.no_grad()
@@ -84,10 +97,11 @@ def generate(
     plan: ChunkPlan,
     *,
     shape: tuple[int, int, int],
-    rng: PromptNoise,
+    rng: Noise,
     device: torch.device | str,
     state: CausalState | None = None,
     clock: Clock | None = None,
+    on_step: StepEnd = go_on,
 ) -> Iterator[Chunk]:
     """Chunk after chunk of a video; nothing here grows with its length.
 
@@ -96,13 +110,14 @@ def generate(
         shape: (C, H, W) of a latent frame.
         state: continues the video this state has absorbed.
         clock: is told the time of the parts "denoise" and "absorb".
+        on_step: see `denoise_chunk`.
     """
     clock = clock or Clock(device)
     for index, (length, text) in enumerate(zip(plan.lengths, texts, strict=True)):
         start = state.frames if state is not None else 0
         draw = partial(rng.draw, start, shape=(shape[0], length, *shape[1:]), device=device)
         with clock.part("denoise"):
-            x0 = denoise_chunk(model, schedule, draw(0), text, state, rng=draw)
+            x0 = denoise_chunk(model, schedule, draw(0), text, state, rng=draw, on_step=on_step)
         with clock.part("absorb"):
             state = absorb(model, x0, text, state)
         yield Chunk(index, start, x0, state)
@@ -119,6 +134,7 @@ def sample_clip(
     cfg_scale: float,
     noise: Tensor,
     clock: Clock | None = None,
+    on_step: StepEnd = go_on,
 ) -> Iterator[Chunk]:
     """A whole clip at once with many Euler steps and classifier-free guidance: the bidirectional base model.
 
@@ -132,6 +148,7 @@ def sample_clip(
             sigmas=euler_sigmas(shift, steps).tolist(),
             cfg_scale=cfg_scale,
             noise=noise,
+            on_step=on_step,
         ):
             clean = x
     yield Chunk(0, 0, clean, None)
@@ -146,7 +163,7 @@ def sample_chunks(
     sigmas: Sequence[float],
     cfg_scale: float,
     shape: tuple[int, int, int],
-    rng: PromptNoise,
+    rng: Noise,
     device: torch.device | str,
     clock: Clock | None = None,
 ) -> Iterator[Chunk]:
@@ -180,7 +197,7 @@ def trajectory(
     keep: Sequence[int],
     cfg_scale: float,
     shape: tuple[int, int, int],
-    rng: PromptNoise,
+    rng: Noise,
     device: torch.device | str,
     clock: Clock | None = None,
 ) -> Iterator[Tensor]:
@@ -218,6 +235,7 @@ def euler_path(
     cfg_scale: float,
     noise: Tensor,
     states: Sequence[CausalState | None] | None = None,
+    on_step: StepEnd = go_on,
 ) -> Iterator[Tensor]:
     """x at every one of `sigmas`, falling noise levels from 1: the noise first, the clean latents last.
 
@@ -227,18 +245,19 @@ def euler_path(
         captions: the caption, and with guidance the one to move away from; without it cfg_scale is not used.
         noise: (B, C, T, H, W).
         states: what each caption has absorbed of the video so far; None is nothing.
+        on_step: is shown x after every step.
     """
     states = states or [None] * len(captions)
     x = noise
     yield x
-    for sigma, following in itertools.pairwise(sigmas):
+    for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
         t = timestep(sigma * TIMESTEPS, x)
         velocity, *away = (
             model(x, t, text, state=state)[0].float() for text, state in zip(captions, states, strict=True)
         )
         if away:
             velocity = away[0] + cfg_scale * (velocity - away[0])
-        x = x + (following - sigma) * velocity
+        x = on_step(step, x + (following - sigma) * velocity)
         yield x
 
 

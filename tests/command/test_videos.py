@@ -208,7 +208,7 @@ def test_split_changes_the_text_and_keeps_the_state(
 
     monkeypatch.setattr("longsana.sampling.pipeline.generate", spy)
     # One noise for all: only the text differs.
-    monkeypatch.setattr("longsana.sampling.noise.PromptNoise._draw", _same_noise)
+    monkeypatch.setattr("longsana.sampling.noise.PromptNoise.draw", _same_noise)
     for name, line in {"a": "a red circle", "b": "a blue square", "ab": "a red circle<split>a blue square"}.items():
         assert command("--txt_file", prompts(line), "--dataset", name) == 0
     a, b, ab = chunks[:2], chunks[2:4], chunks[4:]
@@ -218,8 +218,8 @@ def test_split_changes_the_text_and_keeps_the_state(
     assert frames_of(next((tmp_path / "out" / "ab").glob("*.mp4"))) == (17, 32, 48, 3)
 
 
-def _same_noise(_: Any, prompt: tuple[str, int], start: int, step: int, shape: Any) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(100 * start + step))
+def _same_noise(_: Any, start: int, step: int, shape: Any, device: Any) -> torch.Tensor:
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(100 * start + step))
 
 
 @pytest.mark.parametrize("sampler", ["flow_euler", "chunk_flow_euler"])

@@ -370,3 +370,20 @@ def test_the_script_makes_the_same_files_again(tmp_path: Path, monkeypatch: pyte
         first = (tmp_path / "first" / file.name).read_bytes()
         assert first == (tmp_path / "second" / file.name).read_bytes()
         assert json.loads(first) == json.loads(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", [str(SMALL), f"seeded:{SMALL}"])
+def test_low_precision_leaves_positions_exact(name: str) -> None:
+    """The frequencies of rotary positions are no weights: casting them turns late words by the wrong angle."""
+    low, exact = (
+        GemmaTextEncoder.load(
+            TextEncoderConfig(text_encoder_name=name, chi_prompt="none"),
+            caption_length=LENGTH,
+            caption_channels=64,
+            device="cpu",
+            dtype=dtype,
+        ).model
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert {parameter.dtype for parameter in low.parameters()} == {torch.bfloat16}
+    assert torch.equal(low.rotary_emb.inv_freq, exact.rotary_emb.inv_freq)

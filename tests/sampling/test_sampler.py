@@ -237,6 +237,38 @@ def test_generate_keeps_nothing_of_earlier_chunks(model, random_text):
     assert len(noises) == 16
 
 
+@pytest.mark.parametrize("sampler", [generate, sample_clip])
+def test_what_a_step_ends_with_goes_on(sampler, small_config, random_model, random_text):
+    """on_step is told of every step; what it returns is the next one's input, and in the end the result."""
+    model, text = random_model(small_config(), torch.float32), random_text(2)
+    noise, passes, seen = PromptNoise(3, PROMPTS), [], []
+
+    def network(x, t, text, *, state=None):
+        passes.append(x)
+        return model(x, t, text, state=state)
+
+    def on_step(step: int, x: Tensor) -> Tensor:
+        seen.append((step, x + 1))
+        return seen[-1][1]
+
+    if sampler is generate:
+        plan = ChunkPlan((2, 2))
+        chunks = list(
+            generate(network, SCHEDULE, [text] * 2, plan, shape=SHAPE, rng=noise, device="cpu", on_step=on_step)
+        )
+        absorbed = passes[4::5]  # a chunk's fifth pass
+        assert all(a is chunk.latents for a, chunk in zip(absorbed, chunks, strict=True))
+        del passes[4::5]
+    else:
+        begin = noise.draw(0, 0, (SHAPE[0], 2, *SHAPE[1:]), "cpu")
+        chunks = list(sample_clip(network, text, None, shift=8, steps=4, cfg_scale=1, noise=begin, on_step=on_step))
+    assert [step for step, _ in seen] == [0, 1, 2, 3] * len(chunks)
+    for number, chunk in enumerate(chunks):
+        own = [x for _, x in seen[4 * number : 4 * number + 4]]
+        assert chunk.latents is own[3]
+        assert all(a is b for a, b in zip(own, passes[4 * number + 1 : 4 * number + 4], strict=False))
+
+
 # Noise ----------------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +285,11 @@ def test_noise_is_its_own_whatever_the_batch():
     assert torch.equal(draw(prompts=PROMPTS[:1]), both[:1])
     assert torch.equal(draw(prompts=PROMPTS[::-1]), both.flip(0))
     assert torch.equal(draw(prompts=(("x", 0), *PROMPTS)), torch.cat([draw(prompts=(("x", 0),)), both]))
+
+
+def test_a_seed_for_each_sample():
+    both = PromptNoise([3, 4], PROMPTS).draw(0, 0, (4, 2, 4, 6), "cpu")
+    assert torch.equal(both, torch.cat([draw(3, PROMPTS[:1]), draw(4, PROMPTS[1:])]))
 
 
 def test_noise_of_different_things_is_different():

@@ -1,0 +1,211 @@
+"""The network as diffusers' pipelines hold one: `LongSanaDiT` inside, published names in its files.
+
+`SanaVideoCausalTransformer3DModel` is the distilled network that samples chunk by chunk (no diffusers release has the
+class), `SanaVideoTransformer3DModel` the bidirectional base model. Both are the same network; the class is what a
+repository says of how it was trained.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from longsana.chunks import ChunkPlan
+from longsana.models.dit import LongSanaDiT
+from longsana.models.embeddings import Text, TextEmbedding, TextMemory
+from longsana.models.naming import from_diffusers_config
+from longsana.models.weights import load_weights, rename
+from longsana.ops import backend
+from longsana.pipelines.lora import fused_adapter
+from longsana.runtime.errors import InputError
+from longsana.state import CausalState
+
+
+@dataclass
+class VideoTransformerOutput(BaseOutput):
+    """sample: velocity (noise - clean), like the latents. state: the past that includes them."""
+
+    sample: Tensor
+    state: CausalState
+
+
+class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+    """The network of LongSANA: its past is one `CausalState` of constant size.
+
+    The arguments are the keys of a published `config.json`.
+
+    Raises:
+        InputError: they describe another kind of network.
+    """
+
+    # Operations take weights from modules that are never called, where diffusers' hooks would wait in vain. So it moves
+    # as a whole, and only what is called may be stored in another dtype.
+    _no_split_modules = None
+    _supports_group_offloading = False
+    _skip_layerwise_casting_patterns: Any = ("norm", "patch_embed", "time_embed", "text_embed", "depthwise", "temporal")
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        out_channels: int | None = 16,
+        num_attention_heads: int = 20,
+        attention_head_dim: int = 112,
+        num_layers: int = 20,
+        num_cross_attention_heads: int | None = 20,
+        cross_attention_head_dim: int | None = 112,
+        cross_attention_dim: int | None = 2240,
+        caption_channels: int = 2304,
+        mlp_ratio: float = 3.0,
+        dropout: float = 0.0,
+        attention_bias: bool = False,
+        sample_size: int = 30,
+        patch_size: Sequence[int] = (1, 2, 2),
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-6,
+        interpolation_scale: int | None = None,
+        guidance_embeds: bool = False,
+        guidance_embeds_scale: float = 0.1,
+        qk_norm: str | None = "rms_norm_across_heads",
+        rope_max_seq_len: int = 1024,
+    ) -> None:
+        super().__init__()
+        self.network = LongSanaDiT(from_diffusers_config(self.config))
+        if not next(self.network.parameters()).is_meta:  # as loading builds it
+            self.network.init_weights(seed=0)
+        self.network.eval().requires_grad_(False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | Text,
+        timestep: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        *,
+        state: CausalState | None = None,
+        plan: ChunkPlan | None = None,
+        return_dict: bool = True,
+    ) -> VideoTransformerOutput | tuple[Tensor, CausalState]:
+        """Velocity of noisy latents, and the past that includes them.
+
+        Args:
+            hidden_states: (B, C, T, H, W).
+            encoder_hidden_states: (B, L, caption_channels); or what `read` made of them.
+            timestep: (B,) or (B, T), in [0, 1000].
+            encoder_attention_mask: (B, L), true where tokens may be looked at; None is all of them.
+            state, plan: see `LongSanaDiT.forward`.
+        """
+        text = encoder_hidden_states
+        if isinstance(text, Tensor):
+            text = text_embedding(text, encoder_attention_mask)
+        velocity, state = self.network(hidden_states, timestep, text, plan=plan, state=state)
+        return VideoTransformerOutput(velocity, state) if return_dict else (velocity, state)
+
+    def read(self, text: TextEmbedding) -> TextMemory:
+        """See `LongSanaDiT.read`."""
+        onload(self)
+        if self.device.type == "cuda" and backend() == "triton":
+            self.network.arrange()
+        return self.network.read(text)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """As diffusers' own, under the published names.
+
+        Raises:
+            InputError: a LoRA is loaded, for which these files have no place.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise InputError(
+                "save_pretrained: a LoRA is loaded and would not be saved; fuse_lora() puts it into the weights, then "
+                "or else unload_lora_weights()"
+            )
+        renamed = rename(self.network.state_dict(), "diffusers", self.network.config)
+        published = copy.copy(self)
+        published.__dict__["state_dict"] = lambda: renamed
+        ModelMixin.save_pretrained(
+            published,
+            save_directory,
+            is_main_process=is_main_process,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            push_to_hub=push_to_hub,
+            **options,
+        )
+
+    @classmethod
+    def _load_pretrained_model(  # type: ignore[override]
+        cls,
+        model: SanaVideoCausalTransformer3DModel,
+        state_dict: Any,
+        resolved_model_file: Sequence[str],
+        *others: Any,
+        hf_quantizer: Any = None,
+        dtype: torch.dtype | None = None,
+        device_map: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> tuple[Any, ...]:
+        """Where diffusers' loader, which knows all its options, fills the model it has built from its files."""
+        if hf_quantizer is not None:
+            raise InputError("quantization_config: this transformer cannot be quantised")
+        device = device_map[""] if device_map else "cpu"
+        load_weights(
+            model.network,
+            [Path(file) for file in resolved_model_file],
+            device=device,
+            dtype=dtype or torch.float32,
+        )
+        return model, [], [], [], None, []
+
+    def load_lora_adapter(  # type: ignore[override]
+        self, state_dict: dict[str, Tensor], prefix: str | None = "transformer", **options: Any
+    ) -> None:
+        """As diffusers' own, for a state dict with the names of its layers; see `fused_adapter`."""
+        metadata = options.pop("metadata", None)
+        if options.pop("network_alphas", None):
+            raise InputError("network_alphas: not supported; put alpha / rank into lora_B")
+        fused, config = fused_adapter(state_dict, self.network, prefix=prefix, metadata=metadata)
+        named = {f"network.{name}": tensor for name, tensor in fused.items()}
+        super().load_lora_adapter(named, prefix=None, metadata=config, **options)
+
+
+class SanaVideoTransformer3DModel(SanaVideoCausalTransformer3DModel):
+    """The bidirectional base model, which denoises a whole clip at once with many guided steps."""
+
+
+TRANSFORMERS = {model.__name__: model for model in (SanaVideoCausalTransformer3DModel, SanaVideoTransformer3DModel)}
+
+
+def text_embedding(tokens: Tensor, mask: Tensor | None) -> TextEmbedding:
+    """tokens: (B, L, C); mask: (B, L), or None for all."""
+    seen = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+    return TextEmbedding(tokens, seen)
+
+
+def onload(module: nn.Module) -> None:
+    """Bring an offloaded module where it runs, as calling it would; for those who call its parts."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)

@@ -1,0 +1,750 @@
+"""`LongSanaVideoPipeline`: prompts to videos as a diffusers pipeline, by the same parts as the batch command.
+
+Sampler, noise, network, text encoder and decoder are those of `longsana.sampling`: for the same weights, prompt and
+seed the latents are the same to the bit. Here is what diffusers' users expect around them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput, is_peft_available, logging
+from PIL import Image
+from torch import Tensor, nn
+
+from longsana.chunks import ChunkPlan
+from longsana.data.prompts import SPLIT, parts_per_chunk, with_motion_score
+from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
+from longsana.encoders.text import GemmaTextEncoder, compact, expand
+from longsana.encoders.vae import DecodeCache, VideoVAE, kind_of
+from longsana.encoders.vae_files import check_geometry
+from longsana.flow.schedule import TIMESTEPS, FlowSchedule, euler_sigmas, uniform_sigmas
+from longsana.models.embeddings import Text, TextEmbedding
+from longsana.pipelines import transformer as networks
+from longsana.pipelines.noise import GivenNoise, take_seed
+from longsana.pipelines.transformer import (
+    TRANSFORMERS,
+    SanaVideoCausalTransformer3DModel,
+    SanaVideoTransformer3DModel,
+    onload,
+    text_embedding,
+)
+from longsana.runtime.errors import InputError
+from longsana.sampling.noise import Noise, PromptNoise
+from longsana.sampling.sampler import Chunk, StepEnd, generate, sample_clip
+from longsana.state import CausalState
+
+log = logging.get_logger(__name__)
+
+Callback = Callable[[Any, int, int, dict[str, Tensor]], dict[str, Tensor] | None]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class Defaults(NamedTuple):
+    """What a model is sampled with when nothing else is said."""
+
+    steps: int
+    guidance: float
+    shift: float
+    motion_score: int
+
+
+DISTILLED = Defaults(steps=4, guidance=1.0, shift=7.0, motion_score=10)
+BASE = Defaults(steps=50, guidance=6.0, shift=8.0, motion_score=30)
+# Of the steps that it was distilled for: 1000, 960, 889 and 727 are an even grid of four, shifted by 8 (facts 4.2).
+GRID_SHIFT = 8.0
+
+
+class ManySteps(NamedTuple):
+    """Of the base model: the shift of its Euler steps, and their whole timesteps, falling."""
+
+    shift: float
+    steps: tuple[int, ...]
+
+
+@dataclass
+class LongSanaVideoOutput(BaseOutput):
+    """frames: of each video a list of pictures (pil); or (B, F, H, W, 3) in [0, 1] (np); or (B, F, 3, H, W) (pt); or
+    normalised latents (B, C, T, h, w), float32 (latent).
+    """
+
+    frames: Any
+
+
+class StreamState(NamedTuple):
+    """All that a video needs to go on, of a size that does not depend on its length.
+
+    network: what the transformer remembers.
+    decoder: what the decoder remembers; None after latents that were not decoded.
+    seed: of the video's noise.
+    prompt: of its last chunk.
+    size: height and width in pixels.
+    """
+
+    network: CausalState
+    decoder: DecodeCache | None
+    seed: int
+    prompt: str
+    size: tuple[int, int]
+
+
+@dataclass
+class LongSanaVideoChunk(LongSanaVideoOutput):
+    """A finished stretch of a video, and the state to go on after it."""
+
+    state: StreamState
+
+
+class Interrupted(Exception):
+    """Somebody set `interrupt`: `latents` is what the chunk in progress had become."""
+
+    def __init__(self, latents: Tensor) -> None:
+        super().__init__()
+        self.latents = latents
+
+
+class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+    """Text to video: of any length with LongSANA, or clips with the bidirectional SANA-Video.
+
+    `from_pretrained` reads the published repositories, `save_pretrained` writes their layout. The class of the
+    transformer tells which model it is.
+
+    Args:
+        vae: `AutoencoderKLWan` of Wan 2.1 or `AutoencoderKLLTX2Video`.
+        transformer: distilled (`SanaVideoCausalTransformer3DModel`) or base model (`SanaVideoTransformer3DModel`).
+        tokenizer, text_encoder: of Gemma 2; not needed where `prompt_embeds` are given.
+        scheduler: any; the base model takes its shift from it. The samplers are this project's own.
+        caption_length: tokens of a prompt that the network sees.
+        chi_prompt: the instruction put before prompts, as in training: sana, or none.
+
+    Raises:
+        InputError: the parts do not belong together.
+    """
+
+    model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
+    _optional_components = ["tokenizer", "text_encoder", "scheduler"]  # noqa: RUF012 (as diffusers declares it)
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    vae: Any
+    transformer: Any
+    tokenizer: Any
+    text_encoder: Any
+    scheduler: Any
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        transformer: SanaVideoCausalTransformer3DModel,
+        tokenizer: object = None,
+        text_encoder: nn.Module | None = None,
+        scheduler: SchedulerMixin | None = None,
+        caption_length: int = 300,
+        chi_prompt: str = "sana",
+    ) -> None:
+        super().__init__()
+        if not isinstance(transformer, SanaVideoCausalTransformer3DModel):
+            raise InputError(
+                f"transformer: a {type(transformer).__module__}.{type(transformer).__name__}; needed is "
+                f"{' or '.join(TRANSFORMERS)} of {networks.__name__}, which from_pretrained builds"
+            )
+        kind = kind_of(vae)
+        check_geometry(vae, GEOMETRIES[kind.name], "vae")
+        if chi_prompt not in ("sana", "none") or caption_length < 1:
+            raise InputError(
+                f"chi_prompt={chi_prompt}, caption_length={caption_length}: needed are sana or none, and at least 1"
+            )
+        if transformer.config.in_channels != GEOMETRIES[kind.name].channels:
+            raise InputError(
+                f"transformer: in_channels is {transformer.config.in_channels}; latents of a {type(vae).__name__} have "
+                f"{GEOMETRIES[kind.name].channels}"
+            )
+        self.register_modules(
+            vae=vae, transformer=transformer, tokenizer=tokenizer, text_encoder=text_encoder, scheduler=scheduler
+        )
+        self.register_to_config(caption_length=caption_length, chi_prompt=chi_prompt)
+        self._interrupt = False
+        self._num_timesteps = 0
+
+    @classmethod
+    def load_config(cls, *arguments: Any, **options: Any) -> Any:
+        """As diffusers' own, but a transformer under the name of a library that may lack its class is ours.
+
+        Raises:
+            InputError: the repository is of another kind of model.
+        """
+        loaded = super().load_config(*arguments, **options)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        _, name = index.get("transformer") or (None, None)
+        if name not in TRANSFORMERS:
+            raise InputError(
+                f"model_index.json: transformer is {name}; this pipeline is for {' and '.join(TRANSFORMERS)}"
+            )
+        index["transformer"] = [networks.__name__, name]
+        return loaded
+
+    def register_to_config(self, **entries: Any) -> None:
+        """As diffusers' own, but the transformer is written as in the published repositories."""
+        if (entries.get("transformer") or (None,))[0] == networks.__name__:
+            entries["transformer"] = ("diffusers", entries["transformer"][1])
+        super().register_to_config(**entries)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the model samples chunk by chunk in few steps, or a clip at once in many."""
+        # Not isinstance: torch.compile wraps it.
+        return bool(self.config["transformer"][1] != SanaVideoTransformer3DModel.__name__)
+
+    @property
+    def geometry(self) -> VAEGeometry:
+        return GEOMETRIES[kind_of(self.vae).name]
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the latest call, of all its chunks."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt`, in a callback or from another thread, to stop after the step in progress."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] = "",
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        frames: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        motion_score: int | None = None,
+        flow_shift: float | None = None,
+        chunk_frames: int = 10,
+        latents_per_call: int = 2,
+    ) -> LongSanaVideoOutput | tuple[Any]:
+        """Videos of prompts.
+
+        Args:
+            prompt: a text, or one for each video; `first<split>then` divides a video of the distilled model.
+            negative_prompt: what the base model's guidance moves away from.
+            num_inference_steps: of a chunk; 4 (distilled), 50 (base).
+            timesteps: distilled: the steps themselves, falling, instead of their number; a trailing 0 is dropped.
+            guidance_scale: 1 (distilled, which takes no other), 6 (base).
+            height, width: pixels, multiples of 16.
+            num_frames: 4 n + 1.
+            frames: older name of num_frames.
+            generator: its `initial_seed()` is the seed if nothing was drawn from it yet; each call advances it. A list
+                has one for each video. None draws a seed from torch's global generator.
+            latents: (B, C, T, h, w), initial noise that does not come from the seed.
+            prompt_embeds: (B, L, caption_channels), instead of encoding the prompt, which then only tells apart whose
+                noise it is; with `prompt_attention_mask` (B, L), or all are seen. `negative_...`: the same.
+            output_type: pil, np, pt (on the host) or latent; see `LongSanaVideoOutput`.
+            return_dict: False returns a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": x})`, x of the chunk in
+                progress; the `latents` it returns take their place. step counts through all chunks.
+            motion_score: appended to every prompt; 10 (distilled), 30 (base); 0 appends nothing.
+            flow_shift: 7 (distilled); the scheduler's, or 8 (base).
+            chunk_frames: latent frames of a chunk; what remains goes to the first.
+            latents_per_call: latent frames decoded together; frames differ by rounding alone.
+
+        Raises:
+            InputError: what is asked for cannot be made; the message says what can.
+        """
+        size = self._check(height, width, output_type, chunk_frames, latents_per_call)
+        length = self.geometry.latent_frames(num_frames if frames is None else frames)
+        plan = ChunkPlan.split(length, chunk_frames if self.distilled else length)
+        if others := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise InputError(f"callback_on_step_end_tensor_inputs: {', '.join(others)}: there are only latents")
+        guidance = self._guidance(guidance_scale)
+        schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
+        texts = _texts(prompt, prompt_embeds, num_videos_per_prompt)
+        if prompt_embeds is None:
+            captions = self._captions(texts, motion_score, parts=self.distilled)
+        else:
+            given = self._given("prompt", prompt_embeds, prompt_attention_mask, num_videos_per_prompt, len(texts))
+            captions = [[embedding] for embedding in given]
+        noise = _noise(texts, generator, latents, (len(texts), self.geometry.channels, length, *size))
+        self._interrupt, self._num_timesteps = False, len(plan) * len(schedule.steps)
+        away = None
+        if guidance > 1:
+            away = self._away(
+                negative_prompt,
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+                num_videos_per_prompt,
+                len(texts),
+            )
+        finished: list[Tensor] = []
+        with self.progress_bar(total=self._num_timesteps) as bar:
+            on_step = _Watch(self, schedule.steps, self._num_timesteps, callback_on_step_end, bar)
+            try:
+                for chunk in self._chunks(schedule, plan, captions, away, guidance, noise, size, on_step):
+                    finished.append(chunk.latents)
+            except Interrupted as stop:
+                finished.append(stop.latents)
+
+        if output_type == "latent":
+            result: Any = torch.cat(finished, dim=2)
+        else:
+            onload(self.vae)
+            vae, cache = kind_of(self.vae).around(self.vae, latents_per_call), None
+            stretches = []
+            for stretch in finished:
+                pictures, cache = _decoded(vae, stretch, cache, chunk_frames)
+                stretches.append(_pictures(pictures, output_type))
+            result = _joined(stretches)
+        self.maybe_free_model_hooks()
+        return LongSanaVideoOutput(result) if return_dict else (result,)
+
+    def stream(
+        self,
+        prompt: str | Iterable[str] | None = None,
+        num_frames: int | None = None,
+        state: StreamState | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        motion_score: int | None = None,
+        flow_shift: float | None = None,
+        chunk_frames: int = 10,
+        latents_per_call: int = 2,
+    ) -> Iterator[LongSanaVideoChunk]:
+        """One video, chunk by chunk as it is sampled, in memory that does not grow.
+
+        Cut anywhere and continued, it is the same to the bit; and the same as `__call__` gives.
+
+        Args:
+            prompt: a text; or one for each chunk, taken as it begins, of which the last one stays. None goes on with
+                that of the state. A chunk's noise is a function of the seed and its own prompt.
+            num_frames: 4 n + 1; after a state, how many more, 4 n. None never ends.
+            state: of the chunk after which the video goes on, with its size, and its seed if no generator is given.
+            height, width: 480 x 832.
+
+        The others are those of `__call__`. `interrupt` ends it without the chunk in progress.
+
+        Raises:
+            InputError: as there, or this is the base model.
+        """
+        if not self.distilled:
+            raise InputError("stream: the base model makes whole clips; use the pipeline itself, or a distilled model")
+        size = (height or 480, width or 832) if state is None else state.size
+        if state is not None and (height or size[0], width or size[1]) != size:
+            raise InputError(f"height={height}, width={width}: the video that goes on has {size[0]} and {size[1]}")
+        self._check(*size, output_type, chunk_frames, latents_per_call)
+        if state is not None and state.decoder is None and output_type != "latent":
+            raise InputError("state: of latents that were not decoded; go on with output_type='latent'")
+        if prompt is None:
+            if state is None:
+                raise InputError("prompt: missing; without a state there is none to go on with")
+            prompt = state.prompt
+        schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
+        assert isinstance(schedule, FlowSchedule)
+        lengths = self._lengths(num_frames, chunk_frames, begins=state is None)
+        seed = state.seed if state is not None and generator is None else take_seed(generator)
+        prompts = _until_told(prompt)
+        return self._stream(
+            prompts, lengths, schedule, size, seed, state, output_type, motion_score, chunk_frames, latents_per_call
+        )
+
+    @torch.no_grad()
+    def _stream(
+        self,
+        prompts: Iterator[str],
+        lengths: Iterable[int],
+        schedule: FlowSchedule,
+        size: tuple[int, int],
+        seed: int,
+        state: StreamState | None,
+        output_type: str,
+        motion_score: int | None,
+        chunk_frames: int,
+        latents_per_call: int,
+    ) -> Iterator[LongSanaVideoChunk]:
+        shape = (self.geometry.channels, *self.geometry.latent_size(*size))
+        cache = None if state is None or output_type == "latent" else state.decoder
+        memory = None if state is None else state.network
+        heard, text, vae = None, None, None
+        self._interrupt = False
+        try:
+            for length, prompt in zip(lengths, prompts, strict=False):
+                if prompt != heard or text is None:
+                    (caption,) = self._captions([prompt], motion_score)
+                    heard, text = prompt, self._read(caption)
+                (chunk,) = generate(
+                    self._network,
+                    schedule,
+                    [text],
+                    ChunkPlan((length,)),
+                    shape=shape,
+                    rng=PromptNoise(seed, [(prompt, 0)]),
+                    device=self._execution_device,
+                    state=memory,
+                    on_step=_Watch(self, schedule.steps),
+                )
+                memory, frames = chunk.state, chunk.latents
+                assert memory is not None
+                if output_type != "latent":
+                    onload(self.vae)
+                    vae = vae or kind_of(self.vae).around(self.vae, latents_per_call)
+                    pictures, cache = _decoded(vae, chunk.latents, cache, chunk_frames)
+                    frames = _pictures(pictures, output_type)
+                yield LongSanaVideoChunk(frames, StreamState(memory, cache, seed, prompt, size))
+        except Interrupted:
+            return
+        finally:
+            self.maybe_free_model_hooks()
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] = "",
+        do_classifier_free_guidance: bool = False,
+        num_videos_per_prompt: int = 1,
+        motion_score: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """prompt_embeds (B, L, C) and their mask (B, L); and with guidance the negative prompt's, else None."""
+        texts = _texts(prompt, None, num_videos_per_prompt)
+        prompt_embeds, prompt_attention_mask = _stacked(parts[0] for parts in self._captions(texts, motion_score))
+        if not do_classifier_free_guidance:
+            return prompt_embeds, prompt_attention_mask, None, None
+        return (
+            prompt_embeds,
+            prompt_attention_mask,
+            *_stacked(self._away(negative_prompt, None, None, num_videos_per_prompt, len(texts))),
+        )
+
+    def load_lora_weights(self, *arguments: Any, **options: Any) -> None:
+        """As diffusers' own: names are those of its `SanaVideoTransformer3DModel`, after `transformer.`.
+
+        Raises:
+            InputError: peft is not installed, or the LoRA is for another network.
+        """
+        if not is_peft_available():
+            raise InputError("load_lora_weights: LoRA needs peft: pip install 'longsana[lora]', and start Python again")
+        super().load_lora_weights(*arguments, **options)
+
+    def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
+        """Not possible: operations take weights from modules that are never called, so none would be there.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("enable_sequential_cpu_offload: not possible here; use enable_model_cpu_offload")
+
+    def _check(
+        self, height: int, width: int, output_type: str, chunk_frames: int, latents_per_call: int
+    ) -> tuple[int, int]:
+        """Height and width of the latents; InputError for what no video can be made with."""
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type={output_type}: must be one of {', '.join(OUTPUT_TYPES)}")
+        for name, value in (("chunk_frames", chunk_frames), ("latents_per_call", latents_per_call)):
+            if value < 1:
+                raise InputError(f"{name}={value}: must be at least 1")
+        _, *patch = self.transformer.config.patch_size
+        self.geometry.check_size(height, width, (patch[0], patch[1]))
+        return self.geometry.latent_size(height, width)
+
+    def _guidance(self, scale: float | None) -> float:
+        if scale is None:
+            return DISTILLED.guidance if self.distilled else BASE.guidance
+        if self.distilled and scale > 1:
+            raise InputError(
+                f"guidance_scale={scale:g}: the distilled model has learned its teacher's guidance, and a second pass "
+                "would only cost time and break it; use guidance_scale=1, or the base model"
+            )
+        return scale
+
+    def _schedule(
+        self, steps: int | None, timesteps: Sequence[int] | None, flow_shift: float | None
+    ) -> FlowSchedule | ManySteps:
+        count = (DISTILLED if self.distilled else BASE).steps if steps is None else steps
+        if count < 1:
+            raise InputError(f"num_inference_steps={count}: must be at least 1")
+        shift = self._shift(flow_shift)
+        if not self.distilled:
+            if timesteps is not None:
+                raise InputError("timesteps: the base model's follow from num_inference_steps and flow_shift")
+            return ManySteps(shift, tuple(int(sigma * TIMESTEPS) for sigma in euler_sigmas(shift, count)[:-1].tolist()))
+        grid = [round(sigma * TIMESTEPS) for sigma in uniform_sigmas(GRID_SHIFT, count)[:-1].tolist()]
+        try:
+            return FlowSchedule(shift, tuple(grid if timesteps is None else map(int, timesteps)))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    def _shift(self, given: float | None) -> float:
+        if given is None and not self.distilled:
+            config = getattr(self.scheduler, "config", {})
+            given = config.get("flow_shift") or config.get("shift") or BASE.shift
+        shift = DISTILLED.shift if given is None else float(given)
+        if not shift > 0:
+            raise InputError(f"flow_shift={shift:g}: must be positive")
+        return shift
+
+    def _lengths(self, num_frames: int | None, chunk_frames: int, *, begins: bool) -> Iterable[int]:
+        """Latent frames of each chunk of a video, or of what is added to one."""
+        if num_frames is None:
+            return chain([chunk_frames + 1] if begins else [], repeat(chunk_frames))
+        if begins:
+            latents = self.geometry.latent_frames(num_frames)
+        else:
+            latents, rest = divmod(num_frames, self.geometry.time_stride)
+            if rest or latents < 1:
+                raise InputError(
+                    f"num_frames={num_frames}: a video that goes on grows by multiples of {self.geometry.time_stride}"
+                )
+        return ChunkPlan.split(latents, chunk_frames).lengths
+
+    def _chunks(
+        self,
+        schedule: FlowSchedule | ManySteps,
+        plan: ChunkPlan,
+        captions: Sequence[Sequence[TextEmbedding]],
+        away: Sequence[TextEmbedding] | None,
+        guidance: float,
+        noise: Noise,
+        size: tuple[int, int],
+        on_step: StepEnd,
+    ) -> Iterator[Chunk]:
+        """By the sampler that this model has."""
+        device, shape = self._execution_device, (self.geometry.channels, *size)
+        if isinstance(schedule, FlowSchedule):
+            return generate(
+                self._network,
+                schedule,
+                self._parts(captions, plan),
+                plan,
+                shape=shape,
+                rng=noise,
+                device=device,
+                on_step=on_step,
+            )
+        return sample_clip(
+            self._network,
+            self._read(parts[0] for parts in captions),
+            None if away is None else self._read(away),
+            shift=schedule.shift,
+            steps=len(schedule.steps),
+            cfg_scale=guidance,
+            noise=noise.draw(0, 0, (shape[0], plan.frames, *size), device),
+            on_step=on_step,
+        )
+
+    def _captions(
+        self, texts: Sequence[str], motion_score: int | None, *, parts: bool = False
+    ) -> list[list[TextEmbedding]]:
+        """Of each video the embeddings of its parts, of which there may be several with `parts`."""
+        score = (DISTILLED if self.distilled else BASE).motion_score if motion_score is None else motion_score
+        captions: dict[str, list[TextEmbedding]] = {}
+        for text in texts:
+            pieces = [piece.strip() for piece in text.split(SPLIT)]
+            if len(pieces) > 1 and not parts:
+                raise InputError(
+                    f"prompt: parts between '{SPLIT}' are for a call of the distilled model; a stream takes several "
+                    "prompts as they are"
+                )
+            if text not in captions:
+                captions[text] = [self._embed(with_motion_score(piece, score)) for piece in pieces]
+        return [captions[text] for text in texts]
+
+    def _away(
+        self, prompt: str | list[str], embeds: Tensor | None, mask: Tensor | None, copies: int, count: int
+    ) -> list[TextEmbedding]:
+        """For each video what guidance moves away from."""
+        if embeds is not None:
+            return self._given("negative_prompt", embeds, mask, copies, count)
+        prompts = [prompt] * (count // copies) if isinstance(prompt, str) else list(prompt)
+        if len(prompts) * copies != count:
+            raise InputError(f"negative_prompt: {len(prompts)} for {count // copies} prompts")
+        return [self._embed(text, instruction=False) for text in prompts for _ in range(copies)]
+
+    def _given(self, name: str, embeds: Tensor, mask: Tensor | None, copies: int, count: int) -> list[TextEmbedding]:
+        """One of embeddings (B, L, C) that a user gave, for each video."""
+        channels = self.transformer.config.caption_channels
+        if embeds.dim() != 3 or embeds.shape[2] != channels or len(embeds) * copies != count:
+            raise InputError(
+                f"{name}_embeds has shape {tuple(embeds.shape)}: need ({count // copies}, length, {channels})"
+            )
+        if mask is not None and mask.shape != embeds.shape[:2]:
+            raise InputError(
+                f"{name}_attention_mask has shape {tuple(mask.shape)}: the embeddings need {tuple(embeds.shape[:2])}"
+            )
+        device = self._execution_device
+        whole = text_embedding(embeds.to(device), None if mask is None else mask.to(device))
+        rows = range(len(embeds))
+        return [TextEmbedding(*(part[row : row + 1] for part in whole)) for row in rows for _ in range(copies)]
+
+    def _embed(self, text: str, *, instruction: bool = True) -> TextEmbedding:
+        if self.text_encoder is None or self.tokenizer is None:
+            raise InputError("prompt: this pipeline has no text encoder; give prompt_embeds instead")
+        onload(self.text_encoder)
+        encoder = GemmaTextEncoder.around(
+            self.tokenizer,
+            self.text_encoder,
+            chi_prompt=self.config["chi_prompt"],
+            caption_length=self.config["caption_length"],
+            caption_channels=self.transformer.config.caption_channels,
+        )
+        if surplus := encoder.overflow(text, instruction=instruction):
+            log.warning("a prompt is too long by %d tokens; its end is cut off: %s", surplus, text)
+        return expand(compact(encoder.encode(text, instruction=instruction)), self._execution_device)
+
+    def _parts(self, captions: Sequence[Sequence[TextEmbedding]], plan: ChunkPlan) -> Iterator[Text]:
+        """For each chunk the caption of all videos, read once as long as it stays."""
+        before, text = None, None
+        for chosen in zip(*(parts_per_chunk(len(parts), len(plan)) for parts in captions), strict=True):
+            if chosen != before or text is None:
+                text = self._read(parts[part] for parts, part in zip(captions, chosen, strict=True))
+                before = chosen
+            yield text
+
+    def _read(self, embeddings: Iterable[TextEmbedding]) -> Text:
+        return self.transformer.read(_stacked(embeddings))
+
+    def _network(
+        self, x: Tensor, t: Tensor, text: Text, *, state: CausalState | None = None
+    ) -> tuple[Tensor, CausalState]:
+        """The transformer as samplers call it."""
+        velocity, after = self.transformer(x, text, t, state=state, return_dict=False)
+        return velocity, after
+
+
+class _Watch:
+    """What happens after each step: the callback, the progress bar, and an end if there was an interrupt."""
+
+    def __init__(
+        self,
+        pipe: LongSanaVideoPipeline,
+        timesteps: Sequence[int],
+        total: int | None = None,
+        callback: Callback | None = None,
+        bar: Any = None,
+    ) -> None:
+        """timesteps: of a chunk; total: steps of the video, after whose last there is nothing to interrupt."""
+        self._pipe, self._timesteps, self._total, self._callback, self._bar = pipe, timesteps, total, callback, bar
+        self._done = 0
+
+    def __call__(self, step: int, x: Tensor) -> Tensor:
+        if self._callback is not None:
+            changed = self._callback(self._pipe, self._done, self._timesteps[step], {"latents": x}) or {}
+            x = changed.get("latents", x)
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+        if self._pipe.interrupt and self._done != self._total:
+            raise Interrupted(x)
+        return x
+
+
+def _texts(prompt: str | list[str] | None, embeds: Tensor | None, copies: int) -> list[str]:
+    """The prompt of each video; empty where there are only embeddings."""
+    if copies < 1:
+        raise InputError(f"num_videos_per_prompt={copies}: must be at least 1")
+    if prompt is None and embeds is None:
+        raise InputError("prompt: missing; give it, or prompt_embeds")
+    if prompt is None:
+        assert embeds is not None
+        prompt = [""] * len(embeds)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
+        raise InputError("prompt: must be a text or a list of texts")
+    return [text.strip() for text in prompts for _ in range(copies)]
+
+
+def _until_told(prompt: str | Iterable[str]) -> Iterator[str]:
+    """The prompt of each chunk; the last of several stays."""
+    if isinstance(prompt, str):
+        yield from repeat(prompt.strip())
+    latest: str | None = None
+    for latest in prompt:
+        yield latest.strip()
+    if latest is None:
+        raise InputError("prompt: there was none in what should have given them")
+    yield from repeat(latest.strip())
+
+
+def _noise(
+    texts: Sequence[str],
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: Tensor | None,
+    shape: tuple[int, ...],
+) -> Noise:
+    """Of a batch; equal prompts are told apart by their place, unless each has a generator of its own."""
+    if isinstance(generator, list):
+        if len(generator) != len(texts):
+            raise InputError(f"generator: {len(generator)} for {len(texts)} videos; give one, or one for each")
+        noise = PromptNoise([take_seed(own) for own in generator], [(text, 0) for text in texts])
+    else:
+        seen: Counter[str] = Counter()
+        prompts = []
+        for text in texts:
+            prompts.append((text, seen[text]))
+            seen[text] += 1
+        noise = PromptNoise(take_seed(generator), prompts)
+    if latents is None:
+        return noise
+    if tuple(latents.shape) != shape:
+        raise InputError(f"latents has shape {tuple(latents.shape)}: this batch needs {shape}")
+    return GivenNoise(latents, noise)
+
+
+def _stacked(embeddings: Iterable[TextEmbedding]) -> TextEmbedding:
+    return TextEmbedding(*(torch.cat(parts) for parts in zip(*embeddings, strict=True)))
+
+
+def _decoded(
+    vae: VideoVAE, latents: Tensor, cache: DecodeCache | None, chunk_frames: int
+) -> tuple[Tensor, DecodeCache | None]:
+    """Frames of the next latents, (B, 3, F, H, W) in [-1, 1] on the host."""
+    frames = []
+    # The batch command's cuts: the first chunk may be long, and the base model's is all of the clip.
+    for piece in latents.split(chunk_frames, dim=2):
+        decoded, cache = vae.decode_stream(piece, cache)
+        frames.append(decoded.cpu())
+    return torch.cat(frames, dim=2), cache
+
+
+def _pictures(frames: Tensor, output_type: str) -> Any:
+    """Frames (B, 3, F, H, W) in [-1, 1] as `LongSanaVideoOutput` describes."""
+    if output_type == "pil":
+        return [[Image.fromarray(picture) for picture in video.numpy()] for video in VideoVAE.to_uint8(frames)]
+    halved = (frames / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return halved.transpose(1, 2).contiguous()
+    return halved.permute(0, 2, 3, 4, 1).contiguous().numpy()
+
+
+def _joined(stretches: Sequence[Any]) -> Any:
+    """One stretch of several, each with all videos."""
+    if isinstance(stretches[0], Tensor):
+        return torch.cat(list(stretches), dim=1)
+    if isinstance(stretches[0], np.ndarray):
+        return np.concatenate(stretches, axis=1)
+    return [list(chain.from_iterable(videos)) for videos in zip(*stretches, strict=True)]

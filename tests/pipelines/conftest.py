@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longsana.pipelines.video import LongSanaVideoPipeline
+from tests.pipelines.repository import BASE, quiet, shapes_repository
+
+
+@pytest.fixture(scope="session")
+def distilled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shapes_repository(tmp_path_factory.mktemp("distilled"))
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shapes_repository(tmp_path_factory.mktemp("base"), BASE)
+
+
+@pytest.fixture(scope="session")
+def loaded(distilled_folder: Path) -> LongSanaVideoPipeline:
+    """The distilled model, for tests that leave it as it is."""
+    return quiet(distilled_folder)
+
+
+@pytest.fixture(scope="session")
+def loaded_base(base_folder: Path) -> LongSanaVideoPipeline:
+    return quiet(base_folder)
+
+
+@pytest.fixture
+def pipe(distilled_folder: Path) -> LongSanaVideoPipeline:
+    """The distilled model, of the test's own."""
+    return quiet(distilled_folder)

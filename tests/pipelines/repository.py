@@ -1,0 +1,80 @@
+"""Small repositories in exactly the published layout, made of the shapes world's parts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from longsana.config import InferenceConfig, ModelConfig, load_config
+from longsana.models.weights import read_weights, save_checkpoint
+from longsana.pipelines.video import LongSanaVideoPipeline
+
+ROOT = Path(__file__).parents[2]
+ASSET = ROOT / "asset/shapes"
+PROMPT = "A big red circle moves slowly to the left on a black background."
+OTHER = "A small blue square stays still on a white background."
+DISTILLED, BASE = "SanaVideoCausalTransformer3DModel", "SanaVideoTransformer3DModel"
+SIZE = {"height": 32, "width": 48}
+
+
+def shapes_config(name: str = "longsana", **overrides: Any) -> InferenceConfig:
+    """Of the batch command, at the small size."""
+    base = {
+        "model.load_from": "asset/shapes/base.safetensors",
+        "scheduler.sampling_algo": "flow_euler",
+        "scheduler.inference_flow_shift": 8.0,
+    }
+    settings = {"sampling.height": 32, "sampling.width": 48} | (base if name == "base" else {}) | overrides
+    path = ROOT / "configs/sana_video_config/longsana/shapes/longsana.yaml"
+    return load_config(path, [f"{key}={value}" for key, value in settings.items()], InferenceConfig)
+
+
+def shapes_repository(folder: Path, transformer: str = DISTILLED, pipeline: str = "SanaVideoPipeline") -> Path:
+    """The shapes model in the published layout; what the 2B model has otherwise is in model_index.json."""
+    network = "longsana" if transformer == DISTILLED else "base"
+    config = shapes_config(network).model
+    write_transformer(folder / "transformer", ASSET / f"{network}.safetensors", config, transformer)
+    shutil.copytree(ASSET / "vae", folder / "vae")
+    (folder / "text_encoder").mkdir()
+    (folder / "tokenizer").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(ASSET / "text_encoder" / name, folder / "text_encoder")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSET / "text_encoder" / name, folder / "tokenizer")
+    (folder / "scheduler").mkdir()
+    scheduler = {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "_diffusers_version": "0.36.0",
+        "flow_shift": 8.0,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+    }
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    index = {
+        "_class_name": pipeline,
+        "_diffusers_version": "0.36.0",
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "text_encoder": ["transformers", "Gemma2Model"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", transformer],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "caption_length": 48,
+        "chi_prompt": "none",
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def write_transformer(folder: Path, source: Path, config: ModelConfig, name: str, shard_bytes: int = 10**10) -> None:
+    save_checkpoint(read_weights(source, config), folder, "diffusers", config, shard_bytes=shard_bytes)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name}, indent=2))
+
+
+def quiet(folder: Path, **options: Any) -> LongSanaVideoPipeline:
+    """The pipeline in a folder, without a progress bar."""
+    pipe = LongSanaVideoPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,128 @@
+"""The pipeline's videos are those of the batch command, to the bit; and its base model is diffusers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longsana.config import InferenceConfig
+from longsana.data.prompts import Prompt
+from longsana.pipelines.video import LongSanaVideoPipeline
+from longsana.runtime.clock import Clock
+from longsana.sampling.pipeline import Frames, VideoPipeline
+from tests.pipelines.repository import OTHER, PROMPT, SIZE, shapes_config
+
+
+def batch_command(config: InferenceConfig, *texts: str) -> tuple[Tensor, Tensor]:
+    """Latents and pictures of a batch of lines of a prompt file."""
+    pipeline = VideoPipeline(config, "cpu")
+    prompts = [
+        Prompt(line, text, tuple(part.strip() for part in text.split("<split>")), texts[:line].count(text), 32, 48)
+        for line, text in enumerate(texts)
+    ]
+    with pipeline.text_encoder() as encoder:
+        captions = [pipeline.encode(encoder, prompt) for prompt in prompts]
+    pipeline.load()
+    frames: list[Frames] = list(pipeline.sample(prompts, captions, Clock()))
+    return torch.cat([f.latents for f in frames], dim=2), torch.cat([f.pixels for f in frames], dim=1)
+
+
+def seed(number: int = 42) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+@pytest.mark.parametrize("num_frames", [17, 81])
+def test_distilled(loaded: LongSanaVideoPipeline, num_frames: int) -> None:
+    config = shapes_config(**{"sampling.num_frames": num_frames, "sampling.seed": 42})
+    latents, pixels = batch_command(config, PROMPT)
+    call: dict[str, Any] = {"num_frames": num_frames, "latents_per_call": config.vae.latents_per_call, **SIZE}
+    assert torch.equal(loaded(PROMPT, output_type="latent", generator=seed(), **call).frames, latents)
+    (pictures,) = loaded(PROMPT, generator=seed(), **call).frames
+    assert torch.equal(torch.stack([torch.tensor(list(p.tobytes())) for p in pictures]), pixels[0].flatten(1))
+
+
+def test_distilled_batch_of_prompts(loaded: LongSanaVideoPipeline) -> None:
+    texts = [PROMPT, OTHER, PROMPT]
+    latents, _ = batch_command(shapes_config(**{"sampling.num_frames": 17, "sampling.seed": 7}), *texts)
+    own = loaded(texts, output_type="latent", generator=seed(7), num_frames=17, **SIZE).frames
+    assert torch.equal(own, latents)
+    assert not torch.equal(own[0], own[2])
+
+
+def test_distilled_with_parts(loaded: LongSanaVideoPipeline) -> None:
+    text = f"{PROMPT}<split> {OTHER}"
+    config = shapes_config(**{"sampling.num_frames": 25, "sampling.seed": 42, "sampling.chunk_frames": 3})
+    latents, _ = batch_command(config, text)
+    own = loaded(text, output_type="latent", generator=seed(), num_frames=25, chunk_frames=3, **SIZE).frames
+    assert torch.equal(own, latents)
+
+
+def test_base(loaded_base: LongSanaVideoPipeline) -> None:
+    config = shapes_config(
+        "base",
+        **{
+            "sampling.num_frames": 17,
+            "sampling.seed": 42,
+            "sampling.cfg_scale": 2.0,
+            "scheduler.num_inference_steps": 3,
+            "sampling.negative_prompt": OTHER,
+        },
+    )
+    latents, _ = batch_command(config, PROMPT)
+    own = loaded_base(
+        PROMPT,
+        OTHER,
+        guidance_scale=2.0,
+        num_inference_steps=3,
+        motion_score=10,
+        output_type="latent",
+        generator=seed(),
+        num_frames=17,
+        **SIZE,
+    ).frames
+    assert torch.equal(own, latents)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_base_is_that_of_diffusers(loaded_base: LongSanaVideoPipeline, base_folder: Path, guidance: float) -> None:
+    """With the same embeddings, masks, noise and scheduler."""
+    import diffusers
+
+    theirs = diffusers.SanaVideoPipeline(
+        tokenizer=loaded_base.tokenizer,
+        text_encoder=loaded_base.text_encoder,
+        vae=loaded_base.vae,
+        transformer=diffusers.SanaVideoTransformer3DModel.from_pretrained(base_folder / "transformer"),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0),
+    )
+    theirs.set_progress_bar_config(disable=True)
+
+    # It embeds fractions of timesteps, which no checkpoint was trained on.
+    def whole(_: Any, arguments: Any, named: dict[str, Any]) -> Any:
+        return arguments, named | {"timestep": named["timestep"].floor()}
+
+    theirs.transformer.register_forward_pre_hook(whole, with_kwargs=True)
+    embeds, mask, away, away_mask = loaded_base.encode_prompt(PROMPT, OTHER, do_classifier_free_guidance=True)
+    assert away is not None and away_mask is not None
+    call: dict[str, Any] = {
+        "prompt_embeds": embeds,
+        "prompt_attention_mask": mask,
+        "negative_prompt_embeds": away,
+        "negative_prompt_attention_mask": away_mask,
+        "latents": torch.randn(1, 16, 5, 4, 8, generator=seed()),
+        "num_inference_steps": 4,
+        "guidance_scale": guidance,
+        "height": 32,
+        "width": 64,
+        "frames": 17,
+        "output_type": "latent",
+    }
+    own = loaded_base(**call).frames
+    call |= {"prompt_attention_mask": mask.long(), "negative_prompt_attention_mask": away_mask.long()}
+    peer = theirs(negative_prompt=None, use_resolution_binning=False, **call).frames
+    torch.testing.assert_close(own, peer, rtol=1e-3, atol=1e-3 * peer.abs().max().item())
+    assert own.std() > 0.1

@@ -1,0 +1,208 @@
+"""LoRA by diffusers' layer names, of which three are one layer here: exact, and gone without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longsana.models.dit import LongSanaDiT
+from longsana.models.naming import foreign
+from longsana.pipelines import video
+from longsana.pipelines.lora import fused_adapter
+from longsana.pipelines.video import LongSanaVideoPipeline
+from longsana.runtime.errors import InputError
+from tests.pipelines.test_options import inputs
+
+LAYERS = {  # name in diffusers: rank
+    "transformer_blocks.0.attn1.to_q": 2,
+    "transformer_blocks.0.attn1.to_k": 3,
+    "transformer_blocks.0.attn1.to_v": 4,
+    "transformer_blocks.0.attn1.to_out.0": 2,
+    "transformer_blocks.1.attn1.to_k": 2,
+    "transformer_blocks.1.attn2.to_q": 2,
+    "transformer_blocks.1.attn2.to_v": 2,
+    "transformer_blocks.3.ff.conv_inverted": 2,
+    "transformer_blocks.3.ff.conv_point": 5,
+    "caption_projection.linear_1": 2,
+    "time_embed.linear": 2,
+    "proj_out": 2,
+}
+
+
+def parts(network: LongSanaDiT) -> Iterator[tuple[str, int, str, tuple[int, ...], int]]:
+    """Of each weight: our name, which of its parts, that one's name and shape in diffusers, and how many there are."""
+    for name, tensor in network.state_dict().items():
+        pieces = foreign(name, tuple(tensor.shape), "diffusers")
+        for place, piece in enumerate(pieces):
+            yield name, place, piece.name.removesuffix(".weight"), piece.shape, len(pieces)
+
+
+def lora(network: LongSanaDiT, seed: int = 0) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    shapes = {layer: shape for _, _, layer, shape, _ in parts(network)}
+    state_dict = {}
+    for layer, rank in LAYERS.items():
+        rows, columns, *pixel = shapes[layer]
+        state_dict |= {
+            f"transformer.{layer}.lora_A.weight": torch.randn(rank, columns, *pixel, generator=rng) / columns**0.5,
+            f"transformer.{layer}.lora_B.weight": 0.1 * torch.randn(rows, rank, *pixel, generator=rng),
+        }
+    return state_dict
+
+
+def products(network: LongSanaDiT, state_dict: dict[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
+    """What it adds to each of our weights, by hand."""
+    added = {name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()}
+    for name, place, layer, _, count in parts(network):
+        if f"transformer.{layer}.lora_A.weight" in state_dict:
+            a, b = (state_dict[f"transformer.{layer}.lora_{factor}.weight"].flatten(1) for factor in "AB")
+            added[name].chunk(count)[place].add_(scale * (b @ a))
+    return added
+
+
+def latents(pipe: LongSanaVideoPipeline) -> Tensor:
+    frames: Tensor = pipe(**inputs(output_type="latent")).frames
+    return frames
+
+
+def test_factors_of_a_fused_layer_make_the_products_of_its_parts(loaded: LongSanaVideoPipeline) -> None:
+    network = loaded.transformer.network
+    state_dict = lora(network)
+    fused, config = fused_adapter(state_dict, network, prefix="transformer", metadata=None)
+    expected = products(network, state_dict)
+    for name in network.state_dict():
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in fused:
+            product = fused[f"{module}.lora_B.weight"] @ fused[f"{module}.lora_A.weight"]
+            torch.testing.assert_close(product, expected.pop(name))
+    assert not any(change.any() for change in expected.values())
+    assert config["rank_pattern"]["network.blocks.0.attn.qkv"] == 9
+
+
+@pytest.fixture
+def with_peft() -> None:
+    pytest.importorskip("peft", reason="LoRA needs peft: pip install 'longsana[lora]'")
+
+
+@pytest.mark.usefixtures("with_peft")
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_injected_is_fused_is_added_by_hand(pipe: LongSanaVideoPipeline, tmp_path: Path, scale: float) -> None:
+    network = pipe.transformer.network
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    plain = latents(pipe)
+    state_dict = lora(network)
+    by_hand = products(network, state_dict, scale)
+    save_file(state_dict, tmp_path / "pytorch_lora_weights.safetensors")
+    pipe.load_lora_weights(tmp_path, adapter_name="own")
+    pipe.set_adapters("own", scale)
+    assert pipe.get_active_adapters() == ["own"]
+    injected = latents(pipe)
+    pipe.fuse_lora()
+    fused = latents(pipe)
+    pipe.unload_lora_weights()  # what was fused stays
+    assert torch.equal(latents(pipe), fused)
+    for name, tensor in network.state_dict().items():
+        torch.testing.assert_close(tensor, before[name] + by_hand[name])
+    network.load_state_dict({name: before[name] + by_hand[name] for name in before})
+    expected = latents(pipe)
+    assert (expected - plain).abs().max() > 0.1
+    for result in (injected, fused):
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("with_peft")
+def test_unload_restores_to_the_bit(pipe: LongSanaVideoPipeline, tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    plain = latents(pipe)
+    pipe.load_lora_weights(lora(pipe.transformer.network))
+    assert not torch.equal(latents(pipe), plain)
+    with pytest.raises(InputError, match=r"a LoRA is loaded and would not be saved; fuse_lora\(\)"):
+        pipe.save_pretrained(tmp_path)
+    pipe.unload_lora_weights()
+    after = pipe.transformer.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(latents(pipe), plain)
+    pipe.save_pretrained(tmp_path)
+
+
+@pytest.mark.usefixtures("with_peft")
+def test_two_at_once(pipe: LongSanaVideoPipeline) -> None:
+    network = pipe.transformer.network
+    plain = latents(pipe)
+    loras = [lora(network, seed) for seed in range(2)]
+    added = [products(network, state_dict) for state_dict in loras]
+    for name, state_dict in zip(("a", "b"), loras, strict=True):
+        pipe.load_lora_weights(state_dict, adapter_name=name)
+    pipe.set_adapters(["a", "b"], [1.0, 0.5])
+    both = latents(pipe)
+    pipe.disable_lora()
+    assert torch.equal(latents(pipe), plain)
+    pipe.unload_lora_weights()
+    weights = network.state_dict()
+    network.load_state_dict({name: weights[name] + added[0][name] + 0.5 * added[1][name] for name in weights})
+    torch.testing.assert_close(both, latents(pipe), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("with_peft")
+def test_unfuse(pipe: LongSanaVideoPipeline) -> None:
+    plain = latents(pipe)
+    pipe.load_lora_weights(lora(pipe.transformer.network))
+    injected = latents(pipe)
+    pipe.fuse_lora()
+    pipe.unfuse_lora()
+    torch.testing.assert_close(latents(pipe), injected, rtol=1e-3, atol=1e-3)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(latents(pipe), plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scale"),
+    [
+        ({"transformer.r": 2, "transformer.lora_alpha": 4}, 2.0),
+        ({"transformer.lora_alpha": 8, "transformer.alpha_pattern": {"attn1.to_q": 1}}, 0.5),
+        ({"transformer.lora_alpha": 4, "transformer.use_rslora": True}, 4 / 2**0.5),
+    ],
+)
+def test_alpha(loaded: LongSanaVideoPipeline, metadata: dict[str, Any], scale: float) -> None:
+    network = loaded.transformer.network
+    state_dict = {key: tensor for key, tensor in lora(network).items() if "0.attn1.to_q" in key}
+    fused, _ = fused_adapter(state_dict, network, prefix="transformer", metadata=metadata)
+    product = fused["blocks.0.attn.qkv.lora_B.weight"] @ fused["blocks.0.attn.qkv.lora_A.weight"]
+    torch.testing.assert_close(product, products(network, state_dict, scale)["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        (
+            "transformer.transformer_blocks.0.attn1.to_x.lora_A.weight",
+            (2, 128),
+            r"none can be put on here: .*to_x \(did",
+        ),
+        ("transformer.transformer_blocks.0.ff.conv_temp.lora_A.weight", (2, 128, 3, 1), "known are the linear layers"),
+        ("transformer.proj_out.lora_A.weight", (2, 128), "proj_out has lora_A alone"),
+        ("transformer.proj_out.alpha", (), "expected names that end in .lora_A.weight"),
+        ("unet.proj_out.lora_A.weight", (2, 128), "no weights of the transformer in it"),
+    ],
+)
+def test_other_loras_are_refused(loaded: LongSanaVideoPipeline, key: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        fused_adapter({key: torch.zeros(shape)}, loaded.transformer.network, prefix="transformer", metadata=None)
+
+
+def test_a_lora_of_another_width_is_refused(loaded: LongSanaVideoPipeline) -> None:
+    factors = {f"transformer.proj_out.lora_{factor}.weight": torch.zeros(3, 3) for factor in "AB"}
+    with pytest.raises(InputError, match=r"do not change a weight of \[64, 128\]; it is for another network"):
+        fused_adapter(factors, loaded.transformer.network, prefix="transformer", metadata=None)
+
+
+def test_without_peft_it_says_what_to_install(loaded: LongSanaVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "is_peft_available", lambda: False)
+    with pytest.raises(InputError, match=r"pip install 'longsana\[lora\]'"):
+        loaded.load_lora_weights({})

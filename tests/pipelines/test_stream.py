@@ -1,0 +1,124 @@
+"""A stream is the one-shot video to the bit, however it is cut, and its memory does not grow."""
+
+from __future__ import annotations
+
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from longsana.pipelines.video import LongSanaVideoChunk, LongSanaVideoPipeline
+from longsana.runtime.errors import InputError
+from tests.pipelines.repository import OTHER, PROMPT, SIZE
+
+# Chunks of 3, 2, 2 latents: 9, 8, 8 frames.
+CHUNKS: dict[str, Any] = {"chunk_frames": 2, "num_inference_steps": 2, "output_type": "pt"}
+
+
+def seed() -> torch.Generator:
+    return torch.Generator().manual_seed(11)
+
+
+def joined(chunks: list[LongSanaVideoChunk]) -> Tensor:
+    return torch.cat([chunk.frames for chunk in chunks], dim=1)
+
+
+@pytest.fixture(scope="module")
+def one_shot(loaded: LongSanaVideoPipeline) -> Tensor:
+    frames: Tensor = loaded(PROMPT, num_frames=25, generator=seed(), **SIZE, **CHUNKS).frames
+    return frames
+
+
+def test_a_stream_is_the_one_shot_video(loaded: LongSanaVideoPipeline, one_shot: Tensor) -> None:
+    chunks = list(loaded.stream(PROMPT, 25, generator=seed(), **SIZE, **CHUNKS))
+    assert [chunk.frames.shape[1] for chunk in chunks] == [9, 8, 8]
+    assert torch.equal(joined(chunks), one_shot)
+    latents = list(loaded.stream(PROMPT, 25, generator=seed(), **SIZE, **CHUNKS | {"output_type": "latent"}))
+    whole = loaded(PROMPT, num_frames=25, generator=seed(), **SIZE, **CHUNKS | {"output_type": "latent"}).frames
+    assert torch.equal(torch.cat([chunk.frames for chunk in latents], dim=2), whole)
+
+
+def test_without_an_end(loaded: LongSanaVideoPipeline, one_shot: Tensor) -> None:
+    stream = loaded.stream(PROMPT, generator=seed(), **SIZE, **CHUNKS)
+    chunks = list(islice(stream, 4))
+    stream.close()
+    assert joined(chunks).shape[1] == 33 and torch.equal(joined(chunks[:3]), one_shot)
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_it_goes_on_from_a_state(loaded: LongSanaVideoPipeline, one_shot: Tensor, cut: int) -> None:
+    first = list(islice(loaded.stream(PROMPT, generator=seed(), **SIZE, **CHUNKS), cut))
+    rest = list(loaded.stream(num_frames=25 - 9 - 8 * (cut - 1), state=first[-1].state, **CHUNKS))
+    assert torch.equal(joined(first + rest), one_shot)
+    # A state is a value: it may be gone on from again, elsewhere.
+    other = next(loaded.stream(OTHER, state=first[-1].state, **CHUNKS))
+    again = list(loaded.stream(num_frames=25 - 9 - 8 * (cut - 1), state=first[-1].state, **CHUNKS))
+    assert torch.equal(joined(again), joined(rest)) and not torch.equal(other.frames, rest[0].frames)
+
+
+def test_prompts_change_between_chunks(loaded: LongSanaVideoPipeline, one_shot: Tensor) -> None:
+    chunks = list(loaded.stream([PROMPT, OTHER], 25, generator=seed(), **SIZE, **CHUNKS))
+    assert torch.equal(chunks[0].frames, one_shot[:, :9])
+    assert [chunk.state.prompt for chunk in chunks] == [PROMPT, OTHER, OTHER]
+    rest = list(loaded.stream(OTHER, 16, state=chunks[0].state, **CHUNKS))
+    assert torch.equal(joined(rest), joined(chunks[1:]))
+
+
+def test_prompts_are_asked_for_as_chunks_begin(loaded: LongSanaVideoPipeline) -> None:
+    asked = count()
+
+    def prompts() -> Any:
+        while True:
+            yield f"{PROMPT} {next(asked)}"
+
+    stream = loaded.stream(prompts(), generator=seed(), **SIZE, **CHUNKS)
+    for _ in range(2):
+        next(stream)
+    assert next(asked) == 2
+
+
+def test_memory_is_constant(loaded: LongSanaVideoPipeline) -> None:
+    sizes = []
+    for chunk in islice(loaded.stream(PROMPT, generator=seed(), **SIZE, **CHUNKS), 5):
+        network, decoder, *_ = chunk.state
+        assert decoder is not None
+        sizes.append((network.nbytes, decoder.nbytes))
+    assert len(set(sizes)) == 1
+
+
+def test_it_can_be_interrupted(loaded: LongSanaVideoPipeline) -> None:
+    frames = []
+    for chunk in loaded.stream(PROMPT, generator=seed(), **SIZE, **CHUNKS):
+        frames.append(chunk.frames)
+        loaded._interrupt = len(frames) == 2
+    assert len(frames) == 2
+
+
+def test_pictures(loaded: LongSanaVideoPipeline) -> None:
+    call = CHUNKS | {"output_type": "pil"}
+    (video,) = loaded(PROMPT, num_frames=17, generator=seed(), **SIZE, **call).frames
+    streamed = [p for c in loaded.stream(PROMPT, 17, generator=seed(), **SIZE, **call) for p in c.frames[0]]
+    assert all(np.array_equal(a, b) for a, b in zip(video, streamed, strict=True))
+
+
+def test_bad_input(loaded: LongSanaVideoPipeline, loaded_base: LongSanaVideoPipeline) -> None:
+    (chunk,) = loaded.stream(PROMPT, 5, generator=seed(), **SIZE, **CHUNKS | {"output_type": "latent"})
+    for arguments, message in [
+        ({"num_frames": 5}, "prompt: missing"),
+        ({"prompt": PROMPT, "num_frames": 6}, "num_frames=6"),
+        ({"state": chunk.state, "num_frames": 5, "output_type": "latent"}, "grows by multiples of 4"),
+        ({"state": chunk.state}, "latents that were not decoded"),
+        ({"state": chunk.state, "height": 64, "output_type": "latent"}, "the video that goes on has 32 and 48"),
+        ({"prompt": PROMPT, "height": 30}, "height=30"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            loaded.stream(**arguments)  # at once, not with the first chunk
+    with pytest.raises(InputError, match="the base model makes whole clips"):
+        loaded_base.stream(PROMPT)
+    with pytest.raises(InputError, match="there was none"):
+        next(loaded.stream([], **SIZE))
+    with pytest.raises(InputError, match="a stream takes several prompts as they are"):
+        next(loaded.stream(f"{PROMPT}<split>{OTHER}", **SIZE))
