@@ -11,10 +11,13 @@ from torch import Tensor
 
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
+from longsana.models.weights import save_checkpoint
+from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.runtime.clock import Clock
 from longsana.sampling.pipeline import Frames, VideoPipeline
 from tests.pipelines.repository import OTHER, PROMPT, SIZE, shapes_config
+from tests.sampling.test_ltx2 import small_720p
 
 
 def batch_command(config: InferenceConfig, *texts: str) -> tuple[Tensor, Tensor]:
@@ -126,3 +129,27 @@ def test_base_is_that_of_diffusers(loaded_base: LongSanaVideoPipeline, base_fold
     peer = theirs(negative_prompt=None, use_resolution_binning=False, **call).frames
     torch.testing.assert_close(own, peer, rtol=1e-3, atol=1e-3 * peer.abs().max().item())
     assert own.std() > 0.1
+
+
+def test_720p(tmp_path: Path) -> None:
+    """Its VAE has other strides, and one latent is one patch."""
+    config = small_720p(tmp_path)
+    batch = VideoPipeline(config, "cpu")
+    with batch.text_encoder() as encoder:
+        caption = batch.encode(encoder, Prompt(1, PROMPT, (PROMPT,), 0, 64, 96))
+        tokenizer, text_encoder = encoder.tokenizer, encoder.model
+    batch.load()
+    frames = list(batch.sample([Prompt(1, PROMPT, (PROMPT,), 0, 64, 96)], [caption], Clock()))
+    save_checkpoint(batch.model.state_dict(), tmp_path / "transformer", "diffusers", config.model)
+    transformer = SanaVideoCausalTransformer3DModel.from_pretrained(tmp_path / "transformer")
+    pipe = LongSanaVideoPipeline(
+        batch.vae.model, transformer, tokenizer, text_encoder, caption_length=48, chi_prompt="none"
+    )
+    own = pipe(
+        PROMPT, height=64, width=96, num_frames=41,
+        chunk_frames=2, latents_per_call=config.vae.latents_per_call, output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).frames  # fmt: skip
+    assert own.shape == (1, 41, 64, 96, 3)
+    whole = torch.cat([piece.pixels for piece in frames], dim=1)
+    assert (torch.from_numpy(own * 255) - whole).abs().max() <= 1

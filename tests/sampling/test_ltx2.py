@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +19,8 @@ from tests.encoders.test_ltx2 import SMALL
 TEXT = "a red ball rolls"
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> InferenceConfig:
-    """The 720p config with small networks: 41 frames in chunks of 2 latents."""
-    folder = tmp_path_factory.mktemp("vae")
+def small_720p(folder: Path) -> InferenceConfig:
+    """The 720p config with small random networks: 41 frames in chunks of 2 latents. `folder`: for the VAE's shape."""
     (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLLTX2Video"} | SMALL))
     return load_config(
         "configs/sana_video_config/Sana_2000M_720px_longsana.yaml",
@@ -34,6 +33,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> InferenceConfig:
         ],
         InferenceConfig,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> InferenceConfig:
+    return small_720p(tmp_path_factory.mktemp("vae"))
 
 
 def test_a_video_chunk_by_chunk(config: InferenceConfig) -> None:
