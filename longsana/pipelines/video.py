@@ -64,6 +64,10 @@ BASE = Defaults(steps=50, guidance=6.0, shift=8.0, motion_score=30)
 GRID_SHIFT = 8.0
 
 
+SIZES = {"WanVAE": (480, 832), "LTX2VAE_diffusers": (704, 1280)}
+"""Height and width where none are given, by the VAE."""
+
+
 class ManySteps(NamedTuple):
     """Of the base model: the shift of its Euler steps, and their whole timesteps, falling."""
 
@@ -226,8 +230,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         timesteps: Sequence[int] | None = None,
         guidance_scale: float | None = None,
         num_videos_per_prompt: int = 1,
-        height: int = 480,
-        width: int = 832,
+        height: int | None = None,
+        width: int | None = None,
         num_frames: int = 81,
         frames: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -253,8 +257,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             num_inference_steps: of a chunk; 4 (distilled), 50 (base).
             timesteps: distilled: the steps themselves, falling, instead of their number; a trailing 0 is dropped.
             guidance_scale: 1 (distilled, which takes no other), 6 (base).
-            height, width: pixels, multiples of 16.
-            num_frames: 4 n + 1.
+            height, width: pixels, multiples of 16 (Wan) or 32 (LTX-2); 480 x 832, or 704 x 1280.
+            num_frames: 4 n + 1 (Wan) or 8 n + 1 (LTX-2).
             frames: older name of num_frames.
             generator: its `initial_seed()` is the seed if nothing was drawn from it yet; each call advances it. A list
                 has one for each video. None draws a seed from torch's global generator.
@@ -273,7 +277,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         Raises:
             InputError: what is asked for cannot be made; the message says what can.
         """
-        size = self._check(height, width, output_type, chunk_frames, latents_per_call)
+        size = self._check(*self._size(height, width), output_type, chunk_frames, latents_per_call)
         length = self.geometry.latent_frames(num_frames if frames is None else frames)
         plan = ChunkPlan.split(length, chunk_frames if self.distilled else length)
         if others := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
@@ -343,9 +347,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         Args:
             prompt: a text; or one for each chunk, taken as it begins, of which the last one stays. None goes on with
                 that of the state. A chunk's noise is a function of the seed and its own prompt.
-            num_frames: 4 n + 1; after a state, how many more, 4 n. None never ends.
+            num_frames: as there; after a state, how many more, 4 n (Wan) or 8 n (LTX-2). None never ends.
             state: of the chunk after which the video goes on, with its size, and its seed if no generator is given.
-            height, width: 480 x 832.
 
         The others are those of `__call__`. `interrupt` ends it without the chunk in progress.
 
@@ -354,7 +357,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """
         if not self.distilled:
             raise InputError("stream: the base model makes whole clips; use the pipeline itself, or a distilled model")
-        size = (height or 480, width or 832) if state is None else state.size
+        size = self._size(height, width) if state is None else state.size
         if state is not None and (height or size[0], width or size[1]) != size:
             raise InputError(f"height={height}, width={width}: the video that goes on has {size[0]} and {size[1]}")
         self._check(*size, output_type, chunk_frames, latents_per_call)
@@ -458,6 +461,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             InputError: always.
         """
         raise InputError("enable_sequential_cpu_offload: not possible here; use enable_model_cpu_offload")
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        usual = SIZES[kind_of(self.vae).name]
+        return height or usual[0], width or usual[1]
 
     def _check(
         self, height: int, width: int, output_type: str, chunk_frames: int, latents_per_call: int
