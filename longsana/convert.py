@@ -12,16 +12,19 @@ Exit status: 0 it is there, 2 bad input.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from longsana.config import InferenceConfig, ModelConfig, load_config
 from longsana.models.checkpoint_files import NETWORKS, PIPELINE_PART, open_checkpoint, weights_file
 from longsana.models.dcp_files import is_checkpoint
+from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS, diffusers_config, from_diffusers_config
 from longsana.models.weights import LAYOUTS, Layout, read_weights, save_checkpoint
 from longsana.models.writing import check_target, write_weights
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
@@ -51,6 +54,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--to", choices=list(LAYOUTS), required=True)
     parser.add_argument("--config", help="YAML of the network, if it is not the published one at 480p")
     parser.add_argument("--key", choices=NETWORKS, default=NETWORKS[0], help="of a training checkpoint: the network")
+    parser.add_argument(
+        "--causal", action="store_true", help="to diffusers: a LongSANA network, which samples chunk by chunk"
+    )
     parser.add_argument("--force", action="store_true", help="replace what is there")
     return parser.parse_args(arguments)
 
@@ -85,7 +91,7 @@ def is_vae(path: Path, key: str) -> bool:
 
 
 def network_config(options: argparse.Namespace) -> ModelConfig:
-    """Of the network in SRC: what --config says, else a training checkpoint's own, else the published one."""
+    """Of the network in SRC: what --config says, else its own config, else the published one."""
     if options.config is not None:
         config: InferenceConfig = load_config(locate(options.config, "--config"))
         return config.model
@@ -93,7 +99,16 @@ def network_config(options: argparse.Namespace) -> ModelConfig:
         from longsana.training.export import network_configs  # torch.distributed comes with it
 
         return network_configs(options.path)[options.key]
+    if written := _written_config(options.path):
+        return from_diffusers_config(diffusers_config(ModelConfig()) | written)
     return ModelConfig()
+
+
+def _written_config(path: Path) -> dict[str, Any]:
+    """What a diffusers folder says of its network; nothing of anything else."""
+    file = weights_file(path).parent / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return values if values.get("_class_name") in (BASE_CLASS, CAUSAL_CLASS) else {}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -105,12 +120,14 @@ def run(options: argparse.Namespace) -> int:
         try:
             state_dict = read_weights(path, config, key=options.key)
         except InputError as error:
-            remedy = "" if options.config else "; a network of another size needs its YAML: --config"
+            own = options.config or _written_config(path)
+            remedy = "" if own else "; a network of another size needs its YAML: --config"
             raise InputError(f"{error}{remedy}") from error
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()}
         count = sum(tensor.numel() for tensor in state_dict.values())
         card = _card(target, layout, options.source, f"Network {config.model} ({options.key})", count, dtypes)
-        write_weights(target, layout, lambda to: save_checkpoint(state_dict, to, layout, config), card)
+        causal = options.causal or _written_config(path).get("_class_name") == CAUSAL_CLASS
+        write_weights(target, layout, lambda to: save_checkpoint(state_dict, to, layout, config, causal=causal), card)
     log.info("%s: %s, from %s", target, layout, options.source)
     return 0
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longsana import convert
 from longsana.models.checkpoint_files import open_checkpoint, weights_file
-from longsana.models.naming import NULL_TOKENS
+from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS, NULL_TOKENS
 from longsana.models.weights import LAYOUTS, Layout, read_weights, save_checkpoint
 from tests.models.checkpoints import PATHS, TINY, assert_same, weights
 
@@ -53,6 +53,20 @@ def test_there_and_back_is_the_same(there: Layout, back: Layout, command: Callab
     names = [dict.fromkeys(open_checkpoint(weights_file(at / PATHS[back]), "generator")) for at in (source, end)]
     if there != "diffusers":
         assert names[0] == names[1]
+
+
+def test_a_diffusers_folder_says_its_size_and_class(tmp_path: Path) -> None:
+    """LongSANA's class comes back, or is given to what has none; no YAML is needed."""
+    save_checkpoint(mixed(), tmp_path / "a", "diffusers", TINY, causal=True)
+    for target, more in (("b.pth", ["upstream"]), ("c", ["diffusers"])):
+        assert convert.main([str(tmp_path / "a"), str(tmp_path / target), "--to", *more]) == 0
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["_class_name"] == CAUSAL_CLASS
+    config = tmp_path / "config.yaml"
+    OmegaConf.save({"model": {name: getattr(TINY, name) for name in SIZES}}, config)
+    for folder, flags, name in (("d", [], BASE_CLASS), ("e", ["--causal"], CAUSAL_CLASS)):
+        given = [str(tmp_path / "b.pth"), str(tmp_path / folder), "--to", "diffusers", "--config", str(config), *flags]
+        assert convert.main(given) == 0
+        assert json.loads((tmp_path / folder / "config.json").read_text())["_class_name"] == name
 
 
 def test_a_model_card_says_what_it_is(command: Callable[..., int], tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ BLOCKS: dict[Naming, str] = {"upstream": "blocks", "diffusers": "transformer_blo
 # Linear layers that are 1x1 convolutions elsewhere.
 POINTWISE = ("feed_forward.expand.weight", "feed_forward.project.weight")
 NULL_TOKENS = "text_embed.null_tokens"
+BASE_CLASS, CAUSAL_CLASS = "SanaVideoTransformer3DModel", "SanaVideoCausalTransformer3DModel"
 # Keys of a diffusers config that make no other network, or one that has no such part here.
 INFORMATIVE = ("_class_name", "sample_size", "rope_max_seq_len")
 ABSENT = {"dropout": 0, "guidance_embeds": False}
@@ -76,11 +77,14 @@ def foreign(name: str, shape: tuple[int, ...], naming: Naming) -> list[Foreign]:
     return [Foreign(f"{prefix}{part}{leaf}", (shape[0] // len(modules), *shape[1:])) for part in modules]
 
 
-def diffusers_config(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` of the same network as a diffusers `SanaVideoTransformer3DModel`."""
+def diffusers_config(config: ModelConfig, *, causal: bool = False) -> dict[str, Any]:
+    """The `config.json` of the same network as a diffusers `SanaVideoTransformer3DModel`.
+
+    causal: as the class that the published LongSANA repository names, of which diffusers has none.
+    """
     size = config.architecture()
     return {
-        "_class_name": "SanaVideoTransformer3DModel",
+        "_class_name": CAUSAL_CLASS if causal else BASE_CLASS,
         "in_channels": config.in_channels,
         "out_channels": config.in_channels,
         "num_attention_heads": size.hidden_size // config.linear_head_dim,

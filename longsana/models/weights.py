@@ -96,6 +96,7 @@ def save_checkpoint(
     others: Mapping[str, Mapping[str, Tensor]] | None = None,
     step: int = 0,
     shard_bytes: int = 10_000_000_000,
+    causal: bool = False,
 ) -> None:
     """Write weights, dtypes kept; no reader ever sees half of them.
 
@@ -107,6 +108,7 @@ def save_checkpoint(
         others: trainer only: the state dicts of `generator_ema` and `critic`.
         step: trainer only.
         shard_bytes: safetensors larger than this become shards and an index beside `path`.
+        causal: diffusers only: see `diffusers_config`.
 
     Raises:
         ValueError: the names or shapes are not this network's, or `others` has no place in the layout.
@@ -131,7 +133,7 @@ def save_checkpoint(
         write_safetensors(renamed, path, shard_bytes)
     else:
         write_safetensors(renamed, path / DIFFUSERS_WEIGHTS, shard_bytes)
-        atomic_write_text(path / "config.json", json.dumps(diffusers_config(config), indent=2) + "\n")
+        atomic_write_text(path / "config.json", json.dumps(diffusers_config(config, causal=causal), indent=2) + "\n")
 
 
 def _read(

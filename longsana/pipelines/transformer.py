@@ -20,7 +20,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from longsana.chunks import ChunkPlan
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import Text, TextEmbedding, TextMemory
 from longsana.models.naming import from_diffusers_config
@@ -94,7 +93,6 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         encoder_attention_mask: Tensor | None = None,
         *,
         state: CausalState | None = None,
-        plan: ChunkPlan | None = None,
         return_dict: bool = True,
     ) -> VideoTransformerOutput | tuple[Tensor, CausalState]:
         """Velocity of noisy latents, and the past that includes them.
@@ -104,12 +102,12 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
             encoder_hidden_states: (B, L, caption_channels); or what `read` made of them.
             timestep: (B,) or (B, T), in [0, 1000].
             encoder_attention_mask: (B, L), true where tokens may be looked at; None is all of them.
-            state, plan: see `LongSanaDiT.forward`.
+            state: everything before; None is nothing.
         """
         text = encoder_hidden_states
         if isinstance(text, Tensor):
             text = text_embedding(text, encoder_attention_mask)
-        velocity, state = self.network(hidden_states, timestep, text, plan=plan, state=state)
+        velocity, state = self.network(hidden_states, timestep, text, state=state)
         return VideoTransformerOutput(velocity, state) if return_dict else (velocity, state)
 
     def read(self, text: TextEmbedding) -> TextMemory:
@@ -135,7 +133,7 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         Raises:
             InputError: a LoRA is loaded, for which these files have no place.
         """
-        if getattr(self, "_hf_peft_config_loaded", False):
+        if any(".base_layer." in name for name in self.network.state_dict()):
             raise InputError(
                 "save_pretrained: a LoRA is loaded and would not be saved; fuse_lora() puts it into the weights, then "
                 "or else unload_lora_weights()"
@@ -190,6 +188,14 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         named = {f"network.{name}": tensor for name, tensor in fused.items()}
         super().load_lora_adapter(named, prefix=None, metadata=config, **options)
 
+    def save_lora_adapter(self, *arguments: Any, **options: Any) -> None:
+        """Not possible: layers that are several in the diffusers layout are one here, and so are their factors.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("save_lora_adapter: keep the file it came from, or fuse_lora() and then save_pretrained()")
+
 
 class SanaVideoTransformer3DModel(SanaVideoCausalTransformer3DModel):
     """The bidirectional base model, which denoises a whole clip at once with many guided steps."""
@@ -202,6 +208,11 @@ def text_embedding(tokens: Tensor, mask: Tensor | None) -> TextEmbedding:
     """tokens: (B, L, C); mask: (B, L), or None for all."""
     seen = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
     return TextEmbedding(tokens, seen)
+
+
+def uncompiled(module: Any) -> Any:
+    """What torch.compile has wrapped."""
+    return getattr(module, "_orig_mod", module)
 
 
 def onload(module: nn.Module) -> None:

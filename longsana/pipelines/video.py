@@ -6,6 +6,7 @@ seed the latents are the same to the bit. Here is what diffusers' users expect a
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
+from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan, SchedulerMixin
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput, is_peft_available, logging
@@ -37,6 +38,7 @@ from longsana.pipelines.transformer import (
     SanaVideoTransformer3DModel,
     onload,
     text_embedding,
+    uncompiled,
 )
 from longsana.runtime.errors import InputError
 from longsana.sampling.noise import Noise, PromptNoise
@@ -146,8 +148,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     def __init__(
         self,
-        vae: nn.Module,
-        transformer: SanaVideoCausalTransformer3DModel,
+        vae: AutoencoderKLWan | AutoencoderKLLTX2Video,
+        transformer: SanaVideoCausalTransformer3DModel | SanaVideoTransformer3DModel,
         tokenizer: object = None,
         text_encoder: nn.Module | None = None,
         scheduler: SchedulerMixin | None = None,
@@ -155,28 +157,27 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         chi_prompt: str = "sana",
     ) -> None:
         super().__init__()
-        if not isinstance(transformer, SanaVideoCausalTransformer3DModel):
+        if not isinstance(uncompiled(transformer), SanaVideoCausalTransformer3DModel):
             raise InputError(
                 f"transformer: a {type(transformer).__module__}.{type(transformer).__name__}; needed is "
                 f"{' or '.join(TRANSFORMERS)} of {networks.__name__}, which from_pretrained builds"
             )
-        kind = kind_of(vae)
-        check_geometry(vae, GEOMETRIES[kind.name], "vae")
+        kind = kind_of(uncompiled(vae))
+        check_geometry(uncompiled(vae), GEOMETRIES[kind.name], "vae")
         if chi_prompt not in ("sana", "none") or caption_length < 1:
             raise InputError(
                 f"chi_prompt={chi_prompt}, caption_length={caption_length}: needed are sana or none, and at least 1"
             )
-        if transformer.config.in_channels != GEOMETRIES[kind.name].channels:
-            raise InputError(
-                f"transformer: in_channels is {transformer.config.in_channels}; latents of a {type(vae).__name__} have "
-                f"{GEOMETRIES[kind.name].channels}"
-            )
+        taken, given = transformer.config["in_channels"], GEOMETRIES[kind.name].channels
+        if taken != given:
+            raise InputError(f"transformer: in_channels is {taken}; latents of a {kind.kind.__name__} have {given}")
         self.register_modules(
             vae=vae, transformer=transformer, tokenizer=tokenizer, text_encoder=text_encoder, scheduler=scheduler
         )
         self.register_to_config(caption_length=caption_length, chi_prompt=chi_prompt)
         self._interrupt = False
         self._num_timesteps = 0
+        self._guidance_scale = 1.0
 
     @classmethod
     def load_config(cls, *arguments: Any, **options: Any) -> Any:
@@ -209,7 +210,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     @property
     def geometry(self) -> VAEGeometry:
-        return GEOMETRIES[kind_of(self.vae).name]
+        return GEOMETRIES[kind_of(uncompiled(self.vae)).name]
 
     @property
     def num_timesteps(self) -> int:
@@ -218,14 +219,23 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt`, in a callback or from another thread, to stop after the step in progress."""
+        """Set it, in a callback or from another thread, to stop after the step in progress."""
         return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = bool(value)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the latest call. A callback may set `_guidance_scale` for the steps to come."""
+        return self._guidance_scale
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = None,
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance_scale: float | None = None,
@@ -290,8 +300,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         else:
             given = self._given("prompt", prompt_embeds, prompt_attention_mask, num_videos_per_prompt, len(texts))
             captions = [[embedding] for embedding in given]
-        noise = _noise(texts, generator, latents, (len(texts), self.geometry.channels, length, *size))
-        self._interrupt, self._num_timesteps = False, len(plan) * len(schedule.steps)
+        for parts in captions:
+            parts_per_chunk(len(parts), len(plan))  # refuses more parts than chunks
         away = None
         if guidance > 1:
             away = self._away(
@@ -301,11 +311,16 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 num_videos_per_prompt,
                 len(texts),
             )
+        # Last of all that may be refused: a generator is advanced.
+        noise = _noise(texts, generator, latents, (len(texts), self.geometry.channels, length, *size))
+        self._interrupt, self._num_timesteps = False, len(plan) * len(schedule.steps)
+        self._guidance_scale = guidance
         finished: list[Tensor] = []
         with self.progress_bar(total=self._num_timesteps) as bar:
-            on_step = _Watch(self, schedule.steps, self._num_timesteps, callback_on_step_end, bar)
+            wanted = tuple(callback_on_step_end_tensor_inputs)
+            on_step = _Watch(self, schedule.steps, self._num_timesteps, callback_on_step_end, wanted, bar)
             try:
-                for chunk in self._chunks(schedule, plan, captions, away, guidance, noise, size, on_step):
+                for chunk in self._chunks(schedule, plan, captions, away, noise, size, on_step):
                     finished.append(chunk.latents)
             except Interrupted as stop:
                 finished.append(stop.latents)
@@ -314,7 +329,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             result: Any = torch.cat(finished, dim=2)
         else:
             onload(self.vae)
-            vae, cache = kind_of(self.vae).around(self.vae, latents_per_call), None
+            vae, cache = kind_of(uncompiled(self.vae)).around(uncompiled(self.vae), latents_per_call), None
             stretches = []
             for stretch in finished:
                 pictures, cache = _decoded(vae, stretch, cache, chunk_frames)
@@ -327,7 +342,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self,
         prompt: str | Iterable[str] | None = None,
         num_frames: int | None = None,
-        state: StreamState | None = None,
+        state: StreamState | LongSanaVideoChunk | None = None,
         *,
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
@@ -342,13 +357,15 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     ) -> Iterator[LongSanaVideoChunk]:
         """One video, chunk by chunk as it is sampled, in memory that does not grow.
 
-        Cut anywhere and continued, it is the same to the bit; and the same as `__call__` gives.
+        Cut between chunks and continued with the same options it is the same to the bit; and what `__call__` gives
+        where the chunks are the same: of an endless one the first has a latent more.
 
         Args:
             prompt: a text; or one for each chunk, taken as it begins, of which the last one stays. None goes on with
                 that of the state. A chunk's noise is a function of the seed and its own prompt.
             num_frames: as there; after a state, how many more, 4 n (Wan) or 8 n (LTX-2). None never ends.
-            state: of the chunk after which the video goes on, with its size, and its seed if no generator is given.
+            state: of the chunk (or the chunk itself) after which the video goes on, with its size, and its seed if no
+                generator is given.
 
         The others are those of `__call__`. `interrupt` ends it without the chunk in progress.
 
@@ -357,12 +374,18 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """
         if not self.distilled:
             raise InputError("stream: the base model makes whole clips; use the pipeline itself, or a distilled model")
+        if isinstance(state, LongSanaVideoChunk):
+            state = state.state
         size = self._size(height, width) if state is None else state.size
         if state is not None and (height or size[0], width or size[1]) != size:
             raise InputError(f"height={height}, width={width}: the video that goes on has {size[0]} and {size[1]}")
         self._check(*size, output_type, chunk_frames, latents_per_call)
         if state is not None and state.decoder is None and output_type != "latent":
             raise InputError("state: of latents that were not decoded; go on with output_type='latent'")
+        if state is not None and state.network.tail.dtype != self.transformer.dtype:
+            raise InputError(
+                f"state: of a transformer in {state.network.tail.dtype}, this one is in {self.transformer.dtype}"
+            )
         if prompt is None:
             if state is None:
                 raise InputError("prompt: missing; without a state there is none to go on with")
@@ -415,7 +438,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 assert memory is not None
                 if output_type != "latent":
                     onload(self.vae)
-                    vae = vae or kind_of(self.vae).around(self.vae, latents_per_call)
+                    vae = vae or kind_of(uncompiled(self.vae)).around(uncompiled(self.vae), latents_per_call)
                     pictures, cache = _decoded(vae, chunk.latents, cache, chunk_frames)
                     frames = _pictures(pictures, output_type)
                 yield LongSanaVideoChunk(frames, StreamState(memory, cache, seed, prompt, size))
@@ -428,8 +451,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     def encode_prompt(
         self,
         prompt: str | list[str],
-        negative_prompt: str | list[str] = "",
         do_classifier_free_guidance: bool = False,
+        negative_prompt: str | list[str] | None = None,
         num_videos_per_prompt: int = 1,
         motion_score: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -463,7 +486,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         raise InputError("enable_sequential_cpu_offload: not possible here; use enable_model_cpu_offload")
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        usual = SIZES[kind_of(self.vae).name]
+        usual = SIZES[kind_of(uncompiled(self.vae)).name]
         return height or usual[0], width or usual[1]
 
     def _check(
@@ -504,12 +527,12 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         try:
             return FlowSchedule(shift, tuple(grid if timesteps is None else map(int, timesteps)))
         except ValueError as error:
-            raise InputError(str(error)) from error
+            what = f"num_inference_steps={count}: too many steps to tell apart" if timesteps is None else str(error)
+            raise InputError(what) from error
 
     def _shift(self, given: float | None) -> float:
         if given is None and not self.distilled:
-            config = getattr(self.scheduler, "config", {})
-            given = config.get("flow_shift") or config.get("shift") or BASE.shift
+            given = scheduler_shift(self.scheduler)
         shift = DISTILLED.shift if given is None else float(given)
         if not shift > 0:
             raise InputError(f"flow_shift={shift:g}: must be positive")
@@ -535,7 +558,6 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         plan: ChunkPlan,
         captions: Sequence[Sequence[TextEmbedding]],
         away: Sequence[TextEmbedding] | None,
-        guidance: float,
         noise: Noise,
         size: tuple[int, int],
         on_step: StepEnd,
@@ -559,7 +581,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             None if away is None else self._read(away),
             shift=schedule.shift,
             steps=len(schedule.steps),
-            cfg_scale=guidance,
+            cfg_scale=lambda: self._guidance_scale,
             noise=noise.draw(0, 0, (shape[0], plan.frames, *size), device),
             on_step=on_step,
         )
@@ -574,20 +596,20 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             pieces = [piece.strip() for piece in text.split(SPLIT)]
             if len(pieces) > 1 and not parts:
                 raise InputError(
-                    f"prompt: parts between '{SPLIT}' are for a call of the distilled model; a stream takes several "
-                    "prompts as they are"
+                    f"prompt: parts between '{SPLIT}' are for a video of the distilled model; a stream takes several "
+                    "prompts as they are, encode_prompt each part by itself"
                 )
             if text not in captions:
                 captions[text] = [self._embed(with_motion_score(piece, score)) for piece in pieces]
         return [captions[text] for text in texts]
 
     def _away(
-        self, prompt: str | list[str], embeds: Tensor | None, mask: Tensor | None, copies: int, count: int
+        self, prompt: str | list[str] | None, embeds: Tensor | None, mask: Tensor | None, copies: int, count: int
     ) -> list[TextEmbedding]:
         """For each video what guidance moves away from."""
         if embeds is not None:
             return self._given("negative_prompt", embeds, mask, copies, count)
-        prompts = [prompt] * (count // copies) if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt or ""] * (count // copies) if prompt is None or isinstance(prompt, str) else list(prompt)
         if len(prompts) * copies != count:
             raise InputError(f"negative_prompt: {len(prompts)} for {count // copies} prompts")
         return [self._embed(text, instruction=False) for text in prompts for _ in range(copies)]
@@ -652,22 +674,41 @@ class _Watch:
         timesteps: Sequence[int],
         total: int | None = None,
         callback: Callback | None = None,
+        wanted: Sequence[str] = (),
         bar: Any = None,
     ) -> None:
-        """timesteps: of a chunk; total: steps of the video, after whose last there is nothing to interrupt."""
+        """timesteps: of a chunk; total: steps of the video, after whose last there is nothing to interrupt; wanted:
+        names of tensors that the callback is given."""
         self._pipe, self._timesteps, self._total, self._callback, self._bar = pipe, timesteps, total, callback, bar
+        self._wanted = wanted
         self._done = 0
 
     def __call__(self, step: int, x: Tensor) -> Tensor:
         if self._callback is not None:
-            changed = self._callback(self._pipe, self._done, self._timesteps[step], {"latents": x}) or {}
-            x = changed.get("latents", x)
+            given = {name: value for name, value in (("latents", x),) if name in self._wanted}
+            changed = (self._callback(self._pipe, self._done, self._timesteps[step], given) or {}).get("latents", x)
+            if changed.shape != x.shape:
+                raise InputError(
+                    f"callback_on_step_end: returned latents of shape {tuple(changed.shape)} for {tuple(x.shape)}"
+                )
+            x = changed.to(x)
         self._done += 1
         if self._bar is not None:
             self._bar.update()
         if self._pipe.interrupt and self._done != self._total:
             raise Interrupted(x)
         return x
+
+
+def scheduler_shift(scheduler: Any) -> float:
+    """The shift that a diffusers scheduler was built with, or was set to; the base model's if it has none.
+
+    Its config may hold what a scheduler before it was built with: only arguments of its own count.
+    """
+    own = inspect.signature(type(scheduler).__init__).parameters
+    if "flow_shift" in own:
+        return float(scheduler.config["flow_shift"] or BASE.shift)
+    return float(scheduler.shift) if "shift" in own else BASE.shift
 
 
 def _texts(prompt: str | list[str] | None, embeds: Tensor | None, copies: int) -> list[str]:
@@ -689,6 +730,8 @@ def _until_told(prompt: str | Iterable[str]) -> Iterator[str]:
     """The prompt of each chunk; the last of several stays."""
     if isinstance(prompt, str):
         yield from repeat(prompt.strip())
+    if not isinstance(prompt, Iterable):
+        raise InputError(f"prompt: a {type(prompt).__name__}; must be a text, or texts one after another")
     latest: str | None = None
     for latest in prompt:
         yield latest.strip()
@@ -704,7 +747,9 @@ def _noise(
     shape: tuple[int, ...],
 ) -> Noise:
     """Of a batch; equal prompts are told apart by their place, unless each has a generator of its own."""
-    if isinstance(generator, list):
+    if latents is not None and tuple(latents.shape) != shape:
+        raise InputError(f"latents has shape {tuple(latents.shape)}: this batch needs {shape}")
+    if isinstance(generator, list | tuple):
         if len(generator) != len(texts):
             raise InputError(f"generator: {len(generator)} for {len(texts)} videos; give one, or one for each")
         noise = PromptNoise([take_seed(own) for own in generator], [(text, 0) for text in texts])
@@ -715,11 +760,7 @@ def _noise(
             prompts.append((text, seen[text]))
             seen[text] += 1
         noise = PromptNoise(take_seed(generator), prompts)
-    if latents is None:
-        return noise
-    if tuple(latents.shape) != shape:
-        raise InputError(f"latents has shape {tuple(latents.shape)}: this batch needs {shape}")
-    return GivenNoise(latents, noise)
+    return noise if latents is None else GivenNoise(latents, noise)
 
 
 def _stacked(embeddings: Iterable[TextEmbedding]) -> TextEmbedding:

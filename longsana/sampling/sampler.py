@@ -131,7 +131,7 @@ def sample_clip(
     *,
     shift: float,
     steps: int,
-    cfg_scale: float,
+    cfg_scale: float | Callable[[], float],
     noise: Tensor,
     clock: Clock | None = None,
     on_step: StepEnd = go_on,
@@ -232,7 +232,7 @@ def euler_path(
     captions: Sequence[Text],
     *,
     sigmas: Sequence[float],
-    cfg_scale: float,
+    cfg_scale: float | Callable[[], float],
     noise: Tensor,
     states: Sequence[CausalState | None] | None = None,
     on_step: StepEnd = go_on,
@@ -243,6 +243,7 @@ def euler_path(
 
     Args:
         captions: the caption, and with guidance the one to move away from; without it cfg_scale is not used.
+        cfg_scale: may be asked for at each step.
         noise: (B, C, T, H, W).
         states: what each caption has absorbed of the video so far; None is nothing.
         on_step: is shown x after every step.
@@ -256,7 +257,8 @@ def euler_path(
             model(x, t, text, state=state)[0].float() for text, state in zip(captions, states, strict=True)
         )
         if away:
-            velocity = away[0] + cfg_scale * (velocity - away[0])
+            scale = cfg_scale() if callable(cfg_scale) else cfg_scale
+            velocity = away[0] + scale * (velocity - away[0])
         x = on_step(step, x + (following - sigma) * velocity)
         yield x
 

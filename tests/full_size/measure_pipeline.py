@@ -34,8 +34,8 @@ def build(cache: Path, folder: Path) -> None:
     """A repository with the names and layouts of `SANA-Video_2B_480p_LongLive_diffusers`."""
     checkpoint = snapshot(cache, "SANA-Video_2B_480p_LongLive") / "checkpoints" / "SANA_Video_2B_480p_LongLive.pth"
     vae = snapshot(cache, "SANA-Video_2B_480p") / "vae" / "Wan2.1_VAE.pth"
-    for source, part in ((checkpoint, "transformer"), (vae, "vae")):
-        if convert([str(source), str(folder / part), "--to", "diffusers", "--force"]):
+    for source, part, flags in ((checkpoint, "transformer", ["--causal"]), (vae, "vae", [])):
+        if convert([str(source), str(folder / part), "--to", "diffusers", "--force", *flags]):
             raise SystemExit(f"{source}: not converted")
     for part, patterns in (("text_encoder", ("config.json", "*.safetensors*")), ("tokenizer", ("tokenizer*.json",))):
         (folder / part).mkdir(exist_ok=True)

@@ -16,13 +16,13 @@ from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.runtime.clock import Clock
 from longsana.sampling.pipeline import Frames, VideoPipeline
-from tests.pipelines.repository import OTHER, PROMPT, SIZE, shapes_config
+from tests.pipelines.repository import OTHER, PROMPT, SIZE, quiet, shapes_config
 from tests.sampling.test_ltx2 import small_720p
 
 
-def batch_command(config: InferenceConfig, *texts: str) -> tuple[Tensor, Tensor]:
+def batch_command(config: InferenceConfig, *texts: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Latents and pictures of a batch of lines of a prompt file."""
-    pipeline = VideoPipeline(config, "cpu")
+    pipeline = VideoPipeline(config, device)
     prompts = [
         Prompt(line, text, tuple(part.strip() for part in text.split("<split>")), texts[:line].count(text), 32, 48)
         for line, text in enumerate(texts)
@@ -46,6 +46,15 @@ def test_distilled(loaded: LongSanaVideoPipeline, num_frames: int) -> None:
     assert torch.equal(loaded(PROMPT, output_type="latent", generator=seed(), **call).frames, latents)
     (pictures,) = loaded(PROMPT, generator=seed(), **call).frames
     assert torch.equal(torch.stack([torch.tensor(list(p.tobytes())) for p in pictures]), pixels[0].flatten(1))
+
+
+@pytest.mark.gpu
+def test_distilled_on_a_gpu(distilled_folder: Path) -> None:
+    """In bfloat16, with the operations of a GPU."""
+    config = shapes_config(**{"sampling.num_frames": 81, "sampling.seed": 42})
+    latents, _ = batch_command(config, PROMPT, device="cuda")
+    pipe = quiet(distilled_folder, torch_dtype=torch.bfloat16).to("cuda")
+    assert torch.equal(pipe(PROMPT, output_type="latent", generator=seed(), num_frames=81, **SIZE).frames, latents)
 
 
 def test_distilled_batch_of_prompts(loaded: LongSanaVideoPipeline) -> None:

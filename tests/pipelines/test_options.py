@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from longsana.pipelines.video import LongSanaVideoPipeline
+from longsana.pipelines.video import LongSanaVideoPipeline, scheduler_shift
 from longsana.runtime.errors import InputError
 from tests.pipelines.repository import OTHER, PROMPT, SIZE, quiet
 
@@ -244,7 +244,7 @@ def test_bad_input(loaded: LongSanaVideoPipeline, changes: dict[str, Any], messa
     ("changes", "message"),
     [
         ({"timesteps": [1000]}, "timesteps: the base model's follow"),
-        ({"prompt": "a<split>b"}, "parts between .* are for a call of the distilled model"),
+        ({"prompt": "a<split>b"}, "parts between .* are for a video of the distilled model"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 for 1 prompts"),
     ],
 )
@@ -274,8 +274,86 @@ def test_layerwise_casting_inference(pipe: LongSanaVideoPipeline) -> None:
 
 
 def test_compiled_modules_are_seen_through(pipe: LongSanaVideoPipeline) -> None:
+    expected = pipe(**inputs()).frames
+    pipe.vae = torch.compile(pipe.vae, backend="eager")
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     assert pipe.distilled and pipe.config["transformer"][0] == "diffusers"
+    assert torch.equal(pipe(**inputs()).frames, expected)
+    again = LongSanaVideoPipeline(**pipe.components, caption_length=48, chi_prompt="none")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(**inputs()).frames, expected)
+
+
+def test_from_pipe(either: LongSanaVideoPipeline) -> None:
+    """The same parts under another pipeline."""
+    same = LongSanaVideoPipeline.from_pipe(either, torch_dtype=torch.float32)
+    assert all(getattr(same, name) is part for name, part in either.components.items())
+    same.set_progress_bar_config(disable=True)
+    assert torch.equal(same(**inputs()).frames, either(**inputs()).frames)
+
+
+def test_callback_cfg(loaded_base: LongSanaVideoPipeline) -> None:
+    """Guidance may rise from step to step."""
+
+    def raise_it(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        assert list(tensors) == ["latents"]
+        pipe._guidance_scale += 1
+        return {}
+
+    plain = loaded_base(**inputs(guidance_scale=2.0)).frames
+    risen = loaded_base(**inputs(guidance_scale=2.0, callback_on_step_end=raise_it)).frames
+    assert loaded_base.guidance_scale == 2 + loaded_base.num_timesteps
+    assert not torch.equal(plain, risen)
+
+
+def test_a_callback_gets_what_it_asks_for_and_gives_what_fits(loaded: LongSanaVideoPipeline) -> None:
+    given: list[Any] = []
+    watch = {"callback_on_step_end": lambda *step: given.append(step[3]), "callback_on_step_end_tensor_inputs": []}
+    assert torch.equal(loaded(**inputs(**watch)).frames, loaded(**inputs()).frames)
+    assert given == [{}, {}]
+    with pytest.raises(InputError, match="returned latents of shape"):
+        loaded(**inputs(callback_on_step_end=lambda *step: {"latents": step[3]["latents"][:, :, :1]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "shift"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 5.0}, 5.0),
+        ("FlowMatchEulerDiscreteScheduler", {}, 1.0),
+        ("UniPCMultistepScheduler", {"flow_shift": 3.0}, 3.0),
+        ("DPMSolverMultistepScheduler", {}, 8.0),
+        ("DDIMScheduler", {}, 8.0),
+    ],
+)
+def test_any_scheduler_gives_its_own_shift(
+    loaded_base: LongSanaVideoPipeline, name: str, settings: dict[str, Any], shift: float
+) -> None:
+    """Not what its config remembers of the scheduler before it."""
+    import diffusers
+
+    scheduler = getattr(diffusers, name).from_config(loaded_base.scheduler.config, **settings)
+    assert scheduler_shift(scheduler) == shift
+    if hasattr(scheduler, "set_shift"):
+        scheduler.set_shift(2.5)
+        assert scheduler_shift(scheduler) == 2.5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"negative_prompt": ["a", "b"], "guidance_scale": 2.0},
+        {"latents": torch.zeros(1, 16, 1, 1, 1)},
+        {"num_frames": 10},
+    ],
+)
+def test_what_is_refused_leaves_the_generator_alone(
+    loaded_base: LongSanaVideoPipeline, changes: dict[str, Any]
+) -> None:
+    call = inputs(**changes)
+    before = call["generator"].get_state()
+    with pytest.raises(InputError):
+        loaded_base(**call)
+    assert torch.equal(call["generator"].get_state(), before)
 
 
 def test_offload_hooks_bring_each_part(pipe: LongSanaVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
