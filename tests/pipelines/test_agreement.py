@@ -118,7 +118,9 @@ def test_base_is_that_of_diffusers(loaded_base: LongSanaVideoPipeline, base_fold
         return arguments, named | {"timestep": named["timestep"].floor()}
 
     theirs.transformer.register_forward_pre_hook(whole, with_kwargs=True)
-    embeds, mask, away, away_mask = loaded_base.encode_prompt(PROMPT, OTHER, do_classifier_free_guidance=True)
+    embeds, mask, away, away_mask = loaded_base.encode_prompt(
+        PROMPT, do_classifier_free_guidance=True, negative_prompt=OTHER
+    )
     assert away is not None and away_mask is not None
     call: dict[str, Any] = {
         "prompt_embeds": embeds,
