@@ -12,7 +12,6 @@ Exit status: 0 it is there, 2 bad input.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from longsana.config import InferenceConfig, ModelConfig, load_config
 from longsana.models.checkpoint_files import NETWORKS, PIPELINE_PART, open_checkpoint, weights_file
 from longsana.models.dcp_files import is_checkpoint
 from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS, diffusers_config, from_diffusers_config
-from longsana.models.weights import LAYOUTS, Layout, read_weights, save_checkpoint
+from longsana.models.weights import LAYOUTS, Layout, read_weights, save_checkpoint, written_config
 from longsana.models.writing import check_target, write_weights
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
 from longsana.runtime.distributed import World
@@ -90,8 +89,9 @@ def is_vae(path: Path, key: str) -> bool:
     return any(name.startswith("encoder.") for name in open_checkpoint(weights_file(path), key))
 
 
-def network_config(options: argparse.Namespace) -> ModelConfig:
-    """Of the network in SRC: what --config says, else its own config, else the published one."""
+def network_config(options: argparse.Namespace, written: dict[str, Any]) -> ModelConfig:
+    """Of the network in SRC: what --config says, else its own config (`written`: its diffusers one), else the published
+    one."""
     if options.config is not None:
         config: InferenceConfig = load_config(locate(options.config, "--config"))
         return config.model
@@ -99,16 +99,9 @@ def network_config(options: argparse.Namespace) -> ModelConfig:
         from longsana.training.export import network_configs  # torch.distributed comes with it
 
         return network_configs(options.path)[options.key]
-    if written := _written_config(options.path):
+    if written.get("_class_name") in (BASE_CLASS, CAUSAL_CLASS):
         return from_diffusers_config(diffusers_config(ModelConfig()) | written)
     return ModelConfig()
-
-
-def _written_config(path: Path) -> dict[str, Any]:
-    """What a diffusers folder says of its network; nothing of anything else."""
-    file = weights_file(path).parent / "config.json"
-    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return values if values.get("_class_name") in (BASE_CLASS, CAUSAL_CLASS) else {}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -116,17 +109,18 @@ def run(options: argparse.Namespace) -> int:
     if options.vae:
         _convert_vae(path, target, layout, options.source)
     else:
-        config = network_config(options)
+        written = written_config(weights_file(path))
+        config = network_config(options, written)
         try:
             state_dict = read_weights(path, config, key=options.key)
         except InputError as error:
-            own = options.config or _written_config(path)
+            own = options.config or written.get("_class_name") in (BASE_CLASS, CAUSAL_CLASS)
             remedy = "" if own else "; a network of another size needs its YAML: --config"
             raise InputError(f"{error}{remedy}") from error
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()}
         count = sum(tensor.numel() for tensor in state_dict.values())
         card = _card(target, layout, options.source, f"Network {config.model} ({options.key})", count, dtypes)
-        causal = options.causal or _written_config(path).get("_class_name") == CAUSAL_CLASS
+        causal = options.causal or written.get("_class_name") == CAUSAL_CLASS
         write_weights(target, layout, lambda to: save_checkpoint(state_dict, to, layout, config, causal=causal), card)
     log.info("%s: %s, from %s", target, layout, options.source)
     return 0

@@ -69,6 +69,15 @@ def test_a_diffusers_folder_says_its_size_and_class(tmp_path: Path) -> None:
         assert json.loads((tmp_path / folder / "config.json").read_text())["_class_name"] == name
 
 
+@pytest.mark.parametrize(("text", "says"), [("{", "cannot be read"), ("[]", "expected a mapping, found a list")])
+def test_a_damaged_config_is_named(text: str, says: str, tmp_path: Path, capsys: Any) -> None:
+    save_checkpoint(mixed(), tmp_path / "a", "diffusers", TINY)
+    (tmp_path / "a" / "config.json").write_text(text)
+    assert convert.main([str(tmp_path / "a"), str(tmp_path / "b.pth"), "--to", "upstream"]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "b.pth").exists()
+
+
 def test_a_model_card_says_what_it_is(command: Callable[..., int], tmp_path: Path) -> None:
     save_checkpoint(mixed(), tmp_path / "model.pth", "upstream", TINY)
     assert command(tmp_path / "model.pth", tmp_path / "folder", "--to", "diffusers") == 0

@@ -216,8 +216,8 @@ def _check_ltx2(model: Model, shape: VAEGeometry, source: str) -> None:
     strides = [
         part for part, scaled in zip(found.downsample_type, found.spatio_temporal_scaling, strict=False) if scaled
     ]
-    time = found.patch_size_t * 2 ** sum("temporal" in part for part in strides)
-    space = found.patch_size * 2 ** sum("spati" in part for part in strides)
+    time = found.patch_size_t * 2 ** sum(part != "spatial" for part in strides)
+    space = found.patch_size * 2 ** sum(part != "temporal" for part in strides)
     own = VAEGeometry(found.latent_channels, time, space)
     if own != shape or (found.in_channels, found.out_channels) != (3, 3):
         raise InputError(f"{source}: not an LTX-2 VAE: its config gives {own}; needed is {shape}, and 3 -> 3 colours")

@@ -197,7 +197,7 @@ def _match(
             ("missing", missing),
             ("unexpected", unexpected),
             ("wrong shape", misshapen),
-            ("different in config.json", _differences(file, config) if naming == "diffusers" else []),
+            ("different in config.json", differences(written_config(file), config) if naming == "diffusers" else []),
         )
         if names
     ]
@@ -210,17 +210,21 @@ def _describe(entry: Entry) -> str:
     return str(list(entry.shape)) if entry.floating else f"{entry.dtype} {list(entry.shape)}"
 
 
-def _differences(file: Path, config: ModelConfig) -> Sequence[str]:
-    """Sizes, such as the number of heads, that the shapes of tensors do not tell."""
+def written_config(file: Path) -> dict[str, Any]:
+    """What the `config.json` beside a diffusers file says of its network; empty if there is none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         written: Any = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return []
+        return {}
     except (OSError, ValueError) as error:
         raise InputError(f"{file.parent / 'config.json'}: cannot be read ({error}); download it again") from error
     if not isinstance(written, dict):
         raise InputError(f"{file.parent / 'config.json'}: expected a mapping, found a {type(written).__name__}")
-    return differences(written, config)
+    return written
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

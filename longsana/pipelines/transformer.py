@@ -201,9 +201,6 @@ class SanaVideoTransformer3DModel(SanaVideoCausalTransformer3DModel):
     """The bidirectional base model, which denoises a whole clip at once with many guided steps."""
 
 
-TRANSFORMERS = {model.__name__: model for model in (SanaVideoCausalTransformer3DModel, SanaVideoTransformer3DModel)}
-
-
 def text_embedding(tokens: Tensor, mask: Tensor | None) -> TextEmbedding:
     """tokens: (B, L, C); mask: (B, L), or None for all."""
     seen = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()

@@ -10,6 +10,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
@@ -30,10 +31,10 @@ from longsana.encoders.vae import DecodeCache, VideoVAE, kind_of
 from longsana.encoders.vae_files import check_geometry
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule, euler_sigmas, uniform_sigmas
 from longsana.models.embeddings import Text, TextEmbedding
+from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS
 from longsana.pipelines import transformer as networks
 from longsana.pipelines.noise import GivenNoise, take_seed
 from longsana.pipelines.transformer import (
-    TRANSFORMERS,
     SanaVideoCausalTransformer3DModel,
     SanaVideoTransformer3DModel,
     onload,
@@ -160,7 +161,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if not isinstance(uncompiled(transformer), SanaVideoCausalTransformer3DModel):
             raise InputError(
                 f"transformer: a {type(transformer).__module__}.{type(transformer).__name__}; needed is "
-                f"{' or '.join(TRANSFORMERS)} of {networks.__name__}, which from_pretrained builds"
+                f"{CAUSAL_CLASS} or {BASE_CLASS} of {networks.__name__}, which from_pretrained builds"
             )
         kind = kind_of(uncompiled(vae))
         check_geometry(uncompiled(vae), GEOMETRIES[kind.name], "vae")
@@ -189,9 +190,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         loaded = super().load_config(*arguments, **options)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
         _, name = index.get("transformer") or (None, None)
-        if name not in TRANSFORMERS:
+        if name not in (CAUSAL_CLASS, BASE_CLASS):
             raise InputError(
-                f"model_index.json: transformer is {name}; this pipeline is for {' and '.join(TRANSFORMERS)}"
+                f"model_index.json: transformer is {name}; this pipeline is for {CAUSAL_CLASS} and {BASE_CLASS}"
             )
         index["transformer"] = [networks.__name__, name]
         return loaded
@@ -206,7 +207,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     def distilled(self) -> bool:
         """Whether the model samples chunk by chunk in few steps, or a clip at once in many."""
         # Not isinstance: torch.compile wraps it.
-        return bool(self.config["transformer"][1] != SanaVideoTransformer3DModel.__name__)
+        return bool(self.config["transformer"][1] != BASE_CLASS)
 
     @property
     def geometry(self) -> VAEGeometry:
@@ -300,8 +301,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         else:
             given = self._given("prompt", prompt_embeds, prompt_attention_mask, num_videos_per_prompt, len(texts))
             captions = [[embedding] for embedding in given]
-        for parts in captions:
-            parts_per_chunk(len(parts), len(plan))  # refuses more parts than chunks
+        heard = self._parts(captions, plan)
         away = None
         if guidance > 1:
             away = self._away(
@@ -320,7 +320,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             wanted = tuple(callback_on_step_end_tensor_inputs)
             on_step = _Watch(self, schedule.steps, self._num_timesteps, callback_on_step_end, wanted, bar)
             try:
-                for chunk in self._chunks(schedule, plan, captions, away, noise, size, on_step):
+                for chunk in self._chunks(schedule, plan, heard, away, noise, size, on_step):
                     finished.append(chunk.latents)
             except Interrupted as stop:
                 finished.append(stop.latents)
@@ -556,7 +556,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self,
         schedule: FlowSchedule | ManySteps,
         plan: ChunkPlan,
-        captions: Sequence[Sequence[TextEmbedding]],
+        heard: Iterator[Text],
         away: Sequence[TextEmbedding] | None,
         noise: Noise,
         size: tuple[int, int],
@@ -568,7 +568,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             return generate(
                 self._network,
                 schedule,
-                self._parts(captions, plan),
+                heard,
                 plan,
                 shape=shape,
                 rng=noise,
@@ -577,7 +577,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         return sample_clip(
             self._network,
-            self._read(parts[0] for parts in captions),
+            next(heard),
             None if away is None else self._read(away),
             shift=schedule.shift,
             steps=len(schedule.steps),
@@ -646,13 +646,18 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         return expand(compact(encoder.encode(text, instruction=instruction)), self._execution_device)
 
     def _parts(self, captions: Sequence[Sequence[TextEmbedding]], plan: ChunkPlan) -> Iterator[Text]:
-        """For each chunk the caption of all videos, read once as long as it stays."""
-        before, text = None, None
-        for chosen in zip(*(parts_per_chunk(len(parts), len(plan)) for parts in captions), strict=True):
-            if chosen != before or text is None:
-                text = self._read(parts[part] for parts, part in zip(captions, chosen, strict=True))
-                before = chosen
-            yield text
+        """For each chunk the caption of all videos, read once as long as it stays.
+
+        Raises:
+            InputError: at once: a video has more parts than chunks.
+        """
+
+        @lru_cache(maxsize=1)
+        def text(chosen: tuple[int, ...]) -> Text:
+            return self._read(parts[part] for parts, part in zip(captions, chosen, strict=True))
+
+        order = [parts_per_chunk(len(parts), len(plan)) for parts in captions]
+        return map(text, zip(*order, strict=True))
 
     def _read(self, embeddings: Iterable[TextEmbedding]) -> Text:
         return self.transformer.read(_stacked(embeddings))
@@ -685,7 +690,7 @@ class _Watch:
 
     def __call__(self, step: int, x: Tensor) -> Tensor:
         if self._callback is not None:
-            given = {name: value for name, value in (("latents", x),) if name in self._wanted}
+            given = {"latents": x} if "latents" in self._wanted else {}
             changed = (self._callback(self._pipe, self._done, self._timesteps[step], given) or {}).get("latents", x)
             if changed.shape != x.shape:
                 raise InputError(
