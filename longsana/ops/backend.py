@@ -21,10 +21,21 @@ SHARED_MEMORY = 227 << 10
 """Bytes that a program may have, to hold the kernels' tiles: on H100, H200, B200, not on their smaller relatives."""
 WITHOUT_GRADIENTS = ("add_shortcut", "norm_silu_into", "quantise_rows", "spread_into")
 """Operations that are fused only where nothing is differentiated."""
-# Padded strides go wrong in torch 2.11: of the attention denominators' gradient, (B, N, heads), one kernel writes
-# contiguous memory, and the next reads it as if each sample had been padded to a multiple of 32 numbers.
-INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {"comprehensive_padding": False}
-"""Options of torch.compile for this network."""
+
+
+@cache
+def inductor_options() -> dict[str, str | int | bool | Callable[..., Any]]:
+    """Options of torch.compile for this network: what is wrong in torch 2.11 is off."""
+    from torch._inductor import config
+
+    # Of the attention denominators' gradient, (B, N, heads), one kernel writes contiguous memory, and the next reads
+    # it as if each sample had been padded to a multiple of 32 numbers.
+    options: dict[str, str | int | bool | Callable[..., Any]] = {"comprehensive_padding": False}
+    # A norm and sums over tokens in one kernel: some gradients of shift, scale and gate then come from memory that
+    # nobody wrote. Older versions cannot.
+    if hasattr(config.triton, "mix_order_reduction"):
+        options["triton.mix_order_reduction"] = False
+    return options
 
 
 @cache

@@ -22,7 +22,7 @@ from longsana.models.float8 import PRODUCTS, Float8Linear, to_float8
 from longsana.models.naming import diffusers_config
 from longsana.models.rope import rotary
 from longsana.ops import FUSED, reference
-from longsana.ops.backend import INDUCTOR, WITHOUT_GRADIENTS, can_fuse, fused_twin
+from longsana.ops.backend import WITHOUT_GRADIENTS, can_fuse, fused_twin, inductor_options
 from longsana.sampling.noise import PromptNoise
 from longsana.sampling.pipeline import VideoPipeline
 from longsana.sampling.replay import Recording
@@ -378,7 +378,7 @@ def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, A
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """torch.compile, each by itself: all are alike, and one compilation serves them."""
     for block in blocks:
-        block.compile(options=INDUCTOR)
+        block.compile(options=inductor_options())
 
 
 def _widths(network: ModelConfig) -> tuple[int, int, int]:

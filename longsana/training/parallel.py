@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from longsana.models.dit import LongSanaDiT
-from longsana.ops.backend import INDUCTOR
+from longsana.ops.backend import inductor_options
 from longsana.runtime.distributed import World
 
 Strategy = Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"]
@@ -68,7 +68,7 @@ def wrap_blocks(model: LongSanaDiT, *, checkpointing: bool, compile_blocks: bool
         if compile_blocks:
             # Checkpointing inside: around a compiled block, recomputation may meet another graph than the forward pass
             # did, one for shapes that have varied since, and fails.
-            block.forward = torch.compile(block.forward, options=INDUCTOR)
+            block.forward = torch.compile(block.forward, options=inductor_options())
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

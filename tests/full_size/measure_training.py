@@ -3,6 +3,8 @@
 python tests/full_size/hub_cache.py /tmp/hub
 python tests/full_size/measure_training.py --cache /tmp/hub --out /tmp/training.json self_forcing=6 longsana=24
 
+and for 720p `hub_cache.py --size 720`, `measure_training.py --size 720`, which starts every stage from the base model.
+
 A checkpoint of two networks takes 58 GB, so none is written unless --save is given: then the run is stopped after its
 iterations, and the same command goes on for two more.
 """
@@ -33,14 +35,15 @@ from longsana.training.stage import Turn  # noqa: E402
 
 DENSE_BF16 = 989e12  # FLOP/s of an H100 or H200 by the vendor's datasheet
 GIB = 2**30
+BASE_720P = "hf://Efficient-Large-Model/SANA-Video_2B_720p/checkpoints/SANA_Video_2B_720p_LTXVAE.pth"
 
 
-def run(stage: str, iterations: int, cache: Path, logdir: Path, settings: list[str]) -> list[dict[str, Any]]:
+def run(path: str, iterations: int, cache: Path, logdir: Path, settings: list[str]) -> list[dict[str, Any]]:
     """The lines of a run's log."""
     command = [
         *("torchrun", "--standalone", f"--nproc_per_node={torch.cuda.device_count()}"),
         "train_video_scripts/train_longsana.py",
-        *("--config_path", config_path(stage), "--logdir", str(logdir)),
+        *("--config_path", path, "--logdir", str(logdir)),
         *("--disable-wandb", "--no_visualize", "--max_iters", str(iterations)),
         *settings,
     ]
@@ -50,14 +53,10 @@ def run(stage: str, iterations: int, cache: Path, logdir: Path, settings: list[s
     return [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def config_path(stage: str) -> str:
-    return f"configs/sana_video_config/longsana/480ms/{stage}.yaml"
-
-
-def summary(stage: str, lines: list[dict[str, Any]], settings: list[str]) -> dict[str, Any]:
+def summary(stage: str, path: str, lines: list[dict[str, Any]], settings: list[str]) -> dict[str, Any]:
     """What iterations cost after the first two, which allocate and choose algorithms."""
     overrides = [item for item in settings if "=" in item]
-    config: TrainingConfig = load_config(ROOT / config_path(stage), overrides, TrainingConfig, RETIRED_IN_TRAINING)
+    config: TrainingConfig = load_config(ROOT / path, overrides, TrainingConfig, RETIRED_IN_TRAINING)
     processes = torch.cuda.device_count()
     peaks = [line["gpu_peak_allocated"] / GIB for line in lines]
     result: dict[str, Any] = {
@@ -105,25 +104,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON; runs already in it are kept")
     parser.add_argument("--save", action="store_true", help="write a checkpoint at the end, and go on from it")
     parser.add_argument("--scratch", help="folder for the runs' folders")
+    parser.add_argument("--size", type=int, choices=(480, 720), default=480)
     parser.add_argument("--set", nargs="*", default=[], help="settings, as section.key=value")
     options = parser.parse_args()
     records = json.loads(options.out.read_text()) if options.out.exists() else {}
     for item in options.stages:
         stage, _, iterations = item.partition("=")
+        path = f"configs/sana_video_config/longsana/{options.size}ms/{stage}.yaml"
         settings = [*options.set, "train.total_batch_size=null"]
+        if options.size == 720:
+            settings.append(f"model.load_from={BASE_720P}")
         if stage != "ode":
             settings.append("data.data_path=asset/samples/video_prompts_samples.txt")
         with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
             started = time.perf_counter()
             lines = run(
-                stage, int(iterations), options.cache, Path(folder), settings + ([] if options.save else ["--no_save"])
+                path, int(iterations), options.cache, Path(folder), settings + ([] if options.save else ["--no_save"])
             )
-            record = {"summary": summary(stage, lines, settings), "launch s": round(time.perf_counter() - started, 1)}
+            seconds = round(time.perf_counter() - started, 1)
+            record = {"summary": summary(stage, path, lines, settings), "launch s": seconds}
             if options.save:
                 (saved,) = Path(folder).glob("checkpoint_model_*")
                 record["checkpoint GB"] = round(sum(file.stat().st_size for file in saved.iterdir()) / 1e9, 1)
                 started = time.perf_counter()
-                lines = run(stage, int(iterations) + 2, options.cache, Path(folder), [*settings, "--no_save"])
+                lines = run(path, int(iterations) + 2, options.cache, Path(folder), [*settings, "--no_save"])
                 record["resumed launch s"] = round(time.perf_counter() - started, 1)
             records[item] = record | {"lines": lines}
         options.out.write_text(json.dumps(records, indent=1))
