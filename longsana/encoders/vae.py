@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longsana.config import VAEConfig
-from longsana.encoders import ltx2_decoder, wan_decoder
+from longsana.encoders import convolution, ltx2_decoder, wan_decoder
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry, geometry
 from longsana.encoders.vae_files import LTX2, WAN, Kind, Model, check_geometry, load_model
 from longsana.runtime.errors import InputError
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
 
 class DecodeCache(NamedTuple):
-    """What the decoder remembers: the last two input frames of each causal convolution, (B, C, 2, H, W) each.
+    """What the decoder remembers: the last two input frames of each convolution over time, (B, C, 2, H, W) each, and
+    what waits for the future, if it looks there.
 
     One size for a video of any length. A value: it may be decoded from any number of times.
     """
 
     features: tuple[Tensor, ...]
     latents: int  # latent frames decoded so far
+    ended: bool = False  # its decoder looked for a future and was told that there is none
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +53,7 @@ class VideoVAE(ABC):
 
     def __init__(self, model: Model, shape: VAEGeometry, latents_per_call: int) -> None:
         assert latents_per_call > 0
+        convolution.prepare(model)
         self.model = model
         self.geometry = shape
         self.latents_per_call = latents_per_call
@@ -93,8 +96,18 @@ class VideoVAE(ABC):
         """(B, C, T, h, w), not normalised, of frames in the network's dtype."""
 
     @abstractmethod
-    def _decode_group(self, latents: Tensor, features: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Frames, not clamped, of the next latents, and what is remembered. None: the start, one latent alone."""
+    def _decode_group(
+        self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Frames, not clamped, of the next latents, and what is remembered. None: the start, one latent alone.
+
+        seen: latents before them; last: whether the video ends with them.
+        """
+
+    @property
+    def ahead(self) -> int:
+        """Latents that must follow one until its frames are settled; 0 where the decoder is causal."""
+        return 0
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
@@ -117,22 +130,35 @@ class VideoVAE(ABC):
         return frames.float().clamp_(-1, 1)
 
     @torch.no_grad()
-    def decode_stream(self, latents: Tensor, cache: DecodeCache | None = None) -> tuple[Tensor, DecodeCache]:
+    def decode_stream(
+        self, latents: Tensor, cache: DecodeCache | None = None, *, more: bool = False
+    ) -> tuple[Tensor, DecodeCache]:
         """Frames of the next latents (B, C, T, h, w) of a video, T >= 1, and the cache to decode the ones after.
 
-        Returns float32 frames in [-1, 1], (B, 3, `geometry.pixel_frames(T, first=cache is None)`, H, W).
+        more: whether latents follow. Only a decoder that looks `ahead` asks: it keeps back the frames that they may
+        change, and where the video ends its cache does too.
+
+        Returns float32 frames in [-1, 1], (B, 3, F, H, W). A causal decoder gives all of these latents',
+        F = `geometry.pixel_frames(T, first=cache is None)`.
         Cut anywhere, the frames are those of `decode` within rounding (about 1e-5 in float32). Cuts between groups of
         g = `latents_per_call` change no bit of them: latent 0 is decoded alone, then 1 .. g, g+1 .. 2g, and so on.
+
+        Raises:
+            ValueError: the cache is of a video that has ended.
         """
         start = 0 if cache is None else cache.latents
+        stop = start + latents.shape[2]
         features: tuple[Tensor, ...] | None = None if cache is None else cache.features
+        if cache is not None and cache.ended:
+            raise ValueError(f"the video of this cache has ended after {start} latents: decode those with more=True")
         frames: list[Tensor] = []
         for group in _groups(start, latents.shape[2], self.latents_per_call):
             raw = self._denormalise(latents[:, :, group.start - start : group.stop - start])
-            decoded, features = self._decode_group(raw, features)
+            last = not more and group.stop == stop
+            decoded, features = self._decode_group(raw, features, group.start, last=last)
             frames.append(decoded.clamp_(-1, 1).float())
         assert features is not None, "no latents to decode"
-        return torch.cat(frames, dim=2), DecodeCache(features, start + latents.shape[2])
+        return torch.cat(frames, dim=2), DecodeCache(features, stop, ended=self.ahead > 0 and not more)
 
     def lead_latent(self, latents: Tensor, cache: DecodeCache | None = None) -> tuple[Tensor, DecodeCache]:
         """The last pixel frame of latents (B, C, T, h, w), encoded as a picture of its own, and the next cache.
@@ -141,8 +167,10 @@ class VideoVAE(ABC):
         first latent is one picture. cache: of all latents before these; None decodes them as if there were none, which
         is off by what the decoder would remember of them, some 20 latents far.
         """
-        frames, cache = self.decode_stream(latents, cache)
-        return self.encode(frames[:, :, -1:]), cache
+        frames, after = self.decode_stream(latents, cache)
+        if after.ended:
+            _, after = self.decode_stream(latents, cache, more=True)
+        return self.encode(frames[:, :, -1:]), after
 
     @staticmethod
     def to_uint8(frames: Tensor) -> Tensor:
@@ -159,10 +187,6 @@ class WanVAE(VideoVAE):
 
     name, kind = "WanVAE", WAN
 
-    def __init__(self, model: Model, shape: VAEGeometry, latents_per_call: int) -> None:
-        super().__init__(model, shape, latents_per_call)
-        wan_decoder.prepare(model)
-
     @staticmethod
     def _statistics(model: Model) -> tuple[Tensor, Tensor]:
         return torch.tensor(model.config.latents_mean), torch.tensor(model.config.latents_std)
@@ -170,12 +194,14 @@ class WanVAE(VideoVAE):
     def _posterior_mean(self, frames: Tensor) -> Tensor:
         return encode_clip(self.model, frames, latents_per_call=self.latents_per_call).chunk(2, dim=1)[0]
 
-    def _decode_group(self, latents: Tensor, features: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _decode_group(
+        self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         return wan_decoder.decode(self.model, latents, features)
 
 
 class LTX2VAE(VideoVAE):
-    """The LTX-2 VAE, with a causal decoder. Its statistics are tensors of its weights."""
+    """The LTX-2 VAE. Its statistics are tensors of its weights, and by its config its decoder looks into the future."""
 
     name, kind = "LTX2VAE_diffusers", LTX2
 
@@ -187,8 +213,14 @@ class LTX2VAE(VideoVAE):
         mean: Tensor = self.model.encode(frames).latent_dist.mean
         return mean
 
-    def _decode_group(self, latents: Tensor, features: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return ltx2_decoder.decode(self.model, latents, features)
+    @property
+    def ahead(self) -> int:
+        return ltx2_decoder.ahead(self.model)
+
+    def _decode_group(
+        self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return ltx2_decoder.decode(self.model, latents, features, seen=seen, last=last)
 
 
 VAES: dict[str, type[WanVAE | LTX2VAE]] = {kind.name: kind for kind in (WanVAE, LTX2VAE)}

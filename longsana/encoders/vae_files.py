@@ -224,10 +224,10 @@ def _check_ltx2(model: Model, shape: VAEGeometry, source: str) -> None:
     noise = found.decoder_inject_noise
     if found.timestep_conditioning or (any(noise) if isinstance(noise, list | tuple) else noise):
         raise InputError(f"{source}: its decoder takes a timestep or noise; only plain ones can be used")
-    if not (found.encoder_causal and found.decoder_causal):
+    if not found.encoder_causal:
         raise InputError(
-            f"{source}: encoder_causal={found.encoder_causal}, decoder_causal={found.decoder_causal}: what looks into "
-            "the future cannot be decoded as a stream; both must be true, as published"
+            f"{source}: encoder_causal=False: a clip's latents would depend on the frames after it; must be true, as "
+            "published"
         )
 
 

@@ -140,7 +140,7 @@ def try_truth(config: InferenceConfig, trial: Trial, device: torch.device) -> di
 def _decoded(vae: VideoVAE, latents: Tensor, plan: ChunkPlan) -> Iterator[Tensor]:
     cache = None
     for part in plan.slices():
-        frames, cache = vae.decode_stream(latents[:, :, part], cache)
+        frames, cache = vae.decode_stream(latents[:, :, part], cache, more=part.stop < plan.frames)
         yield vae.to_uint8(frames)
 
 

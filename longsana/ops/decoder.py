@@ -1,4 +1,4 @@
-"""What lies between the Wan decoder's convolutions, each as one pass over memory.
+"""What lies between a decoder's convolutions, each as one pass over memory.
 
 cuDNN adds a bias in a pass of its own, so what reads a convolution's result adds it here.
 """
@@ -48,6 +48,7 @@ def _norm_silu(
     stride_row,
     stride_pixel,
     root,
+    eps,
     channels: tl.constexpr,
     block_pixels: tl.constexpr,
     block_channels: tl.constexpr,
@@ -61,15 +62,18 @@ def _norm_silu(
     values = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         values += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
-    gain = tl.load(gamma + channel, mask=channel < channels, other=0.0).to(tl.float32) * root
-    length = tl.maximum(tl.sqrt(tl.sum(values * values, axis=1)), 1e-12)
-    y = values / length[:, None] * gain[None, :]
+    length = tl.maximum(tl.sqrt(tl.sum(values * values, axis=1) + eps), 1e-12)
+    y = values / length[:, None]
+    if gamma is None:
+        y *= root
+    else:
+        y *= tl.load(gamma + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :] * root
     tl.store(out + target, (y * tl.sigmoid(y)).to(out.dtype.element_ty), mask=inside)
 
 
-def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+def norm_silu_into(x: Tensor, gamma: Tensor | None, out: Tensor, bias: Tensor | None = None, eps: float = 0.0) -> None:
     batch, frames, height, width, channels = x.shape
-    assert x.is_contiguous() and gamma.is_contiguous(), "channels last, without gaps"
+    assert x.is_contiguous() and (gamma is None or gamma.is_contiguous()), "channels last, without gaps"
     assert out.shape == x.shape and out.stride(4) == 1, (out.shape, out.stride())
     pixels = batch * frames * height * width
     sizes = _block(channels)
@@ -84,6 +88,7 @@ def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor, bias: Tensor | None = 
         width,
         *out.stride()[:4],
         channels**0.5,
+        channels * eps,
         channels=channels,
         **sizes,
     )

@@ -166,9 +166,12 @@ def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[
     left = tail[:, None]
     for chunk in x.split(list(lengths), dim=1):
         padded = torch.cat([left, chunk, torch.zeros_like(left)], dim=1)
-        # A product, since the gradient of F.conv2d for one clip has other strides than torch.compile expects (2.11).
-        windows = torch.cat([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], dim=-1)
-        out.append(windows @ weight[..., 0].permute(2, 1, 0).flatten(0, 1))
+        # Products, since the gradient of F.conv2d for one clip has other strides than torch.compile expects (2.11).
+        products = [
+            padded[:, i : i + chunk.shape[1]].flatten(1, 2) @ tap.expand(len(x), -1, -1)
+            for i, tap in enumerate(weight[..., 0].permute(2, 1, 0))
+        ]
+        out.append((products[0] + products[1] + products[2]).view(chunk.shape))
         left = chunk[:, -1:]
     return torch.cat(out, dim=1)
 
@@ -178,25 +181,28 @@ def add_temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Seque
     return x + temporal_conv(x, tail, weight, lengths=lengths)
 
 
-def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-    """SiLU of an RMSNorm over channels, written into a view: the Wan decoder's step before each convolution.
+def norm_silu_into(x: Tensor, gamma: Tensor | None, out: Tensor, bias: Tensor | None = None, eps: float = 0.0) -> None:
+    """SiLU of an RMSNorm over channels, written into a view: a decoder's step before each convolution.
 
-        out = silu(y)      y = gamma * sqrt(C) * (x + bias) / max(|x + bias|, 1e-12)
+        out = silu(y)      y = gamma * (x + bias) / max(sqrt(mean((x + bias)^2) + eps), 1e-12 / sqrt(C))
 
     Args:
         x: (B, T, H, W, C).
-        gamma: (C,). bias: (C,), of the convolution that made x, if it is still to be added.
+        gamma: (C,); None is 1. bias: (C,), of the convolution that made x, if it is still to be added.
         out: (B, T, H, W, C), any view, such as the interior of a padded buffer; only its elements are written.
     """
     wide = x.to(accumulation_dtype(x.dtype))
     if bias is not None:
         wide = wide + bias
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
-    out.copy_(F.silu(wide / length * (gamma.to(wide.dtype) * x.shape[-1] ** 0.5)))
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    if eps:
+        length = (length.square() + eps * x.shape[-1]).sqrt()
+    gain = x.shape[-1] ** 0.5 if gamma is None else gamma.to(wide.dtype) * x.shape[-1] ** 0.5
+    out.copy_(F.silu(wide / length.clamp_min(1e-12) * gain))
 
 
 def add_shortcut(x: Tensor, shortcut: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x + shortcut + bias, in x's memory: a residual block's end in the Wan decoder.
+    """x + shortcut + bias, in x's memory: a residual block's end in a decoder.
 
     Args:
         x, shortcut: (B, T, H, W, C). bias: (C,), of the convolution that made x, if it is still to be added.

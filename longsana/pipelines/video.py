@@ -329,10 +329,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             result: Any = torch.cat(finished, dim=2)
         else:
             onload(self.vae)
-            vae, cache = kind_of(uncompiled(self.vae)).around(uncompiled(self.vae), latents_per_call), None
+            vae, cache = self._vae(latents_per_call), None
             stretches = []
             for stretch in finished:
-                pictures, cache = _decoded(vae, stretch, cache, chunk_frames)
+                pictures, cache = _decoded(vae, stretch, cache, chunk_frames, more=stretch is not finished[-1])
                 stretches.append(_pictures(pictures, output_type))
             result = _joined(stretches)
         self.maybe_free_model_hooks()
@@ -393,6 +393,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
         lengths = self._lengths(num_frames, chunk_frames, begins=state is None)
+        if output_type != "latent" and (ahead := self._vae(latents_per_call).ahead):
+            raise ValueError(
+                f"stream: the VAE's decoder looks {ahead} latents ahead, so that the end of a stream would stay "
+                'inside; use the call, or output_type="latent"'
+            )
         seed = state.seed if state is not None and generator is None else take_seed(generator)
         prompts = _until_told(prompt)
         return self._stream(
@@ -438,8 +443,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 assert memory is not None
                 if output_type != "latent":
                     onload(self.vae)
-                    vae = vae or kind_of(uncompiled(self.vae)).around(uncompiled(self.vae), latents_per_call)
-                    pictures, cache = _decoded(vae, chunk.latents, cache, chunk_frames)
+                    vae = vae or self._vae(latents_per_call)
+                    pictures, cache = _decoded(vae, chunk.latents, cache, chunk_frames, more=True)
                     frames = _pictures(pictures, output_type)
                 yield LongSanaVideoChunk(frames, StreamState(memory, cache, seed, prompt, size))
         except Interrupted:
@@ -537,6 +542,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if not shift > 0:
             raise InputError(f"flow_shift={shift:g}: must be positive")
         return shift
+
+    def _vae(self, latents_per_call: int) -> VideoVAE:
+        model = uncompiled(self.vae)
+        return kind_of(model).around(model, latents_per_call)
 
     def _lengths(self, num_frames: int | None, chunk_frames: int, *, begins: bool) -> Iterable[int]:
         """Latent frames of each chunk of a video, or of what is added to one."""
@@ -773,13 +782,14 @@ def _stacked(embeddings: Iterable[TextEmbedding]) -> TextEmbedding:
 
 
 def _decoded(
-    vae: VideoVAE, latents: Tensor, cache: DecodeCache | None, chunk_frames: int
+    vae: VideoVAE, latents: Tensor, cache: DecodeCache | None, chunk_frames: int, *, more: bool
 ) -> tuple[Tensor, DecodeCache | None]:
-    """Frames of the next latents, (B, 3, F, H, W) in [-1, 1] on the host."""
+    """Frames of the next latents, (B, 3, F, H, W) in [-1, 1] on the host. more: see `decode_stream`."""
     frames = []
     # The batch command's cuts: the first chunk may be long, and the base model's is all of the clip.
-    for piece in latents.split(chunk_frames, dim=2):
-        decoded, cache = vae.decode_stream(piece, cache)
+    pieces = latents.split(chunk_frames, dim=2)
+    for index, piece in enumerate(pieces):
+        decoded, cache = vae.decode_stream(piece, cache, more=more or index < len(pieces) - 1)
         frames.append(decoded.cpu())
     return torch.cat(frames, dim=2), cache
 

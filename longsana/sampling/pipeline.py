@@ -45,7 +45,7 @@ class Frames(NamedTuple):
 
     chunk: its index in the video, from 0.
     latents: (B, C, T, H, W), float32, on the device.
-    pixels: (B, F, H, W, 3), uint8, on the host.
+    pixels: (B, F, H, W, 3), uint8, on the host; those that are settled, if the decoder looks into the future.
     """
 
     chunk: int
@@ -149,12 +149,13 @@ class VideoPipeline:
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], captions: Sequence[Caption], clock: Clock) -> Iterator[Frames]:
         """Frames of the videos of a batch of prompts of one size, stretch by stretch."""
-        cache = None
+        cache, left = None, self.plan.frames
         for chunk in self._latents(prompts, captions, clock):
             # The base model's clip is one chunk; decoding it in pieces bounds memory.
             for latents in chunk.latents.split(self.config.sampling.chunk_frames, dim=2):
+                left -= latents.shape[2]
                 with clock.part("decode"):
-                    pixels, cache = self.vae.decode_stream(latents, cache)
+                    pixels, cache = self.vae.decode_stream(latents, cache, more=left > 0)
                     pixels = _to_host(self.vae.to_uint8(pixels))
                 yield Frames(chunk.index, latents, pixels)
 

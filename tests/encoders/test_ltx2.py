@@ -10,9 +10,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLLTX2Video
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from longsana.config import VAEConfig
+from longsana.encoders import convolution, ltx2_decoder
 from longsana.encoders.vae import LTX2VAE, load_vae
+from longsana.evaluation.measures import boundaries, measure, seam_index
+from longsana.ops import FUSED
+from longsana.ops.backend import fused_twin
 from longsana.runtime.errors import InputError
 from tests.encoders.streaming import draw, stream
 
@@ -24,7 +29,8 @@ SMALL: dict[str, Any] = {
     "scaling_factor": 0.8,
 }
 """A narrow VAE with the published strides and latents."""
-ROUNDING = {"atol": 2e-5, "rtol": 0}  # of float32, between two orders of summing
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDING = {"atol": 5e-5, "rtol": 0}  # of float32, between two orders of summing
 
 
 def write(folder: Path, **changes: Any) -> str:
@@ -139,7 +145,7 @@ def test_a_pipelines_folder(source: str, tmp_path: Path, vae: LTX2VAE) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"decoder_causal": False}, "looks into the future"),
+        ({"encoder_causal": False}, "depend on the frames after it"),
         ({"decoder_inject_noise": (False, True, False, False)}, "a timestep or noise"),
         ({"latent_channels": 64}, "needed is VAEGeometry"),
         ({"patch_size": 2}, "space_stride=16"),
@@ -150,6 +156,121 @@ def test_what_cannot_be_used_is_refused(source: str, tmp_path: Path, changes: di
     (tmp_path / "config.json").write_text(json.dumps(values | changes))
     with pytest.raises(InputError, match=says):
         load(f"seeded:{tmp_path}")
+
+
+@pytest.fixture(scope="module")
+def looking_ahead(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(tmp_path_factory.mktemp("ahead"), decoder_causal=False, decoder_spatial_padding_mode="zeros")
+
+
+@pytest.mark.parametrize("latents_per_call", [1, 3])
+@pytest.mark.parametrize("lengths", [(20,), (1,), (2, 1, 9, 8), (1, 19)])
+def test_a_decoder_that_looks_ahead_is_exact(
+    looking_ahead: str, latents_per_call: int, lengths: tuple[int, ...]
+) -> None:
+    """Frames come later, as many as the receptive field says, and are those of the whole clip: no seam, 100 dB."""
+    vae, count = load(looking_ahead, latents_per_call), sum(lengths)
+    latents = draw(2, 128, count, 2, 3)
+    expected, pieces, cache, done = vae.decode(latents), [], None, 0
+    for piece in latents.split(list(lengths), dim=2):
+        done += piece.shape[2]
+        frames, cache = vae.decode_stream(piece, cache, more=done < count)
+        pieces.append(frames)
+        given = sum(frames.shape[2] for frames in pieces)
+        settled = done if done == count else max(done - vae.ahead, 0)
+        assert given >= (vae.geometry.pixel_frames(settled) if settled else 0)
+        assert done == count or given < vae.geometry.pixel_frames(settled + 1)
+    streamed = torch.cat(pieces, dim=2)
+    torch.testing.assert_close(streamed, expected, **ROUNDING)
+    assert 10 * torch.log10(4 / (streamed - expected).square().mean()) > 100
+    if 1 < latents_per_call < count:
+        given, wanted = (
+            seam_index(measure(vae.to_uint8(frames)).change, boundaries(count, latents_per_call, 8), 8)
+            for frames in (streamed, expected)
+        )
+        torch.testing.assert_close(given, wanted, atol=1e-3, rtol=0)
+
+
+def test_the_future_changes_what_is_kept_back_alone(looking_ahead: str) -> None:
+    """The last latent of a clip reaches back exactly as far as is waited for."""
+    vae = load(looking_ahead)
+    latents = draw(1, 128, vae.ahead + 3, 2, 2)
+    frames, other = (
+        vae.decode(torch.cat([latents[:, :, :-1], last], dim=2)) for last in (latents[:, :, -1:], -latents[:, :, -1:])
+    )
+    first = int((frames - other).abs().amax((0, 1, 3, 4)).gt(1e-6).nonzero()[0])
+    settled = vae.decode_stream(latents[:, :, :-1], more=True)[0].shape[2]
+    assert settled == first
+
+
+def test_memory_that_looks_ahead(looking_ahead: str) -> None:
+    vae = load(looking_ahead)
+    latents = draw(1, 128, 30, 2, 2)
+    cache, sizes = None, []
+    for latent in latents.split(1, dim=2):
+        _, cache = vae.decode_stream(latent, cache, more=True)
+        sizes.append(cache.nbytes)
+    assert len(set(sizes[vae.ahead + 1 :])) == 1
+    lead, after = vae.lead_latent(latents[:, :, -1:], cache)
+    assert lead.isfinite().all() and not after.ended
+    _, ended = vae.decode_stream(latents[:, :, -1:], cache)
+    with pytest.raises(ValueError, match="ended after 31 latents: decode those with more=True"):
+        vae.decode_stream(latents[:, :, -1:], ended)
+
+
+def test_the_published_one_would_wait_for_22_latents() -> None:
+    with torch.device("meta"):
+        model = AutoencoderKLLTX2Video(decoder_causal=False)
+    assert ltx2_decoder.ahead(model) == 22
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"upsample_factor": (1, 1, 1)},
+        {"upsample_residual": (False, True, False)},
+        {"decoder_spatial_padding_mode": "zeros"},
+    ],
+)
+def test_other_layers(tmp_path: Path, changes: dict[str, Any]) -> None:
+    vae = load(write(tmp_path, **changes))
+    latents = draw(1, 128, 3, 2, 2)
+    torch.testing.assert_close(stream(vae, latents, (2, 1))[0], vae.decode(latents), **ROUNDING)
+
+
+def test_frames_as_a_gpu_makes_them(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all kernels and late biases."""
+    monkeypatch.setattr(ltx2_decoder, "biases_come_late", lambda x: True)
+    for name in ("norm_silu_into", "add_shortcut", "spread_into"):
+        monkeypatch.setattr(ltx2_decoder, name, fused_twin(name, FUSED))
+    monkeypatch.setattr(convolution, "spread_into", fused_twin("spread_into", FUSED))
+    config = VAEConfig(vae_type="LTX2VAE_diffusers", vae_pretrained=source, latents_per_call=2)
+    vae = load_vae(config, torch.device(DEVICE), torch.float32)
+    latents = draw(2, 128, 3, 2, 3)
+    torch.testing.assert_close(stream(vae, latents, (2, 1))[0], vae.decode(latents), **ROUNDING)
+
+
+@pytest.mark.gpu
+def test_at_its_own_size_on_a_gpu(tmp_path: Path) -> None:
+    """In bfloat16, with the kernels; and nothing is transposed for a convolution."""
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLLTX2Video"}))
+    latents = draw(1, 128, 5, 22, 40).cuda()
+    config = VAEConfig(vae_type="LTX2VAE_diffusers", vae_pretrained=f"seeded:{tmp_path}", latents_per_call=2)
+    expected = load_vae(config, "cuda", torch.float32).decode(latents)
+    vae = load_vae(config, "cuda", torch.bfloat16)
+    frames, last = vae.decode_stream(latents)
+    in_parts, cache = stream(vae, latents, (3, 2))
+    assert torch.equal(in_parts, frames)
+    assert cache.nbytes == last.nbytes == sum(feature.nbytes for feature in cache.features)
+    span = expected.max() - expected.min()
+    assert 10 * torch.log10(span.square() / (frames - expected).square().mean()) > 40
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        vae.decode_stream(latents[:, :, :2], cache)
+        torch.cuda.synchronize()
+    kernels = [event.key for event in seen.key_averages()]
+    assert any("_norm_silu" in kernel for kernel in kernels), kernels
+    assert not [kernel for kernel in kernels if "nchwtonhwc" in kernel.lower() or "nhwctonchw" in kernel.lower()]
 
 
 def test_another_kind_of_vae_is_refused(source: str, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from longsana.config import VAEConfig
-from longsana.encoders import wan_decoder
+from longsana.encoders import convolution, wan_decoder
+from longsana.encoders.convolution import pair
 from longsana.encoders.vae import WanVAE
-from longsana.encoders.wan_decoder import pair
 from longsana.ops import FUSED
 from longsana.ops.backend import fused_twin
 from tests.encoders.streaming import draw, stream
@@ -93,9 +93,10 @@ def test_pairs_of_pixels_as_one(load: Load, name: str, dtype: torch.dtype) -> No
 
 def test_frames_as_a_gpu_makes_them(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all kernels, late biases and pairs, which pictures of an odd width do without."""
-    monkeypatch.setattr(wan_decoder, "_biases_come_late", lambda x: True)
+    monkeypatch.setattr(wan_decoder, "biases_come_late", lambda x: True)
     for name in ("norm_silu_into", "add_shortcut", "spread_into"):
         monkeypatch.setattr(wan_decoder, name, fused_twin(name, FUSED))
+    monkeypatch.setattr(convolution, "spread_into", fused_twin("spread_into", FUSED))
     latents = draw(2, 16, 3, 2, 3).to(DEVICE)
     expected = load("trained", device=DEVICE).decode(latents)
     vae = load("trained", 2, DEVICE)
@@ -171,6 +172,7 @@ def test_at_its_own_size_on_a_gpu(
     """In bfloat16, with the kernels; and nothing is transposed for a convolution."""
     for operation in ("norm_silu_into", "add_shortcut", "spread_into"):
         monkeypatch.setattr(wan_decoder, operation, fused_twin(operation, FUSED))
+    monkeypatch.setattr(convolution, "spread_into", fused_twin("spread_into", FUSED))
     latents = draw(1, 16, 7, *size).cuda()
     expected = load(name, device="cuda").decode(latents)
     vae = load(name, 3, "cuda", torch.bfloat16)

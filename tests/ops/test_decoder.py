@@ -1,4 +1,4 @@
-"""What lies between the Wan decoder's convolutions: twins against formulas, kernels against twins."""
+"""What lies between a decoder's convolutions: twins against formulas, kernels against twins."""
 
 from __future__ import annotations
 
@@ -38,6 +38,15 @@ def room(x: Tensor) -> tuple[Tensor, Tensor]:
     return buffer, buffer[:, 2:, 1:-1, 1:-1]
 
 
+def test_the_twin_is_the_formula_of_the_ltx_2_decoder() -> None:
+    """Its RMSNorm (diffusers' PerChannelRMSNorm) has no weight, and an epsilon."""
+    x = pixels(2, 1, 2, 3, 5).double()
+    out = torch.empty_like(x)
+    norm_silu_into(x, None, out, eps=1e-2)
+    y = x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt()
+    torch.testing.assert_close(out, y * y.sigmoid())
+
+
 def test_the_twin_is_the_formula() -> None:
     x, gamma = pixels(2, 1, 2, 3, 5).double(), draw(5, seed=2).double()
     out = torch.empty_like(x)
@@ -63,11 +72,12 @@ def test_the_kernel_is_the_twin(shape: tuple[int, ...], dtype: torch.dtype, tole
     x, gamma, given = (
         values.to(DEVICE, dtype) for values in (pixels(*shape), *(draw(shape[-1], seed=i) for i in (2, 3)))
     )
-    for bias in (None, given):
+    for gain, bias, eps in ((gamma, None, 0.0), (gamma, given, 0.0), (None, given, 1e-2)):
         expected = torch.empty(shape, dtype=torch.float64, device=DEVICE)
-        norm_silu_into(x.double(), gamma.double(), expected, None if bias is None else bias.double())
+        wide = [None if values is None else values.double() for values in (gain, bias)]
+        norm_silu_into(x.double(), wide[0], expected, wide[1], eps)
         buffer, view = room(x)
-        fused(x, gamma, view, bias)
+        fused(x, gain, view, bias, eps)
         torch.testing.assert_close(view.double(), expected, atol=1e-5, rtol=tolerance)
         assert buffer.isfinite().sum() == view.numel()
 

@@ -1,0 +1,117 @@
+"""What the decoders share: channels-last convolutions over buffers, and what they remember from call to call.
+
+Activations are (B, T, H, W, C) in memory, what convolutions call channels-last: permuting costs nothing. What goes into
+a convolution is a buffer with a border that the operation before it writes straight into.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longsana.encoders.vae_files import Model
+from longsana.ops import spread_into
+
+Layer: TypeAlias = Any  # one of diffusers' modules
+
+
+def prepare(model: Model) -> None:
+    """Lay the model's weights out for its decoder, once; in any other layout a GPU reorders them in every call.
+
+    In the widest pictures a GPU takes two neighbouring pixels for one of twice the channels where these are an odd
+    multiple of 32: cuDNN's convolutions for Hopper want multiples of 64. Of 96, as in Wan, it does 246 TFLOP/s, of 192
+    608 (one H100). Operations: a third more.
+    """
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in model.parameters():
+        if parameter.dim() in layouts:
+            parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
+    if model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16):
+        for layer in model.decoder.modules():
+            cubic = isinstance(layer, nn.Conv3d) and layer.kernel_size == (3, 3, 3)
+            if cubic and layer.in_channels % 64 == layer.out_channels % 64 == 32:
+                pair(layer)
+
+
+def pair(layer: nn.Conv3d) -> None:
+    """Let a 3x3x3 convolution run on pairs of pixels where the width is even."""
+    layer.register_buffer("paired", _paired(layer.weight), persistent=False)
+
+
+class Memory:
+    """One call of a decoder: its convolutions take what they remember in turn, and leave what they will."""
+
+    def __init__(self, features: tuple[Tensor, ...] | None) -> None:
+        self.first = features is None
+        self.features: list[Tensor] = []
+        self._past = iter(features or ())
+
+    def recall(self) -> Tensor:
+        """(B, T, H, W, C), what the same convolution left in the call before."""
+        past = next(self._past).permute(0, 2, 3, 4, 1)
+        return past if past.stride(4) == 1 else past.contiguous()  # another layout may come from a checkpoint
+
+    def remember(self, frames: Tensor) -> None:
+        # Copied: a view would keep the whole buffer alive.
+        own = frames.new_empty(frames.shape)
+        if own.numel():
+            spread_into(frames, own)
+        self.features.append(own.permute(0, 4, 1, 2, 3))
+
+
+def clear_border(buffer: Tensor) -> None:
+    """Zero the outermost pixels of (..., H, W, C)."""
+    height, width = buffer.shape[-3:-1]
+    buffer[..., :: height - 1, :, :].zero_()
+    buffer[..., :: width - 1, :].zero_()
+
+
+def mirror_border(buffer: Tensor) -> None:
+    """Make the outermost pixels of (..., H, W, C) those on the other side of their neighbours (`reflect`)."""
+    for border, inside in ((0, 2), (-1, -3)):
+        buffer[..., border, 1:-1, :] = buffer[..., inside, 1:-1, :]
+    for border, inside in ((0, 2), (-1, -3)):
+        buffer[..., border, :] = buffer[..., inside, :]
+
+
+def biases_come_late(x: Tensor) -> bool:
+    """Whether what reads a convolution's result adds its bias: see ops/decoder.py. oneDNN adds it at no cost."""
+    return x.is_cuda
+
+
+def conv3d(layer: Layer, x: Tensor, *, bias: bool = True) -> Tensor:
+    added = layer.bias if bias else None
+    if getattr(layer, "paired", None) is not None and x.shape[3] % 2 == 0:
+        pairs = x.unflatten(3, (-1, 2)).flatten(4)
+        y = F.conv3d(pairs.permute(0, 4, 1, 2, 3), layer.paired, None if added is None else added.repeat(2))
+        return y.permute(0, 2, 3, 4, 1).unflatten(4, (2, -1)).flatten(3, 4)
+    x = x.permute(0, 4, 1, 2, 3)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.enabled:
+        # conv3d takes oneDNN for a single video only where C T H is above 20480, and elsewhere up to 20 times as long.
+        y = torch.mkldnn_convolution(x, layer.weight, added, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
+    else:
+        y = F.conv3d(x, layer.weight, added)
+    return y.permute(0, 2, 3, 4, 1)
+
+
+def _paired(weight: Tensor) -> Tensor:
+    """(2 O, 2 I, kt, kh, 2), which does to pairs of neighbouring pixels what weight (O, I, kt, kh, 3) does to pixels.
+
+    A pair of outputs sees two pairs, four pixels, of which each output takes three.
+    """
+    out, channels, *kernel, _ = weight.shape
+    paired = weight.new_zeros(2, out, 2, channels, *kernel, 2)
+    for pixel in range(2):
+        for tap in range(3):
+            pair, side = divmod(pixel + tap, 2)
+            paired[pixel, :, side, ..., pair] = weight[..., tap]
+    return paired.flatten(2, 3).flatten(0, 1).contiguous(memory_format=torch.channels_last_3d)
+
+
+def linear(layer: Layer, x: Tensor) -> Tensor:
+    """A convolution whose kernel is one pixel."""
+    # Flat: with more dimensions the bias may become a pass of its own.
+    return F.linear(x.flatten(0, -2), layer.weight.flatten(1), layer.bias).unflatten(0, x.shape[:-1])
