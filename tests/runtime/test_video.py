@@ -139,13 +139,15 @@ def test_a_missing_folder_is_an_error_at_once(tmp_path: Path) -> None:
 
 def test_appending_waits_for_the_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    convert = av.VideoFrame.from_ndarray
+    convert = av.VideoFrame.from_numpy_buffer
 
     def held(*args: object, **rest: object) -> av.VideoFrame:
         go.wait()
         return convert(*args, **rest)
 
-    monkeypatch.setattr("longsana.runtime.video.av.VideoFrame", type("Held", (), {"from_ndarray": staticmethod(held)}))
+    monkeypatch.setattr(
+        "longsana.runtime.video.av.VideoFrame", type("Held", (), {"from_numpy_buffer": staticmethod(held)})
+    )
     with open_writer(tmp_path / "a.mp4") as video:
         producer = threading.Thread(target=lambda: [video.append(smooth(1)) for _ in range(8)])
         producer.start()
@@ -163,7 +165,7 @@ def test_an_encoder_error_reaches_a_producer_that_is_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     seen = appended = 0
-    convert = av.VideoFrame.from_ndarray
+    convert = av.VideoFrame.from_numpy_buffer
     caught: list[BaseException] = []
 
     def failing(*args: object, **rest: object) -> av.VideoFrame:
@@ -184,7 +186,7 @@ def test_an_encoder_error_reaches_a_producer_that_is_ahead(
         except MemoryError as error:
             caught.append(error)
 
-    fake = type("Failing", (), {"from_ndarray": staticmethod(failing)})
+    fake = type("Failing", (), {"from_numpy_buffer": staticmethod(failing)})
     monkeypatch.setattr("longsana.runtime.video.av.VideoFrame", fake)
     producer = threading.Thread(target=produce, daemon=True)
     producer.start()
