@@ -105,6 +105,11 @@ class VideoVAE(ABC):
         """
 
     @property
+    @abstractmethod
+    def widest(self) -> tuple[int, int]:
+        """Channels of the decoder's last and largest activations, and of how many pixels' side each of them is."""
+
+    @property
     def ahead(self) -> int:
         """Latents that must follow one until its frames are settled; 0 where the decoder is causal."""
         return 0
@@ -191,6 +196,10 @@ class WanVAE(VideoVAE):
     def _statistics(model: Model) -> tuple[Tensor, Tensor]:
         return torch.tensor(model.config.latents_mean), torch.tensor(model.config.latents_std)
 
+    @property
+    def widest(self) -> tuple[int, int]:
+        return self.model.config.base_dim, 1
+
     def _posterior_mean(self, frames: Tensor) -> Tensor:
         return encode_clip(self.model, frames, latents_per_call=self.latents_per_call).chunk(2, dim=1)[0]
 
@@ -212,6 +221,10 @@ class LTX2VAE(VideoVAE):
     def _posterior_mean(self, frames: Tensor) -> Tensor:
         mean: Tensor = self.model.encode(frames).latent_dist.mean
         return mean
+
+    @property
+    def widest(self) -> tuple[int, int]:
+        return self.model.decoder.conv_out.in_channels, self.model.config.patch_size
 
     @property
     def ahead(self) -> int:

@@ -84,17 +84,17 @@ def _measure(pictures: Tensor, before: Tensor | None) -> Measures:
     )
 
 
-def boundaries(latent_frames: int, chunk_frames: int, time_stride: int = 4) -> list[int]:
+def boundaries(latent_frames: int, chunk_frames: int, time_stride: int) -> list[int]:
     """First pixel frame of each chunk but the first, of a video sampled `chunk_frames` latent frames at a time."""
     starts = ChunkPlan.split(latent_frames, chunk_frames).starts[1:]
     return [time_stride * start - (time_stride - 1) for start in starts]
 
 
-def seam_index(change: Tensor, boundaries: Sequence[int], time_stride: int = 4) -> Tensor:
+def seam_index(change: Tensor, boundaries: Sequence[int], time_stride: int) -> Tensor:
     """Mean change onto the first frame of a chunk over mean change within chunks, (B,); 1 is seamless.
 
-    Within chunks only frames of the same phase count, the first pixel frame 4n-3 of each latent n >= 1: a VAE has a
-    rhythm of its own, which is not a seam. `STILL` is added above and below, so that what does not move scores 1.
+    Within chunks only frames of the same phase count, the first pixel frame of each latent after the first: a VAE has
+    a rhythm of its own, which is not a seam. `STILL` is added above and below, so that what does not move scores 1.
     change: (B, F) from the first frame of the video. nan: no chunk has a boundary, or none has anything within.
     """
     first = torch.zeros(change.shape[1], dtype=torch.bool, device=change.device)

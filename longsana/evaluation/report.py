@@ -56,7 +56,7 @@ def examine(video: Video, device: torch.device) -> dict[str, Any]:
         verdicts = judge(whole, [promise])
         row |= score(verdicts).as_dict()
         for seconds in LENGTHS:
-            length = round(seconds * rate) + 1  # videos have 4n+1 frames: the first one is at second 0
+            length = round(seconds * rate) + 1  # the first frame is at second 0
             if length <= frames:
                 scores[f"{seconds} s"] = score(judge(whole.first(length), [promise])).as_dict()
         curves |= {name: measures.per_second(getattr(verdicts, name), rate) for name in ("adherence", "persistence")}
@@ -66,7 +66,7 @@ def examine(video: Video, device: torch.device) -> dict[str, Any]:
         values = getattr(figures, look)
         row[f"{look} drift"] = float(measures.drift(values, rate))
         curves[f"{look} drift"] = measures.drift_curve(values, rate)
-    row["seam index"] = float(measures.seam_index(figures.change, video.boundaries))
+    row["seam index"] = float(measures.seam_index(figures.change, video.boundaries, video.time_stride))
     row["movement"] = float(measures.motion(figures.change, rate))
     return _plain({"row": row, "prompt": video.prompt, "scores": scores, "curves": curves, "velocity": velocity})
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> di
     """Sample the trial's videos and score them; see `summarise`."""
     pipeline, prompts, captions = _loaded(config, trial.prompts, trial.frames, device, absorbs=trial.absorbs)
     config, plan = pipeline.config, pipeline.plan
-    seams = boundaries(plan.frames, plan.lengths[-1])
+    seam = _seam(plan.frames, plan.lengths[-1], pipeline.geometry.time_stride)
     runs = []
     for seed in trial.seeds:
         pipeline.config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seed=seed))
@@ -60,7 +61,7 @@ def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> di
         for first in range(0, len(prompts), trial.batch):
             some = slice(first, first + trial.batch)
             films = (film.pixels for film in pipeline.sample(prompts[some], captions[some], Clock(device)))
-            videos += _score(films, trial.prompts[some], trial.lengths, seams, device)
+            videos += _score(films, trial.prompts[some], trial.lengths, seam, device)
         runs.append(videos)
     return summarise(runs, trial.lengths)
 
@@ -125,7 +126,7 @@ def try_truth(config: InferenceConfig, trial: Trial, device: torch.device) -> di
     """The same of the world itself, seen through the VAE: what no model can surpass. One seed; other prompts."""
     vae = load_vae(config.vae, device, resolve_dtype(config.vae.weight_dtype, device))
     plan = ChunkPlan.split(vae.geometry.latent_frames(trial.frames), config.sampling.chunk_frames)
-    seams = boundaries(plan.frames, config.sampling.chunk_frames)
+    seam = _seam(plan.frames, config.sampling.chunk_frames, vae.geometry.time_stride)
     videos: list[dict[str, Any]] = []
     batch = max(trial.batch // 8, 1)  # a film's pictures are encoded at once
     for first in range(0, len(trial.prompts), batch):
@@ -133,7 +134,7 @@ def try_truth(config: InferenceConfig, trial: Trial, device: torch.device) -> di
         scenes = [draw_scene(0, TRUTH + index, held_out=True) for index in indices]
         latents = vae.encode(render(scenes, range(trial.frames), device=device))
         captions = [scene.caption for scene in scenes]
-        videos += _score(_decoded(vae, latents, plan), captions, trial.lengths, seams, device)
+        videos += _score(_decoded(vae, latents, plan), captions, trial.lengths, seam, device)
     return summarise([videos], trial.lengths)
 
 
@@ -144,8 +145,18 @@ def _decoded(vae: VideoVAE, latents: Tensor, plan: ChunkPlan) -> Iterator[Tensor
         yield vae.to_uint8(frames)
 
 
+def _seam(latent_frames: int, chunk_frames: int, time_stride: int) -> Callable[[Tensor], Tensor]:
+    """`seam_index` of changes."""
+    seams = boundaries(latent_frames, chunk_frames, time_stride)
+    return partial(seam_index, boundaries=seams, time_stride=time_stride)
+
+
 def _score(
-    films: Iterable[Tensor], captions: Sequence[str], lengths: Sequence[int], seams: Sequence[int], device: torch.device
+    films: Iterable[Tensor],
+    captions: Sequence[str],
+    lengths: Sequence[int],
+    seam: Callable[[Tensor], Tensor],
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """Of each video the figures by length, and curves by second. films: pieces (B, F, H, W, 3), uint8."""
     seen: list[Seen] = []
@@ -158,7 +169,7 @@ def _score(
         frames = seconds * FPS + 1
         verdicts = judge(whole.first(frames), promises)
         figures[seconds] = {name: getattr(verdicts, name).nanmean(1) for name in FIGURES}
-        figures[seconds]["seam index"] = seam_index(looks.change[:, :frames], seams)
+        figures[seconds]["seam index"] = seam(looks.change[:, :frames])
         figures[seconds][DRIFT] = drift(looks.saturation[:, :frames], FPS).abs()
     verdicts = judge(whole, promises)
     curves = {

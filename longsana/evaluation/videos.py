@@ -25,11 +25,15 @@ from longsana.sampling.request import WHOLE_CLIP
 
 @dataclass(frozen=True)
 class Video:
-    """An mp4, its prompt (None: no sidecar says it) and the first pixel frame of each chunk but the first."""
+    """An mp4, its prompt (None: no sidecar says it), and how its frames came about.
+
+    boundaries: the first pixel frame of each chunk but the first. time_stride: pixel frames of a latent.
+    """
 
     path: Path
     prompt: str | None
-    boundaries: tuple[int, ...]
+    boundaries: tuple[int, ...] = ()
+    time_stride: int = 1
 
     @property
     def promise(self) -> Promise | None:
@@ -53,22 +57,23 @@ def find_videos(folder: Path) -> list[Video]:
 def _describe(path: Path) -> Video:
     sidecar = path.with_suffix(".json")
     if not sidecar.exists():
-        return Video(path, None, ())
+        return Video(path, None)
     try:
         record = json.loads(sidecar.read_text(encoding="utf-8"))
-        return Video(path, str(record["prompt"]), _boundaries(record))
+        return Video(path, str(record["prompt"]), *_origin(record))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{sidecar}: not a sidecar that inference wrote ({reason}); remove or repair it") from error
 
 
-def _boundaries(record: dict[str, Any]) -> tuple[int, ...]:
+def _origin(record: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+    """Boundaries and time stride."""
     config = record["config"]
-    if config["scheduler"]["sampling_algo"] == WHOLE_CLIP:
-        return ()
     vae = GEOMETRIES[config["vae"]["vae_type"]]
+    if config["scheduler"]["sampling_algo"] == WHOLE_CLIP:
+        return (), vae.time_stride
     latents = vae.latent_frames(record["frames"])
-    return tuple(boundaries(latents, config["sampling"]["chunk_frames"], vae.time_stride))
+    return tuple(boundaries(latents, config["sampling"]["chunk_frames"], vae.time_stride)), vae.time_stride
 
 
 def frame_rate(path: Path) -> float:

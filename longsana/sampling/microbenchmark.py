@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
-from longsana.encoders.vae import WanVAE
 from longsana.models import attention, dit
 from longsana.models.embeddings import TextEmbedding, TextMemory
 from longsana.models.float8 import PRODUCTS, Float8Linear, to_float8
@@ -198,12 +197,11 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
     taps = random(width, width, 3, 1) / (3 * width) ** 0.5
     conv = {"lengths": [frames]}
     yield Case("add_temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)
-    if not isinstance(pipeline.vae, WanVAE):
-        return
-    # The decoder's widest step, the four frames of one latent.
-    channels = pipeline.vae.model.config.base_dim
-    picture = torch.randn(1, 4, *size, channels, device=device, generator=rng).to(pipeline.vae.dtype)
-    buffer = picture.new_zeros(1, 6, size[0] + 2, size[1] + 2, channels)
+    # The decoder's widest step, for one latent.
+    channels, side = pipeline.vae.widest
+    frames, height, width = pipeline.geometry.time_stride, size[0] // side, size[1] // side
+    picture = torch.randn(1, frames, height, width, channels, device=device, generator=rng).to(pipeline.vae.dtype)
+    buffer = picture.new_zeros(1, 2 + frames, height + 2, width + 2, channels)
     gamma = picture.new_ones(channels)
     bias = gamma.clone()
     yield Case("norm_silu_into", (picture, gamma, buffer[:, 2:, 1:-1, 1:-1], bias), {}, written=2)

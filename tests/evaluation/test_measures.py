@@ -47,10 +47,10 @@ def test_pieces_are_the_whole():
 
 
 def test_boundaries_are_pixel_frames():
-    assert boundaries(21, 10) == [41]  # chunks of 11 and 10 latents: 41 frames, then 40
-    assert boundaries(241, 10)[:2] == [41, 81]
-    assert len(boundaries(241, 10)) == 23
-    assert boundaries(5, 10) == []
+    assert boundaries(21, 10, 4) == [41]  # chunks of 11 and 10 latents: 41 frames, then 40
+    assert boundaries(241, 10, 4)[:2] == [41, 81]
+    assert len(boundaries(241, 10, 4)) == 23
+    assert boundaries(5, 10, 4) == []
 
 
 def rhythm(frames: int) -> torch.Tensor:
@@ -63,10 +63,18 @@ def rhythm(frames: int) -> torch.Tensor:
 
 def test_the_rhythm_of_the_vae_is_no_seam():
     change = rhythm(161)
-    assert seam_index(change, [41, 81, 121]).item() == pytest.approx(1)
+    assert seam_index(change, [41, 81, 121], 4).item() == pytest.approx(1)
     change[:, 81] *= 4
-    assert seam_index(change, [41, 81, 121]).item() == pytest.approx(2, abs=0.02)
-    assert seam_index(change, []).isnan().all()
+    assert seam_index(change, [41, 81, 121], 4).item() == pytest.approx(2, abs=0.02)
+    assert seam_index(change, [], 4).isnan().all()
+
+
+def test_every_vae_has_its_own_rhythm():
+    assert boundaries(31, 10, 8) == [81, 161]  # 8 pixel frames a latent: chunks of 81, 80 and 80
+    change = torch.full((1, 241), 0.01)
+    change[:, 1::8] = 0.03
+    assert seam_index(change, [81, 161], 8).item() == pytest.approx(1)
+    assert seam_index(change, [81, 161], 4).item() > 1.4
 
 
 def test_a_jump_at_a_boundary_is_a_seam():
@@ -75,18 +83,18 @@ def test_a_jump_at_a_boundary_is_a_seam():
     smooth = pictures(drawn, 81)
     jump = torch.cat([smooth[:, :41], pictures(drawn, 40, start=61)], dim=1)
     for spoil in (lambda clip: clip, lambda clip: through_vae(clip, psnr=40)):
-        assert seam_index(measure(spoil(smooth)).change, [41]).mean() == pytest.approx(1, abs=0.1)
-        assert seam_index(measure(spoil(jump)).change, [41]).min() > 1.3
+        assert seam_index(measure(spoil(smooth)).change, [41], 4).mean() == pytest.approx(1, abs=0.1)
+        assert seam_index(measure(spoil(jump)).change, [41], 4).min() > 1.3
 
 
 def test_what_does_not_move_has_no_seam():
     clip = pictures([shapes.draw_scene(2, 0)], 1).expand(-1, 81, -1, -1, -1)
     change = measure(clip).change
-    assert seam_index(change, [41]).item() == 1
+    assert seam_index(change, [41], 4).item() == 1
     assert motion(change, FPS).item() == 0
     flicker = clip.clone()
     flicker[:, 41:, ::8, ::8, 0] += 1  # one byte in 192
-    assert seam_index(measure(flicker).change, [41]).item() < 1.15
+    assert seam_index(measure(flicker).change, [41], 4).item() < 1.15
 
 
 def test_fading_colours_drift():

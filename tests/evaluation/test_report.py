@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from longsana.data import shapes
+from longsana.evaluation.measures import measure_pieces, seam_index
 from longsana.evaluation.report import plot, table
-from longsana.evaluation.videos import read_pieces
+from longsana.evaluation.videos import find_videos, read_pieces
 from longsana.runtime.video import VideoWriter
 from tests.evaluation.films import pictures
 from tests.scripts import load_script
@@ -24,14 +25,16 @@ def command():
     return load_script(ROOT / "inference_video_scripts/evaluate.py")
 
 
-def write(path: Path, clip: torch.Tensor, prompt: str | None, algorithm: str = "longlive_flow_euler") -> None:
+def write(
+    path: Path, clip: torch.Tensor, prompt: str | None, algorithm: str = "longlive_flow_euler", vae: str = "WanVAE"
+) -> None:
     with VideoWriter(path, shapes.FPS, shapes.HEIGHT, shapes.WIDTH, crf=18, preset="veryfast") as video:
         video.append(clip)
     if prompt is not None:
         config = {
             "sampling": {"chunk_frames": 10},
             "scheduler": {"sampling_algo": algorithm},
-            "vae": {"vae_type": "WanVAE"},
+            "vae": {"vae_type": vae},
         }
         path.with_suffix(".json").write_text(json.dumps({"prompt": prompt, "frames": len(clip), "config": config}))
 
@@ -77,6 +80,20 @@ def test_a_video_is_read_in_pieces(folder):
     assert [tuple(piece.shape) for piece in pieces] == [(1, n, 96, 160, 3) for n in (40, 40, 17)]
     error = torch.cat(pieces, 1).float() - pictures([shapes.draw_scene(31, 0)], 97).float()
     assert error.abs().mean() < 3
+
+
+def test_seams_of_another_vae(command, tmp_path):
+    """A jump in the middle of a chunk of LTX-2's 8-frame latents, where Wan's would begin another chunk."""
+    clip = pictures([shapes.draw_scene(31, 9)], 161)[0]
+    clip[41:] = clip[41:].flip(2)
+    for vae in ("WanVAE", "LTX2VAE_diffusers"):
+        write(tmp_path / f"{vae}.mp4", clip, "A cat in the snow", vae=vae)
+    seams = {}
+    for video in find_videos(tmp_path):
+        change = measure_pieces([clip[None]], torch.device("cpu")).change
+        seams[video.path.stem] = float(seam_index(change, video.boundaries, video.time_stride))
+    assert [video.boundaries for video in find_videos(tmp_path)] == [(81,), (41, 81, 121)]
+    assert seams["LTX2VAE_diffusers"] < 1 < 1.3 < seams["WanVAE"]
 
 
 def test_bad_input_is_told(folder, command, tmp_path, capsys):

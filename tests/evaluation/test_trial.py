@@ -11,7 +11,6 @@ from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, load_config
 from longsana.data.shapes import FPS, draw_scene, prompts, render
 from longsana.evaluation import trial
-from longsana.evaluation.measures import boundaries
 from longsana.evaluation.trial import FIGURES, Trial, summarise, try_model
 from longsana.flow.schedule import FlowSchedule
 from longsana.sampling.noise import PromptNoise
@@ -29,8 +28,8 @@ def films(scenes, frames, pieces=3):
 def test_the_world_itself_scores_in_full():
     scenes = [draw_scene(5, index, held_out=True) for index in range(4)]
     frames = 3 * FPS + 1
-    seams = boundaries((frames - 1) // 4 + 1, 5)
-    scored = trial._score(films(scenes, frames), [scene.caption for scene in scenes], (2, 3), seams, CPU)
+    seam = trial._seam((frames - 1) // 4 + 1, 5, 4)
+    scored = trial._score(films(scenes, frames), [scene.caption for scene in scenes], (2, 3), seam, CPU)
     report = summarise([scored], (2, 3))
     for seconds in ("2", "3"):
         for figure in FIGURES:
@@ -44,8 +43,8 @@ def test_the_world_itself_scores_in_full():
 def test_a_prefix_is_scored_as_a_shorter_video():
     scenes = [draw_scene(5, index, held_out=True) for index in range(2)]
     captions = [scene.caption for scene in scenes]
-    long = trial._score(films(scenes, 3 * FPS + 1), captions, (2,), [13, 33], CPU)
-    short = trial._score(films(scenes, 2 * FPS + 1, pieces=1), captions, (2,), [13], CPU)
+    long = trial._score(films(scenes, 3 * FPS + 1), captions, (2,), trial._seam(13, 4, 4), CPU)
+    short = trial._score(films(scenes, 2 * FPS + 1, pieces=1), captions, (2,), trial._seam(9, 4, 4), CPU)
     for a, b in zip(long, short, strict=True):
         for name, value in a["figures"][2].items():
             assert value == pytest.approx(b["figures"][2][name], nan_ok=True), name
@@ -54,7 +53,7 @@ def test_a_prefix_is_scored_as_a_shorter_video():
 def test_what_breaks_its_promise_scores_less():
     scenes = [draw_scene(5, index, held_out=True) for index in range(2)]
     other = [draw_scene(6, index, held_out=True).caption for index in range(2)]
-    scored = trial._score(films(scenes, 2 * FPS + 1), other, (2,), [], CPU)
+    scored = trial._score(films(scenes, 2 * FPS + 1), other, (2,), trial._seam(1, 1, 4), CPU)
     assert summarise([scored], (2,))["figures"]["2"]["persistence"][0] == 0
 
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
 from longsana.models import attention, dit, embeddings, feed_forward
+from longsana.models.build import empty_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.models.rope import Rotary
@@ -87,6 +88,21 @@ def test_streaming_equals_parallel(small_config, random_model, random_text, rand
     assert relative(stream, parallel) < 1e-12
     assert_same_state(after_stream, after_parallel, 1e-12)
     assert after_stream.frames == plan.frames + (start or 0)
+
+
+@pytest.mark.parametrize("channels", [16, 32, 128])  # Wan; DCAE-V, which people bring; LTX-2
+def test_latents_of_every_vae(channels: int) -> None:
+    """The published sizes, with a patch of one latent where a latent is 32 pixels wide."""
+    name = "SanaMSVideo_2000M_P2_D20" if channels == 16 else "SanaMSVideo_2000M_P1_D20"
+    model = empty_model(ModelConfig(model=name, in_channels=channels))
+    patch = 2 if channels == 16 else 1
+    assert model.patch_embed.weight.shape == (2240, channels, 1, patch, patch)
+    assert model.final.linear.weight.shape == (channels * patch**2, 2240)
+    text = TextEmbedding(torch.empty(1, 300, 2304, device="meta"), torch.ones(1, 300, dtype=torch.bool, device="meta"))
+    x = torch.empty(1, channels, 10, 22, 40, device="meta")
+    velocity, state = model(x, torch.empty(1, device="meta"), text)
+    assert velocity.shape == x.shape
+    assert state.tail.shape == (20, 1, 22 * 40 // patch**2, 2240)
 
 
 def test_past_matters(small_config, random_model, random_text, random_latents):

@@ -164,3 +164,12 @@ def test_720p(tmp_path: Path) -> None:
     assert own.shape == (1, 41, 64, 96, 3)
     whole = torch.cat([piece.pixels for piece in frames], dim=1)
     assert (torch.from_numpy(own * 255) - whole).abs().max() <= 1
+
+    pipe.save_pretrained(tmp_path / "repository")
+    again = LongSanaVideoPipeline.from_pretrained(tmp_path / "repository")
+    pictures = again(
+        PROMPT, height=64, width=96, num_frames=41,
+        chunk_frames=2, latents_per_call=config.vae.latents_per_call, output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).frames  # fmt: skip
+    assert (pictures == own).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from tests.encoders.test_ltx2 import SMALL
 TEXT = "a red ball rolls"
 
 
-def small_720p(folder: Path) -> InferenceConfig:
+def small_720p(folder: Path, **vae: Any) -> InferenceConfig:
     """The 720p config with small random networks: 41 frames in chunks of 2 latents. `folder`: for the VAE's shape."""
-    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLLTX2Video"} | SMALL))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLLTX2Video"} | SMALL | vae))
     return load_config(
         "configs/sana_video_config/Sana_2000M_720px_longsana.yaml",
         [
@@ -40,7 +41,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> InferenceConfig:
     return small_720p(tmp_path_factory.mktemp("vae"))
 
 
-def test_a_video_chunk_by_chunk(config: InferenceConfig) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_video_chunk_by_chunk(causal: bool, tmp_path: Path) -> None:
+    config = small_720p(tmp_path, decoder_causal=causal)
     check_config(config)
     pipeline = VideoPipeline(config, "cpu")
     prompt = Prompt(1, TEXT, (TEXT,), 0, 64, 96)
@@ -48,7 +51,8 @@ def test_a_video_chunk_by_chunk(config: InferenceConfig) -> None:
         caption = pipeline.encode(encoder, prompt)
     pipeline.load()
     pieces = list(pipeline.sample([prompt], [caption], Clock()))
-    assert [piece.pixels.shape[1] for piece in pieces] == [9, 16, 16]
+    # One that looks 8 latents ahead gives all of this short video at its end.
+    assert [piece.pixels.shape[1] for piece in pieces] == ([9, 16, 16] if causal else [0, 0, 41])
     latents = torch.cat([piece.latents for piece in pieces], dim=2)
     assert latents.shape == (1, 128, 6, 2, 3)
     whole = pipeline.vae.to_uint8(pipeline.vae.decode(latents))
