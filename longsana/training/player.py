@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from longsana.models.dit import LongSanaDiT
@@ -112,6 +113,9 @@ class Player:
     def _set(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             self.weights[name].copy_(value)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # forward passes without gradients may have left whole weights, of the old values
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint needs of this player, as live tensors by group; buffers of the network included."""

@@ -169,6 +169,21 @@ def test_every_strategy_takes_the_step_of_a_network_that_is_not_sharded(
     assert all(not torch.equal(weight, start[name]) for name, weight in plain.weights.items())
 
 
+@pytest.mark.parametrize("strategy", ["full", "hybrid_full", "hybrid_zero2", "no_shard"])
+def test_the_average_computes_whatever_was_computed_before(sharded, inputs, strategy):
+    player = Player("generator", sharded(strategy), AdamWConfig(), ema_weight=0.5)
+    for value in player.average.values():
+        value.mul_(0.5)
+    x, text, t = *inputs, torch.full((BATCH,), 889.0)
+    with torch.no_grad():
+        own, _ = player.model(x, t, text)
+        with player.averaged():
+            averaged, _ = player.model(x, t, text)
+        again, _ = player.model(x, t, text)
+    assert torch.equal(again, own)
+    assert (averaged - own).abs().max() > 0.1
+
+
 class Compiled(NamedTuple):
     losses: list[float]
     graphs: int
