@@ -71,6 +71,7 @@ def clear_border(buffer: Tensor) -> None:
 
 def mirror_border(buffer: Tensor) -> None:
     """Make the outermost pixels of (..., H, W, C) those on the other side of their neighbours (`reflect`)."""
+    assert min(buffer.shape[-3:-1]) > 3, "a single row or column has no other side"
     for border, inside in ((0, 2), (-1, -3)):
         buffer[..., border, 1:-1, :] = buffer[..., inside, 1:-1, :]
     for border, inside in ((0, 2), (-1, -3)):

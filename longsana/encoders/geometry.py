@@ -18,6 +18,7 @@ class VAEGeometry:
     channels: int
     time_stride: int
     space_stride: int
+    smallest: int = 1  # latents of a side
 
     def latent_frames(self, num_frames: int) -> int:
         """Latent frames of a video of `num_frames` pixel frames.
@@ -41,7 +42,7 @@ class VAEGeometry:
         """Height and width of the latents of a video of `height` by `width` pixels.
 
         Raises:
-            InputError: a side is not a multiple of `space_stride`.
+            InputError: a side is not a multiple of `space_stride`, or has fewer than `smallest` latents.
         """
         self.check_size(height, width, (1, 1))
         return height // self.space_stride, width // self.space_stride
@@ -55,17 +56,18 @@ class VAEGeometry:
         complaints = []
         for name, side, cells in (("height", height, patch[0]), ("width", width, patch[1])):
             step = self.space_stride * cells
-            if side < step or side % step:
-                complaints.append(
-                    f"{name}={side}: must be a multiple of {step}; {_nearest(side - side % step, step, smallest=step)}"
-                )
+            smallest = max(step, self.space_stride * self.smallest)
+            if side < smallest or side % step:
+                nearest = _nearest(side - side % step, step, smallest)
+                least = f" and at least {smallest}" if smallest > step else ""
+                complaints.append(f"{name}={side}: must be a multiple of {step}{least}; {nearest}")
         if complaints:
             raise InputError("; ".join(complaints))
 
 
 GEOMETRIES = {
     "WanVAE": VAEGeometry(channels=16, time_stride=4, space_stride=8),
-    "LTX2VAE_diffusers": VAEGeometry(channels=128, time_stride=8, space_stride=32),
+    "LTX2VAE_diffusers": VAEGeometry(channels=128, time_stride=8, space_stride=32, smallest=2),
 }
 
 

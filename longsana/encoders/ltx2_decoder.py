@@ -2,7 +2,8 @@
 
 A convolution over time remembers the last two frames of its input. If the decoder is causal that is all of the past. If
 not, each convolution waits for one frame of the future, and its frames come one later: no window is decoded twice, and
-the frames are still those of the whole clip, which `ahead` latents must follow. The weights are those of diffusers'
+the frames are still those of the whole clip, which `ahead` latents must follow. What has waited at a video's end comes
+at once, in the one call whose memory is larger, whatever the video's length. The weights are those of diffusers'
 `AutoencoderKLLTX2Video`, whose `decode` of a whole clip is the slow twin.
 """
 
@@ -83,7 +84,7 @@ def decode(
 
 
 class _Step(Memory):
-    """See `decode`. seen: frames in earlier calls of what comes next to be computed; ahead: 1 if not causal."""
+    """See `decode`. seen: frames that the layer at hand was given in earlier calls; ahead: 1 if not causal."""
 
     def __init__(self, features: tuple[Tensor, ...] | None, *, seen: int, ahead: int, last: bool) -> None:
         super().__init__(features)
@@ -97,8 +98,7 @@ class _Step(Memory):
         self, norm: Layer, layer: Layer, x: Tensor, before: Tensor | None = None, *, bias: bool = True
     ) -> Tensor:
         """The convolution of SiLU(norm(x + before)). bias: whether its own is added."""
-        write = partial(norm_silu_into, x, None, bias=before, eps=norm.eps)
-        return self._convolved(layer.conv, x, lambda out: write(out=out), bias=bias)
+        return self._convolved(layer.conv, x, lambda out: norm_silu_into(x, None, out, before, norm.eps), bias=bias)
 
     def residual(self, block: Layer, x: Tensor) -> Tensor:
         late = biases_come_late(x)

@@ -109,10 +109,15 @@ class VideoVAE(ABC):
     def widest(self) -> tuple[int, int]:
         """Channels of the decoder's last and largest activations, and of how many pixels' side each of them is."""
 
-    @property
-    def ahead(self) -> int:
+    @staticmethod
+    def ahead_of(model: Model) -> int:
         """Latents that must follow one until its frames are settled; 0 where the decoder is causal."""
         return 0
+
+    @property
+    def ahead(self) -> int:
+        """See `ahead_of`."""
+        return self.ahead_of(self.model)
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
@@ -141,11 +146,11 @@ class VideoVAE(ABC):
         """Frames of the next latents (B, C, T, h, w) of a video, T >= 1, and the cache to decode the ones after.
 
         more: whether latents follow. Only a decoder that looks `ahead` asks: it keeps back the frames that they may
-        change, and where the video ends its cache does too.
+        change, and gives them in one call where the video ends, as its cache then does.
 
         Returns float32 frames in [-1, 1], (B, 3, F, H, W). A causal decoder gives all of these latents',
         F = `geometry.pixel_frames(T, first=cache is None)`.
-        Cut anywhere, the frames are those of `decode` within rounding (about 1e-5 in float32). Cuts between groups of
+        Cut anywhere, the frames are those of `decode` within rounding (about 3e-5 in float32). Cuts between groups of
         g = `latents_per_call` change no bit of them: latent 0 is decoded alone, then 1 .. g, g+1 .. 2g, and so on.
 
         Raises:
@@ -210,7 +215,7 @@ class WanVAE(VideoVAE):
 
 
 class LTX2VAE(VideoVAE):
-    """The LTX-2 VAE. Its statistics are tensors of its weights, and by its config its decoder looks into the future."""
+    """The LTX-2 VAE. Its statistics are tensors of its weights, and its decoder may look into the future."""
 
     name, kind = "LTX2VAE_diffusers", LTX2
 
@@ -226,9 +231,9 @@ class LTX2VAE(VideoVAE):
     def widest(self) -> tuple[int, int]:
         return self.model.decoder.conv_out.in_channels, self.model.config.patch_size
 
-    @property
-    def ahead(self) -> int:
-        return ltx2_decoder.ahead(self.model)
+    @staticmethod
+    def ahead_of(model: Model) -> int:
+        return ltx2_decoder.ahead(model)
 
     def _decode_group(
         self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool

@@ -218,7 +218,7 @@ def _check_ltx2(model: Model, shape: VAEGeometry, source: str) -> None:
     ]
     time = found.patch_size_t * 2 ** sum(part != "spatial" for part in strides)
     space = found.patch_size * 2 ** sum(part != "temporal" for part in strides)
-    own = VAEGeometry(found.latent_channels, time, space)
+    own = VAEGeometry(found.latent_channels, time, space, shape.smallest)
     if own != shape or (found.in_channels, found.out_channels) != (3, 3):
         raise InputError(f"{source}: not an LTX-2 VAE: its config gives {own}; needed is {shape}, and 3 -> 3 colours")
     noise = found.decoder_inject_noise

@@ -48,7 +48,7 @@ def _norm_silu(
     stride_row,
     stride_pixel,
     root,
-    eps,
+    least,
     channels: tl.constexpr,
     block_pixels: tl.constexpr,
     block_channels: tl.constexpr,
@@ -62,7 +62,7 @@ def _norm_silu(
     values = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         values += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
-    length = tl.maximum(tl.sqrt(tl.sum(values * values, axis=1) + eps), 1e-12)
+    length = tl.maximum(tl.sqrt(tl.sum(values * values, axis=1) + least), 1e-12)
     y = values / length[:, None]
     if gamma is None:
         y *= root

@@ -162,16 +162,16 @@ def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[
     Returns:
         (B, T, S, D).
     """
-    out = []
+    out, accumulate = [], accumulation_dtype(x.dtype)
     left = tail[:, None]
     for chunk in x.split(list(lengths), dim=1):
         padded = torch.cat([left, chunk, torch.zeros_like(left)], dim=1)
         # Products, since the gradient of F.conv2d for one clip has other strides than torch.compile expects (2.11).
-        products = [
-            padded[:, i : i + chunk.shape[1]].flatten(1, 2) @ tap.expand(len(x), -1, -1)
+        before, here, after = (
+            (padded[:, i : i + chunk.shape[1]].flatten(1, 2) @ tap.expand(len(x), -1, -1)).to(accumulate)
             for i, tap in enumerate(weight[..., 0].permute(2, 1, 0))
-        ]
-        out.append((products[0] + products[1] + products[2]).view(chunk.shape))
+        )
+        out.append((before + here + after).to(x.dtype).view(chunk.shape))
         left = chunk[:, -1:]
     return torch.cat(out, dim=1)
 

@@ -393,8 +393,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
         lengths = self._lengths(num_frames, chunk_frames, begins=state is None)
-        if output_type != "latent" and (ahead := self._vae(latents_per_call).ahead):
-            raise ValueError(
+        model = uncompiled(self.vae)
+        if output_type != "latent" and (ahead := kind_of(model).ahead_of(model)):
+            raise InputError(
                 f"stream: the VAE's decoder looks {ahead} latents ahead, so that the end of a stream would stay "
                 'inside; use the call, or output_type="latent"'
             )

@@ -91,7 +91,8 @@ def benchmark(
         pipeline.load()
         if compiled:
             compile_blocks(pipeline.model.blocks)
-    cold = make_film(pipeline, prompt, caption, folder / "cold.mp4", chunks=2)
+    waits = math.ceil(pipeline.vae.ahead / config.sampling.chunk_frames)
+    cold = make_film(pipeline, prompt, caption, folder / "cold.mp4", chunks=2 + waits)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     warm = make_film(pipeline, prompt, caption, folder / "warm.mp4")

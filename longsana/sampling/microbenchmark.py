@@ -235,8 +235,8 @@ def _work(pipeline: VideoPipeline, size: tuple[int, int]) -> Work:
     text = TextEmbedding(tokens, torch.ones(1, length, dtype=torch.bool, device=device))
     read, t = model.read(text), torch.full((1,), T_STEP, device=device)
     _, state = model(x, t, read)
-    _, cache = vae.decode_stream(x[:, :, :1])
-    forward, decode = partial(model, x, t, read, state=state), partial(vae.decode_stream, x, cache)
+    _, cache = vae.decode_stream(x[:, :, :1].expand(-1, -1, 1 + vae.ahead, -1, -1), more=True)
+    forward, decode = partial(model, x, t, read, state=state), partial(vae.decode_stream, x, cache, more=True)
     return Work(x, t, text, read, state, forward, decode)
 
 

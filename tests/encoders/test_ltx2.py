@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
 }
 """A narrow VAE with the published strides and latents."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDING = {"atol": 5e-5, "rtol": 0}  # of float32, between two orders of summing
+ROUNDING = {"atol": 3e-5, "rtol": 0}  # of float32, between two orders of summing
 
 
 def write(folder: Path, **changes: Any) -> str:
@@ -113,7 +113,7 @@ def test_encoding_is_causal_and_refuses_what_would_be_cut_off(vae: LTX2VAE) -> N
     torch.testing.assert_close(vae.encode(frames)[:, :, :2], vae.encode(frames[:, :, :9]), **ROUNDING)
     with pytest.raises(InputError, match="8n\\+1 for this VAE; nearest are 9 and 17"):
         vae.encode(clip(12))
-    with pytest.raises(InputError, match="height=48: must be a multiple of 32; nearest are 32 and 64"):
+    with pytest.raises(InputError, match="height=48: must be a multiple of 32 and at least 64; the nearest is 64"):
         vae.encode(clip(9, height=48))
 
 
@@ -216,6 +216,22 @@ def test_memory_that_looks_ahead(looking_ahead: str) -> None:
     _, ended = vae.decode_stream(latents[:, :, -1:], cache)
     with pytest.raises(ValueError, match="ended after 31 latents: decode those with more=True"):
         vae.decode_stream(latents[:, :, -1:], ended)
+
+
+def test_a_picture_without_another_side_is_refused(vae: LTX2VAE) -> None:
+    """A border that mirrors needs two rows; diffusers' decoder refuses one, too."""
+    for size in ((1, 3), (3, 1)):
+        with pytest.raises(AssertionError, match="has no other side"):
+            vae.decode_stream(draw(1, 128, 1, *size))
+        with pytest.raises(RuntimeError, match="Padding size"):
+            vae.decode(draw(1, 128, 1, *size))
+
+
+def test_looking_ahead_in_low_precision(looking_ahead: str) -> None:
+    vae, latents = load(looking_ahead, dtype=torch.bfloat16), draw(1, 128, 6, 2, 3)
+    expected, frames = load(looking_ahead).decode(latents), vae.decode_stream(latents)[0]
+    own, theirs = ((given - expected).square().mean() for given in (frames, vae.decode(latents)))
+    assert own < 2 * theirs
 
 
 def test_the_published_one_would_wait_for_22_latents() -> None:

@@ -15,6 +15,7 @@ from longsana.models.weights import save_checkpoint
 from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.runtime.clock import Clock
+from longsana.runtime.errors import InputError
 from longsana.sampling.pipeline import Frames, VideoPipeline
 from tests.pipelines.repository import OTHER, PROMPT, SIZE, quiet, shapes_config
 from tests.sampling.test_ltx2 import small_720p
@@ -173,3 +174,8 @@ def test_720p(tmp_path: Path) -> None:
         generator=torch.Generator().manual_seed(0),
     ).frames  # fmt: skip
     assert (pictures == own).all()
+
+    again.vae.register_to_config(decoder_causal=False)
+    with pytest.raises(InputError, match="looks 8 latents ahead"):
+        next(again.stream(PROMPT))
+    assert next(again.stream(PROMPT, height=64, width=96, chunk_frames=2, output_type="latent")).frames.isfinite().all()
