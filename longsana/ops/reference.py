@@ -162,16 +162,20 @@ def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[
     Returns:
         (B, T, S, D).
     """
-    out, accumulate = [], accumulation_dtype(x.dtype)
+    out = []
     left = tail[:, None]
     for chunk in x.split(list(lengths), dim=1):
         padded = torch.cat([left, chunk, torch.zeros_like(left)], dim=1)
-        # Products, since the gradient of F.conv2d for one clip has other strides than torch.compile expects (2.11).
-        before, here, after = (
-            (padded[:, i : i + chunk.shape[1]].flatten(1, 2) @ tap.expand(len(x), -1, -1)).to(accumulate)
-            for i, tap in enumerate(weight[..., 0].permute(2, 1, 0))
-        )
-        out.append((before + here + after).to(x.dtype).view(chunk.shape))
+        if torch.compiler.is_compiling():
+            # Products: the gradient of F.conv2d for one clip has other strides than Inductor expects (torch 2.11).
+            before, here, after = (
+                padded[:, i : i + chunk.shape[1]].flatten(1, 2) @ tap.expand(len(x), -1, -1)
+                for i, tap in enumerate(weight[..., 0].permute(2, 1, 0))
+            )
+            out.append((before + here + after).view(chunk.shape))
+        else:
+            # Token-major memory is what a convolution calls channels-last: permuting costs nothing.
+            out.append(F.conv2d(padded.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1))
         left = chunk[:, -1:]
     return torch.cat(out, dim=1)
 

@@ -118,8 +118,10 @@ def test_sums_of_half_precision_tokens_are_float32(dtype):
     torch.testing.assert_close(k_sum[:, 0].double(), 4000 * k.double().sum(1), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("lengths", PLANS)
-def test_temporal_conv_is_a_padded_convolution_for_each_chunk(lengths):
+def test_temporal_conv_is_a_padded_convolution_for_each_chunk(lengths, compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     x, tail, weight = randn(2, sum(lengths), 6, 5), randn(2, 6, 5, seed=1), randn(5, 5, 3, 1, seed=2)
     out, left = temporal_conv(x, tail, weight, lengths=lengths), tail
     for own in torch.arange(sum(lengths)).split(list(lengths)):

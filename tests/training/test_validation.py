@@ -259,7 +259,7 @@ def test_two_processes_with_a_sharded_network(config: TrainingConfig, report: Re
     one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert one == two
     assert one["forwards"] == 2 * 5 * (2 + 1)  # four steps and an absorbing pass for each chunk of two videos
-    assert one["metrics"] == report.metrics
+    assert one["metrics"] == pytest.approx(report.metrics, rel=1e-4)  # threads may sum in another order
     folder = tmp_path / "vis" / "step_0000040"
     assert one["videos"] == sorted(path.name for path in folder.iterdir())
     assert one["videos"] == sorted(
