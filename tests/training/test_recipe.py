@@ -18,6 +18,7 @@ from longsana.sampling.request import check_config
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(900)  # the tiny recipe: 95 s alone, 205 beside another process on two cores
 recipe = load_script(ROOT / "train_video_scripts" / "shapes_recipe.py")
 CONFIGS = ROOT / "configs/sana_video_config/longsana/shapes"
 
