@@ -166,7 +166,7 @@ def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[
     left = tail[:, None]
     for chunk in x.split(list(lengths), dim=1):
         padded = torch.cat([left, chunk, torch.zeros_like(left)], dim=1)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
             # Products: the gradient of F.conv2d for one clip has other strides than Inductor expects (torch 2.11).
             before, here, after = (
                 padded[:, i : i + chunk.shape[1]].flatten(1, 2) @ tap.expand(len(x), -1, -1)
