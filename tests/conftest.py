@@ -17,8 +17,16 @@ from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.models.naming import Naming, foreign
 
-# Networks this small only wait for each other's threads: minutes on a busy machine, seconds with one.
-torch.set_num_threads(1)
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """One thread, whatever the commands that earlier tests called have set.
+
+    Networks this small only wait for each other's threads: minutes on a busy machine, seconds with one. And sums of
+    other numbers of threads are rounded otherwise. A hook, as a module's fixtures are made before a test's own.
+    """
+    torch.set_num_threads(1)
+
 
 CAPTION_CHANNELS, CAPTION_LENGTH = 32, 8
 

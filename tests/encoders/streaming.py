@@ -6,18 +6,35 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from longsana.encoders.vae import DecodeCache, WanVAE
+from longsana.encoders.vae import DecodeCache, VideoVAE
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stream(vae: WanVAE, latents: Tensor, lengths: Sequence[int]) -> tuple[Tensor, DecodeCache]:
+def stream(vae: VideoVAE, latents: Tensor, lengths: Sequence[int]) -> tuple[Tensor, DecodeCache]:
     cache, frames = None, []
     for chunk in latents.split(list(lengths), dim=2):
         pixels, cache = vae.decode_stream(chunk, cache)
         frames.append(pixels)
     assert cache is not None
     return torch.cat(frames, dim=2), cache
+
+
+def psnr(given: Tensor, expected: Tensor) -> float:
+    """In dB, relative to the range of what is expected."""
+    error = (given - expected).square().mean()
+    return float(10 * torch.log10((expected.max() - expected.min()).square() / error))
+
+
+def assert_nothing_is_transposed(vae: VideoVAE, latents: Tensor, cache: DecodeCache) -> None:
+    """For a convolution on a GPU; and the fused norm runs."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        vae.decode_stream(latents, cache)
+        torch.cuda.synchronize()
+    kernels = [event.key for event in seen.key_averages()]
+    assert any("_norm_silu" in kernel for kernel in kernels), kernels
+    assert not [kernel for kernel in kernels if "nchwtonhwc" in kernel.lower() or "nhwctonchw" in kernel.lower()]

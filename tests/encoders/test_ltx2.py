@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKLLTX2Video
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from longsana.config import VAEConfig
 from longsana.encoders import convolution, ltx2_decoder
@@ -19,7 +18,7 @@ from longsana.evaluation.measures import boundaries, measure, seam_index
 from longsana.ops import FUSED
 from longsana.ops.backend import fused_twin
 from longsana.runtime.errors import InputError
-from tests.encoders.streaming import draw, stream
+from tests.encoders.streaming import assert_nothing_is_transposed, draw, psnr, stream
 
 SMALL: dict[str, Any] = {
     "block_out_channels": (8, 8, 16, 16),
@@ -30,7 +29,7 @@ SMALL: dict[str, Any] = {
 }
 """A narrow VAE with the published strides and latents."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDING = {"atol": 3e-5, "rtol": 0}  # of float32, between two orders of summing
+ROUNDING = {"atol": 2e-5, "rtol": 0}  # of float32, between two orders of summing
 
 
 def write(folder: Path, **changes: Any) -> str:
@@ -73,7 +72,8 @@ def test_streaming_equals_one_shot_to_the_bit(vae: LTX2VAE, lengths: tuple[int, 
     latents = draw(1, 128, sum(lengths), 2, 3)
     frames, cache = stream(vae, latents, lengths)
     assert torch.equal(frames, vae.decode_stream(latents)[0])
-    torch.testing.assert_close(frames, vae.decode(latents), **ROUNDING)
+    # Channels-last convolutions sum in another order than diffusers': the largest of 300,000 numbers is 2.5e-5 off.
+    torch.testing.assert_close(frames, vae.decode(latents), atol=3e-5, rtol=0)
     assert frames.shape == (1, 3, 8 * sum(lengths) - 7, 64, 96)
     assert cache.latents == sum(lengths)
     assert frames.std() > 0.1 and (frames.abs() < 1).float().mean() > 0.5, "not all of it is clamped"
@@ -129,9 +129,7 @@ def test_low_precision_keeps_the_statistics(source: str, vae: LTX2VAE) -> None:
     assert all(weight.dtype == torch.bfloat16 for weight in low.model.parameters())
     assert torch.equal(low.model.latents_std, vae.model.latents_std)
     latents = draw(1, 128, 3, 2, 2)
-    off = low.decode_stream(latents)[0] - vae.decode_stream(latents)[0]
-    span = float(vae.decode(latents).max() - vae.decode(latents).min())
-    assert 20 * torch.log10(span / off.square().mean().sqrt()) > 30
+    assert psnr(low.decode_stream(latents)[0], vae.decode_stream(latents)[0]) > 30
 
 
 def test_a_pipelines_folder(source: str, tmp_path: Path, vae: LTX2VAE) -> None:
@@ -182,7 +180,7 @@ def test_a_decoder_that_looks_ahead_is_exact(
         assert done == count or given < vae.geometry.pixel_frames(settled + 1)
     streamed = torch.cat(pieces, dim=2)
     torch.testing.assert_close(streamed, expected, **ROUNDING)
-    assert 10 * torch.log10(4 / (streamed - expected).square().mean()) > 100
+    assert psnr(streamed, expected) > 100
     if 1 < latents_per_call < count:
         given, wanted = (
             seam_index(measure(vae.to_uint8(frames)).change, boundaries(count, latents_per_call, 8), 8)
@@ -278,15 +276,8 @@ def test_at_its_own_size_on_a_gpu(tmp_path: Path) -> None:
     in_parts, cache = stream(vae, latents, (3, 2))
     assert torch.equal(in_parts, frames)
     assert cache.nbytes == last.nbytes == sum(feature.nbytes for feature in cache.features)
-    span = expected.max() - expected.min()
-    assert 10 * torch.log10(span.square() / (frames - expected).square().mean()) > 40
-
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        vae.decode_stream(latents[:, :, :2], cache)
-        torch.cuda.synchronize()
-    kernels = [event.key for event in seen.key_averages()]
-    assert any("_norm_silu" in kernel for kernel in kernels), kernels
-    assert not [kernel for kernel in kernels if "nchwtonhwc" in kernel.lower() or "nhwctonchw" in kernel.lower()]
+    assert psnr(frames, expected) > 40
+    assert_nothing_is_transposed(vae, latents[:, :, :2], cache)
 
 
 def test_another_kind_of_vae_is_refused(source: str, tmp_path: Path) -> None:

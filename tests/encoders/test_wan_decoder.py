@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from longsana.config import VAEConfig
 from longsana.encoders import convolution, wan_decoder
@@ -17,7 +15,7 @@ from longsana.encoders.convolution import pair
 from longsana.encoders.vae import WanVAE
 from longsana.ops import FUSED
 from longsana.ops.backend import fused_twin
-from tests.encoders.streaming import draw, stream
+from tests.encoders.streaming import assert_nothing_is_transposed, draw, psnr, stream
 
 TRAINED = Path(__file__).resolve().parents[2] / "asset/shapes/vae"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,12 +39,6 @@ def load(tmp_path: Path) -> Load:
         return WanVAE.load(VAEConfig(vae_pretrained=source, latents_per_call=latents_per_call), device, dtype)
 
     return vae
-
-
-def psnr(given: Tensor, expected: Tensor) -> float:
-    """In dB, relative to the range of what is expected."""
-    error = (given - expected).square().mean()
-    return float(10 * torch.log10((expected.max() - expected.min()).square() / error))
 
 
 @pytest.mark.parametrize("name", ["trained", "narrow", "mirrored"])
@@ -183,10 +175,4 @@ def test_at_its_own_size_on_a_gpu(
     assert torch.equal(in_parts, again)
     assert torch.equal(in_parts, frames)
     assert cache.nbytes == last.nbytes == sum(feature.nbytes for feature in cache.features)
-
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        vae.decode_stream(latents[:, :, :3], cache)
-        torch.cuda.synchronize()
-    kernels = [event.key for event in seen.key_averages()]
-    assert any("_norm_silu" in kernel for kernel in kernels), kernels
-    assert not [kernel for kernel in kernels if "nchwtonhwc" in kernel.lower() or "nhwctonchw" in kernel.lower()]
+    assert_nothing_is_transposed(vae, latents[:, :, :3], cache)

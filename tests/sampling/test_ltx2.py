@@ -19,10 +19,7 @@ from tests.encoders.test_ltx2 import SMALL
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
-
 TEXT = "a red ball rolls"
-
-
 CONFIG = "configs/sana_video_config/Sana_2000M_720px_longsana.yaml"
 
 
@@ -41,11 +38,6 @@ def small_settings(folder: Path, **vae: Any) -> list[str]:
 def small_720p(folder: Path, **vae: Any) -> InferenceConfig:
     """The 720p config with `small_settings`."""
     return load_config(CONFIG, small_settings(folder, **vae), InferenceConfig)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> InferenceConfig:
-    return small_720p(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.mark.parametrize("causal", [True, False])
