@@ -121,7 +121,12 @@ def run(options: argparse.Namespace) -> int:
         count = sum(tensor.numel() for tensor in state_dict.values())
         card = _card(target, layout, options.source, f"Network {config.model} ({options.key})", count, dtypes)
         causal = options.causal or written.get("_class_name") == CAUSAL_CLASS
-        write_weights(target, layout, lambda to: save_checkpoint(state_dict, to, layout, config, causal=causal), card)
+        write_weights(
+            target,
+            layout,
+            lambda to: save_checkpoint(state_dict, to, layout, config, causal=causal, consume=True),
+            card,
+        )
     log.info("%s: %s, from %s", target, layout, options.source)
     return 0
 

@@ -88,15 +88,16 @@ def read_weights(path: Path, config: ModelConfig, *, key: str = "generator") -> 
 
 
 def save_checkpoint(
-    state_dict: Mapping[str, Tensor],
+    state_dict: dict[str, Tensor],
     path: Path,
     layout: Layout,
     config: ModelConfig,
     *,
-    others: Mapping[str, Mapping[str, Tensor]] | None = None,
+    others: Mapping[str, dict[str, Tensor]] | None = None,
     step: int = 0,
     shard_bytes: int = 10_000_000_000,
     causal: bool = False,
+    consume: bool = False,
 ) -> None:
     """Write weights, dtypes kept; no reader ever sees half of them.
 
@@ -109,6 +110,7 @@ def save_checkpoint(
         step: trainer only.
         shard_bytes: safetensors larger than this become shards and an index beside `path`.
         causal: diffusers only: see `diffusers_config`.
+        consume: empty `state_dict` on the way, so that no tensor is held both whole and in the layout's parts.
 
     Raises:
         ValueError: the names or shapes are not this network's, or `others` has no place in the layout.
@@ -117,7 +119,7 @@ def save_checkpoint(
     naming, path = LAYOUTS[layout], Path(path)
     if others and (layout != "trainer" or not set(others) <= set(NETWORKS[1:])):
         raise ValueError(f"{', '.join(others)}: only the trainer layout holds other networks, {NETWORKS[1:]}")
-    renamed = rename(state_dict, naming, config)
+    renamed = rename(state_dict, naming, config, consume=consume)
     if layout == "upstream":
         write_pickle({"state_dict": renamed}, path)
     elif layout == "trainer":
@@ -235,8 +237,12 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, leaf, new)
 
 
-def rename(state_dict: Mapping[str, Tensor], naming: Naming, config: ModelConfig) -> dict[str, Tensor]:
+def rename(
+    state_dict: dict[str, Tensor], naming: Naming, config: ModelConfig, *, consume: bool = False
+) -> dict[str, Tensor]:
     """Our tensors under another naming, on the host, each the only one in its storage.
+
+    consume: empty `state_dict` on the way.
 
     Raises:
         ValueError: the names or shapes are not those of `LongSanaDiT(config)`.
@@ -248,7 +254,8 @@ def rename(state_dict: Mapping[str, Tensor], naming: Naming, config: ModelConfig
     if wrong:
         raise ValueError(f"not the weights of {config.model}: {', '.join(dict.fromkeys(wrong[:LISTED]))}")
     renamed = {}
-    for name, tensor in state_dict.items():
+    for name in given:
+        tensor = state_dict.pop(name) if consume else state_dict[name]
         parts = foreign(name, shapes[name], naming)
         if not parts:
             log.info("%s is not kept under %s names", name, naming)
