@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import chain, pairwise, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -369,8 +369,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         The others are those of `__call__`. `interrupt` ends it without the chunk in progress.
 
+        A decoder that looks ahead (LTX-2's may) gives frames later: the first chunks have none, and the last of
+        `num_frames` has all that waited. Such an end is final; stopped anywhere else, frames wait in the state.
+
         Raises:
-            InputError: as there, or this is the base model.
+            InputError: as there, this is the base model, or the state's video has ended.
         """
         if not self.distilled:
             raise InputError("stream: the base model makes whole clips; use the pipeline itself, or a distilled model")
@@ -382,6 +385,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self._check(*size, output_type, chunk_frames, latents_per_call)
         if state is not None and state.decoder is None and output_type != "latent":
             raise InputError("state: of latents that were not decoded; go on with output_type='latent'")
+        if state is not None and state.decoder is not None and state.decoder.ended and output_type != "latent":
+            raise InputError(
+                "state: its video has ended: this VAE's decoder looks ahead, and took this end for final. To go on "
+                "later, stream with num_frames=None and stop after a chunk"
+            )
         if state is not None and state.network.tail.dtype != self.transformer.dtype:
             raise InputError(
                 f"state: of a transformer in {state.network.tail.dtype}, this one is in {self.transformer.dtype}"
@@ -393,12 +401,6 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
         lengths = self._lengths(num_frames, chunk_frames, begins=state is None)
-        model = uncompiled(self.vae)
-        if output_type != "latent" and (ahead := kind_of(model).ahead_of(model)):
-            raise InputError(
-                f"stream: the VAE's decoder looks {ahead} latents ahead, so that the end of a stream would stay "
-                'inside; use the call, or output_type="latent"'
-            )
         seed = state.seed if state is not None and generator is None else take_seed(generator)
         prompts = _until_told(prompt)
         return self._stream(
@@ -425,7 +427,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         heard, text, vae = None, None, None
         self._interrupt = False
         try:
-            for length, prompt in zip(lengths, prompts, strict=False):
+            for (length, following), prompt in zip(pairwise(chain(lengths, [0])), prompts, strict=False):
                 if prompt != heard or text is None:
                     (caption,) = self._captions([prompt], motion_score)
                     heard, text = prompt, self._read(caption)
@@ -445,7 +447,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 if output_type != "latent":
                     onload(self.vae)
                     vae = vae or self._vae(latents_per_call)
-                    pictures, cache = _decoded(vae, chunk.latents, cache, chunk_frames, more=True)
+                    pictures, cache = _decoded(vae, chunk.latents, cache, chunk_frames, more=following > 0)
                     frames = _pictures(pictures, output_type)
                 yield LongSanaVideoChunk(frames, StreamState(memory, cache, seed, prompt, size))
         except Interrupted:
