@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from longsana.sampling.noise import Noise
+from longsana.runtime.errors import InputError
+from longsana.sampling.noise import Noise, PromptNoise
 
 SEEDS = 2**63 - 1
 
@@ -37,3 +39,32 @@ class GivenNoise:
         if step > 0:
             return self.later.draw(start, step, shape, device)
         return self.latents[:, :, start : start + shape[1]].to(device, torch.float32)
+
+
+def batch_noise(
+    texts: Sequence[str],
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: Tensor | None,
+    shape: tuple[int, ...],
+) -> Noise:
+    """Of a batch of prompts; equal ones are told apart by their place, unless each has a generator of its own.
+
+    generator: one, which is advanced, or one for each prompt. latents: `shape`, what to begin with instead of noise.
+
+    Raises:
+        InputError: `latents` has another shape, or there are more or fewer generators than prompts.
+    """
+    if latents is not None and tuple(latents.shape) != shape:
+        raise InputError(f"latents has shape {tuple(latents.shape)}: this batch needs {shape}")
+    if isinstance(generator, list | tuple):
+        if len(generator) != len(texts):
+            raise InputError(f"generator: {len(generator)} for {len(texts)} videos; give one, or one for each")
+        noise = PromptNoise([take_seed(own) for own in generator], [(text, 0) for text in texts])
+    else:
+        seen: Counter[str] = Counter()
+        prompts = []
+        for text in texts:
+            prompts.append((text, seen[text]))
+            seen[text] += 1
+        noise = PromptNoise(take_seed(generator), prompts)
+    return noise if latents is None else GivenNoise(latents, noise)

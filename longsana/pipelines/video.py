@@ -7,20 +7,17 @@ seed the latents are the same to the bit. Here is what diffusers' users expect a
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, pairwise, repeat
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan, SchedulerMixin
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput, is_peft_available, logging
-from PIL import Image
 from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan
@@ -33,7 +30,8 @@ from longsana.flow.schedule import TIMESTEPS, FlowSchedule, euler_sigmas, unifor
 from longsana.models.embeddings import Text, TextEmbedding
 from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS
 from longsana.pipelines import transformer as networks
-from longsana.pipelines.noise import GivenNoise, take_seed
+from longsana.pipelines.noise import batch_noise, take_seed
+from longsana.pipelines.pictures import as_output, decode, joined
 from longsana.pipelines.transformer import (
     SanaVideoCausalTransformer3DModel,
     SanaVideoTransformer3DModel,
@@ -312,7 +310,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 len(texts),
             )
         # Last of all that may be refused: a generator is advanced.
-        noise = _noise(texts, generator, latents, (len(texts), self.geometry.channels, length, *size))
+        noise = batch_noise(texts, generator, latents, (len(texts), self.geometry.channels, length, *size))
         self._interrupt, self._num_timesteps = False, len(plan) * len(schedule.steps)
         self._guidance_scale = guidance
         finished: list[Tensor] = []
@@ -332,9 +330,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             vae, cache = self._vae(latents_per_call), None
             stretches = []
             for stretch in finished:
-                pictures, cache = _decoded(vae, stretch, cache, chunk_frames, more=stretch is not finished[-1])
-                stretches.append(_pictures(pictures, output_type))
-            result = _joined(stretches)
+                pictures, cache = decode(vae, stretch, cache, chunk_frames, more=stretch is not finished[-1])
+                stretches.append(as_output(pictures, output_type))
+            result = joined(stretches)
         self.maybe_free_model_hooks()
         return LongSanaVideoOutput(result) if return_dict else (result,)
 
@@ -447,8 +445,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 if output_type != "latent":
                     onload(self.vae)
                     vae = vae or self._vae(latents_per_call)
-                    pictures, cache = _decoded(vae, chunk.latents, cache, chunk_frames, more=following > 0)
-                    frames = _pictures(pictures, output_type)
+                    pictures, cache = decode(vae, chunk.latents, cache, chunk_frames, more=following > 0)
+                    frames = as_output(pictures, output_type)
                 yield LongSanaVideoChunk(frames, StreamState(memory, cache, seed, prompt, size))
         except Interrupted:
             return
@@ -757,60 +755,5 @@ def _until_told(prompt: str | Iterable[str]) -> Iterator[str]:
     yield from repeat(latest.strip())
 
 
-def _noise(
-    texts: Sequence[str],
-    generator: torch.Generator | list[torch.Generator] | None,
-    latents: Tensor | None,
-    shape: tuple[int, ...],
-) -> Noise:
-    """Of a batch; equal prompts are told apart by their place, unless each has a generator of its own."""
-    if latents is not None and tuple(latents.shape) != shape:
-        raise InputError(f"latents has shape {tuple(latents.shape)}: this batch needs {shape}")
-    if isinstance(generator, list | tuple):
-        if len(generator) != len(texts):
-            raise InputError(f"generator: {len(generator)} for {len(texts)} videos; give one, or one for each")
-        noise = PromptNoise([take_seed(own) for own in generator], [(text, 0) for text in texts])
-    else:
-        seen: Counter[str] = Counter()
-        prompts = []
-        for text in texts:
-            prompts.append((text, seen[text]))
-            seen[text] += 1
-        noise = PromptNoise(take_seed(generator), prompts)
-    return noise if latents is None else GivenNoise(latents, noise)
-
-
 def _stacked(embeddings: Iterable[TextEmbedding]) -> TextEmbedding:
     return TextEmbedding(*(torch.cat(parts) for parts in zip(*embeddings, strict=True)))
-
-
-def _decoded(
-    vae: VideoVAE, latents: Tensor, cache: DecodeCache | None, chunk_frames: int, *, more: bool
-) -> tuple[Tensor, DecodeCache | None]:
-    """Frames of the next latents, (B, 3, F, H, W) in [-1, 1] on the host. more: see `decode_stream`."""
-    frames = []
-    # The batch command's cuts: the first chunk may be long, and the base model's is all of the clip.
-    pieces = latents.split(chunk_frames, dim=2)
-    for index, piece in enumerate(pieces):
-        decoded, cache = vae.decode_stream(piece, cache, more=more or index < len(pieces) - 1)
-        frames.append(decoded.cpu())
-    return torch.cat(frames, dim=2), cache
-
-
-def _pictures(frames: Tensor, output_type: str) -> Any:
-    """Frames (B, 3, F, H, W) in [-1, 1] as `LongSanaVideoOutput` describes."""
-    if output_type == "pil":
-        return [[Image.fromarray(picture) for picture in video.numpy()] for video in VideoVAE.to_uint8(frames)]
-    halved = (frames / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return halved.transpose(1, 2).contiguous()
-    return halved.permute(0, 2, 3, 4, 1).contiguous().numpy()
-
-
-def _joined(stretches: Sequence[Any]) -> Any:
-    """One stretch of several, each with all videos."""
-    if isinstance(stretches[0], Tensor):
-        return torch.cat(list(stretches), dim=1)
-    if isinstance(stretches[0], np.ndarray):
-        return np.concatenate(stretches, axis=1)
-    return [list(chain.from_iterable(videos)) for videos in zip(*stretches, strict=True)]
