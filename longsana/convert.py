@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from longsana.config import InferenceConfig, ModelConfig, load_config
+from longsana.config import ARCHITECTURES, InferenceConfig, ModelConfig, load_config
 from longsana.models.checkpoint_files import NETWORKS, PIPELINE_PART, open_checkpoint, weights_file
 from longsana.models.dcp_files import is_checkpoint
 from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS, diffusers_config, from_diffusers_config
@@ -82,11 +82,15 @@ def prepare(arguments: Sequence[str], world: World) -> argparse.Namespace:
 
 
 def is_vae(path: Path, key: str) -> bool:
-    """Whether these are a VAE's weights, by a diffusers folder's config or by names in a file."""
-    config = path / "config.json"
-    if config.is_file():
-        return VAE_CLASS in config.read_text(encoding="utf-8", errors="replace")
-    return any(name.startswith("encoder.") for name in open_checkpoint(weights_file(path), key))
+    """Whether these are a Wan VAE's weights, by a diffusers folder's config or by names in a file.
+
+    Raises:
+        InputError: they are of a VAE that has one layout alone.
+    """
+    kind = written_config(path / "config.json").get("_class_name") if path.is_dir() else None
+    if str(kind).startswith("Autoencoder") and kind != VAE_CLASS:
+        raise InputError(f"SRC {path}: an {kind}, which has no other layout; {VAE_CLASS} has")
+    return kind == VAE_CLASS or any(name.startswith("encoder.") for name in open_checkpoint(weights_file(path), key))
 
 
 def network_config(options: argparse.Namespace, written: dict[str, Any]) -> ModelConfig:
@@ -119,7 +123,7 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(f"{error}{remedy}") from error
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()}
         count = sum(tensor.numel() for tensor in state_dict.values())
-        card = _card(target, layout, options.source, f"Network {config.model} ({options.key})", count, dtypes)
+        card = _card(target, layout, options.source, _named(config, options.key), count, dtypes)
         causal = options.causal or written.get("_class_name") == CAUSAL_CLASS
         write_weights(
             target,
@@ -141,6 +145,13 @@ def _convert_vae(path: Path, target: Path, layout: Layout, source: str) -> None:
     card = _card(target, layout, source, "Wan 2.1 VAE", count, {entry.dtype for entry in entries})
     shape = geometry(VAEConfig())
     write_weights(target, layout, lambda to: convert_model(str(path), shape, to, layout), card)
+
+
+def _named(config: ModelConfig, key: str) -> str:
+    """A network by its size, as `model` may be the name of a larger one whose sizes a YAML changed."""
+    size = config.architecture()
+    name = config.model if ARCHITECTURES[config.model] == size else "LongSANA"
+    return f"Network {name} ({key}), {size.depth} blocks of width {size.hidden_size}, patch {size.patch_size}"
 
 
 def _card(target: Path, layout: Layout, source: str, what: str, count: int, dtypes: set[str]) -> str:

@@ -69,6 +69,13 @@ def test_a_diffusers_folder_says_its_size_and_class(tmp_path: Path) -> None:
         assert json.loads((tmp_path / folder / "config.json").read_text())["_class_name"] == name
 
 
+def test_a_vae_of_one_layout_is_told_apart(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/config.json").write_text('{"_class_name": "AutoencoderKLLTX2Video"}')
+    assert convert.main([str(tmp_path / "vae"), str(tmp_path / "b.pth"), "--to", "upstream"]) == 2
+    assert "an AutoencoderKLLTX2Video, which has no other layout" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("text", "says"), [("{", "cannot be read"), ("[]", "expected a mapping, found a list")])
 def test_a_damaged_config_is_named(text: str, says: str, tmp_path: Path, capsys: Any) -> None:
     save_checkpoint(mixed(), tmp_path / "a", "diffusers", TINY)
@@ -84,6 +91,7 @@ def test_a_model_card_says_what_it_is(command: Callable[..., int], tmp_path: Pat
     card = (tmp_path / "folder/README.md").read_text()
     count = sum(tensor.numel() for tensor in weights().values())
     assert f"{count:,} parameters, bfloat16, float32" in card and "model.pth" in card
+    assert f"Network LongSANA (generator), {TINY.depth} blocks of width {TINY.hidden_size}" in card, "not a known size"
     # A folder with its card is replaced like one without.
     assert command(tmp_path / "model.pth", tmp_path / "folder", "--to", "diffusers") == 2
     assert command(tmp_path / "model.pth", tmp_path / "folder", "--to", "diffusers", "--force") == 0

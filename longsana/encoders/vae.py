@@ -170,6 +170,20 @@ class VideoVAE(ABC):
         assert features is not None, "no latents to decode"
         return torch.cat(frames, dim=2), DecodeCache(features, stop, ended=self.ahead > 0 and not more)
 
+    @torch.no_grad()
+    def decode_end(self, cache: DecodeCache) -> tuple[Tensor, DecodeCache]:
+        """The frames that wait for latents that will not come, as from `decode_stream`, and the cache of the end.
+
+        Raises:
+            ValueError: the decoder does not look ahead, so that nothing waits, or the video has ended already.
+        """
+        if not self.ahead or cache.ended:
+            raise ValueError("nothing waits in this cache")
+        batch, _, _, height, width = cache.features[0].shape  # what the first convolution remembers: latents
+        none = torch.empty(batch, self.geometry.channels, 0, height, width, device=self.device, dtype=self.dtype)
+        decoded, features = self._decode_group(none, cache.features, cache.latents, last=True)
+        return decoded.clamp_(-1, 1).float(), DecodeCache(features, cache.latents, ended=True)
+
     def lead_latent(self, latents: Tensor, cache: DecodeCache | None = None) -> tuple[Tensor, DecodeCache]:
         """The last pixel frame of latents (B, C, T, h, w), encoded as a picture of its own, and the next cache.
 

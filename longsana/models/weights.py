@@ -110,7 +110,8 @@ def save_checkpoint(
         step: trainer only.
         shard_bytes: safetensors larger than this become shards and an index beside `path`.
         causal: diffusers only: see `diffusers_config`.
-        consume: empty `state_dict` on the way, so that no tensor is held both whole and in the layout's parts.
+        consume: empty `state_dict` on the way, so that no tensor is held both whole and in the layout's parts; it is
+            empty also where writing fails.
 
     Raises:
         ValueError: the names or shapes are not this network's, or `others` has no place in the layout.

@@ -19,9 +19,14 @@ def take_seed(generator: torch.Generator | None) -> int:
     """The seed that a generator stands for, which is then another: it is advanced by one draw.
 
     `initial_seed()` if nothing was drawn from it yet, else the draw. None is torch's global generator, which draws.
+
+    Raises:
+        InputError: it is no generator.
     """
     if generator is None:
         return int(torch.randint(SEEDS, ()))
+    if not isinstance(generator, torch.Generator):
+        raise InputError(f"generator: a {type(generator).__name__}; a torch.Generator is needed")
     fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
     unused = torch.equal(generator.get_state(), fresh.get_state())
     drawn = int(torch.randint(SEEDS, (), generator=generator, device=generator.device))

@@ -48,6 +48,7 @@ log = logging.get_logger(__name__)
 
 Callback = Callable[[Any, int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+NO_PROMPT = "prompt: there was none in what should have given them"
 
 
 class Defaults(NamedTuple):
@@ -368,10 +369,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         The others are those of `__call__`. `interrupt` ends it without the chunk in progress.
 
         A decoder that looks ahead (LTX-2's may) gives frames later: the first chunks have none, and the last of
-        `num_frames` has all that waited. Such an end is final; stopped anywhere else, frames wait in the state.
+        `num_frames` has all that waited. Such an end is final. Stopped anywhere else, frames wait in the state, and
+        num_frames=0 with it gives them, without sampling: then within rounding what an end after that chunk gives.
 
         Raises:
-            InputError: as there, this is the base model, or the state's video has ended.
+            InputError: as there, `generator` is a list, this is the base model, or the state's video has ended.
         """
         if not self.distilled:
             raise InputError("stream: the base model makes whole clips; use the pipeline itself, or a distilled model")
@@ -383,15 +385,21 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self._check(*size, output_type, chunk_frames, latents_per_call)
         if state is not None and state.decoder is None and output_type != "latent":
             raise InputError("state: of latents that were not decoded; go on with output_type='latent'")
-        if state is not None and state.decoder is not None and state.decoder.ended and output_type != "latent":
+        remembered = None if state is None or output_type == "latent" else state.decoder
+        if remembered is not None and remembered.ended:
             raise InputError(
-                "state: its video has ended: this VAE's decoder looks ahead, and took this end for final. To go on "
-                "later, stream with num_frames=None and stop after a chunk"
+                "state: its video has ended: this VAE's decoder looks ahead, and took this end for final. Go on from "
+                "the state of a chunk before, or stream with num_frames=None and end with num_frames=0"
             )
         if state is not None and state.network.tail.dtype != self.transformer.dtype:
             raise InputError(
                 f"state: of a transformer in {state.network.tail.dtype}, this one is in {self.transformer.dtype}"
             )
+        if remembered is not None and remembered.features[0].dtype != self.vae.dtype:
+            raise InputError(f"state: of a VAE in {remembered.features[0].dtype}, this one is in {self.vae.dtype}")
+        model = uncompiled(self.vae)
+        if state is not None and remembered is not None and num_frames == 0 and kind_of(model).ahead_of(model):
+            return self._end(state, remembered, output_type, latents_per_call)
         if prompt is None:
             if state is None:
                 raise InputError("prompt: missing; without a state there is none to go on with")
@@ -399,8 +407,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
         lengths = self._lengths(num_frames, chunk_frames, begins=state is None)
+        prompts = _in_turn(prompt)
+        # Last of all that may be refused: a generator is advanced.
         seed = state.seed if state is not None and generator is None else take_seed(generator)
-        prompts = _until_told(prompt)
         return self._stream(
             prompts, lengths, schedule, size, seed, state, output_type, motion_score, chunk_frames, latents_per_call
         )
@@ -452,6 +461,16 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             return
         finally:
             self.maybe_free_model_hooks()
+
+    @torch.no_grad()
+    def _end(
+        self, state: StreamState, cache: DecodeCache, output_type: str, latents_per_call: int
+    ) -> Iterator[LongSanaVideoChunk]:
+        """What waits in a decoder that looks ahead."""
+        onload(self.vae)
+        pictures, cache = self._vae(latents_per_call).decode_end(cache)
+        yield LongSanaVideoChunk(as_output(pictures.cpu(), output_type), state._replace(decoder=cache))
+        self.maybe_free_model_hooks()
 
     @torch.no_grad()
     def encode_prompt(
@@ -603,12 +622,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         score = (DISTILLED if self.distilled else BASE).motion_score if motion_score is None else motion_score
         captions: dict[str, list[TextEmbedding]] = {}
         for text in texts:
-            pieces = [piece.strip() for piece in text.split(SPLIT)]
-            if len(pieces) > 1 and not parts:
-                raise InputError(
-                    f"prompt: parts between '{SPLIT}' are for a video of the distilled model; a stream takes several "
-                    "prompts as they are, encode_prompt each part by itself"
-                )
+            pieces = [piece.strip() for piece in text.split(SPLIT)] if parts else [_whole(text)]
             if text not in captions:
                 captions[text] = [self._embed(with_motion_score(piece, score)) for piece in pieces]
         return [captions[text] for text in texts]
@@ -741,18 +755,42 @@ def _texts(prompt: str | list[str] | None, embeds: Tensor | None, copies: int) -
     return [text.strip() for text in prompts for _ in range(copies)]
 
 
-def _until_told(prompt: str | Iterable[str]) -> Iterator[str]:
-    """The prompt of each chunk; the last of several stays."""
+def _in_turn(prompt: str | Iterable[str]) -> Iterator[str]:
+    """The prompt of each chunk; the last of several stays. Of a list all are looked at now."""
     if isinstance(prompt, str):
-        yield from repeat(prompt.strip())
+        return repeat(_whole(prompt))
     if not isinstance(prompt, Iterable):
         raise InputError(f"prompt: a {type(prompt).__name__}; must be a text, or texts one after another")
+    if isinstance(prompt, list | tuple):
+        prompt = [_whole(text) for text in prompt]
+        if not prompt:
+            raise InputError(NO_PROMPT)
+    return _until_told(prompt)
+
+
+def _until_told(prompts: Iterable[str]) -> Iterator[str]:
     latest: str | None = None
-    for latest in prompt:
-        yield latest.strip()
+    for latest in map(_whole, prompts):
+        yield latest
     if latest is None:
-        raise InputError("prompt: there was none in what should have given them")
-    yield from repeat(latest.strip())
+        raise InputError(NO_PROMPT)
+    yield from repeat(latest)
+
+
+def _whole(text: str) -> str:
+    """A prompt that has no parts.
+
+    Raises:
+        InputError: it has some, or is no text.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"prompt: a {type(text).__name__} where a text is needed")
+    if SPLIT in text:
+        raise InputError(
+            f"prompt: parts between '{SPLIT}' are for a video of the distilled model; a stream takes several "
+            "prompts as they are, encode_prompt each part by itself"
+        )
+    return text.strip()
 
 
 def _stacked(embeddings: Iterable[TextEmbedding]) -> TextEmbedding:

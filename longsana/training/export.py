@@ -64,7 +64,9 @@ def export(
     state_dict = _read(folder, group, roles[group], dtype)
     step = int(read_progress(folder)["step"])
     write_weights(
-        out, layout, lambda to: save_checkpoint(state_dict, to, layout, roles[group], others=others, step=step)
+        out,
+        layout,
+        lambda to: save_checkpoint(state_dict, to, layout, roles[group], others=others, step=step, consume=True),
     )
     log.info("%s: %s of step %d, %s, %s", out, ", ".join([group, *others]), step, layout, str(dtype)[6:])
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from longsana.config import VAEConfig
 from longsana.encoders import convolution, ltx2_decoder
+from longsana.encoders.geometry import GEOMETRIES
 from longsana.encoders.vae import LTX2VAE, load_vae
 from longsana.evaluation.measures import boundaries, measure, seam_index
 from longsana.ops import FUSED
 from longsana.ops.backend import fused_twin
 from longsana.runtime.errors import InputError
+from longsana.training.rehearsal import LiveBytes
 from tests.encoders.streaming import assert_nothing_is_transposed, draw, psnr, stream
 
 SMALL: dict[str, Any] = {
@@ -232,10 +234,42 @@ def test_looking_ahead_in_low_precision(looking_ahead: str) -> None:
     assert own < 2 * theirs
 
 
-def test_the_published_one_would_wait_for_22_latents() -> None:
+@pytest.mark.parametrize("latents_per_call", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 12])
+def test_an_end_that_comes_later(looking_ahead: str, count: int, latents_per_call: int) -> None:
+    """Without more latents, what waits comes as if the end had been told with the last of them."""
+    vae, latents = load(looking_ahead, latents_per_call), draw(1, 128, count, 2, 3)
+    frames, cache = vae.decode_stream(latents, more=True)
+    rest, after = vae.decode_end(cache)
+    torch.testing.assert_close(torch.cat([frames, rest], dim=2), vae.decode(latents), **ROUNDING)
+    assert after.ended and after.latents == count and not cache.ended
+    for ended in (after, vae.decode_stream(latents)[1]):
+        with pytest.raises(ValueError, match="nothing waits"):
+            vae.decode_end(ended)
+
+
+def test_a_causal_decoder_keeps_nothing_back(vae: LTX2VAE) -> None:
+    with pytest.raises(ValueError, match="nothing waits"):
+        vae.decode_end(vae.decode_stream(draw(1, 128, 2, 2, 2))[1])
+
+
+@pytest.mark.parametrize(("causal", "count", "gigabytes"), [(True, 16, 1.5), (False, 189, 11.4)])
+def test_activations_of_the_published_decoder(
+    causal: bool, count: int, gigabytes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's, at 1280x704 in bfloat16, two latents a call: of the last, with all that has waited."""
     with torch.device("meta"):
-        model = AutoencoderKLLTX2Video(decoder_causal=False)
-    assert ltx2_decoder.ahead(model) == 22
+        model: Any = AutoencoderKLLTX2Video(decoder_causal=causal).eval().requires_grad_(False).bfloat16()
+    assert ltx2_decoder.ahead(model) == (0 if causal else 22)
+    vae = LTX2VAE(model, GEOMETRIES["LTX2VAE_diffusers"], 2)
+    # The kernel of a GPU takes no memory; its plain twin does.
+    monkeypatch.setattr(ltx2_decoder, "norm_silu_into", lambda *inputs, **settings: None)
+    latents = torch.empty(1, 128, 2, 22, 40, device="meta")
+    _, cache = vae.decode_stream(torch.empty(1, 128, 41, 22, 40, device="meta"), more=True)
+    with LiveBytes(ignore=[*model.parameters(), *cache.features]) as live:
+        frames, _ = vae.decode_stream(latents, cache)
+    assert frames.shape[2] == count
+    assert live.peak / 1e9 == pytest.approx(gigabytes, abs=0.06)
 
 
 @pytest.mark.parametrize(

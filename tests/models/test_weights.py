@@ -49,6 +49,16 @@ def test_round_trip_in_shards(layout: Layout, tmp_path: Path) -> None:
     assert not index.exists()
 
 
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_consumed_weights_are_let_go(layout: Layout, tmp_path: Path) -> None:
+    for name, given, consume in (("kept", weights(), False), ("consumed", weights(), True)):
+        (tmp_path / name).mkdir()
+        count = len(given)
+        save_checkpoint(given, tmp_path / name / PATHS[layout], layout, TINY, consume=consume)
+        assert len(given) == (0 if consume else count)
+    assert_same(load(tmp_path / "consumed" / PATHS[layout]), load(tmp_path / "kept" / PATHS[layout]))
+
+
 def test_upstream_file_is_the_public_one(tmp_path: Path) -> None:
     expected = weights()
     save_checkpoint(expected, tmp_path / "a.pth", "upstream", TINY)

@@ -113,12 +113,20 @@ def test_bad_input(loaded: LongSanaVideoPipeline, loaded_base: LongSanaVideoPipe
         ({"state": chunk.state}, "latents that were not decoded"),
         ({"state": chunk.state, "height": 64, "output_type": "latent"}, "the video that goes on has 32 and 48"),
         ({"prompt": PROMPT, "height": 30}, "height=30"),
+        ({"state": chunk.state, "num_frames": 0, "output_type": "latent"}, "grows by multiples of 4"),
+        ({"prompt": 3}, "prompt: a int"),
+        ({"prompt": [PROMPT, None]}, "prompt: a NoneType"),
+        ({"prompt": []}, "there was none"),
+        ({"prompt": f"{PROMPT}<split>{OTHER}"}, "a stream takes several prompts as they are"),
     ]:
+        generator = seed()
+        before = generator.get_state()
         with pytest.raises(InputError, match=message):
-            loaded.stream(**arguments)  # at once, not with the first chunk
+            loaded.stream(generator=generator, **arguments)  # at once, not with the first chunk
+        assert torch.equal(generator.get_state(), before)
+    with pytest.raises(InputError, match=r"generator: a list; a torch\.Generator is needed"):
+        loaded.stream(PROMPT, generator=[seed()])
     with pytest.raises(InputError, match="the base model makes whole clips"):
         loaded_base.stream(PROMPT)
     with pytest.raises(InputError, match="there was none"):
-        next(loaded.stream([], **SIZE))
-    with pytest.raises(InputError, match="a stream takes several prompts as they are"):
-        next(loaded.stream(f"{PROMPT}<split>{OTHER}", **SIZE))
+        next(loaded.stream(iter([]), **SIZE))
