@@ -88,9 +88,11 @@ def is_vae(path: Path, key: str) -> bool:
         InputError: they are of a VAE that has one layout alone.
     """
     kind = written_config(path / "config.json").get("_class_name") if path.is_dir() else None
+    if kind is None:
+        return any(name.startswith("encoder.") for name in open_checkpoint(weights_file(path), key))
     if str(kind).startswith("Autoencoder") and kind != VAE_CLASS:
         raise InputError(f"SRC {path}: an {kind}, which has no other layout; {VAE_CLASS} has")
-    return kind == VAE_CLASS or any(name.startswith("encoder.") for name in open_checkpoint(weights_file(path), key))
+    return bool(kind == VAE_CLASS)
 
 
 def network_config(options: argparse.Namespace, written: dict[str, Any]) -> ModelConfig:

@@ -191,9 +191,9 @@ class VideoVAE(ABC):
         first latent is one picture. cache: of all latents before these; None decodes them as if there were none, which
         is off by what the decoder would remember of them, some 20 latents far.
         """
-        frames, after = self.decode_stream(latents, cache)
-        if after.ended:
-            _, after = self.decode_stream(latents, cache, more=True)
+        frames, after = self.decode_stream(latents, cache, more=True)
+        if self.ahead:
+            frames, _ = self.decode_end(after)
         return self.encode(frames[:, :, -1:]), after
 
     @staticmethod
