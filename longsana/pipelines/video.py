@@ -32,6 +32,7 @@ from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS
 from longsana.pipelines import transformer as networks
 from longsana.pipelines.noise import batch_noise, take_seed
 from longsana.pipelines.pictures import as_output, decode, joined
+from longsana.pipelines.prompts import in_turn, one_for_each, whole
 from longsana.pipelines.transformer import (
     SanaVideoCausalTransformer3DModel,
     SanaVideoTransformer3DModel,
@@ -48,7 +49,6 @@ log = logging.get_logger(__name__)
 
 Callback = Callable[[Any, int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-NO_PROMPT = "prompt: there was none in what should have given them"
 
 
 class Defaults(NamedTuple):
@@ -294,7 +294,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             raise InputError(f"callback_on_step_end_tensor_inputs: {', '.join(others)}: there are only latents")
         guidance = self._guidance(guidance_scale)
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
-        texts = _texts(prompt, prompt_embeds, num_videos_per_prompt)
+        texts = one_for_each(prompt, prompt_embeds, num_videos_per_prompt)
         if prompt_embeds is None:
             captions = self._captions(texts, motion_score, parts=self.distilled)
         else:
@@ -383,23 +383,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if state is not None and (height or size[0], width or size[1]) != size:
             raise InputError(f"height={height}, width={width}: the video that goes on has {size[0]} and {size[1]}")
         self._check(*size, output_type, chunk_frames, latents_per_call)
-        if state is not None and state.decoder is None and output_type != "latent":
-            raise InputError("state: of latents that were not decoded; go on with output_type='latent'")
-        remembered = None if state is None or output_type == "latent" else state.decoder
-        if remembered is not None and remembered.ended:
-            raise InputError(
-                "state: its video has ended: this VAE's decoder looks ahead, and took this end for final. Go on from "
-                "the state of a chunk before, or stream with num_frames=None and end with num_frames=0"
-            )
-        if state is not None and state.network.tail.dtype != self.transformer.dtype:
-            raise InputError(
-                f"state: of a transformer in {state.network.tail.dtype}, this one is in {self.transformer.dtype}"
-            )
-        if remembered is not None and remembered.features[0].dtype != self.vae.dtype:
-            raise InputError(f"state: of a VAE in {remembered.features[0].dtype}, this one is in {self.vae.dtype}")
-        model = uncompiled(self.vae)
-        if state is not None and remembered is not None and num_frames == 0 and kind_of(model).ahead_of(model):
-            return self._end(state, remembered, output_type, latents_per_call)
+        if state is not None:
+            state = self._gone_on_from(state, output_type)
+            model = uncompiled(self.vae)
+            if num_frames == 0 and state.decoder is not None and kind_of(model).ahead_of(model):
+                return self._end(state, state.decoder, output_type, latents_per_call)
         if prompt is None:
             if state is None:
                 raise InputError("prompt: missing; without a state there is none to go on with")
@@ -407,7 +395,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
         lengths = self._lengths(num_frames, chunk_frames, begins=state is None)
-        prompts = _in_turn(prompt)
+        prompts = in_turn(prompt)
         # Last of all that may be refused: a generator is advanced.
         seed = state.seed if state is not None and generator is None else take_seed(generator)
         return self._stream(
@@ -429,7 +417,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         latents_per_call: int,
     ) -> Iterator[LongSanaVideoChunk]:
         shape = (self.geometry.channels, *self.geometry.latent_size(*size))
-        cache = None if state is None or output_type == "latent" else state.decoder
+        cache = None if state is None else state.decoder
         memory = None if state is None else state.network
         heard, text, vae = None, None, None
         self._interrupt = False
@@ -469,8 +457,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """What waits in a decoder that looks ahead."""
         onload(self.vae)
         pictures, cache = self._vae(latents_per_call).decode_end(cache)
-        yield LongSanaVideoChunk(as_output(pictures.cpu(), output_type), state._replace(decoder=cache))
         self.maybe_free_model_hooks()
+        yield LongSanaVideoChunk(as_output(pictures.cpu(), output_type), state._replace(decoder=cache))
 
     @torch.no_grad()
     def encode_prompt(
@@ -482,7 +470,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         motion_score: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """prompt_embeds (B, L, C) and their mask (B, L); and with guidance the negative prompt's, else None."""
-        texts = _texts(prompt, None, num_videos_per_prompt)
+        texts = one_for_each(prompt, None, num_videos_per_prompt)
         prompt_embeds, prompt_attention_mask = _stacked(parts[0] for parts in self._captions(texts, motion_score))
         if not do_classifier_free_guidance:
             return prompt_embeds, prompt_attention_mask, None, None
@@ -526,6 +514,25 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         _, *patch = self.transformer.config.patch_size
         self.geometry.check_size(height, width, (patch[0], patch[1]))
         return self.geometry.latent_size(height, width)
+
+    def _gone_on_from(self, state: StreamState, output_type: str) -> StreamState:
+        """A state for this output, without a decoder where latents are wanted; InputError if none can go on from it."""
+        if state.network.tail.dtype != self.transformer.dtype:
+            raise InputError(
+                f"state: of a transformer in {state.network.tail.dtype}, this one is in {self.transformer.dtype}"
+            )
+        if output_type == "latent":
+            return state._replace(decoder=None)
+        if state.decoder is None:
+            raise InputError("state: of latents that were not decoded; go on with output_type='latent'")
+        if state.decoder.ended:
+            raise InputError(
+                "state: its video has ended: this VAE's decoder looks ahead, and took this end for final. Go on from "
+                "the state of a chunk before, or stream with num_frames=None and end with num_frames=0"
+            )
+        if (dtype := state.decoder.features[0].dtype) != self.vae.dtype:
+            raise InputError(f"state: of a VAE in {dtype}, this one is in {self.vae.dtype}")
+        return state
 
     def _guidance(self, scale: float | None) -> float:
         if scale is None:
@@ -622,7 +629,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         score = (DISTILLED if self.distilled else BASE).motion_score if motion_score is None else motion_score
         captions: dict[str, list[TextEmbedding]] = {}
         for text in texts:
-            pieces = [piece.strip() for piece in text.split(SPLIT)] if parts else [_whole(text)]
+            pieces = [piece.strip() for piece in text.split(SPLIT)] if parts else [whole(text)]
             if text not in captions:
                 captions[text] = [self._embed(with_motion_score(piece, score)) for piece in pieces]
         return [captions[text] for text in texts]
@@ -738,59 +745,6 @@ def scheduler_shift(scheduler: Any) -> float:
     if "flow_shift" in own:
         return float(scheduler.config["flow_shift"] or BASE.shift)
     return float(scheduler.shift) if "shift" in own else BASE.shift
-
-
-def _texts(prompt: str | list[str] | None, embeds: Tensor | None, copies: int) -> list[str]:
-    """The prompt of each video; empty where there are only embeddings."""
-    if copies < 1:
-        raise InputError(f"num_videos_per_prompt={copies}: must be at least 1")
-    if prompt is None and embeds is None:
-        raise InputError("prompt: missing; give it, or prompt_embeds")
-    if prompt is None:
-        assert embeds is not None
-        prompt = [""] * len(embeds)
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
-        raise InputError("prompt: must be a text or a list of texts")
-    return [text.strip() for text in prompts for _ in range(copies)]
-
-
-def _in_turn(prompt: str | Iterable[str]) -> Iterator[str]:
-    """The prompt of each chunk; the last of several stays. Of a list all are looked at now."""
-    if isinstance(prompt, str):
-        return repeat(_whole(prompt))
-    if not isinstance(prompt, Iterable):
-        raise InputError(f"prompt: a {type(prompt).__name__}; must be a text, or texts one after another")
-    if isinstance(prompt, list | tuple):
-        prompt = [_whole(text) for text in prompt]
-        if not prompt:
-            raise InputError(NO_PROMPT)
-    return _until_told(prompt)
-
-
-def _until_told(prompts: Iterable[str]) -> Iterator[str]:
-    latest: str | None = None
-    for latest in map(_whole, prompts):
-        yield latest
-    if latest is None:
-        raise InputError(NO_PROMPT)
-    yield from repeat(latest)
-
-
-def _whole(text: str) -> str:
-    """A prompt that has no parts.
-
-    Raises:
-        InputError: it has some, or is no text.
-    """
-    if not isinstance(text, str):
-        raise InputError(f"prompt: a {type(text).__name__} where a text is needed")
-    if SPLIT in text:
-        raise InputError(
-            f"prompt: parts between '{SPLIT}' are for a video of the distilled model; a stream takes several "
-            "prompts as they are, encode_prompt each part by itself"
-        )
-    return text.strip()
 
 
 def _stacked(embeddings: Iterable[TextEmbedding]) -> TextEmbedding:

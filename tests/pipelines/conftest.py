@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from longsana.pipelines.video import LongSanaVideoPipeline
-from tests.pipelines.repository import BASE, quiet, shapes_repository
+from longsana.sampling.pipeline import VideoPipeline
+from tests.pipelines.repository import BASE, around, quiet, shapes_repository
+from tests.sampling.test_ltx2 import small_720p
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +35,14 @@ def loaded_base(base_folder: Path) -> LongSanaVideoPipeline:
 def pipe(distilled_folder: Path) -> LongSanaVideoPipeline:
     """The distilled model, of the test's own."""
     return quiet(distilled_folder)
+
+
+@pytest.fixture(scope="session")
+def looking_ahead(tmp_path_factory: pytest.TempPathFactory) -> LongSanaVideoPipeline:
+    """A decoder that looks 8 latents ahead."""
+    folder = tmp_path_factory.mktemp("ahead")
+    batch = VideoPipeline(small_720p(folder, decoder_causal=False), "cpu")
+    with batch.text_encoder() as encoder:
+        tokenizer, text_encoder = encoder.tokenizer, encoder.model
+    batch.load()
+    return around(batch, tokenizer, text_encoder, folder)

@@ -9,7 +9,9 @@ from typing import Any
 
 from longsana.config import InferenceConfig, ModelConfig, load_config
 from longsana.models.weights import read_weights, save_checkpoint
+from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel
 from longsana.pipelines.video import LongSanaVideoPipeline
+from longsana.sampling.pipeline import VideoPipeline
 
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "asset/shapes"
@@ -76,5 +78,16 @@ def write_transformer(folder: Path, source: Path, config: ModelConfig, name: str
 def quiet(folder: Path, **options: Any) -> LongSanaVideoPipeline:
     """The pipeline in a folder, without a progress bar."""
     pipe = LongSanaVideoPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def around(batch: VideoPipeline, tokenizer: object, text_encoder: Any, folder: Path) -> LongSanaVideoPipeline:
+    """A pipeline of the batch command's parts."""
+    save_checkpoint(batch.model.state_dict(), folder / "transformer", "diffusers", batch.model.config)
+    transformer = SanaVideoCausalTransformer3DModel.from_pretrained(folder / "transformer")
+    pipe = LongSanaVideoPipeline(
+        batch.vae.model, transformer, tokenizer, text_encoder, caption_length=48, chi_prompt="none"
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe

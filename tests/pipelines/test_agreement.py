@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
-from longsana.encoders.vae import LTX2VAE
-from longsana.models.weights import save_checkpoint
-from longsana.pipelines.pictures import joined
-from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.runtime.clock import Clock
-from longsana.runtime.errors import InputError
 from longsana.sampling.pipeline import Frames, VideoPipeline
-from tests.pipelines.repository import OTHER, PROMPT, SIZE, quiet, shapes_config
+from tests.pipelines.repository import OTHER, PROMPT, SIZE, around, quiet, shapes_config
 from tests.sampling.test_ltx2 import small_720p
 
 
@@ -147,17 +140,6 @@ def test_base_is_that_of_diffusers(loaded_base: LongSanaVideoPipeline, base_fold
     assert own.std() > 0.1
 
 
-def around(batch: VideoPipeline, tokenizer: object, text_encoder: Any, folder: Path) -> LongSanaVideoPipeline:
-    """A pipeline of the batch command's parts."""
-    save_checkpoint(batch.model.state_dict(), folder / "transformer", "diffusers", batch.model.config)
-    transformer = SanaVideoCausalTransformer3DModel.from_pretrained(folder / "transformer")
-    pipe = LongSanaVideoPipeline(
-        batch.vae.model, transformer, tokenizer, text_encoder, caption_length=48, chi_prompt="none"
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def test_720p(tmp_path: Path) -> None:
     """Its VAE has other strides, and one latent is one patch."""
     config = small_720p(tmp_path)
@@ -185,73 +167,3 @@ def test_720p(tmp_path: Path) -> None:
         generator=torch.Generator().manual_seed(0),
     ).frames  # fmt: skip
     assert (pictures == own).all()
-
-
-@pytest.fixture(scope="module")
-def looking_ahead(tmp_path_factory: pytest.TempPathFactory) -> LongSanaVideoPipeline:
-    """A decoder that looks 8 latents ahead."""
-    folder = tmp_path_factory.mktemp("ahead")
-    batch = VideoPipeline(small_720p(folder, decoder_causal=False), "cpu")
-    with batch.text_encoder() as encoder:
-        tokenizer, text_encoder = encoder.tokenizer, encoder.model
-    batch.load()
-    return around(batch, tokenizer, text_encoder, folder)
-
-
-AHEAD: dict[str, Any] = {"height": 64, "width": 96, "chunk_frames": 2, "output_type": "pt"}
-
-
-def test_a_stream_whose_decoder_looks_ahead(looking_ahead: LongSanaVideoPipeline) -> None:
-    """Frames come later, and are the call's to the bit wherever a stream is cut; and diffusers' within rounding."""
-    expected = looking_ahead(PROMPT, num_frames=113, generator=seed(), **AHEAD).frames
-    chunks = list(islice(looking_ahead.stream(PROMPT, generator=seed(), **AHEAD), 5))
-    chunks += looking_ahead.stream(num_frames=113 - 81, state=chunks[-1], **AHEAD)
-    assert [chunk.frames.shape[1] for chunk in chunks] == [0, 0, 0, 8, 16, 16, 73]
-    assert torch.equal(torch.cat([chunk.frames for chunk in chunks], dim=1), expected)
-    sizes = {chunk.state.decoder.nbytes for chunk in chunks[3:-1] if chunk.state.decoder is not None}
-    assert len(sizes) == 1, "what it remembers does not grow"
-    latents = looking_ahead(PROMPT, num_frames=113, generator=seed(), **AHEAD | {"output_type": "latent"}).frames
-    whole = LTX2VAE.around(looking_ahead.vae, 1).decode(latents).transpose(1, 2) / 2 + 0.5
-    torch.testing.assert_close(expected, whole, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("chunk_frames", [1, 3])
-@pytest.mark.parametrize("num_frames", [1, 17, 89])
-@pytest.mark.parametrize("output_type", ["pt", "np", "pil"])
-def test_short_streams(
-    looking_ahead: LongSanaVideoPipeline, num_frames: int, chunk_frames: int, output_type: str
-) -> None:
-    call = AHEAD | {"chunk_frames": chunk_frames, "num_frames": num_frames, "output_type": output_type}
-    expected = looking_ahead(PROMPT, generator=seed(), **call).frames
-    given = joined([chunk.frames for chunk in looking_ahead.stream(PROMPT, generator=seed(), **call)])
-    assert len(given[0]) == num_frames
-    assert all(np.array_equal(a, b) for a, b in zip(given[0], expected[0], strict=True))
-
-
-def test_a_stream_ends_when_told(looking_ahead: LongSanaVideoPipeline) -> None:
-    """After an interrupt, too: what waits in the decoder comes without sampling, and that is the end."""
-    chunks = []
-    for chunk in looking_ahead.stream(PROMPT, generator=seed(), **AHEAD):
-        chunks.append(chunk)
-        looking_ahead._interrupt = len(chunks) == 4
-    (end,) = looking_ahead.stream(num_frames=0, state=chunks[-1], **AHEAD)
-    shown = torch.cat([chunk.frames for chunk in [*chunks, end]], dim=1)
-    expected = looking_ahead(PROMPT, num_frames=65, generator=seed(), **AHEAD).frames
-    torch.testing.assert_close(shown, expected, atol=2e-5, rtol=0)
-    for num_frames in (0, 8, None):
-        with pytest.raises(InputError, match="its video has ended"):
-            looking_ahead.stream(num_frames=num_frames, state=end, **AHEAD)
-    with pytest.raises(InputError, match="grows by multiples of 8"):
-        looking_ahead.stream(num_frames=0, state=chunks[-1], **AHEAD | {"output_type": "latent"})
-    latents = next(looking_ahead.stream(state=end, **AHEAD | {"output_type": "latent"})).frames
-    assert latents.isfinite().all(), "only its decoder has ended"
-    other = chunks[0].state.decoder
-    assert other is not None
-    half = other._replace(features=tuple(feature.bfloat16() for feature in other.features))
-    with pytest.raises(InputError, match=r"of a VAE in torch\.bfloat16, this one is in torch\.float32"):
-        looking_ahead.stream(state=chunks[0].state._replace(decoder=half), **AHEAD)
-
-
-def test_usual_sizes(loaded: LongSanaVideoPipeline, looking_ahead: LongSanaVideoPipeline) -> None:
-    for pipe, shape in ((loaded, (1, 16, 1, 60, 104)), (looking_ahead, (1, 128, 1, 22, 40))):
-        assert pipe(PROMPT, num_frames=1, num_inference_steps=1, output_type="latent").frames.shape == shape

@@ -396,3 +396,8 @@ def test_pipeline_with_accelerator_device_map(distilled_folder: Path, device_map
     expected = LongSanaVideoPipeline.from_pretrained(distilled_folder).to("cuda")(**inputs()).frames
     pipe = LongSanaVideoPipeline.from_pretrained(distilled_folder, device_map=device_map)
     assert torch.equal(pipe(**inputs()).frames, expected)
+
+
+def test_usual_sizes(loaded: LongSanaVideoPipeline, looking_ahead: LongSanaVideoPipeline) -> None:
+    for pipe, shape in ((loaded, (1, 16, 1, 60, 104)), (looking_ahead, (1, 128, 1, 22, 40))):
+        assert pipe(PROMPT, num_frames=1, num_inference_steps=1, output_type="latent").frames.shape == shape

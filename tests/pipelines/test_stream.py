@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from longsana.encoders.vae import LTX2VAE
+from longsana.pipelines import pictures
 from longsana.pipelines.video import LongSanaVideoChunk, LongSanaVideoPipeline
 from longsana.runtime.errors import InputError
 from tests.pipelines.repository import OTHER, PROMPT, SIZE
@@ -130,3 +132,57 @@ def test_bad_input(loaded: LongSanaVideoPipeline, loaded_base: LongSanaVideoPipe
         loaded_base.stream(PROMPT)
     with pytest.raises(InputError, match="there was none"):
         next(loaded.stream(iter([]), **SIZE))
+
+
+AHEAD: dict[str, Any] = {"height": 64, "width": 96, "chunk_frames": 2, "output_type": "pt"}
+
+
+def test_a_stream_whose_decoder_looks_ahead(looking_ahead: LongSanaVideoPipeline) -> None:
+    """Frames come later, and are the call's to the bit wherever a stream is cut; and diffusers' within rounding."""
+    expected = looking_ahead(PROMPT, num_frames=113, generator=seed(), **AHEAD).frames
+    chunks = list(islice(looking_ahead.stream(PROMPT, generator=seed(), **AHEAD), 5))
+    chunks += looking_ahead.stream(num_frames=113 - 81, state=chunks[-1], **AHEAD)
+    assert [chunk.frames.shape[1] for chunk in chunks] == [0, 0, 0, 8, 16, 16, 73]
+    assert torch.equal(joined(chunks), expected)
+    sizes = {chunk.state.decoder.nbytes for chunk in chunks[3:-1] if chunk.state.decoder is not None}
+    assert len(sizes) == 1, "what it remembers does not grow"
+    latents = looking_ahead(PROMPT, num_frames=113, generator=seed(), **AHEAD | {"output_type": "latent"}).frames
+    whole = LTX2VAE.around(looking_ahead.vae, 1).decode(latents).transpose(1, 2) / 2 + 0.5
+    torch.testing.assert_close(expected, whole, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 3])
+@pytest.mark.parametrize("num_frames", [1, 17, 89])
+@pytest.mark.parametrize("output_type", ["pt", "np", "pil"])
+def test_short_streams(
+    looking_ahead: LongSanaVideoPipeline, num_frames: int, chunk_frames: int, output_type: str
+) -> None:
+    call = AHEAD | {"chunk_frames": chunk_frames, "num_frames": num_frames, "output_type": output_type}
+    expected = looking_ahead(PROMPT, generator=seed(), **call).frames
+    given = pictures.joined([chunk.frames for chunk in looking_ahead.stream(PROMPT, generator=seed(), **call)])
+    assert len(given[0]) == num_frames
+    assert all(np.array_equal(a, b) for a, b in zip(given[0], expected[0], strict=True))
+
+
+def test_a_stream_ends_when_told(looking_ahead: LongSanaVideoPipeline) -> None:
+    """After an interrupt, too: what waits in the decoder comes without sampling, and that is the end."""
+    chunks = []
+    for chunk in looking_ahead.stream(PROMPT, generator=seed(), **AHEAD):
+        chunks.append(chunk)
+        looking_ahead._interrupt = len(chunks) == 4
+    (end,) = looking_ahead.stream(num_frames=0, state=chunks[-1], **AHEAD)
+    shown = joined([*chunks, end])
+    expected = looking_ahead(PROMPT, num_frames=65, generator=seed(), **AHEAD).frames
+    torch.testing.assert_close(shown, expected, atol=2e-5, rtol=0)
+    for num_frames in (0, 8, None):
+        with pytest.raises(InputError, match="its video has ended"):
+            looking_ahead.stream(num_frames=num_frames, state=end, **AHEAD)
+    with pytest.raises(InputError, match="grows by multiples of 8"):
+        looking_ahead.stream(num_frames=0, state=chunks[-1], **AHEAD | {"output_type": "latent"})
+    latents = next(looking_ahead.stream(state=end, **AHEAD | {"output_type": "latent"})).frames
+    assert latents.isfinite().all(), "only its decoder has ended"
+    other = chunks[0].state.decoder
+    assert other is not None
+    half = other._replace(features=tuple(feature.bfloat16() for feature in other.features))
+    with pytest.raises(InputError, match=r"of a VAE in torch\.bfloat16, this one is in torch\.float32"):
+        looking_ahead.stream(state=chunks[0].state._replace(decoder=half), **AHEAD)
