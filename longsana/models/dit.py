@@ -65,8 +65,8 @@ class Block(nn.Module):
         h = self.cross_attn(x.flatten(1, 2), text, mask).view(x.shape)
         x, h = add_norm_modulate(x, h, shift_2, scale_2, NORM_EPS)
 
-        h, tail = self.feed_forward(h, size, state.tail, plan.lengths)
-        return gated_residual(x, gate_2, h), LayerState(kv, k_sum, tail)
+        h, mixed, tail = self.feed_forward(h, size, state.tail, plan.lengths)
+        return gated_residual(x, gate_2, h, mixed), LayerState(kv, k_sum, tail)
 
 
 class FinalLayer(nn.Module):

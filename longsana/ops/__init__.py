@@ -12,7 +12,6 @@ from longsana.ops.backend import backend, operation
 FUSED = {
     "add_norm_modulate": "norms",
     "add_shortcut": "decoder",
-    "add_temporal_conv": "temporal",
     "gated_conv": "gated_conv",
     "gated_residual": "norms",
     "linear_attention": "attention",
@@ -21,12 +20,12 @@ FUSED = {
     "qk_features": "norms",
     "quantise_rows": "norms",
     "spread_into": "decoder",
+    "temporal_conv": "temporal",
 }
 """Module of this package that holds the fused implementation, under the same name."""
 
 add_norm_modulate = operation(reference.add_norm_modulate, FUSED)
 add_shortcut = operation(reference.add_shortcut, FUSED)
-add_temporal_conv = operation(reference.add_temporal_conv, FUSED)
 gated_conv = operation(reference.gated_conv, FUSED)
 gated_residual = operation(reference.gated_residual, FUSED)
 linear_attention = operation(reference.linear_attention, FUSED)
@@ -35,12 +34,12 @@ norm_silu_into = operation(reference.norm_silu_into, FUSED)
 qk_features = operation(reference.qk_features, FUSED)
 quantise_rows = operation(reference.quantise_rows, FUSED)
 spread_into = operation(reference.spread_into, FUSED)
+temporal_conv = operation(reference.temporal_conv, FUSED)
 
 __all__ = [
     "FUSED",
     "add_norm_modulate",
     "add_shortcut",
-    "add_temporal_conv",
     "backend",
     "gated_conv",
     "gated_residual",
@@ -50,4 +49,5 @@ __all__ = [
     "qk_features",
     "quantise_rows",
     "spread_into",
+    "temporal_conv",
 ]

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longsana.ops.activation import silu
+
 ELEMENTS = 4096  # of a program's block: 32 for each thread of four warps
 
 
@@ -63,12 +65,12 @@ def _norm_silu(
     if bias is not None:
         values += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
     length = tl.maximum(tl.sqrt(tl.sum(values * values, axis=1) + least), 1e-12)
-    y = values / length[:, None]
+    y = values * (1 / length)[:, None]
     if gamma is None:
         y *= root
     else:
         y *= tl.load(gamma + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :] * root
-    tl.store(out + target, (y * tl.sigmoid(y)).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + target, silu(y, x.dtype.element_ty == tl.float32).to(out.dtype.element_ty), mask=inside)
 
 
 def norm_silu_into(x: Tensor, gamma: Tensor | None, out: Tensor, bias: Tensor | None = None, eps: float = 0.0) -> None:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longsana.ops.activation import silu, silu_gradient
 from longsana.ops.backend import shares
 
 COLUMNS, CHANNELS = 4, 128
@@ -29,18 +30,16 @@ PROGRAMS = 528
 
 
 @triton.jit
-def _silu(x):
-    return x / (1 + tl.exp(-x))
-
-
-@triton.jit
 def _load_row(source, lane, last, column, width, stride: tl.constexpr, COLUMNS: tl.constexpr):
-    """A row's numbers before SiLU, COLUMNS + 2 vectors of the channels before `last`; zeros beyond the frame."""
+    """A row's numbers before SiLU, COLUMNS + 2 vectors of the channels before `last`; zeros beyond the frame.
+
+    source: pointers to the strip's first column, so that the others are constants away.
+    """
     row = ()
     for i in tl.static_range(COLUMNS + 2):
         at = column + i - 1
         there = lane < tl.where((at >= 0) & (at < width), last, 0)
-        row += (tl.load(source + at * stride + lane, there, 0.0),)
+        row += (tl.load(source + (i - 1) * stride, there, 0.0),)
     return row
 
 
@@ -48,7 +47,7 @@ def _load_row(source, lane, last, column, width, stride: tl.constexpr, COLUMNS: 
 def _activate(row, COLUMNS: tl.constexpr):
     values = ()
     for i in tl.static_range(COLUMNS + 2):
-        values += (_silu(row[i].to(tl.float32)),)
+        values += (silu(row[i].to(tl.float32), row[i].dtype == tl.float32),)
     return values
 
 
@@ -83,8 +82,8 @@ def _repeated(vector, count: tl.constexpr):
 @triton.jit
 def _store_row(out, values, gates, lane, column, width, inner: tl.constexpr, COLUMNS: tl.constexpr):
     for i in tl.static_range(COLUMNS):
-        done = (values[i] * _silu(gates[i])).to(out.dtype.element_ty)
-        tl.store(out + i * inner + lane, done, lane < tl.where(column + i < width, inner, 0))
+        done = values[i] * silu(gates[i], out.dtype.element_ty == tl.float32)
+        tl.store(out + i * inner, done.to(out.dtype.element_ty), lane < tl.where(column + i < width, inner, 0))
 
 
 @triton.jit
@@ -95,34 +94,28 @@ def _gated_conv_kernel(
     lane = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     channels = lane < inner
     stride: tl.constexpr = 2 * inner
-    x += frame * height * width * stride
-    out += (frame * height * width + column) * inner
+    first = frame * height * width + column
+    source, target = x + first * stride + lane, out + first * inner + lane
     v_taps = _load_taps(taps, lane, channels, stride)
     g_taps = _load_taps(taps, lane + inner, channels, stride)
     v_none = _repeated(tl.load(bias + lane, channels, 0.0).to(tl.float32), COLUMNS)
     g_none = _repeated(tl.load(bias + inner + lane, channels, 0.0).to(tl.float32), COLUMNS)
     v_above, v_here, g_above, g_here = v_none, v_none, g_none, g_none
-    v_next = _load_row(x, lane, inner, column, width, stride, COLUMNS)
-    g_next = _load_row(x, lane + inner, stride, column, width, stride, COLUMNS)
+    v_next = _load_row(source, lane, inner, column, width, stride, COLUMNS)
+    g_next = _load_row(source + inner, lane, inner, column, width, stride, COLUMNS)
     for row in range(height):
         values, gates = _activate(v_next, COLUMNS), _activate(g_next, COLUMNS)
         # The next row is on its way while this one is added.
-        ahead = x + tl.minimum(row + 1, height - 1) * width * stride
-        v_next = _load_row(ahead, lane, inner, column, width, stride, COLUMNS)
-        g_next = _load_row(ahead, lane + inner, stride, column, width, stride, COLUMNS)
+        source += tl.where(row + 1 < height, width, 0) * stride
+        v_next = _load_row(source, lane, inner, column, width, stride, COLUMNS)
+        g_next = _load_row(source + inner, lane, inner, column, width, stride, COLUMNS)
         v_above, g_above = _add(v_above, values, v_taps, 2, COLUMNS), _add(g_above, gates, g_taps, 2, COLUMNS)
         if row > 0:
-            _store_row(out + (row - 1) * width * inner, v_above, g_above, lane, column, width, inner, COLUMNS)
+            _store_row(target, v_above, g_above, lane, column, width, inner, COLUMNS)
+            target += width * inner
         v_above, g_above = _add(v_here, values, v_taps, 1, COLUMNS), _add(g_here, gates, g_taps, 1, COLUMNS)
         v_here, g_here = _add(v_none, values, v_taps, 0, COLUMNS), _add(g_none, gates, g_taps, 0, COLUMNS)
-    _store_row(out + (height - 1) * width * inner, v_above, g_above, lane, column, width, inner, COLUMNS)
-
-
-@triton.jit
-def _silu_gradient(x):
-    """d silu(x) / d x."""
-    sigmoid = 1 / (1 + tl.exp(-x))
-    return sigmoid * (1 + x * (1 - sigmoid))
+    _store_row(target, v_above, g_above, lane, column, width, inner, COLUMNS)
 
 
 @triton.jit
@@ -165,6 +158,7 @@ def _sums_gradients_kernel(
     lane = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     channels = lane < inner
     stride: tl.constexpr = 2 * inner
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     v_taps = _load_taps(taps, lane, channels, stride)
     g_taps = _load_taps(taps, lane + inner, channels, stride)
     v_bias = tl.load(bias + lane, channels, 0.0).to(tl.float32)
@@ -173,34 +167,32 @@ def _sums_gradients_kernel(
     v_total, g_total, nothing = _repeated(zero, 10), _repeated(zero, 10), _repeated(zero, COLUMNS + 2)
     for strip in range(part * share, tl.minimum(part * share + share, count)):
         first, column = (strip // strips).to(tl.int64) * height * width, strip % strips * COLUMNS
-        source = x + first * stride
+        at = first + column
+        source, given, target = x + at * stride + lane, grad + at * inner + lane, of_sums + at * stride + lane
         v_above, g_above = nothing, nothing
         v_here = _activate(_load_row(source, lane, inner, column, width, stride, COLUMNS), COLUMNS)
-        g_here = _activate(_load_row(source, lane + inner, stride, column, width, stride, COLUMNS), COLUMNS)
+        g_here = _activate(_load_row(source + inner, lane, inner, column, width, stride, COLUMNS), COLUMNS)
         for row in range(height):
-            below = source + (row + 1) * width * stride
-            there = row + 1 < height
-            # Lanes before 0 are none.
-            v_below = _activate(
-                _load_row(below, lane, tl.where(there, inner, 0), column, width, stride, COLUMNS), COLUMNS
-            )
-            g_below = _activate(
-                _load_row(below, lane + inner, tl.where(there, stride, 0), column, width, stride, COLUMNS), COLUMNS
-            )
+            source += width * stride
+            last = tl.where(row + 1 < height, inner, 0)  # lanes before 0 are none
+            v_below = _activate(_load_row(source, lane, last, column, width, stride, COLUMNS), COLUMNS)
+            g_below = _activate(_load_row(source + inner, lane, last, column, width, stride, COLUMNS), COLUMNS)
             values = _convolved(v_bias, v_above, v_here, v_below, v_taps, COLUMNS)
             gates = _convolved(g_bias, g_above, g_here, g_below, g_taps, COLUMNS)
             of_values, of_gates = (), ()
             for i in tl.static_range(COLUMNS):
-                pixel = first + row * width + column + i
                 inside = lane < tl.where(column + i < width, inner, 0)
-                of_out = tl.load(grad + pixel * inner + lane, inside, 0.0).to(tl.float32)
-                of_value, of_gate = of_out * _silu(gates[i]), of_out * values[i] * _silu_gradient(gates[i])
-                tl.store(of_sums + pixel * stride + lane, of_value.to(of_sums.dtype.element_ty), inside)
-                tl.store(of_sums + pixel * stride + inner + lane, of_gate.to(of_sums.dtype.element_ty), inside)
+                of_out = tl.load(given + i * inner, inside, 0.0).to(tl.float32)
+                of_value = of_out * silu(gates[i], EXACT)
+                of_gate = of_out * values[i] * silu_gradient(gates[i], EXACT)
+                tl.store(target + i * stride, of_value.to(of_sums.dtype.element_ty), inside)
+                tl.store(target + i * stride + inner, of_gate.to(of_sums.dtype.element_ty), inside)
                 of_values += (of_value,)
                 of_gates += (of_gate,)
             v_total = _of_taps(v_total, of_values, v_above, v_here, v_below, COLUMNS)
             g_total = _of_taps(g_total, of_gates, g_above, g_here, g_below, COLUMNS)
+            given += width * inner
+            target += width * stride
             v_above, v_here, g_above, g_here = v_here, v_below, g_here, g_below
     of_taps += part * 10 * stride
     _store_of_taps(of_taps, v_total, lane, inner, stride)
@@ -214,23 +206,24 @@ def _input_gradients_kernel(
     """The convolution's transpose, with its taps the other way round, of of_sums; times the gradient of SiLU."""
     frame, column = tl.program_id(2).to(tl.int64), tl.program_id(1) * COLUMNS
     lane = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    first = frame * height * width
+    at = (frame * height * width + column) * stride + lane
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     own = _load_taps(taps, lane, lane < stride, stride)
     turned = (own[8], own[7], own[6], own[5], own[4], own[3], own[2], own[1], own[0])
     zero = tl.zeros((CHANNELS,), tl.float32)
     above = _repeated(zero, COLUMNS + 2)
-    here = _to_float(_load_row(of_sums + first * stride, lane, stride, column, width, stride, COLUMNS), COLUMNS)
+    here = _to_float(_load_row(of_sums + at, lane, stride, column, width, stride, COLUMNS), COLUMNS)
     for row in range(height):
-        pointer = of_sums + (first + (row + 1) * width) * stride
         last = tl.where(row + 1 < height, stride, 0)
-        below = _to_float(_load_row(pointer, lane, last, column, width, stride, COLUMNS), COLUMNS)
+        below = _load_row(of_sums + at + width * stride, lane, last, column, width, stride, COLUMNS)
+        below = _to_float(below, COLUMNS)
         sums = _convolved(zero, above, here, below, turned, COLUMNS)
         for i in tl.static_range(COLUMNS):
-            at = (first + row * width + column + i) * stride + lane
             inside = lane < tl.where(column + i < width, stride, 0)
-            slope = _silu_gradient(tl.load(x + at, inside, 0.0).to(tl.float32))
-            tl.store(of_x + at, (sums[i] * slope).to(of_x.dtype.element_ty), inside)
+            slope = silu_gradient(tl.load(x + at + i * stride, inside, 0.0).to(tl.float32), EXACT)
+            tl.store(of_x + at + i * stride, (sums[i] * slope).to(of_x.dtype.element_ty), inside)
         above, here = here, below
+        at += width * stride
 
 
 @triton.jit

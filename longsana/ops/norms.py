@@ -68,8 +68,17 @@ def _modulate_kernel(
 
 
 @triton.jit
+def _sum(h, more, row, inside):
+    """h + more, where there is more."""
+    value = tl.load(h + row, inside, 0.0).to(tl.float32)
+    if more is not None:
+        value += tl.load(more + row, inside, 0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
 def _residual_kernel(
-    x, gate, h, y, tokens, frames, clip_stride, frame_stride, width: tl.constexpr, LANES: tl.constexpr
+    x, gate, h, more, y, tokens, frames, clip_stride, frame_stride, width: tl.constexpr, LANES: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
@@ -78,7 +87,7 @@ def _residual_kernel(
     by = tl.load(gate + frame // frames * clip_stride + frame % frames * frame_stride + lane, inside, 0.0)
     row = token * width + lane
     value = tl.load(x + row, inside, 0.0).to(tl.float32)
-    value += by.to(tl.float32) * tl.load(h + row, inside, 0.0).to(tl.float32)
+    value += by.to(tl.float32) * _sum(h, more, row, inside)
     tl.store(y + row, value.to(y.dtype.element_ty), inside)
 
 
@@ -144,7 +153,7 @@ def _modulate_gradients_kernel(
 
 @triton.jit
 def _residual_gradients_kernel(
-    gate, h, of_y, of_h, of_gate, tokens, frames, clip_stride, frame_stride, share,
+    gate, h, more, of_y, of_h, of_gate, tokens, frames, clip_stride, frame_stride, share,
     width: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """of_gate (B T, shares, width): those of the tokens of a share of a frame."""
@@ -157,7 +166,7 @@ def _residual_gradients_kernel(
     for token in range(part * share, tl.minimum(part * share + share, tokens)):
         row = (frame.to(tl.int64) * tokens + token) * width + lane
         given = tl.load(of_y + row, inside, 0.0).to(tl.float32)
-        total += given * tl.load(h + row, inside, 0.0).to(tl.float32)
+        total += given * _sum(h, more, row, inside)
         tl.store(of_h + row, (given * by).to(of_h.dtype.element_ty), inside)
     tl.store(of_gate + (frame * tl.num_programs(1) + part) * width + lane, total, inside)
 
@@ -251,35 +260,36 @@ class _AddNormModulate(torch.autograd.Function):
         return of_x, of_x, of_shift, of_scale, None
 
 
-def gated_residual(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-    y: Tensor = _GatedResidual.apply(x, gate, h)
+def gated_residual(x: Tensor, gate: Tensor, h: Tensor, more: Tensor | None = None) -> Tensor:
+    y: Tensor = _GatedResidual.apply(x, gate, h, more)
     return y
 
 
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, h: Tensor, more: Tensor | None) -> Tensor:
         x, h = x.contiguous(), h.contiguous()
-        ctx.save_for_backward(gate, h)
+        more = None if more is None else more.contiguous()
+        ctx.save_for_backward(gate, h, more)
         y = torch.empty_like(x)
         batch, frames, tokens, width = x.shape
         _residual_kernel[(batch * frames * tokens,)](
-            x, gate, h, y, tokens, frames, *_frame_strides(gate, x), width, **_row(width)
+            x, gate, h, more, y, tokens, frames, *_frame_strides(gate, x), width, **_row(width)
         )
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor, ...]:
-        gate, h = ctx.saved_tensors
+    def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
+        gate, h, more = ctx.saved_tensors
         batch, frames, tokens, width = h.shape
         parts, share = shares(tokens, batch * frames, programs=PROGRAMS)
         of_h, of_gate = torch.empty_like(h), h.new_empty(batch, frames, parts, width, dtype=torch.float32)
         _residual_gradients_kernel[(batch * frames, parts)](
-            gate, h, of_y.contiguous(), of_h, of_gate, tokens, frames, *_frame_strides(gate, h), share, width,
+            gate, h, more, of_y.contiguous(), of_h, of_gate, tokens, frames, *_frame_strides(gate, h), share, width,
             **_row(width),
         )  # fmt: skip
-        return of_y, _of_modulation(of_gate, gate), of_h
+        return of_y, _of_modulation(of_gate, gate), of_h, None if more is None else of_h
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:

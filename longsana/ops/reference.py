@@ -117,9 +117,9 @@ def add_norm_modulate(x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: f
     return x, norm_modulate(x, shift, scale, eps)
 
 
-def gated_residual(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-    """x + gate h. x, h: (B, T, S, D); gate: (B, 1 or T, 1, D)."""
-    return x + gate * h
+def gated_residual(x: Tensor, gate: Tensor, h: Tensor, more: Tensor | None = None) -> Tensor:
+    """x + gate (h + more). x, h, more: (B, T, S, D), more may be none; gate: (B, 1 or T, 1, D)."""
+    return x + gate * (h if more is None else h + more)
 
 
 def gated_conv(x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
@@ -178,11 +178,6 @@ def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[
             out.append(F.conv2d(padded.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1))
         left = chunk[:, -1:]
     return torch.cat(out, dim=1)
-
-
-def add_temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int]) -> Tensor:
-    """x and its `temporal_conv`."""
-    return x + temporal_conv(x, tail, weight, lengths=lengths)
 
 
 def norm_silu_into(x: Tensor, gamma: Tensor | None, out: Tensor, bias: Tensor | None = None, eps: float = 0.0) -> None:

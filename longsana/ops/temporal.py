@@ -1,4 +1,4 @@
-"""The temporal convolution as matrix products: nothing is padded or joined, each tap adds itself to the output.
+"""The temporal convolution as matrix products: nothing is padded or joined, each tap adds itself to the first's.
 
 The sum is rounded after each tap, which the twin does once.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def add_temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int]) -> Tensor:
-    out: Tensor = _AddTemporalConv.apply(x, tail, weight, lengths)
+def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int]) -> Tensor:
+    out: Tensor = _TemporalConv.apply(x, tail, weight, lengths)
     return out
 
 
-class _AddTemporalConv(torch.autograd.Function):
+class _TemporalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tail: Tensor, weight: Tensor, lengths: Sequence[int]) -> Tensor:
         x = x.contiguous()
@@ -27,7 +27,7 @@ class _AddTemporalConv(torch.autograd.Function):
         ctx.lengths = lengths
         # (3, D in, D out), copied once: a product would copy a tap of any other layout each time.
         before, here, after = weight[..., 0].permute(2, 1, 0).contiguous()
-        out = _plus_product(x, here)
+        out = x @ here
         _add(out[:, :1], tail[:, None], before)
         for seen, seeing, tap in _neighbours(lengths, before, after):
             _add(out[:, seeing], x[:, seen], tap)
@@ -39,7 +39,7 @@ class _AddTemporalConv(torch.autograd.Function):
         x, tail, weight = ctx.saved_tensors
         grad = grad.contiguous()
         before, here, after = weight[..., 0].permute(2, 0, 1).contiguous()  # transposed
-        of_x, of_tail = _plus_product(grad, here), grad[:, 0] @ before
+        of_x, of_tail = grad @ here, grad[:, 0] @ before
         of_before, of_here, of_after = of_taps = grad.new_zeros(3, *weight.shape[:2], dtype=torch.float32)
         of_here += _over_tokens(grad, x)
         of_before += _over_tokens(grad[:, :1], tail[:, None])
@@ -57,12 +57,6 @@ def _neighbours(lengths: Sequence[int], before: Tensor, after: Tensor) -> Iterat
     for start, end in itertools.pairwise([0, *itertools.accumulate(lengths)]):
         if end - start > 1:  # the last frame of a chunk does not see the next chunk's first
             yield slice(start + 1, end), slice(start, end - 1), after
-
-
-def _plus_product(x: Tensor, tap: Tensor) -> Tensor:
-    """x + x @ tap."""
-    flat = x.flatten(0, 2)
-    return torch.addmm(flat, flat, tap).view(x.shape)
 
 
 def _add(to: Tensor, source: Tensor, tap: Tensor) -> None:

@@ -174,7 +174,7 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
     shift, scale, gate = modulation[:, :, None].unbind(-2)
     yield Case("norm_modulate", (x, shift, scale, dit.NORM_EPS), {})
     yield Case("add_norm_modulate", (x, h, shift, scale, dit.NORM_EPS), {})
-    yield Case("gated_residual", (x, gate, h), {})
+    yield Case("gated_residual", (x, gate, h, h.clone()), {})
     qkv = random(1, frames * tokens, 3 * width)
     weight = random(width)
     unread = qkv.numel() // 3 * qkv.element_size()  # v
@@ -196,7 +196,7 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
     yield Case("quantise_rows", (x.flatten(0, 2),), {})
     taps = random(width, width, 3, 1) / (3 * width) ** 0.5
     conv = {"lengths": [frames]}
-    yield Case("add_temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)
+    yield Case("temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)
     # The decoder's widest step, for one latent.
     channels, side = pipeline.vae.widest
     frames, height, width = pipeline.geometry.time_stride, size[0] // side, size[1] // side

@@ -463,33 +463,33 @@ def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
 
 @fault("zero left neighbour")
 def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
-    def plant(x, tail, weight, *, lengths, _real=feed_forward.add_temporal_conv):
+    def plant(x, tail, weight, *, lengths, _real=feed_forward.temporal_conv):
         chunks = x.split(list(lengths), dim=1)
         return torch.cat([_real(c, torch.zeros_like(tail), weight, lengths=[c.shape[1]]) for c in chunks], dim=1)
 
-    patch.setattr(feed_forward, "add_temporal_conv", plant)
+    patch.setattr(feed_forward, "temporal_conv", plant)
 
 
 @fault("right neighbour in the next chunk")
 def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
-    def plant(x, tail, weight, *, lengths, _real=feed_forward.add_temporal_conv):
+    def plant(x, tail, weight, *, lengths, _real=feed_forward.temporal_conv):
         return _real(x, tail, weight, lengths=[x.shape[1]])
 
-    patch.setattr(feed_forward, "add_temporal_conv", plant)
+    patch.setattr(feed_forward, "temporal_conv", plant)
 
 
 @fault("no inner residual")
 def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
-    def plant(x, *args, _real=feed_forward.add_temporal_conv, **kwargs):
+    def plant(x, *args, _real=feed_forward.temporal_conv, **kwargs):
         return _real(x, *args, **kwargs) - x
 
-    patch.setattr(feed_forward, "add_temporal_conv", plant)
+    patch.setattr(feed_forward, "temporal_conv", plant)
 
 
 @fault("tail after the temporal convolution")
 def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
     for block in model.blocks:
-        block.feed_forward.register_forward_hook(lambda _, __, out: (out[0], out[0][:, -1].clone()))
+        block.feed_forward.register_forward_hook(lambda _, __, out: (*out[:2], sum(out[:2])[:, -1].clone()))
 
 
 @fault("sine first")

@@ -79,7 +79,8 @@ def test_norms_and_residuals(shape, dtype, tolerance):
             dtype,
             2 * tolerance,  # the sum is rounded, then normalised
         )
-        compare(norms.gated_residual, reference.gated_residual, (x, gate, h), dtype, tolerance)
+        for terms in ((h,), (h, random(*shape, seed=4))):
+            compare(norms.gated_residual, reference.gated_residual, (x, gate, *terms), dtype, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
@@ -120,7 +121,8 @@ def test_gradients_of_norms_and_residuals(shape, dtype, tolerance, programs, mon
         shift, scale, gate = random(shape[0], frames, 3, shape[3], seed=3)[:, :, None].unbind(-2)
         compare_gradients("norm_modulate", norms, (x, shift, scale), dtype, tolerance, eps=1e-6)
         compare_gradients("add_norm_modulate", norms, (x, h, shift, scale), dtype, 2 * tolerance, eps=1e-6)
-        compare_gradients("gated_residual", norms, (x, gate, h), dtype, tolerance)
+        for terms in ((h,), (h, random(*shape, seed=4))):
+            compare_gradients("gated_residual", norms, (x, gate, *terms), dtype, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
@@ -226,16 +228,16 @@ def test_gradients_of_gated_conv(frames, size, inner, dtype, tolerance, monkeypa
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
 @pytest.mark.parametrize("lengths", [(1,), (4,), (3, 1, 2)])
-def test_add_temporal_conv(lengths, dtype, tolerance):
+def test_temporal_conv(lengths, dtype, tolerance):
     width = 24
     inputs = (
         random(2, sum(lengths), 6, width, seed=1), random(2, 6, width, seed=2), random(width, width, 3, 1, seed=3) / 4
     )  # fmt: skip
     compare(
-        lambda *parts: temporal.add_temporal_conv(*parts, lengths=lengths),
-        lambda *parts: reference.add_temporal_conv(*parts, lengths=lengths),
+        lambda *parts: temporal.temporal_conv(*parts, lengths=lengths),
+        lambda *parts: reference.temporal_conv(*parts, lengths=lengths),
         inputs,
         dtype,
         2 * tolerance,  # rounded after every tap
     )
-    compare_gradients("add_temporal_conv", temporal, inputs, dtype, 2 * tolerance, lengths=lengths)
+    compare_gradients("temporal_conv", temporal, inputs, dtype, 2 * tolerance, lengths=lengths)
