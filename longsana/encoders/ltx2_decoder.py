@@ -27,7 +27,7 @@ from longsana.encoders.convolution import (
     mirror_border,
 )
 from longsana.encoders.vae_files import Model
-from longsana.ops import add_shortcut, norm_silu_into, spread_into
+from longsana.ops import add_shortcut, copy_into, norm_silu_into
 
 
 def ahead(model: Model) -> int:
@@ -92,7 +92,7 @@ class _Step(Memory):
 
     def convolved(self, layer: Layer, x: Tensor) -> Tensor:
         """A 3x3x3 convolution."""
-        return self._convolved(layer.conv, x, partial(spread_into, x))
+        return self._convolved(layer.conv, x, partial(copy_into, x))
 
     def activated(
         self, norm: Layer, layer: Layer, x: Tensor, before: Tensor | None = None, *, bias: bool = True
@@ -135,7 +135,7 @@ class _Step(Memory):
         if count:
             write(frames[:, before : before + count])
         if past.shape[1]:
-            spread_into(past, frames[:, :before])
+            copy_into(past, frames[:, :before])
         else:
             frames[:, :before] = frames[:, before : before + 1]
         self.remember(frames[:, : before + count][:, -2:])

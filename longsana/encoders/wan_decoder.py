@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longsana.encoders.convolution import Layer, Memory, biases_come_late, clear_border, conv3d, linear
+from longsana.encoders.convolution import Layer, Memory, biases_come_late, clear_border, conv3d, enlarged, linear
 from longsana.encoders.vae_files import Model
-from longsana.ops import add_shortcut, norm_silu_into, spread_into
+from longsana.ops import add_shortcut, copy_into, norm_silu_into
 
 
 def decode(model: Model, latents: Tensor, features: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -34,39 +34,51 @@ def decode(model: Model, latents: Tensor, features: tuple[Tensor, ...] | None) -
     x = step.residual(decoder.mid_block.resnets[0], x)
     x = _attention(decoder.mid_block.attentions[0], x)
     x = step.residual(decoder.mid_block.resnets[1], x)
+    bias = None
     for block in decoder.up_blocks:
         for resnet in block.resnets:
-            x = step.residual(resnet, x)
+            x, bias = step.residual(resnet, x, bias), None
         for upsampler in block.upsamplers or ():
-            x = step.upsampled(upsampler, x)
+            x, bias = step.upsampled(upsampler, x)
+    assert bias is None, "no residual block adds it"
     x = conv3d(decoder.conv_out, step.normalised(decoder.norm_out, x))
     return x.permute(0, 4, 1, 2, 3), tuple(step.features)
 
 
 class _Step(Memory):
-    def residual(self, block: Layer, x: Tensor) -> Tensor:
+    def residual(self, block: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """bias: of the convolution that made x, if it is still to be added."""
         late = biases_come_late(x)
-        h = conv3d(block.conv1, self.normalised(block.norm1, x), bias=not late)
+        h = conv3d(block.conv1, self.normalised(block.norm1, x, bias), bias=not late)
         h = self.normalised(block.norm2, h, block.conv1.bias if late else None)  # rebinding frees what went in
         h = conv3d(block.conv2, h, bias=not late)
-        shortcut = x if isinstance(block.conv_shortcut, nn.Identity) else linear(block.conv_shortcut, x)
-        return add_shortcut(h, shortcut, block.conv2.bias if late else None)
+        own = block.conv2.bias if late else None
+        if isinstance(block.conv_shortcut, nn.Identity):
+            return add_shortcut(h, x, own if bias is None else bias + block.conv2.bias)
+        return add_shortcut(h, linear(block.conv_shortcut, x, bias), own)
 
-    def upsampled(self, layer: Layer, x: Tensor) -> Tensor:
-        """Twice the height and width, and twice the frames where the layer says so; the first latent stays one."""
-        copies = x[:, :, None]
+    def upsampled(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Twice the height and width, and twice the frames where the layer says so; the first latent stays one.
+
+        And the bias, if it is still to be added.
+        """
+        pictures = x
         if layer.mode == "upsample3d" and self.first:
             # diffusers leaves the convolution out for the first latent, and forgets what it would have seen.
             self.features.append(x.new_zeros(x.shape[0], 2, *x.shape[2:]).permute(0, 4, 1, 2, 3))
         elif layer.mode == "upsample3d":
             pairs = conv3d(layer.time_conv, self.padded(x, border=0))
-            copies = pairs.unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5)
-        return _enlarged(layer.resample[1], copies)
+            halves = pairs.unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5).flatten(0, 1)  # (B T, 2, H, W, C)
+            pictures = x.new_empty(halves.shape)
+            copy_into(halves, pictures)
+        conv, late = layer.resample[1], biases_come_late(x)
+        y = enlarged(conv, pictures.flatten(0, 1), bias=not late)
+        return y.unflatten(0, (x.shape[0], -1)), conv.bias if late else None
 
     def padded(self, x: Tensor, border: int) -> Tensor:
         """What a causal convolution reads, without its own padding: (B, 2 + T, H + 2 border, W + 2 border, C)."""
         buffer, frames = self._buffer(x, border)
-        spread_into(x, frames[:, 2:])
+        copy_into(x, frames[:, 2:])
         self.remember(frames[:, -2:])
         return buffer
 
@@ -87,7 +99,7 @@ class _Step(Memory):
         if self.first:
             frames[:, :2].zero_()
         else:
-            spread_into(self.recall(), frames[:, :2])
+            copy_into(self.recall(), frames[:, :2])
         return buffer, frames
 
 
@@ -97,13 +109,3 @@ def _attention(block: Layer, x: Tensor) -> Tensor:
     y = F.rms_norm(x, (channels,), block.norm.gamma.flatten(), eps=1e-24 / channels)  # diffusers': |x| >= 1e-12
     q, k, v = linear(block.to_qkv, y).view(batch * count, 1, height * width, 3 * channels).chunk(3, dim=-1)
     return x + linear(block.proj, F.scaled_dot_product_attention(q, k, v).reshape(x.shape))
-
-
-def _enlarged(layer: Layer, x: Tensor) -> Tensor:
-    """A 3x3 convolution over x (B, T, k, H, W, C) at twice its height and width: (B, T k, 2 H, 2 W, C')."""
-    batch, count, copies, height, width, channels = x.shape
-    buffer = x.new_empty(batch, count, copies, 2 * height + 2, 2 * width + 2, channels)
-    clear_border(buffer)
-    spread_into(x.flatten(0, 1), buffer.flatten(0, 1)[:, :, 1:-1, 1:-1])
-    y = F.conv2d(buffer.flatten(0, 2).permute(0, 3, 1, 2), layer.weight, layer.bias)
-    return y.permute(0, 2, 3, 1).unflatten(0, (batch, count * copies))

@@ -12,6 +12,7 @@ from longsana.ops.backend import backend, operation
 FUSED = {
     "add_norm_modulate": "norms",
     "add_shortcut": "decoder",
+    "copy_into": "decoder",
     "gated_conv": "gated_conv",
     "gated_residual": "norms",
     "linear_attention": "attention",
@@ -19,13 +20,13 @@ FUSED = {
     "norm_silu_into": "decoder",
     "qk_features": "norms",
     "quantise_rows": "norms",
-    "spread_into": "decoder",
     "temporal_conv": "temporal",
 }
 """Module of this package that holds the fused implementation, under the same name."""
 
 add_norm_modulate = operation(reference.add_norm_modulate, FUSED)
 add_shortcut = operation(reference.add_shortcut, FUSED)
+copy_into = operation(reference.copy_into, FUSED)
 gated_conv = operation(reference.gated_conv, FUSED)
 gated_residual = operation(reference.gated_residual, FUSED)
 linear_attention = operation(reference.linear_attention, FUSED)
@@ -33,7 +34,6 @@ norm_modulate = operation(reference.norm_modulate, FUSED)
 norm_silu_into = operation(reference.norm_silu_into, FUSED)
 qk_features = operation(reference.qk_features, FUSED)
 quantise_rows = operation(reference.quantise_rows, FUSED)
-spread_into = operation(reference.spread_into, FUSED)
 temporal_conv = operation(reference.temporal_conv, FUSED)
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "add_norm_modulate",
     "add_shortcut",
     "backend",
+    "copy_into",
     "gated_conv",
     "gated_residual",
     "linear_attention",
@@ -48,6 +49,5 @@ __all__ = [
     "norm_silu_into",
     "qk_features",
     "quantise_rows",
-    "spread_into",
     "temporal_conv",
 ]

@@ -117,7 +117,7 @@ def add_shortcut(x: Tensor, shortcut: Tensor, bias: Tensor | None = None) -> Ten
 
 
 @triton.jit(do_not_specialize=["pixels", "frames", "height", "width"])
-def _spread(
+def _copy(
     x,
     out,
     pixels,
@@ -133,28 +133,23 @@ def _spread(
     out_row,
     out_pixel,
     channels: tl.constexpr,
-    copies: tl.constexpr,
     block_pixels: tl.constexpr,
     block_channels: tl.constexpr,
 ):
     pixel, channel, inside = _own(pixels, channels, block_pixels, block_channels)
     source = _place(pixel, frames, height, width, x_batch, x_frame, x_row, x_pixel)
-    target = _place(pixel, frames, height, width, out_batch, out_frame, copies * out_row, copies * out_pixel)
+    target = _place(pixel, frames, height, width, out_batch, out_frame, out_row, out_pixel)
     values = tl.load(x + source[:, None] + channel[None, :], mask=inside)
-    target = target[:, None] + channel[None, :]
-    for row in tl.static_range(copies):
-        for column in tl.static_range(copies):
-            tl.store(out + target + (row * out_row + column * out_pixel), values, mask=inside)
+    tl.store(out + target[:, None] + channel[None, :], values, mask=inside)
 
 
-def spread_into(x: Tensor, out: Tensor) -> None:
+def copy_into(x: Tensor, out: Tensor) -> None:
     batch, frames, height, width, channels = x.shape
-    copies = out.shape[3] // width
-    assert out.shape == (batch, frames, copies * height, copies * width, channels), (x.shape, out.shape)
+    assert out.shape == x.shape, (x.shape, out.shape)
     assert x.stride(4) == out.stride(4) == 1, "channels are neighbours"
     pixels = batch * frames * height * width
     sizes = _block(channels)
-    _spread[(triton.cdiv(pixels, sizes["block_pixels"]),)](
+    _copy[(triton.cdiv(pixels, sizes["block_pixels"]),)](
         x,
         out,
         pixels,
@@ -164,7 +159,6 @@ def spread_into(x: Tensor, out: Tensor) -> None:
         *x.stride()[:4],
         *out.stride()[:4],
         channels=channels,
-        copies=copies,
         **sizes,
     )
 

@@ -211,13 +211,11 @@ def add_shortcut(x: Tensor, shortcut: Tensor, bias: Tensor | None = None) -> Ten
     return x.add_(shortcut)
 
 
-def spread_into(x: Tensor, out: Tensor) -> None:
-    """Write pictures into a view, each pixel as a square of pixels: nearest-neighbour enlargement, or a copy.
+def copy_into(x: Tensor, out: Tensor) -> None:
+    """Write pictures into a view.
 
     Args:
         x: (A, B, H, W, C), any view whose channels are neighbours in memory.
-        out: (A, B, k H, k W, C), likewise; only its elements are written.
+        out: like x, likewise; only its elements are written.
     """
-    height, width = x.shape[2:4]
-    k = out.shape[3] // width
-    out.unflatten(3, (width, k)).unflatten(2, (height, k)).copy_(x[:, :, :, None, :, None])
+    out.copy_(x)

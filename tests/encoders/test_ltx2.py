@@ -289,9 +289,9 @@ def test_other_layers(tmp_path: Path, changes: dict[str, Any]) -> None:
 def test_frames_as_a_gpu_makes_them(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all kernels and late biases."""
     monkeypatch.setattr(ltx2_decoder, "biases_come_late", lambda x: True)
-    for name in ("norm_silu_into", "add_shortcut", "spread_into"):
+    for name in ("norm_silu_into", "add_shortcut", "copy_into"):
         monkeypatch.setattr(ltx2_decoder, name, fused_twin(name, FUSED))
-    monkeypatch.setattr(convolution, "spread_into", fused_twin("spread_into", FUSED))
+    monkeypatch.setattr(convolution, "copy_into", fused_twin("copy_into", FUSED))
     config = VAEConfig(vae_type="LTX2VAE_diffusers", vae_pretrained=source, latents_per_call=2)
     vae = load_vae(config, torch.device(DEVICE), torch.float32)
     latents = draw(2, 128, 3, 2, 3)

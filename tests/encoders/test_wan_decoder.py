@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from longsana.config import VAEConfig
 from longsana.encoders import convolution, wan_decoder
@@ -86,9 +87,9 @@ def test_pairs_of_pixels_as_one(load: Load, name: str, dtype: torch.dtype) -> No
 def test_frames_as_a_gpu_makes_them(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all kernels, late biases and pairs, which pictures of an odd width do without."""
     monkeypatch.setattr(wan_decoder, "biases_come_late", lambda x: True)
-    for name in ("norm_silu_into", "add_shortcut", "spread_into"):
+    for name in ("norm_silu_into", "add_shortcut", "copy_into"):
         monkeypatch.setattr(wan_decoder, name, fused_twin(name, FUSED))
-    monkeypatch.setattr(convolution, "spread_into", fused_twin("spread_into", FUSED))
+    monkeypatch.setattr(convolution, "copy_into", fused_twin("copy_into", FUSED))
     latents = draw(2, 16, 3, 2, 3).to(DEVICE)
     expected = load("trained", device=DEVICE).decode(latents)
     vae = load("trained", 2, DEVICE)
@@ -162,9 +163,9 @@ def test_at_its_own_size_on_a_gpu(
     load: Load, name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bfloat16, with the kernels; and nothing is transposed for a convolution."""
-    for operation in ("norm_silu_into", "add_shortcut", "spread_into"):
+    for operation in ("norm_silu_into", "add_shortcut", "copy_into"):
         monkeypatch.setattr(wan_decoder, operation, fused_twin(operation, FUSED))
-    monkeypatch.setattr(convolution, "spread_into", fused_twin("spread_into", FUSED))
+    monkeypatch.setattr(convolution, "copy_into", fused_twin("copy_into", FUSED))
     latents = draw(1, 16, 7, *size).cuda()
     expected = load(name, device="cuda").decode(latents)
     vae = load(name, 3, "cuda", torch.bfloat16)
@@ -176,3 +177,13 @@ def test_at_its_own_size_on_a_gpu(
     assert torch.equal(in_parts, frames)
     assert cache.nbytes == last.nbytes == sum(feature.nbytes for feature in cache.features)
     assert_nothing_is_transposed(vae, latents[:, :, :3], cache)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4)])
+def test_a_convolution_of_an_enlarged_picture_is_a_transposed_one_of_the_picture(size: tuple[int, int]) -> None:
+    layer = torch.nn.Conv2d(6, 5, 3, padding=1, dtype=torch.float64)
+    convolution.enlarge(layer)
+    x = draw(2, 6, *size).double()
+    expected = layer(F.interpolate(x, scale_factor=2, mode="nearest-exact"))
+    own = convolution.enlarged(layer, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(own, expected, rtol=0, atol=1e-13)
