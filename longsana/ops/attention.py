@@ -6,7 +6,8 @@ into two of them, its first 8 bits and the next, and the product of both seconds
 long, and wants its tiles transposed). For float32 they are three products of TF32, 21 bits.
 
 Gradients, with o = n / m, n = (R q)^T S, m = q . z + eps and g that of o:
-    of n: g / m      of m: -(g . o) / m      of R q: S (g / m)      of S: sum (R q) (g / m)^T, as S is a sum over keys
+    of n: g / m      of R q: S (g / m)      of S: sum (R q) (g / m)^T, as S is a sum over keys
+    of m: -(g . o) / m = -q . (R^T S (g / m)) / m, so that o is not computed again
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ class Tile(NamedTuple):
     stages: int
 
 
-SUMS, OUTPUT, GRADIENTS = Tile(32, 4, 2), Tile(64, 4, 1), Tile(64, 8, 1)
-"""For heads of 112 on sm_90 two programs of the first two share a multiprocessor: 244 and 255 registers a thread
-(Triton 3.6), none in memory. The gradients spill some hundred bytes."""
+SUMS, OUTPUT = Tile(32, 4, 2), Tile(64, 4, 1)
+OF_SUMS, OF_OUTPUT = Tile(64, 4, 1), Tile(64, 8, 1)
+"""The last two are of their gradients. For heads of 112 on sm_90 two programs of the first two share a multiprocessor: 252 and
+224 registers a thread (Triton 3.9),
+none in memory. The gradients spill some hundred bytes."""
 PROGRAMS = 264
 """Programs that keep a large GPU busy, twice its multiprocessors."""
 Span = tuple[int, int]
@@ -226,13 +229,12 @@ def _output_gradients_kernel(
         there = token < end
         query = _tile(q + clip * q_clip + head * dim, token, there, q_token, lane, dim)
         c, s = _angles(cos, sin, token, there, HALF, LANES // 2)
-        zeros = tl.zeros((TOKENS, LANES), tl.float32)
-        numerator = _product(_rotated(query, c, s), sums, zeros, EXACT)
-        denominator = tl.sum(query.to(tl.float32) * k_total[None, :], 1) + eps
-        inverse = 1 / denominator
+        inverse = 1 / (tl.sum(query.to(tl.float32) * k_total[None, :], 1) + eps)
         of_n = _tile(grad + own, token, there, heads * dim, lane, dim).to(tl.float32) * inverse[:, None]
-        of_m = -tl.sum(of_n * numerator, 1) * inverse
-        of_query = _rotated(_product(of_n, _transposed(sums), zeros, EXACT), c, -s) + of_m[:, None] * k_total[None, :]
+        back = _product(of_n, _transposed(sums), tl.zeros((TOKENS, LANES), tl.float32), EXACT)
+        back = _rotated(back, c, -s)
+        of_m = -tl.sum(query.to(tl.float32) * back, 1) * inverse
+        of_query = back + of_m[:, None] * k_total[None, :]
         at = own + token[:, None] * heads * dim + lane[None, :]
         inside = there[:, None] & (lane < dim)[None, :]
         tl.store(n_grad + at, of_n, inside)
@@ -280,10 +282,10 @@ class _Sums(torch.autograd.Function):
         batch, _, heads, _ = k.shape
         k_grad, v_grad = (part.new_empty(part.shape) for part in (k, v))
         for chunk, (first, last) in enumerate(ctx.spans):
-            parts, share = _parts(last - first, batch * heads, GRADIENTS)
+            parts, share = _parts(last - first, batch * heads, OF_SUMS)
             _sums_gradients_kernel[(parts, heads, batch)](
                 k, v, cos, sin, kv[:, chunk].contiguous(), k_sum[:, chunk].contiguous(), k_grad, v_grad, first, last,
-                share, heads, *_strides(k), *_strides(v), k_grad.stride(0), **_sizes(k, GRADIENTS),
+                share, heads, *_strides(k), *_strides(v), k_grad.stride(0), **_sizes(k, OF_SUMS),
             )  # fmt: skip
         return k_grad, v_grad, None, None, None
 
@@ -324,10 +326,10 @@ class _Output(torch.autograd.Function):
         q_grad, n_grad = q.new_empty(q.shape), q.new_empty(q.shape, dtype=torch.float32)
         m_grad = q.new_empty(batch, count, heads, dtype=torch.float32)
         for chunk, (first, last) in enumerate(ctx.spans):
-            parts, share = _parts(last - first, batch * heads, GRADIENTS)
+            parts, share = _parts(last - first, batch * heads, OF_OUTPUT)
             _output_gradients_kernel[(parts, heads, batch)](
                 q, grad, cos, sin, kv[:, chunk].contiguous(), k_sum[:, chunk].contiguous(), q_grad, n_grad, m_grad,
-                first, last, share, heads, *_strides(q), grad.stride(0), ctx.eps, **_sizes(q, GRADIENTS),
+                first, last, share, heads, *_strides(q), grad.stride(0), ctx.eps, **_sizes(q, OF_OUTPUT),
             )  # fmt: skip
         kv_grad, k_grad = _sums(q, n_grad, m_grad, cos, sin, ctx.spans)
         return q_grad, None, None, kv_grad, k_grad, None, None, None

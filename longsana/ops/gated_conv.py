@@ -44,6 +44,16 @@ def _load_row(source, lane, last, column, width, stride: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
+def _load_inner(source, lane, column, width, stride: tl.constexpr, COLUMNS: tl.constexpr):
+    """A row's COLUMNS vectors, without neighbours, in float32."""
+    row = ()
+    for i in tl.static_range(COLUMNS):
+        there = lane < tl.where(column + i < width, stride, 0)
+        row += (tl.load(source + i * stride, there, 0.0).to(tl.float32),)
+    return row
+
+
+@triton.jit
 def _activate(row, COLUMNS: tl.constexpr):
     values = ()
     for i in tl.static_range(COLUMNS + 2):
@@ -172,19 +182,24 @@ def _sums_gradients_kernel(
         v_above, g_above = nothing, nothing
         v_here = _activate(_load_row(source, lane, inner, column, width, stride, COLUMNS), COLUMNS)
         g_here = _activate(_load_row(source + inner, lane, inner, column, width, stride, COLUMNS), COLUMNS)
+        last = tl.where(height > 1, inner, 0)  # lanes before 0 are none
+        source += width * stride
+        v_next = _load_row(source, lane, last, column, width, stride, COLUMNS)
+        g_next = _load_row(source + inner, lane, last, column, width, stride, COLUMNS)
         for row in range(height):
+            of_out = _load_inner(given, lane, column, width, inner, COLUMNS)
+            v_below, g_below = _activate(v_next, COLUMNS), _activate(g_next, COLUMNS)
+            last = tl.where(row + 2 < height, inner, 0)
             source += width * stride
-            last = tl.where(row + 1 < height, inner, 0)  # lanes before 0 are none
-            v_below = _activate(_load_row(source, lane, last, column, width, stride, COLUMNS), COLUMNS)
-            g_below = _activate(_load_row(source + inner, lane, last, column, width, stride, COLUMNS), COLUMNS)
+            v_next = _load_row(source, lane, last, column, width, stride, COLUMNS)
+            g_next = _load_row(source + inner, lane, last, column, width, stride, COLUMNS)
             values = _convolved(v_bias, v_above, v_here, v_below, v_taps, COLUMNS)
             gates = _convolved(g_bias, g_above, g_here, g_below, g_taps, COLUMNS)
             of_values, of_gates = (), ()
             for i in tl.static_range(COLUMNS):
                 inside = lane < tl.where(column + i < width, inner, 0)
-                of_out = tl.load(given + i * inner, inside, 0.0).to(tl.float32)
-                of_value = of_out * silu(gates[i], EXACT)
-                of_gate = of_out * values[i] * silu_gradient(gates[i], EXACT)
+                of_value = of_out[i] * silu(gates[i], EXACT)
+                of_gate = of_out[i] * values[i] * silu_gradient(gates[i], EXACT)
                 tl.store(target + i * stride, of_value.to(of_sums.dtype.element_ty), inside)
                 tl.store(target + i * stride + inner, of_gate.to(of_sums.dtype.element_ty), inside)
                 of_values += (of_value,)
@@ -212,18 +227,23 @@ def _input_gradients_kernel(
     turned = (own[8], own[7], own[6], own[5], own[4], own[3], own[2], own[1], own[0])
     zero = tl.zeros((CHANNELS,), tl.float32)
     above = _repeated(zero, COLUMNS + 2)
-    here = _to_float(_load_row(of_sums + at, lane, stride, column, width, stride, COLUMNS), COLUMNS)
+    source, given, target = of_sums + at, x + at, of_x + at
+    here = _to_float(_load_row(source, lane, stride, column, width, stride, COLUMNS), COLUMNS)
+    source += width * stride
+    following = _load_row(source, lane, tl.where(height > 1, stride, 0), column, width, stride, COLUMNS)
     for row in range(height):
-        last = tl.where(row + 1 < height, stride, 0)
-        below = _load_row(of_sums + at + width * stride, lane, last, column, width, stride, COLUMNS)
-        below = _to_float(below, COLUMNS)
+        inputs = _load_inner(given, lane, column, width, stride, COLUMNS)
+        below = _to_float(following, COLUMNS)
+        source += width * stride
+        following = _load_row(source, lane, tl.where(row + 2 < height, stride, 0), column, width, stride, COLUMNS)
         sums = _convolved(zero, above, here, below, turned, COLUMNS)
         for i in tl.static_range(COLUMNS):
+            of_input = sums[i] * silu_gradient(inputs[i], EXACT)
             inside = lane < tl.where(column + i < width, stride, 0)
-            slope = silu_gradient(tl.load(x + at + i * stride, inside, 0.0).to(tl.float32), EXACT)
-            tl.store(of_x + at + i * stride, (sums[i] * slope).to(of_x.dtype.element_ty), inside)
+            tl.store(target + i * stride, of_input.to(of_x.dtype.element_ty), inside)
         above, here = here, below
-        at += width * stride
+        given += width * stride
+        target += width * stride
 
 
 @triton.jit
