@@ -3,14 +3,15 @@
 A program walks down a strip of a frame, a few columns and many channels wide. Row r is part of the outputs above it, of
 its own and below it: three sums of each column are carried, and the upper one is complete when r has been added. A
 column's neighbours are other registers of the same thread, so that a number is read, and its SiLU computed, once in a
-strip: SiLU is two of the slow operations of a GPU, and three of it a number took half of the time.
+strip. The wider it is, the fewer numbers are read by two. A thread holds two channels, which are loaded and converted
+as a pair.
 """
 # Tuples that grow while a loop is unrolled change their type.
 # mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,12 +22,24 @@ from torch.autograd.function import once_differentiable
 from longsana.ops.activation import silu, silu_gradient
 from longsana.ops.backend import shares
 
-COLUMNS, CHANNELS = 4, 128
-"""Of a strip. 52 columns are 13 strips."""
-GRADIENT_COLUMNS, GRADIENT_CHANNELS = 2, 256
-"""Of the gradients' strips. Those of the sums hold more of each column; those of the inputs are COLUMNS wide."""
-PROGRAMS = 528
-"""Programs that keep a large GPU busy, four times its multiprocessors."""
+
+class Strip(NamedTuple):
+    """Columns of a strip at most, its channels, and its program's warps."""
+
+    columns: int
+    channels: int
+    warps: int
+
+    def across(self, width: int) -> tuple[int, int]:
+        """Strips of a frame, and columns of each, as even as they can be: 52 columns are 4 strips of 13."""
+        strips = triton.cdiv(width, self.columns)
+        return strips, triton.cdiv(width, strips)
+
+
+OUTPUTS, OF_SUMS, OF_INPUTS = Strip(13, 64, 1), Strip(4, 64, 1), Strip(4, 128, 2)
+"""Of the outputs, of the gradients of the convolution's sums, which hold more of each column, and of the inputs'."""
+PROGRAMS = 1056
+"""Programs of one warp that keep a large GPU busy, eight times its multiprocessors."""
 
 
 @triton.jit
@@ -269,8 +282,10 @@ class _GatedConv(torch.autograd.Function):
         inner = x.shape[-1] // 2
         out = x.new_empty(*x.shape[:-1], inner)
         frames = x.numel() // (x.shape[-2] * x.shape[-1])
-        _gated_conv_kernel[(triton.cdiv(inner, CHANNELS), triton.cdiv(size[1], COLUMNS), frames)](
-            x, taps, bias, out, *size, inner, COLUMNS, CHANNELS, num_warps=4
+        _, channels, warps = OUTPUTS
+        strips, columns = OUTPUTS.across(size[1])
+        _gated_conv_kernel[(triton.cdiv(inner, channels), strips, frames)](
+            x, taps, bias, out, *size, inner, columns, channels, num_warps=warps
         )
         return out
 
@@ -280,7 +295,9 @@ class _GatedConv(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         (height, width), wide = ctx.size, x.shape[-1]
         taps, of_sums, of_x = _taps(weight), x.new_empty(x.shape), x.new_empty(x.shape)
-        strips, blocks = triton.cdiv(width, GRADIENT_COLUMNS), triton.cdiv(wide // 2, GRADIENT_CHANNELS)
+        _, channels, warps = OF_SUMS
+        strips, columns = OF_SUMS.across(width)
+        blocks = triton.cdiv(wide // 2, channels)
         frames = x.numel() // (height * width * wide)
         count = frames * strips
         # A few strips a program: their gradients of the taps are one sum, and sums of programs do not race.
@@ -288,10 +305,12 @@ class _GatedConv(torch.autograd.Function):
         of_taps = x.new_empty(parts, 10, wide, dtype=torch.float32)
         _sums_gradients_kernel[(blocks, parts)](
             x, taps, bias, grad.contiguous(), of_sums, of_taps, height, width, strips, count, share, wide // 2,
-            GRADIENT_COLUMNS, GRADIENT_CHANNELS, num_warps=4,
+            columns, channels, num_warps=warps,
         )  # fmt: skip
-        _input_gradients_kernel[(triton.cdiv(wide, GRADIENT_CHANNELS), triton.cdiv(width, COLUMNS), frames)](
-            x, taps, of_sums, of_x, height, width, wide, COLUMNS, GRADIENT_CHANNELS, num_warps=4
+        _, channels, warps = OF_INPUTS
+        strips, columns = OF_INPUTS.across(width)
+        _input_gradients_kernel[(triton.cdiv(wide, channels), strips, frames)](
+            x, taps, of_sums, of_x, height, width, wide, columns, channels, num_warps=warps
         )
         total = of_taps.sum(0)
         of_weight = total[:9].t().reshape(weight.shape).to(weight.dtype)

@@ -199,8 +199,7 @@ def test_linear_attention_of_wide_heads_in_float32():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
 @pytest.mark.parametrize(("frames", "size", "inner"), [(2, (3, 5), 20), (1, (1, 1), 4), (1, (4, 18), 70)])
-def test_gated_conv(frames, size, inner, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(gated_conv, "CHANNELS", 64)
+def test_gated_conv(frames, size, inner, dtype, tolerance):
     inputs = (
         2 * random(frames, size[0] * size[1], 2 * inner, seed=1),
         random(2 * inner, 1, 3, 3, seed=2) / 2,
@@ -216,7 +215,7 @@ def test_gated_conv(frames, size, inner, dtype, tolerance, monkeypatch):
 @pytest.mark.parametrize(("frames", "size", "inner"), [(2, (3, 5), 20), (1, (1, 1), 4), (3, (2, 4), 30)])
 def test_gradients_of_gated_conv(frames, size, inner, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(gated_conv, "PROGRAMS", 4)  # programs take several strips, and the last of them fewer
-    monkeypatch.setattr(gated_conv, "GRADIENT_CHANNELS", 16)
+    monkeypatch.setattr(gated_conv, "OF_SUMS", gated_conv.Strip(2, 16, 1))
     inputs = (
         2 * random(frames, size[0] * size[1], 2 * inner, seed=1),
         random(2 * inner, 1, 3, 3, seed=2) / 2,
