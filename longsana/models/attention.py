@@ -30,9 +30,8 @@ class LinearAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, N, D); kv, k_sum: as in `LayerState`; lengths: tokens of each chunk. Returns x's like, next sums."""
         qkv = self.qkv(x)
-        q, k = qk_features(qkv, self.q_norm.weight, self.k_norm.weight, NORM_EPS)
-        _, _, v = qkv.chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        parts = qk_features(qkv, self.q_norm.weight, self.k_norm.weight, NORM_EPS)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         out, kv, k_sum = linear_attention(
             q, k, v, *rotary, kv, k_sum, lengths=lengths, window=self.window, eps=self.eps
         )

@@ -23,32 +23,35 @@ PROGRAMS = 528
 
 
 @triton.jit
-def _normalised(x, inside, width, eps):
-    """LayerNorm of a row without weights, zeros beyond the width; and what the row was multiplied by."""
-    mean = tl.sum(x, 0) / width
-    centred = tl.where(inside, x - mean, 0.0)
-    factor = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
-    return centred * factor, factor
+def _sums_of(a, b):
+    """Sums of two rows, which wait for each other's threads once."""
+    return tl.split(tl.sum(tl.join(a, b), 0))
 
 
 @triton.jit
-def _features_kernel(qkv, q_weight, k_weight, q, k, width: tl.constexpr, eps: tl.constexpr, LANES: tl.constexpr):
+def _features_kernel(
+    qkv, q_weight, k_weight, q, k, factors, width: tl.constexpr, eps: tl.constexpr, LANES: tl.constexpr
+):
+    """factors (tokens, 2): what rows are multiplied by."""
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     inside = lane < width
     for part in tl.static_range(2):
         x = tl.load(qkv + token * 3 * width + part * width + lane, inside, 0.0).to(tl.float32)
         weight = tl.load((k_weight if part else q_weight) + lane, inside, 0.0).to(tl.float32)
-        y = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps) * weight
+        factor = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+        tl.store(factors + token * 2 + part, factor)
+        y = x * factor * weight
         out = (k if part else q) + token * width + lane
         tl.store(out, tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL).to(q.dtype.element_ty), inside)
 
 
 @triton.jit
 def _modulate_kernel(
-    x, h, shift, scale, total, y, tokens, frames, clip_stride, frame_stride,
+    x, h, shift, scale, total, y, moments, tokens, frames, clip_stride, frame_stride,
     width: tl.constexpr, eps: tl.constexpr, ADD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    """moments (tokens, 2): means of rows, and what they are multiplied by."""
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     inside = lane < width
@@ -61,10 +64,14 @@ def _modulate_kernel(
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + row, rounded, inside)
         value = rounded.to(tl.float32)
-    normalised, _ = _normalised(value, inside, width, eps)
+    mean = tl.sum(value, 0) / width
+    centred = tl.where(inside, value - mean, 0.0)
+    factor = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+    tl.store(moments + token * 2, mean)
+    tl.store(moments + token * 2 + 1, factor)
     by = tl.load(scale + modulation, inside, 0.0).to(tl.float32)
     to = tl.load(shift + modulation, inside, 0.0).to(tl.float32)
-    tl.store(y + row, (normalised * (1 + by) + to).to(y.dtype.element_ty), inside)
+    tl.store(y + row, (centred * factor * (1 + by) + to).to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -93,8 +100,8 @@ def _residual_kernel(
 
 @triton.jit
 def _features_gradients_kernel(
-    qkv, q_weight, k_weight, of_q, of_k, of_qkv, of_weights, count, share,
-    width: tl.constexpr, eps: tl.constexpr, LANES: tl.constexpr,
+    qkv, q_weight, k_weight, factors, of_q, of_k, of_v, of_qkv, of_weights, count, share,
+    width: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """of_weights (shares, 2, width): those of the tokens of a share."""
     program = tl.program_id(0)
@@ -107,7 +114,7 @@ def _features_gradients_kernel(
         for token in range(tl.minimum(share, count - program * share)):
             row = (first + token) * width + lane
             x = tl.load(qkv + 3 * row - 2 * lane + part * width, inside, 0.0).to(tl.float32)
-            factor = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+            factor = tl.load(factors + (first + token) * 2 + part)
             normalised = x * factor
             of_y = tl.load((of_k if part else of_q) + row, inside, 0.0).to(tl.float32)
             of_y = tl.where(normalised * weight > 0, of_y, 0.0)
@@ -116,15 +123,14 @@ def _features_gradients_kernel(
             of_x = factor * (of_x - normalised * (tl.sum(of_x * normalised, 0) / width))
             tl.store(of_qkv + 3 * row - 2 * lane + part * width, of_x.to(of_qkv.dtype.element_ty), inside)
             if part:
-                nothing = tl.zeros((LANES,), of_qkv.dtype.element_ty)
-                tl.store(of_qkv + 3 * row - 2 * lane + 2 * width, nothing, inside)
+                tl.store(of_qkv + 3 * row - 2 * lane + 2 * width, tl.load(of_v + row, inside), inside)
         tl.store(of_weights + (program * 2 + part) * width + lane, total, inside)
 
 
 @triton.jit
 def _modulate_gradients_kernel(
-    x, scale, of_total, of_y, of_x, of_shift, of_scale, tokens, frames, clip_stride, frame_stride, share,
-    width: tl.constexpr, eps: tl.constexpr, ADD: tl.constexpr, LANES: tl.constexpr,
+    x, scale, moments, of_total, of_y, of_x, of_shift, of_scale, tokens, frames, clip_stride, frame_stride, share,
+    width: tl.constexpr, ADD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """of_shift, of_scale (B T, shares, width): those of the tokens of a share of a frame."""
     frame, part = tl.program_id(0), tl.program_id(1)
@@ -134,15 +140,16 @@ def _modulate_gradients_kernel(
     by = 1 + by.to(tl.float32)
     shift_total, scale_total = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     for token in range(part * share, tl.minimum(part * share + share, tokens)):
-        row = (frame.to(tl.int64) * tokens + token) * width + lane
-        value = tl.load(x + row, inside, 0.0).to(tl.float32)
-        normalised, factor = _normalised(value, inside, width, eps)
+        number = frame.to(tl.int64) * tokens + token
+        row = number * width + lane
+        mean, factor = tl.load(moments + number * 2), tl.load(moments + number * 2 + 1)
+        normalised = (tl.load(x + row, inside, 0.0).to(tl.float32) - mean) * factor
         given = tl.load(of_y + row, inside, 0.0).to(tl.float32)
         shift_total += given
         scale_total += given * normalised
         given *= by
-        mean, along = tl.sum(given, 0) / width, tl.sum(given * normalised, 0) / width
-        given = factor * (given - mean - normalised * along)
+        all, along = _sums_of(given, given * normalised)
+        given = factor * (given - (all + normalised * along) / width)
         if ADD:
             given += tl.load(of_total + row, inside, 0.0).to(tl.float32)
         tl.store(of_x + row, given.to(of_x.dtype.element_ty), inside)
@@ -163,11 +170,18 @@ def _residual_gradients_kernel(
     by = tl.load(gate + frame // frames * clip_stride + frame % frames * frame_stride + lane, inside, 0.0)
     by = by.to(tl.float32)
     total = tl.zeros((LANES,), tl.float32)
-    for token in range(part * share, tl.minimum(part * share + share, tokens)):
-        row = (frame.to(tl.int64) * tokens + token) * width + lane
-        given = tl.load(of_y + row, inside, 0.0).to(tl.float32)
-        total += given * _sum(h, more, row, inside)
-        tl.store(of_h + row, (given * by).to(of_h.dtype.element_ty), inside)
+    end = tl.minimum(part * share + share, tokens)
+    row = (frame.to(tl.int64) * tokens + part * share) * width + lane
+    given, terms = tl.load(of_y + row, inside, 0.0), _sum(h, more, row, inside)
+    for token in range(part * share, end):
+        # The next row is on its way while this one is written; lanes before 0 are none.
+        following = lane < tl.where(token + 1 < end, width, 0)
+        next_given, next_terms = tl.load(of_y + row + width, following, 0.0), _sum(h, more, row + width, following)
+        value = given.to(tl.float32)
+        total += value * terms
+        tl.store(of_h + row, (value * by).to(of_h.dtype.element_ty), inside)
+        given, terms = next_given, next_terms
+        row += width
     tl.store(of_gate + (frame * tl.num_programs(1) + part) * width + lane, total, inside)
 
 
@@ -182,34 +196,35 @@ def _quantise_kernel(x, y, scales, width: tl.constexpr, largest: tl.constexpr, L
     tl.store(scales + token, scale)
 
 
-def qk_features(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    q, k = _Features.apply(qkv, q_weight, k_weight, eps)
-    return q, k
+def qk_features(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _Features.apply(qkv, q_weight, k_weight, eps)
+    return q, k, v
 
 
 class _Features(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, ...]:
         qkv = qkv.contiguous()
-        ctx.save_for_backward(qkv, q_weight, k_weight)
-        ctx.eps = eps
         width = qkv.shape[-1] // 3
+        count = qkv.numel() // (3 * width)
         q, k = (qkv.new_empty(*qkv.shape[:-1], width) for _ in range(2))
-        _features_kernel[(qkv.numel() // (3 * width),)](qkv, q_weight, k_weight, q, k, width, eps, **_row(width))
-        return q, k
+        factors = qkv.new_empty(count, 2, dtype=torch.float32)
+        _features_kernel[(count,)](qkv, q_weight, k_weight, q, k, factors, width, eps, **_row(width))
+        ctx.save_for_backward(qkv, q_weight, k_weight, factors)
+        return q, k, qkv[..., 2 * width :]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_q: Tensor, of_k: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, q_weight, k_weight = ctx.saved_tensors
+    def backward(ctx: Any, of_q: Tensor, of_k: Tensor, of_v: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, q_weight, k_weight, factors = ctx.saved_tensors
         width = qkv.shape[-1] // 3
         count = qkv.numel() // (3 * width)
         parts, share = shares(count, 1, programs=PROGRAMS)
         of_qkv = torch.empty_like(qkv)
         of_weights = qkv.new_empty(parts, 2, width, dtype=torch.float32)
         _features_gradients_kernel[(parts,)](
-            qkv, q_weight, k_weight, of_q.contiguous(), of_k.contiguous(), of_qkv, of_weights, count, share, width,
-            ctx.eps, **_row(width),
+            qkv, q_weight, k_weight, factors, of_q.contiguous(), of_k.contiguous(), of_v.contiguous(), of_qkv,
+            of_weights, count, share, width, **_row(width),
         )  # fmt: skip
         of_q_weight, of_k_weight = of_weights.sum(0).to(q_weight.dtype)
         return of_qkv, of_q_weight, of_k_weight, None
@@ -224,17 +239,15 @@ class _NormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
-        ctx.save_for_backward(x, scale)
-        ctx.eps = eps
         y = torch.empty_like(x)
-        _modulate(x, x, shift, scale, x, y, eps, add=False)
+        ctx.save_for_backward(x, scale, _modulate(x, x, shift, scale, x, y, eps, add=False))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
-        return (*_modulate_gradients(x, scale, None, of_y, ctx.eps), None)
+        x, scale, moments = ctx.saved_tensors
+        return (*_modulate_gradients(x, scale, moments, None, of_y), None)
 
 
 def add_norm_modulate(x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -247,16 +260,14 @@ class _AddNormModulate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x, h = x.contiguous(), h.contiguous()
         total, y = torch.empty_like(x), torch.empty_like(x)
-        _modulate(x, h, shift, scale, total, y, eps, add=True)
-        ctx.save_for_backward(total, scale)
-        ctx.eps = eps
+        ctx.save_for_backward(total, scale, _modulate(x, h, shift, scale, total, y, eps, add=True))
         return total, y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_total: Tensor, of_y: Tensor) -> tuple[Tensor | None, ...]:
-        total, scale = ctx.saved_tensors
-        of_x, of_shift, of_scale = _modulate_gradients(total, scale, of_total, of_y, ctx.eps)
+        total, scale, moments = ctx.saved_tensors
+        of_x, of_shift, of_scale = _modulate_gradients(total, scale, moments, of_total, of_y)
         return of_x, of_x, of_shift, of_scale, None
 
 
@@ -302,17 +313,20 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _modulate(
     x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, total: Tensor, y: Tensor, eps: float, *, add: bool
-) -> None:
+) -> Tensor:
+    """Fill total and y; the moments of total's tokens."""
     batch, frames, tokens, width = x.shape
     strides = _frame_strides(shift, x)
     assert strides == _frame_strides(scale, x)
+    moments = x.new_empty(batch * frames * tokens, 2, dtype=torch.float32)
     _modulate_kernel[(batch * frames * tokens,)](
-        x, h, shift, scale, total, y, tokens, frames, *strides, width, eps, add, **_row(width)
+        x, h, shift, scale, total, y, moments, tokens, frames, *strides, width, eps, add, **_row(width)
     )
+    return moments
 
 
 def _modulate_gradients(
-    x: Tensor, scale: Tensor, of_total: Tensor | None, of_y: Tensor, eps: float
+    x: Tensor, scale: Tensor, moments: Tensor, of_total: Tensor | None, of_y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, shift and scale."""
     batch, frames, tokens, width = x.shape
@@ -321,8 +335,8 @@ def _modulate_gradients(
     of_x = torch.empty_like(x)
     of_shift, of_scale = (x.new_empty(batch, frames, parts, width, dtype=torch.float32) for _ in range(2))
     _modulate_gradients_kernel[(batch * frames, parts)](
-        x, scale, of_y if of_total is None else of_total.contiguous(), of_y, of_x, of_shift, of_scale, tokens, frames,
-        *_frame_strides(scale, x), share, width, eps, of_total is not None, **_row(width),
+        x, scale, moments, of_y if of_total is None else of_total.contiguous(), of_y, of_x, of_shift, of_scale, tokens,
+        frames, *_frame_strides(scale, x), share, width, of_total is not None, **_row(width),
     )  # fmt: skip
     return of_x, _of_modulation(of_shift, scale), _of_modulation(of_scale, scale)
 

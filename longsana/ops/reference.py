@@ -93,17 +93,18 @@ def linear_attention(
     return torch.cat(out, 1), kv, k_sum
 
 
-def qk_features(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def qk_features(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Non-negative queries and keys: RMSNorm over the full width, before the split into heads, then ReLU.
 
     Args:
         qkv: (..., 3 D), the fused product. q_weight, k_weight: (D,).
 
     Returns:
-        q and k, (..., D).
+        q and k, (..., D); and v as it lies in the product, so that the gradient of all three is made in one place.
     """
-    q, k, _ = qkv.chunk(3, dim=-1)
-    return F.rms_norm(q, q_weight.shape, q_weight, eps).relu(), F.rms_norm(k, k_weight.shape, k_weight, eps).relu()
+    q, k, v = qkv.chunk(3, dim=-1)
+    q, k = F.rms_norm(q, q_weight.shape, q_weight, eps), F.rms_norm(k, k_weight.shape, k_weight, eps)
+    return q.relu(), k.relu(), v
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -422,10 +422,10 @@ def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
     patch.setattr(attention, "linear_attention", plant)
 
 
-def signed_features(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def signed_features(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """`qk_features` without the ReLU."""
-    q, k, _ = qkv.chunk(3, dim=-1)
-    return F.rms_norm(q, q_weight.shape, q_weight, eps), F.rms_norm(k, k_weight.shape, k_weight, eps)
+    q, k, v = qkv.chunk(3, dim=-1)
+    return F.rms_norm(q, q_weight.shape, q_weight, eps), F.rms_norm(k, k_weight.shape, k_weight, eps), v
 
 
 @fault("RoPE before ReLU")
