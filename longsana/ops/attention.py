@@ -36,9 +36,9 @@ class Tile(NamedTuple):
 
 
 SUMS, OUTPUT = Tile(64, 4, 2), Tile(64, 4, 1)
-OF_SUMS, OF_OUTPUT = Tile(64, 4, 1), Tile(32, 4, 1)
-"""The last two are of their gradients. Heads of 112 spill some hundred bytes (sm_90), and are faster than smaller tiles
-or more warps that spill none."""
+OF_SUMS, OF_OUTPUT, OF_STATE = Tile(64, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)
+"""The last three are of gradients: of what sums and outputs read, and of the sums that outputs read. Heads of 112 spill
+some hundred bytes (sm_90), and are faster than smaller tiles or more warps that spill none."""
 PROGRAMS = 264
 """Programs that keep a large GPU busy, twice its multiprocessors."""
 Span = tuple[int, int]
@@ -272,7 +272,7 @@ class _Sums(torch.autograd.Function):
     def forward(ctx: Any, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, spans: list[Span]) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(k, v, cos, sin)
         ctx.spans = spans
-        return _sums(k, v, None, cos, sin, spans)
+        return _sums(k, v, None, cos, sin, spans, SUMS)
 
     @staticmethod
     @once_differentiable
@@ -330,22 +330,22 @@ class _Output(torch.autograd.Function):
                 q, grad, cos, sin, kv[:, chunk].contiguous(), k_sum[:, chunk].contiguous(), q_grad, n_grad, m_grad,
                 first, last, share, heads, *_strides(q), grad.stride(0), ctx.eps, **_sizes(q, OF_OUTPUT),
             )  # fmt: skip
-        kv_grad, k_grad = _sums(q, n_grad, m_grad, cos, sin, ctx.spans)
+        kv_grad, k_grad = _sums(q, n_grad, m_grad, cos, sin, ctx.spans, OF_STATE)
         return q_grad, None, None, kv_grad, k_grad, None, None, None
 
 
 def _sums(
-    k: Tensor, v: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, spans: list[Span]
+    k: Tensor, v: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, spans: list[Span], tile: Tile
 ) -> tuple[Tensor, Tensor]:
     batch, _, heads, dim = k.shape
     own = []
     for first, last in spans:
-        parts, share = _parts(last - first, batch * heads, SUMS)
+        parts, share = _parts(last - first, batch * heads, tile)
         kv = k.new_empty(batch, parts, heads, dim, dim, dtype=torch.float32)
         k_sum = k.new_empty(batch, parts, heads, dim, dtype=torch.float32)
         _sums_kernel[(parts, heads, batch)](
             k, v, k if weight is None else weight, cos, sin, kv, k_sum, first, last, share, heads, *_strides(k),
-            *_strides(v), 0 if weight is None else weight.stride(0), weight is not None, **_sizes(k, SUMS),
+            *_strides(v), 0 if weight is None else weight.stride(0), weight is not None, **_sizes(k, tile),
         )  # fmt: skip
         own.append((kv.sum(1, keepdim=True), k_sum.sum(1, keepdim=True)))
     if len(own) == 1:
