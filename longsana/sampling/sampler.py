@@ -113,13 +113,25 @@ def generate(
         on_step: see `denoise_chunk`.
     """
     clock = clock or Clock(device)
-    for index, (length, text) in enumerate(zip(plan.lengths, texts, strict=True)):
+
+    def draw(step: int, *, chunk: int, start: int) -> Tensor:
+        return rng.draw(start, step, (shape[0], plan.lengths[chunk], *shape[1:]), device)
+
+    noise: Tensor | None = None
+    for index, text in zip(range(len(plan)), texts, strict=True):
         start = state.frames if state is not None else 0
-        draw = partial(rng.draw, start, shape=(shape[0], length, *shape[1:]), device=device)
+        own = partial(draw, chunk=index, start=start)
         with clock.part("denoise"):
-            x0 = denoise_chunk(model, schedule, draw(0), text, state, rng=draw, on_step=on_step)
+            x0 = denoise_chunk(
+                model, schedule, own(0) if noise is None else noise, text, state, rng=own, on_step=on_step
+            )
         with clock.part("absorb"):
             state = absorb(model, x0, text, state)
+        noise = None
+        if index + 1 < len(plan):
+            # While a GPU is busy: who takes this chunk waits for it, and then it would wait for the noise.
+            with clock.part("denoise"):
+                noise = draw(0, chunk=index + 1, start=state.frames)
         yield Chunk(index, start, x0, state)
 
 

@@ -8,6 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
@@ -143,7 +144,8 @@ class Worker:
             samples = pipeline.sample(
                 [job.prompt for job in batch], [captions[job.path][0] for job in batch], device_clock
             )
-            for pixels in self._progress(samples, digests):
+            thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="digests"))
+            for pixels in self._progress(samples, digests, thread):
                 with host_clock.part("write"):
                     for writer, video in zip(writers, pixels, strict=True):
                         writer.append(video)
@@ -174,25 +176,33 @@ class Worker:
             self.written += 1
             log.info("%s: %d frames in %.1f s, %.1f FPS", job.path, writer.frames, wall, timings["fps"])
 
-    def _progress(self, samples: Iterator[Frames], digests: Sequence[Any]) -> Iterator[Tensor]:
-        """Pixels, with a bar over the latent frames and a digest of the latents kept on the way."""
-        plan = self.pipeline.plan
+    def _progress(self, samples: Iterator[Frames], digests: Sequence[Any], thread: Executor) -> Iterator[Tensor]:
+        """Pixels, with a bar over the latent frames and a digest of the latents kept on the way, in another thread."""
+        plan, digested = self.pipeline.plan, None
         with tqdm(total=len(plan), desc="chunks", unit="chunk", disable=self.no_bar, leave=False) as bar:
             started, count = time.perf_counter(), 0
             for frames in samples:
-                host = frames.latents.cpu()
-                if not host.isfinite().all():
-                    raise FloatingPointError(f"chunk {frames.chunk}: latents are not finite; check weights and dtype")
-                for digest, latents in zip(digests, host, strict=True):
-                    digest.update(latents.numpy().tobytes())
+                if digested is not None:
+                    digested.result()
+                digested = thread.submit(_digest, frames.latents.cpu(), digests, frames.chunk)
                 yield frames.pixels
                 count += frames.pixels.shape[0] * frames.pixels.shape[1]
                 bar.update(frames.chunk + 1 - bar.n)
                 bar.set_postfix_str(f"{count / (time.perf_counter() - started):.1f} FPS")
+            if digested is not None:
+                digested.result()
 
     def _fail(self, job: Job, error: Exception) -> None:
         log.error("line %d failed: %s", job.prompt.line, error, exc_info=error)
         self.failures.append(Failure(job.prompt.line, job.prompt.text, f"{type(error).__name__}: {error}"))
+
+
+def _digest(batch: Tensor, digests: Sequence[Any], chunk: int) -> None:
+    """Add latents (B, ...) to the digests of their videos."""
+    if not batch.isfinite().all():
+        raise FloatingPointError(f"chunk {chunk}: latents are not finite; check weights and dtype")
+    for digest, latents in zip(digests, batch, strict=True):
+        digest.update(latents.numpy().tobytes())
 
 
 def _stop_if_out_of_memory(error: Exception, batch: Sequence[Job]) -> None:
