@@ -29,6 +29,7 @@ from longsana.sampling.sampler import generate
 from longsana.state import CausalState
 
 REPEATS = 15
+PROFILED = 5
 T_STEP = 727.0
 
 
@@ -305,23 +306,26 @@ def relative_error(given: Tensor, exact: Tensor) -> float:
 def measure_profile(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, Any]:
     """Where the time of a chunk goes: ms of each kernel (on a CPU, of each operation) in a forward and in a decode.
 
-    Longest first, all calls of a name together. "idle": how much longer the same takes when it is not profiled than all
-    of a GPU's kernels together, 0 if it does not.
+    Longest first, all calls of a name together, and the mean of some passes: in the first after a pause a GPU's clock
+    is higher. "idle": how much longer the same takes when it is not profiled than all of a GPU's kernels together, 0 if
+    it does not.
     """
     from torch.profiler import ProfilerActivity, profile
 
     cuda, work = pipeline.device.type == "cuda", _work(pipeline, size)
+    passes = PROFILED if cuda else 1
     report = {}
     for name, call in (("forward", work.forward), ("decode", work.decode)):
         wall = seconds(call, pipeline.device, 3)
         with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
-            call()
+            for _ in range(passes):
+                call()
             if cuda:
                 torch.cuda.synchronize()
         spent = {
             event.key: {
-                "ms": (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000,
-                "calls": event.count,
+                "ms": (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000 / passes,
+                "calls": event.count // passes,
             }
             for event in profiler.key_averages()
             if not cuda or event.self_device_time_total > 0  # the host's calls are listed too
