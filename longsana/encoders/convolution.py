@@ -6,6 +6,8 @@ a convolution is a buffer with a border that the operation before it writes stra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -120,7 +122,20 @@ def conv3d(layer: Layer, x: Tensor, *, bias: bool = True) -> Tensor:
 def enlarged(layer: Layer, x: Tensor, *, bias: bool = True) -> Tensor:
     """See `enlarge`: (N, 2 H, 2 W, C') of pictures (N, H, W, C)."""
     added = layer.bias if bias else None
-    return F.conv_transpose2d(x.permute(0, 3, 1, 2), layer.enlarging, added, stride=2, padding=1).permute(0, 2, 3, 1)
+    with _same_each_time():
+        y = F.conv_transpose2d(x.permute(0, 3, 1, 2), layer.enlarging, added, stride=2, padding=1)
+    return y.permute(0, 2, 3, 1)
+
+
+@contextmanager
+def _same_each_time() -> Iterator[None]:
+    """cuDNN's transposed convolutions of float32 may add in any order, and frames would depend on the run."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def _paired(weight: Tensor) -> Tensor:
