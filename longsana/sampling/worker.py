@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -184,7 +185,7 @@ class Worker:
             for frames in samples:
                 if digested is not None:
                     digested.result()
-                digested = thread.submit(_digest, frames.latents.cpu(), digests, frames.chunk)
+                digested = thread.submit(_digest, frames.latents.numpy(force=True), digests, frames.chunk)
                 yield frames.pixels
                 count += frames.pixels.shape[0] * frames.pixels.shape[1]
                 bar.update(frames.chunk + 1 - bar.n)
@@ -197,12 +198,15 @@ class Worker:
         self.failures.append(Failure(job.prompt.line, job.prompt.text, f"{type(error).__name__}: {error}"))
 
 
-def _digest(batch: Tensor, digests: Sequence[Any], chunk: int) -> None:
-    """Add latents (B, ...) to the digests of their videos."""
-    if not batch.isfinite().all():
+def _digest(batch: np.ndarray, digests: Sequence[Any], chunk: int) -> None:
+    """Add latents (B, ...) to the digests of their videos.
+
+    Not by PyTorch, whose operations in another thread start as many threads again: a third more time on two cores.
+    """
+    if not np.isfinite(batch).all():
         raise FloatingPointError(f"chunk {chunk}: latents are not finite; check weights and dtype")
     for digest, latents in zip(digests, batch, strict=True):
-        digest.update(latents.numpy().tobytes())
+        digest.update(latents.tobytes())
 
 
 def _stop_if_out_of_memory(error: Exception, batch: Sequence[Job]) -> None:
