@@ -21,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import leaf_keys, load_config, render_config
 from longsana.runtime.commandline import Parser, set_up_logging
-from longsana.runtime.distributed import PeerError, World, set_threads
+from longsana.runtime.distributed import PeerError, World, settle
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.training.checks import check_sources, check_training, slots_of
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     from longsana.training.launch import RunOptions, train  # brings diffusers and transformers, which take seconds
     from longsana.training.loop import TrainingFailed
 
-    set_threads(options.threads, world)
+    settle(options.threads, world)
     run = RunOptions(
         logdir=Path(options.logdir or Path("output") / path.parent.name / path.stem),
         name=options.wandb_name or path.parent.name,
