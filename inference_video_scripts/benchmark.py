@@ -36,7 +36,7 @@ from longsana.evaluation.report import table
 from longsana.models.float8 import check_float8
 from longsana.ops.backend import VARIABLE, can_fuse
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
-from longsana.runtime.distributed import World, settle
+from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, check_writable
 from longsana.runtime.hub import locate
@@ -116,7 +116,8 @@ def run(request: Request, world: World) -> int:
         os.environ[VARIABLE] = "triton" if request.backend == "triton" else "reference"
     from longsana.sampling.benchmark import benchmark  # brings diffusers and transformers, which take seconds
 
-    settle(request.threads, world)
+    set_threads(request.threads, world)
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         report = benchmark(
             request.config,

@@ -25,7 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from longsana.config import InferenceConfig, leaf_keys, load_config
 from longsana.data.prompts import Prompt
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
-from longsana.runtime.distributed import World, settle
+from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.sampling.request import check_config, seeded_sources, select_prompts
@@ -130,7 +130,8 @@ def prepare(arguments: Sequence[str]) -> Request:
 def run(request: Request, world: World) -> int:
     from longsana.sampling.batch import run_batch  # brings diffusers and transformers, which take seconds
 
-    config, device, threads = request.config, world.device(), settle(request.threads, world)
+    config, device, threads = request.config, world.device(), set_threads(request.threads, world)
+    keep_freed_memory()
     log.info(
         "%d prompts to %s on %s, %d threads, %d processes",
         len(request.prompts),

@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from longsana.config import RETIRED, leaf_keys, load_config
 from longsana.data.prompts import Prompt
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
-from longsana.runtime.distributed import World, settle
+from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.sampling.request import seeded_sources, select_prompts
@@ -68,7 +68,8 @@ def prepare(arguments: Sequence[str]) -> Request:
 def run(request: Request, world: World) -> int:
     from longsana.training.ode_pairs import generate_pairs, teacher_config
 
-    device, threads = world.device(), settle(request.threads, world)
+    device, threads = world.device(), set_threads(request.threads, world)
+    keep_freed_memory()
     log.info(
         "%d trajectories to %s on %s, %d threads, %d processes",
         len(request.prompts),

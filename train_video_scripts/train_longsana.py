@@ -21,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import leaf_keys, load_config, render_config
 from longsana.runtime.commandline import Parser, set_up_logging
-from longsana.runtime.distributed import PeerError, World, settle
+from longsana.runtime.distributed import PeerError, World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.training.checks import check_sources, check_training, slots_of
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str]) -> int:
     from longsana.training.launch import RunOptions, train  # brings diffusers and transformers, which take seconds
     from longsana.training.loop import TrainingFailed
 
-    settle(options.threads, world)
+    set_threads(options.threads, world)
+    keep_freed_memory()
     run = RunOptions(
         logdir=Path(options.logdir or Path("output") / path.parent.name / path.stem),
         name=options.wandb_name or path.parent.name,

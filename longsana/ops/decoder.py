@@ -70,7 +70,7 @@ def _norm_silu(
         y *= root
     else:
         y *= tl.load(gamma + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :] * root
-    tl.store(out + target, silu(y, x.dtype.element_ty == tl.float32).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + target, silu(y, x.dtype.element_ty != tl.bfloat16).to(out.dtype.element_ty), mask=inside)
 
 
 def norm_silu_into(x: Tensor, gamma: Tensor | None, out: Tensor, bias: Tensor | None = None, eps: float = 0.0) -> None:

@@ -70,7 +70,7 @@ def _load_inner(source, lane, column, width, stride: tl.constexpr, COLUMNS: tl.c
 def _activate(row, COLUMNS: tl.constexpr):
     values = ()
     for i in tl.static_range(COLUMNS + 2):
-        values += (silu(row[i].to(tl.float32), row[i].dtype == tl.float32),)
+        values += (silu(row[i].to(tl.float32), row[i].dtype != tl.bfloat16),)
     return values
 
 
@@ -105,7 +105,7 @@ def _repeated(vector, count: tl.constexpr):
 @triton.jit
 def _store_row(out, values, gates, lane, column, width, inner: tl.constexpr, COLUMNS: tl.constexpr):
     for i in tl.static_range(COLUMNS):
-        done = values[i] * silu(gates[i], out.dtype.element_ty == tl.float32)
+        done = values[i] * silu(gates[i], out.dtype.element_ty != tl.bfloat16)
         tl.store(out + i * inner, done.to(out.dtype.element_ty), lane < tl.where(column + i < width, inner, 0))
 
 
@@ -181,7 +181,7 @@ def _sums_gradients_kernel(
     lane = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     channels = lane < inner
     stride: tl.constexpr = 2 * inner
-    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = x.dtype.element_ty != tl.bfloat16
     v_taps = _load_taps(taps, lane, channels, stride)
     g_taps = _load_taps(taps, lane + inner, channels, stride)
     v_bias = tl.load(bias + lane, channels, 0.0).to(tl.float32)
@@ -235,7 +235,7 @@ def _input_gradients_kernel(
     frame, column = tl.program_id(2).to(tl.int64), tl.program_id(1) * COLUMNS
     lane = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     at = (frame * height * width + column) * stride + lane
-    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = x.dtype.element_ty != tl.bfloat16
     own = _load_taps(taps, lane, lane < stride, stride)
     turned = (own[8], own[7], own[6], own[5], own[4], own[3], own[2], own[1], own[0])
     zero = tl.zeros((CHANNELS,), tl.float32)

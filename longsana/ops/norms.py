@@ -148,8 +148,8 @@ def _modulate_gradients_kernel(
         shift_total += given
         scale_total += given * normalised
         given *= by
-        all, along = _sums_of(given, given * normalised)
-        given = factor * (given - (all + normalised * along) / width)
+        total, along = _sums_of(given, given * normalised)
+        given = factor * (given - (total + normalised * along) / width)
         if ADD:
             given += tl.load(of_total + row, inside, 0.0).to(tl.float32)
         tl.store(of_x + row, given.to(of_x.dtype.element_ty), inside)

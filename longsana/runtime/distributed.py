@@ -111,14 +111,11 @@ class World:
             dist.destroy_process_group()
 
 
-def settle(requested: int | None, world: World) -> int:
+def set_threads(requested: int | None, world: World) -> int:
     """Set torch's threads: as requested, or this process's share of the usable cores; returns the number.
 
-    Launchers export OMP_NUM_THREADS=1, which would leave all cores but one idle. Where there is no GPU, also let the
-    process keep memory that it frees.
+    Launchers export OMP_NUM_THREADS=1, which would leave all cores but one idle.
     """
-    if world.device().type == "cpu":
-        _keep_freed_memory()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = requested or max(usable // world.local_size, 1)
     torch.set_num_threads(threads)
@@ -127,15 +124,18 @@ def settle(requested: int | None, world: World) -> int:
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT, LARGEST = 256 << 20, 32 << 20
+OWN_WISHES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep up to KEPT bytes that are free, and take tensors of up to LARGEST, its limit, from them.
+def keep_freed_memory() -> None:
+    """Where there is no GPU, let glibc keep up to KEPT bytes that are free, and take tensors up to LARGEST from them.
 
-    By default it gives most of them back to the system, which zeroes them page by page when they are next wanted:
-    961 frames of the small default took two cores 16 to 22 s, and take 15 to 16 (seconds of system time: 1 for 1 to 7).
-    Other C libraries stay as they are.
+    By default it may give them back to the system, which zeroes them page by page when they are next wanted: 961 frames
+    of the small default took two cores 17 to 22 s, and 15 to 16 in the same hour (seconds of system time: 1 for 1 to
+    7). What the environment asks for, and other C libraries, stay as they are.
     """
+    if torch.cuda.is_available() or any(name in os.environ for name in OWN_WISHES):
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, KEPT)

@@ -129,7 +129,7 @@ def generate(
             state = absorb(model, x0, text, state)
         noise = None
         if index + 1 < len(plan):
-            # While a GPU is busy: who takes this chunk waits for it, and then it would wait for the noise.
+            # Now: whoever takes this chunk waits for the GPU, which noise that is drawn after that would leave idle.
             with clock.part("denoise"):
                 noise = draw(0, chunk=index + 1, start=state.frames)
         yield Chunk(index, start, x0, state)

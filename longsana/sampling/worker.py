@@ -183,9 +183,12 @@ class Worker:
         with tqdm(total=len(plan), desc="chunks", unit="chunk", disable=self.no_bar, leave=False) as bar:
             started, count = time.perf_counter(), 0
             for frames in samples:
+                host = frames.latents.cpu()
+                if not host.isfinite().all():
+                    raise FloatingPointError(f"chunk {frames.chunk}: latents are not finite; check weights and dtype")
                 if digested is not None:
                     digested.result()
-                digested = thread.submit(_digest, frames.latents.numpy(force=True), digests, frames.chunk)
+                digested = thread.submit(_digest, host.numpy(), digests)
                 yield frames.pixels
                 count += frames.pixels.shape[0] * frames.pixels.shape[1]
                 bar.update(frames.chunk + 1 - bar.n)
@@ -198,15 +201,13 @@ class Worker:
         self.failures.append(Failure(job.prompt.line, job.prompt.text, f"{type(error).__name__}: {error}"))
 
 
-def _digest(batch: np.ndarray, digests: Sequence[Any], chunk: int) -> None:
+def _digest(batch: np.ndarray, digests: Sequence[Any]) -> None:
     """Add latents (B, ...) to the digests of their videos.
 
     Not by PyTorch, whose operations in another thread start as many threads again: a third more time on two cores.
     """
-    if not np.isfinite(batch).all():
-        raise FloatingPointError(f"chunk {chunk}: latents are not finite; check weights and dtype")
     for digest, latents in zip(digests, batch, strict=True):
-        digest.update(latents.tobytes())
+        digest.update(np.ascontiguousarray(latents))
 
 
 def _stop_if_out_of_memory(error: Exception, batch: Sequence[Job]) -> None:

@@ -198,7 +198,9 @@ def test_linear_attention_of_wide_heads_in_float32():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
-@pytest.mark.parametrize(("frames", "size", "inner"), [(2, (3, 5), 20), (1, (1, 1), 4), (1, (4, 18), 70)])
+@pytest.mark.parametrize(
+    ("frames", "size", "inner"), [(2, (3, 5), 20), (1, (1, 1), 4), (1, (3, 1), 4), (1, (4, 18), 70)]
+)
 def test_gated_conv(frames, size, inner, dtype, tolerance):
     inputs = (
         2 * random(frames, size[0] * size[1], 2 * inner, seed=1),
@@ -212,10 +214,15 @@ def test_gated_conv(frames, size, inner, dtype, tolerance):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
-@pytest.mark.parametrize(("frames", "size", "inner"), [(2, (3, 5), 20), (1, (1, 1), 4), (3, (2, 4), 30)])
+@pytest.mark.parametrize(
+    ("frames", "size", "inner"),
+    [(2, (3, 5), 20), (1, (1, 1), 4), (1, (3, 1), 4), (1, (1, 5), 4), (3, (2, 4), 30), (1, (2, 6), 70)],
+)
 def test_gradients_of_gated_conv(frames, size, inner, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(gated_conv, "PROGRAMS", 4)  # programs take several strips, and the last of them fewer
-    monkeypatch.setattr(gated_conv, "OF_SUMS", gated_conv.Strip(2, 16, 1))
+    if inner < 70:  # several strips and blocks of channels; else those that ship
+        monkeypatch.setattr(gated_conv, "OF_SUMS", gated_conv.Strip(2, 16, 1))
+        monkeypatch.setattr(gated_conv, "OF_INPUTS", gated_conv.Strip(2, 16, 1))
     inputs = (
         2 * random(frames, size[0] * size[1], 2 * inner, seed=1),
         random(2 * inner, 1, 3, 3, seed=2) / 2,
@@ -223,6 +230,22 @@ def test_gradients_of_gated_conv(frames, size, inner, dtype, tolerance, monkeypa
     )
     # The convolution's gradients are rounded once on the way.
     compare_gradients("gated_conv", gated_conv, inputs, dtype, 2 * tolerance, size=size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_silu_is_as_near_as_it_says(dtype):
+    """Of the gate's value, which taps leave as it is; a gate of 20 is 20 times it."""
+    x = torch.linspace(-20, 20, 4001, dtype=torch.float64).to(dtype)
+    inner = len(x)
+    weight, bias = torch.zeros(2 * inner, 1, 3, 3, dtype=dtype), torch.zeros(2 * inner, dtype=dtype)
+    weight[:inner, :, 1, 1], bias[inner:] = 1, 20
+    given = torch.cat([x, x])[None, None].to(DEVICE)
+    out = gated_conv.gated_conv(given, weight.to(DEVICE), bias.to(DEVICE), (1, 1))[0, 0].cpu().double() / 20
+    x = x.double()
+    expected = x * x.sigmoid()
+    rounding = 2**-7 if dtype == torch.bfloat16 else 2**-20  # the interpreter cuts bits off
+    own = 2**-12 * x.abs() if dtype == torch.bfloat16 else 0
+    assert ((out - expected).abs() <= own + rounding * expected.abs() + 1e-12).all()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
