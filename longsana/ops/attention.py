@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longsana.ops import reference
+from longsana.ops.activation import INTERPRETED
 from longsana.ops.backend import shares
 from longsana.ops.reference import prefix_sums
 
@@ -43,7 +44,6 @@ PROGRAMS = 264
 """Programs that keep a large GPU busy, twice its multiprocessors."""
 Span = tuple[int, int]
 """First token of a chunk, and the first after it."""
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
