@@ -68,6 +68,7 @@ MEANINGLESS = {
         "scheduler.bf16_timesteps": "its timesteps are never rounded",
     },
 }
+MEANINGLESS["flow_dpm-solver"] = MEANINGLESS["flow_euler"]
 """Settings that a sampler cannot honour when they are given, and why."""
 
 

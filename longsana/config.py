@@ -94,19 +94,26 @@ class VAEConfig:
 class TextEncoderConfig:
     # A transformers folder, hf://owner/repo, or seeded:FOLDER for random weights in the shape of FOLDER/config.json
     text_encoder_name: str = "hf://Efficient-Large-Model/gemma-2-2b-it"
-    chi_prompt: Literal["sana", "none"] = "sana"  # the instruction put before every prompt
+    # The instruction put before every prompt: sana (the published one), none, or the text itself
+    chi_prompt: str = "sana"
+    # Cap the attention's logits, as Gemma 2 was trained; the published networks' captions were encoded without
+    softcap: bool = False
     dtype: Dtype = "auto"
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    # Few steps, chunk by chunk (distilled); many, on the clip at once (base); many, chunk by chunk (block-causal base)
-    sampling_algo: Literal["longlive_flow_euler", "flow_euler", "chunk_flow_euler"] = "longlive_flow_euler"
+    # Few steps, chunk by chunk (distilled); many, on the clip at once (base: DPM-Solver++, as published, or Euler);
+    # many Euler steps, chunk by chunk (block-causal base)
+    sampling_algo: Literal["longlive_flow_euler", "flow_dpm-solver", "flow_euler", "chunk_flow_euler"] = (
+        "longlive_flow_euler"
+    )
     inference_flow_shift: float = 7.0
     # Of longlive_flow_euler; a trailing 0 is dropped
     denoising_step_list: tuple[int, ...] = (1000, 960, 889, 727)
     bf16_timesteps: bool = False  # round timesteps as published (889 -> 888, 727 -> 728); for parity only
-    num_inference_steps: int = 50  # flow_euler, chunk_flow_euler
+    num_inference_steps: int = 50  # of all but longlive_flow_euler
+    interval_k: float = 0.5  # chunk_flow_euler: a chunk begins when the one before has done this share of its steps
 
 
 @dataclass(frozen=True)
@@ -124,11 +131,16 @@ class SamplingConfig:
     seed: int = 0
     bs: int = 1  # prompts sampled together
     cfg_scale: float = 1.0
-    negative_prompt: str = ""
+    negative_prompt: str | None = None  # null: the published one; '': an empty one
     # What guidance moves away from: the negative prompt, or the null caption that the checkpoint was trained with
     null_caption: Literal["negative_prompt", "learned"] = "negative_prompt"
     motion_score: int = 10  # appended to every prompt; 0 or less: nothing is appended
     cuda_graphs: bool = False  # longlive_flow_euler on a GPU: record a pass of a long video and replay it
+
+    @property
+    def has_negative_prompt(self) -> bool:
+        """Whether guidance moves away from the negative prompt: not from nothing, nor from a learned null caption."""
+        return self.cfg_scale != 1 and self.null_caption == "negative_prompt"
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,16 @@ class InferenceConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+
+
+def check_chi_prompt(chi_prompt: str) -> None:
+    """Refuse a single word that names no instruction: it is one misspelt, and no instruction of its own.
+
+    Raises:
+        InputError: it is one.
+    """
+    if chi_prompt not in ("sana", "none") and " " not in chi_prompt.strip():
+        raise InputError(f"text_encoder.chi_prompt={chi_prompt}: must be sana, none, or an instruction in full")
 
 
 RETIRED = {
@@ -256,10 +278,15 @@ def _parse_overrides(overrides: Sequence[str], known: Mapping[str, str]) -> dict
         if not equals or not re.fullmatch(r"[\w.]+", key):
             raise InputError(f"'{item}': a setting has the form section.key=value")
         try:
-            values[key] = text if known.get(key) == "str" else yaml.safe_load(text)
+            values[key] = text if _is_text(known.get(key), text) else yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise InputError(f"the command line: {key}={text}: {' '.join(str(error).split())}") from error
     return values
+
+
+def _is_text(kind: str | None, text: str) -> bool:
+    """Whether a setting of this type takes these characters as they are."""
+    return kind == "str" or (kind == "str | None" and text != "null")
 
 
 def _blame_key(merged: Any, leaves: Mapping[str, Any], source: str) -> None:

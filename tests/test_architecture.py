@@ -29,6 +29,7 @@ OWNERS = {
     "diffusers": {
         "longsana/encoders/text.py",
         "longsana/encoders/vae_files.py",
+        "longsana/flow/solvers.py",
         "longsana/pipelines/transformer.py",
         "longsana/pipelines/video.py",
         "longsana/sampling/microbenchmark.py",  # a peer

@@ -81,6 +81,8 @@ def test_a_base_is_found_beside_the_file_that_names_it(write, tmp_path: Path, mo
         ("sampling.negative_prompt=a: b = [c], 5", "sampling", "negative_prompt", "a: b = [c], 5"),
         ("sampling.negative_prompt=5", "sampling", "negative_prompt", "5"),
         ("sampling.negative_prompt=", "sampling", "negative_prompt", ""),
+        ("sampling.negative_prompt=null", "sampling", "negative_prompt", None),
+        ("sampling.negative_prompt=None", "sampling", "negative_prompt", "None"),
     ],
 )
 def test_overrides_are_typed(write, override, section, name, value):
@@ -129,7 +131,7 @@ def test_a_config_is_frozen():
         ("model: {patch_size: [1, 2]}", [], ["model.patch_size=[1, 2]", "length 3"]),
         ("scheduler: {denoising_step_list: [1000, x]}", [], ["scheduler.denoising_step_list=[1000, 'x']", "list"]),
         ("scheduler: {denoising_step_list: 5}", [], ["scheduler.denoising_step_list=5"]),
-        ("scheduler: {sampling_algo: euler}", [], ["'euler'", "'longlive_flow_euler', 'flow_euler'"]),
+        ("scheduler: {sampling_algo: euler}", [], ["'euler'", "'longlive_flow_euler', 'flow_dpm-solver', 'flow_euler'"]),
         ("", ["model.depth=x"], ["the command line", "model.depth=x"]),
         ("", ["model.depth=[1"], ["the command line", "model.depth=[1"]),
         ("", ["model.depth"], ["'model.depth'", "section.key=value"]),

@@ -6,14 +6,15 @@ import functools
 import hashlib
 import inspect
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longsana.config import TextEncoderConfig
+from longsana.config import TextEncoderConfig, check_chi_prompt
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, locate
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SEED = 0
-INSTRUCTION_SHA256 = "5cc83fa05520de996d01a8a713cd0a8b5a35cced838d5ee658c455d28689bdf1"
+INSTRUCTION_SHA256 = "62b9ab89eebb0ac5ee4d264bf96bf19d2b81f504bc3852500efeaf5a34d638b1"
+NEGATIVE_PROMPT_SHA256 = "a38af16b9506f1c9817a43315c360fdef323c7483ea3b050803c349de9e73d8d"
 
 
 class GemmaTextEncoder:
@@ -71,11 +73,18 @@ class GemmaTextEncoder:
                 f"{caption_channels}; the two must agree"
             )
         tokenizer = _load_tokenizer(folder, gemma.vocab_size)
-        instruction = _instruction(config.chi_prompt)
+        instruction = instruction_text(config.chi_prompt)
         model: Any = _random_model(gemma) if seeded else _load_model(folder, gemma, dtype)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         _exact_rotations(model)
-        log.info("text encoder: %s, %s, instruction: %s", name, dtype, config.chi_prompt)
+        _set_softcap(model, config.softcap)
+        log.info(
+            "text encoder: %s, %s, instruction of %d characters, attention %s",
+            name,
+            dtype,
+            len(instruction),
+            "softcapped" if config.softcap else "without a cap",
+        )
         return cls(tokenizer, model, instruction, caption_length)
 
     @classmethod
@@ -84,13 +93,14 @@ class GemmaTextEncoder:
         tokenizer: PreTrainedTokenizerBase,
         model: PreTrainedModel,
         *,
-        chi_prompt: Literal["sana", "none"],
+        chi_prompt: str,
+        softcap: bool,
         caption_length: int,
         caption_channels: int,
     ) -> GemmaTextEncoder:
-        """The same of a tokenizer and a model that are loaded already, and are set to what `load` would set them to.
+        """Take a tokenizer and a model that are loaded already, and set them to what `load` would set them to.
 
-        model: a Gemma 2 with or without its language head.
+        model: a Gemma 2 with or without its language head. chi_prompt, softcap: see `TextEncoderConfig`.
 
         Raises:
             InputError: see `load`.
@@ -107,7 +117,8 @@ class GemmaTextEncoder:
         if gemma._attn_implementation != _ATTENTION:
             model.set_attn_implementation(_ATTENTION)
         _exact_rotations(decoder)
-        return cls(tokenizer, decoder, _instruction(chi_prompt), caption_length)
+        _set_softcap(decoder, softcap)
+        return cls(tokenizer, decoder, instruction_text(chi_prompt), caption_length)
 
     def encode(self, prompt: str, *, instruction: bool = True) -> TextEmbedding:
         """One prompt: tokens (1, L, C) in the encoder's dtype and mask (1, L); L = caption_length.
@@ -171,9 +182,9 @@ def expand(compacted: CompactEmbedding, device: torch.device | str) -> TextEmbed
 
 @functools.cache
 def complex_human_instruction() -> str:
-    """The published instruction text, 1059 characters, ending in "User Prompt: ".
+    """The published instruction, 1,057 characters, ending in "User Prompt: ".
 
-    It is derived from the default of diffusers' image pipeline and checked by its hash (facts 5).
+    It is the default of diffusers' image pipeline with double quotes for single ones, and checked by its hash.
 
     Raises:
         InputError: the installed diffusers has another text.
@@ -181,18 +192,68 @@ def complex_human_instruction() -> str:
     import diffusers
 
     lines = inspect.signature(diffusers.SanaPipeline.__call__).parameters["complex_human_instruction"].default
-    # Published with a backslash: it escapes a double quote in a YAML string where nothing needs escaping.
-    text = "\n".join(lines).replace("'", r"\"")
-    if hashlib.sha256(text.encode()).hexdigest() != INSTRUCTION_SHA256:
-        raise InputError(
-            f"diffusers {diffusers.__version__}: the instruction in its SanaPipeline is not the published one; "
-            "install diffusers 0.36 to 0.42.1, or set text_encoder.chi_prompt=none if the network needs none"
-        )
+    return _verified(
+        "\n".join(lines).replace("'", '"'),
+        INSTRUCTION_SHA256,
+        f"diffusers {diffusers.__version__}: the instruction in its SanaPipeline is not the published one; install "
+        "diffusers 0.36 to 0.42.1, or give the text (text_encoder.chi_prompt; none for a network without one)",
+    )
+
+
+@functools.cache
+def published_negative_prompt() -> str:
+    """The negative prompt of the base model and of distillation's teacher, 285 characters.
+
+    It stands in the example of diffusers' video pipeline, and is checked by its hash.
+
+    Raises:
+        InputError: the installed diffusers has another text, or none.
+    """
+    import diffusers
+
+    try:
+        from diffusers.pipelines.sana_video.pipeline_sana_video import EXAMPLE_DOC_STRING
+    except ImportError:
+        EXAMPLE_DOC_STRING = ""
+    found = re.search(r'negative_prompt = "([^"]*)"', EXAMPLE_DOC_STRING)
+    return _verified(
+        found[1] if found else "",
+        NEGATIVE_PROMPT_SHA256,
+        f"diffusers {diffusers.__version__}: the negative prompt in the example of its SanaVideoPipeline is not the "
+        "published one; install diffusers 0.36 to 0.42.1, or give the text (sampling.negative_prompt; '' for none)",
+    )
+
+
+def _verified(text: str, sha256: str, complaint: str) -> str:
+    if text_sha256(text) != sha256:
+        raise InputError(complaint)
     return text
 
 
-def _instruction(chi_prompt: Literal["sana", "none"]) -> str:
-    return complex_human_instruction() if chi_prompt == "sana" else ""
+def text_sha256(text: str) -> str:
+    """SHA-256 in hex of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def instruction_text(chi_prompt: str) -> str:
+    """The instruction that `TextEncoderConfig.chi_prompt` asks for; "" for none.
+
+    Raises:
+        InputError: it is a single word other than sana and none, or the published text is not to be had.
+    """
+    check_chi_prompt(chi_prompt)
+    if chi_prompt == "sana":
+        return complex_human_instruction()
+    return "" if chi_prompt == "none" else chi_prompt
+
+
+def negative_text(negative_prompt: str | None) -> str:
+    """The negative prompt that `SamplingConfig.negative_prompt` asks for: None is the published one.
+
+    Raises:
+        InputError: the published text is not to be had.
+    """
+    return published_negative_prompt() if negative_prompt is None else negative_prompt
 
 
 def _read_config(folder: Path) -> Gemma2Config:
@@ -237,7 +298,8 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, what: 
         raise InputError(f"{what} has {len(tokenizer)} tokens, its config.json {vocabulary}")
 
 
-# Gemma 2 was trained with softcapped attention scores; transformers' "sdpa" leaves the cap out.
+# The one attention that every version of transformers has for Gemma 2, with a cap and without: "sdpa", in which the
+# published networks' captions were encoded, has none, and newer versions refuse it for this model.
 _ATTENTION = "eager"
 
 
@@ -284,6 +346,20 @@ def _exact_rotations(model: Any) -> None:
     rotary = model.rotary_emb
     if rotary.inv_freq.dtype != torch.float32:
         model.rotary_emb = type(rotary)(model.config).to(rotary.inv_freq.device)
+
+
+def _set_softcap(model: Any, softcap: bool) -> None:
+    """Cap the attention's logits as the model's config says, or not at all.
+
+    The config stays: a pipeline that saves the model writes what was read.
+    """
+    cap = model.config.attn_logit_softcapping
+    if softcap and cap is None:
+        raise InputError("text_encoder.softcap=true: the text encoder's config.json has no attn_logit_softcapping")
+    for layer in model.layers:
+        # Not created here: where transformers keeps the cap elsewhere, nothing would read it.
+        assert hasattr(layer.self_attn, "attn_logit_softcapping"), "transformers keeps Gemma 2's cap elsewhere"
+        layer.self_attn.attn_logit_softcapping = cap if softcap else None
 
 
 def _random_model(config: Gemma2Config) -> Gemma2Model:

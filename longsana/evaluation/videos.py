@@ -70,7 +70,7 @@ def _origin(record: dict[str, Any]) -> tuple[tuple[int, ...], int]:
     """Boundaries and time stride."""
     config = record["config"]
     vae = GEOMETRIES[config["vae"]["vae_type"]]
-    if config["scheduler"]["sampling_algo"] == WHOLE_CLIP:
+    if config["scheduler"]["sampling_algo"] in WHOLE_CLIP:
         return (), vae.time_stride
     latents = vae.latent_frames(record["frames"])
     return tuple(boundaries(latents, config["sampling"]["chunk_frames"], vae.time_stride)), vae.time_stride

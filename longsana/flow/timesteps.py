@@ -23,20 +23,35 @@ def monotone(
 ) -> Tensor:
     """(batch, chunks) in [1, 1000], never falling: the monotonically increasing SNR sampler (facts 8.4 and 10).
 
-    A uniformly drawn chunk, the anchor, takes a `logit_normal` timestep. Given that, each way to continue to its left
-    (no noisier) and to its right (no less noisy) is equally likely. With probability same_prob all chunks of a clip
-    take the anchor's timestep.
+    Before the shift, on the 1,000 levels u = 0.001, ..., 1: a uniformly drawn chunk, the anchor, takes a `logit_normal`
+    level, and given that, each way to continue to its left (no noisier) and to its right (no less noisy) is equally
+    likely. With probability same_prob all chunks of a clip take the anchor's level.
     """
-    anchors = logit_normal(batch, mean=mean, std=std, shift=shift, rng=rng)
+    anchors = logit_normal(batch, mean=mean, std=std, shift=1, rng=rng)
     positions = torch.randint(chunks, (batch,), generator=rng)
-    same = torch.rand(batch, generator=rng) < same_prob
-    timesteps = anchors[:, None].repeat(1, chunks)
+    same = _same(batch, same_prob, rng)
+    levels = anchors[:, None].repeat(1, chunks)
     for row, position in enumerate(positions.tolist()):
         if not same[row]:
             anchor = int(anchors[row])
-            timesteps[row, :position] = monotone_path(1, anchor, position, rng)
-            timesteps[row, position + 1 :] = monotone_path(anchor, TIMESTEPS, chunks - 1 - position, rng)
-    return timesteps
+            levels[row, :position] = monotone_path(1, anchor, position, rng)
+            levels[row, position + 1 :] = monotone_path(anchor, TIMESTEPS, chunks - 1 - position, rng)
+    return _whole(levels.double() / TIMESTEPS, shift, 1, TIMESTEPS)
+
+
+def independent(
+    batch: int, chunks: int, *, mean: float, std: float, shift: float, same_prob: float, rng: torch.Generator
+) -> Tensor:
+    """(batch, chunks) in [1, 1000]: a `logit_normal` timestep for each chunk, of its own (facts 8.4).
+
+    With probability same_prob all chunks of a clip take the first one's.
+    """
+    timesteps = logit_normal(batch * chunks, mean=mean, std=std, shift=shift, rng=rng).view(batch, chunks)
+    return torch.where(_same(batch, same_prob, rng)[:, None], timesteps[:, :1], timesteps)
+
+
+def _same(batch: int, probability: float, rng: torch.Generator) -> Tensor:
+    return torch.rand(batch, generator=rng) < probability
 
 
 def monotone_path(low: int, high: int, length: int, rng: torch.Generator) -> Tensor:

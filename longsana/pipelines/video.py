@@ -14,19 +14,21 @@ from itertools import chain, pairwise, repeat
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan, SchedulerMixin
+from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput, is_peft_available, logging
 from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan
+from longsana.config import check_chi_prompt
 from longsana.data.prompts import SPLIT, parts_per_chunk, with_motion_score
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
-from longsana.encoders.text import GemmaTextEncoder, compact, expand
+from longsana.encoders.text import GemmaTextEncoder, compact, expand, negative_text
 from longsana.encoders.vae import DecodeCache, VideoVAE, kind_of
 from longsana.encoders.vae_files import check_geometry
-from longsana.flow.schedule import TIMESTEPS, FlowSchedule, euler_sigmas, uniform_sigmas
+from longsana.flow.schedule import TIMESTEPS, FlowSchedule, uniform_sigmas
+from longsana.flow.solvers import DPMSolver, Euler, Solver
 from longsana.models.embeddings import Text, TextEmbedding
 from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS
 from longsana.pipelines import transformer as networks
@@ -68,13 +70,6 @@ GRID_SHIFT = 8.0
 
 SIZES = {"WanVAE": (480, 832), "LTX2VAE_diffusers": (704, 1280)}
 """Height and width where none are given, by the VAE."""
-
-
-class ManySteps(NamedTuple):
-    """Of the base model: the shift of its Euler steps, and their whole timesteps, falling."""
-
-    shift: float
-    steps: tuple[int, ...]
 
 
 @dataclass
@@ -128,9 +123,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         vae: `AutoencoderKLWan` of Wan 2.1 or `AutoencoderKLLTX2Video`.
         transformer: distilled (`SanaVideoCausalTransformer3DModel`) or base model (`SanaVideoTransformer3DModel`).
         tokenizer, text_encoder: of Gemma 2; not needed where `prompt_embeds` are given.
-        scheduler: any; the base model takes its shift from it. The samplers are this project's own.
+        scheduler: the base model takes its shift from it, and samples with `DPMSolverMultistepScheduler` where it is
+            one or None, as the published command does, and with Euler steps on any other's shift.
         caption_length: tokens of a prompt that the network sees.
-        chi_prompt: the instruction put before prompts, as in training: sana, or none.
+        chi_prompt: the instruction put before prompts, as in training: sana (the published one), none, or the text.
+        softcap: cap the text encoder's attention logits; the published networks' captions were encoded without.
 
     Raises:
         InputError: the parts do not belong together.
@@ -155,6 +152,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         scheduler: SchedulerMixin | None = None,
         caption_length: int = 300,
         chi_prompt: str = "sana",
+        softcap: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(uncompiled(transformer), SanaVideoCausalTransformer3DModel):
@@ -164,17 +162,16 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         kind = kind_of(uncompiled(vae))
         check_geometry(uncompiled(vae), GEOMETRIES[kind.name], "vae")
-        if chi_prompt not in ("sana", "none") or caption_length < 1:
-            raise InputError(
-                f"chi_prompt={chi_prompt}, caption_length={caption_length}: needed are sana or none, and at least 1"
-            )
+        check_chi_prompt(chi_prompt)
+        if caption_length < 1:
+            raise InputError(f"caption_length={caption_length}: must be at least 1")
         taken, given = transformer.config["in_channels"], GEOMETRIES[kind.name].channels
         if taken != given:
             raise InputError(f"transformer: in_channels is {taken}; latents of a {kind.kind.__name__} have {given}")
         self.register_modules(
             vae=vae, transformer=transformer, tokenizer=tokenizer, text_encoder=text_encoder, scheduler=scheduler
         )
-        self.register_to_config(caption_length=caption_length, chi_prompt=chi_prompt)
+        self.register_to_config(caption_length=caption_length, chi_prompt=chi_prompt, softcap=softcap)
         self._interrupt = False
         self._num_timesteps = 0
         self._guidance_scale = 1.0
@@ -263,7 +260,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         Args:
             prompt: a text, or one for each video; `first<split>then` divides a video of the distilled model.
-            negative_prompt: what the base model's guidance moves away from.
+            negative_prompt: what the base model's guidance moves away from; None is the published text, "" is empty.
             num_inference_steps: of a chunk; 4 (distilled), 50 (base).
             timesteps: distilled: the steps themselves, falling, instead of their number; a trailing 0 is dropped.
             guidance_scale: 1 (distilled, which takes no other), 6 (base).
@@ -312,12 +309,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         # Last of all that may be refused: a generator is advanced.
         noise = batch_noise(texts, generator, latents, (len(texts), self.geometry.channels, length, *size))
-        self._interrupt, self._num_timesteps = False, len(plan) * len(schedule.steps)
+        steps = schedule.steps if isinstance(schedule, FlowSchedule) else [int(t) for t in schedule.timesteps]
+        self._interrupt, self._num_timesteps = False, len(plan) * len(steps)
         self._guidance_scale = guidance
         finished: list[Tensor] = []
         with self.progress_bar(total=self._num_timesteps) as bar:
             wanted = tuple(callback_on_step_end_tensor_inputs)
-            on_step = _Watch(self, schedule.steps, self._num_timesteps, callback_on_step_end, wanted, bar)
+            on_step = _Watch(self, steps, self._num_timesteps, callback_on_step_end, wanted, bar)
             try:
                 for chunk in self._chunks(schedule, plan, heard, away, noise, size, on_step):
                     finished.append(chunk.latents)
@@ -546,7 +544,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     def _schedule(
         self, steps: int | None, timesteps: Sequence[int] | None, flow_shift: float | None
-    ) -> FlowSchedule | ManySteps:
+    ) -> FlowSchedule | Solver:
         count = (DISTILLED if self.distilled else BASE).steps if steps is None else steps
         if count < 1:
             raise InputError(f"num_inference_steps={count}: must be at least 1")
@@ -554,7 +552,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if not self.distilled:
             if timesteps is not None:
                 raise InputError("timesteps: the base model's follow from num_inference_steps and flow_shift")
-            return ManySteps(shift, tuple(int(sigma * TIMESTEPS) for sigma in euler_sigmas(shift, count)[:-1].tolist()))
+            return (DPMSolver if has_multistep_scheduler(self.scheduler) else Euler.shifted)(shift, count)
         grid = [round(sigma * TIMESTEPS) for sigma in uniform_sigmas(GRID_SHIFT, count)[:-1].tolist()]
         try:
             return FlowSchedule(shift, tuple(grid if timesteps is None else map(int, timesteps)))
@@ -590,7 +588,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     def _chunks(
         self,
-        schedule: FlowSchedule | ManySteps,
+        schedule: FlowSchedule | Solver,
         plan: ChunkPlan,
         heard: Iterator[Text],
         away: Sequence[TextEmbedding] | None,
@@ -615,8 +613,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             self._network,
             next(heard),
             None if away is None else self._read(away),
-            shift=schedule.shift,
-            steps=len(schedule.steps),
+            solver=schedule,
             cfg_scale=lambda: self._guidance_scale,
             noise=noise.draw(0, 0, (shape[0], plan.frames, *size), device),
             on_step=on_step,
@@ -640,7 +637,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """For each video what guidance moves away from."""
         if embeds is not None:
             return self._given("negative_prompt", embeds, mask, copies, count)
-        prompts = [prompt or ""] * (count // copies) if prompt is None or isinstance(prompt, str) else list(prompt)
+        if prompt is None or isinstance(prompt, str):
+            prompt = [negative_text(prompt)] * (count // copies)
+        prompts = list(prompt)
         if len(prompts) * copies != count:
             raise InputError(f"negative_prompt: {len(prompts)} for {count // copies} prompts")
         return [self._embed(text, instruction=False) for text in prompts for _ in range(copies)]
@@ -669,6 +668,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             self.tokenizer,
             self.text_encoder,
             chi_prompt=self.config["chi_prompt"],
+            softcap=self.config["softcap"],
             caption_length=self.config["caption_length"],
             caption_channels=self.transformer.config.caption_channels,
         )
@@ -734,6 +734,11 @@ class _Watch:
         if self._pipe.interrupt and self._done != self._total:
             raise Interrupted(x)
         return x
+
+
+def has_multistep_scheduler(scheduler: Any) -> bool:
+    """Whether the base model samples with DPM-Solver++: so it does unless somebody gave it another scheduler."""
+    return scheduler is None or isinstance(scheduler, DPMSolverMultistepScheduler)
 
 
 def scheduler_shift(scheduler: Any) -> float:

@@ -14,9 +14,10 @@ from torch import Tensor
 from longsana.config import Dtype, InferenceConfig
 from longsana.data.prompts import Prompt, parts_per_chunk, with_motion_score
 from longsana.encoders.geometry import geometry
-from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand
+from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand, negative_text
 from longsana.encoders.vae import VideoVAE, load_vae
-from longsana.flow.schedule import FlowSchedule, uniform_sigmas
+from longsana.flow.schedule import FlowSchedule, euler_sigmas
+from longsana.flow.solvers import DPMSolver, Euler
 from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import Text, TextEmbedding, null_embedding
@@ -26,7 +27,7 @@ from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
 from longsana.sampling.noise import PromptNoise
 from longsana.sampling.replay import ReplayedNetwork
-from longsana.sampling.request import DISTILLED, WHOLE_CLIP, chunk_plan
+from longsana.sampling.request import DISTILLED, DPM, WHOLE_CLIP, chunk_plan
 from longsana.sampling.sampler import Chunk, generate, sample_chunks, sample_clip
 
 
@@ -99,8 +100,8 @@ class VideoPipeline:
         """One prompt at a time: an embedding never depends on its neighbours."""
         sampling = self.config.sampling
         texts = [with_motion_score(part, sampling.motion_score) for part in prompt.parts]
-        if self._negative is None and sampling.cfg_scale != 1 and sampling.null_caption == "negative_prompt":
-            self._negative = compact(encoder.encode(sampling.negative_prompt, instruction=False))
+        if self._negative is None and sampling.has_negative_prompt:
+            self._negative = compact(encoder.encode(negative_text(sampling.negative_prompt), instruction=False))
         return Caption(tuple(compact(encoder.encode(text)) for text in texts), self._negative)
 
     def load(self) -> None:
@@ -187,13 +188,13 @@ class VideoPipeline:
         with clock.part("denoise"):
             embeddings = self.captions(captions)
         steps, cfg_scale = config.scheduler.num_inference_steps, config.sampling.cfg_scale
-        if config.scheduler.sampling_algo == WHOLE_CLIP:
+        shift = config.scheduler.inference_flow_shift
+        if config.scheduler.sampling_algo in WHOLE_CLIP:
             return sample_clip(
                 self.model,
                 embeddings[0],
                 embeddings[1] if len(embeddings) > 1 else None,
-                shift=config.scheduler.inference_flow_shift,
-                steps=steps,
+                solver=(DPMSolver if config.scheduler.sampling_algo == DPM else Euler.shifted)(shift, steps),
                 cfg_scale=cfg_scale,
                 noise=noise.draw(0, 0, (shape[0], self.plan.frames, *shape[1:]), self.device),
                 clock=clock,
@@ -202,7 +203,8 @@ class VideoPipeline:
             self.model,
             embeddings,
             self.plan,
-            sigmas=uniform_sigmas(config.scheduler.inference_flow_shift, steps).tolist(),
+            sigmas=euler_sigmas(shift, steps).tolist(),
+            interval=config.scheduler.interval_k,
             cfg_scale=cfg_scale,
             shape=shape,
             rng=noise,

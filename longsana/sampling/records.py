@@ -18,6 +18,7 @@ import torch
 import longsana
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
+from longsana.encoders.text import instruction_text, negative_text, text_sha256
 from longsana.sampling.pipeline import resolve_dtype
 from longsana.sampling.request import SOURCES, source_digest
 
@@ -34,9 +35,15 @@ def source_digests(config: InferenceConfig) -> dict[str, str]:
 
 
 def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.device) -> dict[str, Any]:
-    """The config as it holds for one video: its own size, and dtypes instead of "auto"."""
+    """The config as it holds for one video: its own size, dtypes instead of "auto", the negative prompt if it has one.
+
+    Raises:
+        InputError: the published negative prompt is wanted and not to be had.
+    """
     settings = dataclasses.asdict(config)
-    settings["sampling"] |= {"height": prompt.height, "width": prompt.width}
+    sampling = config.sampling
+    negative = negative_text(sampling.negative_prompt) if sampling.has_negative_prompt else None
+    settings["sampling"] |= {"height": prompt.height, "width": prompt.width, "negative_prompt": negative}
     for section, key in (("model", "dtype"), ("vae", "weight_dtype"), ("text_encoder", "dtype")):
         settings[section][key] = str(resolve_dtype(settings[section][key], device)).removeprefix("torch.")
     return settings
@@ -50,6 +57,7 @@ def fingerprint(settings: Mapping[str, Any], prompt: Prompt, digests: Mapping[st
     deciding = {section: dict(values) for section, values in settings.items()}
     for section, key in SOURCES.items():
         deciding[section][key] = digests[section]
+    deciding["text_encoder"]["chi_prompt"] = text_sha256(instruction_text(deciding["text_encoder"]["chi_prompt"]))
     for key in ("bs", "cuda_graphs", "txt_file"):
         del deciding["sampling"][key]
     identity = [prompt.text, prompt.repetition, deciding]

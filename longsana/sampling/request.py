@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from longsana.chunks import ChunkPlan
-from longsana.config import InferenceConfig
+from longsana.config import InferenceConfig, check_chi_prompt
 from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts
 from longsana.encoders.geometry import geometry
 from longsana.flow.schedule import FlowSchedule
@@ -17,7 +17,8 @@ from longsana.runtime.hub import SEEDED, file_sha256, locate
 from longsana.runtime.video import check_encoding
 
 DISTILLED = "longlive_flow_euler"
-WHOLE_CLIP = "flow_euler"
+DPM = "flow_dpm-solver"
+WHOLE_CLIP = ("flow_euler", DPM)
 SOURCES = {"model": "load_from", "vae": "vae_pretrained", "text_encoder": "text_encoder_name"}
 """The setting of each section that says where weights come from."""
 
@@ -25,7 +26,7 @@ SOURCES = {"model": "load_from", "vae": "vae_pretrained", "text_encoder": "text_
 def chunk_plan(config: InferenceConfig) -> ChunkPlan:
     """The chunks of every video of this config; the bidirectional base model samples its clip as one."""
     frames = geometry(config.vae).latent_frames(config.sampling.num_frames)
-    whole = config.scheduler.sampling_algo == WHOLE_CLIP
+    whole = config.scheduler.sampling_algo in WHOLE_CLIP
     return ChunkPlan.split(frames, frames if whole else config.sampling.chunk_frames)
 
 
@@ -54,10 +55,13 @@ def check_config(config: InferenceConfig) -> None:
             raise InputError(f"{name}={value}: must be at least 1")
     if not math.isfinite(sampling.cfg_scale):
         raise InputError(f"sampling.cfg_scale={sampling.cfg_scale}: must be a finite number")
+    if not 0 <= scheduler.interval_k <= 1:
+        raise InputError(f"scheduler.interval_k={scheduler.interval_k}: must be in [0, 1], a share of a chunk's steps")
+    check_chi_prompt(config.text_encoder.chi_prompt)
     if scheduler.sampling_algo == DISTILLED and sampling.cfg_scale != 1:
         raise InputError(
             f"cfg_scale={sampling.cfg_scale:g}: the distilled model ({DISTILLED}) was trained without guidance; "
-            "use --cfg_scale=1, or a base model with --sampling_algo=flow_euler or chunk_flow_euler"
+            f"use --cfg_scale=1, or a base model with --sampling_algo={', '.join(WHOLE_CLIP)} or chunk_flow_euler"
         )
     try:
         FlowSchedule(scheduler.inference_flow_shift, scheduler.denoising_step_list)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
-from longsana.flow.schedule import TIMESTEPS, FlowSchedule, euler_sigmas
+from longsana.flow.schedule import FlowSchedule
+from longsana.flow.solvers import Euler, Solver
 from longsana.models.embeddings import Text
 from longsana.runtime.clock import Clock
 from longsana.sampling.noise import Noise
@@ -24,6 +26,14 @@ class Network(Protocol):
 
     def __call__(
         self, x: Tensor, t: Tensor, text: Text, *, state: CausalState | None = None
+    ) -> tuple[Tensor, CausalState]: ...
+
+
+class ChunkedNetwork(Protocol):
+    """What a sampler of several chunks at once needs of the network."""
+
+    def __call__(
+        self, x: Tensor, t: Tensor, text: Text, *, plan: ChunkPlan | None = None, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]: ...
 
 
@@ -141,62 +151,93 @@ def sample_clip(
     text: Text,
     negative: Text | None,
     *,
-    shift: float,
-    steps: int,
+    solver: Solver,
     cfg_scale: float | Callable[[], float],
     noise: Tensor,
     clock: Clock | None = None,
     on_step: StepEnd = go_on,
 ) -> Iterator[Chunk]:
-    """A whole clip at once with many Euler steps and classifier-free guidance: the bidirectional base model.
+    """A whole clip at once with many steps and classifier-free guidance: the bidirectional base model.
 
     noise: (B, C, T, H, W). negative: the caption to move away from; None (with cfg_scale 1) runs no second pass.
     """
     clock = clock or Clock(noise.device)
+    captions = [text] if negative is None else [text, negative]
     with clock.part("denoise"):
-        for x in euler_path(
-            model,
-            [text] if negative is None else [text, negative],
-            sigmas=euler_sigmas(shift, steps).tolist(),
-            cfg_scale=cfg_scale,
-            noise=noise,
-            on_step=on_step,
-        ):
+        for x in solve(model, captions, solver=solver, cfg_scale=cfg_scale, noise=noise, on_step=on_step):
             clean = x
     yield Chunk(0, 0, clean, None)
 
 
+@dataclass
+class _InProgress:
+    """A chunk that is being denoised: its index and first frame, x, and the steps it has done."""
+
+    index: int
+    start: int
+    x: Tensor
+    done: int = 0
+
+
 @torch.no_grad()
 def sample_chunks(
-    model: Network,
+    model: ChunkedNetwork,
     captions: Sequence[Text],
     plan: ChunkPlan,
     *,
     sigmas: Sequence[float],
+    interval: float,
     cfg_scale: float,
     shape: tuple[int, int, int],
     rng: Noise,
     device: torch.device | str,
     clock: Clock | None = None,
 ) -> Iterator[Chunk]:
-    """Chunk after chunk with many Euler steps each and guidance: the block-causal base model. See `euler_path`."""
-    start = 0
-    for index, kept in enumerate(
-        trajectory(
-            model,
-            captions,
-            plan,
-            sigmas=sigmas,
-            keep=[len(sigmas) - 1],
-            cfg_scale=cfg_scale,
-            shape=shape,
-            rng=rng,
-            device=device,
-            clock=clock,
-        )
-    ):
-        yield Chunk(index, start, kept[:, 0], None)
-        start += kept.shape[3]
+    """Chunks with many Euler steps each and guidance, staggered: the block-causal base model (facts 4.4).
+
+    A chunk begins when the one before has done the share `interval` of its steps, so that about 1 / interval chunks are
+    in progress; with 1 they come one after another, with 0 all at once. Each sees those before it as noisy as they
+    are, and finished ones through the state. With guidance there are two states: each caption, the one to move away
+    from too, has absorbed the chunks as its own.
+
+    Args:
+        captions: the caption, and with guidance the one to move away from.
+        sigmas: falling noise levels of a chunk, from 1 to 0.
+        interval: in [0, 1].
+        shape: (C, H, W) of a latent frame.
+    """
+    clock = clock or Clock(device)
+    euler = Euler(sigmas)
+    steps = len(euler.timesteps)
+    lead = math.ceil(round(interval * steps, 6))  # rounded first: 0.07 * 100 is a little more than 7
+    states: list[CausalState | None] = [None] * len(captions)
+    waiting = deque(enumerate(zip(plan.starts, plan.lengths, strict=True)))
+    active: deque[_InProgress] = deque()
+    while waiting or active:
+        with clock.part("denoise"):
+            while waiting and (not active or active[-1].done >= lead):
+                index, (start, length) = waiting.popleft()
+                active.append(_InProgress(index, start, rng.draw(start, 0, (shape[0], length, *shape[1:]), device)))
+            lengths = [chunk.x.shape[2] for chunk in active]
+            times = [timestep(euler.timesteps[chunk.done], chunk.x) for chunk in active]
+            x, t, network = torch.cat([chunk.x for chunk in active], dim=2), times[0], model
+            if len(active) > 1:
+                t, network = per_chunk(times, lengths), partial(model, plan=ChunkPlan(tuple(lengths)))
+            velocity = guided_velocity(network, x, t, captions, states, cfg_scale)
+            for chunk, own in zip(active, velocity.split(lengths, dim=2), strict=True):
+                chunk.x = euler.step(chunk.done, own, chunk.x)
+                chunk.done += 1
+        while active and active[0].done == steps:
+            finished = active.popleft()
+            if waiting or active:
+                with clock.part("absorb"):
+                    states = [absorb(model, finished.x, *pair) for pair in zip(captions, states, strict=True)]
+            yield Chunk(finished.index, finished.start, finished.x, None)
+
+
+def per_chunk(times: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """(B, T): the timesteps (B,) of each chunk, for each of its latent frames."""
+    return torch.cat([t[:, None].expand(-1, length) for t, length in zip(times, lengths, strict=True)], dim=1)
 
 
 @torch.no_grad()
@@ -222,13 +263,13 @@ def trajectory(
         plan: one chunk is the bidirectional model's clip.
         shape: (C, H, W) of a latent frame.
     """
-    clock = clock or Clock(device)
+    clock, euler = clock or Clock(device), Euler(sigmas)
     states: list[CausalState | None] = [None] * len(captions)
     for index, (start, length) in enumerate(zip(plan.starts, plan.lengths, strict=True)):
         noise = rng.draw(start, 0, (shape[0], length, *shape[1:]), device)
         kept = []
         with clock.part("denoise"):
-            path = euler_path(model, captions, sigmas=sigmas, cfg_scale=cfg_scale, noise=noise, states=states)
+            path = solve(model, captions, solver=euler, cfg_scale=cfg_scale, noise=noise, states=states)
             for step, x in enumerate(path):
                 if step in keep:
                     kept.append(x)
@@ -239,19 +280,17 @@ def trajectory(
 
 
 @torch.no_grad()
-def euler_path(
+def solve(
     model: Network,
     captions: Sequence[Text],
     *,
-    sigmas: Sequence[float],
+    solver: Solver,
     cfg_scale: float | Callable[[], float],
     noise: Tensor,
     states: Sequence[CausalState | None] | None = None,
     on_step: StepEnd = go_on,
 ) -> Iterator[Tensor]:
-    """x at every one of `sigmas`, falling noise levels from 1: the noise first, the clean latents last.
-
-    x' = x + (sigma' - sigma) v, with v = away + cfg_scale (toward - away).
+    """x before the solver's first step and after each of them: the noise first, the clean latents last.
 
     Args:
         captions: the caption, and with guidance the one to move away from; without it cfg_scale is not used.
@@ -263,16 +302,27 @@ def euler_path(
     states = states or [None] * len(captions)
     x = noise
     yield x
-    for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
-        t = timestep(sigma * TIMESTEPS, x)
-        velocity, *away = (
-            model(x, t, text, state=state)[0].float() for text, state in zip(captions, states, strict=True)
-        )
-        if away:
-            scale = cfg_scale() if callable(cfg_scale) else cfg_scale
-            velocity = away[0] + scale * (velocity - away[0])
-        x = on_step(step, x + (following - sigma) * velocity)
+    for step, t in enumerate(solver.timesteps):
+        scale = cfg_scale() if callable(cfg_scale) else cfg_scale
+        velocity = guided_velocity(model, x, timestep(t, x), captions, states, scale)
+        x = on_step(step, solver.step(step, velocity, x))
         yield x
+
+
+def guided_velocity(
+    model: Network,
+    x: Tensor,
+    t: Tensor,
+    captions: Sequence[Text],
+    states: Sequence[CausalState | None],
+    cfg_scale: float,
+) -> Tensor:
+    """(B, C, T, H, W), float32: v = away + cfg_scale (toward - away); toward alone where there is one caption.
+
+    x, t: see `LongSanaDiT.forward`. captions, states: toward and away.
+    """
+    velocity, *away = (model(x, t, text, state=state)[0].float() for text, state in zip(captions, states, strict=True))
+    return away[0] + cfg_scale * (velocity - away[0]) if away else velocity
 
 
 def timestep(t: float, x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from longsana.training.self_forcing import SelfForcing
 from longsana.training.stage import Slots, Stage
 
 CAPTIONS = "captions"  # folder in a run's
+DROPPED = "flow_matching.dropped_caption=masked_null (null_caption takes what sampling.null_caption names)"
 
 
 class StageBuilder:
@@ -98,10 +99,10 @@ class StageBuilder:
             digests=self.world.is_main,
         )
         self.captions.prepare(clips.prompts())
-        generator = self._generator()
-        return FlowMatching(
-            config, generator, embed=self.captions.embed, null=self._null(generator.model), clips=clips, frames=frames
-        )
+        generator, flow = self._generator(), config.flow_matching
+        masked = flow.class_dropout_prob > 0 and flow.dropped_caption == "masked_null"
+        null = self._learned_null(generator.model, DROPPED) if masked else self._null(generator.model)
+        return FlowMatching(config, generator, embed=self.captions.embed, null=null, clips=clips, frames=frames)
 
     def _ode(self) -> Stage:
         config, frames = self.config, self.config.rollout.num_training_frames
@@ -179,7 +180,11 @@ class StageBuilder:
         """(1, L, C), what guidance moves away from: a caption that `model` was trained with for none."""
         if self.config.sampling.null_caption != "learned":
             return self.captions.negative()
+        return self._learned_null(model, "sampling.null_caption=learned")
+
+    def _learned_null(self, model: LongSanaDiT, setting: str) -> TextEmbedding:
+        """The checkpoint's own null caption, (1, L, C), which `setting` asks for."""
         try:
             return null_embedding(model, 1)
         except ValueError as error:
-            raise InputError(f"sampling.null_caption=learned: {error}") from error
+            raise InputError(f"{setting}: {error}") from error

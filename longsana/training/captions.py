@@ -18,7 +18,15 @@ from tqdm import tqdm
 
 from longsana.config import InferenceConfig
 from longsana.data.prompts import with_motion_score
-from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand
+from longsana.encoders.text import (
+    CompactEmbedding,
+    GemmaTextEncoder,
+    compact,
+    expand,
+    instruction_text,
+    negative_text,
+    text_sha256,
+)
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.runtime.files import check_writable, write_exclusive
@@ -63,7 +71,8 @@ class Captions:
     ) -> None:
         self._device = torch.device(device)
         self._motion_score = config.sampling.motion_score
-        self._negative = _Text(config.sampling.negative_prompt, instruction=False)
+        learned = config.sampling.null_caption == "learned"  # nobody will ask for a text then
+        self._negative = _Text("" if learned else negative_text(config.sampling.negative_prompt), instruction=False)
         self._source: _Source
         if mode == "free":
             self._source = _Files(config, self._device, world, folder, prompts_per_file, together)
@@ -231,7 +240,8 @@ def _identity(config: InferenceConfig, device: torch.device, together: int) -> s
     deciding = (
         _FORMAT,
         source_digest(config, "text_encoder"),
-        config.text_encoder.chi_prompt,
+        text_sha256(instruction_text(config.text_encoder.chi_prompt)),
+        config.text_encoder.softcap,
         str(resolve_dtype(config.text_encoder.dtype, device)),
         config.model.caption_length,
         *((together,) if together > 1 else ()),

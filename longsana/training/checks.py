@@ -92,11 +92,13 @@ def check_training(config: TrainingConfig) -> None:
             )
     if trainer in DISTILLED:
         _check_distillation(config)
-    drops = trainer == "flow_matching" and config.flow_matching.class_dropout_prob > 0
-    if drops and config.sampling.null_caption == "negative_prompt" and config.sampling.negative_prompt:
+    flow, sampling = config.flow_matching, config.sampling
+    replaces = flow.class_dropout_prob > 0 and flow.dropped_caption == "null_caption"
+    if replaces and sampling.null_caption == "negative_prompt" and sampling.negative_prompt != "":
         raise InputError(
-            "sampling.negative_prompt: dropped captions become the empty prompt, so sampling must be guided away "
-            "from that; set sampling.negative_prompt='' or sampling.null_caption=learned"
+            "flow_matching.dropped_caption=null_caption: with sampling.null_caption=negative_prompt dropped captions "
+            "become the empty prompt, so sampling must be guided away from that; set sampling.negative_prompt='' or "
+            "sampling.null_caption=learned"
         )
     if trainer == "longsana":
         _check_streams(config)

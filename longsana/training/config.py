@@ -29,9 +29,13 @@ class FlowMatchingConfig:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     causal: bool = False  # chunks of sampling.chunk_frames that do not see later ones, a timestep each
-    chunk_sampling_strategy: Literal["uniform", "incremental"] = "incremental"  # causal: one t, or never less noisy
-    same_timestep_prob: float = 0.0  # causal, incremental: share of clips with one timestep for all chunks
-    class_dropout_prob: float = 0.1  # share of captions replaced by the null of sampling.null_caption
+    # causal: chunks take timesteps independently of each other, or later ones are never less noisy
+    chunk_sampling_strategy: Literal["uniform", "incremental"] = "incremental"
+    same_timestep_prob: float = 0.0  # causal: share of clips with one timestep for all chunks
+    class_dropout_prob: float = 0.1  # share of captions that are dropped
+    # What a dropped caption becomes: the checkpoint's null tokens under the caption's own mask, as published, or what
+    # sampling.null_caption names, with its mask
+    dropped_caption: Literal["masked_null", "null_caption"] = "masked_null"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from longsana.chunks import ChunkPlan
 from longsana.data.clips import ClipSource
 from longsana.flow.losses import flow_loss
 from longsana.flow.schedule import FlowSchedule
-from longsana.flow.timesteps import logit_normal, monotone
+from longsana.flow.timesteps import independent, monotone
 from longsana.models.embeddings import TextEmbedding
 from longsana.training.config import TrainingConfig
 from longsana.training.player import Player
@@ -20,7 +20,7 @@ class FlowMatching(Stage):
     """One player, on clips of latents with captions, some of which are dropped for the null caption.
 
     Bidirectional: a clip is one chunk with one timestep. Causal: a timestep a chunk, and no chunk sees a later one.
-    null: (1, L, C), the caption that sampling will be guided away from.
+    null: (1, L, C), what a dropped caption becomes; with `dropped_caption: masked_null` under the caption's own mask.
     """
 
     def __init__(
@@ -54,25 +54,24 @@ class FlowMatching(Stage):
     def _timesteps(self, batch: int, rng: torch.Generator) -> Tensor:
         """(B, chunks)."""
         settings = self.settings
-        if settings.chunk_sampling_strategy == "incremental" and len(self.plan) > 1:
-            return monotone(
-                batch,
-                len(self.plan),
-                mean=settings.logit_mean,
-                std=settings.logit_std,
-                shift=settings.flow_shift,
-                same_prob=settings.same_timestep_prob,
-                rng=rng,
-            )
-        t = logit_normal(batch, mean=settings.logit_mean, std=settings.logit_std, shift=settings.flow_shift, rng=rng)
-        return t[:, None].expand(batch, len(self.plan))
+        ordered = settings.chunk_sampling_strategy == "incremental" and len(self.plan) > 1
+        return (monotone if ordered else independent)(
+            batch,
+            len(self.plan),
+            mean=settings.logit_mean,
+            std=settings.logit_std,
+            shift=settings.flow_shift,
+            same_prob=settings.same_timestep_prob,
+            rng=rng,
+        )
 
     def _drop(self, text: TextEmbedding, turn: Turn) -> TextEmbedding:
-        """Some captions replaced by the null that guidance will move away from."""
+        """Some captions replaced by the null caption."""
         batch = len(turn.samples)
         dropped = torch.rand(batch, generator=turn.rng("drop")) < self.settings.class_dropout_prob
         dropped = dropped.to(turn.device)
+        null_mask = text.mask if self.settings.dropped_caption == "masked_null" else self.null.mask
         return TextEmbedding(
             torch.where(dropped[:, None, None], self.null.tokens.to(text.tokens.dtype), text.tokens),
-            torch.where(dropped[:, None], self.null.mask, text.mask),
+            torch.where(dropped[:, None], null_mask, text.mask),
         )

@@ -23,6 +23,7 @@ from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.data.shards import DTYPES, Contents, ShardWriter
 from longsana.data.trajectories import KIND, SIGMAS, check_grid
+from longsana.encoders.text import instruction_text, negative_text, text_sha256
 from longsana.flow.schedule import FlowSchedule, uniform_sigmas
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 INSTEAD = {
     "scheduler.sampling_algo": "pairs.causal",
     "scheduler.num_inference_steps": "pairs.num_steps",
+    "scheduler.interval_k": "nothing: a chunk begins when the one before is clean",
     "scheduler.bf16_timesteps": "nothing: the teacher's timesteps are never rounded",
     "sampling.cfg_scale": "pairs.cfg_scale",
     "sampling.fps": "nothing: no video is written",
@@ -47,7 +49,7 @@ INSTEAD = {
 
 
 def teacher_config(config: OdePairsConfig) -> InferenceConfig:
-    """The settings with which inference would sample the teacher as the trajectories do."""
+    """The settings of inference that sample the teacher; the trajectories' own grid of noise levels is `pairs`'."""
     pairs = config.pairs
     return InferenceConfig(
         model=config.model,
@@ -58,6 +60,7 @@ def teacher_config(config: OdePairsConfig) -> InferenceConfig:
             sampling_algo="chunk_flow_euler" if pairs.causal else "flow_euler",
             inference_flow_shift=pairs.shift,
             num_inference_steps=pairs.num_steps,
+            interval_k=1.0,
         ),
         sampling=dataclasses.replace(config.sampling, cfg_scale=pairs.cfg_scale),
     )
@@ -243,13 +246,15 @@ class _Maker:
         model |= {"load_from": digests["model"], "dtype": _name(resolve_dtype(config.model.dtype, self.device))}
         text |= {"text_encoder_name": digests["text_encoder"]}
         text |= {"dtype": _name(resolve_dtype(config.text_encoder.dtype, self.device))}
+        text |= {"chi_prompt": text_sha256(instruction_text(config.text_encoder.chi_prompt))}
         made_by: dict[str, Any] = {f"model.{name}": value for name, value in model.items()}
         made_by |= {f"text_encoder.{name}": value for name, value in text.items()}
         made_by |= {f"pairs.{name}": getattr(pairs, name) for name in ("num_steps", "shift", "cfg_scale", "causal")}
         names = ["num_frames", "height", "width", "seed", "motion_score"]
         if pairs.cfg_scale != 1:
-            learned = sampling.null_caption == "learned"
-            names += ["null_caption"] if learned else ["null_caption", "negative_prompt"]
+            names += ["null_caption"]
+            if sampling.null_caption != "learned":
+                made_by |= {"sampling.negative_prompt": negative_text(sampling.negative_prompt)}
         made_by |= {f"sampling.{name}": getattr(sampling, name) for name in names}
         texts = json.dumps([prompt.text for prompt in self.prompts])
         return made_by | {

@@ -49,7 +49,7 @@ def train_text_encoder(config: TextTrainingConfig, folder: Path, device: torch.d
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         encoder = GemmaTextEncoder.load(
-            TextEncoderConfig(text_encoder_name=f"seeded:{shape}", chi_prompt="none"),
+            TextEncoderConfig(text_encoder_name=f"seeded:{shape}", chi_prompt="none", softcap=True),
             caption_length=config.caption_length,
             caption_channels=config.caption_channels,
             device=device,

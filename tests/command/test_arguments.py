@@ -45,7 +45,9 @@ def test_published_base_command(script: ModuleType) -> None:
         "--txt_file=asset/samples/video_prompts_samples.txt --cfg_scale 6 --motion_score 30 --flow_shift 8 "
         "--work_dir output/x".split()
     )
-    assert request.config.scheduler.sampling_algo == "flow_euler"
+    assert request.config.scheduler.sampling_algo == "flow_dpm-solver"
+    assert request.config.scheduler.num_inference_steps == 50
+    assert request.config.sampling.negative_prompt is None  # the published one
     assert request.config.scheduler.inference_flow_shift == 8
     assert request.config.sampling.motion_score == 30
 
@@ -107,7 +109,7 @@ BAD = {
     "steps of the distilled model": (["--step", "20"], "--step: has no meaning for the sampler longlive_flow_euler"),
     "window of the base model": (
         ["--config", BASE, "--num_cached_blocks", "2"],
-        "--num_cached_blocks: has no meaning for the sampler flow_euler",
+        "--num_cached_blocks: has no meaning for the sampler flow_dpm-solver",
     ),
     "negative prompt unguided": (["--config", BASE, "--cfg_scale", "1", "--negative_prompt", "x"], "--negative_prompt"),
     "null caption unguided": (

@@ -222,7 +222,7 @@ def _same_noise(_: Any, start: int, step: int, shape: Any, device: Any) -> torch
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(100 * start + step))
 
 
-@pytest.mark.parametrize("sampler", ["flow_euler", "chunk_flow_euler"])
+@pytest.mark.parametrize("sampler", ["flow_dpm-solver", "flow_euler", "chunk_flow_euler"])
 def test_base_model(sampler: str, command: Command, prompts: Prompts, videos: Path) -> None:
     """The samplers of many steps with guidance; the picture depends on what is moved away from."""
     common = ["--txt_file", prompts("a red circle"), f"--sampling_algo={sampler}", "--step", "3", "--cfg_scale", "4"]
@@ -234,6 +234,28 @@ def test_base_model(sampler: str, command: Command, prompts: Prompts, videos: Pa
     assert second != first
     assert command(*common, "--sampling.null_caption", "learned") == 0
     assert latents(videos) not in (first, second)
+
+
+def test_other_words_or_another_attention_make_a_video_again(
+    command: Command, prompts: Prompts, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The instruction and the cap decide what the network is told, and so they are part of a video's identity."""
+    arguments = ["--txt_file", prompts("a red circle"), "--text_encoder.chi_prompt", "sana"]
+
+    def made(*more: str) -> str:
+        before = {record["fingerprint"] for record in sidecars(videos)} if videos.exists() else set()
+        assert command(*arguments, *more) == 0
+        (record,) = sidecars(videos)
+        assert record["fingerprint"] not in before
+        return str(record["latents_sha256"])
+
+    seen = [made(), made("--text_encoder.softcap", "false")]
+    monkeypatch.setattr("longsana.encoders.text.complex_human_instruction", lambda: "Describe a video of this: ")
+    seen += [made(), made("--text_encoder.softcap", "false")]
+    assert len(set(seen)) == 4
+    stamps = {path: path.stat().st_mtime_ns for path in videos.iterdir()}
+    assert command(*arguments, "--text_encoder.softcap", "false") == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in videos.iterdir()}, "and then it is there"
 
 
 def test_prompt_too_long_is_named(command: Command, prompts: Prompts, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import runpy
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
+from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM, Gemma2Model
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from longsana.config import TextEncoderConfig
-from longsana.encoders.text import GemmaTextEncoder, compact, complex_human_instruction, expand
+from longsana.encoders.text import (
+    GemmaTextEncoder,
+    compact,
+    complex_human_instruction,
+    expand,
+    negative_text,
+    published_negative_prompt,
+)
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.errors import InputError
 
@@ -26,8 +36,10 @@ LENGTH = 32
 CAPTION = "A small red circle moves slowly to the right on a black background. motion score: 10."
 
 
-def load(name: str | Path, *, chi: Any = "none", length: int = LENGTH, channels: int = 64) -> GemmaTextEncoder:
-    config = TextEncoderConfig(text_encoder_name=str(name), chi_prompt=chi)
+def load(
+    name: str | Path, *, chi: str = "none", length: int = LENGTH, channels: int = 64, softcap: bool = False
+) -> GemmaTextEncoder:
+    config = TextEncoderConfig(text_encoder_name=str(name), chi_prompt=chi, softcap=softcap)
     return GemmaTextEncoder.load(
         config, caption_length=length, caption_channels=channels, device="cpu", dtype=torch.float32
     )
@@ -86,11 +98,20 @@ def hidden_states(encoder: GemmaTextEncoder, text: str) -> tuple[list[int], torc
 
 def test_the_instruction_is_the_published_one() -> None:
     text = complex_human_instruction()
-    assert len(text) == 1059
+    assert len(text) == 1057
     assert text.endswith("\nUser Prompt: ")
-    assert text.count('\\"') == 2
-    expected = "5cc83fa05520de996d01a8a713cd0a8b5a35cced838d5ee658c455d28689bdf1"
+    assert text.count('"') == 2 and "\\" not in text and "'" not in text
+    expected = "62b9ab89eebb0ac5ee4d264bf96bf19d2b81f504bc3852500efeaf5a34d638b1"
     assert hashlib.sha256(text.encode()).hexdigest() == expected
+
+
+def test_the_negative_prompt_is_the_published_one() -> None:
+    text = negative_text(None)
+    assert len(text) == 285
+    expected = "a38af16b9506f1c9817a43315c360fdef323c7483ea3b050803c349de9e73d8d"
+    assert hashlib.sha256(text.encode()).hexdigest() == expected
+    assert negative_text("") == ""
+    assert negative_text("null") == "null"
 
 
 def test_another_instruction_in_diffusers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +121,91 @@ def test_another_instruction_in_diffusers_is_refused(monkeypatch: pytest.MonkeyP
         pass
 
     monkeypatch.setattr(diffusers.SanaPipeline, "__call__", other)
-    with pytest.raises(InputError, match=r"diffusers .*0\.36 to 0\.42\.1"):
+    with pytest.raises(InputError, match=r"diffusers .*0\.36 to 0\.42\.1.*text_encoder\.chi_prompt"):
         complex_human_instruction.__wrapped__()
+
+
+@pytest.mark.parametrize("example", ['negative_prompt = "dull"', "no negative prompt", None])
+def test_another_negative_prompt_in_diffusers_is_refused(example: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "diffusers.pipelines.sana_video.pipeline_sana_video"
+    if example is None:  # a diffusers without this pipeline
+        monkeypatch.setitem(sys.modules, name, None)
+    else:
+        monkeypatch.setattr(importlib.import_module(name), "EXAMPLE_DOC_STRING", example)
+    with pytest.raises(InputError, match=r"diffusers .*0\.36 to 0\.42\.1.*sampling\.negative_prompt") as caught:
+        published_negative_prompt.__wrapped__()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("chi", "instruction"), [("none", ""), ("Describe it: ", "Describe it: ")])
+def test_an_instruction_of_ones_own(chi: str, instruction: str) -> None:
+    encoder = load(f"seeded:{SMALL}", chi=chi)
+    assert encoder.instruction == instruction
+
+
+@pytest.mark.parametrize("chi", ["snaa", "", " "])
+def test_a_single_word_is_no_instruction(chi: str) -> None:
+    with pytest.raises(InputError, match="must be sana, none, or an instruction in full"):
+        load(f"seeded:{SMALL}", chi=chi)
+
+
+# The cap of the attention's logits
+
+
+@pytest.fixture(scope="module")
+def sharp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of random weights so large that the cap bends the attention's logits."""
+    folder = tmp_path_factory.mktemp("sharp")
+    config = {**json.loads((SMALL / "config.json").read_text()), "initializer_range": 0.4}
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        Gemma2Model(Gemma2Config(**config)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SMALL / name, folder)
+    return folder
+
+
+def kept(encoder: GemmaTextEncoder) -> torch.Tensor:
+    embedding = encoder.encode(CAPTION)
+    return embedding.tokens[embedding.mask]
+
+
+def test_without_the_cap_it_is_the_attention_that_published_networks_saw(sharp: Path) -> None:
+    """They saw transformers' `sdpa`, which newer versions refuse for Gemma 2 because it has no cap."""
+    AttentionInterface.register("fused", sdpa_attention_forward)
+    AttentionMaskInterface.register("fused", sdpa_mask)
+    capped, plain = load(sharp, softcap=True), load(sharp)
+    twin = load(sharp)
+    twin.model.set_attn_implementation("fused")
+    torch.testing.assert_close(kept(plain), kept(twin), rtol=1e-4, atol=1e-4)
+    difference = (kept(capped) - kept(plain)).norm() / kept(plain).norm()
+    assert 0.003 < float(difference) < 0.3
+
+
+def test_with_the_cap_it_is_transformers_own(sharp: Path) -> None:
+    reference = Gemma2Model.from_pretrained(sharp, attn_implementation="eager")
+    ids, _ = hidden_states(load(sharp), CAPTION)
+    with torch.no_grad():
+        expected = reference(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    torch.testing.assert_close(kept(load(sharp, softcap=True)), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(kept(load(sharp)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_is_set_to_the_cap_that_is_asked_for_and_keeps_its_config(sharp: Path) -> None:
+    tokenizer, model = load(sharp).tokenizer, Gemma2ForCausalLM.from_pretrained(sharp)
+    for softcap in (False, True, False):
+        encoder = GemmaTextEncoder.around(
+            tokenizer, model, chi_prompt="none", softcap=softcap, caption_length=LENGTH, caption_channels=64
+        )
+        assert torch.equal(kept(encoder), kept(load(sharp, softcap=softcap)))
+        assert model.config.attn_logit_softcapping == 50.0
+
+
+def test_a_cap_that_the_folder_does_not_name_is_refused(published: Path) -> None:
+    edit("config.json", attn_logit_softcapping=None)(published)
+    load(published)
+    with pytest.raises(InputError, match=r"softcap=true: .* no attn_logit_softcapping"):
+        load(published, softcap=True)
 
 
 # Encoding
@@ -211,16 +315,15 @@ def test_seeded_weights_are_always_the_same_and_draw_from_no_generator_of_others
     assert 0.09 < float(plain.model.embed_tokens.weight.std()) < 0.11  # the config's initializer_range
 
 
-def test_the_loaded_model_is_frozen_and_softcapped(published: Path) -> None:
+def test_the_loaded_model_is_frozen(published: Path) -> None:
     for name in (f"seeded:{SMALL}", published):
         model = load(name).model
         assert not model.training
         assert not any(weight.requires_grad for weight in model.parameters())
-        assert model.config._attn_implementation == "eager"
 
 
 def test_a_published_folder(published: Path) -> None:
-    encoder = load(published)
+    encoder = load(published, softcap=True)
     reference = Gemma2ForCausalLM.from_pretrained(published, dtype=torch.float32, attn_implementation="eager").model
     embedding = encoder.encode(CAPTION)
     ids, _ = hidden_states(encoder, CAPTION)

@@ -25,7 +25,7 @@ def shapes_config(name: str = "longsana", **overrides: Any) -> InferenceConfig:
     """Of the batch command, at the small size."""
     base = {
         "model.load_from": "asset/shapes/base.safetensors",
-        "scheduler.sampling_algo": "flow_euler",
+        "scheduler.sampling_algo": "flow_dpm-solver",
         "scheduler.inference_flow_shift": 8.0,
     }
     settings = {"sampling.height": 32, "sampling.width": 48} | (base if name == "base" else {}) | overrides
@@ -64,6 +64,7 @@ def shapes_repository(folder: Path, transformer: str = DISTILLED, pipeline: str 
         "vae": ["diffusers", "AutoencoderKLWan"],
         "caption_length": 48,
         "chi_prompt": "none",
+        "softcap": True,
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
@@ -87,7 +88,13 @@ def around(batch: VideoPipeline, tokenizer: object, text_encoder: Any, folder: P
     save_checkpoint(batch.model.state_dict(), folder / "transformer", "diffusers", batch.model.config)
     transformer = SanaVideoCausalTransformer3DModel.from_pretrained(folder / "transformer")
     pipe = LongSanaVideoPipeline(
-        batch.vae.model, transformer, tokenizer, text_encoder, caption_length=48, chi_prompt="none"
+        batch.vae.model,
+        transformer,
+        tokenizer,
+        text_encoder,
+        caption_length=48,
+        chi_prompt="none",
+        softcap=batch.config.text_encoder.softcap,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -98,22 +99,33 @@ def test_base(loaded_base: LongSanaVideoPipeline) -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_base_is_that_of_diffusers(loaded_base: LongSanaVideoPipeline, base_folder: Path, guidance: float) -> None:
+@pytest.mark.parametrize("solver", ["flow_dpm-solver", "flow_euler"])
+def test_base_is_that_of_diffusers(
+    loaded_base: LongSanaVideoPipeline, base_folder: Path, solver: str, guidance: float
+) -> None:
     """With the same embeddings, masks, noise and scheduler."""
     import diffusers
 
+    scheduler = loaded_base.scheduler  # as published: DPMSolverMultistepScheduler
+    assert (scheduler.config.solver_order, scheduler.config.flow_shift) == (2, 8.0)
+    if solver == "flow_euler":
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0)
+    mine = LongSanaVideoPipeline(
+        **{**loaded_base.components, "scheduler": scheduler}, caption_length=48, chi_prompt="none", softcap=True
+    )
+    mine.set_progress_bar_config(disable=True)
     theirs = diffusers.SanaVideoPipeline(
         tokenizer=loaded_base.tokenizer,
         text_encoder=loaded_base.text_encoder,
         vae=loaded_base.vae,
         transformer=diffusers.SanaVideoTransformer3DModel.from_pretrained(base_folder / "transformer"),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0),
+        scheduler=copy.deepcopy(scheduler),
     )
     theirs.set_progress_bar_config(disable=True)
 
-    # It embeds fractions of timesteps, which no checkpoint was trained on.
+    # Euler's timesteps are fractions, which it embeds and no checkpoint was trained on.
     def whole(_: Any, arguments: Any, named: dict[str, Any]) -> Any:
-        return arguments, named | {"timestep": named["timestep"].floor()}
+        return arguments, named | {"timestep": named["timestep"].float().floor()}
 
     theirs.transformer.register_forward_pre_hook(whole, with_kwargs=True)
     embeds, mask, away, away_mask = loaded_base.encode_prompt(
@@ -126,14 +138,14 @@ def test_base_is_that_of_diffusers(loaded_base: LongSanaVideoPipeline, base_fold
         "negative_prompt_embeds": away,
         "negative_prompt_attention_mask": away_mask,
         "latents": torch.randn(1, 16, 5, 4, 8, generator=seed()),
-        "num_inference_steps": 4,
+        "num_inference_steps": 20,
         "guidance_scale": guidance,
         "height": 32,
         "width": 64,
         "frames": 17,
         "output_type": "latent",
     }
-    own = loaded_base(**call).frames
+    own = mine(**call).frames
     call |= {"prompt_attention_mask": mask.long(), "negative_prompt_attention_mask": away_mask.long()}
     peer = theirs(negative_prompt=None, use_resolution_binning=False, **call).frames
     torch.testing.assert_close(own, peer, rtol=1e-3, atol=1e-3 * peer.abs().max().item())

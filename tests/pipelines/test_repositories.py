@@ -182,7 +182,7 @@ def test_a_published_text_encoder(
     together = shutil.copytree(folder / "text_encoder", tmp_path / "together")
     shutil.copytree(folder / "tokenizer", together, dirs_exist_ok=True)
     encoder = GemmaTextEncoder.load(
-        TextEncoderConfig(text_encoder_name=str(together), chi_prompt="none"),
+        TextEncoderConfig(text_encoder_name=str(together), chi_prompt="none", softcap=True),
         caption_length=48,
         caption_channels=64,
         device="cpu",

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
-from longsana.flow.schedule import FlowSchedule, uniform_sigmas
+from longsana.flow.schedule import FlowSchedule, euler_sigmas, uniform_sigmas
+from longsana.flow.solvers import DPMSolver, Euler
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, null_embedding
 from longsana.sampling.noise import PromptNoise
@@ -22,10 +23,10 @@ from longsana.sampling.sampler import (
     Chunk,
     absorb,
     denoise_chunk,
-    euler_path,
     generate,
     sample_chunks,
     sample_clip,
+    solve,
     trajectory,
 )
 from longsana.state import CausalState
@@ -263,7 +264,9 @@ def test_what_a_step_ends_with_goes_on(sampler, small_config, random_model, rand
         del passes[4::5]
     else:
         begin = noise.draw(0, 0, (SHAPE[0], 2, *SHAPE[1:]), "cpu")
-        chunks = list(sample_clip(network, text, None, shift=8, steps=4, cfg_scale=1, noise=begin, on_step=on_step))
+        chunks = list(
+            sample_clip(network, text, None, solver=Euler.shifted(8, 4), cfg_scale=1, noise=begin, on_step=on_step)
+        )
     assert [step for step, _ in seen] == [0, 1, 2, 3] * len(chunks)
     for number, chunk in enumerate(chunks):
         own = [x for _, x in seen[4 * number : 4 * number + 4]]
@@ -321,11 +324,20 @@ def test_noise_is_standard_normal():
 # The sampler of many steps --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["flow_euler", "flow_dpm-solver"])
 @pytest.mark.parametrize("shift", [3.0, 8.0])
 @pytest.mark.parametrize("cfg_scale", [1.0, 6.0])
-def test_sample_clip_is_diffusers_euler(model, random_text, shift, cfg_scale):
+def test_sample_clip_is_that_of_diffusers_scheduler(model, random_text, name, shift, cfg_scale):
     diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler, solver = {
+        "flow_euler": (diffusers.FlowMatchEulerDiscreteScheduler(shift=shift), Euler.shifted(shift, 12)),
+        "flow_dpm-solver": (
+            diffusers.DPMSolverMultistepScheduler(
+                use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift
+            ),
+            DPMSolver(shift, 12),
+        ),
+    }[name]
     scheduler.set_timesteps(12)
     text, negative, network = random_text(2), random_text(2, seed=8) if cfg_scale != 1 else None, Recorder(model)
     noise = draw()
@@ -339,14 +351,31 @@ def test_sample_clip_is_diffusers_euler(model, random_text, shift, cfg_scale):
                 velocity = unconditional + cfg_scale * (velocity - unconditional)
             x = scheduler.step(velocity, t, x).prev_sample
 
-    (chunk,) = sample_clip(network, text, negative, shift=shift, steps=12, cfg_scale=cfg_scale, noise=noise)
+    (chunk,) = sample_clip(network, text, negative, solver=solver, cfg_scale=cfg_scale, noise=noise)
     passes = 1 if negative is None else 2
     seen = torch.stack([call.t[0] for call in network.calls[::passes]])
     assert len(network.calls) == 12 * passes
     assert all(call.frames == 0 for call in network.calls)
-    torch.testing.assert_close(seen, scheduler.timesteps, rtol=0, atol=2e-4)
+    torch.testing.assert_close(seen, scheduler.timesteps.float(), rtol=0, atol=2e-4)
     torch.testing.assert_close(chunk.latents, x, rtol=1e-4, atol=1e-4)
     assert (chunk.index, chunk.start, chunk.state) == (0, 0, None)
+    (again,) = sample_clip(network, text, negative, solver=solver, cfg_scale=cfg_scale, noise=noise)
+    assert torch.equal(again.latents, chunk.latents), "nothing is left of the clip before"
+
+
+def test_dpm_solver_is_of_higher_order_than_euler() -> None:
+    """On a flow that bends it comes nearer to where a thousand steps lead."""
+    noise = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
+
+    def network(x: Tensor, t: Tensor, text: object, *, state: object = None) -> tuple[Tensor, None]:
+        return x + 1e-3 * t.view(-1, 1, 1, 1, 1), None
+
+    def end(solver: Euler | DPMSolver) -> float:
+        *_, x = solve(network, [None], solver=solver, cfg_scale=1.0, noise=noise)  # type: ignore[list-item]
+        return float(x)
+
+    truth = end(Euler.shifted(3.0, 1000))
+    assert 5 * abs(end(DPMSolver(3.0, 25)) - truth) < abs(end(Euler.shifted(3.0, 25)) - truth)
 
 
 # Many steps, chunk after chunk ----------------------------------------------------------------------------------------
@@ -399,12 +428,69 @@ def test_trajectory_is_euler_chunk_after_chunk(
     for own, path in zip(kept, expected, strict=True):
         assert own.dtype == torch.float32
         torch.testing.assert_close(own.double(), torch.stack([path[k] for k in (0, 2, 4)], 1), rtol=0, atol=1e-4)
-    chunks = list(sample_chunks(model, captions, ChunkPlan(lengths), **common))
+    chunks = list(sample_chunks(model, captions, ChunkPlan(lengths), interval=1.0, **common))
     assert [(chunk.index, chunk.start) for chunk in chunks] == [(0, 0), (1, 3), (2, 5)]
     assert all(torch.equal(chunk.latents, own[:, -1]) for chunk, own in zip(chunks, kept, strict=True))
     if cfg_scale != 1 and window == -1:
         wrong = by_hand(weights, captions, lengths[:2], cfg_scale, absorbed_as=(0, 0))
         assert float((kept[1][:, -1] - wrong[1][-1]).abs().max()) > 1e-2, "each past is absorbed with its own caption"
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+@pytest.mark.parametrize(("interval", "lead"), [(0.0, 0), (0.2, 2), (0.5, 3), (0.84, 6), (1.0, 6)])
+@pytest.mark.parametrize("window", [-1, 1])
+def test_staggered_chunks_are_those_of_the_whole_video(
+    small_config, random_model, random_text, window: int, interval: float, lead: int, cfg_scale: float
+) -> None:
+    """All chunks in every pass, as published: those that have not begun at t = 1000, finished ones at t = 0."""
+    model, lengths, steps = random_model(small_config(num_cached_blocks=window)), (3, 2, 2, 2), 6
+    captions = [random_text(2), random_text(2, seed=8)][: 1 if cfg_scale == 1 else 2]
+    rng, plan, sigmas = PromptNoise(3, PROMPTS), ChunkPlan(lengths), euler_sigmas(8.0, steps).tolist()
+    x = [rng.draw(start, 0, (4, frames, 4, 6), "cpu") for start, frames in zip(plan.starts, lengths, strict=True)]
+    done = [0] * len(lengths)
+    while done[-1] < steps:
+        t = torch.cat([torch.full((2, n), 1000 * sigmas[k]) for n, k in zip(lengths, done, strict=True)], dim=1)
+        with torch.no_grad():
+            v = [model(torch.cat(x, dim=2), t, caption, plan=plan)[0].float() for caption in captions]
+        velocity = (v[0] if len(v) == 1 else v[1] + cfg_scale * (v[0] - v[1])).split(lengths, dim=2)
+        begun = [done[c] < steps and (c == 0 or done[c - 1] >= lead or lead == 0) for c in range(len(lengths))]
+        for c in range(len(lengths)):
+            if begun[c]:
+                x[c] = x[c] + (sigmas[done[c] + 1] - sigmas[done[c]]) * velocity[c]
+                done[c] += 1
+
+    common = {"sigmas": sigmas, "cfg_scale": cfg_scale, "shape": SHAPE, "rng": rng, "device": "cpu"}
+    chunks = list(sample_chunks(model, captions, plan, interval=interval, **common))
+    assert [(chunk.index, chunk.start) for chunk in chunks] == [(0, 0), (1, 3), (2, 5), (3, 7)]
+    for chunk, expected in zip(chunks, x, strict=True):
+        torch.testing.assert_close(chunk.latents, expected, rtol=0, atol=2e-4 * float(expected.abs().max()))
+
+
+def test_chunks_in_progress_are_bounded_by_the_interval(model, random_text) -> None:
+    """Memory of a long video is that of a few chunks."""
+    most = 0
+
+    def network(x: Tensor, t: Tensor, text: object, **options: object) -> tuple[Tensor, CausalState]:
+        nonlocal most
+        most = max(most, x.shape[2])
+        return model(x, t, text, **options)
+
+    for interval, expected in ((1.0, 2), (0.5, 4), (0.25, 8)):
+        most = 0
+        list(
+            sample_chunks(
+                network,
+                [random_text(2)],
+                ChunkPlan((2,) * 12),
+                sigmas=SIGMAS,
+                interval=interval,
+                cfg_scale=1.0,
+                shape=SHAPE,
+                rng=PromptNoise(3, PROMPTS),
+                device="cpu",
+            )
+        )
+        assert most == expected, interval
 
 
 def test_one_chunk_is_the_clip_at_once(model, random_text) -> None:
@@ -420,7 +506,8 @@ def test_one_chunk_is_the_clip_at_once(model, random_text) -> None:
         rng=rng,
         device="cpu",
     )
-    path = list(euler_path(model, captions, sigmas=SIGMAS, cfg_scale=2.0, noise=rng.draw(0, 0, (4, 5, 4, 6), "cpu")))
+    noise = rng.draw(0, 0, (4, 5, 4, 6), "cpu")
+    path = list(solve(model, captions, solver=Euler(SIGMAS), cfg_scale=2.0, noise=noise))
     assert torch.equal(kept, torch.stack(path, dim=1))
     assert len(network.calls) == 8, "nothing is absorbed at the end"
     assert not kept.requires_grad
@@ -433,7 +520,7 @@ def test_a_straight_flow_is_followed_exactly() -> None:
     def network(x: Tensor, t: Tensor, text: object, *, state: object = None) -> tuple[Tensor, None]:
         return noise - x0, None
 
-    path = list(euler_path(network, [None], sigmas=SIGMAS, cfg_scale=1.0, noise=noise))  # type: ignore[list-item]
+    path = list(solve(network, [None], solver=Euler(SIGMAS), cfg_scale=1.0, noise=noise))  # type: ignore[list-item]
     for sigma, x in zip(SIGMAS, path, strict=True):
         torch.testing.assert_close(x, (1 - sigma) * x0 + sigma * noise, rtol=0, atol=1e-5)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from longsana.config import InferenceConfig, load_config
-from longsana.encoders.text import GemmaTextEncoder
+from longsana.encoders.text import GemmaTextEncoder, published_negative_prompt
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.training.captions import Captions
@@ -182,7 +182,28 @@ def test_files_are_kept_for_what_they_hold(
     assert count(some, "text_encoder.dtype=bfloat16") == 6
     assert count(some, "model.caption_length=40") == 6
     assert count(some, "text_encoder.chi_prompt=sana") == 6
+    assert count(some, "text_encoder.chi_prompt=Describe it: ") == 6
+    assert count(some, "text_encoder.softcap=false") == 6
     assert count(some) == 0
+
+
+def test_another_instruction_under_the_same_name_is_another_file(
+    tmp_path: Path, encoded: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the setting is what counts, but the words that it stood for."""
+    config = load_config(ROOT / CONFIG, [*OVERRIDES, "text_encoder.chi_prompt=sana"])
+    captions(config, tmp_path).prepare(PROMPTS)
+    captions(config, tmp_path).prepare(PROMPTS)
+    assert len(encoded) == len(PROMPTS) + 1
+    monkeypatch.setattr("longsana.encoders.text.complex_human_instruction", lambda: "Other words: ")
+    captions(config, tmp_path).prepare(PROMPTS)
+    assert len(encoded) == 2 * (len(PROMPTS) + 1)
+
+
+def test_the_published_negative_prompt(tmp_path: Path, encoded: list[tuple[str, bool]]) -> None:
+    for given, text in (("null", published_negative_prompt()), ("", ""), ("dull", "dull")):
+        captions(load_config(ROOT / CONFIG, [f"sampling.negative_prompt={given}"]), tmp_path).prepare([])
+        assert encoded.pop() == (text, False)
 
 
 def test_another_encoder_is_another_file(tmp_path: Path, encoded: list[tuple[str, bool]]) -> None:
@@ -238,7 +259,7 @@ import os, signal, socket, sys, time, traceback
 from pathlib import Path
 import torch
 from longsana.config import load_config
-from longsana.encoders.text import GemmaTextEncoder
+from longsana.encoders.text import GemmaTextEncoder, published_negative_prompt
 from longsana.runtime.distributed import World
 from longsana.training.captions import Captions
 

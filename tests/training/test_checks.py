@@ -81,7 +81,7 @@ def test_the_published_stages_are_as_published():
         ("ode", "sampling.height=33", "multiple of 16"),
         (
             "flow_matching",
-            "sampling.null_caption=negative_prompt sampling.negative_prompt=ugly",
+            "flow_matching.dropped_caption=null_caption sampling.null_caption=negative_prompt",
             "null_caption=learned",
         ),
         ("flow_matching", "lr=3", "optimizer.generator.lr"),

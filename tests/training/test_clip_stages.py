@@ -75,23 +75,39 @@ def test_the_base_model_learns_the_velocity_of_a_clip_at_one_level(build):
     assert float(loss.value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
-def test_later_chunks_of_the_causal_model_are_never_less_noisy(build):
-    stage = build("flow_matching", "flow_matching.causal=true", "flow_matching.chunk_sampling_strategy=incremental")
-    same = build("flow_matching", "flow_matching.causal=true", "flow_matching.chunk_sampling_strategy=uniform")
+CAUSAL = ("flow_matching.causal=true", "flow_matching.chunk_sampling_strategy=")
+
+
+@pytest.mark.parametrize("strategy", ["incremental", "uniform"])
+def test_chunks_of_the_causal_model_have_timesteps_of_their_own(build, strategy):
+    stage = build("flow_matching", CAUSAL[0], CAUSAL[1] + strategy)
     for step in range(8):
         stage.loss(turn(step, 4))
-        same.loss(turn(step, 4))
+    first, second = [], []
     for call in stage.generator.calls:
         assert call.plan.lengths == (3, 2)
         assert (call.t[:, :3] == call.t[:, :1]).all() and (call.t[:, 3:] == call.t[:, 3:4]).all()
-        assert (call.t[:, 3] >= call.t[:, 2]).all()
-    assert any((call.t[:, 3] > call.t[:, 2]).any() for call in stage.generator.calls)
-    assert all((call.t == call.t[:, :1]).all() for call in same.generator.calls)
+        first.append(call.t[:, 0])
+        second.append(call.t[:, 3])
+    rises = torch.cat(second) - torch.cat(first)
+    assert (rises > 0).any()
+    assert bool((rises < 0).any()) == (strategy == "uniform"), "incremental: later chunks are never less noisy"
 
 
+def test_one_timestep_for_all_chunks(build):
+    stage = build("flow_matching", CAUSAL[0], CAUSAL[1] + "uniform", "flow_matching.same_timestep_prob=1.0")
+    for step in range(4):
+        stage.loss(turn(step, 4))
+    assert all((call.t == call.t[:, :1]).all() for call in stage.generator.calls)
+
+
+@pytest.mark.parametrize("becomes", ["masked_null", "null_caption"])
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_dropped_captions_become_the_null(build, share):
-    stage = build("flow_matching", f"flow_matching.class_dropout_prob={share}")
+def test_dropped_captions_become_the_null(build, share, becomes):
+    """As published the caption keeps its own mask; otherwise it takes the null's."""
+    stage = build(
+        "flow_matching", f"flow_matching.class_dropout_prob={share}", f"flow_matching.dropped_caption={becomes}"
+    )
     dropped = 0
     for step in range(40):
         now = turn(step, 4)
@@ -101,7 +117,8 @@ def test_dropped_captions_become_the_null(build, share):
         own = stage.embed([stage.clips[stage.order[i]].prompt for i in now.samples])
         for row in range(4):
             is_null = torch.equal(seen[0].tokens[row], stage.null.tokens[0])
-            assert torch.equal(seen[0].mask[row], stage.null.mask[0] if is_null else own.mask[row])
+            takes = is_null and becomes == "null_caption"
+            assert torch.equal(seen[0].mask[row], stage.null.mask[0] if takes else own.mask[row])
             assert is_null or torch.equal(seen[0].tokens[row], own.tokens[row])
             dropped += is_null
     assert dropped == pytest.approx(160 * share, abs=4 * (160 * share * (1 - share)) ** 0.5)

@@ -20,10 +20,11 @@ from longsana.config import RETIRED, load_config
 from longsana.data.prompts import Prompt
 from longsana.data.trajectories import PUBLISHED_SIGMAS, Trajectories
 from longsana.encoders.text import GemmaTextEncoder
-from longsana.runtime.clock import Clock
+from longsana.flow.schedule import uniform_sigmas
 from longsana.runtime.errors import InputError
 from longsana.sampling.noise import PromptNoise
 from longsana.sampling.pipeline import VideoPipeline
+from longsana.sampling.sampler import sample_chunks
 from longsana.training.config import OdePairsConfig
 from longsana.training.ode_pairs import kept_steps, teacher_config
 from tests.scripts import load_script
@@ -86,17 +87,28 @@ def test_states_lead_from_the_prompts_noise_to_what_inference_samples(
     assert trajectories.shape == (5, 16, 5, 4, 6)
 
     small = [f"{name[2:]}={value}" for name, value in zip(SMALL[2::2], SMALL[3::2], strict=True)]
-    pipeline = VideoPipeline(teacher_config(pairs_config(*small, *causal)), "cpu")
+    config = pairs_config(*small, *causal)
+    pipeline = VideoPipeline(teacher_config(config), "cpu")
     assert pipeline.plan.lengths == (3, 2)
     prompt = Prompt(1, DISTINCT[1], (DISTINCT[1],), 0, 32, 48)
     with pipeline.text_encoder() as encoder:
         caption = pipeline.encode(encoder, prompt)
     assert caption.negative is None
     pipeline.load()
-    latents = torch.cat([frames.latents for frames in pipeline.sample([prompt], [caption], Clock())], dim=2)
-    states = trajectories[1].states
-    assert torch.equal(states[-1], latents[0])
     noise = PromptNoise(0, [(DISTINCT[1], 0)])
+    chunks = sample_chunks(
+        pipeline.model,
+        pipeline.captions([caption]),
+        pipeline.plan,
+        sigmas=uniform_sigmas(8.0, config.pairs.num_steps).tolist(),
+        interval=1.0,
+        cfg_scale=config.pairs.cfg_scale,
+        shape=(16, 4, 6),
+        rng=noise,
+        device="cpu",
+    )
+    states = trajectories[1].states
+    assert torch.equal(states[-1], torch.cat([chunk.latents for chunk in chunks], dim=2)[0])
     assert torch.equal(states[0, :, :3], noise.draw(0, 0, (16, 3, 4, 6), "cpu")[0])
     assert torch.equal(states[0, :, 3:], noise.draw(3, 0, (16, 2, 4, 6), "cpu")[0])
 
