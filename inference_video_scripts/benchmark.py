@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also
 
 import torch
 
-from inference_video_scripts.inference_sana_video import DEFAULT_CONFIG, SETTING_FLAGS, check_settings, check_threads
-from longsana.config import InferenceConfig, leaf_keys, load_config
+from inference_video_scripts.inference_sana_video import DEFAULT_CONFIG, check_threads
+from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
 from longsana.evaluation.report import table
 from longsana.models.float8 import check_float8
@@ -40,6 +40,7 @@ from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, check_writable
 from longsana.runtime.hub import locate
+from longsana.sampling.flags import check_settings, parse_flags
 from longsana.sampling.request import check_config, select_prompts
 
 log = logging.getLogger("longsana")
@@ -73,7 +74,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     parser.add_argument("--profile", action="store_true", help="also each kernel of one forward and of one decode")
     parser.add_argument("--peer", choices=["diffusers"], help="also the same network and decoder of this library")
     parser.add_argument("--float8", action="store_true", help="also what model.float8 would change: errors and speed")
-    options, settings = parser.parse_command(arguments, SETTING_FLAGS, leaf_keys(InferenceConfig))
+    options, settings = parse_flags(parser, arguments)
     config: InferenceConfig = load_config(locate(options.config, "the config"), settings)
     check_settings(settings, config)
     if config.sampling.bs != 1:

@@ -22,54 +22,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from longsana.config import InferenceConfig, leaf_keys, load_config
+from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
+from longsana.sampling.flags import check_settings, parse_flags
 from longsana.sampling.request import check_config, seeded_sources, select_prompts
 
 log = logging.getLogger("longsana")
 
 DEFAULT_CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
-SETTING_FLAGS = {
-    "model_path": "model.load_from",
-    "num_cached_blocks": "model.num_cached_blocks",
-    "sampling_algo": "scheduler.sampling_algo",
-    "flow_shift": "scheduler.inference_flow_shift",
-    "step": "scheduler.num_inference_steps",
-    "txt_file": "sampling.txt_file",
-    "num_frames": "sampling.num_frames",
-    "height": "sampling.height",
-    "width": "sampling.width",
-    "fps": "sampling.fps",
-    "seed": "sampling.seed",
-    "bs": "sampling.bs",
-    "cfg_scale": "sampling.cfg_scale",
-    "negative_prompt": "sampling.negative_prompt",
-    "motion_score": "sampling.motion_score",
-}
-"""Flags that are short for a setting."""
-
-MEANINGLESS = {
-    "longlive_flow_euler": {
-        "scheduler.num_inference_steps": "it takes the steps of scheduler.denoising_step_list",
-        "sampling.negative_prompt": "it has no guidance",
-        "sampling.null_caption": "it has no guidance",
-    },
-    "chunk_flow_euler": {
-        "scheduler.denoising_step_list": "it takes scheduler.num_inference_steps steps",
-        "scheduler.bf16_timesteps": "its timesteps are never rounded",
-    },
-    "flow_euler": {
-        "model.num_cached_blocks": "it samples a clip as one chunk",
-        "scheduler.denoising_step_list": "it takes scheduler.num_inference_steps steps",
-        "scheduler.bf16_timesteps": "its timesteps are never rounded",
-    },
-}
-MEANINGLESS["flow_dpm-solver"] = MEANINGLESS["flow_euler"]
-"""Settings that a sampler cannot honour when they are given, and why."""
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -78,25 +42,12 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
     parser.add_argument("--work_dir", help="output folder (default: output/inference/NAME_OF_CONFIG)")
     parser.add_argument("--dataset", help="folder in work_dir (default: the prompt file's name)")
+    parser.add_argument("--add_label", default="", help="added to the name of that folder")
+    parser.add_argument("--sample_nums", type=int, help="prompts of the file, from its top (default: all)")
     parser.add_argument("--start_index", type=int, default=0, help="first prompt, counted from 0")
     parser.add_argument("--end_index", type=int, help="one past the last prompt")
     parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
-    return parser.parse_command(arguments, SETTING_FLAGS, leaf_keys(InferenceConfig))
-
-
-def check_settings(settings: Sequence[str], config: InferenceConfig) -> None:
-    """Refuse what was given on the command line and the chosen sampler would ignore."""
-    flags = {setting: flag for flag, setting in SETTING_FLAGS.items()}
-    sampler = config.scheduler.sampling_algo
-    for setting in (item.partition("=")[0] for item in settings):
-        name = f"--{flags.get(setting, setting)}"
-        if reason := MEANINGLESS[sampler].get(setting):
-            raise InputError(f"{name}: has no meaning for the sampler {sampler}: {reason}")
-        if setting in ("sampling.negative_prompt", "sampling.null_caption") and config.sampling.cfg_scale == 1:
-            raise InputError(f"{name}: has no meaning with cfg_scale 1, where nothing is guided away from it")
-        learned = config.sampling.null_caption == "learned"
-        if setting == "sampling.negative_prompt" and learned and config.sampling.negative_prompt:
-            raise InputError(f"{name}: has no meaning with sampling.null_caption=learned, which takes its place")
+    return parse_flags(parser, arguments)
 
 
 def check_threads(threads: int | None) -> None:
@@ -121,11 +72,12 @@ def prepare(arguments: Sequence[str]) -> Request:
     check_settings(settings, config)
     check_threads(options.threads)
     check_config(config)
-    prompts = select_prompts(config, options.start_index, options.end_index)
+    if Path(options.add_label).name != options.add_label:
+        raise InputError(f"--add_label {options.add_label}: must be part of a folder's name, without slashes")
+    prompts = select_prompts(config, options.start_index, options.end_index, options.sample_nums)
     work_dir = Path(options.work_dir or Path("output/inference") / config_path.stem)
-    return Request(
-        config, prompts, work_dir / (options.dataset or Path(config.sampling.txt_file).stem), options.threads
-    )
+    name = (options.dataset or Path(config.sampling.txt_file).stem) + options.add_label
+    return Request(config, prompts, work_dir / name, options.threads)
 
 
 def run(request: Request, world: World) -> int:

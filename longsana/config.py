@@ -1,25 +1,30 @@
 """Every setting of inference, as frozen dataclasses, and the one function that loads them.
 
 YAML is merged over these classes once; after `load_config` nobody sees OmegaConf. A wrong key, type or value stops here
-with its path and the nearest right name. Key names follow the published vocabulary; keys that one network and one
-sampler made meaningless are listed in `RETIRED` with what took their place.
+with its path and the nearest right name. Key names follow the published vocabulary; what becomes of the published keys
+that are none of ours is said in `longsana.published`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longsana.runtime.errors import InputError, did_you_mean
+from longsana.published import INFERENCE, Published, Translation
+from longsana.runtime.errors import InputError, did_you_mean, did_you_mistype, mistyped_setting
 from longsana.runtime.files import atomic_write_text
+from longsana.runtime.hub import REPOSITORY
+
+log = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 """`auto` is bfloat16 on a GPU and float32 on a CPU."""
@@ -130,11 +135,14 @@ class SamplingConfig:
     fps: int = 16
     seed: int = 0
     bs: int = 1  # prompts sampled together
+    unified_noise: bool = False  # the noise of every prompt is that of the empty one
     cfg_scale: float = 1.0
     negative_prompt: str | None = None  # null: the published one; '': an empty one
     # What guidance moves away from: the negative prompt, or the null caption that the checkpoint was trained with
     null_caption: Literal["negative_prompt", "learned"] = "negative_prompt"
-    motion_score: int = 10  # appended to every prompt; 0 or less: nothing is appended
+    # Appended to every prompt; 0 or less: " high motion" or " low motion" instead; null: nothing
+    motion_score: int | None = 10
+    high_motion: bool = False
     cuda_graphs: bool = False  # longlive_flow_euler on a GPU: record a pass of a long video and replay it
 
     @property
@@ -160,6 +168,8 @@ class InferenceConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
 
+    PUBLISHED: ClassVar[Published] = INFERENCE
+
 
 def check_chi_prompt(chi_prompt: str) -> None:
     """Refuse a single word that names no instruction: it is one misspelt, and no instruction of its own.
@@ -171,63 +181,136 @@ def check_chi_prompt(chi_prompt: str) -> None:
         raise InputError(f"text_encoder.chi_prompt={chi_prompt}: must be sana, none, or an instruction in full")
 
 
-RETIRED = {
-    "sampling_algo": "scheduler.sampling_algo",
-    "scheduler.vis_sampler": "scheduler.sampling_algo",
-    "data.num_frames": "sampling.num_frames (pixel frames) and sampling.chunk_frames (latent frames a chunk)",
-    "data.image_size": "sampling.height and sampling.width",
-    "data.aspect_ratio_type": "sampling.aspect_ratio_type",
-    "model.attn_type": "nothing: one network serves every role; the state and the chunk plan are arguments",
-    "model.ffn_type": "nothing: one network serves every role; the state and the chunk plan are arguments",
-    "model.pos_embed_type": "nothing: positions are always absolute",
-    "model.chunk_index": "sampling.chunk_frames",
-    "model.mixed_precision": "model.dtype",
-    "model.fp32_attention": "nothing: the attention state and its products are always float32",
-    "text_encoder.model_max_length": "model.caption_length",
-}
-
 Schema = TypeVar("Schema")
+COMMAND_LINE = "the command line"
+FILES = (
+    *("model.load_from", "real_score.load_from", "fake_score.load_from", "vae.vae_pretrained"),
+    *("text_encoder.text_encoder_name", "sampling.txt_file", "data.data_path", "validation.val_data_path"),
+)
+"""Settings that name a file or a folder, which may lie beside the YAML that names it."""
 
 
 def load_config(
     path: str | Path,
     overrides: Sequence[str] = (),
     schema: type[Schema] = InferenceConfig,  # type: ignore[assignment]
-    retired: Mapping[str, str] = RETIRED,
 ) -> Schema:
     """Read a YAML file (and the one it names as `base:`), put `a.b=value` overrides over it, check it all.
 
-    retired: keys of other code that are refused with what took their place.
+    YAMLs of the published code are read too, by the rules of the schema's `PUBLISHED`: their keys become settings, or
+    change nothing here, which is logged in one line.
 
     Raises:
         InputError: the file is missing or not YAML, a key is unknown, or a value has the wrong type; the message names
-            the key's path and the nearest right name.
+            the key's path and the nearest right name. Or values of published keys cannot be honoured: it names all.
     """
-    known = leaf_keys(schema)
-    own, base = _read_yaml(Path(path))
-    layers = [(str(path), own), ("the command line", _parse_overrides(overrides, known))]
-    if base is not None:
-        base_path = Path(path).parent / base
-        base_values, deeper = _read_yaml(base_path)
-        if deeper is not None:
-            raise InputError(f"{base_path}: a base may not have a base itself; only one level is allowed")
-        layers.insert(0, (str(base_path), base_values))
-
+    layers = [*_files(Path(path), schema), _Layer(COMMAND_LINE, _parse_overrides(overrides, leaf_keys(schema)))]
     merged = OmegaConf.structured(schema)
-    for source, layer in layers:
-        leaves = dict(_leaves(layer))
-        for key in leaves:
-            _check_key(key, known, retired, source)
+    for source, settings in _translate(layers, schema, str(path)):
         try:
-            merged = OmegaConf.merge(merged, *(OmegaConf.create(_nested(*leaf)) for leaf in leaves.items()))
+            merged = OmegaConf.merge(merged, *(OmegaConf.create(_nested(*leaf)) for leaf in settings.items()))
         except OmegaConfBaseException:
-            _blame_key(merged, leaves, source)
+            _blame_key(merged, settings, source)
             raise
     try:
         result: Schema = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:  # ${...} that leads nowhere, or ???
         raise InputError(f"{path}: {error.full_key}: {_reason(error)}") from error
     return result
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Values by dotted key, where they come from, and the folder of that file; `translated` ones are ours already."""
+
+    source: str
+    values: Mapping[str, Any]
+    folder: Path | None = None
+    translated: bool = False
+
+
+def _files(path: Path, schema: type) -> list[_Layer]:
+    """What a YAML file and those it refers to say, the weakest first."""
+    own = _read_yaml(path)
+    layers = []
+    if (name := own.pop("base", None)) is not None:
+        if not isinstance(name, str):
+            raise InputError(f"{path}: base={name}: expected the name of a config file")
+        base_path = _beside(path, name)
+        base = _read_yaml(base_path)
+        if "base" in base:
+            raise InputError(f"{base_path}: a base may not have a base itself; only one level is allowed")
+        layers.append(_Layer(str(base_path), base, base_path.parent))
+    for key, part in _published(schema).references.items():
+        if isinstance(name := own.pop(key, None), str):
+            referred = _beside(path, name)
+            translated = _translate(_files(referred, InferenceConfig), InferenceConfig, str(referred))
+            settings = {key: value for _, values in translated for key, value in values.items()}
+            layers.append(_Layer(str(referred), part(settings), translated=True))
+    return [*layers, _Layer(str(path), own, path.parent)]
+
+
+def _translate(layers: Sequence[_Layer], schema: type, path: str) -> list[tuple[str, dict[str, Any]]]:
+    """The layers as settings of the schema, each with its source.
+
+    Raises:
+        InputError: a key is unknown, or what cannot be honoured of the published code, all of it.
+    """
+    published, known = _published(schema), leaf_keys(schema)
+    context = {key: value for layer in layers if not layer.translated for key, value in layer.values.items()}
+    translated, unused, refused = [], [], []
+    for layer in layers:
+        found = Translation()
+        for key, value in layer.values.items():
+            if layer.translated or (key in known and key not in published.rules):
+                found.settings[key] = value
+            elif key in published.rules:
+                found.take(published.rules[key], key, value, context)
+            elif key.partition(".")[0] in published.sections and not mistyped_setting(key, known):
+                found.unused.append(key)
+            else:
+                _blame_unknown(key, known, [*known, *published.rules], layer.source)
+        translated.append((layer.source, _found_beside(layer.folder, found.settings)))
+        unused += found.unused
+        if found.refused:
+            refused.append(f"{layer.source}: {'; '.join(found.refused)}")
+    if refused:
+        raise InputError(f"settings of the published code that cannot be honoured here: {'; '.join(refused)}")
+    if unused:
+        log.info("%s: these published settings change nothing here: %s", path, _shortened(unused, context))
+    return translated
+
+
+def _published(schema: type) -> Published:
+    found: Published = getattr(schema, "PUBLISHED", Published())
+    return found
+
+
+def _shortened(keys: Sequence[str], given: Iterable[str]) -> str:
+    """Keys to two levels; a section as a whole where all that is given of it is among them."""
+    names = []
+    for key in dict.fromkeys(".".join(key.split(".")[:2]) for key in keys):
+        section = key.partition(".")[0]
+        whole = all(other in keys for other in given if other.startswith(f"{section}."))
+        names.append(f"{section}.*" if "." in key and whole else key)
+    return ", ".join(dict.fromkeys(names))
+
+
+def _beside(path: Path, name: str) -> Path:
+    """A file that a YAML names: beside it, in the working directory, or in the repository."""
+    candidates = (path.parent / name, Path(name), REPOSITORY / name)
+    return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+
+
+def _found_beside(folder: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a file in a folder, with those that name something in it changed to its path."""
+    found = dict(settings)
+    if folder is None:
+        return found
+    for key in FILES:
+        if isinstance(name := found.get(key), str) and name and (folder / name).exists():
+            found[key] = str(folder / name)
+    return found
 
 
 def render_config(config: Any) -> str:
@@ -253,8 +336,8 @@ def leaf_keys(schema: type) -> dict[str, str]:
     return leaves
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The mapping in a YAML file without its `base:` entry, and that entry."""
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, by their dotted names."""
     if not path.is_file():
         raise InputError(f"{path}: no such config file")
     try:
@@ -263,11 +346,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], str | None]:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: expected a mapping of settings, found a {type(loaded).__name__}")
-    values: dict[str, Any] = {str(key): value for key, value in loaded.items()}
-    base = values.pop("base", None)
-    if not isinstance(base, str | None):
-        raise InputError(f"{path}: base={base}: expected the name of a config file")
-    return values, base
+    return dict(_leaves({str(key): value for key, value in loaded.items()}))
 
 
 def _parse_overrides(overrides: Sequence[str], known: Mapping[str, str]) -> dict[str, Any]:
@@ -278,10 +357,14 @@ def _parse_overrides(overrides: Sequence[str], known: Mapping[str, str]) -> dict
         if not equals or not re.fullmatch(r"[\w.]+", key):
             raise InputError(f"'{item}': a setting has the form section.key=value")
         try:
-            values[key] = text if _is_text(known.get(key), text) else yaml.safe_load(text)
+            values[key] = text if _is_text(TEXTS.get(key) or known.get(key), text) else yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise InputError(f"the command line: {key}={text}: {' '.join(str(error).split())}") from error
     return values
+
+
+TEXTS = dict.fromkeys(("negative_prompt", "negative_prompt_real"), "str | None")
+"""Published keys that hold a text, and its type."""
 
 
 def _is_text(kind: str | None, text: str) -> bool:
@@ -322,13 +405,12 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _check_key(key: str, known: Mapping[str, str], retired: Mapping[str, str], source: str) -> None:
-    if key in known:
-        return
-    # A retired section, such as model_kwargs, is retired with all that is in it.
-    if old := next((name for name in (key, key.rpartition(".")[0]) if name in retired), None):
-        raise InputError(f"{source}: {key} is not a setting here; instead: {retired[old]}")
+def _blame_unknown(key: str, known: Iterable[str], names: Sequence[str], source: str) -> NoReturn:
+    """
+    Raises:
+        InputError: it names the key, and what may have been meant.
+    """
     inside = sorted(name for name in known if name.startswith(f"{key}."))
     if inside:
         raise InputError(f"{source}: {key} is a section; set one of {', '.join(inside)}")
-    raise InputError(f"{source}: unknown key {key}{did_you_mean(key, sorted(known))}")
+    raise InputError(f"{source}: unknown key {key}{did_you_mistype(key, names)}")

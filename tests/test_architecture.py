@@ -21,6 +21,7 @@ LAYERS = [
     ["models"],
     ["ops", "state", "chunks"],
     ["config"],
+    ["published"],
     ["runtime"],
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

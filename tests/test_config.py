@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longsana.config import ARCHITECTURES, RETIRED, InferenceConfig, ModelConfig, leaf_keys, load_config, save_config
+from longsana.config import ARCHITECTURES, InferenceConfig, ModelConfig, leaf_keys, load_config, save_config
 from longsana.runtime.errors import InputError
 
 # Those of inference; training, its data and the parts of the small world have keys of their own.
@@ -131,7 +131,11 @@ def test_a_config_is_frozen():
         ("model: {patch_size: [1, 2]}", [], ["model.patch_size=[1, 2]", "length 3"]),
         ("scheduler: {denoising_step_list: [1000, x]}", [], ["scheduler.denoising_step_list=[1000, 'x']", "list"]),
         ("scheduler: {denoising_step_list: 5}", [], ["scheduler.denoising_step_list=5"]),
-        ("scheduler: {sampling_algo: euler}", [], ["'euler'", "'longlive_flow_euler', 'flow_dpm-solver', 'flow_euler'"]),
+        (
+            "scheduler: {sampling_algo: euler}",
+            [],
+            ["'euler'", "'longlive_flow_euler', 'flow_dpm-solver', 'flow_euler'"],
+        ),
         ("", ["model.depth=x"], ["the command line", "model.depth=x"]),
         ("", ["model.depth=[1"], ["the command line", "model.depth=[1"]),
         ("", ["model.depth"], ["'model.depth'", "section.key=value"]),
@@ -176,23 +180,6 @@ def test_a_base_of_a_base_is_refused(write):
 def test_a_file_that_is_not_there(tmp_path: Path, name):
     with pytest.raises(InputError, match="no such config file"):
         load_config(tmp_path / name)
-
-
-@pytest.mark.parametrize("key", RETIRED)
-def test_retired_keys_say_what_took_their_place(write, key):
-    assert key not in leaf_keys(InferenceConfig)
-    section, _, name = key.rpartition(".")
-    with pytest.raises(InputError) as caught:
-        load_config(write(f"{section}: {{{name}: 1}}" if section else f"{name}: 1"))
-    assert str(caught.value).endswith(f"{key} is not a setting here; instead: {RETIRED[key]}")
-
-
-@pytest.mark.parametrize("replacement", RETIRED.values())
-def test_what_took_their_place_exists(replacement):
-    if not replacement.startswith("nothing: "):
-        names = [word for word in replacement.split() if "." in word]
-        assert names
-        assert set(names) <= set(leaf_keys(InferenceConfig))
 
 
 # Architectures --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from longsana.config import RETIRED, leaf_keys, load_config
+from longsana.config import leaf_keys, load_config
 from longsana.data.prompts import Prompt
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
@@ -56,7 +56,7 @@ def prepare(arguments: Sequence[str]) -> Request:
     from longsana.training.ode_pairs import check_pairs, check_settings, distinct_prompts, teacher_config
 
     options, settings = parse(arguments)
-    config = load_config(locate(options.config_path, "the config"), settings, OdePairsConfig, RETIRED)
+    config = load_config(locate(options.config_path, "the config"), settings, OdePairsConfig)
     check_settings([setting.partition("=")[0] for setting in settings], config)
     if options.threads is not None and options.threads < 1:
         raise InputError(f"--threads {options.threads}: must be at least 1")

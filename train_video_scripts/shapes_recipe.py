@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also
 
 import torch
 
-from longsana.config import RETIRED, InferenceConfig, load_config
+from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import training_prompts
 from longsana.data.shapes import prompts
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
@@ -173,13 +173,13 @@ class Recipe:
     def text(self) -> int:
         from longsana.training.text_encoder import TextTrainingConfig, train_text_encoder
 
-        config = load_config(CONFIGS / "text_encoder.yaml", self._tiny("text"), TextTrainingConfig, {})
+        config = load_config(CONFIGS / "text_encoder.yaml", self._tiny("text"), TextTrainingConfig)
         return self._finished("text_encoder", lambda folder: train_text_encoder(config, folder, self.device))
 
     def vae(self) -> int:
         from longsana.training.vae import VAETrainingConfig, train_vae
 
-        config = load_config(CONFIGS / "vae.yaml", self._tiny("vae"), VAETrainingConfig, {})
+        config = load_config(CONFIGS / "vae.yaml", self._tiny("vae"), VAETrainingConfig)
         return self._finished("vae", lambda folder: train_vae(config, folder, self.device))
 
     def _finished(self, name: str, train: Callable[[Path], float]) -> int:
@@ -379,7 +379,7 @@ class Recipe:
             settings += self._from("model", row.weights)
         if self.tiny and row.name == "base model":
             settings += TINY["sample"]
-        return load_config(CONFIGS / "longsana.yaml", settings, InferenceConfig, RETIRED)
+        return load_config(CONFIGS / "longsana.yaml", settings, InferenceConfig)
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.parts / f"{name}.json"

@@ -25,8 +25,9 @@ from longsana.runtime.distributed import PeerError, World, keep_freed_memory, se
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.training.checks import check_sources, check_training, slots_of
-from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from longsana.training.config import TrainingConfig
 from longsana.training.estimate import estimate
+from longsana.training.published import TRAINING
 
 FLAGS = {"max_iters": "train.max_iters"}
 """Flags that are short for a setting."""
@@ -46,7 +47,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--wandb_name", help="the run's name in wandb (default: the config's folder)")
     parser.add_argument("--wandb-save-dir", type=Path, default=Path("wandb"), help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
-    return parser.parse_command(arguments, FLAGS, [*leaf_keys(TrainingConfig), *RETIRED_IN_TRAINING])
+    return parser.parse_command(arguments, FLAGS, [*leaf_keys(TrainingConfig), *TRAINING.rules, *TRAINING.references])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options, settings = parse(arguments)
         path = locate(options.config_path, "--config_path")
-        config: TrainingConfig = load_config(path, settings, TrainingConfig, RETIRED_IN_TRAINING)
+        config: TrainingConfig = load_config(path, settings, TrainingConfig)
         check_training(config)
         slots_of(config, world)
         if options.dry_run:

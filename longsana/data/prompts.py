@@ -1,9 +1,13 @@
-"""Prompt files: one prompt a line, with optional size flags and `<split>` between the parts of one video."""
+"""Prompt files: one prompt a line, with optional size flags and `<split>` between the parts of one video.
+
+A .json file is an object whose keys are the prompts, as the published command reads it.
+"""
 
 from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -15,6 +19,7 @@ from longsana.runtime.errors import InputError, nearest
 from longsana.runtime.hub import locate
 
 SPLIT = "<split>"
+PICTURE = "<image>"
 PUBLISHED_PROMPTS = "vidprom_filtered_extended.txt"
 DOWNLOAD = f"hf download gdhe17/Self-Forcing {PUBLISHED_PROMPTS} --local-dir data/longsana"
 FLAGS = ("ar", "aspect_ratio", "hw")
@@ -58,7 +63,7 @@ class Prompt:
 
 
 def read_prompts(path: str | Path, *, height: int, width: int, aspect_ratio_type: str) -> list[Prompt]:
-    """The prompts of a UTF-8 text file, in its order; blank lines are skipped and still counted.
+    """The prompts of a UTF-8 text file or of a .json file, in its order; blank ones are skipped and still counted.
 
     A line may hold one flag, `--ar h:w` (or `--aspect_ratio`, `--hw`): the video takes the size of the table
     `aspect_ratio_type` nearest to h / w. Other lines are `height` x `width`.
@@ -68,8 +73,12 @@ def read_prompts(path: str | Path, *, height: int, width: int, aspect_ratio_type
     """
     prompts: list[Prompt] = []
     seen: Counter[str] = Counter()
-    for number, line in _lines(Path(path)):
-        where = f"{path}, line {number}"
+    path = Path(path)
+    is_json = path.suffix == ".json"
+    for number, line in _keys(path) if is_json else _lines(path):
+        where = f"{path}, {'key' if is_json else 'line'} {number}"
+        if PICTURE in line:
+            raise InputError(f"{where}: asks for a video that begins with a picture ('{PICTURE}'); remove it")
         text, ratio = _take_flag(line, where)
         size = (height, width)
         if ratio is not None:
@@ -104,9 +113,14 @@ def training_prompts(path: str | Path) -> list[str]:
     return [line for _, line in _lines(file)]
 
 
-def with_motion_score(text: str, score: int) -> str:
-    """The text with the suffix that the network was trained on; unchanged for a score of 0 or less."""
-    return f"{text.strip()} motion score: {score}." if score > 0 else text
+def with_motion(text: str, score: int | None, *, high: bool = False) -> str:
+    """The text with the suffix that the network was trained on (facts 5); unchanged where the score is None.
+
+    high: with a score of 0 or less, whether much motion is wanted.
+    """
+    if score is None:
+        return text
+    return f"{text.strip()} motion score: {score}." if score > 0 else f"{text} {'high' if high else 'low'} motion"
 
 
 def parts_per_chunk(parts: int, chunks: int) -> list[int]:
@@ -123,16 +137,34 @@ def parts_per_chunk(parts: int, chunks: int) -> list[int]:
     return [chunk * parts // chunks for chunk in range(chunks)]
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """The lines that are not blank, stripped, and their numbers in the file."""
+def _keys(path: Path) -> list[tuple[int, str]]:
+    """The keys of a JSON object that are not blank, stripped, and their numbers."""
+    try:
+        content = json.loads(_read(path))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a JSON {type(content).__name__}; expected an object whose keys are the prompts")
+    keys = [(number, key.strip()) for number, key in enumerate(content, start=1) if key.strip()]
+    if not keys:
+        raise InputError(f"{path}: no prompts in this file; write each as a key of the object")
+    return keys
+
+
+def _read(path: Path) -> bytes:
     if path.is_dir():
         raise InputError(f"{path}: a directory; expected a text file with one prompt a line")
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such prompt file") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, stripped, and their numbers in the file."""
+    content = _read(path)
     lines = []
     # Decoded one by one, so that a bad byte can be blamed on its line.
     for number, raw in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longsana.config import TextEncoderConfig, check_chi_prompt
 from longsana.models.embeddings import TextEmbedding
+from longsana.published import INSTRUCTION_SHA256, NEGATIVE_PROMPT_SHA256
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, locate
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SEED = 0
-INSTRUCTION_SHA256 = "62b9ab89eebb0ac5ee4d264bf96bf19d2b81f504bc3852500efeaf5a34d638b1"
-NEGATIVE_PROMPT_SHA256 = "a38af16b9506f1c9817a43315c360fdef323c7483ea3b050803c349de9e73d8d"
 
 
 class GemmaTextEncoder:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from longsana.flow.schedule import TIMESTEPS, euler_sigmas
+from longsana.runtime.errors import InputError
 
 
 class Solver(Protocol):
@@ -43,20 +44,29 @@ class DPMSolver:
     """The sampler flow_dpm-solver: DPM-Solver++ (2M, arXiv 2211.01095) as diffusers has it, on shifted noise levels.
 
     Its timesteps are whole. The published base command samples with it, in 50 steps.
+
+    scheduler: a `DPMSolverMultistepScheduler` whose settings are taken but for the shift; it is left as it is.
+
+    Raises:
+        InputError: the scheduler is not made for flows, or draws noise of its own.
     """
 
-    def __init__(self, shift: float, steps: int) -> None:
+    def __init__(self, shift: float, steps: int, scheduler: Any = None) -> None:
         import diffusers
 
-        self._steps = steps
-        scheduler: Any = diffusers.DPMSolverMultistepScheduler
-        self._scheduler = scheduler(
-            solver_order=2,
-            algorithm_type="dpmsolver++",
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift=shift,
+        kind: Any = diffusers.DPMSolverMultistepScheduler
+        settings = (
+            FLOW | {"solver_order": 2, "algorithm_type": "dpmsolver++"} if scheduler is None else scheduler.config
         )
+        for name, value in FLOW.items():
+            if settings[name] != value:
+                raise InputError(
+                    f"scheduler: {name} is {settings[name]}; the network predicts flows: needed is {value}"
+                )
+        if settings["algorithm_type"].startswith("sde"):
+            raise InputError("scheduler: an sde algorithm draws noise of its own; needed is dpmsolver++")
+        self._steps = steps
+        self._scheduler = kind.from_config(settings, flow_shift=shift)
         self._scheduler.set_timesteps(steps)
         self.timesteps: tuple[int, ...] = tuple(self._scheduler.timesteps.tolist())
 
@@ -65,3 +75,6 @@ class DPMSolver:
             self._scheduler.set_timesteps(self._steps)  # forgets the video before
         following: Tensor = self._scheduler.step(velocity, self._scheduler.timesteps[index], x, return_dict=False)[0]
         return following
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan
 from longsana.config import check_chi_prompt
-from longsana.data.prompts import SPLIT, parts_per_chunk, with_motion_score
+from longsana.data.prompts import SPLIT, parts_per_chunk, with_motion
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
 from longsana.encoders.text import GemmaTextEncoder, compact, expand, negative_text
 from longsana.encoders.vae import DecodeCache, VideoVAE, kind_of
@@ -123,8 +123,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         vae: `AutoencoderKLWan` of Wan 2.1 or `AutoencoderKLLTX2Video`.
         transformer: distilled (`SanaVideoCausalTransformer3DModel`) or base model (`SanaVideoTransformer3DModel`).
         tokenizer, text_encoder: of Gemma 2; not needed where `prompt_embeds` are given.
-        scheduler: the base model takes its shift from it, and samples with `DPMSolverMultistepScheduler` where it is
-            one or None, as the published command does, and with Euler steps on any other's shift.
+        scheduler: the base model samples with it if it is a `DPMSolverMultistepScheduler` (None: the published one, see
+            `DPMSolver`), and with Euler steps on the shift of any other.
         caption_length: tokens of a prompt that the network sees.
         chi_prompt: the instruction put before prompts, as in training: sana (the published one), none, or the text.
         softcap: cap the text encoder's attention logits; the published networks' captions were encoded without.
@@ -552,7 +552,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if not self.distilled:
             if timesteps is not None:
                 raise InputError("timesteps: the base model's follow from num_inference_steps and flow_shift")
-            return (DPMSolver if has_multistep_scheduler(self.scheduler) else Euler.shifted)(shift, count)
+            if self.scheduler is None or isinstance(self.scheduler, DPMSolverMultistepScheduler):
+                return DPMSolver(shift, count, self.scheduler)
+            return Euler.shifted(shift, count)
         grid = [round(sigma * TIMESTEPS) for sigma in uniform_sigmas(GRID_SHIFT, count)[:-1].tolist()]
         try:
             return FlowSchedule(shift, tuple(grid if timesteps is None else map(int, timesteps)))
@@ -628,7 +630,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         for text in texts:
             pieces = [piece.strip() for piece in text.split(SPLIT)] if parts else [whole(text)]
             if text not in captions:
-                captions[text] = [self._embed(with_motion_score(piece, score)) for piece in pieces]
+                captions[text] = [self._embed(with_motion(piece, score if score > 0 else None)) for piece in pieces]
         return [captions[text] for text in texts]
 
     def _away(
@@ -734,11 +736,6 @@ class _Watch:
         if self._pipe.interrupt and self._done != self._total:
             raise Interrupted(x)
         return x
-
-
-def has_multistep_scheduler(scheduler: Any) -> bool:
-    """Whether the base model samples with DPM-Solver++: so it does unless somebody gave it another scheduler."""
-    return scheduler is None or isinstance(scheduler, DPMSolverMultistepScheduler)
 
 
 def scheduler_shift(scheduler: Any) -> float:

@@ -6,8 +6,8 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError, did_you_mean
@@ -27,14 +27,20 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
     def parse_command(
-        self, arguments: Sequence[str], flags: Mapping[str, str], settings: Iterable[str]
+        self,
+        arguments: Sequence[str],
+        flags: Mapping[str, str],
+        settings: Iterable[str],
+        switches: Collection[str] = (),
     ) -> tuple[argparse.Namespace, list[str]]:
         """The options, and every setting given on the command line as `section.key=value`.
 
-        flags: options that are short for a setting. settings: names of all there are or were.
+        flags: options that are short for a setting. settings: names of all there are or were. switches: flags that mean
+        true where no value follows.
         """
         for flag, setting in flags.items():
-            self.add_argument(f"--{flag}", metavar="VALUE", help=f"the setting {setting}")
+            optional: dict[str, Any] = {"nargs": "?", "const": "true"} if flag in switches else {}
+            self.add_argument(f"--{flag}", metavar="VALUE", help=f"the setting {setting}", **optional)
         options, rest = self.parse_known_args(arguments)
         values = {setting: getattr(options, flag) for flag, setting in flags.items()}
         given = [f"{setting}={value}" for setting, value in values.items() if value is not None]

@@ -21,5 +21,32 @@ def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or nothing when no known name is close."""
-    found = nearest(name, known)
+    return _hint(nearest(name, known))
+
+
+def mistyped_setting(key: str, known: Iterable[str]) -> list[str]:
+    """The entry of `known` that the dotted `key` is a typing error of; none if it may mean something else.
+
+    Both the section and the name must be alike: settings share words that do not share a meaning.
+    """
+
+    def alike(name: str) -> float:
+        return min(map(_likeness, key.rpartition(".")[::2], name.rpartition(".")[::2]))
+
+    found = max(known, key=alike, default="")
+    return [found] if found and alike(found) >= 0.75 else []
+
+
+def did_you_mistype(key: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for a setting, or nothing: see `mistyped_setting`; a name without its section has one."""
+    known = list(known)
+    return _hint([name for name in known if name.rpartition(".")[2] == key][:1] or mistyped_setting(key, known))
+
+
+def _likeness(one: str, other: str) -> float:
+    """In [0, 1]; 1 too where letters have only changed places."""
+    return 1.0 if sorted(one) == sorted(other) else difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _hint(found: list[str]) -> str:
     return f" (did you mean '{found[0]}'?)" if found else ""

@@ -21,6 +21,12 @@ SEEDED = "seeded:"  # before what random weights are made from: a seed, or a fol
 FOLDER_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 WEIGHT_SUFFIXES = (".json", ".safetensors", ".model", ".pth", ".pt", ".bin")
 INDEX_SUFFIX = ".safetensors.index.json"
+_BASE_720P = tuple(
+    f"Efficient-Large-Model/SANA-Video_2B_720p/checkpoints/{name}.pth"
+    for name in ("SANA_Video_2B_720p", "SANA_Video_2B_720p_LTXVAE")
+)
+SAME_FILE = dict.fromkeys(_BASE_720P, _BASE_720P)
+"""Files of the hub that are in use under several names."""
 
 
 def locate(uri: str, what: str, part: str = "") -> Path:
@@ -170,7 +176,14 @@ def _explain(error: Exception, uri: str, what: str, repo: str, inside: str) -> I
     else:
         detail = " ".join(str(error).split())[:200]
         reason = f"could not be fetched ({type(error).__name__}: {detail}); try again, or {download}"
-    return InputError(f"{what}: '{uri}': {reason}")
+    lacking = isinstance(error, errors.EntryNotFoundError | errors.OfflineModeIsEnabled)
+    return InputError(f"{what}: '{uri}': {reason}{_other_names(repo, inside) if lacking else ''}")
+
+
+def _other_names(repo: str, inside: str) -> str:
+    """What else the same file has been published as."""
+    others = [name for name in SAME_FILE.get(f"{repo}/{inside}", ()) if name != f"{repo}/{inside}"]
+    return f"; the same file is also published as {', '.join(SCHEME + name for name in others)}" if others else ""
 
 
 def _digest_of_names(folder: Path, names: list[str]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longsana.config import Dtype, InferenceConfig
-from longsana.data.prompts import Prompt, parts_per_chunk, with_motion_score
+from longsana.data.prompts import Prompt, parts_per_chunk, with_motion
 from longsana.encoders.geometry import geometry
 from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand, negative_text
 from longsana.encoders.vae import VideoVAE, load_vae
@@ -99,10 +99,20 @@ class VideoPipeline:
     def encode(self, encoder: GemmaTextEncoder, prompt: Prompt) -> Caption:
         """One prompt at a time: an embedding never depends on its neighbours."""
         sampling = self.config.sampling
-        texts = [with_motion_score(part, sampling.motion_score) for part in prompt.parts]
         if self._negative is None and sampling.has_negative_prompt:
             self._negative = compact(encoder.encode(negative_text(sampling.negative_prompt), instruction=False))
-        return Caption(tuple(compact(encoder.encode(text)) for text in texts), self._negative)
+        return Caption(tuple(compact(encoder.encode(self.words(part))) for part in prompt.parts), self._negative)
+
+    def words(self, part: str) -> str:
+        """What the text encoder is given for a part of a prompt."""
+        sampling = self.config.sampling
+        return with_motion(part, sampling.motion_score, high=sampling.high_motion)
+
+    def noise(self, prompts: Sequence[Prompt]) -> PromptNoise:
+        """Where the noise of these prompts' videos comes from."""
+        sampling = self.config.sampling
+        keys = [("", 0) if sampling.unified_noise else (prompt.text, prompt.repetition) for prompt in prompts]
+        return PromptNoise(sampling.seed, keys)
 
     def load(self) -> None:
         self.load_model()
@@ -164,7 +174,7 @@ class VideoPipeline:
         config = self.config
         latent_size = self.geometry.latent_size(prompts[0].height, prompts[0].width)
         shape = (self.geometry.channels, *latent_size)
-        noise = PromptNoise(config.sampling.seed, [(prompt.text, prompt.repetition) for prompt in prompts])
+        noise = self.noise(prompts)
         if config.scheduler.sampling_algo == DISTILLED:
             parts = [parts_per_chunk(len(prompt.parts), len(self.plan)) for prompt in prompts]
 

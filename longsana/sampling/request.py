@@ -83,8 +83,12 @@ def check_size(config: InferenceConfig, height: int, width: int) -> None:
     geometry(config.vae).check_size(height, width, patch[1:])
 
 
-def select_prompts(config: InferenceConfig, start_index: int, end_index: int | None) -> list[Prompt]:
+def select_prompts(
+    config: InferenceConfig, start_index: int, end_index: int | None, sample_nums: int | None = None
+) -> list[Prompt]:
     """Prompts [start_index, end_index) of the config's file, counted from 0, all fit to be sampled.
+
+    sample_nums: prompts of the file that count, from its top; None: all.
 
     Raises:
         InputError: the file, the range, or a line's size or parts are wrong.
@@ -94,7 +98,9 @@ def select_prompts(config: InferenceConfig, start_index: int, end_index: int | N
     prompts = read_prompts(
         path, height=sampling.height, width=sampling.width, aspect_ratio_type=sampling.aspect_ratio_type
     )
-    chunks = len(chunk_plan(config))
+    if sample_nums is not None and sample_nums < 1:
+        raise InputError(f"--sample_nums {sample_nums}: must be at least 1")
+    prompts, chunks = prompts[:sample_nums], len(chunk_plan(config))
     selected = prompts[start_index:end_index]
     if start_index < 0 or (end_index is not None and end_index < 0) or not selected:
         raise InputError(

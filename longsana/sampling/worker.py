@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longsana.data.prompts import Prompt, with_motion_score
+from longsana.data.prompts import Prompt
 from longsana.encoders.text import GemmaTextEncoder
 from longsana.runtime.clock import Clock
 from longsana.runtime.distributed import World
@@ -116,10 +116,9 @@ class Worker:
         return captions
 
     def _warn_of_long_prompts(self, encoder: GemmaTextEncoder) -> None:
-        score = self.pipeline.config.sampling.motion_score
         for job in self.jobs:
             for part in job.prompt.parts:
-                if surplus := encoder.overflow(with_motion_score(part, score)):
+                if surplus := encoder.overflow(self.pipeline.words(part)):
                     log.warning("line %d: too long by %d tokens; its end is cut off", job.prompt.line, surplus)
 
     def _make(self, batch: Sequence[Job], captions: dict[Path, tuple[Caption, float]]) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from longsana.config import InferenceConfig
-from longsana.data.prompts import with_motion_score
+from longsana.data.prompts import with_motion
 from longsana.encoders.text import (
     CompactEmbedding,
     GemmaTextEncoder,
@@ -70,7 +70,7 @@ class Captions:
         prompts_per_file: int = 256,
     ) -> None:
         self._device = torch.device(device)
-        self._motion_score = config.sampling.motion_score
+        self._sampling = config.sampling
         learned = config.sampling.null_caption == "learned"  # nobody will ask for a text then
         self._negative = _Text("" if learned else negative_text(config.sampling.negative_prompt), instruction=False)
         self._source: _Source
@@ -98,7 +98,8 @@ class Captions:
         return self._batch([self._negative])
 
     def _text(self, prompt: str) -> _Text:
-        return _Text(with_motion_score(prompt, self._motion_score), instruction=True)
+        sampling = self._sampling
+        return _Text(with_motion(prompt, sampling.motion_score, high=sampling.high_motion), instruction=True)
 
     def _batch(self, texts: Sequence[_Text]) -> TextEmbedding:
         # On the host: filling a mask on the GPU would wait for it, once a caption.

@@ -21,12 +21,12 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, locate
 from longsana.sampling.request import SOURCES, check_config
-from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from longsana.training.config import TrainingConfig
+from longsana.training.published import DISTILLED
 from longsana.training.stage import Slots
 
 log = logging.getLogger(__name__)
 
-DISTILLED = ("self_forcing", "longsana")
 SECTIONS = {
     "flow_matching": ("flow_matching",),
     "rollout": DISTILLED,
@@ -249,7 +249,7 @@ def slots_of(config: TrainingConfig, world: World) -> Slots:
 
 def check_same_run(config: TrainingConfig, saved: Path) -> list[str]:
     """What a logdir's run was made with and this config changes, as `setting: old -> new`; settings in FREE may."""
-    old: TrainingConfig = load_config(saved, schema=TrainingConfig, retired=RETIRED_IN_TRAINING)
+    old: TrainingConfig = load_config(saved, schema=TrainingConfig)
     before, now = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(config))
     return [
         f"{setting}: {before[setting]} -> {value}"

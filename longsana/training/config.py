@@ -1,16 +1,18 @@
 """Every setting of training: those of inference (the generator, its parts and its sampler), and the sections below.
 
-Names are the published ones (facts 9), grouped; `RETIRED_IN_TRAINING` tells where a flat key of old went.
+Names are the published ones (facts 9), grouped; flat keys of published YAMLs are understood (`training.published`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from omegaconf import MISSING
 
-from longsana.config import RETIRED, InferenceConfig, ModelConfig
+from longsana.config import InferenceConfig, ModelConfig
+from longsana.published import Published
+from longsana.training.published import TRAINING
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ class TrainingConfig(InferenceConfig):
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
+    PUBLISHED: ClassVar[Published] = TRAINING
+
 
 @dataclass(frozen=True)
 class PairsConfig:
@@ -167,116 +171,3 @@ class OdePairsConfig(InferenceConfig):
     """`model` is the teacher; `scheduler` (its steps and shift) is the student's, `sampling` the prompts and size."""
 
     pairs: PairsConfig = field(default_factory=PairsConfig)
-
-
-_NETWORK = "nothing: one network serves every role; its sizes are those of model, real_score and fake_score"
-RETIRED_IN_TRAINING = RETIRED | {
-    "distribution_loss": "trainer, which says what is trained and with which loss",
-    "sana_config": "base: FILE, or the section model",
-    "sana_fake_config": "fake_score and real_score",
-    "sana_inference_config": "nothing: validation samples the generator itself; see scheduler and sampling",
-    "generator_ckpt": "model.load_from",
-    "fake_ckpt": "fake_score.load_from",
-    "real_ckpt": "real_score.load_from",
-    "generator_fsdp_wrap_strategy": "nothing: each block is sharded by itself",
-    "real_score_fsdp_wrap_strategy": "nothing: each block is sharded by itself",
-    "fake_score_fsdp_wrap_strategy": "nothing: each block is sharded by itself",
-    "text_encoder_fsdp_wrap_strategy": "train.text_encoder (keep, offload or free)",
-    "text_encoder_cpu_offload": "train.text_encoder (keep, offload or free)",
-    "real_name": _NETWORK,
-    "fake_name": _NETWORK,
-    "model_name": _NETWORK,
-    "denoising_step_list": "scheduler.denoising_step_list",
-    "warp_denoising_step": "nothing: scheduler.denoising_step_list holds the timesteps themselves",
-    "ts_schedule": "distillation.ts_schedule",
-    "ts_schedule_max": "distillation.ts_schedule_max",
-    "num_train_timestep": "nothing: there are always 1000",
-    "timestep_shift": "distillation.timestep_shift",
-    "model_kwargs.timestep_shift": "scheduler.inference_flow_shift",
-    "model_kwargs.local_attn_size": "model.num_cached_blocks",
-    "guidance_scale": "distillation.guidance_scale (the teacher's)",
-    "real_guidance_scale": "distillation.guidance_scale (the teacher's)",
-    "fake_guidance_scale": "nothing: the critic is never guided",
-    "min_score_timestep": "distillation.min_timestep",
-    "dfake_gen_update_ratio": "distillation.dfake_gen_update_ratio",
-    "denoising_loss_type": "nothing: the critic always learns the flow",
-    "mixed_precision": "train.mixed_precision",
-    "gradient_checkpointing": "train.gradient_checkpointing",
-    "sharding_strategy": "train.sharding_strategy",
-    "seed": "train.seed",
-    "wandb_key": "nothing: log in with `wandb login` or WANDB_API_KEY; a key in a config is copied to every run",
-    "wandb_entity": "wandb.entity",
-    "wandb_project": "wandb.project",
-    "lr": "optimizer.generator.lr",
-    "lr_critic": "optimizer.critic.lr",
-    "beta1": "optimizer.generator.beta1",
-    "beta2": "optimizer.generator.beta2",
-    "beta1_critic": "optimizer.critic.beta1",
-    "beta2_critic": "optimizer.critic.beta2",
-    "weight_decay": "optimizer.generator.weight_decay and optimizer.critic.weight_decay",
-    "max_grad_norm_generator": "optimizer.generator.max_grad_norm",
-    "max_grad_norm_critic": "optimizer.critic.max_grad_norm",
-    "data_path": "data.data_path",
-    "val_data_path": "validation.val_data_path",
-    "batch_size": "train.batch_size",
-    "val_batch_size": "validation.val_samples",
-    "total_batch_size": "train.total_batch_size",
-    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
-    "ema_weight": "train.ema_weight",
-    "ema_start_step": "train.ema_start_step",
-    "log_iters": "train.log_iters",
-    "max_checkpoints": "train.max_checkpoints",
-    "max_iters": "train.max_iters",
-    "motion_score": "sampling.motion_score",
-    "negative_prompt": "sampling.negative_prompt",
-    "negative_prompt_real": "sampling.negative_prompt",
-    "image_or_video_shape": "sampling.height, sampling.width and rollout.num_training_frames",
-    "load_raw_video": "nothing: training data are prompts, latents or trajectories",
-    "vis_interval": "validation.vis_interval",
-    "vis_video_lengths": "validation.vis_video_lengths",
-    "vis_ema": "validation.vis_ema",
-    "train_vis_interval": "validation.vis_interval",
-    "train_vis_rank": "nothing: every process samples its share of the validation prompts",
-    "num_training_frames": "rollout.num_training_frames",
-    "min_num_training_frames": "rollout.min_num_training_frames",
-    "num_frame_per_block": "sampling.chunk_frames",
-    "num_chunks_per_clip": "nothing: it follows from rollout.num_training_frames and sampling.chunk_frames",
-    "student_max_frame": "streaming.streaming_max_length",
-    "slice_last_frames": "rollout.slice_last_frames",
-    "same_step_across_blocks": "rollout.same_step_across_blocks",
-    "last_step_only": "rollout.last_step_only",
-    "update_kv_cache_by_end": "nothing: what the exit step gives is absorbed",
-    "context_noise": "rollout.noisy_absorb",
-    "streaming_training": "trainer: longsana",
-    "streaming_chunk_size": "rollout.num_training_frames",
-    "streaming_max_length": "streaming.streaming_max_length",
-    "streaming_min_new_frame": "streaming.streaming_min_new_frame",
-    "train_first_chunk": "streaming.train_first_chunk",
-    "num_cached_blocks": "model.num_cached_blocks",
-    "independent_first_frame": "nothing: the remainder of a clip goes to its first chunk",
-    "gc_interval": "nothing: nothing here needs the garbage collector",
-    "i2v": "nothing: text to video only",
-    "switch_prompt_path": "nothing: prompts do not switch in training",
-    "switch_mode": "nothing: prompts do not switch in training",
-    "fixed_switch_index": "nothing: prompts do not switch in training",
-    "switch_choices": "nothing: prompts do not switch in training",
-    "scheduler.flow_shift": "flow_matching.flow_shift",
-    "scheduler.logit_mean": "flow_matching.logit_mean",
-    "scheduler.logit_std": "flow_matching.logit_std",
-    "scheduler.weighting_scheme": "nothing: timesteps are logit-normal",
-    "model.class_dropout_prob": "flow_matching.class_dropout_prob",
-    "train.chunk_sampling_strategy": "flow_matching.chunk_sampling_strategy",
-    "train.same_timestep_prob": "flow_matching.same_timestep_prob",
-    "train.use_fsdp": "train.sharding_strategy",
-    "train.train_batch_size": "train.batch_size",
-    "train.optimizer": "optimizer.generator",
-    "train.gradient_clip": "optimizer.generator.max_grad_norm",
-    "train.grad_checkpointing": "train.gradient_checkpointing",
-    "train.save_model_steps": "train.log_iters",
-    "train.num_epochs": "train.max_iters",
-    "train.num_warmup_steps": "optimizer.generator.num_warmup_steps",
-    "train.validation_prompts": "validation.val_data_path",
-    "train.work_dir": "--logdir",
-    "train.ema_rate": "train.ema_weight",
-}
-"""Published keys that have no place of their own here, and what took it."""

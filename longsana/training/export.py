@@ -17,7 +17,7 @@ from longsana.models.weights import Layout, load_weights, save_checkpoint
 from longsana.models.writing import check_target, write_weights
 from longsana.runtime.errors import InputError
 from longsana.training.checkpoint import read_progress
-from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from longsana.training.config import TrainingConfig
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def export(
 
 def network_configs(folder: Path) -> dict[str, ModelConfig]:
     """Of the networks in a checkpoint folder, by their groups' names."""
-    config = load_config(folder / CONFIG, schema=TrainingConfig, retired=RETIRED_IN_TRAINING)
+    config = load_config(folder / CONFIG, schema=TrainingConfig)
     return {"generator": config.model, "generator_ema": config.model, "critic": config.fake_score}
 
 

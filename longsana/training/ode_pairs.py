@@ -27,7 +27,6 @@ from longsana.encoders.text import instruction_text, negative_text, text_sha256
 from longsana.flow.schedule import FlowSchedule, uniform_sigmas
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.sampling.noise import PromptNoise
 from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
 from longsana.sampling.request import check_config, source_digest
 from longsana.sampling.sampler import trajectory
@@ -216,7 +215,7 @@ class _Maker:
                 keep=self.keep,
                 cfg_scale=self.config.pairs.cfg_scale,
                 shape=self.shape,
-                rng=PromptNoise(self.config.sampling.seed, [(prompt.text, 0) for prompt in batch]),
+                rng=self.pipeline.noise(batch),
                 device=self.device,
             )
             states = torch.cat(list(chunks), dim=3).to(DTYPES[self.config.pairs.dtype]).cpu()
@@ -250,7 +249,7 @@ class _Maker:
         made_by: dict[str, Any] = {f"model.{name}": value for name, value in model.items()}
         made_by |= {f"text_encoder.{name}": value for name, value in text.items()}
         made_by |= {f"pairs.{name}": getattr(pairs, name) for name in ("num_steps", "shift", "cfg_scale", "causal")}
-        names = ["num_frames", "height", "width", "seed", "motion_score"]
+        names = ["num_frames", "height", "width", "seed", "motion_score", "high_motion", "unified_noise"]
         if pairs.cfg_scale != 1:
             names += ["null_caption"]
             if sampling.null_caption != "learned":

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longsana.config import TextEncoderConfig
-from longsana.data.prompts import with_motion_score
+from longsana.data.prompts import with_motion
 from longsana.data.shapes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SIZES, SPEEDS, Promise, draw_scene
 from longsana.encoders.text import GemmaTextEncoder
 from longsana.training.rate import warm_cosine
 
 log = logging.getLogger(__name__)
 
-MOTION_SCORES = (0, 5, 10, 20, 30)
+MOTION_SCORES = (None, 5, 10, 20, 30)
 SUMMARY = 4  # tokens at the end of a caption that know it all
 NONE = ""
 WORDS = tuple((NONE, *words) for words in (SIZES, COLOURS, KINDS, MOTIONS, SPEEDS))
@@ -99,8 +99,7 @@ class _Heads(nn.Module):
 def _captions(seed: int, first: int, count: int, *, held_out: bool) -> tuple[list[str], list[Promise]]:
     scenes = [draw_scene(seed, index, held_out=held_out) for index in range(first, first + count)]
     captions = [
-        with_motion_score(scene.caption, MOTION_SCORES[index % len(MOTION_SCORES)])
-        for index, scene in enumerate(scenes)
+        with_motion(scene.caption, MOTION_SCORES[index % len(MOTION_SCORES)]) for index, scene in enumerate(scenes)
     ]
     return captions, [scene.promise for scene in scenes]
 

@@ -148,7 +148,7 @@ BAD = {
     "preset": (["--video.preset", "veryfat"], "did you mean 'veryfast'?"),
     "steps": (["--scheduler.denoising_step_list", "[5, 10]"], "denoising steps (5, 10)"),
     "architecture": (["--model.model", "SanaMSVideo_2000M_P2"], "no architecture"),
-    "retired": (["--model.attn_type", "flash"], "model.attn_type is not a setting here"),
+    "retired": (["--model.attn_type", "flash"], "model.attn_type=flash: one network serves every role"),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts, training_prompts, with_motion_score
+from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts, training_prompts, with_motion
 from longsana.runtime.errors import InputError
 
 TABLE = "ASPECT_RATIO_VIDEO_480_MS"
@@ -142,8 +142,10 @@ def test_slug_of_a_text_that_gives_no_file_name(text: str) -> None:
 
 
 def test_motion_score() -> None:
-    assert with_motion_score(" a cat. ", 10) == "a cat. motion score: 10."
-    assert with_motion_score(" a cat. ", 0) == with_motion_score(" a cat. ", -1) == " a cat. "
+    assert with_motion(" a cat. ", 10) == with_motion(" a cat. ", 10, high=True) == "a cat. motion score: 10."
+    assert with_motion("a cat.", 0) == with_motion("a cat.", -1) == "a cat. low motion"
+    assert with_motion("a cat.", 0, high=True) == "a cat. high motion"
+    assert with_motion(" a cat. ", None) == " a cat. "
 
 
 @pytest.mark.parametrize(

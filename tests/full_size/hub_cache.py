@@ -118,7 +118,7 @@ def link_for_training(cache: Path) -> None:
 def build_720p(cache: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = ModelConfig(model="SanaMSVideo_2000M_P1_D20", in_channels=128)
-    checkpoint = snapshot(cache, "SANA-Video_2B_720p") / "checkpoints" / "SANA_Video_2B_720p_LTXVAE.pth"
+    checkpoint = snapshot(cache, "SANA-Video_2B_720p") / "checkpoints" / "SANA_Video_2B_720p.pth"
     write_network(checkpoint, config, device, seed=4)
     write_ltx2_vae(snapshot(cache, "LTX-2", "Lightricks") / "vae", device)
     write_text_encoder(snapshot(cache, "gemma-2-2b-it"), device)

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from longsana.config import RETIRED, InferenceConfig, load_config
+from longsana.config import InferenceConfig, load_config
 from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
@@ -19,7 +19,7 @@ from longsana.runtime.distributed import World
 from longsana.training.parallel import connect, device_mesh, parallelise
 from longsana.training.replay import replay_passes
 
-SHAPES = load_config("configs/sana_video_config/longsana/shapes/longsana.yaml", [], InferenceConfig, RETIRED).model
+SHAPES = load_config("configs/sana_video_config/longsana/shapes/longsana.yaml", [], InferenceConfig).model
 BATCH, UPDATES = 64, 20
 
 

@@ -29,13 +29,13 @@ sys.path.insert(0, str(ROOT))
 from longsana.config import load_config  # noqa: E402
 from longsana.flow.schedule import FlowSchedule  # noqa: E402
 from longsana.training.checks import DISTILLED  # noqa: E402
-from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig  # noqa: E402
+from longsana.training.config import TrainingConfig  # noqa: E402
 from longsana.training.estimate import estimate, model_flops  # noqa: E402
 from longsana.training.stage import Turn  # noqa: E402
 
 DENSE_BF16 = 989e12  # FLOP/s of an H100 or H200 by the vendor's datasheet
 GIB = 2**30
-BASE_720P = "hf://Efficient-Large-Model/SANA-Video_2B_720p/checkpoints/SANA_Video_2B_720p_LTXVAE.pth"
+BASE_720P = "hf://Efficient-Large-Model/SANA-Video_2B_720p/checkpoints/SANA_Video_2B_720p.pth"
 
 
 def run(path: str, iterations: int, cache: Path, logdir: Path, settings: list[str]) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def run(path: str, iterations: int, cache: Path, logdir: Path, settings: list[st
 def summary(stage: str, path: str, lines: list[dict[str, Any]], settings: list[str]) -> dict[str, Any]:
     """What iterations cost after the first two, which allocate and choose algorithms."""
     overrides = [item for item in settings if "=" in item]
-    config: TrainingConfig = load_config(ROOT / path, overrides, TrainingConfig, RETIRED_IN_TRAINING)
+    config: TrainingConfig = load_config(ROOT / path, overrides, TrainingConfig)
     processes = torch.cuda.device_count()
     peaks = [line["gpu_peak_allocated"] / GIB for line in lines]
     result: dict[str, Any] = {

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longsana.config import RETIRED, InferenceConfig, load_config
+from longsana.config import InferenceConfig, load_config
 from longsana.data.shapes import TURNS, Actor, Scene, draw_scene, render
 from longsana.encoders.vae import WanVAE
 from longsana.models.build import build_model
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("weights")
     world = World.from_environment()
     device = world.device()
-    config = load_config(CONFIG, [f"model.load_from={parser.parse_args().weights}"], InferenceConfig, RETIRED)
+    config = load_config(CONFIG, [f"model.load_from={parser.parse_args().weights}"], InferenceConfig)
     vae = WanVAE.load(config.vae, device, torch.float32)
     model = build_model(config.model, device=device, dtype=torch.float32)
     captions = Captions(config, device, world, "keep", Path("/nowhere"), together=CLIPS)

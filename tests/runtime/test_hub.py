@@ -220,6 +220,29 @@ def test_hub_refusals(uri: str, advice: str, endpoint: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("reason", ["not there", "not in the cache"])
+@pytest.mark.parametrize("names", [("", "_LTXVAE"), ("_LTXVAE", "")])
+def test_a_missing_file_that_has_another_name(
+    names: tuple[str, str], reason: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 720p checkpoint is in use under two names."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def missing(*args: object) -> str:
+        raise EntryNotFoundError("404")
+
+    if reason == "not there":
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", missing)
+    folder = "hf://Efficient-Large-Model/SANA-Video_2B_720p/checkpoints/SANA_Video_2B_720p"
+    own, other = (f"{folder}{name}.pth" for name in names)
+    with pytest.raises(InputError) as caught:
+        locate(own, "the checkpoint")
+    assert str(caught.value).endswith(f"; the same file is also published as {other}")
+    with pytest.raises(InputError) as caught:
+        locate(own.replace("720p.pth", "900p.pth").replace("_LTXVAE", "_X"), "the checkpoint")
+    assert "also published" not in str(caught.value)
+
+
 def test_hub_out_of_reach(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 

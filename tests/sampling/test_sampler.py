@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from longsana.flow.schedule import FlowSchedule, euler_sigmas, uniform_sigmas
 from longsana.flow.solvers import DPMSolver, Euler
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, null_embedding
+from longsana.runtime.errors import InputError
 from longsana.sampling.noise import PromptNoise
 from longsana.sampling.sampler import (
     Chunk,
@@ -361,6 +363,41 @@ def test_sample_clip_is_that_of_diffusers_scheduler(model, random_text, name, sh
     assert (chunk.index, chunk.start, chunk.state) == (0, 0, None)
     (again,) = sample_clip(network, text, negative, solver=solver, cfg_scale=cfg_scale, noise=noise)
     assert torch.equal(again.latents, chunk.latents), "nothing is left of the clip before"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prediction_type": "epsilon"}, "prediction_type is epsilon"),
+        ({"use_flow_sigmas": False}, "use_flow_sigmas is False"),
+        ({"algorithm_type": "sde-dpmsolver++"}, "draws noise of its own"),
+    ],
+)
+def test_a_scheduler_that_fits_no_flow_is_refused(changes: dict[str, Any], says: str) -> None:
+    import diffusers
+
+    settings: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True} | changes
+    with pytest.raises(InputError, match=says):
+        DPMSolver(8.0, 20, diffusers.DPMSolverMultistepScheduler(**settings))
+
+
+def test_a_schedulers_own_settings_are_taken() -> None:
+    import diffusers
+
+    settings: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    third = diffusers.DPMSolverMultistepScheduler(**settings, solver_order=3)
+    x0, noise = draw(seed=4), draw()
+
+    def network(x: Tensor, t: Tensor, text: object, *, state: object = None) -> tuple[Tensor, None]:
+        return (noise - x0) * torch.cos(t / 200).view(-1, 1, 1, 1, 1), None
+
+    def end(solver: DPMSolver) -> Tensor:
+        *_, x = solve(network, [None], solver=solver, cfg_scale=1.0, noise=noise)  # type: ignore[list-item]
+        return x
+
+    assert DPMSolver(8.0, 9, third).timesteps == DPMSolver(8.0, 9).timesteps != DPMSolver(3.0, 9).timesteps
+    assert not torch.allclose(end(DPMSolver(8.0, 9, third)), end(DPMSolver(8.0, 9)), rtol=1e-3, atol=1e-3)
+    assert third.config.flow_shift == 3.0 and third.num_inference_steps is None, "it is left as it was"
 
 
 def test_dpm_solver_is_of_higher_order_than_euler() -> None:

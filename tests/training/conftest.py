@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from longsana.config import ModelConfig, load_config
 from longsana.encoders.vae import WanVAE
 from longsana.models.embeddings import TextEmbedding
-from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from longsana.training.config import TrainingConfig
 from longsana.training.player import Player
 from tests.scripts import load_script
 
@@ -89,9 +89,7 @@ def training_config(small_training: Callable[..., Path]) -> Callable[..., Traini
     """The same, loaded."""
 
     def load(trainer: str, *overrides: str) -> TrainingConfig:
-        config: TrainingConfig = load_config(
-            small_training(trainer, *overrides), (), TrainingConfig, RETIRED_IN_TRAINING
-        )
+        config: TrainingConfig = load_config(small_training(trainer, *overrides), (), TrainingConfig)
         return config
 
     return load

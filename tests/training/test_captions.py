@@ -87,7 +87,7 @@ def test_every_mode_gives_what_the_encoder_gives(
 
 
 def test_the_negative_prompt_goes_without_instruction(tmp_path: Path, encoded: list[tuple[str, bool]]) -> None:
-    config = load_config(ROOT / CONFIG, [*OVERRIDES, "text_encoder.chi_prompt=sana", "sampling.motion_score=0"])
+    config = load_config(ROOT / CONFIG, [*OVERRIDES, "text_encoder.chi_prompt=sana", "sampling.motion_score=null"])
     for mode in ("keep", "free"):
         made = captions(config, tmp_path, mode)
         made.prepare(["a red circle"])

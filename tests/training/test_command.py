@@ -19,7 +19,7 @@ from longsana.config import leaf_keys, load_config
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.distributed import World
 from longsana.training import build, launch
-from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from longsana.training.config import TrainingConfig
 from longsana.training.player import Player
 from longsana.training.validation import Report, Validation
 from tests.training.conftest import ROOT
@@ -71,7 +71,7 @@ def config(small_training, trajectories) -> Path:
 
 
 def saved(logdir: Path) -> TrainingConfig:
-    loaded: TrainingConfig = load_config(logdir / "config.yaml", (), TrainingConfig, RETIRED_IN_TRAINING)
+    loaded: TrainingConfig = load_config(logdir / "config.yaml", (), TrainingConfig)
     return loaded
 
 
@@ -123,7 +123,7 @@ def ran(command, config, tmp_path_factory) -> Ran:
 
 
 def test_flags_and_settings_in_every_spelling_arrive(ran, config):
-    before: TrainingConfig = load_config(config, (), TrainingConfig, RETIRED_IN_TRAINING)
+    before: TrainingConfig = load_config(config, (), TrainingConfig)
     now = saved(ran.logdir)
     assert (before.train.max_iters, now.train.max_iters) == (3, 2)
     assert (now.train.max_checkpoints, now.wandb.project, now.optimizer.generator.lr) == (7, "mine", 0.002)
@@ -239,8 +239,8 @@ def test_a_dry_run_prints_all_and_touches_nothing(command, small_training, tmp_p
     assert (result.status, result.err) == (0, "")
     text, _, table = result.out.partition("\n\n")
     (tmp_path / "printed.yaml").write_text(text)
-    expected = load_config(path, ["train.max_iters=7"], TrainingConfig, RETIRED_IN_TRAINING)
-    assert load_config(tmp_path / "printed.yaml", (), TrainingConfig, RETIRED_IN_TRAINING) == expected
+    expected = load_config(path, ["train.max_iters=7"], TrainingConfig)
+    assert load_config(tmp_path / "printed.yaml", (), TrainingConfig) == expected
     for role, settings in (("generator", expected.model), ("critic", expected.fake_score)):
         count = sum(weight.numel() for weight in LongSanaDiT(settings).parameters())
         (line,) = [line for line in table.splitlines() if line.startswith(f"{role} parameters")]

@@ -14,7 +14,7 @@ from longsana.config import load_config
 from longsana.runtime.errors import InputError
 from longsana.state import CausalState
 from longsana.training.checks import check_training
-from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from longsana.training.config import TrainingConfig
 from longsana.training.longsana import LongSana
 from longsana.training.stage import Slots, Turn
 from tests.training.conftest import CHANNELS, HEIGHT, PROMPTS, WIDTH
@@ -90,7 +90,7 @@ def test_every_stretch_is_learned_or_the_config_is_refused(build, small_training
         nullcontext() if len(learned) == stretches else pytest.raises(InputError, match="the generator would learn")
     )
     with allowed:
-        check_training(load_config(small_training("longsana", *settings), (), TrainingConfig, RETIRED_IN_TRAINING))
+        check_training(load_config(small_training("longsana", *settings), (), TrainingConfig))
 
 
 def test_a_cold_cache_decodes_the_last_latents_alone(build, vae):

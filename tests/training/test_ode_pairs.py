@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from longsana.config import RETIRED, load_config
+from longsana.config import load_config
 from longsana.data.prompts import Prompt
 from longsana.data.trajectories import PUBLISHED_SIGMAS, Trajectories
 from longsana.encoders.text import GemmaTextEncoder
@@ -71,7 +71,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def pairs_config(*settings: str, name: str = "shapes/ode_pairs.yaml") -> OdePairsConfig:
-    return load_config(CONFIGS / name, settings, OdePairsConfig, RETIRED)
+    return load_config(CONFIGS / name, settings, OdePairsConfig)
 
 
 def test_states_lead_from_the_prompts_noise_to_what_inference_samples(

@@ -213,7 +213,7 @@ from longsana.config import load_config
 from longsana.encoders.vae import WanVAE
 from longsana.models.build import build_model
 from longsana.runtime.distributed import World
-from longsana.training.config import RETIRED_IN_TRAINING, TrainingConfig
+from longsana.training.config import TrainingConfig
 from longsana.training.parallel import connect, device_mesh, parallelise
 from longsana.training.validation import Validation
 
@@ -232,7 +232,7 @@ def work(folder, config, vae, rank):
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-config = load_config(folder / "config.yaml", (), TrainingConfig, RETIRED_IN_TRAINING)
+config = load_config(folder / "config.yaml", (), TrainingConfig)
 vae = WanVAE.load(config.vae, "cpu", torch.float32)
 Validation(config, folder, "cpu", World())  # imports what the forks will need
 with socket.socket() as free:

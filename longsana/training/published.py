@@ -1,0 +1,313 @@
+"""Settings of the published trainers, and what becomes of them here (facts 8 and 9.2). See `longsana.published`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longsana.published import (
+    MODEL_YAML,
+    Context,
+    Published,
+    Refused,
+    Rule,
+    Settings,
+    agreeing,
+    clip_frames,
+    home,
+    negative_prompt,
+    one_of,
+    only,
+    shifted,
+    strides,
+    unused,
+    weights,
+)
+
+DISTILLED = ("self_forcing", "longsana")
+BASE = ("flow_matching",)
+STREAMS = ("longsana",)
+
+
+def of(trainers: tuple[str, ...], rule: Rule) -> Rule:
+    """A rule for these trainers; for others the key changes nothing, in the published code too."""
+
+    def conditional(key: str, value: Any, context: Context) -> Settings:
+        return rule(key, value, context) if context.get("trainer") in trainers else {}
+
+    return conditional
+
+
+def both(*rules: Rule) -> Rule:
+    """What each of the rules gives."""
+
+    def rule(key: str, value: Any, context: Context) -> Settings:
+        return {name: setting for one in rules for name, setting in one(key, value, context).items()}
+
+    return rule
+
+
+def unless_null(rule: Rule) -> Rule:
+    """A rule for a key whose null means that it was left out."""
+
+    def conditional(key: str, value: Any, context: Context) -> Settings:
+        return {} if value is None else rule(key, value, context)
+
+    return conditional
+
+
+def clip_and_rollout(key: str, value: Any, context: Context) -> Settings:
+    """The key data.num_frames: the base model trains on clips of that length."""
+    settings = clip_frames(key, value, context)
+    if context.get("trainer") in BASE and "sampling.num_frames" in settings:
+        settings["rollout.num_training_frames"] = 1 + (value - 1) // strides(context)[0]
+    return settings
+
+
+def denoising_steps(key: str, value: Any, context: Context) -> Settings:
+    """The key denoising_step_list: a trailing 0 is no denoising step."""
+    if isinstance(value, list) and value[-1:] == [0]:
+        value = value[:-1]
+    return {"scheduler.denoising_step_list": value}
+
+
+def latent_shape(key: str, value: Any, context: Context) -> Settings:
+    """The key image_or_video_shape, (B, T, C, H, W) of latents: the picture's size; the rest must agree."""
+    if not isinstance(value, list) or len(value) != 5 or not all(isinstance(side, int) for side in value):
+        raise Refused("five whole numbers, B, T, C, H and W of latents")
+    _, frames, channels, height, width = value
+    length = "streaming_max_length" if context.get("trainer") in STREAMS else "num_training_frames"
+    for name, own, right in (
+        (length, frames, context.get(length)),
+        ("vae.vae_latent_dim", channels, context.get("vae.vae_latent_dim")),
+    ):
+        if right is not None and own != right:
+            raise Refused(f"{name} is {right}, and the shape says {own}")
+    side = strides(context)[1]
+    return {"sampling.height": side * height, "sampling.width": side * width}
+
+
+def pair(*settings: str) -> Rule:
+    """A list of two, one for each setting."""
+
+    def rule(key: str, value: Any, context: Context) -> Settings:
+        if not isinstance(value, list) or len(value) != 2:
+            raise Refused("a list of two numbers")
+        return dict(zip(settings, value, strict=True))
+
+    return rule
+
+
+def other_negative(key: str, value: Any, context: Context) -> Settings:
+    """The key negative_prompt_real, which has to be the same text as negative_prompt."""
+    if value is not None and value != context.get("negative_prompt", value):
+        raise Refused("there is one negative prompt (negative_prompt)")
+    return negative_prompt(key, value, context) if context.get("negative_prompt") is None else {}
+
+
+def scores(*names: str) -> Rule:
+    """A score's checkpoint. Without real_ckpt the teacher is the critic's."""
+
+    def rule(key: str, value: Any, context: Context) -> Settings:
+        return dict.fromkeys((f"{name}.load_from" for name in names), value)
+
+    return unless_null(rule)
+
+
+def fake_ckpt(key: str, value: Any, context: Context) -> Settings:
+    """The key fake_ckpt: the critic, and the teacher where real_ckpt is not given."""
+    return scores(*(("fake_score",) if context.get("real_ckpt") else ("fake_score", "real_score")))(key, value, context)
+
+
+def loss_of_trainer(key: str, value: Any, context: Context) -> Settings:
+    """The key distribution_loss, which has to be the trainer's."""
+    right = {"ode": "ode", **dict.fromkeys(DISTILLED, "dmd_sana")}.get(str(context.get("trainer")))
+    return only(right, instead=f"trainer={context.get('trainer')} has the loss {right}")(key, value, context)
+
+
+def only_for(trainers: tuple[str, ...], value: Any, instead: str) -> Rule:
+    """Nothing changes with this value, or with another one in other trainers."""
+    return of(trainers, only(value, instead=instead))
+
+
+_SAME_SIZES = "one network serves every role; its sizes are those of model, real_score and fake_score"
+_SWITCH = "prompts do not switch in training"
+
+STAGE_YAML: dict[str, Rule] = {
+    **MODEL_YAML,
+    "data.num_frames": clip_and_rollout,
+    "distribution_loss": loss_of_trainer,
+    "generator_ckpt": weights("model.load_from"),
+    "fake_ckpt": of(DISTILLED, fake_ckpt),
+    "real_ckpt": of(DISTILLED, scores("real_score")),
+    **dict.fromkeys(
+        (
+            "generator_fsdp_wrap_strategy",
+            "real_score_fsdp_wrap_strategy",
+            "fake_score_fsdp_wrap_strategy",
+            "text_encoder_fsdp_wrap_strategy",
+            "num_chunks_per_clip",
+            "student_max_frame",
+            "train_vis_interval",
+            "train_vis_rank",
+            "val_batch_size",
+            "gc_interval",
+            "model_kwargs.local_attn_size",
+            "ckpt_step",
+            "eval_first_n",
+            "num_samples",
+            "prompt_name",
+            "prompt_path",
+            "num_frames",
+        ),
+        unused,
+    ),
+    "text_encoder_cpu_offload": one_of("train.text_encoder", {True: "offload", False: "keep"}, instead="true or false"),
+    **dict.fromkeys(("real_name", "fake_name", "model_name"), only("SANA", instead=_SAME_SIZES)),
+    "denoising_step_list": denoising_steps,
+    "warp_denoising_step": only(False, instead="write the timesteps themselves into denoising_step_list"),
+    "ts_schedule": of(DISTILLED, home("distillation.ts_schedule")),
+    "ts_schedule_max": of(DISTILLED, home("distillation.ts_schedule_max")),
+    "num_train_timestep": only(1000, instead="there are always 1000"),
+    "timestep_shift": of(DISTILLED, home("distillation.timestep_shift")),
+    "model_kwargs.timestep_shift": home("scheduler.inference_flow_shift"),
+    "guidance_scale": of(DISTILLED, home("distillation.guidance_scale")),
+    "real_guidance_scale": of(DISTILLED, home("distillation.guidance_scale")),
+    "fake_guidance_scale": only(0, instead="the critic is never guided"),
+    "min_score_timestep": of(DISTILLED, only(0, instead="distillation.min_timestep")),
+    "dfake_gen_update_ratio": of(DISTILLED, home("distillation.dfake_gen_update_ratio")),
+    "denoising_loss_type": only("flow", instead="the critic learns the flow"),
+    "discriminator_lr_multiplier": only(1, 1.0, instead="there is no discriminator"),
+    "causal": only(True, instead="for the bidirectional model trainer: flow_matching"),
+    "mixed_precision": home("train.mixed_precision"),
+    "gradient_checkpointing": home("train.gradient_checkpointing"),
+    "sharding_strategy": home("train.sharding_strategy"),
+    "seed": home("train.seed"),
+    "wandb_key": only(instead="log in with `wandb login` or WANDB_API_KEY; a key in a config is copied to every run"),
+    "wandb_entity": home("wandb.entity"),
+    "wandb_project": home("wandb.project"),
+    "lr": home("optimizer.generator.lr"),
+    "beta1": home("optimizer.generator.beta1"),
+    "beta2": home("optimizer.generator.beta2"),
+    "lr_critic": of(DISTILLED, home("optimizer.critic.lr")),
+    "beta1_critic": of(DISTILLED, home("optimizer.critic.beta1")),
+    "beta2_critic": of(DISTILLED, home("optimizer.critic.beta2")),
+    "weight_decay": both(
+        home("optimizer.generator.weight_decay"), of(DISTILLED, home("optimizer.critic.weight_decay"))
+    ),
+    "max_grad_norm_generator": home("optimizer.generator.max_grad_norm"),
+    "max_grad_norm_critic": of(DISTILLED, home("optimizer.critic.max_grad_norm")),
+    "data_path": home("data.data_path"),
+    "val_data_path": home("validation.val_data_path"),
+    "batch_size": home("train.batch_size"),
+    "total_batch_size": home("train.total_batch_size"),
+    "gradient_accumulation_steps": home("train.gradient_accumulation_steps"),
+    "ema_weight": home("train.ema_weight"),
+    "ema_start_step": home("train.ema_start_step"),
+    "log_iters": home("train.log_iters"),
+    "max_checkpoints": home("train.max_checkpoints"),
+    "max_iters": home("train.max_iters"),
+    "motion_score": home("sampling.motion_score"),
+    "negative_prompt": negative_prompt,
+    "negative_prompt_real": other_negative,
+    "height": home("sampling.height"),
+    "width": home("sampling.width"),
+    "image_or_video_shape": latent_shape,
+    "load_raw_video": only(False, instead="training data are prompts, latents or trajectories"),
+    "vis_interval": home("validation.vis_interval"),
+    "vis_video_lengths": home("validation.vis_video_lengths"),
+    "vis_ema": home("validation.vis_ema"),
+    "num_training_frames": home("rollout.num_training_frames"),
+    "min_num_training_frames": of(DISTILLED, home("rollout.min_num_training_frames")),
+    "num_frame_per_block": home("sampling.chunk_frames"),
+    "slice_last_frames": of(DISTILLED, home("rollout.slice_last_frames")),
+    "same_step_across_blocks": of(DISTILLED, home("rollout.same_step_across_blocks")),
+    "last_step_only": of(DISTILLED, home("rollout.last_step_only")),
+    "update_kv_cache_by_end": only_for(DISTILLED, False, "what the exit step gives is absorbed"),
+    "context_noise": only(0, 0.0, instead="rollout.noisy_absorb=true absorbs with noise of the least sigma"),
+    "streaming_training": of(STREAMS, only(True, instead="trainer: self_forcing")),
+    "streaming_chunk_size": of(
+        STREAMS, agreeing("it is num_training_frames,", lambda context: context.get("num_training_frames", 21))
+    ),
+    "streaming_max_length": of(STREAMS, home("streaming.streaming_max_length")),
+    "streaming_min_new_frame": of(STREAMS, home("streaming.streaming_min_new_frame")),
+    "train_first_chunk": of(STREAMS, home("streaming.train_first_chunk")),
+    "num_cached_blocks": home("model.num_cached_blocks"),
+    "independent_first_frame": only(False, instead="the remainder of a clip goes to its first chunk"),
+    "i2v": only(False, instead="text to video only"),
+    **dict.fromkeys(("switch_prompt_path", "switch_mode", "fixed_switch_index"), only(instead=_SWITCH)),
+    "switch_choices": only([], instead=_SWITCH),
+    # A model YAML as the base of trainer: flow_matching; the section train is its trainer's.
+    "scheduler.flow_shift": both(shifted, of(BASE, home("flow_matching.flow_shift"))),
+    "scheduler.logit_mean": of(BASE, home("flow_matching.logit_mean")),
+    "scheduler.logit_std": of(BASE, home("flow_matching.logit_std")),
+    "scheduler.weighting_scheme": of(BASE, only("logit_normal", instead="timesteps are logit-normal")),
+    "model.class_dropout_prob": of(BASE, home("flow_matching.class_dropout_prob")),
+    "train.chunk_sampling_strategy": of(BASE, home("flow_matching.chunk_sampling_strategy")),
+    "train.same_timestep_prob": of(BASE, home("flow_matching.same_timestep_prob")),
+    "train.noise_multiplier": of(BASE, only(0, 0.0, instead="noise is standard normal")),
+    "train.ltx_image_condition_prob": of(BASE, only(0, 0.0, instead="text to video only")),
+    "train.use_fsdp": of(
+        BASE, one_of("train.sharding_strategy", {True: "full", False: "no_shard"}, instead="true or false")
+    ),
+    "train.train_batch_size": of(BASE, home("train.batch_size")),
+    "train.optimizer.type": of(BASE, only("AdamW", instead="the optimizer is AdamW")),
+    "train.optimizer.lr": of(BASE, home("optimizer.generator.lr")),
+    "train.optimizer.betas": of(BASE, pair("optimizer.generator.beta1", "optimizer.generator.beta2")),
+    "train.optimizer.eps": of(BASE, home("optimizer.generator.eps")),
+    "train.optimizer.weight_decay": of(BASE, home("optimizer.generator.weight_decay")),
+    "train.gradient_clip": of(BASE, home("optimizer.generator.max_grad_norm")),
+    "train.lr_schedule": of(BASE, only("constant", instead="the rate is constant after its warm-up")),
+    "train.lr_schedule_args.num_warmup_steps": of(BASE, home("optimizer.generator.num_warmup_steps")),
+    "train.num_warmup_steps": of(BASE, home("optimizer.generator.num_warmup_steps")),
+    "train.grad_checkpointing": of(BASE, home("train.gradient_checkpointing")),
+    "train.save_model_steps": of(BASE, home("train.log_iters")),
+    "train.ema_rate": of(BASE, home("train.ema_weight")),
+    **dict.fromkeys(
+        (
+            "train.auto_lr",
+            "train.deterministic_validation",
+            "train.eval_metric_step",
+            "train.eval_sampling_steps",
+            "train.joint_training_interval",
+            "train.local_save_vis",
+            "train.log_interval",
+            "train.num_epochs",
+            "train.num_workers",
+            "train.online_metric",
+            "train.online_metric_dir",
+            "train.save_model_epochs",
+            "train.train_batch_size_image",
+            "train.validation_prompts",
+            "train.visualize",
+            "train.work_dir",
+        ),
+        unused,
+    ),
+}
+"""What becomes of a stage YAML's keys, and of a model YAML's in training."""
+
+
+def _of_sampling(settings: Settings) -> Settings:
+    chosen = ("sampling.", "scheduler.sampling_algo", "scheduler.num_inference_steps")
+    return {key: value for key, value in settings.items() if key.startswith(chosen)}
+
+
+def _of_networks(settings: Settings) -> Settings:
+    kept = ("model.", "vae.", "text_encoder.", "scheduler.", "sampling.")
+    return {key: value for key, value in settings.items() if key.startswith(kept)}
+
+
+def _of_scores(settings: Settings) -> Settings:
+    model = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith("model.")}
+    return {f"{score}.{key}": value for score in ("real_score", "fake_score") for key, value in model.items()}
+
+
+TRAINING = Published(
+    STAGE_YAML,
+    sections=("data", "image_data"),
+    references={
+        "sana_config": _of_networks,
+        "sana_inference_config": _of_sampling,
+        "sana_fake_config": _of_scores,
+    },
+)

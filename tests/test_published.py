@@ -1,0 +1,563 @@
+"""YAMLs of the published code run as they are: keys and values as published, the files our own (facts 9)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import yaml
+
+from longsana.config import InferenceConfig, leaf_keys, load_config
+from longsana.encoders.geometry import GEOMETRIES
+from longsana.encoders.text import complex_human_instruction, published_negative_prompt
+from longsana.published import INFERENCE, STRIDES, Refused
+from longsana.runtime.errors import InputError
+from longsana.sampling.request import check_config
+from longsana.training.checks import check_training, flat
+from longsana.training.config import TrainingConfig
+from longsana.training.published import DISTILLED, TRAINING
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs/sana_video_config"
+HUB = "hf://Efficient-Large-Model"
+BASE_480 = f"{HUB}/SANA-Video_2B_480p/checkpoints/SANA_Video_2B_480p.pth"
+BASE_720 = f"{HUB}/SANA-Video_2B_720p/checkpoints/SANA_Video_2B_720p.pth"
+LONGLIVE = f"{HUB}/SANA-Video_2B_480p_LongLive/checkpoints/SANA_Video_2B_480p_LongLive.pth"
+ODE = f"{HUB}/LongSANA_2B_480p_ode/checkpoints/LongSANA_2B_480p_ode.pt"
+SELF_FORCING = f"{HUB}/LongSANA_2B_480p_self_forcing/checkpoints/LongSANA_2B_480p_self_forcing.pt"
+NAMES = {
+    "base": "Sana_2000M_480px_AdamW_fsdp.yaml",
+    "longsana": "Sana_2000M_480px_adamW_fsdp_longsana.yaml",
+    "720p": "Sana_2000M_720px_ltx2vae_AdamW_fsdp.yaml",
+    "chunk": "Sana_2000M_480px_AdamW_fsdp_chunk.yaml",
+}
+PARTS = inspect.signature(diffusers.SanaPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+def model_yaml(kind: str) -> dict[str, Any]:
+    """One of the published model YAMLs."""
+    size, table = (720, "ASPECT_RATIO_VIDEO_720_MS_DIV32") if kind == "720p" else (480, "ASPECT_RATIO_VIDEO_480_MS")
+    attention, feed_forward, positions = {
+        "longsana": ("cachedcausal", "CachedGLUMBConvTemp", "casual_wan_rope"),
+        "chunk": ("chunkcausal", "ChunkGLUMBConvTemp", "wan_rope"),
+    }.get(kind, ("LiteLAReLURope", "GLUMBConvTemp", "wan_rope"))
+    content: dict[str, Any] = {
+        "task": "t2v",
+        "data": {
+            "type": "SanaZipDataset",
+            "data_dir": {"video_toy_data": "data/video_toy_data"},
+            "external_caption_suffixes": ["_Qwen2.5-VL"],
+            "caption_proportion": {"prompt": 5, "_Qwen2_5-VL": 95},
+            "external_data_filter": {"video_toy_data": {"_unimatch": {"min": 1.0, "max": 30}}},
+            "motion_score_cal_type": "average",
+            "motion_score_file_thres": {"_unimatch": None},
+            "image_size": size,
+            "aspect_ratio_type": table,
+            "num_frames": 40 if kind == "longsana" else 81,
+            "transform": "default_train_video",
+            **dict.fromkeys(("load_text_feat", "load_vae_feat", "resample_fps", "shuffle_dataset"), False),
+        },
+        "image_data": {"type": "SanaWebDatasetMS", "data_dir": ["data/toy_data"], "clip_thr": 25.0, "image_size": size},
+        "model": {
+            "model": f"SanaMSVideo_2000M_P{1 if kind == '720p' else 2}_D20",
+            "image_size": size,
+            "aspect_ratio_type": table,
+            "mixed_precision": "bf16",
+            "fp32_attention": True,
+            "load_from": {"longsana": LONGLIVE, "720p": BASE_720}.get(kind, BASE_480),
+            "attn_type": attention,
+            "ffn_type": feed_forward,
+            "pos_embed_type": positions,
+            "mlp_acts": ["silu", "silu", None],
+            "mlp_ratio": 3,
+            "linear_head_dim": 112,
+            "t_kernel_size": 3,
+            "class_dropout_prob": 0.1,
+            **dict.fromkeys(("use_pe", "qk_norm", "cross_norm", "multi_scale"), True),
+        },
+        "vae": {
+            "vae_type": "LTX2VAE_diffusers" if kind == "720p" else "WanVAE",
+            "vae_pretrained": "Lightricks/LTX-2" if kind == "720p" else f"{HUB}/SANA-Video_2B_480p/vae/Wan2.1_VAE.pth",
+            "weight_dtype": "bfloat16" if kind == "720p" else "float32",
+            "vae_latent_dim": 128 if kind == "720p" else 16,
+            "vae_downsample_rate": 32 if kind == "720p" else 8,
+            "vae_stride": [8, 32, 32] if kind == "720p" else [4, 8, 8],
+            "if_cache": False,
+        },
+        "text_encoder": {
+            "text_encoder_name": "gemma-2-2b-it",
+            "y_norm": True,
+            "y_norm_scale_factor": 0.01,
+            "model_max_length": 300,
+            "chi_prompt": [part.replace("'", '"') for part in PARTS],
+        },
+        "scheduler": {
+            "predict_flow_v": True,
+            "noise_schedule": "linear_flow",
+            "pred_sigma": False,
+            "flow_shift": 3.0,
+            "inference_flow_shift": 8.0 if kind == "720p" else 7.0,
+            "weighting_scheme": "logit_normal",
+            "logit_mean": 0.0,
+            "logit_std": 1.0,
+            "vis_sampler": {"longsana": "longlive_flow_euler", "chunk": "chunk_flow_euler"}.get(
+                kind, "flow_dpm-solver"
+            ),
+        },
+        "train": {
+            "use_fsdp": True,
+            "num_workers": 10,
+            "seed": 1,
+            "train_batch_size": 1,
+            "train_batch_size_image": 4,
+            "num_epochs": 10,
+            "save_model_epochs": 5,
+            "save_model_steps": 500,
+            "gradient_accumulation_steps": 1,
+            "grad_checkpointing": True,
+            "gradient_clip": 0.1,
+            "optimizer": {"type": "AdamW", "lr": 5e-5, "betas": [0.9, 0.999], "eps": 1e-10, "weight_decay": 0.0},
+            "lr_schedule": "constant",
+            "lr_schedule_args": {"num_warmup_steps": 500},
+            "validation_prompts": ["a", "b"],
+            "work_dir": "output/debug",
+            "joint_training_interval": 10,
+            "visualize": True,
+        },
+    }
+    if kind == "longsana":
+        content |= {"sampling_algo": "longlive_flow_euler", "cfg_scale": 1.0}
+    if kind == "chunk":
+        content["model"]["chunk_index"] = [0, 11]
+    return content
+
+
+def stage_yaml(trainer: str) -> dict[str, Any]:
+    """One of the published stage YAMLs."""
+    folder = "configs/sana_video_config"
+    content: dict[str, Any] = {
+        "trainer": trainer,
+        "distribution_loss": "ode" if trainer == "ode" else "dmd_sana",
+        "sana_config": f"{folder}/{NAMES['chunk' if trainer == 'ode' else 'longsana']}",
+        "generator_ckpt": {"ode": BASE_480, "self_forcing": ODE, "longsana": SELF_FORCING}[trainer],
+        **{f"{name}_fsdp_wrap_strategy": "size" for name in ("generator", "real_score", "fake_score", "text_encoder")},
+        "denoising_step_list": [1000, 960, 889, 727, 0],
+        "warp_denoising_step": False,
+        "ts_schedule": False,
+        "num_train_timestep": 1000,
+        "timestep_shift": 7.0 if trainer == "ode" else 5.0,
+        "mixed_precision": True,
+        "seed": 0,
+        "wandb_key": None,
+        "wandb_entity": None,
+        "wandb_project": "self-forcing-sana",
+        "sharding_strategy": "full",
+        "lr": 2e-5 if trainer == "ode" else 1e-5,
+        "beta1": 0.9 if trainer == "ode" else 0.0,
+        "beta2": 0.999,
+        "data_path": "output/LongSANA" if trainer == "ode" else "data/longsana/vidprom_filtered_extended.txt",
+        "val_data_path": "data/longsana/vidprom_filtered_extended.txt",
+        "batch_size": 1,
+        "val_batch_size": 1,
+        "total_batch_size": None if trainer == "ode" else 64,
+        "log_iters": 100 if trainer == "self_forcing" else 200,
+        "motion_score": 10,
+        "negative_prompt": published_negative_prompt(),
+        "image_or_video_shape": [1, 261 if trainer == "longsana" else 21, 16, 60, 104],
+        "gradient_checkpointing": True,
+        "load_raw_video": False,
+        "model_kwargs": {"timestep_shift": 7.0, "local_attn_size": 21},
+        "vis_interval": 100 if trainer == "self_forcing" else 200,
+        "vis_video_lengths": [261] if trainer == "longsana" else [21],
+        "num_training_frames": 21,
+        "num_frame_per_block": 10,
+    }
+    if trainer == "ode":
+        return content | {
+            "model_name": "SANA",
+            "sana_inference_config": f"{folder}/{NAMES['longsana']}",
+            "gradient_accumulation_steps": 1,
+            "max_checkpoints": 50,
+            "max_iters": 10000,
+            "slice_last_frames": 21,
+            "independent_first_frame": False,
+        }
+    content |= {
+        "sana_fake_config": f"{folder}/{NAMES['base']}",
+        "real_name": "SANA",
+        "fake_name": "SANA",
+        "fake_ckpt": BASE_480,
+        "guidance_scale": 3.0,
+        "denoising_loss_type": "flow",
+        "lr_critic": 2e-6,
+        "beta1_critic": 0.0,
+        "beta2_critic": 0.999,
+        "ema_weight": 0.99,
+        "ema_start_step": 200,
+        "negative_prompt_real": published_negative_prompt(),
+        "dfake_gen_update_ratio": 5,
+        "vis_ema": False,
+        "min_num_training_frames": 21,
+        "num_chunks_per_clip": 2,
+        "student_max_frame": 261 if trainer == "longsana" else 21,
+    }
+    if trainer == "self_forcing":
+        return content
+    return content | {
+        "sana_inference_config": f"{folder}/{NAMES['longsana']}",
+        "real_ckpt": BASE_480,
+        "max_checkpoints": 300,
+        "max_iters": 30000,
+        "slice_last_frames": 21,
+        "streaming_training": True,
+        "streaming_chunk_size": 21,
+        "streaming_max_length": 261,
+        "streaming_min_new_frame": 20,
+        "train_first_chunk": True,
+        "last_step_only": False,
+        "update_kv_cache_by_end": False,
+        "train_vis_interval": 100,
+        "train_vis_rank": 1,
+    }
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A folder laid out as their repository, with its model YAMLs."""
+    folder = tmp_path / "theirs/configs/sana_video_config"
+    folder.mkdir(parents=True)
+    for kind, name in NAMES.items():
+        (folder / name).write_text(yaml.safe_dump(model_yaml(kind)))
+    return folder
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def differences(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, as (ours, theirs)."""
+    mine, other = flat(dataclasses.asdict(ours)), flat(dataclasses.asdict(theirs))
+    return {key: (mine[key], other[key]) for key in mine if mine[key] != other[key]}
+
+
+# The published commands -----------------------------------------------------------------------------------------------
+
+WEIGHTS = {"model.dtype": ("auto", "bfloat16"), "vae.weight_dtype": ("auto", "float32")}
+"""Ours follow the device; theirs say it."""
+DECODED = {"vae.latents_per_call": (2, 1)}
+"""A setting of speed that the published code does not have."""
+BASE_FLAGS = ["scheduler.inference_flow_shift=8", "sampling.motion_score=30", "sampling.cfg_scale=6"]
+LENGTH_720P = {"video.preset": ("superfast", "veryfast")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "stated"),
+    [
+        ("base", BASE_FLAGS, WEIGHTS),
+        ("longsana", ["sampling.cfg_scale=1.0", "sampling.num_frames=961"], WEIGHTS | DECODED),
+        ("720p", BASE_FLAGS, {"model.dtype": ("auto", "bfloat16"), "vae.weight_dtype": ("auto", "bfloat16")}),
+        ("chunk", BASE_FLAGS, WEIGHTS),
+    ],
+)
+def test_inference_from_their_model_yaml_is_that_from_ours(
+    kind: str, flags: list[str], stated: dict[str, Any], theirs: Path
+) -> None:
+    ours = load_config(CONFIGS / NAMES[kind], flags)
+    loaded = load_config(theirs / NAMES[kind], flags)
+    assert differences(ours, loaded) == stated
+    check_config(loaded)
+
+
+SCORES = {f"{score}.dtype": ("auto", "bfloat16") for score in ("real_score", "fake_score")}
+TRAINED = {
+    **WEIGHTS,
+    **DECODED,
+    "wandb.project": ("longsana", "self-forcing-sana"),
+    "validation.val_data_path": (
+        "asset/samples/longsana_val.txt",
+        "data/longsana/vidprom_filtered_extended.txt",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "stated"),
+    [
+        # ODE's YAML says nothing of an average, which the published stage does not have: ours turns it off.
+        ("ode", {**TRAINED, "train.ema_weight": (0, 0.99), "train.gradient_accumulation_steps": (None, 1)}),
+        ("self_forcing", {**TRAINED, **SCORES, "train.max_checkpoints": (10, 3)}),
+        ("longsana", {**TRAINED, **SCORES, "train.max_checkpoints": (10, 300)}),
+    ],
+)
+@pytest.mark.parametrize("where", ["beside", "repository"])
+def test_training_from_their_stage_yaml_is_that_from_ours(
+    trainer: str, stated: dict[str, Any], where: str, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model YAMLs are theirs, found from the working directory, or, in an empty one, ours of the same name."""
+    monkeypatch.chdir(theirs.parents[1] if where == "beside" else tmp_path)
+    loaded = load_config(write(tmp_path / "stage.yaml", stage_yaml(trainer)), (), TrainingConfig)
+    ours = load_config(CONFIGS / f"longsana/480ms/{trainer}.yaml", (), TrainingConfig)
+    if where == "repository":
+        stated = {key: values for key, values in stated.items() if key not in WEIGHTS | SCORES | DECODED}
+        if trainer == "ode":  # the block-causal YAML decodes latent by latent
+            stated |= DECODED
+    assert differences(ours, loaded) == stated
+    check_training(loaded)
+
+
+def test_their_commands_run(theirs: Path, tmp_path: Path) -> None:
+    from tests.scripts import load_script
+
+    inference = load_script(ROOT / "inference_video_scripts/inference_sana_video.py")
+    request = inference.prepare(
+        f"--config={theirs / NAMES['longsana']} --model_path=seeded:0 --cfg_scale=1.0 --num_frames 81 "
+        "--dataset=samples --txt_file=asset/samples/video_prompts_samples.txt".split()
+    )
+    assert request.config.sampling.chunk_frames == 10
+    training = load_script(ROOT / "train_video_scripts/train_longsana.py")
+    stage = write(tmp_path / "stage.yaml", stage_yaml("self_forcing"))
+    assert training.main(["--config_path", str(stage), "--dry_run", "--max_iters=10", "--disable-wandb"]) == 0
+
+
+# Single keys ----------------------------------------------------------------------------------------------------------
+
+
+def changed(kind: str, **changes: Any) -> dict[str, Any]:
+    """A model YAML with other values, given as section__key."""
+    content = copy.deepcopy(model_yaml(kind))
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        place = content.setdefault(section, {}) if section else content
+        if value is ...:
+            place.pop(key, None)
+        else:
+            place[key] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "expected"),
+    [
+        ("longsana", {"data__num_frames": 20}, {"sampling.chunk_frames": 5, "sampling.num_frames": 81}),
+        ("base", {"data__num_frames": 41}, {"sampling.chunk_frames": 10, "sampling.num_frames": 41}),
+        ("chunk", {"data__num_frames": 40}, {"sampling.chunk_frames": 10, "sampling.num_frames": 81}),
+        ("chunk", {"model__chunk_index": [0, 6, 11, 16]}, {"sampling.chunk_frames": 5}),
+        ("chunk", {"model__chunk_index": None, "data__num_frames": 20}, {"sampling.chunk_frames": 5}),
+        ("base", {"data__image_size": 720, "data__aspect_ratio_type": "none"}, {"sampling.height": 704}),
+        ("base", {"scheduler__inference_flow_shift": ...}, {"scheduler.inference_flow_shift": 3.0}),
+        ("base", {"flow_shift": 5.0, "scheduler__inference_flow_shift": ...}, {"scheduler.inference_flow_shift": 5.0}),
+        ("base", {"sampling_algo": "flow_euler"}, {"scheduler.sampling_algo": "flow_euler"}),
+        ("longsana", {"sampling_algo": "self_forcing_flow_euler"}, {"scheduler.sampling_algo": "longlive_flow_euler"}),
+        ("base", {"model__mixed_precision": "fp16"}, {"model.dtype": "float16"}),
+        ("base", {"text_encoder__chi_prompt": []}, {"text_encoder.chi_prompt": "none"}),
+        ("base", {"text_encoder__chi_prompt": None}, {"text_encoder.chi_prompt": "none"}),
+        ("base", {"text_encoder__chi_prompt": ["Say more:", "x "]}, {"text_encoder.chi_prompt": "Say more:\nx "}),
+        ("base", {"text_encoder__model_max_length": 120}, {"model.caption_length": 120}),
+        ("base", {}, {"sampling.cfg_scale": 6.0, "text_encoder.chi_prompt": "sana"}),
+        ("base", {"cfg_scale": 4.5}, {"sampling.cfg_scale": 4.5}),
+        ("base", {"sampling": {"cfg_scale": 2.5}}, {"sampling.cfg_scale": 2.5}),
+    ],
+)
+def test_a_key_that_has_a_home_is_taken_over(
+    kind: str, changes: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    config = load_config(write(tmp_path / "theirs.yaml", changed(kind, **changes)))
+    found = flat(dataclasses.asdict(config))
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_the_command_line_takes_their_keys(theirs: Path) -> None:
+    config = load_config(theirs / NAMES["longsana"], ["data.num_frames=20", "vae.weight_dtype=bfloat16"])
+    assert (config.sampling.chunk_frames, config.vae.weight_dtype) == (5, "bfloat16")
+    stage = ["lr=3e-6", "negative_prompt=a: dull, grey [picture]", "denoising_step_list=[1000,500]"]
+    trained = load_config(CONFIGS / "longsana/480ms/self_forcing.yaml", stage, TrainingConfig)
+    assert trained.optimizer.generator.lr == 3e-6
+    assert trained.sampling.negative_prompt == "a: dull, grey [picture]"
+    assert trained.scheduler.denoising_step_list == (1000, 500)
+
+
+def test_their_yaml_as_a_base_of_ours(theirs: Path, tmp_path: Path) -> None:
+    """For the base model's training: its section train is taken over too."""
+    own = {"base": f"theirs/configs/sana_video_config/{NAMES['base']}", "trainer": "flow_matching"}
+    path = write(tmp_path / "own.yaml", own | {"data": {"data_path": "clips"}, "sampling": {"num_frames": 161}})
+    config = load_config(path, (), TrainingConfig)
+    generator = config.optimizer.generator
+    assert (generator.lr, generator.beta1, generator.beta2, generator.eps) == (5e-5, 0.9, 0.999, 1e-10)
+    assert (generator.max_grad_norm, generator.num_warmup_steps, generator.weight_decay) == (0.1, 500, 0.0)
+    assert (config.flow_matching.flow_shift, config.scheduler.inference_flow_shift) == (3.0, 7.0)
+    assert (config.train.seed, config.train.log_iters, config.rollout.num_training_frames) == (1, 500, 21)
+    assert config.sampling.num_frames == 161, "the own file goes over its base"
+    check_training(config)
+
+
+@pytest.mark.parametrize("place", ["beside", "working directory", "repository"])
+def test_where_a_base_is_looked_up(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "yamls").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("longsana.config.REPOSITORY", tmp_path / "repository")
+    places = {"repository": 3, "working directory": 2, "beside": 1}
+    folders = {"repository": "repository", "working directory": "work", "beside": "yamls"}
+    for name, folder in folders.items():
+        if places[name] >= places[place]:
+            (tmp_path / folder / "more").mkdir(parents=True, exist_ok=True)
+            write(tmp_path / folder / "more/base.yaml", {"sampling": {"seed": places[name]}})
+    path = write(tmp_path / "yamls/own.yaml", {"base": "more/base.yaml"})
+    assert load_config(path).sampling.seed == places[place]
+
+
+def test_files_beside_a_yaml_are_found(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red ball\n")
+    (tmp_path / "model.pth").write_bytes(b"")
+    config = load_config(
+        write(tmp_path / "own.yaml", {"sampling": {"txt_file": "prompts.txt"}, "vae": {"vae_pretrained": "no.pth"}})
+    )
+    assert (config.sampling.txt_file, config.vae.vae_pretrained) == (str(tmp_path / "prompts.txt"), "no.pth")
+    stage = {"trainer": "ode", "generator_ckpt": "model.pth"}
+    trained = load_config(write(tmp_path / "stage.yaml", stage), (), TrainingConfig)
+    assert trained.model.load_from == str(tmp_path / "model.pth")
+
+
+def test_what_changes_nothing_is_said_in_one_line(theirs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        load_config(theirs / NAMES["base"])
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "\n" not in said
+    for name in ("image_data.*", "train.*", "data.data_dir", "data.external_data_filter", "model.fp32_attention"):
+        assert f" {name}," in said or said.endswith(name), name
+    assert said.count("data.external_data_filter") == 1
+    for name in ("data.image_size", "model.mixed_precision", "scheduler.vis_sampler", "vae.vae_latent_dim"):
+        assert name not in said.replace("image_data", ""), "it has a home"
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        load_config(CONFIGS / NAMES["base"])
+    assert not caplog.records
+
+
+def test_what_cannot_be_honoured_is_said_all_at_once(tmp_path: Path) -> None:
+    wrong = changed(
+        "base",
+        task="ltx",
+        model__attn_type="flash",
+        model__mlp_acts=["relu", "silu", None],
+        model__t_kernel_size=5,
+        model__qk_norm=False,
+        scheduler__vis_sampler="flow_euler_ltx",
+        scheduler__pred_sigma=True,
+        vae__vae_stride=[4, 16, 16],
+        data__image_size=256,
+    )
+    with pytest.raises(InputError) as caught:
+        load_config(write(tmp_path / "theirs.yaml", wrong))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (
+        "task=ltx: text to video only",
+        "model.attn_type=flash: ",
+        "model.mlp_acts=['relu', 'silu', None]: ",
+        "model.t_kernel_size=5: ",
+        "model.qk_norm=False: ",
+        "scheduler.vis_sampler=flow_euler_ltx: the samplers here are chunk_flow_euler, flow_dpm-solver, flow_euler",
+        "scheduler.pred_sigma=True: ",
+        "vae.vae_stride=[4, 16, 16]: for this vae.vae_type it is [4, 8, 8]",
+        "data.image_size=256: write sampling.height and sampling.width",
+    ):
+        assert part in message, part
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"warp_denoising_step": True}, "write the timesteps themselves"),
+        ({"wandb_key": "secret"}, "wandb login"),
+        ({"distribution_loss": "ode"}, "trainer=longsana has the loss dmd_sana"),
+        ({"streaming_chunk_size": 31}, "it is num_training_frames, 21"),
+        ({"negative_prompt_real": "another"}, "there is one negative prompt"),
+        ({"image_or_video_shape": [1, 99, 16, 60, 104]}, "streaming_max_length is 261, and the shape says 99"),
+        ({"context_noise": 10}, "rollout.noisy_absorb=true"),
+        ({"switch_prompt_path": "a.txt"}, "prompts do not switch"),
+        ({"fake_name": "Wan"}, "one network serves every role"),
+        ({"generator_ckpt": None}, "there are no weights; give model.load_from"),
+        ({"update_kv_cache_by_end": True}, "what the exit step gives is absorbed"),
+    ],
+)
+def test_a_stage_that_cannot_be_honoured(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "stage.yaml", stage_yaml("longsana") | changes)
+    with pytest.raises(InputError) as caught:
+        load_config(path, (), TrainingConfig)
+    message = str(caught.value)
+    assert says in message and next(iter(changes)) in message and "\n" not in message
+
+
+def test_no_weights_are_filled_on_the_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "theirs.yaml", changed("base", model__load_from=None))
+    with pytest.raises(InputError, match=r"model\.load_from=None: there are no weights; .*--model_path"):
+        load_config(path)
+    assert load_config(path, ["model.load_from=mine.pth"]).model.load_from == "mine.pth"
+
+
+# Typing errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "offered"),
+    [
+        (InferenceConfig, "scheduler.flow_shif=3", "scheduler.flow_shift"),
+        (InferenceConfig, "scheduler.infrence_flow_shift=3", "scheduler.inference_flow_shift"),
+        (InferenceConfig, "model.class_dropout_prop=3", "model.class_dropout_prob"),
+        (TrainingConfig, "train.max_iter=3", "train.max_iters"),
+        (TrainingConfig, "data.data_pat=x", "data.data_path"),
+        (InferenceConfig, "scheduler.shift=3", None),
+        (InferenceConfig, "model.dropout=0.1", None),
+        (InferenceConfig, "sampling.steps=20", None),
+    ],
+)
+def test_no_setting_of_another_meaning_is_offered(schema: type, text: str, offered: str | None, tmp_path: Path) -> None:
+    path = write(tmp_path / "own.yaml", {"trainer": "ode"} if schema is TrainingConfig else {})
+    with pytest.raises(InputError) as caught:
+        load_config(path, [text], schema)
+    hint = f" (did you mean '{offered}'?)" if offered else f"unknown key {text.partition('=')[0]}"
+    assert str(caught.value).endswith(hint)
+
+
+@pytest.mark.parametrize("key", ["scheduler.flow_shift", "data.type", "model.class_dropout_prob"])
+def test_their_keys_are_no_misspelt_ones_of_ours(key: str, tmp_path: Path) -> None:
+    load_config(write(tmp_path / "own.yaml", {}), [f"{key}=0.5"])
+
+
+# The tables -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schema", "published", "trainers"),
+    [(InferenceConfig, INFERENCE, [None]), (TrainingConfig, TRAINING, ["ode", *DISTILLED, "flow_matching"])],
+)
+def test_every_home_exists(schema: type, published: Any, trainers: list[str | None]) -> None:
+    known, reached = set(leaf_keys(schema)), set()
+    values: list[Any] = [1, 81, True, 0.5, "bf16", "flow_euler", [0.9, 0.99], [1, 21, 16, 60, 104], [0, 11]]
+    for key, rule in published.rules.items():
+        for trainer in trainers:
+            for value in values:
+                try:
+                    settings = rule(key, value, {"trainer": trainer})
+                except Refused:
+                    continue
+                assert set(settings) <= known, key
+                reached |= set(settings)
+    assert len(reached) > 10
+
+
+def test_strides_are_those_of_the_vaes() -> None:
+    assert {name: (vae.time_stride, vae.space_stride) for name, vae in GEOMETRIES.items()} == STRIDES
+
+
+def test_their_instruction_is_ours() -> None:
+    assert "\n".join(model_yaml("base")["text_encoder"]["chi_prompt"]) == complex_human_instruction()
