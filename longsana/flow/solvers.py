@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -40,6 +40,15 @@ class Euler:
         return x + (self.sigmas[index + 1] - self.sigmas[index]) * velocity
 
 
+PUBLISHED = {
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+}
+"""Settings of the published base command's scheduler that are not diffusers' defaults, and the solver's order."""
+
+
 class DPMSolver:
     """The sampler flow_dpm-solver: DPM-Solver++ (2M, arXiv 2211.01095) as diffusers has it, on shifted noise levels.
 
@@ -55,14 +64,10 @@ class DPMSolver:
         import diffusers
 
         kind: Any = diffusers.DPMSolverMultistepScheduler
-        settings = (
-            FLOW | {"solver_order": 2, "algorithm_type": "dpmsolver++"} if scheduler is None else scheduler.config
-        )
-        for name, value in FLOW.items():
-            if settings[name] != value:
-                raise InputError(
-                    f"scheduler: {name} is {settings[name]}; the network predicts flows: needed is {value}"
-                )
+        settings: Mapping[str, Any] = PUBLISHED if scheduler is None else scheduler.config
+        for name in ("prediction_type", "use_flow_sigmas"):
+            if settings[name] != PUBLISHED[name]:
+                raise InputError(f"scheduler: {name} is {settings[name]}; for flows it must be {PUBLISHED[name]}")
         if settings["algorithm_type"].startswith("sde"):
             raise InputError("scheduler: an sde algorithm draws noise of its own; needed is dpmsolver++")
         self._steps = steps
@@ -75,6 +80,3 @@ class DPMSolver:
             self._scheduler.set_timesteps(self._steps)  # forgets the video before
         following: Tensor = self._scheduler.step(velocity, self._scheduler.timesteps[index], x, return_dict=False)[0]
         return following
-
-
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
