@@ -27,7 +27,7 @@ from tokenizers import (
     trainers,
 )
 
-from longsana.data.prompts import with_motion_score
+from longsana.data.prompts import with_motion
 from longsana.data.shapes import draw_scene
 
 FOLDER = Path(__file__).parent / "text_encoder"
@@ -41,7 +41,7 @@ CAPTIONS = 6000
 def captions() -> Iterator[str]:
     """Captions of training scenes, with the motion scores in turn."""
     for index in range(CAPTIONS):
-        yield with_motion_score(draw_scene(0, index).caption, SCORES[index % len(SCORES)])
+        yield with_motion(draw_scene(0, index).caption, SCORES[index % len(SCORES)])
 
 
 def train(texts: Sequence[str]) -> Tokenizer:

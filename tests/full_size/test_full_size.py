@@ -53,4 +53,4 @@ def test_base_model_command(cache: Path) -> None:
     measure = load("measure")
     record = measure.run(measure.BASE, cache)
     assert record["frames"] == 81
-    assert record["config"]["scheduler"]["sampling_algo"] == "flow_euler"
+    assert record["config"]["scheduler"]["sampling_algo"] == "flow_dpm-solver"
