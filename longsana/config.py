@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longsana.published import INFERENCE, Published, Translation
+from longsana.published import INFERENCE, Context, Published, Translation
 from longsana.runtime.errors import InputError, did_you_mean, did_you_mistype, mistyped_setting
 from longsana.runtime.files import atomic_write_text
 from longsana.runtime.hub import REPOSITORY
@@ -204,9 +205,9 @@ def load_config(
         InputError: the file is missing or not YAML, a key is unknown, or a value has the wrong type; the message names
             the key's path and the nearest right name. Or values of published keys cannot be honoured: it names all.
     """
-    layers = [*_files(Path(path), schema), _Layer(COMMAND_LINE, _parse_overrides(overrides, leaf_keys(schema)))]
+    command = _Layer(COMMAND_LINE, _parse_overrides(overrides, leaf_keys(schema)))
     merged = OmegaConf.structured(schema)
-    for source, settings in _translate(layers, schema, str(path)):
+    for source, settings in _translated(_layers(Path(path), schema, command), schema, str(path)):
         try:
             merged = OmegaConf.merge(merged, *(OmegaConf.create(_nested(*leaf)) for leaf in settings.items()))
         except OmegaConfBaseException:
@@ -221,64 +222,108 @@ def load_config(
 
 @dataclass(frozen=True)
 class _Layer:
-    """Values by dotted key, where they come from, and the folder of that file; `translated` ones are ours already."""
+    """Values by dotted key, where they come from, and the folder of that file.
+
+    reference: the key that names this model YAML; only a part of its settings is taken.
+    """
 
     source: str
-    values: Mapping[str, Any]
+    values: dict[str, Any]
     folder: Path | None = None
-    translated: bool = False
+    reference: str | None = None
 
 
-def _files(path: Path, schema: type) -> list[_Layer]:
-    """What a YAML file and those it refers to say, the weakest first."""
-    own = _read_yaml(path)
-    layers = []
-    if (name := own.pop("base", None)) is not None:
-        if not isinstance(name, str):
-            raise InputError(f"{path}: base={name}: expected the name of a config file")
-        base_path = _beside(path, name)
-        base = _read_yaml(base_path)
-        if "base" in base:
+def _layers(path: Path, schema: type, command: _Layer) -> list[_Layer]:
+    """What a YAML, those that it refers to and the command line say, the weakest first."""
+    own = _Layer(str(path), _read_yaml(path), path.parent)
+    files = [own, command]
+    if (name := own.values.pop("base", None)) is not None:
+        base_path = _referred(path, "base", name)
+        base = _Layer(str(base_path), _read_yaml(base_path), base_path.parent)
+        if "base" in base.values:
             raise InputError(f"{base_path}: a base may not have a base itself; only one level is allowed")
-        layers.append(_Layer(str(base_path), base, base_path.parent))
-    for key, part in _published(schema).references.items():
-        if isinstance(name := own.pop(key, None), str):
-            referred = _beside(path, name)
-            translated = _translate(_files(referred, InferenceConfig), InferenceConfig, str(referred))
-            settings = {key: value for _, values in translated for key, value in values.items()}
-            layers.append(_Layer(str(referred), part(settings), translated=True))
-    return [*layers, _Layer(str(path), own, path.parent)]
+        files.insert(0, base)
+    layers = []
+    for position, file in enumerate(files):
+        for key in _published(schema).references:
+            name = file.values.pop(key, None)
+            if name is None or any(key in later.values for later in files[position + 1 :]):
+                continue
+            referred = _referred(Path(file.source if file.folder else path), key, name)
+            log.info("%s: %s", key, referred)
+            parts = _layers(referred, InferenceConfig, _Layer(COMMAND_LINE, {}))[:-1]
+            layers += [dataclasses.replace(part, reference=key) for part in parts]
+        layers.append(file)
+    return layers
 
 
-def _translate(layers: Sequence[_Layer], schema: type, path: str) -> list[tuple[str, dict[str, Any]]]:
+def _translated(layers: Sequence[_Layer], schema: type, path: str) -> list[tuple[str, dict[str, Any]]]:
     """The layers as settings of the schema, each with its source.
 
     Raises:
         InputError: a key is unknown, or what cannot be honoured of the published code, all of it.
     """
-    published, known = _published(schema), leaf_keys(schema)
-    context = {key: value for layer in layers if not layer.translated for key, value in layer.values.items()}
-    translated, unused, refused = [], [], []
+    published = _published(schema)
+    own = {key: value for layer in layers if layer.reference is None for key, value in layer.values.items()}
+    found: list[tuple[_Layer, Translation]] = []
+    below: dict[str, Any] = {}
     for layer in layers:
-        found = Translation()
-        for key, value in layer.values.items():
-            if layer.translated or (key in known and key not in published.rules):
-                found.settings[key] = value
-            elif key in published.rules:
-                found.take(published.rules[key], key, value, context)
-            elif key.partition(".")[0] in published.sections and not mistyped_setting(key, known):
-                found.unused.append(key)
-            else:
-                _blame_unknown(key, known, [*known, *published.rules], layer.source)
-        translated.append((layer.source, _found_beside(layer.folder, found.settings)))
-        unused += found.unused
-        if found.refused:
-            refused.append(f"{layer.source}: {'; '.join(found.refused)}")
+        if layer.reference is None:
+            continue
+        reference = published.references[layer.reference]
+        given = _merged(other.values for other in layers if other.reference == layer.reference)
+        named = next((own[key] for key in (reference.weights, "model.load_from") if own.get(key) is not None), None)
+        context = Context({**given, "model.load_from": given.get("model.load_from") or named}, layer.values)
+        _check_kind(INFERENCE, context, layer.source)
+        translation = _translate(layer, context, InferenceConfig)
+        below |= {key: value for key, value in translation.settings.items() if not key.endswith(".load_from")}
+        translation.settings = reference.part(translation.settings)
+        found.append((layer, translation))
+    context = Context({**below, **own})
+    _check_kind(published, context, path)
+    for layer in (layer for layer in layers if layer.reference is None):
+        found.append((layer, _translate(layer, dataclasses.replace(context, layer=layer.values), schema)))
+    refused = [f"{layer.source}: {'; '.join(done.refused)}" for layer, done in found if done.refused]
     if refused:
-        raise InputError(f"settings of the published code that cannot be honoured here: {'; '.join(refused)}")
-    if unused:
-        log.info("%s: these published settings change nothing here: %s", path, _shortened(unused, context))
-    return translated
+        raise InputError("; ".join(refused))
+    if unused := [key for _, done in found for key in done.unused]:
+        given = _merged(layer.values for layer in layers)
+        log.info("%s: these published settings change nothing here: %s", path, _shortened(unused, given))
+    order = {id(layer): position for position, layer in enumerate(layers)}
+    found.sort(key=lambda pair: order[id(pair[0])])
+    return [(layer.source, done.settings) for layer, done in found]
+
+
+def _check_kind(published: Published, context: Context, path: str) -> None:
+    try:
+        published.check(context)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _translate(layer: _Layer, context: Context, schema: type) -> Translation:
+    """One layer's values as settings of the schema."""
+    published, known, found = _published(schema), leaf_keys(schema), Translation()
+    for key, value in layer.values.items():
+        value = _found_beside(layer.folder, key, value)
+        section = key.partition(".")[0]
+        names = [*known, *published.rules]
+        if key in published.rules:
+            found.take(published.rules[key], key, value, context)
+        elif key in known:
+            found.put(key, value, key)
+        elif layer.folder is not None and section in published.sections and not mistyped_setting(key, names):
+            found.unused.append(key)
+        elif value == {} and any(name.startswith(f"{key}.") for name in known):
+            pass  # an empty section
+        else:
+            found.refused.append(_unknown(key, known, names))
+    found.settings = {key: _found_beside(layer.folder, key, value) for key, value in found.settings.items()}
+    return found
+
+
+def _merged(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for layer in layers for key, value in layer.items()}
 
 
 def _published(schema: type) -> Published:
@@ -289,28 +334,33 @@ def _published(schema: type) -> Published:
 def _shortened(keys: Sequence[str], given: Iterable[str]) -> str:
     """Keys to two levels; a section as a whole where all that is given of it is among them."""
     names = []
-    for key in dict.fromkeys(".".join(key.split(".")[:2]) for key in keys):
-        section = key.partition(".")[0]
-        whole = all(other in keys for other in given if other.startswith(f"{section}."))
-        names.append(f"{section}.*" if "." in key and whole else key)
+    for key in keys:
+        section, _, rest = key.partition(".")
+        whole = rest and all(other in keys for other in given if other.startswith(f"{section}."))
+        names.append(f"{section}.*" if whole else ".".join(key.split(".")[:2]))
     return ", ".join(dict.fromkeys(names))
 
 
-def _beside(path: Path, name: str) -> Path:
-    """A file that a YAML names: beside it, in the working directory, or in the repository."""
+def _referred(path: Path, key: str, name: Any) -> Path:
+    """The file that a key of a YAML names: beside it, in the working directory, or in the repository.
+
+    Raises:
+        InputError: the name is no text, or there is no such file.
+    """
+    if not isinstance(name, str):
+        raise InputError(f"{path}: {key}={name}: expected the name of a config file")
     candidates = (path.parent / name, Path(name), REPOSITORY / name)
-    return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
-
-
-def _found_beside(folder: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a file in a folder, with those that name something in it changed to its path."""
-    found = dict(settings)
-    if folder is None:
+    if (found := next((candidate for candidate in candidates if candidate.is_file()), None)) is not None:
         return found
-    for key in FILES:
-        if isinstance(name := found.get(key), str) and name and (folder / name).exists():
-            found[key] = str(folder / name)
-    return found
+    places = ", ".join(dict.fromkeys(str(candidate) for candidate in candidates))
+    raise InputError(f"{path}: {key}={name}: no such config file ({places})")
+
+
+def _found_beside(folder: Path | None, key: str, value: Any) -> Any:
+    """The value of a setting, or its path where it names something in the folder of its YAML."""
+    if folder is None or key not in FILES or not isinstance(value, str) or not value or not (folder / value).exists():
+        return value
+    return os.path.abspath(folder / value)
 
 
 def render_config(config: Any) -> str:
@@ -357,7 +407,9 @@ def _parse_overrides(overrides: Sequence[str], known: Mapping[str, str]) -> dict
         if not equals or not re.fullmatch(r"[\w.]+", key):
             raise InputError(f"'{item}': a setting has the form section.key=value")
         try:
-            values[key] = text if _is_text(TEXTS.get(key) or known.get(key), text) else yaml.safe_load(text)
+            is_list = key == "text_encoder.chi_prompt" and text.startswith("[")
+            is_text = _is_text(TEXTS.get(key) or known.get(key), text) and not is_list
+            values[key] = text if is_text else yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise InputError(f"the command line: {key}={text}: {' '.join(str(error).split())}") from error
     return values
@@ -405,12 +457,9 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _blame_unknown(key: str, known: Iterable[str], names: Sequence[str], source: str) -> NoReturn:
-    """
-    Raises:
-        InputError: it names the key, and what may have been meant.
-    """
+def _unknown(key: str, known: Iterable[str], names: Iterable[str]) -> str:
+    """What to say of a key that is none, and what may have been meant."""
     inside = sorted(name for name in known if name.startswith(f"{key}."))
     if inside:
-        raise InputError(f"{source}: {key} is a section; set one of {', '.join(inside)}")
-    raise InputError(f"{source}: unknown key {key}{did_you_mistype(key, names)}")
+        return f"{key} is a section; set one of {', '.join(inside)}"
+    return f"unknown key {key}{did_you_mistype(key, names)}"

@@ -641,7 +641,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             return self._given("negative_prompt", embeds, mask, copies, count)
         if prompt is None or isinstance(prompt, str):
             prompt = [negative_text(prompt)] * (count // copies)
-        prompts = list(prompt)
+        prompts = [negative_text(text) for text in prompt]
         if len(prompts) * copies != count:
             raise InputError(f"negative_prompt: {len(prompts)} for {count // copies} prompts")
         return [self._embed(text, instruction=False) for text in prompts for _ in range(copies)]

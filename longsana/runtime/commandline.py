@@ -10,9 +10,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from longsana.runtime.distributed import World
-from longsana.runtime.errors import InputError, did_you_mean
+from longsana.runtime.errors import InputError, did_you_mistype
 
 T = TypeVar("T")
+SWITCH: dict[str, Any] = {"nargs": "?", "const": "true"}
+"""How an option is declared that means true where no value follows."""
+_SETTING = re.compile(r"\w+(\.\w+)*=")
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,13 +42,23 @@ class Parser(argparse.ArgumentParser):
         true where no value follows.
         """
         for flag, setting in flags.items():
-            optional: dict[str, Any] = {"nargs": "?", "const": "true"} if flag in switches else {}
+            optional: dict[str, Any] = SWITCH if flag in switches else {}
             self.add_argument(f"--{flag}", metavar="VALUE", help=f"the setting {setting}", **optional)
-        options, rest = self.parse_known_args(arguments)
+        options, rest = self.parse_known_args(self._filled(arguments))
         values = {setting: getattr(options, flag) for flag, setting in flags.items()}
         given = [f"{setting}={value}" for setting, value in values.items() if value is not None]
         own = [name for action in self._actions for name in action.option_strings]
         return options, given + parse_settings(rest, [*own, *(f"--{setting}" for setting in settings)])
+
+    def _filled(self, arguments: Sequence[str]) -> list[str]:
+        """The arguments, with the value of each switch that has none: argparse would take a setting for it."""
+        switches = {name for action in self._actions if action.nargs == "?" for name in action.option_strings}
+        filled = list(arguments)
+        for position, word in enumerate(filled):
+            after = arguments[position + 1] if position + 1 < len(arguments) else "--"
+            if word in switches and (after.startswith("--") or _SETTING.match(after)):
+                filled[position] = f"{word}={SWITCH['const']}"
+        return filled
 
 
 def parse_settings(rest: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -60,10 +73,12 @@ def parse_settings(rest: Sequence[str], known: Sequence[str]) -> list[str]:
     words = iter(rest)
     for word in words:
         flag = word.partition("=")[0]
-        if re.match(r"\w+(\.\w+)*=", word):
+        if _SETTING.match(word):
             settings.append(word)
         elif flag not in known and not re.match(r"--\w+\.", word):
-            raise InputError(f"unknown option {flag}{did_you_mean(flag, known)}; see --help")
+            names = [name.removeprefix("--") for name in known]
+            hint = did_you_mistype(flag.removeprefix("--"), names).replace("'", "'--", 1)
+            raise InputError(f"unknown option {flag}{hint}; see --help")
         elif "=" in word:
             settings.append(word[2:])
         else:

@@ -23,6 +23,40 @@ SOURCES = {"model": "load_from", "vae": "vae_pretrained", "text_encoder": "text_
 """The setting of each section that says where weights come from."""
 
 
+_MANY_STEPS = {
+    "scheduler.denoising_step_list": "it takes scheduler.num_inference_steps steps",
+    "scheduler.bf16_timesteps": "its timesteps are never rounded",
+    "sampling.cuda_graphs": "its passes are not recorded",
+}
+_NOT_STAGGERED = {"scheduler.interval_k": "only chunk_flow_euler's chunks are staggered"}
+_WHOLE = _MANY_STEPS | _NOT_STAGGERED | {"model.num_cached_blocks": "it samples a clip as one chunk"}
+MEANINGLESS: dict[str, dict[str, str]] = {
+    DISTILLED: _NOT_STAGGERED
+    | {
+        "scheduler.num_inference_steps": "it takes the steps of scheduler.denoising_step_list",
+        "sampling.negative_prompt": "it has no guidance",
+        "sampling.null_caption": "it has no guidance",
+    },
+    "chunk_flow_euler": _MANY_STEPS,
+    **dict.fromkeys(WHOLE_CLIP, _WHOLE),
+}
+"""Settings that change nothing with a sampler, and why."""
+
+
+def meaningless(config: InferenceConfig) -> dict[str, str]:
+    """Settings that decide nothing about this config's videos, and why."""
+    sampling = config.sampling
+    found = dict(MEANINGLESS[config.scheduler.sampling_algo])
+    if sampling.cfg_scale == 1:
+        reason = "with cfg_scale 1 nothing is guided away from it"
+        found = {"sampling.negative_prompt": reason, "sampling.null_caption": reason} | found
+    elif sampling.null_caption == "learned" and sampling.negative_prompt:
+        found["sampling.negative_prompt"] = "sampling.null_caption=learned takes its place"
+    if sampling.motion_score is None or sampling.motion_score > 0:
+        found["sampling.high_motion"] = f"it counts with a motion_score of 0 or less, not {sampling.motion_score}"
+    return found
+
+
 def chunk_plan(config: InferenceConfig) -> ChunkPlan:
     """The chunks of every video of this config; the bidirectional base model samples its clip as one."""
     frames = geometry(config.vae).latent_frames(config.sampling.num_frames)

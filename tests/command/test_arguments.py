@@ -102,7 +102,7 @@ BAD = {
     "size": (["--height", "100"], "height=100: must be a multiple of 16; nearest are 96 and 112"),
     "unknown key": (["--vae.weight_dtyp", "x"], "did you mean 'vae.weight_dtype'?"),
     "wrong type": (["--sampling.bs", "two"], "sampling.bs=two"),
-    "wrong choice": (["--vae.weight_dtype", "int8"], "expected one of"),
+    "wrong choice": (["--vae.weight_dtype", "int8"], "vae.weight_dtype=int8: auto, bfloat16, float16 or float32"),
     "unknown flag": (["--num_framse", "5"], "did you mean '--num_frames'?"),
     "value missing": (["--sampling.bs"], "a value is missing"),
     "guided distilled model": (["--cfg_scale", "4"], "cfg_scale=4: the distilled model"),
@@ -119,7 +119,7 @@ BAD = {
     "null caption of the distilled model": (["sampling.null_caption=learned"], "it has no guidance"),
     "two negatives": (
         ["--config", BASE, "--sampling.null_caption", "learned", "--negative_prompt", "x"],
-        "--negative_prompt: has no meaning with sampling.null_caption=learned",
+        "--negative_prompt: has no meaning for the sampler flow_dpm-solver as it is set: sampling.null_caption=learned",
     ),
     "step list of many steps": (
         ["--sampling_algo", "chunk_flow_euler", "scheduler.denoising_step_list=[1000]"],
