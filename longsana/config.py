@@ -334,7 +334,7 @@ def save_config(config: Any, path: str | Path) -> None:
 
 
 def _as_float(value: Any) -> Any:
-    """A whole number as the float that it is, also one that YAML took for a text, as it does 1e-3; else value."""
+    """Make a float of a whole number, or of one that YAML takes for a text, such as 1e-3; leave all else as it is."""
     if isinstance(value, bool):
         return value
     try:

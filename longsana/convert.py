@@ -105,8 +105,8 @@ def is_vae(path: Path, key: str) -> bool:
 
 
 def network_config(options: argparse.Namespace, written: dict[str, Any]) -> ModelConfig:
-    """The network in SRC: what --config says, else its own config (`written`: its diffusers one), else the published
-    one; with learned factors of its past if they are there."""
+    """Describe the network in SRC: by --config, else its own config (`written`: its diffusers one), else as the
+    published one; in any case with learned factors of its past if they are there."""
     config = _network_config(options, written)
     learned = DECAY_LOGIT in open_checkpoint(weights_file(options.path), options.key)
     return replace(config, state_decay=LEARNED) if learned else config

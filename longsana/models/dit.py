@@ -126,7 +126,7 @@ class LongSanaDiT(nn.Module):
             t: (B,) or (B, T), timestep in [0, 1000] of each clip or of each latent frame.
             text: tokens (B, L, caption_channels) and mask (B, L); or what `read` made of them.
             plan: chunks of the T frames; a frame sees its own chunk and everything before. None is one chunk.
-            state: everything before the first frame; None is nothing.
+            state: what is kept of everything before the first frame (see `models.past`); None is nothing.
 
         Returns:
             Velocity (noise - clean) like x in the network's dtype, and the state that includes x's frames.

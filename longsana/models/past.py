@@ -61,7 +61,7 @@ class Past:
 
     @classmethod
     def of(cls, config: ModelConfig) -> Past:
-        """What a config's num_cached_blocks, state_decay and num_sink_blocks say.
+        """Read a config's num_cached_blocks, state_decay and num_sink_blocks.
 
         Raises:
             InputError: one of them, by name, is out of its bounds or means nothing beside the others.
@@ -86,18 +86,22 @@ class Past:
 
     @property
     def entries(self) -> int:
-        """W of a state: how many sums it holds."""
+        """W of a state, the sums that it holds for a block and head."""
         return max(self.window, 1) + (self.sinks > 0)
 
     def factors(
         self, frames: Sequence[int], shape: tuple[int, int], logits: Tensor | None, *, dtype: torch.dtype, device: Any
     ) -> list[Tensor | None]:
-        """For each block (n, heads): g^(frames of the chunk), what each chunk multiplies what came before it by.
+        """Compute for each block (n, heads), in `dtype`: what each chunk multiplies what came before it by, g^frames.
 
         Args:
-            frames: of each chunk.
-            shape: how many blocks, and heads of each.
-            logits: of learned factors, `shape`, counted from that of `START`.
+            frames: latent frames of each of the n chunks.
+            shape: how many blocks there are, and heads in each.
+            logits: (blocks, heads), of learned factors, counted from that of `START`.
+            dtype: that of the sums.
+
+        Returns:
+            None for each block where nothing fades.
         """
         blocks, heads = shape
         if self.decay is None:
@@ -111,16 +115,16 @@ class Past:
         return list(torch.stack([rates**count for count in frames], dim=1).to(dtype).unbind())
 
     def joins(self, sinks: int) -> int | None:
-        """How many chunks, of those to come, join the sinks after so many did; None without any."""
+        """Count the chunks to come that join the sinks after `sinks` of them; None for a past without sinks."""
         return self.sinks - sinks if self.sinks else None
 
     def sunk(self, sinks: int, chunks: int) -> int:
-        """How many chunks have joined the sinks, after so many had and so many chunks more."""
+        """Count the chunks in the sinks after `chunks` more."""
         return min(self.sinks, sinks + chunks)
 
 
 def _checked(decay: Any) -> float | tuple[float, float] | Literal["learned"] | None:
-    """g as it is used, None for 1; InputError for what is none."""
+    """Give g as it is used, None for 1; InputError for what is no factor."""
     if decay is None or decay == LEARNED:
         return None if decay is None else LEARNED
     ends = decay if isinstance(decay, tuple) else (decay,)
@@ -141,7 +145,7 @@ def _checked(decay: Any) -> float | tuple[float, float] | Literal["learned"] | N
 
 
 def _spread(decay: float | tuple[float, float], heads: int, device: Any) -> Tensor:
-    """(heads,) in float64: one factor for all, or spread geometrically in 1 - g; of one head, the first."""
+    """Make (heads,) in float64: one factor for all, or spread geometrically in 1 - g; a single head takes the first."""
     if not isinstance(decay, tuple):
         return torch.full((heads,), decay, dtype=torch.float64, device=device)
     share = torch.arange(heads, dtype=torch.float64, device=device) / max(heads - 1, 1)

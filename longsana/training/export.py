@@ -85,7 +85,8 @@ def _read(folder: Path, group: str, config: ModelConfig, dtype: torch.dtype) -> 
 
 
 def _check_same(config: ModelConfig, other: ModelConfig, name: str) -> None:
-    """A trainer's file holds networks of one shape; but scores learn no factors of a past that they have not."""
+    """Refuse (InputError) networks that a trainer's file has no place for: all are of one shape, but scores, which have
+    no past, may lack the factors of it."""
     own, others = ({key: value.shape for key, value in empty_model(it).state_dict().items()} for it in (config, other))
     if {key: shape for key, shape in own.items() if key in others or key not in OPTIONAL} != others:
         raise InputError(

@@ -42,14 +42,14 @@ log = logging.getLogger("longsana")
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs/sana_video_config/longsana/shapes/longsana.yaml"
 CHUNK = 10
-"""Latent frames of a chunk, of which the decays below are."""
+"""Latent frames of a chunk, for which the decays below are told."""
 STEPS = 4
 UNFINISHED = 3
 
 
 @dataclass(frozen=True)
 class Policy:
-    """settings: of the model. absorbs: False: a chunk's state is that of its last denoising pass."""
+    """A way to keep the past. settings: of the model. absorbs: False: a chunk's state is that of its last denoising."""
 
     name: str
     settings: tuple[str, ...] = ()
@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> int:
 
 
 def measure_speeds(options: argparse.Namespace) -> int:
-    """Frames a second of ten seconds of video on two cores of this machine."""
+    """Measure frames a second, of ten seconds of video, on two cores of this machine."""
     torch.set_num_threads(2)
     path, (text,) = options.out / "speed.json", prompts(0, 1, held_out=True)
     speeds = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -143,7 +143,7 @@ def measure_speeds(options: argparse.Namespace) -> int:
 
 
 def write_table(out: Path) -> None:
-    """table.md, and plot.png where matplotlib is installed, of all that has been measured."""
+    """Write table.md, and plot.png where matplotlib is installed, of all that has been measured."""
     speeds = json.loads((out / "speed.json").read_text(encoding="utf-8")) if (out / "speed.json").exists() else {}
     paths = {policy.name: out / policy.file for policy in POLICIES}
     scores = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
@@ -171,7 +171,7 @@ def write_table(out: Path) -> None:
 
 
 def shown(value: Sequence[float | None], *, percent: bool = False) -> str:
-    """The mean of a figure; nothing where there is none."""
+    """Write the mean of a figure; nothing where there is none."""
     mean = value[0]
     if mean is None:
         return ""

@@ -202,7 +202,7 @@ def test_sinks_stay_and_a_window_begins_after_them(small_config, random_model, r
 
 @pytest.mark.parametrize("settings", [{}, {"num_cached_blocks": 2}, {"num_sink_blocks": 1}])
 def test_gradients_of_learned_factors(small_config, random_model, random_text, random_latents, settings):
-    """Against differences, and of chunks one after the other as of all at once."""
+    """Differences give them; and chunks one after the other as all at once."""
     model, text = random_model(small_config(state_decay="learned", **settings)), random_text(1)
     model.requires_grad_(False)
     plan = ChunkPlan((2, 3, 1))

@@ -110,7 +110,7 @@ def test_conversions_keep_them(there: Layout, back: Layout, config: Path, tmp_pa
 
 
 def test_a_diffusers_folder_needs_no_yaml(tmp_path: Path) -> None:
-    """And a card says what the network keeps."""
+    """Its config is enough; and a card says what the network keeps."""
     own = dataclasses.replace(LEARNED, num_cached_blocks=2, num_sink_blocks=1)
     save_checkpoint(weights(config=own), tmp_path / "a", "diffusers", own)
     assert convert.main([str(tmp_path / "a"), str(tmp_path / "b.safetensors"), "--to", "safetensors"]) == 0

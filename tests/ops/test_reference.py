@@ -31,7 +31,7 @@ class Policy(NamedTuple):
         return torch.rand(chunks, HEADS, generator=torch.Generator().manual_seed(8)).double() if self.decays else None
 
     def settings(self, first: int, last: int, chunks: int) -> dict[str, object]:
-        """Of the operations, for a call with chunks [first, last) of a video of `chunks`."""
+        """Settings of the operations, for a call with chunks [first, last) of a video of `chunks`."""
         factors = self.factors(chunks)
         sink = max(self.sinks - first, 0) if self.sinks else None
         return {"window": self.window, "decay": None if factors is None else factors[first:last], "sink": sink}
@@ -149,7 +149,7 @@ def remembered(
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_gradients_of_linear_attention(policy):
-    """Of all that it reads, the carried sums and the factors too, against differences."""
+    """Differences give the gradients of all that it reads, the carried sums and the factors too."""
     lengths, (q, k, v) = [2, 1, 2], random_qkv(5)
     settings = policy.settings(0, 3, 3)
     decay = settings.pop("decay")
