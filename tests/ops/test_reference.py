@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longsana.ops.reference import linear_attention, prefix_sums, rotate, temporal_conv
 
@@ -264,6 +265,21 @@ def test_a_step_of_inference_is_one_addition():
     for decay in (None, torch.ones(1, HEADS)):
         for total in prefix_sums(past, own, -1, decay):
             assert torch.equal(total, past + own)
+
+
+@pytest.mark.parametrize(("decay", "operation"), [(None, "aten.add.Tensor"), (0.9, "aten.addcmul.default")])
+def test_a_step_of_inference_is_one_launch(decay, operation):
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    past, own = heads(2, 1, seed=1), heads(2, 1)
+    factors = None if decay is None else torch.full((1, HEADS), decay, dtype=torch.float64)
+    with Noted():
+        prefix_sums(past, own, -1, factors)
+    assert [name for name in names if "view" not in name] == [operation]
 
 
 def test_a_factor_of_zero_leaves_the_chunk_itself():
