@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from longsana.config import InferenceConfig, leaf_keys
+from longsana.models.naming import PAST
 from longsana.published import INFERENCE, Refused, height_and_width
 from longsana.runtime.commandline import Parser
 from longsana.runtime.errors import InputError
@@ -92,7 +93,7 @@ MEANINGLESS = {
     },
     **{
         sampler: {
-            "model.num_cached_blocks": "it samples a clip as one chunk",
+            **{f"model.{name}": "it samples a clip as one chunk" for name in PAST},
             "scheduler.denoising_step_list": "it takes scheduler.num_inference_steps steps",
             "scheduler.bf16_timesteps": "its timesteps are never rounded",
         }
