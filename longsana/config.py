@@ -70,10 +70,20 @@ class ModelConfig:
     linear_attn_eps: float = 1e-8  # under the linear attention's denominator
     cross_norm_eps: float = 1e-6  # of the cross-attention's q and k RMSNorm
     num_cached_blocks: int = -1  # chunks of the past that attention sees; -1 is all of it
+    # What a latent frame leaves of the past, from 0 to 1; [first, last] of the heads, spread geometrically in 1 - g; or
+    # learned, for each block and head; none: 1. Half is left after a chunk of ten with 0.933. See models/past.py
+    state_decay: Any = None
+    num_sink_blocks: int = 0  # first chunks that stay as they are beside a window or a decay
     load_from: str = "seeded:0"  # path, hf://owner/repo/file, or seeded:N for random weights from seed N
     checkpoint_key: Literal["generator", "generator_ema", "critic"] = "generator"  # read from trainer checkpoints
     dtype: Dtype = "auto"
     float8: bool = False  # inference: large matrix products in float8 with a scale a row, for GPUs from Hopper on
+
+    def __post_init__(self) -> None:
+        # OmegaConf knows no type for a number or a pair of them; what is neither, `Past.of` refuses.
+        decay = self.state_decay
+        decay = tuple(map(_as_float, decay)) if isinstance(decay, list | tuple) else _as_float(decay)
+        object.__setattr__(self, "state_decay", decay)
 
     def architecture(self) -> Architecture:
         """The named architecture with this config's own sizes put over it."""
@@ -371,6 +381,16 @@ def render_config(config: Any) -> str:
 def save_config(config: Any, path: str | Path) -> None:
     """Write `render_config`, whole or not at all."""
     atomic_write_text(path, render_config(config))
+
+
+def _as_float(value: Any) -> Any:
+    """Make a float of a whole number, or of one that YAML takes for a text, such as 1e-3; leave all else as it is."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
 
 
 def leaf_keys(schema: type) -> dict[str, str]:

@@ -15,6 +15,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ import torch
 from longsana.config import ARCHITECTURES, InferenceConfig, ModelConfig, load_config
 from longsana.models.checkpoint_files import NETWORKS, PIPELINE_PART, open_checkpoint, weights_file
 from longsana.models.dcp_files import is_checkpoint
-from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS, diffusers_config, from_diffusers_config
+from longsana.models.naming import (
+    BASE_CLASS,
+    CAUSAL_CLASS,
+    DECAY_LOGIT,
+    chosen_past,
+    diffusers_config,
+    from_diffusers_config,
+)
+from longsana.models.past import LEARNED
 from longsana.models.weights import LAYOUTS, Layout, read_weights, save_checkpoint, written_config
 from longsana.models.writing import check_target, write_weights
 from longsana.runtime.commandline import Parser, run_command, set_up_logging
@@ -96,8 +105,14 @@ def is_vae(path: Path, key: str) -> bool:
 
 
 def network_config(options: argparse.Namespace, written: dict[str, Any]) -> ModelConfig:
-    """Of the network in SRC: what --config says, else its own config (`written`: its diffusers one), else the published
-    one."""
+    """Describe the network in SRC: by --config, else its own config (`written`: its diffusers one), else as the
+    published one; in any case with learned factors of its past if they are there."""
+    config = _network_config(options, written)
+    learned = DECAY_LOGIT in open_checkpoint(weights_file(options.path), options.key)
+    return replace(config, state_decay=LEARNED) if learned else config
+
+
+def _network_config(options: argparse.Namespace, written: dict[str, Any]) -> ModelConfig:
     if options.config is not None:
         config: InferenceConfig = load_config(locate(options.config, "--config"))
         return config.model
@@ -153,7 +168,8 @@ def _named(config: ModelConfig, key: str) -> str:
     """A network by its size, as `model` may be the name of a larger one whose sizes a YAML changed."""
     size = config.architecture()
     name = config.model if ARCHITECTURES[config.model] == size else "LongSANA"
-    return f"Network {name} ({key}), {size.depth} blocks of width {size.hidden_size}, patch {size.patch_size}"
+    past = "".join(f", {setting} {value}" for setting, value in chosen_past(config).items())
+    return f"Network {name} ({key}), {size.depth} blocks of width {size.hidden_size}, patch {size.patch_size}{past}"
 
 
 def _card(target: Path, layout: Layout, source: str, what: str, count: int, dtypes: set[str]) -> str:

@@ -12,6 +12,7 @@ from longsana.encoders.geometry import geometry
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.build import empty_model
 from longsana.models.checkpoint_files import PIPELINE_PART, weights_file
+from longsana.models.naming import PAST
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, file_sha256, locate
 from longsana.runtime.video import check_encoding
@@ -29,7 +30,7 @@ _MANY_STEPS = {
     "sampling.cuda_graphs": "its passes are not recorded",
 }
 _NOT_STAGGERED = {"scheduler.interval_k": "only chunk_flow_euler's chunks are staggered"}
-_WHOLE = _MANY_STEPS | _NOT_STAGGERED | {"model.num_cached_blocks": "it samples a clip as one chunk"}
+_WHOLE = _MANY_STEPS | _NOT_STAGGERED | {f"model.{name}": "it samples a clip as one chunk" for name in PAST}
 MEANINGLESS: dict[str, dict[str, str]] = {
     DISTILLED: _NOT_STAGGERED
     | {

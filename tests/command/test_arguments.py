@@ -138,7 +138,11 @@ BAD = {
     "patch": (["--model.patch_size", "[1,2,0]"], "model.patch_size=0"),
     "no feed-forward": (["--model.mlp_ratio=-1"], "model.mlp_ratio"),
     "heads": (["--model.num_heads", "3"], "num_heads 3"),
-    "window of nothing": (["--num_cached_blocks", "0"], "num_cached_blocks=0"),
+    "decay of the base model": (
+        ["--config", BASE, "--model.state_decay", "0.9"],
+        "--model.state_decay: has no meaning for the sampler flow_dpm-solver",
+    ),
+    "decay that grows": (["--model.state_decay", "1.5"], "state_decay=1.5: must be from 0"),
     "range": (["--start_index", "9"], "selects none of the 4 prompts"),
     "threads": (["--threads", "0"], "--threads 0"),
     "batch": (["--bs", "0"], "sampling.bs=0"),

@@ -21,6 +21,9 @@ CONFIGS = sorted(
 )
 
 
+SCORES = ("real_score", "fake_score")
+
+
 def load(path: Path, *overrides: str) -> TrainingConfig:
     config: TrainingConfig = load_config(path, overrides, TrainingConfig)
     return config
@@ -66,6 +69,10 @@ def test_the_published_stages_are_as_published():
         ("self_forcing", "flow_matching.causal=true", "belongs to flow_matching"),
         ("self_forcing", "real_score.caption_channels=32", "must be that of the generator"),
         ("self_forcing", "real_score.hidden_size=57", "must be a multiple"),
+        ("self_forcing", "real_score.state_decay=0.9", "real_score.state_decay=0.9: has no meaning; a score sees"),
+        ("longsana", "fake_score.num_cached_blocks=2", "fake_score.num_cached_blocks=2: has no meaning"),
+        ("longsana", "model.state_decay=1.5", "state_decay=1.5: must be from 0"),
+        ("longsana", "model.num_sink_blocks=1", "num_sink_blocks=1: has no meaning beside the whole past"),
         ("self_forcing", "rollout.num_training_frames=6", "by a multiple of sampling.chunk_frames=2"),
         ("self_forcing", "rollout.slice_last_frames=1", "must be at least 2"),
         ("self_forcing", "rollout.overlap_latents=3", "must be 0 to sampling.chunk_frames=2"),
@@ -94,6 +101,10 @@ def test_a_setting_that_cannot_be_is_named(small_training, trainer, override, wo
     message = str(caught.value)
     assert words in message, message
     assert "\n" not in message
+
+
+def test_scores_may_start_from_weights_with_learned_factors(small_training):
+    check_training(load(small_training("longsana"), *(f"{name}.state_decay=learned" for name in SCORES)))
 
 
 def test_a_config_of_inference_is_no_config_of_training():
