@@ -160,12 +160,12 @@ Draw = Callable[[int, int, tuple[int, int]], Scene]
 
 
 def any_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
-    """Of the world as it is. size: (height, width) of the picture."""
+    """Draw a scene of the world whose captions say everything. size: (height, width) of the picture."""
     return draw_scene(seed, index, size=size)
 
 
 def remembered_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
-    """Of the world in which the past matters. size: (height, width) of the picture."""
+    """Draw a scene of the world in which the past matters. size: (height, width) of the picture."""
     return draw_remembered(seed, index, size=size)
 
 

@@ -22,8 +22,8 @@ SHADE = 0.65
 STRIPE = 0.5
 """Width of each of the two stripes, and distance of their middles from the shape's, in radii: they are 6.5 to 10.5
 pixels wide, near the 8 of a latent."""
-DOTS = ((0.62, 0.0), (-0.62, 0.0), (0.0, 0.62), (0.0, -0.62))
-DOT = 0.24
+DOTS = ((0.64, 0.0), (-0.64, 0.0), (0.0, 0.64), (0.0, -0.64))
+DOT = 0.27
 """Middles of the dots and their radius, in radii of the shape: where all kinds but the triangle have a body."""
 
 

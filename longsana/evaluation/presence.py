@@ -28,7 +28,7 @@ LARGEST = 1.1 * max(radius for _, radius in RADII.values())
 
 
 class Presence(NamedTuple):
-    """Of N actors in F frames, (N, F) each.
+    """Where N actors are in F frames, (N, F) each.
 
     whole: bool, in view and not cut by the rims that it travels across; of one that does not travel, seen.
     torn: bool, at both of these rims at once, as if it were to leave and to come in.
@@ -45,7 +45,10 @@ class Presence(NamedTuple):
 
 
 def find_presence(present: Tensor, rims: Tensor, actors: Sequence[Actor]) -> Presence:
-    """present: (N, F) bool, whether each actor is seen. rims: (N, F, 4) bool, the rims that it touches, see `Seen`."""
+    """Follow N actors through F frames, from where they were seen alone.
+
+    present: (N, F) bool, whether each is seen. rims: (N, F, 4) bool, the rims that it touches, see `Seen`.
+    """
     travels, out, into, limit = _ways(actors, present.device)
     leaving, entering = (
         present & travels & rims.gather(2, side.expand_as(present)[..., None])[..., 0] for side in (out, into)

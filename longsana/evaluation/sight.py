@@ -83,7 +83,7 @@ class Seen(NamedTuple):
         return cls._make([*(torch.cat(values, dim=1) for values in tensors), sizes[0]])
 
     def first(self, frames: int) -> Seen:
-        """The same of the first frames alone."""
+        """What the first frames alone show."""
         *tensors, size = self
         return Seen._make([*(values[:, :frames] for values in tensors), size])
 

@@ -129,7 +129,7 @@ class _Unabsorbing:
 
 
 def try_truth(config: InferenceConfig, trial: Trial, device: torch.device) -> dict[str, Any]:
-    """The same of the world itself, seen through the VAE: what no model can surpass. One seed; other prompts."""
+    """Score the world itself, seen through the VAE: what no model can surpass. One seed; other prompts."""
     vae = load_vae(config.vae, device, resolve_dtype(config.vae.weight_dtype, device))
     plan = ChunkPlan.split(vae.geometry.latent_frames(trial.frames), config.sampling.chunk_frames)
     seam = _seam(plan.frames, config.sampling.chunk_frames, vae.geometry.time_stride)
@@ -164,7 +164,7 @@ def _score(
     seam: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Of each video the figures by length, and curves by second. films: pieces (B, F, H, W, 3), uint8."""
+    """Figures of each video by length, and curves by second. films: pieces (B, F, H, W, 3), uint8."""
     seen: list[Seen] = []
     looks = measure_pieces(films, device, lambda pictures: seen.append(observe(pictures)))
     whole = Seen.join(seen)

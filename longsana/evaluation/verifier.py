@@ -122,7 +122,7 @@ class _Cast:
         return cls(actors, video, colour, kind, promised)
 
     def pick(self, field: Tensor) -> Tensor:
-        """Of a field (B, F, 7, ...) of `Seen`, each actor's own (N, F, ...)."""
+        """Take each actor's own, (N, F, ...), from a field (B, F, 7, ...) of `Seen`."""
         return field[self.video, :, self.colour]
 
     def total(self, values: Tensor) -> Tensor:

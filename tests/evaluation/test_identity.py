@@ -243,18 +243,16 @@ def test_what_vanishes_is_not_what_it_was() -> None:
 # Back as another ----------------------------------------------------------------------------------------------------
 
 
-def returning(*others: Scene, look: Look = STRIPED, last: int = BACK + 15) -> Verdicts:
-    """Of a traveller in whose place the last of these scenes' comes back."""
-    scene = lone(TRAVELLER, look)
-    gone = 52
-    assert not watch([scene], 60).present[0, gone].any()
-    parts = [(scene, range(gone)), ((others or (scene,))[-1], range(gone, last))]
-    clip = cut(*parts)
+def returning(other: Scene, last: int = BACK + 15) -> Verdicts:
+    """Judge a traveller in whose place that of another scene comes back."""
+    scene, gone = lone(TRAVELLER, STRIPED), 52
+    clip = cut((scene, range(gone)), (other, range(gone, last)))
+    assert not observe(clip[:, gone - 1 : gone + 1]).present.any()
     return verdicts(clip, TRAVELLER)
 
 
 def test_the_same_one_comes_back() -> None:
-    verdict = returning()
+    verdict = returning(lone(TRAVELLER, STRIPED))
     assert verdict.returns[0, :60].isnan().all()
     assert verdict.returns[0, BACK:].tolist() == [1.0] * 15
     assert score(verdict).persistence == 1
@@ -302,6 +300,25 @@ def test_nobody_comes_back() -> None:
     assert verdict.returns[0, :180].isnan().all()
     assert verdict.returns[0, 210:].tolist() == [0.0] * 30
     assert verdict.colour[0, 210:].max() == verdict.motion[0, 210:].max() == 0
+
+
+def test_who_forgets_is_wrong() -> None:
+    """Whatever else is as promised, looks that are drawn anew are rarely the old ones."""
+    alone = [scene for scene in remembered(80, seed=4) if len(scene.tracks) == 1 and scene.tracks[0].away]
+    clips, promised = [], []
+    for scene, other in zip(alone, alone[1:] + alone[:1], strict=True):
+        seen = watch([scene], 113).present[0].any(-1)
+        gone = int((~seen).int().argmax())
+        if seen[gone:].sum() < 30:
+            continue  # back too late
+        actor, look = scene.tracks[0].actor, other.tracks[0].look
+        anew = changed(scene, **{name: getattr(look, name) for name in ("tint", "marking", "angle")})
+        clips.append(cut((scene, range(gone)), (anew, range(gone, 113))))
+        promised.append(shapes.Promise((actor,), scene.background))
+    assert len(clips) >= 8
+    result = score(judge(observe(torch.cat(clips)), promised))
+    assert result.returns < 0.3
+    assert min(result.colour, result.kind, result.background, result.motion, result.persistence) >= LEAST[False]
 
 
 def test_it_comes_back_in_the_middle_of_the_picture() -> None:
