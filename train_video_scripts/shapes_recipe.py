@@ -1,6 +1,7 @@
 """Train everything of the shapes world, one step after another, and measure it.
 
     python train_video_scripts/shapes_recipe.py --out output/shapes
+    python train_video_scripts/shapes_recipe.py --out output/remembered_shapes --world remembered_shapes
 
 A step is done when what it makes lies in OUT/parts, and is then passed over: stopped at any moment, the same command
 goes on, the networks' steps from where they were. OUT/parts is all that later steps need: carry it to another machine,

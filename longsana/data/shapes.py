@@ -126,9 +126,7 @@ class Track:
     def colour(self) -> tuple[float, ...]:
         """Its bytes, but for paint."""
         own = COLOURS[self.actor.colour]
-        if self.look is None:
-            return own
-        return tuple(tinted(torch.tensor(own), torch.tensor(self.look.tint)).tolist())
+        return own if self.look is None else tuple(tinted(torch.tensor(own), torch.tensor(self.look.tint)).tolist())
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         """Centre (F, 2), x and y in pixels, at each of the frames; out of the box while it is out of view."""

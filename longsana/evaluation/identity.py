@@ -13,9 +13,9 @@ from longsana.data.looks import MARKINGS
 from longsana.data.shapes import FPS, KINDS
 
 TINT_APART = 0.35
-"""Tints (of a range from -1 to 1) that are two: 4.2 degrees of hue. Blurred and noisy, 99 % are seen within 0.06."""
+"""Tints (of a range from -1 to 1) that are two: 4.2 degrees of hue. Blurred and noisy, 99 % are seen within 0.05."""
 SIZE_APART = 0.07
-"""Logarithm of radii that are two. Blurred and noisy, 99 % are seen within 0.05, and most of that does not change."""
+"""Logarithm of radii that are two. Blurred and noisy, 99 % are seen within 0.055, and most of that does not change."""
 ANGLE_APART = math.radians(15)
 """Angles of stripes that are two. Blurred and noisy, 99 % are seen within 1.5 degrees."""
 STRIPES = MARKINGS.index("stripes")
