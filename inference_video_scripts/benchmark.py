@@ -27,6 +27,11 @@ from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
+
 import torch
 
 from inference_video_scripts.inference_sana_video import DEFAULT_CONFIG, check_threads
@@ -35,7 +40,7 @@ from longsana.data.prompts import Prompt
 from longsana.evaluation.report import table
 from longsana.models.float8 import check_float8
 from longsana.ops.backend import VARIABLE, can_fuse
-from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.commandline import Parser, run_command
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, check_writable
@@ -184,9 +189,7 @@ def short_name(kernel: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
-    return run_command(world, lambda: prepare(arguments, world), lambda request: run(request, world))
+    return run_command(lambda world: prepare(arguments, world), run)
 
 
 if __name__ == "__main__":

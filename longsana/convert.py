@@ -19,6 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
+
 import torch
 
 from longsana.config import ARCHITECTURES, InferenceConfig, ModelConfig, load_config
@@ -35,7 +40,7 @@ from longsana.models.naming import (
 from longsana.models.past import LEARNED
 from longsana.models.weights import LAYOUTS, Layout, read_weights, save_checkpoint, written_config
 from longsana.models.writing import check_target, write_weights
-from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.commandline import Parser, run_command
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
@@ -179,9 +184,7 @@ def _card(target: Path, layout: Layout, source: str, what: str, count: int, dtyp
 
 
 def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
-    return run_command(world, lambda: prepare(arguments, world), run)
+    return run_command(lambda world: prepare(arguments, world), lambda options, world: run(options))
 
 
 if __name__ == "__main__":

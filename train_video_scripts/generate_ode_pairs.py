@@ -19,11 +19,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
+
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import leaf_keys, load_config
 from longsana.data.prompts import Prompt
-from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.commandline import Parser, run_command
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
@@ -86,9 +91,7 @@ def run(request: Request, world: World) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
-    return run_command(world, lambda: prepare(arguments), lambda request: run(request, world))
+    return run_command(lambda world: prepare(arguments), run)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
+
 import torch
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import training_prompts
 from longsana.data.remembered import WORLDS, WorldName
 from longsana.data.shapes import prompts
-from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.commandline import Parser, run_command
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text
@@ -137,9 +142,9 @@ Use: the world's grammar only. Other prompts give some video of shapes. Licence:
 class Recipe:
     """The steps, in order; each makes one thing of `parts`. tiny: on a CPU, in seconds. world: whose clips."""
 
-    def __init__(self, out: Path, *, tiny: bool, world: WorldName = "shapes") -> None:
+    def __init__(self, out: Path, *, tiny: bool, device: torch.device, world: WorldName = "shapes") -> None:
         self.parts, self.runs, self.tiny, self.world = out / "parts", out / "runs", tiny, world
-        self.device = World.from_environment().device()
+        self.device = device
         self.parts.mkdir(parents=True, exist_ok=True)
         self._write_prompts()
         self.steps: dict[str, tuple[Path, Callable[[], int]]] = {
@@ -469,9 +474,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def prepare(arguments: Sequence[str]) -> tuple[Recipe, list[str]]:
+def prepare(arguments: Sequence[str], world: World) -> tuple[Recipe, list[str]]:
     options = parse(arguments)
-    recipe = Recipe(options.out.resolve(), tiny=options.size == "tiny", world=options.world)
+    recipe = Recipe(options.out.resolve(), tiny=options.size == "tiny", world=options.world, device=world.device())
     names = options.steps or list(recipe.steps)
     if unknown := [name for name in names if name not in recipe.steps]:
         raise InputError(f"--steps {unknown[0]}: no such step; there are {', '.join(recipe.steps)}")
@@ -479,10 +484,10 @@ def prepare(arguments: Sequence[str]) -> tuple[Recipe, list[str]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
     # The stages' commands meet their processes themselves.
-    return run_command(world, lambda: prepare(arguments), lambda asked: asked[0].run(asked[1]), connect=lambda: None)
+    return run_command(
+        lambda world: prepare(arguments, world), lambda asked, world: asked[0].run(asked[1]), connect=lambda world: None
+    )
 
 
 if __name__ == "__main__":

@@ -12,17 +12,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
+
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import leaf_keys, load_config, render_config
-from longsana.runtime.commandline import Parser, set_up_logging
-from longsana.runtime.distributed import PeerError, World, keep_freed_memory, set_threads
-from longsana.runtime.errors import InputError
+from longsana.runtime.commandline import Parser, run_command
+from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.hub import locate
 from longsana.training.checks import check_sources, check_training, slots_of
 from longsana.training.config import TrainingConfig
@@ -50,32 +55,40 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_command(arguments, FLAGS, [*leaf_keys(TrainingConfig), *TRAINING.rules, *TRAINING.references])
 
 
-def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
-    try:
-        options, settings = parse(arguments)
-        path = locate(options.config_path, "--config_path")
-        config: TrainingConfig = load_config(path, settings, TrainingConfig)
-        check_training(config)
-        slots_of(config, world)
-        if options.dry_run:
-            if world.is_main:
-                print(render_config(config))
-                print(estimate(config, world.size, local_size=world.local_size).table())
-            return 0
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for, checked as far as it can be without loading anything large."""
+
+    config: TrainingConfig
+    options: argparse.Namespace
+    path: Path
+
+
+def prepare(arguments: Sequence[str], world: World) -> Request:
+    options, settings = parse(arguments)
+    path = locate(options.config_path, "--config_path")
+    config: TrainingConfig = load_config(path, settings, TrainingConfig)
+    check_training(config)
+    slots_of(config, world)
+    if not options.dry_run:
         check_sources(config, visualize=not options.no_visualize)
-    except InputError as error:
+    return Request(config, options, path)
+
+
+def run(request: Request, world: World) -> int:
+    config, options, path = request.config, request.options, request.path
+    if options.dry_run:
         if world.is_main:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+            print(render_config(config))
+            print(estimate(config, world.size, local_size=world.local_size).table())
+        return 0
 
     from longsana.training.launch import RunOptions, train  # brings diffusers and transformers, which take seconds
     from longsana.training.loop import TrainingFailed
 
     set_threads(options.threads, world)
     keep_freed_memory()
-    run = RunOptions(
+    choices = RunOptions(
         logdir=Path(options.logdir or Path("output") / path.parent.name / path.stem),
         name=options.wandb_name or path.parent.name,
         save=not options.no_save,
@@ -87,12 +100,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     try:
         with logging_redirect_tqdm():  # lines go above the bar, not through it
-            status = train(config, run, world)
-    except PeerError:
-        return 2
-    except InputError as error:
-        print(f"error: {error}" if world.is_main else f"error (process {world.rank}): {error}", file=sys.stderr)
-        return 2
+            return train(config, choices, world)
     except TrainingFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
@@ -105,9 +113,11 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    # Not after an error: the others may be waiting in a collective that this process will never enter.
-    world.disconnect()
-    return status
+
+
+def main(arguments: Sequence[str]) -> int:
+    # Training connects by itself, when it knows its device.
+    return run_command(lambda world: prepare(arguments, world), run, connect=lambda world: None)
 
 
 if __name__ == "__main__":

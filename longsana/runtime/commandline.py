@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from longsana.runtime.distributed import World
+from longsana.runtime import stop
+from longsana.runtime.distributed import PeerError, PeerLost, World
 from longsana.runtime.errors import InputError, did_you_mistype
+from longsana.runtime.files import remove_unfinished
 
 T = TypeVar("T")
 SWITCH: dict[str, Any] = {"nargs": "?", "const": "true"}
@@ -97,27 +99,44 @@ def set_up_logging(world: World) -> None:
 
 
 def run_command(
-    world: World, prepare: Callable[[], T], run: Callable[[T], int], *, connect: Callable[[], None] | None = None
+    prepare: Callable[[World], T], run: Callable[[T, World], int], *, connect: Callable[[World], None] = World.connect
 ) -> int:
-    """`run(prepare())`, and the command's exit status: that of `run`, 2 for bad input, 130 for an interrupt.
+    """`run(prepare(world), world)` of this process's world, and the command's exit status.
+
+    That is the status of `run`; 2 for bad input; 1 if another process of the launch has gone; 128 + n after signal n.
 
     prepare: checks the input before the processes meet; what is wrong with it is wrong for all, and said once.
-    connect: how they meet; None is `world.connect`.
+    connect: how they meet.
     """
-    try:
-        request = prepare()
-    except InputError as error:
-        if world.is_main:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        (connect or world.connect)()
-        return run(request)
-    except InputError as error:
-        print(f"error: {error}" if world.is_main else f"error (process {world.rank}): {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    finally:
-        world.disconnect()
+    world, ended = None, False
+    with stop.caught(remove_unfinished):
+        try:
+            world = World.from_environment()
+            set_up_logging(world)
+            try:
+                request = prepare(world)
+            except InputError as error:
+                if world.is_main:
+                    print(f"error: {error}", file=sys.stderr)
+                return 2
+            connect(world)
+            status, ended = run(request, world), True
+            return status
+        except PeerError:
+            return 2
+        except InputError as error:
+            who = "" if world is None or world.is_main else f" (process {world.rank})"
+            print(f"error{who}: {error}", file=sys.stderr)
+            return 2
+        except PeerLost as error:
+            if world is not None and world.is_main:
+                print(f"failed: {error}", file=sys.stderr)
+            return 1
+        except stop.Stopped as stopped:
+            if world is None or world.is_main:
+                print(f"{stopped}; the same command goes on from here", file=sys.stderr)
+            return stopped.status
+        finally:
+            # Not after an error: the others may be in a collective that this process will never enter.
+            if world is not None and (ended or world.size == 1):
+                world.disconnect()

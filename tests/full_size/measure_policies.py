@@ -26,13 +26,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # it also runs from a checkout not installed
 
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
+
 import torch
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.shapes import prompts
 from longsana.evaluation.report import plot, table
 from longsana.evaluation.trial import DRIFT, FIGURES, Trial, measure_speed, try_model
-from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.commandline import Parser, run_command
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text
@@ -208,13 +213,10 @@ def prepare(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
-
-    def run(options: argparse.Namespace) -> int:
+    def run(options: argparse.Namespace, world: World) -> int:
         return measure_speeds(options) if options.speed else measure(options, world.device())
 
-    return run_command(world, lambda: prepare(arguments), run, connect=lambda: None)
+    return run_command(lambda world: prepare(arguments), run, connect=lambda world: None)
 
 
 if __name__ == "__main__":
