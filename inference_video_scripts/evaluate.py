@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from longsana.evaluation.report import examine, write_report
 from longsana.evaluation.videos import Video, find_videos
-from longsana.runtime.commandline import Parser, run_command
+from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable
 
@@ -44,8 +44,8 @@ class Request:
 
 def prepare(arguments: Sequence[str]) -> Request:
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, help="where the mp4s and their sidecars are")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: the folder of the videos)")
+    parser.add_argument("folder", type=typed_path, help="where the mp4s and their sidecars are")
+    parser.add_argument("--out", type=typed_path, help="folder of the results (default: the folder of the videos)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     options = parser.parse_args(arguments)
     device = _device(options.device)

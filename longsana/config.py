@@ -10,13 +10,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,6 +22,7 @@ from longsana.published import INFERENCE, Context, Published, Translation
 from longsana.runtime.errors import InputError, did_you_mean, did_you_mistype, mistyped_setting
 from longsana.runtime.files import atomic_write_text
 from longsana.runtime.hub import REPOSITORY
+from longsana.runtime.settings import PARTS, bounded, check_bounds, parse_overrides, read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -58,17 +57,17 @@ class ModelConfig:
     """The network: `model` names an architecture; a size that is given replaces the named one's."""
 
     model: str = "SanaMSVideo_2000M_P2_D20"
-    depth: int | None = None
-    hidden_size: int | None = None
-    num_heads: int | None = None
-    patch_size: tuple[int, int, int] | None = None
-    in_channels: int = 16
-    linear_head_dim: int = 112
-    mlp_ratio: float = 3.0
-    caption_channels: int = 2304  # width of the text encoder's hidden states
-    caption_length: int = 300  # tokens of a caption the network sees
-    linear_attn_eps: float = 1e-8  # under the linear attention's denominator
-    cross_norm_eps: float = 1e-6  # of the cross-attention's q and k RMSNorm
+    depth: int | None = bounded(None, 1, 1000)
+    hidden_size: int | None = bounded(None, 1, 1 << 20)
+    num_heads: int | None = bounded(None, 1, 1 << 20)
+    patch_size: tuple[int, int, int] | None = bounded(None, 1, 64)
+    in_channels: int = bounded(16, 1, 4096)
+    linear_head_dim: int = bounded(112, 2, 4096)
+    mlp_ratio: float = bounded(3.0, above=0, most=100)
+    caption_channels: int = bounded(2304, 1, 1 << 20)  # width of the text encoder's hidden states
+    caption_length: int = bounded(300, 1, 100_000)  # tokens of a caption the network sees
+    linear_attn_eps: float = bounded(1e-8, 0, 1)  # under the linear attention's denominator
+    cross_norm_eps: float = bounded(1e-6, 0, 1)  # of the cross-attention's q and k RMSNorm
     num_cached_blocks: int = -1  # chunks of the past that attention sees; -1 is all of it
     # What a latent frame leaves of the past, from 0 to 1; [first, last] of the heads, spread geometrically in 1 - g; or
     # learned, for each block and head; none: 1. Half is left after a chunk of ten with 0.933. See models/past.py
@@ -103,7 +102,7 @@ class VAEConfig:
     # shape of FOLDER/config.json
     vae_pretrained: str = "hf://Efficient-Large-Model/SANA-Video_2B_480p/vae/Wan2.1_VAE.pth"
     weight_dtype: Dtype = "auto"
-    latents_per_call: int = 1  # latent frames decoded together; frames differ by rounding alone
+    latents_per_call: int = bounded(1, 1, 100_000)  # latent frames decoded together; frames differ by rounding alone
 
 
 @dataclass(frozen=True)
@@ -124,12 +123,13 @@ class SchedulerConfig:
     sampling_algo: Literal["longlive_flow_euler", "flow_dpm-solver", "flow_euler", "chunk_flow_euler"] = (
         "longlive_flow_euler"
     )
-    inference_flow_shift: float = 7.0
+    inference_flow_shift: float = bounded(7.0, above=0, most=1000)
     # Of longlive_flow_euler; a trailing 0 is dropped
     denoising_step_list: tuple[int, ...] = (1000, 960, 889, 727)
     bf16_timesteps: bool = False  # round timesteps as published (889 -> 888, 727 -> 728); for parity only
-    num_inference_steps: int = 50  # of all but longlive_flow_euler
-    interval_k: float = 0.5  # chunk_flow_euler: a chunk begins when the one before has done this share of its steps
+    num_inference_steps: int = bounded(50, 1, 10_000)  # of all but longlive_flow_euler
+    # chunk_flow_euler: a chunk begins when the one before has done this share of its steps
+    interval_k: float = bounded(0.5, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -137,22 +137,22 @@ class SamplingConfig:
     """What is sampled, when nothing else is said."""
 
     txt_file: str = "asset/samples/video_prompts_samples.txt"
-    num_frames: int = 81  # pixel frames
-    height: int = 480
-    width: int = 832
+    num_frames: int = bounded(81, 1, 10**9)  # pixel frames
+    height: int = bounded(480, 1, 16_384)
+    width: int = bounded(832, 1, 16_384)
     # Table that `--ar` inside a prompt line is looked up in; none: such a line is an error
     aspect_ratio_type: Literal["ASPECT_RATIO_VIDEO_480_MS", "ASPECT_RATIO_VIDEO_720_MS_DIV32", "none"] = "none"
-    chunk_frames: int = 10  # latent frames a chunk; the remainder goes to the first chunk
-    fps: int = 16
-    seed: int = 0
-    bs: int = 1  # prompts sampled together
+    chunk_frames: int = bounded(10, 1, 100_000)  # latent frames a chunk; the remainder goes to the first chunk
+    fps: float = bounded(16, above=0, most=1000)  # a fraction too: 24000/1001 on a command line
+    seed: int = bounded(0, -(2**63), 2**63 - 1)
+    bs: int = bounded(1, 1, 10_000)  # prompts sampled together
     unified_noise: bool = False  # the noise of every prompt is that of the empty one
-    cfg_scale: float = 1.0
+    cfg_scale: float = bounded(1.0, -1000, 1000)
     negative_prompt: str | None = None  # null: the published one; '': an empty one
     # What guidance moves away from: the negative prompt, or the null caption that the checkpoint was trained with
     null_caption: Literal["negative_prompt", "learned"] = "negative_prompt"
     # Appended to every prompt; 0 or less: " high motion" or " low motion" instead; null: nothing
-    motion_score: int | None = 10
+    motion_score: int | None = bounded(10, -1000, 1000)
     high_motion: bool = False
     cuda_graphs: bool = False  # longlive_flow_euler on a GPU: record a pass of a long video and replay it
 
@@ -166,8 +166,11 @@ class SamplingConfig:
 class VideoConfig:
     """The mp4."""
 
-    crf: int = 18  # x264 quality: lower is better and larger
+    # x264's quality: lower is better and larger; 0 is lossless. 20 is what 18 is with its macroblock tree, which is off
+    crf: int = bounded(20, 0, 51)
     preset: str = "veryfast"
+    # The encoder's; with as many, equal pixels make equal files. More than there are cores cost memory alone
+    threads: int = bounded(16, 1, 128)
 
 
 @dataclass(frozen=True)
@@ -215,9 +218,12 @@ def load_config(
         InputError: the file is missing or not YAML, a key is unknown, or a value has the wrong type; the message names
             the key's path and the nearest right name. Or values of published keys cannot be honoured: it names all.
     """
-    command = _Layer(COMMAND_LINE, _parse_overrides(overrides, leaf_keys(schema)))
+    command = _Layer(COMMAND_LINE, parse_overrides(overrides, _kinds(schema)))
     merged = OmegaConf.structured(schema)
+    typed: dict[str, str] = {}  # texts of the command line, in which OmegaConf would see placeholders
     for source, settings in _translated(_layers(Path(path), schema, command), schema, str(path)):
+        if source == COMMAND_LINE:
+            typed = {key: settings.pop(key) for key, value in list(settings.items()) if _looks_special(value)}
         try:
             merged = OmegaConf.merge(merged, *(OmegaConf.create(_nested(*leaf)) for leaf in settings.items()))
         except OmegaConfBaseException:
@@ -227,7 +233,20 @@ def load_config(
         result: Schema = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:  # ${...} that leads nowhere, or ???
         raise InputError(f"{path}: {error.full_key}: {_reason(error)}") from error
+    for key, text in typed.items():
+        result = _replaced(result, key, text)
+    check_bounds(result)
     return result
+
+
+def _looks_special(value: Any) -> bool:
+    return isinstance(value, str) and ("${" in value or value == "???")
+
+
+def _replaced(config: Any, key: str, value: Any) -> Any:
+    """The config with one setting changed."""
+    section, _, rest = key.partition(".")
+    return dataclasses.replace(config, **{section: _replaced(getattr(config, section), rest, value) if rest else value})
 
 
 @dataclass(frozen=True)
@@ -245,11 +264,12 @@ class _Layer:
 
 def _layers(path: Path, schema: type, command: _Layer) -> list[_Layer]:
     """What a YAML, those that it refers to and the command line say, the weakest first."""
-    own = _Layer(str(path), _read_yaml(path), path.parent)
+    kinds = _kinds(schema)
+    own = _Layer(str(path), read_yaml(path, kinds), path.parent)
     files = [own, command]
     if (name := own.values.pop("base", None)) is not None:
         base_path = _referred(path, "base", name)
-        base = _Layer(str(base_path), _read_yaml(base_path), base_path.parent)
+        base = _Layer(str(base_path), read_yaml(base_path, kinds), base_path.parent)
         if "base" in base.values:
             raise InputError(f"{base_path}: a base may not have a base itself; only one level is allowed")
         files.insert(0, base)
@@ -336,6 +356,15 @@ def _merged(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for layer in layers for key, value in layer.items()}
 
 
+TEXTS = ("negative_prompt", "negative_prompt_real")
+"""Published keys that hold a text."""
+
+
+def _kinds(schema: type) -> dict[str, str]:
+    """The types of settings, and of published keys that are texts."""
+    return leaf_keys(schema) | dict.fromkeys(TEXTS, "str | None") | {"text_encoder.chi_prompt": PARTS}
+
+
 def _published(schema: type) -> Published:
     found: Published = getattr(schema, "PUBLISHED", Published())
     return found
@@ -406,44 +435,6 @@ def leaf_keys(schema: type) -> dict[str, str]:
     return leaves
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, by their dotted names."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such config file")
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # yaml's error classes are not part of omegaconf's interface
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, dict):
-        raise InputError(f"{path}: expected a mapping of settings, found a {type(loaded).__name__}")
-    return dict(_leaves({str(key): value for key, value in loaded.items()}))
-
-
-def _parse_overrides(overrides: Sequence[str], known: Mapping[str, str]) -> dict[str, Any]:
-    """`section.key=value` items, flat; a text stays as it was typed, other values are read as YAML."""
-    values: dict[str, Any] = {}
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not re.fullmatch(r"[\w.]+", key):
-            raise InputError(f"'{item}': a setting has the form section.key=value")
-        try:
-            is_list = key == "text_encoder.chi_prompt" and text.startswith("[")
-            is_text = _is_text(TEXTS.get(key) or known.get(key), text) and not is_list
-            values[key] = text if is_text else yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"the command line: {key}={text}: {' '.join(str(error).split())}") from error
-    return values
-
-
-TEXTS = dict.fromkeys(("negative_prompt", "negative_prompt_real"), "str | None")
-"""Published keys that hold a text, and its type."""
-
-
-def _is_text(kind: str | None, text: str) -> bool:
-    """Whether a setting of this type takes these characters as they are."""
-    return kind == "str" or (kind == "str | None" and text != "null")
-
-
 def _blame_key(merged: Any, leaves: Mapping[str, Any], source: str) -> None:
     """Find the setting that does not fit by merging one after the other.
 
@@ -461,14 +452,6 @@ def _blame_key(merged: Any, leaves: Mapping[str, Any], source: str) -> None:
 
 def _reason(error: OmegaConfBaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

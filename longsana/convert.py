@@ -40,7 +40,7 @@ from longsana.models.naming import (
 from longsana.models.past import LEARNED
 from longsana.models.weights import LAYOUTS, Layout, read_weights, save_checkpoint, written_config
 from longsana.models.writing import check_target, write_weights
-from longsana.runtime.commandline import Parser, run_command
+from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.prog = "python -m longsana.convert"
     parser.add_argument("source", metavar="SRC", help="a checkpoint, a folder of one, or hf://OWNER/REPO/FILE")
-    parser.add_argument("target", metavar="DST", type=Path, help="a folder for diffusers, else a file")
+    parser.add_argument("target", metavar="DST", type=typed_path, help="a folder for diffusers, else a file")
     parser.add_argument("--to", choices=list(LAYOUTS), required=True)
     parser.add_argument("--config", help="YAML of the network, if it is not the published one at 480p")
     parser.add_argument("--key", choices=NETWORKS, default=NETWORKS[0], help="of a training checkpoint: the network")
@@ -79,7 +79,6 @@ def prepare(arguments: Sequence[str], world: World) -> argparse.Namespace:
     if world.size > 1:
         raise InputError("several processes: a conversion is the work of one; start it without a launcher")
     options.path = locate(options.source, "SRC", PIPELINE_PART)
-    options.target = options.target.expanduser()
     options.vae = is_vae(options.path, options.key)
     if options.vae and options.to not in VAE_LAYOUTS:
         raise InputError(f"--to {options.to}: this is a VAE, for which there are {' and '.join(VAE_LAYOUTS)}")

@@ -159,7 +159,6 @@ def test_a_config_is_frozen():
         ("base: none.yaml", [], ["none.yaml", "no such config file"]),
         ("base: config.yaml", [], ["one level"]),
         ("model: {model: '${nothing}'}", [], ["config.yaml", "model.model", "'nothing'"]),
-        ("", ["sampling.txt_file=${sampling.txt_file}"], ["sampling.txt_file"]),
     ],
 )
 def test_what_is_wrong_is_one_line(write, text, overrides, says):

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import torch
 
 from longsana.models.weights import LAYOUTS
-from longsana.runtime.commandline import Parser, run_command
+from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.training.export import GROUPS, export
@@ -33,8 +33,8 @@ from longsana.training.export import GROUPS, export
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help="folder of a run, checkpoint_model_...")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for diffusers, else a file")
+    parser.add_argument("checkpoint", type=typed_path, help="folder of a run, checkpoint_model_...")
+    parser.add_argument("--out", type=typed_path, required=True, help="a folder for diffusers, else a file")
     parser.add_argument("--layout", choices=list(LAYOUTS), required=True)
     parser.add_argument("--weights", choices=list(GROUPS), help="the network (default: raw; trainer: all of them)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")

@@ -37,7 +37,7 @@ from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import training_prompts
 from longsana.data.remembered import WORLDS, WorldName
 from longsana.data.shapes import prompts
-from longsana.runtime.commandline import Parser, run_command
+from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text
@@ -467,7 +467,7 @@ def _number(value: Sequence[float | None]) -> str:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("output/shapes"), help="(default: %(default)s)")
+    parser.add_argument("--out", type=typed_path, default=Path("output/shapes"), help="(default: %(default)s)")
     parser.add_argument("--steps", nargs="+", metavar="STEP", help="only these (default: all, in order)")
     parser.add_argument("--world", choices=list(WORLDS), default="shapes", help="whose clips (default: %(default)s)")
     parser.add_argument("--size", choices=["full", "tiny"], default="full")

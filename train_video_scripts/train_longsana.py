@@ -26,7 +26,7 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import leaf_keys, load_config, render_config
-from longsana.runtime.commandline import Parser, run_command
+from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.hub import locate
 from longsana.training.checks import check_sources, check_training, slots_of
@@ -42,7 +42,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and every setting given on the command line as `section.key=value`."""
     parser = Parser(__doc__)
     parser.add_argument("--config_path", required=True, help="YAML file of a stage")
-    parser.add_argument("--logdir", help="the run's folder (default: output/NAME_OF_FOLDER/NAME_OF_CONFIG)")
+    parser.add_argument(
+        "--logdir", type=typed_path, help="the run's folder (default: output/NAME_OF_FOLDER/NAME_OF_CONFIG)"
+    )
     parser.add_argument("--no_save", action="store_true", help="write no checkpoints")
     parser.add_argument("--no_visualize", action="store_true", help="sample no validation videos")
     parser.add_argument("--no-auto-resume", action="store_true", help="start anew; what is in logdir is moved aside")
@@ -50,8 +52,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dry_run", action="store_true", help="print config, sizes and a memory estimate, and stop")
     parser.add_argument("--disable-wandb", action="store_true", help="log to metrics.jsonl alone")
     parser.add_argument("--wandb_name", help="the run's name in wandb (default: the config's folder)")
-    parser.add_argument("--wandb-save-dir", type=Path, default=Path("wandb"), help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
+    parser.add_argument("--wandb-save-dir", type=typed_path, default=Path("wandb"), help="(default: %(default)s)")
+    parser.add_threads()
     return parser.parse_command(arguments, FLAGS, [*leaf_keys(TrainingConfig), *TRAINING.rules, *TRAINING.references])
 
 
@@ -89,7 +91,7 @@ def run(request: Request, world: World) -> int:
     set_threads(options.threads, world)
     keep_freed_memory()
     choices = RunOptions(
-        logdir=Path(options.logdir or Path("output") / path.parent.name / path.stem),
+        logdir=options.logdir or Path("output") / path.parent.name / path.stem,
         name=options.wandb_name or path.parent.name,
         save=not options.no_save,
         visualize=not options.no_visualize,

@@ -7,17 +7,44 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from longsana.runtime import stop
 from longsana.runtime.distributed import PeerError, PeerLost, World
 from longsana.runtime.errors import InputError, did_you_mistype
-from longsana.runtime.files import remove_unfinished
+from longsana.runtime.files import expanded, remove_unfinished
+from longsana.runtime.settings import decimal
+
+
+def typed_path(text: str) -> Path:
+    """The path that an option says, for `type=`: `~` is the home folder."""
+    try:
+        return expanded(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def whole(text: str) -> int:
+    """The number that an option says, for `type=`: whole, and decimal as in settings."""
+    number = decimal(text)
+    if not isinstance(number, int):
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number")
+    return number
+
 
 T = TypeVar("T")
+MOST_THREADS = 1024
 SWITCH: dict[str, Any] = {"nargs": "?", "const": "true"}
 """How an option is declared that means true where no value follows."""
 _SETTING = re.compile(r"\w+(\.\w+)*=")
+
+
+def _threads(text: str) -> int:
+    number = whole(text)
+    if not 1 <= number <= MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text}: must be from 1 to {MOST_THREADS}")
+    return number
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +54,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
+
+    def add_threads(self) -> None:
+        """Declare `--threads`, for `longsana.runtime.distributed.set_threads`."""
+        self.add_argument("--threads", type=_threads, help="CPU threads (default: usable cores / processes here)")
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")

@@ -14,6 +14,19 @@ from typing import BinaryIO
 
 from longsana.runtime.errors import InputError
 
+
+def expanded(path: str | Path) -> Path:
+    """A path that somebody typed, with the home folder for `~`.
+
+    Raises:
+        InputError: `~user` of a user that there is not.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: not found: there is no such user") from error
+
+
 _unfinished: set[Path] = set()
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, check_chi_prompt
 from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts
@@ -15,6 +12,7 @@ from longsana.models.checkpoint_files import PIPELINE_PART, weights_file
 from longsana.models.naming import PAST
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, file_sha256, locate
+from longsana.runtime.settings import check_bounds
 from longsana.runtime.video import check_encoding
 
 DISTILLED = "longlive_flow_euler"
@@ -72,26 +70,9 @@ def check_config(config: InferenceConfig) -> None:
         InputError: the first one found, by name, with what would be right.
     """
     sampling, scheduler = config.sampling, config.scheduler
-    sizes = dataclasses.asdict(config.model.architecture())
-    for name, value in (
-        *((f"model.{name}", sizes[name]) for name in ("depth", "hidden_size", "num_heads")),
-        ("model.patch_size", min(sizes["patch_size"])),
-        ("model.linear_head_dim", config.model.linear_head_dim),
-        ("model.caption_channels", config.model.caption_channels),
-        ("model.caption_length", config.model.caption_length),
-        ("model.mlp_ratio * hidden_size", int(config.model.mlp_ratio * sizes["hidden_size"])),
-        ("sampling.chunk_frames", sampling.chunk_frames),
-        ("sampling.bs", sampling.bs),
-        ("sampling.fps", sampling.fps),
-        ("scheduler.num_inference_steps", scheduler.num_inference_steps),
-        ("vae.latents_per_call", config.vae.latents_per_call),
-    ):
-        if value < 1:
-            raise InputError(f"{name}={value}: must be at least 1")
-    if not math.isfinite(sampling.cfg_scale):
-        raise InputError(f"sampling.cfg_scale={sampling.cfg_scale}: must be a finite number")
-    if not 0 <= scheduler.interval_k <= 1:
-        raise InputError(f"scheduler.interval_k={scheduler.interval_k}: must be in [0, 1], a share of a chunk's steps")
+    check_bounds(config)
+    if int(config.model.mlp_ratio * config.model.architecture().hidden_size) < 1:
+        raise InputError(f"model.mlp_ratio={config.model.mlp_ratio}: leaves the Mix-FFN no channel; must be larger")
     check_chi_prompt(config.text_encoder.chi_prompt)
     if scheduler.sampling_algo == DISTILLED and sampling.cfg_scale != 1:
         raise InputError(

@@ -111,7 +111,7 @@ def test_no_flag_is_answered_by_a_guess(flag: str, script: ModuleType) -> None:
         (["--custom_height_width", "480"], "--custom_height_width 480: two whole numbers"),
         (["--sample_nums", "0"], "--sample_nums 0: must be at least 1"),
         (["--add_label", "a/b"], "without slashes"),
-        (["--interval_k", "1.5"], "scheduler.interval_k=1.5: must be in [0, 1]"),
+        (["--interval_k", "1.5"], "scheduler.interval_k=1.5: must be at most 1"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(arguments: list[str], says: str, script: ModuleType) -> None:

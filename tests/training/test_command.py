@@ -298,7 +298,7 @@ def forbidden(*arguments: Any, **options: Any) -> Any:
         ("longsana", "--no_auto_resume", "unknown option --no_auto_resume (did you mean '--no-auto-resume'?)"),
         ("longsana", "--trainer longsama", "trainer=longsama"),
         ("longsana", "trainer=longsama", "trainer=longsama"),
-        ("longsana", "lr=0", "optimizer.generator: lr=0"),
+        ("longsana", "lr=0", "optimizer.generator.lr=0.0: must be above 0"),
         ("longsana", "--generator_ckpt x.pt", "model.load_from: 'x.pt' not found"),
         ("longsana", "--max_iters many", "train.max_iters=many"),
         ("longsana", "--max_iters 0", "train.max_iters=0: must be at least 1"),
