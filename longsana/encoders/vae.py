@@ -7,6 +7,7 @@ weights by `wan_decoder` or `ltx2_decoder`; diffusers' own decoding is the slow 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -19,6 +20,8 @@ from longsana.config import VAEConfig
 from longsana.encoders import convolution, ltx2_decoder, wan_decoder
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry, geometry
 from longsana.encoders.vae_files import LTX2, WAN, Kind, Model, check_geometry, load_model
+from longsana.runtime.arguments import Whole, settled
+from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -137,7 +140,7 @@ class VideoVAE(ABC):
         The slow twin of `decode_stream`: diffusers' own decoding, whose memory grows with the length.
         """
         frames: Tensor = self.model.decode(self._denormalise(latents)).sample
-        return frames.float().clamp_(-1, 1)
+        return _clamped(frames.float())
 
     @torch.no_grad()
     def decode_stream(
@@ -148,8 +151,8 @@ class VideoVAE(ABC):
         more: whether latents follow. Only a decoder that looks `ahead` asks: it keeps back the frames that they may
         change, and gives them in one call where the video ends, as its cache then does.
 
-        Returns float32 frames in [-1, 1], (B, 3, F, H, W). A causal decoder gives all of these latents',
-        F = `geometry.pixel_frames(T, first=cache is None)`.
+        Returns float32 frames in [-1, 1], (B, 3, F, H, W), and NaN where the network's are not finite. A causal decoder
+        gives all of these latents', F = `geometry.pixel_frames(T, first=cache is None)`.
         Cut anywhere, the frames are those of `decode` within rounding (about 3e-5 in float32). Cuts between groups of
         g = `latents_per_call` change no bit of them: latent 0 is decoded alone, then 1 .. g, g+1 .. 2g, and so on.
 
@@ -166,7 +169,7 @@ class VideoVAE(ABC):
             raw = self._denormalise(latents[:, :, group.start - start : group.stop - start])
             last = not more and group.stop == stop
             decoded, features = self._decode_group(raw, features, group.start, last=last)
-            frames.append(decoded.clamp_(-1, 1).float())
+            frames.append(_clamped(decoded))
         assert features is not None, "no latents to decode"
         return torch.cat(frames, dim=2), DecodeCache(features, stop, ended=self.ahead > 0 and not more)
 
@@ -182,7 +185,7 @@ class VideoVAE(ABC):
         batch, _, _, height, width = cache.features[0].shape  # what the first convolution remembers: latents
         none = torch.empty(batch, self.geometry.channels, 0, height, width, device=self.device, dtype=self.dtype)
         decoded, features = self._decode_group(none, cache.features, cache.latents, last=True)
-        return decoded.clamp_(-1, 1).float(), DecodeCache(features, cache.latents, ended=True)
+        return _clamped(decoded), DecodeCache(features, cache.latents, ended=True)
 
     def lead_latent(self, latents: Tensor, cache: DecodeCache | None = None) -> tuple[Tensor, DecodeCache]:
         """The last pixel frame of latents (B, C, T, h, w), encoded as a picture of its own, and the next cache.
@@ -213,7 +216,9 @@ class WanVAE(VideoVAE):
 
     @staticmethod
     def _statistics(model: Model) -> tuple[Tensor, Tensor]:
-        return torch.tensor(model.config.latents_mean), torch.tensor(model.config.latents_std)
+        statistics = (model.config.latents_mean, model.config.latents_std)
+        mean, std = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in statistics)
+        return mean, std
 
     @property
     def widest(self) -> tuple[int, int]:
@@ -258,12 +263,15 @@ class LTX2VAE(VideoVAE):
 VAES: dict[str, type[WanVAE | LTX2VAE]] = {kind.name: kind for kind in (WanVAE, LTX2VAE)}
 
 
+@plain_defaults()
 def load_vae(config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> VideoVAE:
     """The VAE of `config.vae_type`, on `device` as `dtype`.
 
     Raises:
-        InputError: its weights are not there, or not of this kind.
+        InputError: a setting is wrong, its weights are not there, or not of this kind.
     """
+    config = settled(config, "vae")
+    Whole(1).settle("vae.latents_per_call", config.latents_per_call)
     return VAES[config.vae_type].load(config, device, dtype)
 
 
@@ -278,6 +286,12 @@ def kind_of(model: Model) -> type[WanVAE | LTX2VAE]:
             return kind
     known = " or ".join(kind.kind.__name__ for kind in VAES.values())
     raise InputError(f"vae: a {type(model).__name__}; needed is an {known}")
+
+
+def _clamped(decoded: Tensor) -> Tensor:
+    """Frames in [-1, 1], float32, of what a decoder gives, which is overwritten."""
+    # An infinite number would become plain white, and nobody would see what went wrong.
+    return decoded.nan_to_num_(nan=math.nan, posinf=math.nan, neginf=math.nan).clamp_(-1, 1).float()
 
 
 def encode_clip(model: Model, frames: Tensor, *, latents_per_call: int) -> Tensor:
