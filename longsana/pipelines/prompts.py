@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 
 import torch
@@ -110,7 +110,7 @@ def in_turn(prompt: str | Iterable[str]) -> Iterator[str]:
     """
     if isinstance(prompt, str):
         return repeat(whole(prompt))
-    if not isinstance(prompt, Iterable):
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping) or hasattr(prompt, "shape"):
         raise InputError(f"prompt: a {type(prompt).__name__}; must be a text, or texts one after another")
     if isinstance(prompt, list | tuple):
         prompts = [whole(text) for text in prompt]

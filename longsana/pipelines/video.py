@@ -666,7 +666,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         try:
             return FlowSchedule(shift, tuple(grid if timesteps is None else timesteps))
         except ValueError as error:
-            what = f"num_inference_steps={count}: too many steps to tell apart" if timesteps is None else str(error)
+            given = f"num_inference_steps={count}: too many steps to tell apart" if timesteps is None else ""
+            what = given or f"timesteps: {error}"
             raise InputError(what) from error
 
     def _shift(self, given: float | None) -> float:
@@ -831,7 +832,12 @@ class _Watch:
     def __call__(self, step: int, x: Tensor) -> Tensor:
         if self._callback is not None:
             given = {"latents": x} if "latents" in self._wanted else {}
-            changed = (self._callback(self._pipe, self._done, self._timesteps[step], given) or {}).get("latents", x)
+            returned = self._callback(self._pipe, self._done, self._timesteps[step], given)
+            changed = x if returned is None else returned.get("latents", x) if isinstance(returned, dict) else None
+            if not isinstance(changed, Tensor):
+                raise InputError(
+                    f"callback_on_step_end: returned {type(returned).__name__}; must be None, or a dict of tensors"
+                )
             if changed.shape != x.shape:
                 raise InputError(
                     f"callback_on_step_end: returned latents of shape {tuple(changed.shape)} for {tuple(x.shape)}"

@@ -84,9 +84,10 @@ class OneOf:
 
     def settle(self, name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in self.options:
+            short = isinstance(value, str) and len(value) < SHOWN
             raise InputError(
-                f"{name}={value if isinstance(value, str) else _shown(value)}: must be one of "
-                f"{', '.join(self.options)}{did_you_mean(value, self.options) if isinstance(value, str) else ''}"
+                f"{name}={value if short else _shown(value)}: must be one of {', '.join(self.options)}"
+                f"{did_you_mean(value, self.options) if short else ''}"
             )
         return value
 
@@ -127,7 +128,7 @@ class Several:
     def settle(self, name: str, value: Any) -> tuple[Any, ...]:
         if callable(getattr(value, "tolist", None)):  # arrays and tensors
             value = value.tolist()
-        if isinstance(value, str) or not isinstance(value, Sequence):
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence):
             raise InputError(f"{name}={_shown(value)}: must be a list")
         if self.count not in (None, len(value)):
             raise InputError(f"{name}={_shown(value)}: must be {self.count} values")
