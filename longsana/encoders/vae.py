@@ -67,12 +67,16 @@ class VideoVAE(ABC):
         )
 
     @classmethod
+    @plain_defaults()
     def load(cls, config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Read the weights named by `config.vae_pretrained` and put them on `device` as `dtype`.
 
         Raises:
-            InputError: nothing is there, it cannot be read, or its tensors are not exactly those of this kind of VAE.
+            InputError: a setting is wrong, nothing is there, it cannot be read, or its tensors are not exactly those of
+                this kind of VAE.
         """
+        config = settled(config, "vae")
+        Whole(1).settle("vae.latents_per_call", config.latents_per_call)
         shape = geometry(config)
         return cls(
             load_model(config.vae_pretrained, shape, device, dtype, kind=cls.kind), shape, config.latents_per_call
@@ -140,7 +144,7 @@ class VideoVAE(ABC):
         The slow twin of `decode_stream`: diffusers' own decoding, whose memory grows with the length.
         """
         frames: Tensor = self.model.decode(self._denormalise(latents)).sample
-        return _clamped(frames.float())
+        return frames.float().clamp_(-1, 1)
 
     @torch.no_grad()
     def decode_stream(
@@ -263,16 +267,13 @@ class LTX2VAE(VideoVAE):
 VAES: dict[str, type[WanVAE | LTX2VAE]] = {kind.name: kind for kind in (WanVAE, LTX2VAE)}
 
 
-@plain_defaults()
 def load_vae(config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> VideoVAE:
     """The VAE of `config.vae_type`, on `device` as `dtype`.
 
     Raises:
         InputError: a setting is wrong, its weights are not there, or not of this kind.
     """
-    config = settled(config, "vae")
-    Whole(1).settle("vae.latents_per_call", config.latents_per_call)
-    return VAES[config.vae_type].load(config, device, dtype)
+    return VAES[settled(config, "vae").vae_type].load(config, device, dtype)
 
 
 def kind_of(model: Model) -> type[WanVAE | LTX2VAE]:
