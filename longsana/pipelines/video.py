@@ -33,7 +33,7 @@ from longsana.flow.solvers import DPMSolver, Euler, Solver
 from longsana.models.embeddings import Text, TextEmbedding
 from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS
 from longsana.pipelines import transformer as networks
-from longsana.pipelines.arguments import ARGUMENTS, check_finite, refuse_ignored
+from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, check_finite, refuse_ignored
 from longsana.pipelines.noise import batch_noise, check_noise, take_seed
 from longsana.pipelines.pictures import as_output, decode, joined
 from longsana.pipelines.prompts import given_embeddings, in_turn, negative_texts, one_for_each, parts_of, whole
@@ -43,7 +43,7 @@ from longsana.pipelines.transformer import (
     onload,
     uncompiled,
 )
-from longsana.runtime.arguments import checked
+from longsana.runtime.arguments import Whole, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite, to_host
@@ -317,7 +317,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         size = self._check(*self._size(height, width))
         if frames is not None and num_frames not in (frames, USUAL_FRAMES):
             raise InputError(f"frames={frames}: an older name of num_frames, which is {num_frames}; give one of them")
-        length = self.geometry.latent_frames(num_frames if frames is None else frames)
+        num_frames = num_frames if frames is None else frames
+        length = self.geometry.latent_frames(num_frames)
+        if not self.distilled:
+            # All at once.
+            Whole(most=self.geometry.pixel_frames(MOST_LATENTS)).settle("num_frames", num_frames)
         plan = ChunkPlan.split(length, chunk_frames if self.distilled else length)
         if others := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise InputError(f"callback_on_step_end_tensor_inputs: {', '.join(others)}: there are only latents")
@@ -436,6 +440,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             state = self._gone_on_from(state, output_type)
             model = uncompiled(self.vae)
             if num_frames == 0 and state.decoder is not None and kind_of(model).ahead_of(model):
+                refuse_ignored({"prompt": prompt, "generator": generator}, "with num_frames=0, which samples nothing")
                 return self._end(state, state.decoder, output_type, latents_per_call)
         if prompt is None:
             if state is None:
@@ -445,6 +450,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
         lengths = self._lengths(num_frames, chunk_frames, begins=state is None)
+        if isinstance(prompt, list | tuple) and isinstance(lengths, tuple) and len(prompt) > len(lengths):
+            raise InputError(f"prompt: {len(prompt)} for a video of {len(lengths)} chunks, each of which takes one")
         prompts = in_turn(prompt)
         # Last of all that may be refused: a generator is advanced.
         seed = state.seed if state is not None and generator is None else take_seed(generator)

@@ -106,8 +106,15 @@ def made(config: InferenceConfig) -> list[Tensor]:
     ("name", "settings"),
     [
         ("longsana", {"scheduler.bf16_timesteps": "true", "text_encoder.dtype": "bfloat16"}),
-        ("longsana", {"scheduler.sampling_algo": "chunk_flow_euler", "sampling.cfg_scale": "2"}),
-        ("longsana", {"model.load_from": "seeded:1", "vae.vae_pretrained": "seeded:asset/shapes/vae"}),
+        (
+            "longsana",
+            {
+                "scheduler.sampling_algo": "chunk_flow_euler",
+                "sampling.cfg_scale": "2",
+                "model.load_from": "seeded:1",
+                "vae.vae_pretrained": "seeded:asset/shapes/vae",
+            },
+        ),
         ("base", {"sampling.cfg_scale": "2"}),
     ],
 )
