@@ -451,7 +451,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         assert isinstance(schedule, FlowSchedule)
         lengths = self._lengths(num_frames, chunk_frames, begins=state is None)
         if isinstance(prompt, list | tuple) and isinstance(lengths, tuple) and len(prompt) > len(lengths):
-            raise InputError(f"prompt: {len(prompt)} for a video of {len(lengths)} chunks, each of which takes one")
+            log.warning(
+                "prompt: %d for %d chunks, each of which takes one; the last are not shown", len(prompt), len(lengths)
+            )
         prompts = in_turn(prompt)
         # Last of all that may be refused: a generator is advanced.
         seed = state.seed if state is not None and generator is None else take_seed(generator)

@@ -228,6 +228,8 @@ def test_switches_without_effect_are_said_to_be(pipe: LongSanaVideoPipeline, sai
     pipe.vae.disable_slicing()
     pipe(**inputs())
     assert said() == ""
+    list(pipe.stream(**inputs(prompt=[PROMPT, OTHER, OTHER], num_frames=17, chunk_frames=2)))
+    assert "prompt: 3 for 2 chunks, each of which takes one" in said()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
