@@ -15,7 +15,7 @@ CREATORS = {
 }
 ELSEWHERE = (
     # The shapes world and its measures, which are made and looked at under PyTorch's own defaults.
-    *("longsana/data/shapes.py", "longsana/evaluation/"),
+    *("longsana/data/looks.py", "longsana/data/shapes.py", "longsana/evaluation/"),
     # Called within `plain_defaults`.
     *("longsana/encoders/vae_files.py", "longsana/models/dcp_files.py", "longsana/pipelines/lora.py"),
     # A command's process has PyTorch's own defaults.

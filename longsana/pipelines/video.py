@@ -617,7 +617,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     def _gone_on_from(self, state: StreamState, output_type: str) -> StreamState:
         """A state for this output, without a decoder where latents are wanted; InputError if none can go on from it."""
-        own = state.network
+        if state.network.tail.dtype != self.transformer.dtype:
+            raise InputError(
+                f"state: of a transformer in {state.network.tail.dtype}, this one is in {self.transformer.dtype}"
+            )
+        past, own = uncompiled(self.transformer).network.past, state.network
+        if own.kv.shape[2] != past.entries or own.sinks > past.sinks:
+            raise InputError("state: of another num_cached_blocks or num_sink_blocks than this transformer has")
         needed = uncompiled(self.transformer).network.empty_state(1, *self.geometry.latent_size(*state.size))
         for name in own._fields:
             given, like = getattr(own, name), getattr(needed, name)
@@ -627,13 +633,6 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                     f"{state.size[0]}x{state.size[1]}"
                 )
         check_finite("state", {name: part for name, part in own._asdict().items() if isinstance(part, Tensor)})
-        if state.network.tail.dtype != self.transformer.dtype:
-            raise InputError(
-                f"state: of a transformer in {state.network.tail.dtype}, this one is in {self.transformer.dtype}"
-            )
-        past, own = uncompiled(self.transformer).network.past, state.network
-        if own.kv.shape[2] != past.entries or own.sinks > past.sinks:
-            raise InputError("state: of another num_cached_blocks or num_sink_blocks than this transformer has")
         if output_type == "latent":
             return state._replace(decoder=None)
         if state.decoder is None:

@@ -90,7 +90,7 @@ def test_a_stream_refuses_at_once(name: str, loaded: LongSanaVideoPipeline) -> N
 @pytest.mark.parametrize("method", ["__init__", "__call__", "stream", "encode_prompt"])
 def test_every_argument_has_a_rule(method: str) -> None:
     """But those that have readers of their own."""
-    read = {"self", "prompt", "negative_prompt", "generator", "state"}
+    read = {"self", "prompt", "negative_prompt", "generator", "state", "state_decay"}
     parts = {"vae", "transformer", "tokenizer", "text_encoder", "scheduler"} if method == "__init__" else set()
     assert signature(getattr(LongSanaVideoPipeline, method)).parameters.keys() - ARGUMENTS.keys() <= read | parts
 
@@ -115,7 +115,13 @@ def seed() -> torch.Generator:
 
 
 def test_the_constructor(loaded: LongSanaVideoPipeline) -> None:
-    for changes in ({"caption_length": 0}, {"caption_length": "48"}, {"chi_prompt": None}, {"softcap": 1}):
+    for changes in (
+        {"caption_length": 0},
+        {"caption_length": "48"},
+        {"chi_prompt": None},
+        {"softcap": 1},
+        {"num_sink_blocks": 0.5},
+    ):
         with pytest.raises(InputError, match=f"^{next(iter(changes))}="):
             LongSanaVideoPipeline(**loaded.components | changes)
     again = LongSanaVideoPipeline(**loaded.components, caption_length=48.0)  # type: ignore[arg-type]

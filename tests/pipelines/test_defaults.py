@@ -113,6 +113,7 @@ def made(config: InferenceConfig) -> list[Tensor]:
                 "sampling.cfg_scale": "2",
                 "model.load_from": "seeded:1",
                 "vae.vae_pretrained": "seeded:asset/shapes/vae",
+                "model.state_decay": "[0.9, 0.99]",
             },
         ),
         ("base", {"sampling.cfg_scale": "2"}),
