@@ -149,7 +149,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             published ones all; that is asked for with -1, 1.0 and 0.
 
     Raises:
-        InputError: the parts do not belong together, a setting of the past means nothing, or another argument is none.
+        InputError: the parts do not belong together, a setting of the past means nothing, or another argument has no
+            value that it may have.
     """
 
     model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
@@ -534,7 +535,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """prompt_embeds (B, L, C) and their mask (B, L); and with guidance the negative prompt's, else None.
 
         Raises:
-            InputError: an argument is none, or there is no text encoder.
+            InputError: an argument has no value that it may have, or there is no text encoder.
             FloatingPointError: embeddings are not finite.
         """
         texts = one_for_each(prompt, None, num_videos_per_prompt)

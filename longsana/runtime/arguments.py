@@ -24,7 +24,7 @@ class Rule(Protocol):
         """The value that is meant.
 
         Raises:
-            InputError: it is none that the argument takes; the message names it.
+            InputError: the argument takes no such value; the message names it.
         """
 
 
