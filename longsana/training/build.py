@@ -108,7 +108,7 @@ class StageBuilder:
         config, frames = self.config, self.config.rollout.num_training_frames
         schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
         trajectories = open_trajectories(config.data.data_path, shape=self._clip_shape, digests=self.world.is_main)
-        sigmas = [*schedule.sigma(torch.tensor(schedule.steps)).tolist(), 0.0]
+        sigmas = [*schedule.sigma(torch.tensor(schedule.steps, dtype=torch.int64, device="cpu")).tolist(), 0.0]
         check_grid(trajectories.sigmas, sigmas)
         self.captions.prepare(trajectories.prompts())
         return OdeInitialisation(

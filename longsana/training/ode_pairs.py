@@ -27,6 +27,7 @@ from longsana.flow.schedule import FlowSchedule, uniform_sigmas
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded
+from longsana.runtime.finite import require_finite
 from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
 from longsana.sampling.request import check_config, source_digest
 from longsana.sampling.sampler import trajectory
@@ -105,7 +106,8 @@ def kept_steps(config: OdePairsConfig) -> tuple[int, ...]:
         InputError: the teacher's grid does not pass through the student's noise levels.
     """
     schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
-    wanted = torch.cat([schedule.sigma(torch.tensor(schedule.steps)), torch.zeros(1, dtype=torch.float64)])
+    levels = schedule.sigma(torch.tensor(schedule.steps, dtype=torch.int64, device="cpu"))
+    wanted = torch.cat([levels, levels.new_zeros(1)])
     grid = uniform_sigmas(config.pairs.shift, config.pairs.num_steps)
     steps = (grid[None] - wanted[:, None]).abs().argmin(dim=1)
     check_grid(grid[steps].tolist(), wanted.tolist())
@@ -224,11 +226,7 @@ class _Maker:
                 f"{len(batch)} clips at a time do not fit in memory; lower sampling.bs, or sampling.num_frames, height "
                 "and width"
             ) from error
-        if not states.isfinite().all():
-            raise FloatingPointError(
-                f"line {batch[0].line}: states are not finite in {self.config.pairs.dtype}; check the weights, "
-                "model.dtype and pairs.dtype"
-            )
+        require_finite(f"line {batch[0].line}", {f"states in {self.config.pairs.dtype}": states})
         return states
 
     def _digests(self) -> dict[str, str] | InputError:
