@@ -314,7 +314,7 @@ def test_that_of_another_past_is_refused(small_config, random_model, random_text
         ({"num_sink_blocks": -1}, r"^num_sink_blocks=-1: must be 0"),
         ({"state_decay": 1.5}, r"^state_decay=1.5: must be from 0 .* to 1"),
         ({"state_decay": -0.1}, r"^state_decay=-0.1: must be from 0 .* to 1"),
-        ({"state_decay": math.nan}, r"^state_decay=nan: must be from 0 .* to 1"),
+        ({"state_decay": math.nan}, r"^(model\.)?state_decay=nan: must be a finite number"),
         ({"state_decay": True}, r"^state_decay=True: must be a number, \[first, last\] of the heads, or learned"),
         ({"state_decay": "lerned"}, r"^state_decay=lerned: must be .*, or learned \(did you mean 'learned'\?\)"),
         ({"state_decay": [0.9]}, r"^state_decay=\[0.9\]: must be a number, \[first, last\]"),

@@ -127,7 +127,7 @@ def test_another_world_has_its_own_prompts_clips_and_folder(tmp_path, capsys):
     other = [*tiny, "--world", "remembered_shapes"]
     assert recipe.main([*other, "--steps", "text"]) == 0
     assert "travels" in (tmp_path / "parts" / "held_out.txt").read_text()
-    phases = recipe.Recipe(tmp_path, tiny=True, world="remembered_shapes")
+    phases = recipe.Recipe(tmp_path, tiny=True, world="remembered_shapes", device=torch.device("cpu"))
     paths = {phase: next(s for s in phases._base_phase(phase) if "data_path" in s) for phase in recipe.BASE_PHASES}
     turning = paths.pop("base_2")
     assert turning == "data.data_path=generated:turning_remembered_shapes"

@@ -288,7 +288,7 @@ def test_two_processes_with_a_sharded_network(config: TrainingConfig, report: Re
     ("overrides", "message"),
     [
         (["validation.val_samples=6"], r"val_samples=6: must be 1 to 5.*vis_interval=0"),
-        (["validation.val_samples=0"], r"val_samples=0: must be 1 to 5"),
+        (["validation.val_samples=0"], r"val_samples=0: must be at least 1"),
         (["validation.vis_video_lengths=[3,0]"], r"vis_video_lengths=0: must be at least 1"),
         (["validation.val_data_path=none.txt"], r"validation\.val_data_path.*not found"),
         (["text_encoder.text_encoder_name=none"], r"text_encoder\.text_encoder_name.*not found"),
