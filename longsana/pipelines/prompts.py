@@ -7,7 +7,7 @@ from itertools import chain, repeat
 
 from torch import Tensor
 
-from longsana.data.prompts import SPLIT
+from longsana.data.prompts import SPLIT, check_words
 from longsana.runtime.errors import InputError
 
 NO_PROMPT = "prompt: there was none in what should have given them"
@@ -17,7 +17,8 @@ def one_for_each(prompt: str | list[str] | None, embeds: Tensor | None, copies: 
     """The prompt of each video; empty where there are only embeddings.
 
     Raises:
-        InputError: there are neither prompts nor embeddings, prompts are no texts, or `copies` is below 1.
+        InputError: there are neither prompts nor embeddings, prompts are no texts or ask for a picture, or `copies`
+            is below 1.
     """
     if copies < 1:
         raise InputError(f"num_videos_per_prompt={copies}: must be at least 1")
@@ -29,6 +30,8 @@ def one_for_each(prompt: str | list[str] | None, embeds: Tensor | None, copies: 
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise InputError("prompt: must be a text or a list of texts")
+    for text in prompts:
+        check_words(text, "prompt")
     return [text.strip() for text in prompts for _ in range(copies)]
 
 
@@ -63,10 +66,11 @@ def whole(text: str) -> str:
     """A prompt that has no parts.
 
     Raises:
-        InputError: it has some, or is no text.
+        InputError: it has some, is no text, or asks for a picture.
     """
     if not isinstance(text, str):
         raise InputError(f"prompt: a {type(text).__name__} where a text is needed")
+    check_words(text, "prompt")
     if SPLIT in text:
         raise InputError(
             f"prompt: parts between '{SPLIT}' are for a video of the distilled model; a stream takes several "

@@ -100,18 +100,17 @@ def benchmark(
     wall = text + warm.wall
     latents = parts["denoise"] + parts["absorb"]
     later = warm.chunks[1:] or warm.chunks
-    sampling = config.sampling
     report: dict[str, Any] = {
         "video": {
             "frames": warm.frames,
             "height": prompt.height,
             "width": prompt.width,
             "sampler": config.scheduler.sampling_algo,
-            "chunks": list(pipeline.plan.lengths),
+            "chunks": list(pipeline.plan_of(prompt).lengths),
             "network": config.model.model,
             "backend": "compile" if compiled else backend(),
             "dtype": {"network": str(pipeline.model.dtype), "vae": str(pipeline.vae.dtype)},
-            "seed": sampling.seed,
+            "seed": config.sampling.seed if prompt.seed is None else prompt.seed,
         },
         "seconds": {**parts, "wall": wall},
         "first frames on disk": {"cold": first_text + cold.first_frames, "warm": text + warm.first_frames},

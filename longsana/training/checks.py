@@ -15,7 +15,7 @@ import torch
 from longsana.chunks import ChunkPlan
 from longsana.config import load_config
 from longsana.data.clips import GENERATED
-from longsana.data.prompts import training_prompts
+from longsana.data.prompts import place, read_prompts, training_prompts
 from longsana.models.build import empty_model
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -217,7 +217,25 @@ def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
     elif not config.data.data_path.startswith(GENERATED):
         locate(config.data.data_path, "data.data_path")
     if visualize and config.validation.vis_interval:
-        locate(config.validation.val_data_path, "validation.val_data_path")
+        _check_validation_prompts(config)
+
+
+def _check_validation_prompts(config: TrainingConfig) -> None:
+    """Refuse prompts of validation that ask for another size or length than its videos have."""
+    sampling, settings = config.sampling, config.validation
+    path = locate(settings.val_data_path, "validation.val_data_path")
+    prompts = read_prompts(path, height=sampling.height, width=sampling.width, aspect_ratio_type="none")
+    for prompt in prompts[: settings.val_samples]:
+        if prompt.frames is not None:
+            raise InputError(
+                f"{place(path, prompt.line)}: the field frames has no meaning in validation, whose videos have "
+                "validation.vis_video_lengths; remove it"
+            )
+        if (prompt.height, prompt.width) != (sampling.height, sampling.width):
+            raise InputError(
+                f"{place(path, prompt.line)}: asks for {prompt.height}x{prompt.width}; validation samples the size "
+                f"that is trained, {sampling.height}x{sampling.width}; remove the field"
+            )
 
 
 def slots_of(config: TrainingConfig, world: World) -> Slots:

@@ -118,13 +118,19 @@ def kept_steps(config: OdePairsConfig) -> tuple[int, ...]:
 
 
 def distinct_prompts(config: OdePairsConfig, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts without those that came before; what differs in length or size cannot be in one data set.
+    """The prompts without those that came before; what differs in length, size or seed cannot be in one data set.
 
     Raises:
-        InputError: a line asks for another size.
+        InputError: a line asks for another length, size or seed.
     """
-    size = (config.sampling.height, config.sampling.width)
+    sampling = config.sampling
+    size = (sampling.height, sampling.width)
     for prompt in prompts:
+        for name, own, ours in (("seed", prompt.seed, sampling.seed), ("frames", prompt.frames, sampling.num_frames)):
+            if own not in (None, ours):
+                raise InputError(
+                    f"line {prompt.line}: asks for {name} {own}; all trajectories have {ours}; remove the field"
+                )
         if (prompt.height, prompt.width) != size:
             raise InputError(
                 f"line {prompt.line}: asks for {prompt.height}x{prompt.width}; all trajectories are of one size, "
