@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from longsana.config import SamplingConfig
 from longsana.data.aspect import nearest_size
 from longsana.runtime.errors import InputError, nearest
-from longsana.runtime.foreign import parse_json, reason_of, stand_in
+from longsana.runtime.foreign import parse_json, reason_of, refuse_stand_in
 from longsana.runtime.hub import locate
 
 log = logging.getLogger(__name__)
@@ -340,8 +340,7 @@ def _read(path: Path) -> bytes:
         raise InputError(f"{path}: no such prompt file") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {reason_of(error)}") from error
-    if (instead := stand_in(content[:24])) is not None:
-        raise InputError(f"{path}: {instead}")
+    refuse_stand_in(path, content[:24])
     before, nul, _ = content.partition(b"\0")
     if nul:
         number = max(len(before.splitlines()), 1) + before.endswith(b"\n")

@@ -6,24 +6,40 @@ import codecs
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longsana.runtime.errors import InputError
 
 AGAIN = "download or copy it again"
 _STAND_INS = (
-    (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull`, or download the file"),
-    (b"<!doctype html", "a web page, not the file that it links to; download the file itself"),
-    (b"<html", "a web page, not the file that it links to; download the file itself"),
-    (b"gguf", "a GGUF file, whose quantised weights cannot be used here; get the weights as safetensors"),
-    (b"\x1f\x8b", "compressed (gzip); unpack it first"),
+    (b"version https://git-lfs", "a git-lfs pointer", "run `git lfs pull`, or download the file itself"),
+    (b"<!doctype html", "a web page", "download the file itself"),
+    (b"<html", "a web page", "download the file itself"),
+    (b"gguf", "a GGUF file, whose quantised weights cannot be used here", "get them as safetensors"),
+    (b"\x1f\x8b", "compressed (gzip)", "unpack it first"),
 )
 
 
-def stand_in(head: bytes) -> str | None:
-    """What a file with these first bytes (24 are enough) is in place of what was wanted, and what to do; or None."""
+class StandIn(NamedTuple):
+    """What lies in a file's place, and what to do about it."""
+
+    what: str
+    remedy: str
+
+
+def stand_in(head: bytes) -> StandIn | None:
+    """What a file with these first bytes (24 are enough) is, where that is none of the kinds that are read here."""
     start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    return next((what for mark, what in _STAND_INS if start.startswith(mark)), None)
+    return next((StandIn(what, remedy) for mark, what, remedy in _STAND_INS if start.startswith(mark)), None)
+
+
+def refuse_stand_in(path: Path, head: bytes) -> None:
+    """
+    Raises:
+        InputError: see `stand_in`.
+    """
+    if (instead := stand_in(head)) is not None:
+        raise InputError(f"{path}: {instead.what}, not the file itself; {instead.remedy}")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -47,12 +63,11 @@ def read_json(path: Path, remedy: str = AGAIN) -> Any:
         InputError: the file cannot be read, or is not JSON.
     """
     content = read_bytes(path)
-    if (instead := stand_in(content[:24])) is not None:
-        raise InputError(f"{path}: {instead}")
+    refuse_stand_in(path, content[:24])
     try:
         return parse_json(content)
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); {remedy}") from error
+        raise InputError(f"{path}: cannot be read as JSON ({error}); {remedy}") from error
 
 
 def parse_json(content: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

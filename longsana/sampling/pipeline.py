@@ -26,6 +26,7 @@ from longsana.models.float8 import to_float8
 from longsana.ops import backend
 from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
+from longsana.sampling.checks import blame
 from longsana.sampling.noise import PromptNoise
 from longsana.sampling.replay import ReplayedNetwork
 from longsana.sampling.request import DISTILLED, DPM, WHOLE_CLIP, chunk_plan
@@ -81,7 +82,7 @@ class VideoPipeline:
     def text_encoder(self) -> Iterator[GemmaTextEncoder]:
         """The text encoder, for as long as it is needed."""
         model, text = self.config.model, self.config.text_encoder
-        with _blame("text_encoder.text_encoder_name"):
+        with blame("text_encoder.text_encoder_name"):
             encoder = GemmaTextEncoder.load(
                 text,
                 caption_length=model.caption_length,
@@ -123,7 +124,7 @@ class VideoPipeline:
     def load(self) -> None:
         self.load_model()
         config = self.config.vae
-        with _blame("vae.vae_pretrained"):
+        with blame("vae.vae_pretrained"):
             self.vae = load_vae(config, self.device, resolve_dtype(config.weight_dtype, self.device))
 
     def load_model(self) -> None:
@@ -242,16 +243,6 @@ def _to_host(pixels: Tensor) -> Tensor:
     if not pixels.is_cuda:
         return pixels
     return torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels)
-
-
-@contextmanager
-def _blame(setting: str) -> Iterator[None]:
-    """Name the setting that an error's file came from."""
-    try:
-        yield
-    except InputError as error:
-        known = str(error).startswith(setting)
-        raise error if known else InputError(f"{setting}: {error}") from error
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:

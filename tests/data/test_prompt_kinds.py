@@ -17,7 +17,7 @@ from longsana.runtime.errors import InputError
 from longsana.sampling.request import select_prompts
 from longsana.training.checks import check_sources
 from longsana.training.config import OdePairsConfig, TrainingConfig
-from longsana.training.ode_pairs import distinct_prompts
+from longsana.training.pairs import distinct_prompts
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "configs/sana_video_config/longsana/shapes"
@@ -154,7 +154,7 @@ def test_wrong_lines_are_refused_by_their_number(tmp_path: Path, line: str, says
         ("a.txt", "a cat".encode("utf-32"), "(UTF-16?)"),
         ("a.jsonl", '{"prompt": "a cat"}'.encode("utf-16-le"), "(UTF-16?)"),
         ("a.json", '{"a cat": {}}'.encode("utf-16-le"), "(UTF-16?)"),
-        ("a.txt", b"\x1f\x8b\x08 rest", "compressed (gzip); unpack it first"),
+        ("a.txt", b"\x1f\x8b\x08 rest", "compressed (gzip), not the file itself; unpack it first"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer"),
         ("a.txt", b"<!DOCTYPE html><html>", "a web page"),
         ("a.txt", "fine\na cat<image>cat.png", ", line 2: asks for a video that begins with a picture"),
