@@ -24,6 +24,7 @@ from longsana.ops import backend
 from longsana.runtime.clock import Clock
 from longsana.runtime.files import partial_name
 from longsana.runtime.video import VideoWriter
+from longsana.sampling.checks import check_weights
 from longsana.sampling.microbenchmark import (
     compile_blocks,
     measure_float8,
@@ -85,6 +86,7 @@ def benchmark(
     compiled: each block under torch.compile. extras: those of EXTRAS that are wanted.
     """
     started = {"process": time.time() - psutil.Process().create_time()}
+    check_weights(config, fetch=True)
     pipeline = VideoPipeline(config, device)
     (first_text, text), caption = _encode(pipeline, prompt, started)
     with _timed(started, "networks"):

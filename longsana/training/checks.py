@@ -19,8 +19,9 @@ from longsana.data.prompts import place, read_prompts, training_prompts
 from longsana.models.build import empty_model
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.hub import SEEDED, locate
-from longsana.sampling.request import SOURCES, check_config
+from longsana.runtime.hub import locate
+from longsana.sampling.checks import check_network, check_weights
+from longsana.sampling.request import check_config
 from longsana.training.config import TrainingConfig
 from longsana.training.published import DISTILLED
 from longsana.training.stage import Slots
@@ -196,26 +197,23 @@ def _of_other_trainers(config: TrainingConfig) -> Iterator[tuple[str, Any, Any]]
 
 
 def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
-    """Make sure that every file the run starts from is there; on the hub's machines they are fetched now.
+    """Make sure that every file the run starts from is there and, as far as headers tell, whole and of its kind.
+
+    Those on the hub are fetched now.
 
     visualize: validation is wanted, and so its prompts.
 
     Raises:
         InputError: one is not, by the setting that names it.
     """
-    sources = {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in SOURCES.items()}
-    if config.trainer in DISTILLED:
-        sources |= {"real_score.load_from": config.real_score.load_from}
-        sources |= {"fake_score.load_from": config.fake_score.load_from}
-    for setting, uri in sources.items():
-        if not uri.startswith(SEEDED):
-            locate(uri, setting, part="transformer")
-        elif not setting.endswith("load_from"):
-            locate(uri.removeprefix(SEEDED), setting)
     if config.trainer in DISTILLED:
         training_prompts(config.data.data_path)
     elif not config.data.data_path.startswith(GENERATED):
         locate(config.data.data_path, "data.data_path")
+    check_weights(config, fetch=True)
+    if config.trainer in DISTILLED:
+        check_network(config.real_score, "real_score.load_from", fetch=True)
+        check_network(config.fake_score, "fake_score.load_from", fetch=True)
     if visualize and config.validation.vis_interval:
         _check_validation_prompts(config)
 
