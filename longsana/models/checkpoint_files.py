@@ -116,6 +116,17 @@ def weights_file(path: Path, remedy: str = "name the file") -> Path:
     raise InputError(f"{path}: {f'several weights files ({names})' if found else 'no weights'} here; {remedy}")
 
 
+def check_digests(path: Path) -> None:
+    """Compare a checkpoint folder of training with the SHA-256 that it was written with; other weights have none.
+
+    Raises:
+        InputError: a file has changed.
+    """
+    if is_checkpoint(path):
+        log.info("%s: comparing its files with their digests; those that are new or changed are read", path)
+        check_content(path, remembered=True)
+
+
 def headers_tell(path: Path) -> bool:
     """Whether names and shapes are known without reading all of a file: not in PyTorch's format before 1.6."""
     if not path.is_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 
 from longsana.chunks import ChunkPlan
@@ -12,13 +11,10 @@ from longsana.data.prompts import Prompt, parts_per_chunk, place, read_prompts
 from longsana.encoders.geometry import geometry
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.build import empty_model
-from longsana.models.checkpoint_files import PIPELINE_PART, weights_file
-from longsana.models.dcp_files import check_content, is_checkpoint
+from longsana.models.checkpoint_files import PIPELINE_PART, check_digests, weights_file
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, file_sha256, locate
 from longsana.runtime.video import check_encoding
-
-log = logging.getLogger(__name__)
 
 DISTILLED = "longlive_flow_euler"
 DPM = "flow_dpm-solver"
@@ -146,10 +142,8 @@ def source_digest(config: InferenceConfig, section: str) -> str:
     uri: str = getattr(getattr(config, section), key)
     if not uri.startswith(SEEDED):
         path = locate(uri, f"{section}.{key}", part=PIPELINE_PART if section == "model" else "")
-        if section == "model" and is_checkpoint(weights_file(path)):
-            # The digest of such a folder is that of its manifest, which must be true.
-            log.info("%s: comparing its files with their digests; those that are new or changed are read", path)
-            check_content(path, remembered=True)
+        if section == "model":
+            check_digests(weights_file(path))  # the digest of a run's checkpoint is its manifest's, which must be true
         return file_sha256(path)
     if section == "model":
         return uri

@@ -18,10 +18,12 @@ from longsana.encoders.geometry import geometry
 from longsana.encoders.vae import VideoVAE, load_vae
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.build import build_model
+from longsana.models.checkpoint_files import PIPELINE_PART, check_digests, weights_file
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, null_embedding
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
+from longsana.runtime.hub import SEEDED, locate
 from longsana.sampling.pipeline import resolve_dtype
 from longsana.training.captions import Captions
 from longsana.training.checks import DISTILLED
@@ -60,12 +62,21 @@ class StageBuilder:
         Raises:
             InputError: the data or a checkpoint do not fit.
         """
+        self.world.on_main(self._check_checkpoints)  # before captions, which may take hours
         return {
             "flow_matching": self._flow_matching,
             "ode": self._ode,
             "self_forcing": self._self_forcing,
             "longsana": self._longsana,
         }[self.config.trainer]()
+
+    def _check_checkpoints(self) -> None:
+        """Digests of the run's checkpoints that networks start from."""
+        config = self.config
+        scores = (config.real_score, config.fake_score) if config.trainer in DISTILLED else ()
+        for network in (config.model, *scores):
+            if not network.load_from.startswith(SEEDED):
+                check_digests(weights_file(locate(network.load_from, "load_from", PIPELINE_PART)))
 
     @cached_property
     def captions(self) -> Captions:
