@@ -24,7 +24,7 @@ from longsana.runtime.commandline import Parser, set_up_logging
 from longsana.runtime.distributed import PeerError, World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
-from longsana.training.checks import check_sources, check_training, slots_of
+from longsana.training.checks import check_data, check_sources, check_training, slots_of
 from longsana.training.config import TrainingConfig
 from longsana.training.estimate import estimate
 from longsana.training.published import TRAINING
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str]) -> int:
                 print(estimate(config, world.size, local_size=world.local_size).table())
             return 0
         check_sources(config, visualize=not options.no_visualize)
+        check_data(config)
     except InputError as error:
         if world.is_main:
             print(f"error: {error}", file=sys.stderr)

@@ -14,8 +14,12 @@ import torch
 
 from longsana.chunks import ChunkPlan
 from longsana.config import load_config
-from longsana.data.clips import GENERATED
+from longsana.data.clips import GENERATED, open_clips
+from longsana.data.lmdb_entries import DATA
 from longsana.data.prompts import place, read_prompts, training_prompts
+from longsana.data.trajectories import check_grid, open_trajectories
+from longsana.encoders.geometry import geometry
+from longsana.flow.schedule import FlowSchedule
 from longsana.models.build import empty_model
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -206,16 +210,46 @@ def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
     Raises:
         InputError: one is not, by the setting that names it.
     """
-    if config.trainer in DISTILLED:
-        training_prompts(config.data.data_path)
-    elif not config.data.data_path.startswith(GENERATED):
-        locate(config.data.data_path, "data.data_path")
     check_weights(config, fetch=True)
     if config.trainer in DISTILLED:
         check_network(config.real_score, "real_score.load_from", fetch=True)
         check_network(config.fake_score, "fake_score.load_from", fetch=True)
+    if config.trainer in DISTILLED:
+        training_prompts(config.data.data_path)
+    elif not config.data.data_path.startswith(GENERATED):
+        locate(config.data.data_path, "data.data_path")
     if visualize and config.validation.vis_interval:
         _check_validation_prompts(config)
+
+
+def check_data(config: TrainingConfig) -> None:
+    """Make sure that clips or trajectories are whole, and of the shape and noise levels that the config asks for.
+
+    Digests are compared by the stage. An LMDB has none, so all of its entries are looked at.
+
+    Raises:
+        InputError: they are not.
+    """
+    if config.trainer in DISTILLED or config.data.data_path.startswith(GENERATED):
+        return
+    path = locate(config.data.data_path, "data.data_path")
+    if config.trainer == "ode":
+        trajectories = open_trajectories(path, shape=clip_shape(config), digests=(path / DATA).is_file())
+        check_grid(trajectories.sigmas, student_sigmas(config))
+    else:
+        open_clips(str(path), shape=clip_shape(config), digests=False)
+
+
+def clip_shape(config: TrainingConfig) -> tuple[int, int, int, int]:
+    """(C, T, H, W) of the latents that are trained on."""
+    height, width = geometry(config.vae).latent_size(config.sampling.height, config.sampling.width)
+    return config.model.in_channels, config.rollout.num_training_frames, height, width
+
+
+def student_sigmas(config: TrainingConfig) -> list[float]:
+    """The noise level of each of the student's steps, then 0."""
+    schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
+    return [*schedule.sigma(torch.tensor(schedule.steps)).tolist(), 0.0]
 
 
 def _check_validation_prompts(config: TrainingConfig) -> None:

@@ -1,4 +1,4 @@
-"""What wrapped a network in training is taken off its names, wherever it stands, and said once."""
+"""What wrapped a network in training is taken off its names, wherever it stands, and said once; and saved states."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longsana.runtime.errors import InputError
+from longsana.state import CausalState
 from tests.models.checkpoints import assert_same, load, upstream, weights
 
 
@@ -74,3 +75,16 @@ def test_a_flattened_network_is_not_taken_for_one(tmp_path: Path) -> None:
     save_file({"_fsdp_wrapped_module._flat_param": torch.zeros(9)}, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=r"not a LongSANA or SANA-Video network: .*_flat_param"):
         load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs", b"", None])
+def test_a_file_that_is_no_state_is_refused_in_one_line(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    if content is None:
+        save_file({"kv": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(content)
+    for wrong in (path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=rf"^{wrong}: not a saved state of a video, or damaged \(") as caught:
+            CausalState.load(wrong)
+        assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""A run's checkpoint is compared with its digests wherever it is read."""
+"""A run's checkpoint is compared with its digests wherever it is read, and its data looked at before it begins."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from longsana.runtime.errors import InputError
 from longsana.training.build import StageBuilder
 from longsana.training.config import TrainingConfig
 from longsana.training.stage import Slots
+from tests.data.test_trajectories import write as write_shards
+from tests.data.test_trajectories import write_lmdb
 from tests.models.checkpoints import meta
 from tests.scripts import load_script
 from tests.training.test_export import INFERENCE, ROOT, SHAPES, trained, write
@@ -107,3 +109,29 @@ def test_a_run_that_starts_from_it(
     with pytest.raises(InputError) as caught:
         builder.stage()
     assert refused(str(caught.value), rotten)
+
+
+def test_data_is_looked_at_while_a_run_prepares(
+    small_training: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(World, "connect", lambda *arguments, **options: pytest.fail("too late: processes meet"))
+    script = load_script(ROOT / "train_video_scripts/train_longsana.py")
+    write_shards(tmp_path / "shards", finish=False)
+    lacking = write_lmdb(tmp_path / "lacking", lambda entries: entries.pop(b"latents_1_data"))
+    cut = write_lmdb(tmp_path / "cut")
+    os.truncate(cut / "data.mdb", 9000)
+    for trainer, data, says in (
+        ("ode", lacking, "no entry latents_1_data"),
+        ("ode", cut, "an LMDB that is cut short: 9000 bytes"),
+        ("ode", write_lmdb(tmp_path / "other"), "(4, 3, 2, 6) latents, the config asks for (16, 5, 4, 6)"),
+        ("ode", tmp_path / "shards", "unfinished, 3 of 3 shards"),
+        ("flow_matching", tmp_path / "shards", "holds trajectories, not clips"),
+    ):
+        path = small_training(trainer, f"data.data_path={data}")
+        assert script.main(["--config_path", str(path), "--logdir", str(tmp_path / "run"), "--disable-wandb"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {data}: ") and says in line
+    assert not (tmp_path / "run").exists()
