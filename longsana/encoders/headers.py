@@ -107,9 +107,10 @@ def check_vae(config: VAEConfig, path: Path) -> None:
 
 
 def refuse_misfit(entries: Mapping[str, Entry], needed: Mapping[str, Shape], source: str) -> None:
-    """
+    """Refuse tensors that are not exactly those of a VAE; all that is wrong is listed.
+
     Raises:
-        InputError: the tensors are not exactly those of this VAE.
+        InputError: they are not.
     """
     complaints = _misfit(entries, needed)
     if any(complaints):

@@ -94,7 +94,7 @@ def read_manifest(path: Path) -> dict[str, FileRecord]:
         files = {str(name): FileRecord(int(entry["size"]), str(entry["sha256"])) for name, entry in written.items()}
     except FileNotFoundError as error:
         raise InputError(f"{path}: no {MANIFEST}, so not a whole checkpoint; {_AGAIN}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path / MANIFEST}: cannot be read ({type(error).__name__}); {_AGAIN}") from error
     for name, record in files.items():
         if Path(name).name != name or name in ("", MANIFEST):

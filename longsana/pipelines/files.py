@@ -31,7 +31,11 @@ def check_repository(source: str | os.PathLike[str]) -> None:
 
 
 def check_transformer(folder: Path) -> None:
-    """See `check_repository`; of a folder with the network alone."""
+    """Refuse a folder with a network whose headers tell that it is another, or not whole.
+
+    Raises:
+        InputError: what is wrong.
+    """
     check_fit(folder, from_diffusers_config(diffusers_config(ModelConfig()) | _config(folder)))
 
 

@@ -34,9 +34,10 @@ def stand_in(head: bytes) -> StandIn | None:
 
 
 def refuse_stand_in(path: Path, head: bytes) -> None:
-    """
+    """Refuse a file with these first bytes that is something else; see `stand_in`.
+
     Raises:
-        InputError: see `stand_in`.
+        InputError: it is.
     """
     if (instead := stand_in(head)) is not None:
         raise InputError(f"{path}: {instead.what}, not the file itself; {instead.remedy}")

@@ -43,7 +43,11 @@ def check_weights(
 
 
 def check_network(config: ModelConfig, setting: str, *, fetch: bool = False) -> None:
-    """See `check_weights`, of one network; `setting` names its weights."""
+    """Refuse the weights of one network, which `setting` names; see `check_weights`.
+
+    Raises:
+        InputError: they are of another kind, or not whole.
+    """
     if config.load_from.startswith(SEEDED):
         return
     with blame(setting):

@@ -64,7 +64,7 @@ class StageBuilder:
         }[self.config.trainer]()
 
     def _check_checkpoints(self) -> None:
-        """Digests of the run's checkpoints that networks start from."""
+        """Compare the checkpoints of runs that networks start from with their digests."""
         config = self.config
         scores = (config.real_score, config.fake_score) if config.trainer in DISTILLED else ()
         for network in (config.model, *scores):
