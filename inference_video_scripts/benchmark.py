@@ -27,15 +27,20 @@ from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
+
 import torch
 
-from inference_video_scripts.inference_sana_video import DEFAULT_CONFIG, check_threads
+from inference_video_scripts.inference_sana_video import DEFAULT_CONFIG
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
 from longsana.evaluation.report import table
 from longsana.models.float8 import check_float8
 from longsana.ops.backend import VARIABLE, can_fuse
-from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, check_writable
@@ -66,8 +71,8 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
         raise InputError(f"the benchmark is for one process, and here are {world.size}; start it without a launcher")
     parser = Parser(__doc__)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("output/benchmark.json"), help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores)")
+    parser.add_argument("--out", type=typed_path, default=Path("output/benchmark.json"), help="(default: %(default)s)")
+    parser.add_threads()
     parser.add_argument(
         "--backend", choices=get_args(Backend), help="the network's operations: plain, fused, or under torch.compile"
     )
@@ -80,7 +85,6 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     check_settings(settings, config)
     if config.sampling.bs != 1:
         raise InputError(f"--bs {config.sampling.bs}: one video is measured, so it must be 1")
-    check_threads(options.threads)
     check_config(config)
     if options.out.is_dir():
         raise InputError(f"--out {options.out}: is a folder; give the name of a file")
@@ -187,9 +191,7 @@ def short_name(kernel: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
-    return run_command(world, lambda: prepare(arguments, world), lambda request: run(request, world))
+    return run_command(lambda world: prepare(arguments, world), run)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
+
 import torch
 from tqdm import tqdm
 
 from longsana.evaluation.report import examine, write_report
 from longsana.evaluation.videos import Video, find_videos
-from longsana.runtime.commandline import Parser, run_command, set_up_logging
-from longsana.runtime.distributed import World
+from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable
 
@@ -40,8 +44,8 @@ class Request:
 
 def prepare(arguments: Sequence[str]) -> Request:
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, help="where the mp4s and their sidecars are")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: the folder of the videos)")
+    parser.add_argument("folder", type=typed_path, help="where the mp4s and their sidecars are")
+    parser.add_argument("--out", type=typed_path, help="folder of the results (default: the folder of the videos)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     options = parser.parse_args(arguments)
     device = _device(options.device)
@@ -71,9 +75,7 @@ def run(request: Request) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
-    return run_command(world, lambda: prepare(arguments), run)
+    return run_command(lambda world: prepare(arguments), lambda request, world: run(request))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
+
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
-from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.commandline import Parser, run_command, typed_path, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
@@ -41,19 +46,14 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and every setting given on the command line as `section.key=value`."""
     parser = Parser(__doc__)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
-    parser.add_argument("--work_dir", help="output folder (default: output/inference/NAME_OF_CONFIG)")
+    parser.add_argument("--work_dir", type=typed_path, help="output folder (default: output/inference/NAME_OF_CONFIG)")
     parser.add_argument("--dataset", help="folder in work_dir (default: the prompt file's name)")
     parser.add_argument("--add_label", default="", help="added to the name of that folder")
-    parser.add_argument("--sample_nums", type=int, help="prompts of the file, from its top (default: all)")
-    parser.add_argument("--start_index", type=int, default=0, help="first prompt, counted from 0")
-    parser.add_argument("--end_index", type=int, help="one past the last prompt")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
+    parser.add_argument("--sample_nums", type=whole, help="prompts of the file, from its top (default: all)")
+    parser.add_argument("--start_index", type=whole, default=0, help="first prompt, counted from 0")
+    parser.add_argument("--end_index", type=whole, help="one past the last prompt")
+    parser.add_threads()
     return parse_flags(parser, arguments)
-
-
-def check_threads(threads: int | None) -> None:
-    if threads is not None and threads < 1:
-        raise InputError(f"--threads {threads}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,12 @@ def prepare(arguments: Sequence[str]) -> Request:
     config_path = locate(options.config, "the config")
     config: InferenceConfig = load_config(config_path, settings)
     check_settings(settings, config)
-    check_threads(options.threads)
     check_config(config)
     if Path(options.add_label).name != options.add_label:
         raise InputError(f"--add_label {options.add_label}: must be part of a folder's name, without slashes")
     prompts = select_prompts(config, options.start_index, options.end_index, options.sample_nums)
     check_weights(config)
-    work_dir = Path(options.work_dir or Path("output/inference") / config_path.stem)
+    work_dir = options.work_dir or Path("output/inference") / config_path.stem
     name = (options.dataset or Path(config.sampling.txt_file).stem) + options.add_label
     return Request(config, prompts, work_dir / name, options.threads)
 
@@ -109,9 +108,7 @@ def run(request: Request, world: World) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
-    return run_command(world, lambda: prepare(arguments), lambda request: run(request, world))
+    return run_command(lambda world: prepare(arguments), run)
 
 
 if __name__ == "__main__":

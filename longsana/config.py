@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longsana.published import INFERENCE, Published, Translation
+from longsana.published import INFERENCE, Context, Published, Translation
 from longsana.runtime.errors import InputError, did_you_mean, did_you_mistype, mistyped_setting
 from longsana.runtime.files import atomic_write_text
 from longsana.runtime.hub import REPOSITORY
+from longsana.runtime.settings import PARTS, bounded, check_bounds, parse_overrides, read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -57,22 +57,32 @@ class ModelConfig:
     """The network: `model` names an architecture; a size that is given replaces the named one's."""
 
     model: str = "SanaMSVideo_2000M_P2_D20"
-    depth: int | None = None
-    hidden_size: int | None = None
-    num_heads: int | None = None
-    patch_size: tuple[int, int, int] | None = None
-    in_channels: int = 16
-    linear_head_dim: int = 112
-    mlp_ratio: float = 3.0
-    caption_channels: int = 2304  # width of the text encoder's hidden states
-    caption_length: int = 300  # tokens of a caption the network sees
-    linear_attn_eps: float = 1e-8  # under the linear attention's denominator
-    cross_norm_eps: float = 1e-6  # of the cross-attention's q and k RMSNorm
+    depth: int | None = bounded(None, 1, 1000)
+    hidden_size: int | None = bounded(None, 1, 1 << 20)
+    num_heads: int | None = bounded(None, 1, 1 << 20)
+    patch_size: tuple[int, int, int] | None = bounded(None, 1, 64)
+    in_channels: int = bounded(16, 1, 4096)
+    linear_head_dim: int = bounded(112, 2, 4096)
+    mlp_ratio: float = bounded(3.0, above=0, most=100)
+    caption_channels: int = bounded(2304, 1, 1 << 20)  # width of the text encoder's hidden states
+    caption_length: int = bounded(300, 1, 100_000)  # tokens of a caption the network sees
+    linear_attn_eps: float = bounded(1e-8, 0, 1)  # under the linear attention's denominator
+    cross_norm_eps: float = bounded(1e-6, 0, 1)  # of the cross-attention's q and k RMSNorm
     num_cached_blocks: int = -1  # chunks of the past that attention sees; -1 is all of it
+    # What a latent frame leaves of the past, from 0 to 1; [first, last] of the heads, spread geometrically in 1 - g; or
+    # learned, for each block and head; none: 1. Half is left after a chunk of ten with 0.933. See models/past.py
+    state_decay: Any = None
+    num_sink_blocks: int = 0  # first chunks that stay as they are beside a window or a decay
     load_from: str = "seeded:0"  # path, hf://owner/repo/file, or seeded:N for random weights from seed N
     checkpoint_key: Literal["generator", "generator_ema", "critic"] = "generator"  # read from trainer checkpoints
     dtype: Dtype = "auto"
     float8: bool = False  # inference: large matrix products in float8 with a scale a row, for GPUs from Hopper on
+
+    def __post_init__(self) -> None:
+        # OmegaConf knows no type for a number or a pair of them; what is neither, `Past.of` refuses.
+        decay = self.state_decay
+        decay = tuple(map(_as_float, decay)) if isinstance(decay, list | tuple) else _as_float(decay)
+        object.__setattr__(self, "state_decay", decay)
 
     def architecture(self) -> Architecture:
         """The named architecture with this config's own sizes put over it."""
@@ -92,7 +102,7 @@ class VAEConfig:
     # shape of FOLDER/config.json
     vae_pretrained: str = "hf://Efficient-Large-Model/SANA-Video_2B_480p/vae/Wan2.1_VAE.pth"
     weight_dtype: Dtype = "auto"
-    latents_per_call: int = 1  # latent frames decoded together; frames differ by rounding alone
+    latents_per_call: int = bounded(1, 1, 100_000)  # latent frames decoded together; frames differ by rounding alone
 
 
 @dataclass(frozen=True)
@@ -113,12 +123,13 @@ class SchedulerConfig:
     sampling_algo: Literal["longlive_flow_euler", "flow_dpm-solver", "flow_euler", "chunk_flow_euler"] = (
         "longlive_flow_euler"
     )
-    inference_flow_shift: float = 7.0
+    inference_flow_shift: float = bounded(7.0, above=0, most=1000)
     # Of longlive_flow_euler; a trailing 0 is dropped
     denoising_step_list: tuple[int, ...] = (1000, 960, 889, 727)
     bf16_timesteps: bool = False  # round timesteps as published (889 -> 888, 727 -> 728); for parity only
-    num_inference_steps: int = 50  # of all but longlive_flow_euler
-    interval_k: float = 0.5  # chunk_flow_euler: a chunk begins when the one before has done this share of its steps
+    num_inference_steps: int = bounded(50, 1, 10_000)  # of all but longlive_flow_euler
+    # chunk_flow_euler: a chunk begins when the one before has done this share of its steps
+    interval_k: float = bounded(0.5, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -126,22 +137,22 @@ class SamplingConfig:
     """What is sampled, when nothing else is said."""
 
     txt_file: str = "asset/samples/video_prompts_samples.txt"
-    num_frames: int = 81  # pixel frames
-    height: int = 480
-    width: int = 832
+    num_frames: int = bounded(81, 1, 10**9)  # pixel frames
+    height: int = bounded(480, 1, 16_384)
+    width: int = bounded(832, 1, 16_384)
     # Table that `--ar` inside a prompt line is looked up in; none: such a line is an error
     aspect_ratio_type: Literal["ASPECT_RATIO_VIDEO_480_MS", "ASPECT_RATIO_VIDEO_720_MS_DIV32", "none"] = "none"
-    chunk_frames: int = 10  # latent frames a chunk; the remainder goes to the first chunk
-    fps: int = 16
-    seed: int = 0
-    bs: int = 1  # prompts sampled together
+    chunk_frames: int = bounded(10, 1, 100_000)  # latent frames a chunk; the remainder goes to the first chunk
+    fps: float = bounded(16, above=0, most=1000)  # a fraction too: 24000/1001 on a command line
+    seed: int = bounded(0, -(2**63), 2**63 - 1)
+    bs: int = bounded(1, 1, 10_000)  # prompts sampled together
     unified_noise: bool = False  # the noise of every prompt is that of the empty one
-    cfg_scale: float = 1.0
+    cfg_scale: float = bounded(1.0, -1000, 1000)
     negative_prompt: str | None = None  # null: the published one; '': an empty one
     # What guidance moves away from: the negative prompt, or the null caption that the checkpoint was trained with
     null_caption: Literal["negative_prompt", "learned"] = "negative_prompt"
     # Appended to every prompt; 0 or less: " high motion" or " low motion" instead; null: nothing
-    motion_score: int | None = 10
+    motion_score: int | None = bounded(10, -1000, 1000)
     high_motion: bool = False
     cuda_graphs: bool = False  # longlive_flow_euler on a GPU: record a pass of a long video and replay it
 
@@ -155,8 +166,11 @@ class SamplingConfig:
 class VideoConfig:
     """The mp4."""
 
-    crf: int = 18  # x264 quality: lower is better and larger
+    # x264's quality: lower is better and larger; 0 is lossless. 20 is what 18 is with its macroblock tree, which is off
+    crf: int = bounded(20, 0, 51)
     preset: str = "veryfast"
+    # The encoder's; with as many, equal pixels make equal files. More than there are cores cost memory alone
+    threads: int = bounded(16, 1, 128)
 
 
 @dataclass(frozen=True)
@@ -204,9 +218,12 @@ def load_config(
         InputError: the file is missing or not YAML, a key is unknown, or a value has the wrong type; the message names
             the key's path and the nearest right name. Or values of published keys cannot be honoured: it names all.
     """
-    layers = [*_files(Path(path), schema), _Layer(COMMAND_LINE, _parse_overrides(overrides, leaf_keys(schema)))]
+    command = _Layer(COMMAND_LINE, parse_overrides(overrides, _kinds(schema)))
     merged = OmegaConf.structured(schema)
-    for source, settings in _translate(layers, schema, str(path)):
+    typed: dict[str, str] = {}  # texts of the command line, in which OmegaConf would see placeholders
+    for source, settings in _translated(_layers(Path(path), schema, command), schema, str(path)):
+        if source == COMMAND_LINE:
+            typed = {key: settings.pop(key) for key, value in list(settings.items()) if _looks_special(value)}
         try:
             merged = OmegaConf.merge(merged, *(OmegaConf.create(_nested(*leaf)) for leaf in settings.items()))
         except OmegaConfBaseException:
@@ -216,69 +233,136 @@ def load_config(
         result: Schema = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:  # ${...} that leads nowhere, or ???
         raise InputError(f"{path}: {error.full_key}: {_reason(error)}") from error
+    for key, text in typed.items():
+        result = _replaced(result, key, text)
+    check_bounds(result)
     return result
+
+
+def _looks_special(value: Any) -> bool:
+    return isinstance(value, str) and ("${" in value or value == "???")
+
+
+def _replaced(config: Any, key: str, value: Any) -> Any:
+    """The config with one setting changed."""
+    section, _, rest = key.partition(".")
+    return dataclasses.replace(config, **{section: _replaced(getattr(config, section), rest, value) if rest else value})
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Values by dotted key, where they come from, and the folder of that file; `translated` ones are ours already."""
+    """Values by dotted key, where they come from, and the folder of that file.
+
+    reference: the key that names this model YAML; only a part of its settings is taken.
+    """
 
     source: str
-    values: Mapping[str, Any]
+    values: dict[str, Any]
     folder: Path | None = None
-    translated: bool = False
+    reference: str | None = None
 
 
-def _files(path: Path, schema: type) -> list[_Layer]:
-    """What a YAML file and those it refers to say, the weakest first."""
-    own = _read_yaml(path)
-    layers = []
-    if (name := own.pop("base", None)) is not None:
-        if not isinstance(name, str):
-            raise InputError(f"{path}: base={name}: expected the name of a config file")
-        base_path = _beside(path, name)
-        base = _read_yaml(base_path)
-        if "base" in base:
+def _layers(path: Path, schema: type, command: _Layer) -> list[_Layer]:
+    """What a YAML, those that it refers to and the command line say, the weakest first."""
+    kinds = _kinds(schema)
+    own = _Layer(str(path), read_yaml(path, kinds), path.parent)
+    files = [own, command]
+    if (name := own.values.pop("base", None)) is not None:
+        base_path = _referred(path, "base", name)
+        base = _Layer(str(base_path), read_yaml(base_path, kinds), base_path.parent)
+        if "base" in base.values:
             raise InputError(f"{base_path}: a base may not have a base itself; only one level is allowed")
-        layers.append(_Layer(str(base_path), base, base_path.parent))
-    for key, part in _published(schema).references.items():
-        if isinstance(name := own.pop(key, None), str):
-            referred = _beside(path, name)
-            translated = _translate(_files(referred, InferenceConfig), InferenceConfig, str(referred))
-            settings = {key: value for _, values in translated for key, value in values.items()}
-            layers.append(_Layer(str(referred), part(settings), translated=True))
-    return [*layers, _Layer(str(path), own, path.parent)]
+        files.insert(0, base)
+    layers = []
+    for position, file in enumerate(files):
+        for key in _published(schema).references:
+            name = file.values.pop(key, None)
+            if name is None or any(key in later.values for later in files[position + 1 :]):
+                continue
+            referred = _referred(Path(file.source if file.folder else path), key, name)
+            log.info("%s: %s", key, referred)
+            parts = _layers(referred, InferenceConfig, _Layer(COMMAND_LINE, {}))[:-1]
+            layers += [dataclasses.replace(part, reference=key) for part in parts]
+        layers.append(file)
+    return layers
 
 
-def _translate(layers: Sequence[_Layer], schema: type, path: str) -> list[tuple[str, dict[str, Any]]]:
+def _translated(layers: Sequence[_Layer], schema: type, path: str) -> list[tuple[str, dict[str, Any]]]:
     """The layers as settings of the schema, each with its source.
 
     Raises:
         InputError: a key is unknown, or what cannot be honoured of the published code, all of it.
     """
-    published, known = _published(schema), leaf_keys(schema)
-    context = {key: value for layer in layers if not layer.translated for key, value in layer.values.items()}
-    translated, unused, refused = [], [], []
+    published = _published(schema)
+    own = {key: value for layer in layers if layer.reference is None for key, value in layer.values.items()}
+    found: list[tuple[_Layer, Translation]] = []
+    below: dict[str, Any] = {}
     for layer in layers:
-        found = Translation()
-        for key, value in layer.values.items():
-            if layer.translated or (key in known and key not in published.rules):
-                found.settings[key] = value
-            elif key in published.rules:
-                found.take(published.rules[key], key, value, context)
-            elif key.partition(".")[0] in published.sections and not mistyped_setting(key, known):
-                found.unused.append(key)
-            else:
-                _blame_unknown(key, known, [*known, *published.rules], layer.source)
-        translated.append((layer.source, _found_beside(layer.folder, found.settings)))
-        unused += found.unused
-        if found.refused:
-            refused.append(f"{layer.source}: {'; '.join(found.refused)}")
+        if layer.reference is None:
+            continue
+        reference = published.references[layer.reference]
+        given = _merged(other.values for other in layers if other.reference == layer.reference)
+        named = next((own[key] for key in (reference.weights, "model.load_from") if own.get(key) is not None), None)
+        context = Context({**given, "model.load_from": given.get("model.load_from") or named}, layer.values)
+        _check_kind(INFERENCE, context, layer.source)
+        translation = _translate(layer, context, InferenceConfig)
+        below |= {key: value for key, value in translation.settings.items() if not key.endswith(".load_from")}
+        translation.settings = reference.part(translation.settings)
+        found.append((layer, translation))
+    context = Context({**below, **own})
+    _check_kind(published, context, path)
+    for layer in (layer for layer in layers if layer.reference is None):
+        found.append((layer, _translate(layer, dataclasses.replace(context, layer=layer.values), schema)))
+    refused = [f"{layer.source}: {'; '.join(done.refused)}" for layer, done in found if done.refused]
     if refused:
-        raise InputError(f"settings of the published code that cannot be honoured here: {'; '.join(refused)}")
-    if unused:
-        log.info("%s: these published settings change nothing here: %s", path, _shortened(unused, context))
-    return translated
+        raise InputError("; ".join(refused))
+    if unused := [key for _, done in found for key in done.unused]:
+        given = _merged(layer.values for layer in layers)
+        log.info("%s: these published settings change nothing here: %s", path, _shortened(unused, given))
+    order = {id(layer): position for position, layer in enumerate(layers)}
+    found.sort(key=lambda pair: order[id(pair[0])])
+    return [(layer.source, done.settings) for layer, done in found]
+
+
+def _check_kind(published: Published, context: Context, path: str) -> None:
+    try:
+        published.check(context)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _translate(layer: _Layer, context: Context, schema: type) -> Translation:
+    """One layer's values as settings of the schema."""
+    published, known, found = _published(schema), leaf_keys(schema), Translation()
+    for key, value in layer.values.items():
+        value = _found_beside(layer.folder, key, value)
+        section = key.partition(".")[0]
+        names = [*known, *published.rules]
+        if key in published.rules:
+            found.take(published.rules[key], key, value, context)
+        elif key in known:
+            found.put(key, value, key)
+        elif layer.folder is not None and section in published.sections and not mistyped_setting(key, names):
+            found.unused.append(key)
+        elif value == {} and any(name.startswith(f"{key}.") for name in known):
+            pass  # an empty section
+        else:
+            found.refused.append(_unknown(key, known, names))
+    found.settings = {key: _found_beside(layer.folder, key, value) for key, value in found.settings.items()}
+    return found
+
+
+def _merged(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for layer in layers for key, value in layer.items()}
+
+
+TEXTS = ("negative_prompt", "negative_prompt_real")
+"""Published keys that hold a text."""
+
+
+def _kinds(schema: type) -> dict[str, str]:
+    """The types of settings, and of published keys that are texts."""
+    return leaf_keys(schema) | dict.fromkeys(TEXTS, "str | None") | {"text_encoder.chi_prompt": PARTS}
 
 
 def _published(schema: type) -> Published:
@@ -289,28 +373,33 @@ def _published(schema: type) -> Published:
 def _shortened(keys: Sequence[str], given: Iterable[str]) -> str:
     """Keys to two levels; a section as a whole where all that is given of it is among them."""
     names = []
-    for key in dict.fromkeys(".".join(key.split(".")[:2]) for key in keys):
-        section = key.partition(".")[0]
-        whole = all(other in keys for other in given if other.startswith(f"{section}."))
-        names.append(f"{section}.*" if "." in key and whole else key)
+    for key in keys:
+        section, _, rest = key.partition(".")
+        whole = rest and all(other in keys for other in given if other.startswith(f"{section}."))
+        names.append(f"{section}.*" if whole else ".".join(key.split(".")[:2]))
     return ", ".join(dict.fromkeys(names))
 
 
-def _beside(path: Path, name: str) -> Path:
-    """A file that a YAML names: beside it, in the working directory, or in the repository."""
+def _referred(path: Path, key: str, name: Any) -> Path:
+    """The file that a key of a YAML names: beside it, in the working directory, or in the repository.
+
+    Raises:
+        InputError: the name is no text, or there is no such file.
+    """
+    if not isinstance(name, str):
+        raise InputError(f"{path}: {key}={name}: expected the name of a config file")
     candidates = (path.parent / name, Path(name), REPOSITORY / name)
-    return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
-
-
-def _found_beside(folder: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a file in a folder, with those that name something in it changed to its path."""
-    found = dict(settings)
-    if folder is None:
+    if (found := next((candidate for candidate in candidates if candidate.is_file()), None)) is not None:
         return found
-    for key in FILES:
-        if isinstance(name := found.get(key), str) and name and (folder / name).exists():
-            found[key] = str(folder / name)
-    return found
+    places = ", ".join(dict.fromkeys(str(candidate) for candidate in candidates))
+    raise InputError(f"{path}: {key}={name}: no such config file ({places})")
+
+
+def _found_beside(folder: Path | None, key: str, value: Any) -> Any:
+    """The value of a setting, or its path where it names something in the folder of its YAML."""
+    if folder is None or key not in FILES or not isinstance(value, str) or not value or not (folder / value).exists():
+        return value
+    return os.path.abspath(folder / value)
 
 
 def render_config(config: Any) -> str:
@@ -321,6 +410,16 @@ def render_config(config: Any) -> str:
 def save_config(config: Any, path: str | Path) -> None:
     """Write `render_config`, whole or not at all."""
     atomic_write_text(path, render_config(config))
+
+
+def _as_float(value: Any) -> Any:
+    """Make a float of a whole number, or of one that YAML takes for a text, such as 1e-3; leave all else as it is."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
 
 
 def leaf_keys(schema: type) -> dict[str, str]:
@@ -334,42 +433,6 @@ def leaf_keys(schema: type) -> dict[str, str]:
         else:
             leaves[item.name] = str(item.type)
     return leaves
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, by their dotted names."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such config file")
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # yaml's error classes are not part of omegaconf's interface
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, dict):
-        raise InputError(f"{path}: expected a mapping of settings, found a {type(loaded).__name__}")
-    return dict(_leaves({str(key): value for key, value in loaded.items()}))
-
-
-def _parse_overrides(overrides: Sequence[str], known: Mapping[str, str]) -> dict[str, Any]:
-    """`section.key=value` items, flat; a text stays as it was typed, other values are read as YAML."""
-    values: dict[str, Any] = {}
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not re.fullmatch(r"[\w.]+", key):
-            raise InputError(f"'{item}': a setting has the form section.key=value")
-        try:
-            values[key] = text if _is_text(TEXTS.get(key) or known.get(key), text) else yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"the command line: {key}={text}: {' '.join(str(error).split())}") from error
-    return values
-
-
-TEXTS = dict.fromkeys(("negative_prompt", "negative_prompt_real"), "str | None")
-"""Published keys that hold a text, and its type."""
-
-
-def _is_text(kind: str | None, text: str) -> bool:
-    """Whether a setting of this type takes these characters as they are."""
-    return kind == "str" or (kind == "str | None" and text != "null")
 
 
 def _blame_key(merged: Any, leaves: Mapping[str, Any], source: str) -> None:
@@ -391,26 +454,15 @@ def _reason(error: OmegaConfBaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _nested(key: str, value: Any) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
-def _blame_unknown(key: str, known: Iterable[str], names: Sequence[str], source: str) -> NoReturn:
-    """
-    Raises:
-        InputError: it names the key, and what may have been meant.
-    """
+def _unknown(key: str, known: Iterable[str], names: Iterable[str]) -> str:
+    """What to say of a key that is none, and what may have been meant."""
     inside = sorted(name for name in known if name.startswith(f"{key}."))
     if inside:
-        raise InputError(f"{source}: {key} is a section; set one of {', '.join(inside)}")
-    raise InputError(f"{source}: unknown key {key}{did_you_mistype(key, names)}")
+        return f"{key} is a section; set one of {', '.join(inside)}"
+    return f"unknown key {key}{did_you_mistype(key, names)}"

@@ -15,18 +15,32 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
 
 import torch
 
 from longsana.config import ARCHITECTURES, InferenceConfig, ModelConfig, load_config
 from longsana.models.checkpoint_files import NETWORKS, PIPELINE_PART, open_checkpoint, weights_file
 from longsana.models.dcp_files import check_content, is_checkpoint
-from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS, diffusers_config, from_diffusers_config
+from longsana.models.naming import (
+    BASE_CLASS,
+    CAUSAL_CLASS,
+    DECAY_LOGIT,
+    chosen_past,
+    diffusers_config,
+    from_diffusers_config,
+)
+from longsana.models.past import LEARNED
 from longsana.models.weights import LAYOUTS, Layout, read_weights, save_checkpoint, written_config
 from longsana.models.writing import check_target, write_weights
-from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
@@ -49,7 +63,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.prog = "python -m longsana.convert"
     parser.add_argument("source", metavar="SRC", help="a checkpoint, a folder of one, or hf://OWNER/REPO/FILE")
-    parser.add_argument("target", metavar="DST", type=Path, help="a folder for diffusers, else a file")
+    parser.add_argument("target", metavar="DST", type=typed_path, help="a folder for diffusers, else a file")
     parser.add_argument("--to", choices=list(LAYOUTS), required=True)
     parser.add_argument("--config", help="YAML of the network, if it is not the published one at 480p")
     parser.add_argument("--key", choices=NETWORKS, default=NETWORKS[0], help="of a training checkpoint: the network")
@@ -65,7 +79,6 @@ def prepare(arguments: Sequence[str], world: World) -> argparse.Namespace:
     if world.size > 1:
         raise InputError("several processes: a conversion is the work of one; start it without a launcher")
     options.path = locate(options.source, "SRC", PIPELINE_PART)
-    options.target = options.target.expanduser()
     options.vae = is_vae(options.path, options.key)
     if options.vae and options.to not in VAE_LAYOUTS:
         raise InputError(f"--to {options.to}: this is a VAE, for which there are {' and '.join(VAE_LAYOUTS)}")
@@ -97,8 +110,14 @@ def is_vae(path: Path, key: str) -> bool:
 
 
 def network_config(options: argparse.Namespace, written: dict[str, Any]) -> ModelConfig:
-    """Of the network in SRC: what --config says, else its own config (`written`: its diffusers one), else the published
-    one."""
+    """Describe the network in SRC: by --config, else its own config (`written`: its diffusers one), else as the
+    published one; in any case with learned factors of its past if they are there."""
+    config = _network_config(options, written)
+    learned = DECAY_LOGIT in open_checkpoint(weights_file(options.path), options.key)
+    return replace(config, state_decay=LEARNED) if learned else config
+
+
+def _network_config(options: argparse.Namespace, written: dict[str, Any]) -> ModelConfig:
     if options.config is not None:
         config: InferenceConfig = load_config(locate(options.config, "--config"))
         return config.model
@@ -157,7 +176,8 @@ def _named(config: ModelConfig, key: str) -> str:
     """A network by its size, as `model` may be the name of a larger one whose sizes a YAML changed."""
     size = config.architecture()
     name = config.model if ARCHITECTURES[config.model] == size else "LongSANA"
-    return f"Network {name} ({key}), {size.depth} blocks of width {size.hidden_size}, patch {size.patch_size}"
+    past = "".join(f", {setting} {value}" for setting, value in chosen_past(config).items())
+    return f"Network {name} ({key}), {size.depth} blocks of width {size.hidden_size}, patch {size.patch_size}{past}"
 
 
 def _card(target: Path, layout: Layout, source: str, what: str, count: int, dtypes: set[str]) -> str:
@@ -167,9 +187,7 @@ def _card(target: Path, layout: Layout, source: str, what: str, count: int, dtyp
 
 
 def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
-    return run_command(world, lambda: prepare(arguments, world), run)
+    return run_command(lambda world: prepare(arguments, world), lambda options, world: run(options))
 
 
 if __name__ == "__main__":

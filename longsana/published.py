@@ -7,9 +7,11 @@ value with what to write instead. Here are the rules for model YAMLs; those for 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+from longsana.runtime.errors import InputError
 
 INSTRUCTION_SHA256 = "62b9ab89eebb0ac5ee4d264bf96bf19d2b81f504bc3852500efeaf5a34d638b1"
 NEGATIVE_PROMPT_SHA256 = "a38af16b9506f1c9817a43315c360fdef323c7483ea3b050803c349de9e73d8d"
@@ -18,8 +20,30 @@ GUIDANCE = 6.0
 """--cfg_scale of the published inference command, where neither a YAML nor the command line says another."""
 
 Settings = dict[str, Any]
-Context = Mapping[str, Any]
-"""Every key that the config's files and the command line give, theirs and ours, the last value of each."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule may look at.
+
+    given: every key of the config's files and the command line, theirs and ours, the last value of each; and below
+    them the settings of the model YAMLs that a stage YAML names. layer: the keys of the file, or of the command line,
+    that the rule's key stands in: between layers the later one wins, within one a rule has to say which of its keys.
+    """
+
+    given: Mapping[str, Any]
+    layer: Mapping[str, Any] = field(default_factory=dict)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key; the default also for null."""
+        value = self.given.get(key)
+        return default if value is None else value
+
+    def beside(self, *keys: str) -> bool:
+        """Whether the layer gives one of these keys a value."""
+        return any(self.layer.get(key) is not None for key in keys)
+
+
 Rule = Callable[[str, Any, Context], Settings]
 """Makes settings of a key, its value and the context; it may raise `Refused`."""
 
@@ -28,13 +52,22 @@ Rule = Callable[[str, Any, Context], Settings]
 class Published:
     """What a config class knows of the published code.
 
-    rules: what becomes of published keys. sections: those whose other keys change nothing. references: keys that name
-    model YAMLs, in the order in which they are taken, and what is taken of the settings in each.
+    rules: what becomes of published keys. sections: those whose other keys, in a file, change nothing. references: keys
+    that name model YAMLs, in the order in which they are taken, what is taken of the settings in each, and the key that
+    names weights in place of its own. check: raises InputError for a config that is of another kind.
     """
 
     rules: Mapping[str, Rule] = field(default_factory=dict)
     sections: tuple[str, ...] = ()
-    references: Mapping[str, Callable[[Settings], Settings]] = field(default_factory=dict)
+    references: Mapping[str, Reference] = field(default_factory=dict)
+    check: Callable[[Context], None] = lambda context: None
+
+
+class Reference(NamedTuple):
+    """A key that names a model YAML: what is taken of its settings, and which key names the weights instead."""
+
+    part: Callable[[Settings], Settings]
+    weights: str
 
 
 class Refused(Exception):
@@ -43,32 +76,45 @@ class Refused(Exception):
 
 @dataclass
 class Translation:
-    """What became of published keys: settings of ours, keys that change nothing here, and complaints."""
+    """What became of a layer's keys: settings of ours, published keys that change nothing here, and complaints."""
 
     settings: Settings = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    _source: dict[str, str] = field(default_factory=dict)  # of each setting the key
 
     def take(self, rule: Rule, key: str, value: Any, context: Context) -> None:
         """Apply the rule of one key."""
         try:
             settings = rule(key, value, context)
         except Refused as refusal:
-            self.refused.append(f"{key}={value}: {refusal}")
-        else:
-            self.settings |= settings
-            if not settings:
-                self.unused.append(key)
+            shown = "..." if key in SECRET else value
+            self.refused.append(f"{key}={shown}: {refusal}")
+            return
+        for setting, own in settings.items():
+            self.put(setting, own, key)
+        if not settings:
+            self.unused.append(key)
 
+    def put(self, setting: str, value: Any, key: str) -> None:
+        """Note a setting that a key gives; two keys that give it different values are a complaint."""
+        other = self._source.setdefault(setting, key)
+        if other != key and self.settings[setting] != value:
+            self.refused.append(f"{key} and {other} both say {setting}: leave one of them out")
+        self.settings[setting] = value
+
+
+SECRET = ("wandb_key",)
+"""Keys whose values are never shown."""
 
 # Kinds of rules -----------------------------------------------------------------------------------------------------
 
 
-def home(*settings: str) -> Rule:
-    """The key's value is that of these settings."""
+def home(*settings: str, null: bool = False) -> Rule:
+    """The key's value is that of these settings; null leaves them as they are, or is a value as others (`null`)."""
 
     def rule(key: str, value: Any, context: Context) -> Settings:
-        return dict.fromkeys(settings, value)
+        return {} if value is None and not null else dict.fromkeys(settings, value)
 
     return rule
 
@@ -102,12 +148,27 @@ def one_of(setting: str, names: Mapping[Any, Any], instead: str) -> Rule:
     return rule
 
 
+def unless(*keys: str, rule: Rule) -> Rule:
+    """A rule that gives way to other keys of its layer."""
+
+    def conditional(key: str, value: Any, context: Context) -> Settings:
+        return {} if context.beside(*keys) else rule(key, value, context)
+
+    return conditional
+
+
 # Rules of single keys -----------------------------------------------------------------------------------------------
 
 STRIDES = {"WanVAE": (4, 8), "LTX2VAE_diffusers": (8, 32)}
 """Pixel frames, and pixels of a side, for a latent."""
 BASE_SIZES = {480: (480, 832), 720: (704, 1280)}
 """data.image_size to height and width."""
+ATTENTIONS = {
+    "LiteLAReLURope": "flow_dpm-solver",
+    "chunkcausal": "chunk_flow_euler",
+    "cachedcausal": "longlive_flow_euler",
+}
+"""Attentions, and the sampler that each is made for."""
 CAUSAL = ("cachedcausal", "chunkcausal")
 SAMPLERS = {
     DISTILLED: DISTILLED,
@@ -129,18 +190,59 @@ def strides(context: Context) -> tuple[int, int]:
     return STRIDES.get(str(context.get("vae.vae_type")), STRIDES["WanVAE"])
 
 
+def chosen_sampler(context: Context) -> str | None:
+    """The sampler that the context asks for, under our name; None if it asks for none."""
+    for key in ("scheduler.sampling_algo", "sampling_algo", "scheduler.vis_sampler"):
+        if (name := context.get(key)) is not None:
+            return SAMPLERS.get(str(name))
+    return None
+
+
 def clip_frames(key: str, value: Any, context: Context) -> Settings:
-    """The key data.num_frames: the pixel frames of a chunk with a causal attention, else those of the video."""
+    """The key data.num_frames: the pixel frames of a chunk with a causal attention, else those of the video.
+
+    Without attn_type, as in our own YAMLs, the sampler tells.
+    """
     if value is None or value == -1:
         return {}
     _whole(value)
     stride, _ = strides(context)
+    attention = context.get("model.attn_type")
+    causal = attention in CAUSAL if attention else chosen_sampler(context) in (DISTILLED, "chunk_flow_euler")
     # A block-causal YAML that names its chunks (chunk_index) says here how long the clip is.
-    if context.get("model.attn_type") in CAUSAL and not (context.get("model.chunk_index") and value % stride == 1):
+    if causal and not (context.get("model.chunk_index") and value % stride == 1):
         if value < stride:
             raise Refused(f"with a causal attn_type these are the frames of a chunk, at least {stride}")
         return {"sampling.chunk_frames": value // stride}
     return {"sampling.num_frames": value}
+
+
+def attention(key: str, value: Any, context: Context) -> Settings:
+    """The key model.attn_type, which names the sampler where nothing else does."""
+    if value is None:
+        return {}
+    if not isinstance(value, str) or value not in ATTENTIONS:
+        raise Refused(f"{ONE_NETWORK}, with ReLU linear attention (LiteLAReLURope)")
+    return {} if chosen_sampler(context) else _sampler_settings(ATTENTIONS[value], context)
+
+
+def sampler(key: str, value: Any, context: Context) -> Settings:
+    """The keys scheduler.vis_sampler and, which wins, sampling_algo."""
+    if value is None:
+        return {}
+    if not isinstance(value, str) or value not in SAMPLERS:
+        picture = "it begins with a picture, and here is text to video only; " if value == "flow_euler_ltx" else ""
+        raise Refused(f"{picture}the samplers here are {', '.join(sorted(set(SAMPLERS.values())))}")
+    return _sampler_settings(SAMPLERS[value], context)
+
+
+def _sampler_settings(name: str, context: Context) -> Settings:
+    """A sampler's name, and the guidance that the published command gives a base model where nobody says another."""
+    settings: Settings = {"scheduler.sampling_algo": name}
+    guided = context.get("cfg_scale") is not None or context.get("sampling.cfg_scale") is not None
+    if not guided and DISTILLED not in (name, chosen_sampler(context)):
+        settings["sampling.cfg_scale"] = GUIDANCE
+    return settings
 
 
 def chunk_starts(key: str, value: Any, context: Context) -> Settings:
@@ -159,8 +261,8 @@ def chunk_starts(key: str, value: Any, context: Context) -> Settings:
         return {"sampling.chunk_frames": max(lengths[0] - 1, 1)}
     if len(set(later)) > 1 or not later[0] <= lengths[0] < 2 * later[0]:
         raise Refused(
-            f"chunks of {', '.join(map(str, lengths))} latents; here all have sampling.chunk_frames, and what remains "
-            "goes to the first"
+            f"chunks of {', '.join(map(str, lengths))} latents; write sampling.chunk_frames, which all have but the "
+            "first, to which the rest goes"
         )
     return {"sampling.chunk_frames": later[0]}
 
@@ -200,28 +302,16 @@ def negative_prompt(key: str, value: Any, context: Context) -> Settings:
     return {"sampling.negative_prompt": None if _is_published(value, NEGATIVE_PROMPT_SHA256) else value}
 
 
-def shifted(key: str, value: Any, context: Context) -> Settings:
-    """The key scheduler.flow_shift: of training; of sampling too where nothing else says that."""
-    others = ("scheduler.inference_flow_shift", "flow_shift")
-    if value is None or any(context.get(other) is not None for other in others):
+def window(key: str, value: Any, context: Context) -> Settings:
+    """The key num_cached_blocks: 0 and below is everything."""
+    if value is None:
         return {}
-    return {"scheduler.inference_flow_shift": value}
-
-
-def sampler(key: str, value: Any, context: Context) -> Settings:
-    """The keys scheduler.vis_sampler and, which wins, sampling_algo; a base model has the published guidance."""
-    if value is None or (key == "scheduler.vis_sampler" and context.get("sampling_algo") is not None):
-        return {}
-    if not isinstance(value, str) or value not in SAMPLERS:
-        raise Refused(f"the samplers here are {', '.join(sorted(set(SAMPLERS.values())))}")
-    settings: Settings = {"scheduler.sampling_algo": SAMPLERS[value]}
-    if SAMPLERS[value] != DISTILLED and "cfg_scale" not in context and "sampling.cfg_scale" not in context:
-        settings["sampling.cfg_scale"] = GUIDANCE
-    return settings
+    _whole(value)
+    return {"model.num_cached_blocks": max(value, 0) or -1}
 
 
 def weights(setting: str) -> Rule:
-    """A checkpoint; null has to be filled on the command line."""
+    """A checkpoint; null has to be filled by another key."""
 
     def rule(key: str, value: Any, context: Context) -> Settings:
         if value is not None:
@@ -260,28 +350,48 @@ def _is_published(text: Any, sha256: str) -> bool:
 
 def _whole(value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise Refused("a whole number")
-
-
-def _fixed(keys: Iterable[str], value: Any, instead: str) -> dict[str, Rule]:
-    return dict.fromkeys(keys, only(value, instead=instead))
+        raise Refused(f"must be a whole number, not {value!r}")
 
 
 # Model YAMLs ----------------------------------------------------------------------------------------------------------
+
+OF_TRAINING = (
+    *("auto_lr", "chunk_sampling_strategy", "deterministic_validation", "ema_rate", "eval_metric_step"),
+    *("eval_sampling_steps", "grad_checkpointing", "gradient_accumulation_steps", "gradient_clip"),
+    *("joint_training_interval", "local_save_vis", "log_interval", "lr_schedule", "lr_schedule_args.num_warmup_steps"),
+    *("ltx_image_condition_prob", "noise_multiplier", "num_epochs", "num_warmup_steps", "num_workers"),
+    *("online_metric", "online_metric_dir", "optimizer.betas", "optimizer.eps", "optimizer.lr", "optimizer.type"),
+    *("optimizer.weight_decay", "same_timestep_prob", "save_model_epochs", "save_model_steps", "seed"),
+    *("train_batch_size", "train_batch_size_image", "use_fsdp", "validation_prompts", "visualize", "work_dir"),
+)
+"""Keys of a model YAML's section train."""
+OF_DATA = (
+    *("caption_proportion", "caption_selection_type", "clip_thr", "clip_thr_temperature", "data_dir"),
+    *("del_img_clip_thr", "external_caption_suffixes", "external_data_filter", "load_text_feat", "load_vae_feat"),
+    *("motion_score_cal_type", "motion_score_file_thres", "resample_fps", "shuffle_dataset", "sort_dataset"),
+    *("target_fps", "transform", "type"),
+)
+"""Keys of its sections data and image_data."""
 
 MODEL_YAML: dict[str, Rule] = {
     "task": only("t2v", instead="text to video only"),
     "sampling_algo": sampler,
     "cfg_scale": home("sampling.cfg_scale"),
     "flow_shift": home("scheduler.inference_flow_shift"),
+    "num_cached_blocks": window,
     "data.num_frames": clip_frames,
     "data.image_size": picture_size,
-    "data.aspect_ratio_type": home("sampling.aspect_ratio_type"),
+    "data.aspect_ratio_type": one_of(
+        "sampling.aspect_ratio_type",
+        {name: name for name in ("ASPECT_RATIO_VIDEO_480_MS", "ASPECT_RATIO_VIDEO_720_MS_DIV32", "none")},
+        instead="write none, or ASPECT_RATIO_VIDEO_480_MS or ASPECT_RATIO_VIDEO_720_MS_DIV32",
+    ),
+    **dict.fromkeys((f"data.{key}" for key in OF_DATA), unused),
+    **dict.fromkeys((f"image_data.{key}" for key in (*OF_DATA, "aspect_ratio_type", "image_size")), unused),
+    **dict.fromkeys((f"train.{key}" for key in OF_TRAINING), unused),
     "model.image_size": unused,
     "model.aspect_ratio_type": unused,
-    "model.attn_type": only(
-        "LiteLAReLURope", *CAUSAL, instead=f"{ONE_NETWORK}, with ReLU linear attention (LiteLAReLURope)"
-    ),
+    "model.attn_type": attention,
     "model.ffn_type": only(
         "GLUMBConvTemp", "ChunkGLUMBConvTemp", "CachedGLUMBConvTemp", instead=f"{ONE_NETWORK} (GLUMBConvTemp)"
     ),
@@ -298,10 +408,15 @@ MODEL_YAML: dict[str, Rule] = {
     "model.remove_state_dict_keys": only(
         [], instead="a checkpoint is loaded whole; convert it first (python -m longsana.convert)"
     ),
-    **_fixed(
-        ("model.qk_norm", "model.cross_norm", "model.use_pe"), True, "checkpoints without these norms do not load here"
+    **dict.fromkeys(
+        ("model.qk_norm", "model.cross_norm", "model.use_pe"),
+        only(True, instead="checkpoints without these norms do not load here"),
     ),
+    "vae.vae_type": one_of("vae.vae_type", {name: name for name in STRIDES}, instead=" or ".join(STRIDES)),
     "vae.vae_pretrained": short_name({"Lightricks/LTX-2": "hf://Lightricks/LTX-2/vae"}),
+    "vae.weight_dtype": one_of(
+        "vae.weight_dtype", {**DTYPES, "auto": "auto"}, instead="auto, bfloat16, float16 or float32"
+    ),
     "vae.vae_latent_dim": home("model.in_channels"),
     "vae.vae_stride": agreeing(
         "for this vae.vae_type it is", lambda context: [strides(context)[0], *[strides(context)[1]] * 2]
@@ -313,8 +428,12 @@ MODEL_YAML: dict[str, Rule] = {
     "text_encoder.model_max_length": home("model.caption_length"),
     "text_encoder.y_norm": only(True, instead="captions are normalised always"),
     "text_encoder.y_norm_scale_factor": unused,
-    "scheduler.vis_sampler": sampler,
-    "scheduler.flow_shift": shifted,
+    "scheduler.vis_sampler": unless("sampling_algo", rule=sampler),
+    # The first of these that a YAML has is the shift of sampling; the last is that of training too.
+    "scheduler.inference_flow_shift": unless("flow_shift", rule=home("scheduler.inference_flow_shift")),
+    "scheduler.flow_shift": unless(
+        "flow_shift", "scheduler.inference_flow_shift", rule=home("scheduler.inference_flow_shift")
+    ),
     "scheduler.predict_flow_v": only(True, instead="the network predicts velocity"),
     "scheduler.noise_schedule": only("linear_flow", instead="noise is added along straight lines (linear_flow)"),
     "scheduler.pred_sigma": only(False, instead="the network predicts velocity alone"),
@@ -325,4 +444,13 @@ MODEL_YAML: dict[str, Rule] = {
 }
 """What becomes of a model YAML's keys in inference."""
 
-INFERENCE = Published(MODEL_YAML, sections=("data", "image_data", "train"))
+
+def _is_no_stage(context: Context) -> None:
+    if context.get("trainer") is not None or context.get("distribution_loss") is not None:
+        raise InputError(
+            f"a config of training (trainer: {context.get('trainer')}); it goes to train_video_scripts/"
+            "train_longsana.py --config_path"
+        )
+
+
+INFERENCE = Published(MODEL_YAML, sections=("data", "image_data", "train"), check=_is_no_stage)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from longsana.sampling.noise import PromptNoise
 from longsana.sampling.sampler import generate
 from longsana.training.parallel import connect, device_mesh, parallelise
 from longsana.training.replay import replay_passes
-from tests.training.test_replay import two_chunks
+from tests.training.test_replay import PASTS, two_chunks
 
 pytestmark = pytest.mark.gpu
 SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
@@ -122,10 +124,14 @@ def test_compiled_gradients_at_full_width() -> None:
         assert (given - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("settings", [{}, *PASTS])
 @pytest.mark.parametrize("replayed", [False, True])
-def test_fused_operations_make_the_same_network(replayed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_operations_make_the_same_network(
+    replayed: bool, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Velocity, next state and gradients, of two chunks in a row and of one clip."""
-    plain, fused = (build_model(SHAPES, device="cuda", dtype=torch.float32) for _ in range(2))
+    config = dataclasses.replace(SHAPES, **settings)
+    plain, fused = (build_model(config, device="cuda", dtype=torch.float32) for _ in range(2))
     if replayed:
         replay_passes(fused, torch.float32)
     module = sys.modules["longsana.ops.backend"]  # longsana.ops.backend is also the name of the function
@@ -135,12 +141,14 @@ def test_fused_operations_make_the_same_network(replayed: bool, monkeypatch: pyt
     for expected, given in zip(outputs, two_chunks(fused), strict=True):
         assert torch.allclose(expected, given, rtol=1e-3, atol=1e-4)
     for name, given in gradients(fused, "cuda").items():
-        assert (given - grads[name]).norm() < 1e-3 * grads[name].norm(), name
+        assert (given - grads[name]).norm() <= 1e-3 * grads[name].norm(), name
 
 
+@pytest.mark.parametrize("settings", [{}, *PASTS])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_replayed_passes_are_the_passes_themselves(checkpointing: bool) -> None:
-    plain, replayed = (build_model(SHAPES, device="cuda", dtype=torch.float32) for _ in range(2))
+def test_replayed_passes_are_the_passes_themselves(checkpointing: bool, settings: dict[str, Any]) -> None:
+    config = dataclasses.replace(SHAPES, **settings)
+    plain, replayed = (build_model(config, device="cuda", dtype=torch.float32) for _ in range(2))
     replay_passes(replayed, torch.float32, checkpointing=checkpointing)
     for expected, given in zip(two_chunks(plain), two_chunks(replayed), strict=True):
         assert torch.allclose(expected, given, rtol=1e-3, atol=1e-4)

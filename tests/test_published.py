@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import yaml
 from longsana.config import InferenceConfig, leaf_keys, load_config
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.encoders.text import complex_human_instruction, published_negative_prompt
-from longsana.published import INFERENCE, STRIDES, Refused
+from longsana.published import DISTILLED as DISTILLED_SAMPLER
+from longsana.published import INFERENCE, STRIDES, Context, Refused
 from longsana.runtime.errors import InputError
 from longsana.sampling.request import check_config
 from longsana.training.checks import check_training, flat
@@ -255,7 +257,6 @@ WEIGHTS = {"model.dtype": ("auto", "bfloat16"), "vae.weight_dtype": ("auto", "fl
 DECODED = {"vae.latents_per_call": (2, 1)}
 """A setting of speed that the published code does not have."""
 BASE_FLAGS = ["scheduler.inference_flow_shift=8", "sampling.motion_score=30", "sampling.cfg_scale=6"]
-LENGTH_720P = {"video.preset": ("superfast", "veryfast")}
 
 
 @pytest.mark.parametrize(
@@ -291,8 +292,7 @@ TRAINED = {
 @pytest.mark.parametrize(
     ("trainer", "stated"),
     [
-        # ODE's YAML says nothing of an average, which the published stage does not have: ours turns it off.
-        ("ode", {**TRAINED, "train.ema_weight": (0, 0.99), "train.gradient_accumulation_steps": (None, 1)}),
+        ("ode", {**TRAINED, "train.gradient_accumulation_steps": (None, 1)}),
         ("self_forcing", {**TRAINED, **SCORES, "train.max_checkpoints": (10, 3)}),
         ("longsana", {**TRAINED, **SCORES, "train.max_checkpoints": (10, 300)}),
     ],
@@ -465,7 +465,7 @@ def test_what_cannot_be_honoured_is_said_all_at_once(tmp_path: Path) -> None:
         "model.mlp_acts=['relu', 'silu', None]: ",
         "model.t_kernel_size=5: ",
         "model.qk_norm=False: ",
-        "scheduler.vis_sampler=flow_euler_ltx: the samplers here are chunk_flow_euler, flow_dpm-solver, flow_euler",
+        "scheduler.vis_sampler=flow_euler_ltx: it begins with a picture, and here is text to video only; ",
         "scheduler.pred_sigma=True: ",
         "vae.vae_stride=[4, 16, 16]: for this vae.vae_type it is [4, 8, 8]",
         "data.image_size=256: write sampling.height and sampling.width",
@@ -480,7 +480,6 @@ def test_what_cannot_be_honoured_is_said_all_at_once(tmp_path: Path) -> None:
         ({"wandb_key": "secret"}, "wandb login"),
         ({"distribution_loss": "ode"}, "trainer=longsana has the loss dmd_sana"),
         ({"streaming_chunk_size": 31}, "it is num_training_frames, 21"),
-        ({"negative_prompt_real": "another"}, "there is one negative prompt"),
         ({"image_or_video_shape": [1, 99, 16, 60, 104]}, "streaming_max_length is 261, and the shape says 99"),
         ({"context_noise": 10}, "rollout.noisy_absorb=true"),
         ({"switch_prompt_path": "a.txt"}, "prompts do not switch"),
@@ -504,6 +503,200 @@ def test_no_weights_are_filled_on_the_command_line(tmp_path: Path) -> None:
     assert load_config(path, ["model.load_from=mine.pth"]).model.load_from == "mine.pth"
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_the_order_of_keys_decides_nothing(first: bool, tmp_path: Path) -> None:
+    content = model_yaml("base")
+    content = {"flow_shift": 5.0, **content} if first else {**content, "flow_shift": 5.0}
+    path = tmp_path / "theirs.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert load_config(path).scheduler.inference_flow_shift == 5.0
+    assert load_config(path, ["scheduler.inference_flow_shift=6"]).scheduler.inference_flow_shift == 6.0
+    stage = stage_yaml("self_forcing")
+    stage = {"real_guidance_scale": 5.0, **stage} if first else {**stage, "real_guidance_scale": 5.0}
+    path.write_text(yaml.safe_dump(stage, sort_keys=False))
+    assert load_config(path, (), TrainingConfig).distillation.guidance_scale == 5.0
+
+
+def test_two_keys_that_say_one_setting_are_refused(theirs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.num_frames and sampling\.num_frames both say sampling\.num_frames"):
+        load_config(theirs / NAMES["base"], ["sampling.num_frames=41", "data.num_frames=81"])
+    config = load_config(theirs / NAMES["base"], ["sampling.num_frames=41", "data.num_frames=41"])
+    assert config.sampling.num_frames == 41
+    twice = changed("chunk", model__chunk_index=[0, 21], data__num_frames=40)
+    with pytest.raises(InputError, match=r"both say sampling\.chunk_frames"):
+        load_config(write(tmp_path / "twice.yaml", twice))
+
+
+def test_their_stage_yaml_as_a_base_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "stage.yaml", stage_yaml("longsana"))
+    alone = load_config(tmp_path / "stage.yaml", (), TrainingConfig)
+    based = load_config(write(tmp_path / "own.yaml", {"base": "stage.yaml", "max_iters": 5}), (), TrainingConfig)
+    assert differences(alone, based) == {"train.max_iters": (30000, 5)}
+
+
+def test_model_yamls_of_a_stage_may_be_given_on_the_command_line(theirs: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "stage.yaml", stage_yaml("self_forcing") | {"sana_config": "nowhere.yaml"})
+    with pytest.raises(InputError, match=r"stage\.yaml: sana_config=nowhere\.yaml: no such config file \(.*, .*, .*\)"):
+        load_config(path, (), TrainingConfig)
+    own = changed("longsana", vae__weight_dtype="float16")
+    config = load_config(path, [f"sana_config={write(tmp_path / 'mine.yaml', own)}"], TrainingConfig)
+    assert config.vae.weight_dtype == "float16"
+    for name in (5, ["a"]):
+        with pytest.raises(InputError, match="expected the name of a config file"):
+            load_config(write(path, stage_yaml("self_forcing") | {"sana_config": name}), (), TrainingConfig)
+
+
+def test_which_model_yamls_are_taken_is_said(theirs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(theirs.parents[1] / "stage.yaml", stage_yaml("longsana"))
+    with caplog.at_level(logging.INFO):
+        load_config(path, (), TrainingConfig)
+    *named, nothing = caplog.messages
+    assert named == [
+        f"{key}: {theirs / NAMES[kind]}"
+        for key, kind in (
+            ("sana_config", "longsana"),
+            ("sana_inference_config", "longsana"),
+            ("sana_fake_config", "base"),
+        )
+    ]
+    assert nothing.startswith(f"{path}: these published settings change nothing here: ")
+    assert nothing.count("model.fp32_attention") == nothing.count("image_data.*") == 1
+
+
+def test_sizes_of_another_vae(theirs: Path, tmp_path: Path) -> None:
+    stage = stage_yaml("self_forcing") | {
+        "sana_config": str(theirs / NAMES["720p"]),
+        "sana_fake_config": str(theirs / NAMES["720p"]),
+        "image_or_video_shape": [1, 21, 128, 22, 40],
+    }
+    config = load_config(write(tmp_path / "stage.yaml", stage), (), TrainingConfig)
+    assert (config.sampling.height, config.sampling.width, config.real_score.in_channels) == (704, 1280, 128)
+
+
+@pytest.mark.parametrize(
+    ("attention", "causal"), [("chunkcausal", True), ("cachedcausal", True), ("LiteLAReLURope", False)]
+)
+def test_a_causal_base_trains_causally(attention: str, causal: bool, tmp_path: Path) -> None:
+    theirs = changed("chunk", model__attn_type=attention, train__chunk_sampling_strategy="uniform")
+    write(tmp_path / "theirs.yaml", theirs)
+    own = {"base": "theirs.yaml", "trainer": "flow_matching", "data": {"data_path": "clips"}}
+    flow = load_config(write(tmp_path / "own.yaml", own), (), TrainingConfig).flow_matching
+    assert (flow.causal, flow.chunk_sampling_strategy) == (causal, "uniform")
+
+
+def test_float32_in_a_base_yaml_is_float32_in_training(tmp_path: Path) -> None:
+    write(tmp_path / "theirs.yaml", changed("base", model__mixed_precision="fp32"))
+    own = {"base": "theirs.yaml", "trainer": "flow_matching", "data": {"data_path": "clips"}}
+    config = load_config(write(tmp_path / "own.yaml", own), (), TrainingConfig)
+    assert (config.model.dtype, config.train.mixed_precision) == ("float32", False)
+
+
+def test_weights_of_a_stage_stand_in_for_those_of_its_model_yamls(tmp_path: Path) -> None:
+    write(tmp_path / "model.yaml", changed("longsana", model__load_from=None))
+    stage = stage_yaml("longsana") | dict.fromkeys(("sana_config", "sana_fake_config"), "model.yaml")
+    config = load_config(write(tmp_path / "stage.yaml", stage), (), TrainingConfig)
+    assert (config.model.load_from, config.real_score.load_from) == (SELF_FORCING, BASE_480)
+    with pytest.raises(InputError, match=r"model\.yaml: model\.load_from=None: there are no weights"):
+        load_config(write(tmp_path / "stage.yaml", stage | {"generator_ckpt": None}), (), TrainingConfig)
+
+
+def test_a_stage_and_its_model_yamls_are_refused_together(tmp_path: Path) -> None:
+    write(tmp_path / "model.yaml", changed("longsana", model__attn_type="flash", model__foo=1, vae__vae_type="DCAE"))
+    stage = stage_yaml("longsana") | {"sana_config": "model.yaml", "warp_denoising_step": True}
+    with pytest.raises(InputError) as caught:
+        load_config(write(tmp_path / "stage.yaml", stage), (), TrainingConfig)
+    for part in (
+        "model.attn_type=flash: ",
+        "unknown key model.foo",
+        "vae.vae_type=DCAE: WanVAE or LTX2VAE_diffusers",
+        "stage.yaml: warp_denoising_step=True: ",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("override", [True, False])
+def test_a_secret_is_never_shown(override: bool, tmp_path: Path) -> None:
+    stage = stage_yaml("longsana") | ({} if override else {"wandb_key": "SECRET"})
+    with pytest.raises(InputError, match=r"wandb_key=\.\.\.: log in") as caught:
+        load_config(write(tmp_path / "stage.yaml", stage), ["wandb_key=SECRET"] if override else [], TrainingConfig)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_the_section_train_of_a_model_yaml_is_its_trainers(tmp_path: Path) -> None:
+    write(tmp_path / "theirs.yaml", changed("longsana"))
+    own = {"base": "theirs.yaml", "trainer": "longsana", "data": {"data_path": "prompts.txt"}}
+    config = load_config(write(tmp_path / "own.yaml", own), (), TrainingConfig)
+    assert (config.train.seed, config.train.gradient_accumulation_steps) == (0, None)
+    alone = write(tmp_path / "ours.yaml", {"trainer": "longsana", "train": {"seed": 3}})
+    assert load_config(alone, (), TrainingConfig).train.seed == 3
+
+
+def test_null_is_left_out(tmp_path: Path) -> None:
+    nulls = changed(
+        "base",
+        scheduler__inference_flow_shift=None,
+        vae__weight_dtype=None,
+        model__mixed_precision=None,
+        cfg_scale=None,
+        flow_shift=None,
+    )
+    config = load_config(write(tmp_path / "theirs.yaml", nulls | {"image_data": {}, "sampling": {}}))
+    assert (config.scheduler.inference_flow_shift, config.vae.weight_dtype, config.model.dtype) == (3.0, "auto", "auto")
+    assert config.sampling.cfg_scale == 6.0
+    stage = stage_yaml("longsana") | {"image_or_video_shape": None, "model_kwargs": None, "vis_interval": None}
+    load_config(write(tmp_path / "stage.yaml", stage), (), TrainingConfig)
+    load_config(write(tmp_path / "stage.yaml", stage | {"model_kwargs": {}}), (), TrainingConfig)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("base", "flow_dpm-solver"), ("chunk", "chunk_flow_euler"), ("longsana", DISTILLED_SAMPLER)]
+)
+def test_a_yaml_that_names_no_sampler_has_its_attentions(kind: str, expected: str, tmp_path: Path) -> None:
+    theirs = changed(kind, scheduler__vis_sampler=None, sampling_algo=None)
+    config = load_config(write(tmp_path / "theirs.yaml", theirs))
+    assert (config.scheduler.sampling_algo, config.sampling.cfg_scale) == (expected, 1.0 if kind == "longsana" else 6.0)
+
+
+def test_another_sampler_on_the_command_line_has_its_guidance(theirs: Path) -> None:
+    config = load_config(theirs / NAMES["base"], ["scheduler.vis_sampler=longlive_flow_euler"])
+    assert (config.scheduler.sampling_algo, config.sampling.cfg_scale) == (DISTILLED_SAMPLER, 1.0)
+
+
+@pytest.mark.parametrize(("kind", "chunk", "frames"), [("longsana", 5, 81), ("chunk", 5, 81), ("base", 10, 21)])
+def test_their_number_of_frames_on_our_yamls(kind: str, chunk: int, frames: int) -> None:
+    """Ours say no attn_type; their samplers tell what it means."""
+    config = load_config(CONFIGS / NAMES[kind], [f"data.num_frames={21 if kind == 'base' else 20}"])
+    assert (config.sampling.chunk_frames, config.sampling.num_frames) == (chunk, frames)
+
+
+def test_a_list_of_parts_on_the_command_line(theirs: Path) -> None:
+    config = load_config(theirs / NAMES["base"], ['text_encoder.chi_prompt=["Say more:", "x "]'])
+    assert config.text_encoder.chi_prompt == "Say more:\nx "
+
+
+@pytest.mark.parametrize(
+    ("trainer", "says"),
+    [(None, "trainer=None: a config of training must say which stage"), ("wm_ode", "trainer=wm_ode: a config of")],
+)
+def test_a_stage_says_which_it_is(trainer: str | None, says: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "stage.yaml", stage_yaml("longsana") | {"trainer": trainer})
+    with pytest.raises(InputError, match=says):
+        load_config(path, (), TrainingConfig)
+
+
+def test_a_stage_given_to_inference_is_told_where_it_belongs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a config of training \(trainer: ode\); it goes to .*--config_path"):
+        load_config(write(tmp_path / "stage.yaml", stage_yaml("ode")))
+
+
+def test_a_run_is_the_same_by_whatever_path_its_yaml_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "w.pth").write_bytes(b"")
+    path = write(tmp_path / "own.yaml", {"model": {"load_from": "w.pth"}})
+    monkeypatch.chdir(tmp_path)
+    assert load_config("own.yaml") == load_config(path)
+
+
 # Typing errors --------------------------------------------------------------------------------------------------------
 
 
@@ -518,6 +711,16 @@ def test_no_weights_are_filled_on_the_command_line(tmp_path: Path) -> None:
         (InferenceConfig, "scheduler.shift=3", None),
         (InferenceConfig, "model.dropout=0.1", None),
         (InferenceConfig, "sampling.steps=20", None),
+        (InferenceConfig, "data.num_fram=41", None),
+        (InferenceConfig, "data.num_frmaes=41", "data.num_frames"),
+        (InferenceConfig, "data.image_siz=41", "data.image_size"),
+        (InferenceConfig, "modle.depth=2", "model.depth"),
+        (InferenceConfig, "vae.vae_dtype=float32", None),
+        (TrainingConfig, "max_score_timestep=3", None),
+        (TrainingConfig, "generator_lr=3", None),
+        (TrainingConfig, "save_interval=3", None),
+        (TrainingConfig, "timesteps=3", None),
+        (TrainingConfig, "data.path=x", None),
     ],
 )
 def test_no_setting_of_another_meaning_is_offered(schema: type, text: str, offered: str | None, tmp_path: Path) -> None:
@@ -547,12 +750,25 @@ def test_every_home_exists(schema: type, published: Any, trainers: list[str | No
         for trainer in trainers:
             for value in values:
                 try:
-                    settings = rule(key, value, {"trainer": trainer})
+                    settings = rule(key, value, Context({"trainer": trainer}))
                 except Refused:
                     continue
                 assert set(settings) <= known, key
                 reached |= set(settings)
     assert len(reached) > 10
+
+
+def test_every_setting_that_the_documentation_names_exists() -> None:
+    text = (ROOT / "docs/published.md").read_text(encoding="utf-8")
+    known = {*leaf_keys(TrainingConfig), *TRAINING.rules, *TRAINING.references}
+    sections = (
+        "model|vae|text_encoder|scheduler|sampling|video|rollout|distillation|flow_matching|train|validation|data"
+    )
+    named = set(re.findall(rf"\b(?:{sections})\.[a-z]\w*", text)) - {"data.num_frames"}
+    assert len(named) > 30
+    assert {name for name in named if name not in known} == set()
+    for setting in re.findall(rf"`((?:{sections})\.\w+=[^`]+)`", text):
+        load_config(CONFIGS / "longsana/480ms/longsana.yaml", [setting], TrainingConfig)
 
 
 def test_strides_are_those_of_the_vaes() -> None:

@@ -17,10 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
+
 import torch
 
 from longsana.models.weights import LAYOUTS
-from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.training.export import GROUPS, export
@@ -28,8 +33,8 @@ from longsana.training.export import GROUPS, export
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help="folder of a run, checkpoint_model_...")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for diffusers, else a file")
+    parser.add_argument("checkpoint", type=typed_path, help="folder of a run, checkpoint_model_...")
+    parser.add_argument("--out", type=typed_path, required=True, help="a folder for diffusers, else a file")
     parser.add_argument("--layout", choices=list(LAYOUTS), required=True)
     parser.add_argument("--weights", choices=list(GROUPS), help="the network (default: raw; trainer: all of them)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -37,9 +42,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def prepare(arguments: Sequence[str]) -> argparse.Namespace:
+def prepare(arguments: Sequence[str], world: World) -> argparse.Namespace:
     options = parse(arguments)
-    if World.from_environment().size > 1:
+    if world.size > 1:
         raise InputError("several processes: an export is the work of one; start it without a launcher")
     return options
 
@@ -57,9 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
-    return run_command(world, lambda: prepare(arguments), run)
+    return run_command(lambda world: prepare(arguments, world), lambda options, world: run(options))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
+
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import leaf_keys, load_config
 from longsana.data.prompts import Prompt
-from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.commandline import Parser, run_command, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
-from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.sampling.checks import check_weights
 from longsana.sampling.request import seeded_sources, select_prompts
@@ -41,9 +45,9 @@ SETTING_FLAGS = {"txt_file": "sampling.txt_file", "out": "pairs.out"}
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(__doc__)
     parser.add_argument("--config_path", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
-    parser.add_argument("--start_index", type=int, default=0, help="first prompt, counted from 0")
-    parser.add_argument("--end_index", type=int, help="one past the last prompt")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
+    parser.add_argument("--start_index", type=whole, default=0, help="first prompt, counted from 0")
+    parser.add_argument("--end_index", type=whole, help="one past the last prompt")
+    parser.add_threads()
     return parser.parse_command(arguments, SETTING_FLAGS, leaf_keys(OdePairsConfig))
 
 
@@ -58,8 +62,6 @@ def prepare(arguments: Sequence[str]) -> Request:
     options, settings = parse(arguments)
     config = load_config(locate(options.config_path, "the config"), settings, OdePairsConfig)
     check_settings([setting.partition("=")[0] for setting in settings], config)
-    if options.threads is not None and options.threads < 1:
-        raise InputError(f"--threads {options.threads}: must be at least 1")
     check_pairs(config)
     prompts = select_prompts(teacher_config(config), options.start_index, options.end_index)
     distinct = distinct_prompts(config, prompts)
@@ -88,9 +90,7 @@ def run(request: Request, world: World) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
-    return run_command(world, lambda: prepare(arguments), lambda request: run(request, world))
+    return run_command(lambda world: prepare(arguments), run)
 
 
 if __name__ == "__main__":

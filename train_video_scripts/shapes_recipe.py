@@ -1,6 +1,7 @@
 """Train everything of the shapes world, one step after another, and measure it.
 
     python train_video_scripts/shapes_recipe.py --out output/shapes
+    python train_video_scripts/shapes_recipe.py --out output/remembered_shapes --world remembered_shapes
 
 A step is done when what it makes lies in OUT/parts, and is then passed over: stopped at any moment, the same command
 goes on, the networks' steps from where they were. OUT/parts is all that later steps need: carry it to another machine,
@@ -19,18 +20,24 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
+
 import torch
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import training_prompts
+from longsana.data.remembered import WORLDS, WorldName
 from longsana.data.shapes import prompts
-from longsana.runtime.commandline import Parser, run_command, set_up_logging
+from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text
@@ -133,11 +140,11 @@ Use: the world's grammar only. Other prompts give some video of shapes. Licence:
 
 
 class Recipe:
-    """The steps, in order; each makes one thing of `parts`. tiny: on a CPU, in seconds."""
+    """The steps, in order; each makes one thing of `parts`. tiny: on a CPU, in seconds. world: whose clips."""
 
-    def __init__(self, out: Path, *, tiny: bool) -> None:
-        self.parts, self.runs, self.tiny = out / "parts", out / "runs", tiny
-        self.device = World.from_environment().device()
+    def __init__(self, out: Path, *, tiny: bool, device: torch.device, world: WorldName = "shapes") -> None:
+        self.parts, self.runs, self.tiny, self.world = out / "parts", out / "runs", tiny, world
+        self.device = device
         self.parts.mkdir(parents=True, exist_ok=True)
         self._write_prompts()
         self.steps: dict[str, tuple[Path, Callable[[], int]]] = {
@@ -173,13 +180,13 @@ class Recipe:
     def text(self) -> int:
         from longsana.training.text_encoder import TextTrainingConfig, train_text_encoder
 
-        config = load_config(CONFIGS / "text_encoder.yaml", self._tiny("text"), TextTrainingConfig)
+        config = load_config(CONFIGS / "text_encoder.yaml", self._small_world("text"), TextTrainingConfig)
         return self._finished("text_encoder", lambda folder: train_text_encoder(config, folder, self.device))
 
     def vae(self) -> int:
         from longsana.training.vae import VAETrainingConfig, train_vae
 
-        config = load_config(CONFIGS / "vae.yaml", self._tiny("vae"), VAETrainingConfig)
+        config = load_config(CONFIGS / "vae.yaml", self._small_world("vae"), VAETrainingConfig)
         return self._finished("vae", lambda folder: train_vae(config, folder, self.device))
 
     def _finished(self, name: str, train: Callable[[Path], float]) -> int:
@@ -232,11 +239,11 @@ class Recipe:
         phases = list(BASE_PHASES)
         number = phases.index(name)
         settings = [f"train.seed={number}", f"train.max_iters={BASE_PHASES[name]}"]
+        settings += [f"data.data_path=generated:{'turning_' if name == 'base_2' else ''}{self.world}"]
         if number > 0:
             settings += self._from("model", phases[number - 1])
         if name == "base_2":
             # The sense of an orbit is decided at sigma 0.93 to 0.985, where these lie.
-            settings += ["data.data_path=generated:turning_shapes"]
             settings += ["flow_matching.logit_mean=0.5", "flow_matching.logit_std=1.0"]
         if name == "base":
             settings += ["optimizer.generator.lr=7.0e-4"]
@@ -289,9 +296,11 @@ class Recipe:
             path = self.parts / f"scores_{row.name.replace(' ', '_').replace(',', '')}.json"
             if not path.exists():
                 started = time.perf_counter()
-                trial = Trial(texts[: row.prompts], tuple(range(row.seeds)), row.lengths, absorbs=row.absorbs)
+                trial = Trial(
+                    texts[: row.prompts], tuple(range(row.seeds)), row.lengths, absorbs=row.absorbs, world=self.world
+                )
                 if self.tiny:
-                    trial = Trial(texts[:2], (0,), (1,), batch=2, absorbs=row.absorbs)
+                    trial = replace(trial, prompts=texts[:2], seeds=(0,), lengths=(1,), batch=2)
                 attempt = try_truth if row.name == TRUTH else try_model
                 result = attempt(self._sampler(row), trial, self.device)
                 result["seconds"] = round(time.perf_counter() - started, 1)
@@ -393,14 +402,20 @@ class Recipe:
     def _tiny(self, step: str) -> list[str]:
         return TINY[step] if self.tiny else []
 
+    def _small_world(self, step: str) -> list[str]:
+        return [f"world={self.world}", *self._tiny(step)]
+
     def _write_prompts(self) -> None:
         for name, seed, count, held_out in (
             ("prompts.txt", 1, TRAINING_PROMPTS, False),
             ("held_out.txt", 0, HELD_OUT_PROMPTS, True),
         ):
             path = self.parts / name
+            text = "\n".join(prompts(seed, count, held_out=held_out, draw=WORLDS[self.world])) + "\n"
             if not path.exists():
-                atomic_write_text(path, "\n".join(prompts(seed, count, held_out=held_out)) + "\n")
+                atomic_write_text(path, text)
+            elif path.read_text(encoding="utf-8") != text:
+                raise InputError(f"{path}: not the prompts of --world {self.world}; give another --out")
 
     def _note(self, name: str, value: float) -> None:
         """times.json: seconds of each step, and scores of parts, with the machine."""
@@ -425,7 +440,7 @@ def render_table(scores: dict[str, Any], speeds: dict[str, float]) -> str:
                 {
                     "model": name,
                     "seconds": int(seconds),
-                    **{figure: _percent(figures[figure]) for figure in FIGURES},
+                    **{figure: _percent(figures[figure]) for figure in FIGURES if figure in figures},
                     "seam index": _number(figures["seam index"]),
                     DRIFT: _percent(figures[DRIFT]),
                     "steps": steps[name] or "",
@@ -452,15 +467,16 @@ def _number(value: Sequence[float | None]) -> str:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("output/shapes"), help="(default: %(default)s)")
+    parser.add_argument("--out", type=typed_path, default=Path("output/shapes"), help="(default: %(default)s)")
     parser.add_argument("--steps", nargs="+", metavar="STEP", help="only these (default: all, in order)")
+    parser.add_argument("--world", choices=list(WORLDS), default="shapes", help="whose clips (default: %(default)s)")
     parser.add_argument("--size", choices=["full", "tiny"], default="full")
     return parser.parse_args(arguments)
 
 
-def prepare(arguments: Sequence[str]) -> tuple[Recipe, list[str]]:
+def prepare(arguments: Sequence[str], world: World) -> tuple[Recipe, list[str]]:
     options = parse(arguments)
-    recipe = Recipe(options.out.resolve(), tiny=options.size == "tiny")
+    recipe = Recipe(options.out.resolve(), tiny=options.size == "tiny", world=options.world, device=world.device())
     names = options.steps or list(recipe.steps)
     if unknown := [name for name in names if name not in recipe.steps]:
         raise InputError(f"--steps {unknown[0]}: no such step; there are {', '.join(recipe.steps)}")
@@ -468,10 +484,10 @@ def prepare(arguments: Sequence[str]) -> tuple[Recipe, list[str]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
     # The stages' commands meet their processes themselves.
-    return run_command(world, lambda: prepare(arguments), lambda asked: asked[0].run(asked[1]), connect=lambda: None)
+    return run_command(
+        lambda world: prepare(arguments, world), lambda asked, world: asked[0].run(asked[1]), connect=lambda world: None
+    )
 
 
 if __name__ == "__main__":

@@ -12,17 +12,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
+
+if __name__ == "__main__":
+    from longsana.runtime import stop
+
+    stop.catch()  # before the imports below, which take seconds
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import leaf_keys, load_config, render_config
-from longsana.runtime.commandline import Parser, set_up_logging
-from longsana.runtime.distributed import PeerError, World, keep_freed_memory, set_threads
-from longsana.runtime.errors import InputError
+from longsana.runtime.commandline import Parser, run_command, typed_path
+from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.hub import locate
 from longsana.training.checks import check_data, check_sources, check_training, slots_of
 from longsana.training.config import TrainingConfig
@@ -37,7 +42,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and every setting given on the command line as `section.key=value`."""
     parser = Parser(__doc__)
     parser.add_argument("--config_path", required=True, help="YAML file of a stage")
-    parser.add_argument("--logdir", help="the run's folder (default: output/NAME_OF_FOLDER/NAME_OF_CONFIG)")
+    parser.add_argument(
+        "--logdir", type=typed_path, help="the run's folder (default: output/NAME_OF_FOLDER/NAME_OF_CONFIG)"
+    )
     parser.add_argument("--no_save", action="store_true", help="write no checkpoints")
     parser.add_argument("--no_visualize", action="store_true", help="sample no validation videos")
     parser.add_argument("--no-auto-resume", action="store_true", help="start anew; what is in logdir is moved aside")
@@ -45,39 +52,47 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dry_run", action="store_true", help="print config, sizes and a memory estimate, and stop")
     parser.add_argument("--disable-wandb", action="store_true", help="log to metrics.jsonl alone")
     parser.add_argument("--wandb_name", help="the run's name in wandb (default: the config's folder)")
-    parser.add_argument("--wandb-save-dir", type=Path, default=Path("wandb"), help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: usable cores / processes here)")
+    parser.add_argument("--wandb-save-dir", type=typed_path, default=Path("wandb"), help="(default: %(default)s)")
+    parser.add_threads()
     return parser.parse_command(arguments, FLAGS, [*leaf_keys(TrainingConfig), *TRAINING.rules, *TRAINING.references])
 
 
-def main(arguments: Sequence[str]) -> int:
-    world = World.from_environment()
-    set_up_logging(world)
-    try:
-        options, settings = parse(arguments)
-        path = locate(options.config_path, "--config_path")
-        config: TrainingConfig = load_config(path, settings, TrainingConfig)
-        check_training(config)
-        slots_of(config, world)
-        if options.dry_run:
-            if world.is_main:
-                print(render_config(config))
-                print(estimate(config, world.size, local_size=world.local_size).table())
-            return 0
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for, checked as far as it can be without loading anything large."""
+
+    config: TrainingConfig
+    options: argparse.Namespace
+    path: Path
+
+
+def prepare(arguments: Sequence[str], world: World) -> Request:
+    options, settings = parse(arguments)
+    path = locate(options.config_path, "--config_path")
+    config: TrainingConfig = load_config(path, settings, TrainingConfig)
+    check_training(config)
+    slots_of(config, world)
+    if not options.dry_run:
         check_sources(config, visualize=not options.no_visualize)
         check_data(config)
-    except InputError as error:
+    return Request(config, options, path)
+
+
+def run(request: Request, world: World) -> int:
+    config, options, path = request.config, request.options, request.path
+    if options.dry_run:
         if world.is_main:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+            print(render_config(config))
+            print(estimate(config, world.size, local_size=world.local_size).table())
+        return 0
 
     from longsana.training.launch import RunOptions, train  # brings diffusers and transformers, which take seconds
     from longsana.training.loop import TrainingFailed
 
     set_threads(options.threads, world)
     keep_freed_memory()
-    run = RunOptions(
-        logdir=Path(options.logdir or Path("output") / path.parent.name / path.stem),
+    choices = RunOptions(
+        logdir=options.logdir or Path("output") / path.parent.name / path.stem,
         name=options.wandb_name or path.parent.name,
         save=not options.no_save,
         visualize=not options.no_visualize,
@@ -88,12 +103,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     try:
         with logging_redirect_tqdm():  # lines go above the bar, not through it
-            status = train(config, run, world)
-    except PeerError:
-        return 2
-    except InputError as error:
-        print(f"error: {error}" if world.is_main else f"error (process {world.rank}): {error}", file=sys.stderr)
-        return 2
+            return train(config, choices, world)
     except TrainingFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
@@ -106,9 +116,11 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    # Not after an error: the others may be waiting in a collective that this process will never enter.
-    world.disconnect()
-    return status
+
+
+def main(arguments: Sequence[str]) -> int:
+    # Training connects by itself, when it knows its device.
+    return run_command(lambda world: prepare(arguments, world), run, connect=lambda world: None)
 
 
 if __name__ == "__main__":

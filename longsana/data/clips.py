@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from longsana.data.remembered import draw_remembered
 from longsana.data.shapes import TURNS, Scene, Track, draw_scene, render
 from longsana.data.shards import DTYPES, Contents, ShardFolder, ShardWriter
 from longsana.runtime.distributed import World
@@ -159,18 +160,23 @@ Draw = Callable[[int, int, tuple[int, int]], Scene]
 
 
 def any_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
-    """Of the world as it is. size: (height, width) of the picture."""
+    """Draw a scene of the world whose captions say everything. size: (height, width) of the picture."""
     return draw_scene(seed, index, size=size)
 
 
-def turning_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
+def remembered_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
+    """Draw a scene of the world in which the past matters. size: (height, width) of the picture."""
+    return draw_remembered(seed, index, size=size)
+
+
+def turning_scene(seed: int, index: int, size: tuple[int, int], draw: Draw = any_scene) -> Scene:
     """In three of four scenes a shape bounces or orbits, what a base model is slowest to learn; the fourth is any.
 
     More of these shapes begin near one point of their way than elsewhere. A network knows places from the edges of the
     picture alone, and of an unknown place the sense of an orbit says nothing: all orbits taken together look alike in
-    both senses. From a known start it says at once where the shape goes, which is learned first.
+    both senses. From a known start it says at once where the shape goes, which is learned first. draw: of which world.
     """
-    scenes = (draw_scene(seed + 1000 * again, index, size=size) for again in itertools.count())
+    scenes = (draw(seed + 1000 * again, index, size) for again in itertools.count())
     scene = next(scene for scene in scenes if index % 4 == 0 or any(_turns(track) for track in scene.tracks))
     # A last number that draw_scene does not have: zeros at a seed's end change nothing.
     spread = np.random.default_rng((seed, index, 2)).random() ** 2
@@ -325,4 +331,6 @@ GENERATORS: dict[str, Callable[[Shape, int, int, Callable[[], Encoder] | None], 
     "blobs": moving_blobs,
     "shapes": moving_shapes,
     "turning_shapes": partial(moving_shapes, draw=turning_scene),
+    "remembered_shapes": partial(moving_shapes, draw=remembered_scene),
+    "turning_remembered_shapes": partial(moving_shapes, draw=partial(turning_scene, draw=remembered_scene)),
 }

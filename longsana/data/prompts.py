@@ -5,7 +5,7 @@ line; `.json`, one object whose keys are the prompts, as the published command r
 objects. A prompt may hold a size flag, and `<split>` between the parts of one video. Fields of the objects:
 
     prompt  the text (.jsonl)           size    [height, width] in pixels
-    seed    a whole number, 0 or more   frames  pixel frames of the video
+    seed    a whole number              frames  pixel frames of the video
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PUBLISHED_PROMPTS = "vidprom_filtered_extended.txt"
 DOWNLOAD = f"hf download gdhe17/Self-Forcing {PUBLISHED_PROMPTS} --local-dir data/longsana"
 FLAGS = ("ar", "aspect_ratio", "hw")
 FIELDS = ("prompt", "seed", "size", "frames")
-LARGEST_SEED = 2**63 - 1
+SEEDS = (-(2**63), 2**63 - 1)  # as of sampling.seed
 _TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".yaml", ".yml")
 _OF_THE_COMMAND = {
     *(setting.name for setting in dataclasses.fields(SamplingConfig) if setting.name not in FIELDS),
@@ -295,7 +295,7 @@ def _entry(where: str, number: int, pairs: Iterable[tuple[str, Any]], unused: se
     return _Entry(
         number,
         text.strip(),
-        _whole(where, "seed", fields.get("seed"), 0, LARGEST_SEED),
+        _whole(where, "seed", fields.get("seed"), *SEEDS),
         None if size is None else (_side(where, size[0]), _side(where, size[1])),
         _whole(where, "frames", fields.get("frames"), 1),
     )

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longsana.data.shapes import DIRECTIONS, MOTIONS, SIZES, TURNS, Actor, around
 
 SHORT, LONG = 16, 32
-"""Frames that a verdict looks at: one second of rest, two of a way: for one, a slow orbit is not far from straight."""
+"""Frames that a verdict looks at: one second of rest, two of a way: for one, a slow orbit is not far from straight.
+What travels gets one, for a big and quick one is not longer in view between the upper and the lower rim."""
 PACES = {"": (-1.0, 0.35), "slowly": (0.35, 1.4), "quickly": (1.4, 2.8)}
 """Pixels a frame that are nearer to this word (0, 0.7, 2.1) than to the next one."""
 STRAIGHT = 0.95
@@ -30,24 +32,29 @@ VISIBLE = 0.75
 
 
 class Course(NamedTuple):
-    """What N actors promised, as tensors: motion, an index into MOTIONS; pace (low, high); radius in pixels."""
+    """What N actors promised, as tensors: motion, an index into MOTIONS; pace (low, high); radius, pixels; travels."""
 
     motion: Tensor
     low: Tensor
     high: Tensor
     radius: Tensor
+    travels: Tensor
 
     @classmethod
     def of(cls, actors: Sequence[Actor], device: torch.device) -> Course:
-        rows = [(MOTIONS.index(actor.motion), *PACES[actor.speed], SIZES[actor.size]) for actor in actors]
-        motion, low, high, radius = torch.tensor(rows, dtype=torch.float32, device=device).reshape(-1, 4).unbind(1)
-        return cls(motion.long(), low[:, None], high[:, None], radius[:, None])
+        rows = [
+            (MOTIONS.index(actor.motion), *PACES[actor.speed], SIZES[actor.size], actor.travels) for actor in actors
+        ]
+        values = torch.tensor(rows, dtype=torch.float32, device=device).reshape(-1, 5)
+        motion, low, high, radius, travels = values.unbind(1)
+        return cls(motion.long(), low[:, None], high[:, None], radius[:, None], travels[:, None].bool())
 
 
-def as_promised(centre: Tensor, course: Course, size: tuple[int, int]) -> Tensor:
+def as_promised(centre: Tensor, course: Course, size: tuple[int, int], excused: Tensor | None = None) -> Tensor:
     """Whether each actor moves as promised around each frame: (N, F) of 0 and 1; nan in a clip of under 20 frames.
 
     centre: (N, F, 2), x and y in pixels, nan where the object is not seen. size: (height, width) of the picture.
+    excused: (N, F) bool, where one who travels is cut or away; nan there, and where it is in view for under a second.
     """
     frames = centre.shape[1]
     if frames < 20:
@@ -60,7 +67,10 @@ def as_promised(centre: Tensor, course: Course, size: tuple[int, int]) -> Tensor
         "still": _on_frames(_still(centre, course, size, short), short, frames),
     }
     every = torch.stack([verdicts[motion] for motion in MOTIONS])  # (motions, N, F)
-    return every[course.motion, torch.arange(len(centre), device=centre.device)].float()
+    verdict = every[course.motion, torch.arange(len(centre), device=centre.device)].float()
+    if excused is None:
+        return verdict
+    return _between_absences(_straight(centre, course, size, short), excused).where(course.travels, verdict)
 
 
 def velocities(centre: Tensor, size: tuple[int, int], lag: int) -> Tensor:
@@ -85,6 +95,19 @@ def _on_frames(verdict: Tensor, window: int, frames: int) -> Tensor:
     """Each frame takes the verdict of the window around it; at the ends, of the first and the last."""
     index = (torch.arange(frames, device=verdict.device) - window // 2).clamp(0, verdict.shape[1] - 1)
     return verdict[:, index]
+
+
+def _between_absences(verdict: Tensor, excused: Tensor) -> Tensor:
+    """Each frame (N, F) takes the verdict (N, windows) of the window nearest around it that nothing excused is in."""
+    frames = excused.shape[1]
+    count = verdict.shape[1]
+    window = frames - count + 1
+    free = torch.where(_windows(excused, window).any(-1), torch.nan, verdict.float())
+    result = torch.full(excused.shape, torch.nan, device=verdict.device)
+    for before in sorted(range(window), key=lambda before: abs(before - window // 2)):
+        own = F.pad(free, (before, frames - count - before), value=torch.nan)
+        result = torch.where(result.isnan(), own, result)
+    return result.masked_fill(excused, torch.nan)
 
 
 def _still(centre: Tensor, course: Course, size: tuple[int, int], window: int) -> Tensor:

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from longsana.data.shapes import COLOURS
 from longsana.evaluation import measures
-from longsana.evaluation.verifier import Seen, Verdicts, judge, observe, score
+from longsana.evaluation.sight import Seen, observe
+from longsana.evaluation.verifier import Verdicts, all_in_view, judge, score
 from longsana.evaluation.videos import Video, frame_rate, read_pieces
 from longsana.runtime.files import atomic_write_text, partial_name
 
 LENGTHS = (5, 30, 60)
 """Seconds of the stretches from the start that are scored apart from the whole."""
+CURVES = ("adherence", "persistence", "identity")
 LOOKS = ("saturation", "contrast", "sharpness")
 NOT_SCORED = "not scored"
 
@@ -47,6 +49,7 @@ def examine(video: Video, device: torch.device) -> dict[str, Any]:
     curves: dict[str, Tensor] = {}
     scores = {}
     velocity = {}
+    compares = torch.ones_like(figures.change, dtype=torch.bool)
     if promise:
         whole = Seen.join(seen)
         for index, colour in enumerate(COLOURS):
@@ -59,11 +62,13 @@ def examine(video: Video, device: torch.device) -> dict[str, Any]:
             length = round(seconds * rate) + 1  # the first frame is at second 0
             if length <= frames:
                 scores[f"{seconds} s"] = score(judge(whole.first(length), [promise])).as_dict()
-        curves |= {name: measures.per_second(getattr(verdicts, name), rate) for name in ("adherence", "persistence")}
+        curves |= {name: measures.per_second(getattr(verdicts, name), rate) for name in CURVES}
+        # Without what is away the picture looks otherwise, which is no drift.
+        compares = all_in_view(whole, [promise])
     else:
         row |= dict.fromkeys((*Verdicts._fields, "adherence"), NOT_SCORED)
     for look in LOOKS:
-        values = getattr(figures, look)
+        values = getattr(figures, look).where(compares, torch.nan)
         row[f"{look} drift"] = float(measures.drift(values, rate))
         curves[f"{look} drift"] = measures.drift_curve(values, rate)
     row["seam index"] = float(measures.seam_index(figures.change, video.boundaries, video.time_stride))

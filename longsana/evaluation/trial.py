@@ -17,10 +17,12 @@ from torch import Tensor
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
-from longsana.data.shapes import FPS, draw_scene, parse_caption, render
+from longsana.data.remembered import WORLDS, WorldName
+from longsana.data.shapes import FPS, parse_caption, render
 from longsana.encoders.vae import VideoVAE, load_vae
 from longsana.evaluation.measures import boundaries, drift, drift_curve, measure_pieces, per_second, seam_index
-from longsana.evaluation.verifier import Seen, Verdicts, judge, observe
+from longsana.evaluation.sight import Seen, observe
+from longsana.evaluation.verifier import Verdicts, all_in_view, judge
 from longsana.models.embeddings import Text
 from longsana.runtime.clock import Clock
 from longsana.runtime.files import partial_name
@@ -36,13 +38,17 @@ TRUTH = 1 << 20
 
 @dataclass(frozen=True)
 class Trial:
-    """prompts: those of `shapes.prompts` that are held out. lengths: seconds from the start, scored apart."""
+    """prompts: those of `shapes.prompts` that are held out. lengths: seconds from the start, scored apart.
+
+    world: whose scenes are ground truth.
+    """
 
     prompts: Sequence[str]
     seeds: Sequence[int] = (0, 1, 2)
     lengths: Sequence[int] = (5, 30, 60)
     batch: int = 64  # videos at a time
     absorbs: bool = True  # False, an ablation: a chunk's state is that of its last denoising pass
+    world: WorldName = "shapes"
 
     @property
     def frames(self) -> int:
@@ -123,7 +129,7 @@ class _Unabsorbing:
 
 
 def try_truth(config: InferenceConfig, trial: Trial, device: torch.device) -> dict[str, Any]:
-    """The same of the world itself, seen through the VAE: what no model can surpass. One seed; other prompts."""
+    """Score the world itself, seen through the VAE: what no model can surpass. One seed; other prompts."""
     vae = load_vae(config.vae, device, resolve_dtype(config.vae.weight_dtype, device))
     plan = ChunkPlan.split(vae.geometry.latent_frames(trial.frames), config.sampling.chunk_frames)
     seam = _seam(plan.frames, config.sampling.chunk_frames, vae.geometry.time_stride)
@@ -131,7 +137,7 @@ def try_truth(config: InferenceConfig, trial: Trial, device: torch.device) -> di
     batch = max(trial.batch // 8, 1)  # a film's pictures are encoded at once
     for first in range(0, len(trial.prompts), batch):
         indices = range(first, min(first + batch, len(trial.prompts)))
-        scenes = [draw_scene(0, TRUTH + index, held_out=True) for index in indices]
+        scenes = [WORLDS[trial.world](0, TRUTH + index, held_out=True) for index in indices]
         latents = vae.encode(render(scenes, range(trial.frames), device=device))
         captions = [scene.caption for scene in scenes]
         videos += _score(_decoded(vae, latents, plan), captions, trial.lengths, seam, device)
@@ -158,24 +164,27 @@ def _score(
     seam: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Of each video the figures by length, and curves by second. films: pieces (B, F, H, W, 3), uint8."""
+    """Figures of each video by length, and curves by second. films: pieces (B, F, H, W, 3), uint8."""
     seen: list[Seen] = []
     looks = measure_pieces(films, device, lambda pictures: seen.append(observe(pictures)))
     whole = Seen.join(seen)
     promises = [parse_caption(caption) for caption in captions]
     assert all(promises), captions
+    # Without what is away the picture has less colour, which is no drift.
+    saturation = looks.saturation.where(all_in_view(whole, promises), torch.nan)
     figures: dict[int, dict[str, Tensor]] = {}
     for seconds in lengths:
         frames = seconds * FPS + 1
         verdicts = judge(whole.first(frames), promises)
         figures[seconds] = {name: getattr(verdicts, name).nanmean(1) for name in FIGURES}
         figures[seconds]["seam index"] = seam(looks.change[:, :frames])
-        figures[seconds][DRIFT] = drift(looks.saturation[:, :frames], FPS).abs()
+        figures[seconds][DRIFT] = drift(saturation[:, :frames], FPS).abs()
     verdicts = judge(whole, promises)
     curves = {
         "adherence": per_second(verdicts.adherence, FPS),
         "persistence": per_second(verdicts.persistence, FPS),
-        DRIFT: drift_curve(looks.saturation, FPS),
+        "identity": per_second(verdicts.identity, FPS),
+        DRIFT: drift_curve(saturation, FPS),
     }
     return [
         {

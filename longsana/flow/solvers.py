@@ -78,5 +78,7 @@ class DPMSolver:
     def step(self, index: int, velocity: Tensor, x: Tensor) -> Tensor:
         if index == 0:
             self._scheduler.set_timesteps(self._steps)  # forgets the video before
+            # Else the first timestep is looked up, and where it stands twice, as in many steps, the second is taken.
+            self._scheduler.set_begin_index(0)
         following: Tensor = self._scheduler.step(velocity, self._scheduler.timesteps[index], x, return_dict=False)[0]
         return following

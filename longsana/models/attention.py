@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longsana.models.past import Reach
 from longsana.models.rope import Rotary
 from longsana.ops import linear_attention, qk_features
 
@@ -16,9 +17,9 @@ NORM_EPS = 1e-5
 class LinearAttention(nn.Module):
     """ReLU linear attention with rotary positions; its past is two sums."""
 
-    def __init__(self, hidden_size: int, head_dim: int, *, window: int, eps: float) -> None:
+    def __init__(self, hidden_size: int, head_dim: int, *, eps: float) -> None:
         super().__init__()
-        self.head_dim, self.window, self.eps = head_dim, window, eps
+        self.head_dim, self.eps = head_dim, eps
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         # Over the full width, before the split into heads. These hold weights; `qk_features` is the forward of both.
         self.q_norm = nn.RMSNorm(hidden_size, eps=NORM_EPS)
@@ -26,14 +27,15 @@ class LinearAttention(nn.Module):
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, kv: Tensor, k_sum: Tensor, lengths: Sequence[int]
+        self, x: Tensor, rotary: Rotary, kv: Tensor, k_sum: Tensor, lengths: Sequence[int], reach: Reach
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, N, D); kv, k_sum: as in `LayerState`; lengths: tokens of each chunk. Returns x's like, next sums."""
+        window, decay, sink = reach
         qkv = self.qkv(x)
         parts = qk_features(qkv, self.q_norm.weight, self.k_norm.weight, NORM_EPS)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         out, kv, k_sum = linear_attention(
-            q, k, v, *rotary, kv, k_sum, lengths=lengths, window=self.window, eps=self.eps
+            q, k, v, *rotary, kv, k_sum, lengths=lengths, window=window, eps=self.eps, decay=decay, sink=sink
         )
         return self.out(out.flatten(-2)), kv, k_sum
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from longsana.config import ModelConfig
-from longsana.models.checkpoint_files import PIPELINE_PART
+from longsana.models.checkpoint_files import PIPELINE_PART, weights_file
 from longsana.models.dit import LongSanaDiT
-from longsana.models.weights import load_weights
+from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS, chosen_past, written_past
+from longsana.models.weights import load_weights, written_config
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, locate
 
@@ -33,9 +36,24 @@ def build_model(config: ModelConfig, *, device: torch.device | str, dtype: torch
         path = locate(config.load_from, "the checkpoint (model.load_from)", part=PIPELINE_PART)
         load_weights(model, path, key=config.checkpoint_key, device=device, dtype=dtype)
         log.info("%s: weights from %s", config.model, path)
+        _compare_past(path, config)
     unfilled = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
     assert not unfilled, f"neither a checkpoint nor a seed fills {unfilled}"
     return model
+
+
+def _compare_past(path: Path, config: ModelConfig) -> None:
+    """Say so if weights were written for another past than the config's, which is taken."""
+    written = written_config(weights_file(path))
+    if written.get("_class_name") not in (BASE_CLASS, CAUSAL_CLASS):
+        return
+    there, here = chosen_past(ModelConfig(**written_past(written))), chosen_past(config)
+    if there != here:
+        log.warning("%s was written with %s; the settings here are %s", path, _told(there), _told(here))
+
+
+def _told(past: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in past.items()) or "those of the whole past"
 
 
 def empty_model(config: ModelConfig) -> LongSanaDiT:

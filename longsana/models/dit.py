@@ -19,6 +19,7 @@ from longsana.config import ModelConfig
 from longsana.models.attention import CrossAttention, LinearAttention
 from longsana.models.embeddings import CaptionEmbedding, PatchEmbedding, Text, TextEmbedding, TextMemory, TimeEmbedding
 from longsana.models.feed_forward import MixFeedForward
+from longsana.models.past import LEARNED, Past, Reach
 from longsana.models.rope import Rotary, rotary
 from longsana.ops import add_norm_modulate, gated_residual, norm_modulate
 from longsana.ops.reference import accumulation_dtype
@@ -31,12 +32,7 @@ class Block(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, config: ModelConfig) -> None:
         super().__init__()
         self.modulation = nn.Parameter(torch.empty(6, hidden_size))
-        self.attn = LinearAttention(
-            hidden_size,
-            config.linear_head_dim,
-            window=config.num_cached_blocks,
-            eps=config.linear_attn_eps,
-        )
+        self.attn = LinearAttention(hidden_size, config.linear_head_dim, eps=config.linear_attn_eps)
         self.cross_attn = CrossAttention(hidden_size, num_heads, norm_eps=config.cross_norm_eps)
         self.feed_forward = MixFeedForward(hidden_size, config.mlp_ratio)
 
@@ -50,6 +46,7 @@ class Block(nn.Module):
         size: tuple[int, int],
         plan: ChunkPlan,
         state: LayerState,
+        reach: Reach,
     ) -> tuple[Tensor, LayerState]:
         """x: (B, T, S, D); modulation: (B, 1 or T, 6, D); text, mask: see `CrossAttention`.
 
@@ -59,7 +56,7 @@ class Block(nn.Module):
         tokens = x.shape[2]
 
         h = norm_modulate(x, shift_1, scale_1, NORM_EPS).flatten(1, 2)
-        h, kv, k_sum = self.attn(h, rotary, state.kv, state.k_sum, [n * tokens for n in plan.lengths])
+        h, kv, k_sum = self.attn(h, rotary, state.kv, state.k_sum, [n * tokens for n in plan.lengths], reach)
         x = gated_residual(x, gate_1, h.view(x.shape))
 
         h = self.cross_attn(x.flatten(1, 2), text, mask).view(x.shape)
@@ -84,6 +81,8 @@ class FinalLayer(nn.Module):
 class LongSanaDiT(nn.Module):
     """The network. Parameters are uninitialised until `init_weights` or a checkpoint fills them."""
 
+    decay_logit: nn.Parameter | None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         size = config.architecture()
@@ -97,19 +96,19 @@ class LongSanaDiT(nn.Module):
                 f"patch_size {size.patch_size} must not span frames, linear_head_dim {config.linear_head_dim} must be "
                 "even"
             )
-        if config.num_cached_blocks == 0 or config.num_cached_blocks < -1:
-            raise ValueError(
-                f"num_cached_blocks={config.num_cached_blocks}: must be -1 (all of the past) or at least 1"
-            )
+        self.past = Past.of(config)
         self.config = config
         self.patch_size = size.patch_size
         self.heads = size.hidden_size // config.linear_head_dim
-        self.window = max(config.num_cached_blocks, 1)  # entries of a state's sums
         self.patch_embed = PatchEmbedding(config.in_channels, size.hidden_size, size.patch_size, size.patch_size)
         self.time_embed = TimeEmbedding(size.hidden_size)
         self.text_embed = CaptionEmbedding(config.caption_channels, size.hidden_size, config.caption_length)
         self.blocks = nn.ModuleList(Block(size.hidden_size, size.num_heads, config) for _ in range(size.depth))
         self.final = FinalLayer(size.hidden_size, math.prod(size.patch_size) * config.in_channels)
+        # Of learned factors of the past, counted from the logit of `past.START`: there bfloat16 tells them apart best,
+        # and a checkpoint without them is one with zeros.
+        learned = nn.Parameter(torch.zeros(size.depth, self.heads)) if self.past.decay == LEARNED else None
+        self.register_parameter("decay_logit", learned)
 
     def forward(
         self,
@@ -127,7 +126,7 @@ class LongSanaDiT(nn.Module):
             t: (B,) or (B, T), timestep in [0, 1000] of each clip or of each latent frame.
             text: tokens (B, L, caption_channels) and mask (B, L); or what `read` made of them.
             plan: chunks of the T frames; a frame sees its own chunk and everything before. None is one chunk.
-            state: everything before the first frame; None is nothing.
+            state: what is kept of everything before the first frame (see `models.past`); None is nothing.
 
         Returns:
             Velocity (noise - clean) like x in the network's dtype, and the state that includes x's frames.
@@ -151,12 +150,22 @@ class LongSanaDiT(nn.Module):
             dtype=accumulation_dtype(self.dtype),
             device=x.device,
         )
+        factors = self.past.factors(
+            plan.lengths,
+            (len(self.blocks), self.heads),
+            self.decay_logit,
+            dtype=accumulation_dtype(self.dtype),
+            device=x.device,
+        )
+        sink = self.past.joins(state.sinks)
         layers = []
-        for block, caption, memory in zip(self.blocks, captions, state.layers(), strict=True):
-            x, memory = block(x, modulation, caption, text.mask, rotation, size, plan, memory)
+        for block, caption, memory, decay in zip(self.blocks, captions, state.layers(), factors, strict=True):
+            reach = Reach(self.past.window, decay, sink)
+            x, memory = block(x, modulation, caption, text.mask, rotation, size, plan, memory, reach)
             layers.append(memory)
         patches = self.final(x, embedding)
-        return self._unpatchify(patches, size), CausalState.stack(layers, state.frames + frames)
+        after = CausalState.stack(layers, state.frames + frames, self.past.sunk(state.sinks, len(plan)))
+        return self._unpatchify(patches, size), after
 
     def read(self, text: TextEmbedding) -> TextMemory:
         """A caption for many passes: keys and values are computed once, and a single caption loses its padding.
@@ -181,7 +190,7 @@ class LongSanaDiT(nn.Module):
         return CausalState.empty(
             depth=len(self.blocks),
             batch=batch,
-            window=self.window,
+            entries=self.past.entries,
             heads=self.heads,
             head_dim=self.config.linear_head_dim,
             tokens=height * width // math.prod(self.patch_size),
@@ -208,12 +217,14 @@ class LongSanaDiT(nn.Module):
         if plan.frames != frames:
             raise ValueError(f"chunks {plan.lengths} hold {plan.frames} frames, the latents {frames}")
         own = (*state.tail.shape[:3], state.kv.shape[2])
-        expected = (len(self.blocks), batch, height * width // math.prod(self.patch_size), self.window)
+        expected = (len(self.blocks), batch, height * width // math.prod(self.patch_size), self.past.entries)
         if own != expected:
             raise ValueError(
-                f"the state is of (layers, batch, tokens a frame, window) {own}, these latents and network "
-                f"need {expected}"
+                f"the state is of (layers, batch, tokens a frame, entries of window and sinks) {own}, these latents "
+                f"and network need {expected}"
             )
+        if state.sinks > self.past.sinks:
+            raise ValueError(f"the state has {state.sinks} sinks, this network num_sink_blocks={self.past.sinks}")
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -250,5 +261,7 @@ class LongSanaDiT(nn.Module):
                 fill(module.modulation, std=module.modulation.shape[1] ** -0.5)
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        if self.decay_logit is not None:
+            nn.init.zeros_(self.decay_logit)
         xavier(self.patch_embed.weight)
         fill(self.text_embed.null_tokens, std=self.config.caption_channels**-0.5)

@@ -24,6 +24,7 @@ OUTER = {
     "text_embed.null_tokens": ("y_embedder.y_embedding", ""),
     "final.modulation": ("final_layer.scale_shift_table", "scale_shift_table"),
     "final.linear": ("final_layer.linear", "proj_out"),
+    "decay_logit": ("decay_logit", "decay_logit"),  # ours: nobody has published one
 }
 BLOCK = {
     "modulation": ("scale_shift_table", "scale_shift_table"),
@@ -44,10 +45,14 @@ BLOCK = {
 BLOCKS: dict[Naming, str] = {"upstream": "blocks", "diffusers": "transformer_blocks"}
 # Linear layers that are 1x1 convolutions elsewhere.
 POINTWISE = ("feed_forward.expand.weight", "feed_forward.project.weight")
-NULL_TOKENS = "text_embed.null_tokens"
+NULL_TOKENS, DECAY_LOGIT = "text_embed.null_tokens", "decay_logit"
+OPTIONAL = (NULL_TOKENS, DECAY_LOGIT)
+"""Tensors that a file may lack: they are zeros."""
 BASE_CLASS, CAUSAL_CLASS = "SanaVideoTransformer3DModel", "SanaVideoCausalTransformer3DModel"
 # Keys of a diffusers config that make no other network, or one that has no such part here.
 INFORMATIVE = ("_class_name", "sample_size", "rope_max_seq_len")
+# What a network keeps of its past, a matter of choice: in a diffusers config only where it is not as published.
+PAST = ("num_cached_blocks", "state_decay", "num_sink_blocks")
 ABSENT = {"dropout": 0, "guidance_embeds": False}
 
 
@@ -78,7 +83,9 @@ def foreign(name: str, shape: tuple[int, ...], naming: Naming) -> list[Foreign]:
 
 
 def diffusers_config(config: ModelConfig, *, causal: bool = False) -> dict[str, Any]:
-    """The `config.json` of the same network as a diffusers `SanaVideoTransformer3DModel`.
+    """The `config.json` of a network as a diffusers `SanaVideoTransformer3DModel`.
+
+    It has keys that diffusers does not know, those of PAST, only for a network that does not keep all of its past.
 
     causal: as the class that the published LongSANA repository names, of which diffusers has none.
     """
@@ -102,7 +109,22 @@ def diffusers_config(config: ModelConfig, *, causal: bool = False) -> dict[str, 
         "norm_eps": 1e-6,
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 1024,
+    } | chosen_past(config)
+
+
+def chosen_past(config: ModelConfig) -> dict[str, Any]:
+    """The settings of PAST that are not the published ones, as JSON has them."""
+    published, own = ModelConfig(), {name: getattr(config, name) for name in PAST}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in own.items()
+        if value != getattr(published, name)
     }
+
+
+def written_past(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of PAST that a diffusers `config.json` has."""
+    return {name: values[name] for name in PAST if values.get(name) is not None}
 
 
 def from_diffusers_config(values: Mapping[str, Any]) -> ModelConfig:
@@ -126,6 +148,7 @@ def from_diffusers_config(values: Mapping[str, Any]) -> ModelConfig:
         linear_head_dim=head_dim,
         mlp_ratio=values["mlp_ratio"],
         caption_channels=values["caption_channels"],
+        **written_past(values),
     )
     wrong = differences(values, config)
     wrong += [f"{name} {values[name]}" for name, plain in ABSENT.items() if values.get(name, plain) != plain]
@@ -139,7 +162,7 @@ def differences(written: Mapping[str, Any], config: ModelConfig) -> list[str]:
     return [
         f"{name} {written[name]} (this model: {value})"
         for name, value in diffusers_config(config).items()
-        if name not in INFORMATIVE and written.get(name) is not None and _plain(written[name]) != value
+        if name not in (*INFORMATIVE, *PAST) and written.get(name) is not None and _plain(written[name]) != value
     ]
 
 

@@ -28,7 +28,17 @@ from longsana.models.checkpoint_files import (
     write_safetensors,
 )
 from longsana.models.dit import LongSanaDiT
-from longsana.models.naming import NAMINGS, NULL_TOKENS, Foreign, Naming, differences, diffusers_config, foreign
+from longsana.models.naming import (
+    DECAY_LOGIT,
+    NAMINGS,
+    OPTIONAL,
+    Foreign,
+    Naming,
+    differences,
+    diffusers_config,
+    foreign,
+)
+from longsana.models.past import LEARNED
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.files import atomic_write_text
 from longsana.runtime.foreign import read_json
@@ -62,7 +72,8 @@ def load_weights(
         folder with one of them, such as `transformer/` of a diffusers pipeline or the pipeline around it; or shards.
     key: which network of a training checkpoint: generator, generator_ema or critic.
 
-    The host holds the converted tensors and no second copy; the file is mapped, not read.
+    The host holds the converted tensors and no second copy; the file is mapped, not read. Null tokens and learned
+    factors of the past that the file lacks become zeros, with which the factors are `past.START`.
 
     Raises:
         InputError: the file cannot be read or does not fit the network. The model is as it was.
@@ -74,11 +85,13 @@ def load_weights(
         loaded[name] = tensor.to(device, dtype, copy=mapped).contiguous()
     for name, old in expected.items():
         new = loaded.get(name)
+        if new is None and name == DECAY_LOGIT:
+            log.info("%s: no learned state_decay; it starts from its default", path)
         _assign(model, name, torch.zeros(old.shape, device=device, dtype=dtype) if new is None else new)
 
 
 def read_weights(path: Path, config: ModelConfig, *, key: str = "generator") -> dict[str, Tensor]:
-    """What `load_weights` would load, each tensor in its own dtype, and null tokens only if the file has them.
+    """What `load_weights` would load, each tensor in its own dtype, and of OPTIONAL ones those that the file has.
 
     The file is mapped as long as its tensors are used: it must not change.
 
@@ -120,7 +133,7 @@ def save_checkpoint(
     """Write weights, dtypes kept; no reader ever sees half of them.
 
     Args:
-        state_dict: of `LongSanaDiT(config)`; `text_embed.null_tokens` may be absent.
+        state_dict: of `LongSanaDiT(config)`; OPTIONAL tensors may be absent.
         path: a folder for diffusers, else a file.
         layout: upstream: the public `{"state_dict": ...}`; trainer: `{"generator": ..., "step": ...}` with `model.`
             before upstream's names; diffusers: `config.json` and safetensors; safetensors: our own names.
@@ -198,7 +211,7 @@ def _sources(
 def _match(
     entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], file: Path, config: ModelConfig
 ) -> dict[str, list[Foreign]]:
-    """For each tensor of ours the entries that make it up; none for null tokens that the file lacks."""
+    """For each tensor of ours the entries that make it up; none for OPTIONAL ones that the file lacks."""
     tables = {naming: {name: foreign(name, shape, naming) for name, shape in shapes.items()} for naming in NAMINGS}
     needs = {naming: {part.name: part for parts in tables[naming].values() for part in parts} for naming in NAMINGS}
     naming = max(NAMINGS, key=lambda naming: len(needs[naming].keys() & entries.keys()))
@@ -208,7 +221,12 @@ def _match(
             f"{file}: not a LongSANA or SANA-Video network: none of its {len(entries)} tensors "
             f"({', '.join(list(entries)[:3])}, ...) has a known name"
         )
-    optional = {part.name for part in table[NULL_TOKENS]}
+    if DECAY_LOGIT in entries and DECAY_LOGIT not in shapes:
+        raise InputError(
+            f"{file}: was trained with learned factors of its past ({DECAY_LOGIT}), and state_decay is "
+            f"{config.state_decay}; set it to {LEARNED}"
+        )
+    optional = {part.name for name in OPTIONAL if name in table for part in table[name]}
     missing = [name for name in needed if name not in entries and name not in optional]
     unexpected = [
         name + did_you_mean(name, missing or needed) if place < LISTED else name
@@ -273,7 +291,7 @@ def rename(
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in LongSanaDiT(config).state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    wrong = sorted(name for name, _ in shapes.items() ^ given.items() if name in given or name != NULL_TOKENS)
+    wrong = sorted(name for name, _ in shapes.items() ^ given.items() if name in given or name not in OPTIONAL)
     if wrong:
         raise ValueError(f"not the weights of {config.model}: {', '.join(dict.fromkeys(wrong[:LISTED]))}")
     renamed = {}

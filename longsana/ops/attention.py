@@ -253,15 +253,31 @@ def linear_attention(
     lengths: Sequence[int],
     window: int,
     eps: float,
+    decay: Tensor | None = None,
+    sink: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Block-causal linear attention with carried state, as `reference.linear_attention` says.
+
+    Args:
+        q, k, v: (B, N, heads, d) in float32, bfloat16 or float16; the heads of a token lie side by side in memory.
+        cos, sin: (N, d / 2), float32.
+        kv, k_sum: (B, W, heads, d, d) and (B, W, heads, d), float32.
+        decay: (n, heads), float32.
+
+    Returns:
+        o as (B, N, heads, d) in v's dtype, and the next kv and k_sum in float32. All that is differentiable there is
+        here, the first time alone.
+    """
     if q.dtype == torch.float32 and q.shape[-1] > 64 and torch.is_grad_enabled():
         # A head's sums, in all their bits and also transposed, are more than a multiprocessor's shared memory.
-        return reference.linear_attention(q, k, v, cos, sin, kv, k_sum, lengths=lengths, window=window, eps=eps)
+        return reference.linear_attention(
+            q, k, v, cos, sin, kv, k_sum, lengths=lengths, window=window, eps=eps, decay=decay, sink=sink
+        )
     spans = list(itertools.pairwise([0, *itertools.accumulate(lengths)]))
     cos, sin = cos.contiguous(), sin.contiguous()
     own_kv, own_k = _Sums.apply(k, v, cos, sin, spans)
-    kv_seen, kv = prefix_sums(kv, own_kv, window)
-    k_seen, k_sum = prefix_sums(k_sum, own_k, window)
+    kv_seen, kv = prefix_sums(kv, own_kv, window, decay, sink)
+    k_seen, k_sum = prefix_sums(k_sum, own_k, window, decay, sink)
     return _Output.apply(q, cos, sin, kv_seen, k_seen, spans, eps, v.dtype), kv, k_sum
 
 

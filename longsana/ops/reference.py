@@ -23,25 +23,49 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-def prefix_sums(past: Tensor, own: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def prefix_sums(
+    past: Tensor, own: Tensor, window: int, decay: Tensor | None = None, sink: int | None = None
+) -> tuple[Tensor, Tensor]:
     """What each chunk may see, and what to remember after the last one.
 
+        S_c = sinks + f_c recent_(c-1) + own_c
+
     Args:
-        past: (B, W, ...), the sum of everything before (W = 1) or one entry for each of the last W chunks.
-        own: (B, n, ...), one entry for each chunk of this call.
-        window: how many earlier chunks a chunk sees besides itself; -1 for all.
+        past: (B, W, heads, ...): if there are sinks the sum of those so far; then the sum of the other chunks before,
+            or one entry for each of the last `window` of them, the oldest first.
+        own: (B, n, heads, ...), one entry for each chunk of this call.
+        window: how many earlier chunks, sinks apart, a chunk sees besides itself; -1 for all.
+        decay: (n, heads), the factors f that each chunk multiplies what came before it by, sinks apart; None is 1.
+        sink: how many of this call's chunks, from the first, join the sinks; None is a past without them.
 
     Returns:
-        (B, n, ...), for each chunk the sum over itself and what it sees; and the next `past`.
+        (B, n, heads, ...), for each chunk the sum over itself and what it sees; and the next `past`, its own memory.
     """
-    if window < 0 and own.shape[1] == 1:  # a step of inference, in one launch
-        total = past + own
+    factors = None if decay is None else decay.view(*decay.shape, *[1] * (own.dim() - 3))
+    if sink is None and window < 0 and own.shape[1] == 1:  # a step of inference, in one launch
+        total = past + own if factors is None else torch.addcmul(own, past, factors)
         return total, total
-    history = torch.cat([past, own], dim=1)
-    if window < 0:
-        sums = history.cumsum(dim=1)[:, 1:]
-        return sums, sums[:, -1:].clone()
-    return history.unfold(1, window + 1, 1).sum(-1), history[:, -window:].clone()
+    if sink is None and factors is None:
+        history = torch.cat([past, own], dim=1)
+        if window < 0:
+            sums = history.cumsum(dim=1)[:, 1:]
+            return sums, sums[:, -1:].clone()
+        return history.unfold(1, window + 1, 1).sum(-1), history[:, -window:].clone()
+    first, recent = (past[:, :0], past) if sink is None else (past[:, :1], past[:, 1:])
+    kept, seen = recent.shape[1], []
+    for c, new in enumerate(own.split(1, dim=1)):
+        if factors is not None:
+            recent = factors[c] * recent
+        if c < (sink or 0):
+            first = first + new
+        elif window < 0:
+            recent = recent + new
+        else:
+            recent = torch.cat([recent, new], dim=1)
+        total = recent.sum(1, keepdim=True)
+        seen.append(total if sink is None else first + total)
+        recent = recent[:, -kept:]
+    return torch.cat(seen, dim=1), torch.cat([first, recent], dim=1)
 
 
 def linear_attention(
@@ -56,18 +80,22 @@ def linear_attention(
     lengths: Sequence[int],
     window: int,
     eps: float,
+    decay: Tensor | None = None,
+    sink: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Block-causal linear attention with carried state (SANA-Video, arXiv 2509.24695, section on block attention).
 
-        o_i = (R q_i)^T S_c / (q_i . z_c + eps)      S_c = sum_j (R k_j) v_j^T      z_c = sum_j k_j
+        o_i = (R q_i)^T S_c / (q_i . z_c + eps)      S_c = sum_j w_jc (R k_j) v_j^T      z_c = sum_j w_jc k_j
 
-    for a token i of chunk c; j runs over the carried past and all tokens of chunks up to and including c.
+    for a token i of chunk c; j runs over the carried past and all tokens of chunks up to and including c. As published,
+    every weight w is 1. `window`, `decay` and `sink` change those of tokens of earlier chunks, as in `prefix_sums`.
 
     Args:
         q, k, v: (B, N, heads, d); q and k are non-negative (after ReLU), not yet rotated.
         cos, sin: (N, d / 2), the rotation R of each token.
         kv, k_sum: carried S as (B, W, heads, d, d), index [key, value], and z as (B, W, heads, d).
         lengths: tokens of each chunk; they add up to N.
+        window, decay, sink: see `prefix_sums`; decay in the dtype of the sums.
 
     Returns:
         o as (B, N, heads, d) in v's dtype, and the next kv and k_sum.
@@ -80,10 +108,10 @@ def linear_attention(
         return torch.einsum("bnhk,bnhv->bhkv", *chunk)
 
     chunks = zip(k_rotated.split(list(lengths), 1), v.split(list(lengths), 1), strict=True)
-    kv_seen, kv = prefix_sums(kv, torch.stack([sum_of(chunk) for chunk in chunks], 1), window)
+    kv_seen, kv = prefix_sums(kv, torch.stack([sum_of(chunk) for chunk in chunks], 1), window, decay, sink)
     # The denominator uses unrotated q and k: it stays non-negative.
     own_k_sum = torch.stack([chunk.sum(1) for chunk in k.split(list(lengths), 1)], 1)
-    k_seen, k_sum = prefix_sums(k_sum, own_k_sum, window)
+    k_seen, k_sum = prefix_sums(k_sum, own_k_sum, window, decay, sink)
 
     out = []
     for c, (q_c, r_c) in enumerate(zip(q.split(list(lengths), 1), q_rotated.split(list(lengths), 1), strict=True)):

@@ -8,6 +8,7 @@ repository says of how it was trained.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import Text, TextEmbedding, TextMemory
-from longsana.models.naming import from_diffusers_config
+from longsana.models.naming import PAST, chosen_past, from_diffusers_config
+from longsana.models.past import LEARNED, Past
 from longsana.models.weights import load_weights, rename
 from longsana.ops import backend
 from longsana.pipelines.files import check_transformer
@@ -43,10 +45,11 @@ class VideoTransformerOutput(BaseOutput):
 class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """The network of LongSANA: its past is one `CausalState` of constant size.
 
-    The arguments are the keys of a published `config.json`.
+    The arguments are the keys of a published `config.json`; and num_cached_blocks, state_decay and num_sink_blocks,
+    which say what is kept of the past (see `longsana.models.past`): all of it, as published, unless they are given.
 
     Raises:
-        InputError: they describe another kind of network.
+        InputError: they describe another kind of network, or a past that means nothing.
     """
 
     # Operations take weights from modules that are never called, where diffusers' hooks would wait in vain. So it moves
@@ -80,6 +83,9 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         guidance_embeds_scale: float = 0.1,
         qk_norm: str | None = "rms_norm_across_heads",
         rope_max_seq_len: int = 1024,
+        num_cached_blocks: int = -1,
+        state_decay: float | Sequence[float] | str | None = None,
+        num_sink_blocks: int = 0,
     ) -> None:
         super().__init__()
         self.network = LongSanaDiT(from_diffusers_config(self.config))
@@ -119,6 +125,29 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
             self.network.arrange()
         return self.network.read(text)
 
+    def set_past(
+        self,
+        *,
+        num_cached_blocks: int | None = None,
+        state_decay: float | Sequence[float] | str | None = None,
+        num_sink_blocks: int | None = None,
+    ) -> None:
+        """Keep something else of the past from now on; None leaves a setting as it is.
+
+        Raises:
+            InputError: the settings mean nothing; or factors are to become learned, or no more, which is decided by the
+                weights. Nothing is changed then.
+        """
+        asked = {"num_cached_blocks": num_cached_blocks, "state_decay": state_decay, "num_sink_blocks": num_sink_blocks}
+        given = {name: value for name, value in asked.items() if value is not None}
+        config = dataclasses.replace(self.network.config, **given)  # type: ignore[arg-type]
+        past, before = Past.of(config), self.network.past
+        if (past.decay == LEARNED) != (before.decay == LEARNED):
+            has = "its own learned factors" if before.decay == LEARNED else "no learned factors"
+            raise InputError(f"state_decay={state_decay}: this transformer was loaded with {has}")
+        self.network.config, self.network.past = config, past
+        self.register_to_config(**given)
+
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
@@ -143,6 +172,9 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         renamed = rename(self.network.state_dict(), "diffusers", self.network.config)
         published = copy.copy(self)
         published.__dict__["state_dict"] = lambda: renamed
+        # As all of the past is kept where nothing is said, nothing is said that diffusers' own class would warn of.
+        plain = set(PAST) - chosen_past(self.network.config).keys()
+        published._internal_dict = FrozenDict({key: value for key, value in self.config.items() if key not in plain})
         ModelMixin.save_pretrained(
             published,
             save_directory,

@@ -128,9 +128,12 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         caption_length: tokens of a prompt that the network sees.
         chi_prompt: the instruction put before prompts, as in training: sana (the published one), none, or the text.
         softcap: cap the text encoder's attention logits; the published networks' captions were encoded without.
+        num_cached_blocks, state_decay, num_sink_blocks: distilled: what is kept of the past (see
+            `longsana.models.past`), from now on, whoever else has this transformer. None is what its files say, for
+            published ones all; that is asked for with -1, 1.0 and 0.
 
     Raises:
-        InputError: the parts do not belong together.
+        InputError: the parts do not belong together, or a setting of the past means nothing.
     """
 
     model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
@@ -153,6 +156,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         caption_length: int = 300,
         chi_prompt: str = "sana",
         softcap: bool = False,
+        num_cached_blocks: int | None = None,
+        state_decay: float | list[float] | str | None = None,
+        num_sink_blocks: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(uncompiled(transformer), SanaVideoCausalTransformer3DModel):
@@ -172,6 +178,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             vae=vae, transformer=transformer, tokenizer=tokenizer, text_encoder=text_encoder, scheduler=scheduler
         )
         self.register_to_config(caption_length=caption_length, chi_prompt=chi_prompt, softcap=softcap)
+        past = {"num_cached_blocks": num_cached_blocks, "state_decay": state_decay, "num_sink_blocks": num_sink_blocks}
+        if asked := [name for name, value in past.items() if value is not None]:
+            if not self.distilled:
+                raise InputError(f"{asked[0]}: has no meaning for the base model, which samples a clip as one chunk")
+            uncompiled(transformer).set_past(**past)
         self._interrupt = False
         self._num_timesteps = 0
         self._guidance_scale = 1.0
@@ -519,6 +530,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             raise InputError(
                 f"state: of a transformer in {state.network.tail.dtype}, this one is in {self.transformer.dtype}"
             )
+        past, own = uncompiled(self.transformer).network.past, state.network
+        if own.kv.shape[2] != past.entries or own.sinks > past.sinks:
+            raise InputError("state: of another num_cached_blocks or num_sink_blocks than this transformer has")
         if output_type == "latent":
             return state._replace(decoder=None)
         if state.decoder is None:
@@ -641,7 +655,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             return self._given("negative_prompt", embeds, mask, copies, count)
         if prompt is None or isinstance(prompt, str):
             prompt = [negative_text(prompt)] * (count // copies)
-        prompts = list(prompt)
+        prompts = [negative_text(text) for text in prompt]
         if len(prompts) * copies != count:
             raise InputError(f"negative_prompt: {len(prompts)} for {count // copies} prompts")
         return [self._embed(text, instruction=False) for text in prompts for _ in range(copies)]

@@ -7,12 +7,44 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from longsana.runtime.distributed import World
-from longsana.runtime.errors import InputError, did_you_mean
+from longsana.runtime import stop
+from longsana.runtime.distributed import PeerError, PeerLost, World
+from longsana.runtime.errors import InputError, did_you_mistype
+from longsana.runtime.files import expanded, remove_unfinished
+from longsana.runtime.settings import decimal
+
+
+def typed_path(text: str) -> Path:
+    """The path that an option says, for `type=`: `~` is the home folder."""
+    try:
+        return expanded(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def whole(text: str) -> int:
+    """The number that an option says, for `type=`: whole, and decimal as in settings."""
+    number = decimal(text)
+    if not isinstance(number, int):
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number")
+    return number
+
 
 T = TypeVar("T")
+MOST_THREADS = 1024
+SWITCH: dict[str, Any] = {"nargs": "?", "const": "true"}
+"""How an option is declared that means true where no value follows."""
+_SETTING = re.compile(r"\w+(\.\w+)*=")
+
+
+def _threads(text: str) -> int:
+    number = whole(text)
+    if not 1 <= number <= MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text}: must be from 1 to {MOST_THREADS}")
+    return number
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,6 +54,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
+
+    def add_threads(self) -> None:
+        """Declare `--threads`, for `longsana.runtime.distributed.set_threads`."""
+        self.add_argument("--threads", type=_threads, help="CPU threads (default: usable cores / processes here)")
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
@@ -39,13 +75,23 @@ class Parser(argparse.ArgumentParser):
         true where no value follows.
         """
         for flag, setting in flags.items():
-            optional: dict[str, Any] = {"nargs": "?", "const": "true"} if flag in switches else {}
+            optional: dict[str, Any] = SWITCH if flag in switches else {}
             self.add_argument(f"--{flag}", metavar="VALUE", help=f"the setting {setting}", **optional)
-        options, rest = self.parse_known_args(arguments)
+        options, rest = self.parse_known_args(self._filled(arguments))
         values = {setting: getattr(options, flag) for flag, setting in flags.items()}
         given = [f"{setting}={value}" for setting, value in values.items() if value is not None]
         own = [name for action in self._actions for name in action.option_strings]
         return options, given + parse_settings(rest, [*own, *(f"--{setting}" for setting in settings)])
+
+    def _filled(self, arguments: Sequence[str]) -> list[str]:
+        """The arguments, with the value of each switch that has none: argparse would take a setting for it."""
+        switches = {name for action in self._actions if action.nargs == "?" for name in action.option_strings}
+        filled = list(arguments)
+        for position, word in enumerate(filled):
+            after = arguments[position + 1] if position + 1 < len(arguments) else "--"
+            if word in switches and (after.startswith("--") or _SETTING.match(after)):
+                filled[position] = f"{word}={SWITCH['const']}"
+        return filled
 
 
 def parse_settings(rest: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -60,10 +106,12 @@ def parse_settings(rest: Sequence[str], known: Sequence[str]) -> list[str]:
     words = iter(rest)
     for word in words:
         flag = word.partition("=")[0]
-        if re.match(r"\w+(\.\w+)*=", word):
+        if _SETTING.match(word):
             settings.append(word)
         elif flag not in known and not re.match(r"--\w+\.", word):
-            raise InputError(f"unknown option {flag}{did_you_mean(flag, known)}; see --help")
+            names = [name.removeprefix("--") for name in known]
+            hint = did_you_mistype(flag.removeprefix("--"), names).replace("'", "'--", 1)
+            raise InputError(f"unknown option {flag}{hint}; see --help")
         elif "=" in word:
             settings.append(word[2:])
         else:
@@ -82,27 +130,44 @@ def set_up_logging(world: World) -> None:
 
 
 def run_command(
-    world: World, prepare: Callable[[], T], run: Callable[[T], int], *, connect: Callable[[], None] | None = None
+    prepare: Callable[[World], T], run: Callable[[T, World], int], *, connect: Callable[[World], None] = World.connect
 ) -> int:
-    """`run(prepare())`, and the command's exit status: that of `run`, 2 for bad input, 130 for an interrupt.
+    """`run(prepare(world), world)` of this process's world, and the command's exit status.
+
+    That is the status of `run`; 2 for bad input; 1 if another process of the launch has gone; 128 + n after signal n.
 
     prepare: checks the input before the processes meet; what is wrong with it is wrong for all, and said once.
-    connect: how they meet; None is `world.connect`.
+    connect: how they meet.
     """
-    try:
-        request = prepare()
-    except InputError as error:
-        if world.is_main:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        (connect or world.connect)()
-        return run(request)
-    except InputError as error:
-        print(f"error: {error}" if world.is_main else f"error (process {world.rank}): {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    finally:
-        world.disconnect()
+    world, ended = None, False
+    with stop.caught(remove_unfinished):
+        try:
+            world = World.from_environment()
+            set_up_logging(world)
+            try:
+                request = prepare(world)
+            except InputError as error:
+                if world.is_main:
+                    print(f"error: {error}", file=sys.stderr)
+                return 2
+            connect(world)
+            status, ended = run(request, world), True
+            return status
+        except PeerError:
+            return 2
+        except InputError as error:
+            who = "" if world is None or world.is_main else f" (process {world.rank})"
+            print(f"error{who}: {error}", file=sys.stderr)
+            return 2
+        except PeerLost as error:
+            if world is not None and world.is_main:
+                print(f"failed: {error}", file=sys.stderr)
+            return 1
+        except stop.Stopped as stopped:
+            if world is None or world.is_main:
+                print(f"{stopped}; the same command goes on from here", file=sys.stderr)
+            return stopped.status
+        finally:
+            # Not after an error: the others may be in a collective that this process will never enter.
+            if world is not None and (ended or world.size == 1):
+                world.disconnect()

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import logging
 import os
+import re
+import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,10 +22,15 @@ import torch.distributed as dist
 from longsana.runtime.errors import InputError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class PeerError(InputError):
     """An InputError of the main process, which tells it."""
+
+
+class PeerLost(Exception):
+    """Another process of the launch has ended or cannot be reached any more."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +44,38 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        return cls(
-            rank=int(os.environ.get("RANK", 0)),
-            size=int(os.environ.get("WORLD_SIZE", 1)),
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))),
-        )
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; `connect` reads where processes meet.
+
+        Raises:
+            InputError: a variable is no number, or they contradict each other.
+        """
+        size = _launch_number("WORLD_SIZE", 1, least=1)
+        rank = _launch_number("RANK", 0)
+        if rank >= size:
+            said = os.environ.get("WORLD_SIZE", "not set")
+            raise InputError(f"RANK={rank}, but WORLD_SIZE is {said}: a rank is below it; {_LAUNCH}")
+        local_size = _launch_number("LOCAL_WORLD_SIZE", size, least=1)
+        local_rank = _launch_number("LOCAL_RANK", rank % local_size)
+        if local_rank >= local_size or local_size > size:
+            raise InputError(
+                f"LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={local_size}, WORLD_SIZE={size}: a local rank is below the "
+                f"local size, and that at most the size; {_LAUNCH}"
+            )
+        return cls(rank, size, local_rank, local_size)
 
     def connect(self, backend: str = "gloo", *, timeout: timedelta = timedelta(days=7), alone: bool = False) -> None:
         """Meet the other processes, where there are any; `alone`: make a group of one where there are none.
 
         timeout: how long one waits for another; in inference, for hours of a peer's last videos.
+
+        Raises:
+            InputError: they do not come within `PATIENCE`, or it is not said where they meet, or nobody can meet there.
         """
         if self.size > 1:
-            dist.init_process_group(backend, timeout=timeout)
+            for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+                if not os.environ.get(name):
+                    raise InputError(f"WORLD_SIZE={self.size}, but {name} is not set; {_LAUNCH}")
+            dist.init_process_group(backend, store=_meet(self), rank=self.rank, world_size=self.size, timeout=timeout)
         elif alone:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
@@ -75,7 +104,8 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with _among_peers():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def on_main(self, action: Callable[[], T]) -> T | None:
@@ -103,12 +133,95 @@ class World:
         if self.size == 1:
             return [value]
         box: list[Any] = [None] * self.size
-        dist.all_gather_object(box, value)
+        with _among_peers():
+            dist.all_gather_object(box, value)
         return box
 
     def disconnect(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+_LAUNCH = "unset them, or start with torchrun or accelerate launch"
+PATIENCE = timedelta(minutes=30)
+"""How long processes wait for each other at the start."""
+_meetings = itertools.count()
+
+
+def _launch_number(name: str, default: int, *, least: int = 0, most: int = 1 << 20) -> int:
+    """A variable that launchers set; the default where it is not there."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise InputError(f"{name}={text}: must be a whole number from {least}; {_LAUNCH}")
+    return int(text)
+
+
+def _meet(world: World) -> dist.Store:
+    """A store that all processes have come to, which says for whom it waits."""
+    host, port = os.environ["MASTER_ADDR"], _launch_number("MASTER_PORT", 0, least=1, most=65535)
+    # torchrun's agent keeps the store already.
+    is_host = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    started, patience = time.monotonic(), _Waiting(host, port)
+    # Not by TCPStore, which prints a line of its own at each try.
+    while not (is_host or _answers(host, port)):
+        patience.tell(time.monotonic() - started, f"process {world.rank}: waiting for the main process")
+        time.sleep(0.1)
+    try:
+        tcp = dist.TCPStore(host, port, None, is_host, timedelta(seconds=10), wait_for_workers=False)
+    except (RuntimeError, ValueError) as error:
+        detail = " ".join(str(error).split())[:120]
+        used = "listened at" if is_host else "used"
+        raise InputError(f"MASTER_ADDR={host}, MASTER_PORT={port}: cannot be {used} ({detail})") from error
+    # A launch may restart its processes, and a process may meet the others more than once.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"longsana/{restart}/{next(_meetings)}", tcp)
+    here = store.add("here", 1)
+    while here < world.size:
+        missing = world.size - here
+        if world.is_main:
+            more = f"waiting for {missing} more process{'es' if missing > 1 else ''}"
+            patience.tell(time.monotonic() - started, more)
+        time.sleep(0.05)
+        here = store.add("here", 0)
+    tcp.set_timeout(PATIENCE)
+    return store
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+class _Waiting:
+    """Tells once a minute what is waited for at HOST:PORT, and gives up in the end."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._where, self._next = f"{host}:{port}", 5.0
+
+    def tell(self, seconds: float, what: str) -> None:
+        """
+        Raises:
+            InputError: the patience is at its end.
+        """
+        if seconds > PATIENCE.total_seconds():
+            raise InputError(f"{what} at {self._where}: none came in {PATIENCE.total_seconds() / 60:.0f} minutes")
+        if seconds >= self._next:
+            log.error("%s at %s", what, self._where)
+            self._next = seconds + 60
+
+
+@contextmanager
+def _among_peers() -> Iterator[None]:
+    """Inside, an error of the connection is a `PeerLost`."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed has no narrower class for a connection that is closed
+        raise PeerLost("another process of this launch has ended; start the same command again") from error
 
 
 def set_threads(requested: int | None, world: World) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -25,16 +26,22 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def mistyped_setting(key: str, known: Iterable[str]) -> list[str]:
-    """The entry of `known` that the dotted `key` is a typing error of; none if it may mean something else.
+    """The entry of `known` that a setting's dotted name is a typing error of; none if it may mean something else.
 
-    Both the section and the name must be alike: settings share words that do not share a meaning.
+    Word by word, a word being what stands between dots and underscores: none is more than a slip away from the right
+    one, and what is a word of another setting is meant. Settings share words that do not share a meaning.
     """
-
-    def alike(name: str) -> float:
-        return min(map(_likeness, key.rpartition(".")[::2], name.rpartition(".")[::2]))
-
-    found = max(known, key=alike, default="")
-    return [found] if found and alike(found) >= 0.75 else []
+    known = list(known)
+    words = {word for name in known for word in _words(name)}
+    for name in known:
+        if name.replace("_", "").replace("-", "") == key.replace("_", "").replace("-", ""):
+            return [name]
+        if len(_words(key)) != len(_words(name)) or key.count(".") != name.count("."):
+            continue
+        slips = [(own, right) for own, right in zip(_words(key), _words(name), strict=True) if own != right]
+        if len(slips) <= 2 and all(own not in words and _is_a_slip(own, right) for own, right in slips):
+            return [name]
+    return []
 
 
 def did_you_mistype(key: str, known: Iterable[str]) -> str:
@@ -43,9 +50,16 @@ def did_you_mistype(key: str, known: Iterable[str]) -> str:
     return _hint([name for name in known if name.rpartition(".")[2] == key][:1] or mistyped_setting(key, known))
 
 
-def _likeness(one: str, other: str) -> float:
-    """In [0, 1]; 1 too where letters have only changed places."""
-    return 1.0 if sorted(one) == sorted(other) else difflib.SequenceMatcher(None, one, other).ratio()
+def _words(name: str) -> list[str]:
+    return re.split(r"[._-]", name)
+
+
+def _is_a_slip(own: str, right: str) -> bool:
+    """One letter missing, one too many or wrong, or two that have changed places; two such of long words."""
+    if len(right) < 3 or sorted(own) == sorted(right):
+        return len(right) > 2
+    same = sum(block.size for block in difflib.SequenceMatcher(None, own, right).get_matching_blocks())
+    return max(len(own), len(right)) - same <= (2 if len(right) > 7 else 1)
 
 
 def _hint(found: list[str]) -> str:

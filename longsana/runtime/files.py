@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from longsana.runtime.errors import InputError
 
 
+def expanded(path: str | Path) -> Path:
+    """A path that somebody typed, with the home folder for `~`.
+
+    Raises:
+        InputError: `~user` of a user that there is not.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: not found: there is no such user") from error
+
+
+_unfinished: set[Path] = set()
+
+
 def partial_name(path: Path) -> Path:
     """Where `path` is written until it is whole: hidden, beside it, and the same on each run."""
     return path.with_name(f".{path.stem}.partial{path.suffix}")
+
+
+@contextmanager
+def unfinished(partial: Path) -> Iterator[None]:
+    """Inside the block this process writes a partial file, which goes if the process has to end at once."""
+    _unfinished.add(partial)
+    try:
+        yield
+    finally:
+        _unfinished.discard(partial)
+
+
+def remove_unfinished() -> None:
+    """Remove the files and folders that this process is writing, for an end at once."""
+    for partial in list(_unfinished):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def open_exclusive(path: Path) -> BinaryIO:
@@ -54,15 +93,16 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     partial = partial_name(path)
-    try:
-        with open(partial, "w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        move_into_place(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with unfinished(partial):
+        try:
+            with open(partial, "w", encoding="utf-8", newline="") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            move_into_place(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_exclusive(path: Path, content: bytes) -> None:
@@ -73,7 +113,7 @@ def write_exclusive(path: Path, content: bytes) -> None:
         OSError: it could not be written; `path` is as it was.
     """
     partial = partial_name(path)
-    with open_exclusive(partial) as stream:
+    with open_exclusive(partial) as stream, unfinished(partial):
         try:
             stream.write(content)
             stream.flush()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longsana.runtime.errors import InputError
+from longsana.runtime.files import expanded
 from longsana.runtime.foreign import read_json, reason_of
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def locate(uri: str, what: str, part: str = "") -> Path:
     """
     if uri.startswith(SCHEME):
         return _fetch(uri, what, part)
-    given = Path(uri).expanduser()
+    given = expanded(uri)
     for candidate in (given, REPOSITORY / given):
         if uri and candidate.exists():
             return candidate

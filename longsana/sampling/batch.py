@@ -16,6 +16,7 @@ from longsana.runtime.files import check_writable
 from longsana.sampling.checks import check_weights
 from longsana.sampling.pipeline import VideoPipeline
 from longsana.sampling.records import fingerprint, finished_videos, resolved_settings, source_digests, video_name
+from longsana.sampling.request import meaningless
 from longsana.sampling.worker import Failure, Job, Worker
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def _plan_jobs(
             "height": prompt.height,
             "width": prompt.width,
             "fps": config.sampling.fps,
-            "fingerprint": fingerprint(settings, prompt, digests),
+            "fingerprint": fingerprint(settings, prompt, digests, meaningless(config)),
             "sha256": digests,
             "config": settings,
         }

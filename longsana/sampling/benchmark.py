@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,8 +153,7 @@ def make_film(
             fps=config.sampling.fps,
             height=prompt.height,
             width=prompt.width,
-            crf=config.video.crf,
-            preset=config.video.preset,
+            **asdict(config.video),
         ) as writer,
     ):
         for frames in pipeline.sample([prompt], [caption], device_clock):
@@ -185,9 +185,9 @@ def make_film(
 def encoder_speed(config: InferenceConfig, frames: Tensor, folder: Path) -> float:
     """Frames a second that the mp4's encoder takes when nothing else runs, of frames (F, H, W, 3) over and over."""
     _, height, width, _ = frames.shape
-    video, path = config.video, folder / "encoder.mp4"
+    path = folder / "encoder.mp4"
     started = time.perf_counter()
-    with VideoWriter(path, config.sampling.fps, height, width, video.crf, video.preset) as writer:
+    with VideoWriter(path, config.sampling.fps, height, width, **asdict(config.video)) as writer:
         while writer.frames < ENCODED:
             writer.append(frames)
     return writer.frames / (time.perf_counter() - started)

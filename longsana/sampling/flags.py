@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from longsana.config import InferenceConfig, leaf_keys
-from longsana.published import INFERENCE, Refused, height_and_width
-from longsana.runtime.commandline import Parser
+from longsana.published import INFERENCE, Context, Refused, height_and_width
+from longsana.runtime.commandline import SWITCH, Parser
 from longsana.runtime.errors import InputError
-from longsana.sampling.request import DISTILLED, WHOLE_CLIP
+from longsana.sampling.request import meaningless
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ SETTING_FLAGS = {
 """Flags that are short for a setting."""
 
 SWITCHES = ("unified_noise", "high_motion")
+HARMLESS = ("scheduler.interval_k", "sampling.high_motion", "sampling.cuda_graphs")
+"""Settings that are no contradiction where they change nothing."""
 LEFT_TO_THE_CONFIG = {
     **dict.fromkeys(("step", "num_frames"), ("-1",)),
     **dict.fromkeys(("sampling_algo", "flow_shift"), ("None", "null")),
@@ -51,55 +53,43 @@ LEFT_TO_THE_CONFIG = {
 """Values with which a flag says that the config decides."""
 
 
+ALIASES = {"model.num_cached_blocks=0": "model.num_cached_blocks=-1"}
+"""Published ways to say what has another form here."""
+
+
 class Flag(NamedTuple):
     """A published flag that is no setting.
 
-    accepts: values with which nothing is lost; None: any. because: why it changes nothing, or what to do instead of
-    another value.
+    accepts: values with which nothing is lost; None: any. because: why it changes nothing. instead: what to do where
+    another value is wanted.
     """
 
     accepts: tuple[Any, ...] | None
     because: str
+    instead: str = ""
 
 
+_NO_STG = "there is no spatio-temporal guidance"
+_ONE_BY_ONE = "start the command once for each value"
 OTHER_FLAGS = {
-    "ablation_key": Flag((), "start the command once for each value"),
-    "ablation_selections": Flag(([],), "start the command once for each value"),
+    "ablation_key": Flag((), "nothing is swept", _ONE_BY_ONE),
+    "ablation_selections": Flag(([],), "nothing is swept", _ONE_BY_ONE),
     "apg_mode": Flag(None, "there is no adaptive projected guidance"),
     "debug": Flag(None, "there is nothing to switch, as there"),
     "exist_time_prefix": Flag(None, "a finished video is known by what it is"),
     "gpu_id": Flag(None, "it only named files; CUDA_VISIBLE_DEVICES chooses"),
-    "guidance_type": Flag(("classifier-free",), "guidance is classifier-free"),
-    "if_save_dirname": Flag((False,), "the results are in WORK_DIR/DATASET"),
-    "image_split_token": Flag(("<image>",), "a line with a picture is refused by its number"),
-    "prompt_split_token": Flag(("<split>",), "write <split> between the parts"),
-    "skip_type": Flag(("time_uniform_flow",), "flow_dpm-solver has this grid"),
-    "stg_applied_layers": Flag(([],), "there is no spatio-temporal guidance"),
-    "stg_scale": Flag((0,), "there is no spatio-temporal guidance"),
-    "tar_and_del": Flag((False,), "finished videos are what a stopped command goes on from; run tar afterwards"),
+    "guidance_type": Flag(("classifier-free",), "guidance is classifier-free", "guidance is classifier-free"),
+    "if_save_dirname": Flag((False,), "no such file is written", "the results are in WORK_DIR/DATASET"),
+    "image_split_token": Flag(("<image>",), "there are no pictures", "a line with a picture is refused by its number"),
+    "prompt_split_token": Flag(("<split>",), "so parts are divided", "write <split> between the parts"),
+    "skip_type": Flag(("time_uniform_flow",), "flow_dpm-solver has this grid", "flow_dpm-solver has one grid"),
+    "stg_applied_layers": Flag(([],), _NO_STG, _NO_STG),
+    "stg_scale": Flag((0,), _NO_STG, _NO_STG),
+    "tar_and_del": Flag(
+        (False,), "videos stay", "finished videos are what a stopped command goes on from; run tar afterwards"
+    ),
     "use_resolution_binning": Flag(None, "sizes are as asked for; --ar in a line takes a table's"),
 }
-
-MEANINGLESS = {
-    DISTILLED: {
-        "scheduler.num_inference_steps": "it takes the steps of scheduler.denoising_step_list",
-        "sampling.negative_prompt": "it has no guidance",
-        "sampling.null_caption": "it has no guidance",
-    },
-    "chunk_flow_euler": {
-        "scheduler.denoising_step_list": "it takes scheduler.num_inference_steps steps",
-        "scheduler.bf16_timesteps": "its timesteps are never rounded",
-    },
-    **{
-        sampler: {
-            "model.num_cached_blocks": "it samples a clip as one chunk",
-            "scheduler.denoising_step_list": "it takes scheduler.num_inference_steps steps",
-            "scheduler.bf16_timesteps": "its timesteps are never rounded",
-        }
-        for sampler in WHOLE_CLIP
-    },
-}
-"""Settings that a sampler cannot honour when they are given, and why."""
 
 
 def parse_flags(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -110,15 +100,16 @@ def parse_flags(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Name
     """
     parser.add_argument("--json_file", help="a JSON file whose keys are the prompts, in place of --txt_file")
     parser.add_argument("--custom_height_width", metavar="[H, W]", help="height and width in one")
-    for flag, (accepts, because) in OTHER_FLAGS.items():
-        only = "changes nothing" if accepts is None else f"{' or '.join(map(str, accepts)) or 'None'} alone"
-        parser.add_argument(f"--{flag}", nargs="?", const="true", metavar="VALUE", help=f"{only}: {because}")
+    for flag, (accepts, because, instead) in OTHER_FLAGS.items():
+        only = f"changes nothing: {because}" if accepts is None else f"{[*accepts, None]} alone: {instead}"
+        parser.add_argument(f"--{flag}", metavar="VALUE", help=only, **SWITCH)
     options, settings = parser.parse_command(
         arguments, SETTING_FLAGS, [*leaf_keys(InferenceConfig), *INFERENCE.rules], SWITCHES
     )
-    left = {f"{SETTING_FLAGS[flag]}={value}" for flag, values in LEFT_TO_THE_CONFIG.items() for value in values}
     _settle(options)
-    return options, [*(setting for setting in settings if setting not in left), *_combined(options)]
+    left = {f"{SETTING_FLAGS[flag]}={value}" for flag, values in LEFT_TO_THE_CONFIG.items() for value in values}
+    settings = [ALIASES.get(setting, setting) for setting in settings if setting not in left]
+    return options, [*settings, *_combined(options)]
 
 
 def _combined(options: argparse.Namespace) -> list[str]:
@@ -127,7 +118,7 @@ def _combined(options: argparse.Namespace) -> list[str]:
     if _value(options.json_file) is not None:
         settings.append(f"sampling.txt_file={options.json_file}")
     try:
-        size = height_and_width("custom_height_width", _value(options.custom_height_width), {})
+        size = height_and_width("custom_height_width", _value(options.custom_height_width), Context({}))
     except Refused as refusal:
         raise InputError(f"--custom_height_width {options.custom_height_width}: {refusal}") from refusal
     return [*settings, *(f"{name}={side}" for name, side in size.items())]
@@ -137,17 +128,19 @@ def _settle(options: argparse.Namespace) -> None:
     """Say in one line which published flags change nothing here.
 
     Raises:
-        InputError: one of them has a value that cannot be honoured.
+        InputError: some have values that cannot be honoured; it names all of them.
     """
-    unused = []
-    for flag, (accepts, because) in OTHER_FLAGS.items():
+    unused, refused = [], []
+    for flag, (accepts, because, instead) in OTHER_FLAGS.items():
         text = getattr(options, flag)
         value = _value(text)
-        if text is None or value is None:
+        if value is None:
             continue
         if accepts is not None and value not in accepts:
-            raise InputError(f"--{flag} {text}: cannot be honoured here: {because}")
+            refused.append(f"--{flag} {text}: cannot be honoured here: {instead}")
         unused.append(f"--{flag} ({because})")
+    if refused:
+        raise InputError("; ".join(refused))
     if unused:
         log.info("these flags change nothing here: %s", ", ".join(unused))
 
@@ -168,17 +161,12 @@ def check_settings(settings: Sequence[str], config: InferenceConfig) -> None:
         InputError: the first such setting, and why.
     """
     flags = {setting: flag for flag, setting in SETTING_FLAGS.items()}
-    sampler, sampling = config.scheduler.sampling_algo, config.sampling
-    given = [item.partition("=")[0] for item in settings]
-    for setting in given:
-        name = f"--{flags.get(setting, setting)}"
-        if reason := MEANINGLESS[sampler].get(setting):
-            raise InputError(f"{name}: has no meaning for the sampler {sampler}: {reason}")
-        if setting in ("sampling.negative_prompt", "sampling.null_caption") and sampling.cfg_scale == 1:
-            raise InputError(f"{name}: has no meaning with cfg_scale 1, where nothing is guided away from it")
-        if setting == "sampling.negative_prompt" and sampling.null_caption == "learned" and sampling.negative_prompt:
-            raise InputError(f"{name}: has no meaning with sampling.null_caption=learned, which takes its place")
-    if "scheduler.interval_k" in given and sampler != "chunk_flow_euler":
-        log.info("--interval_k changes nothing with the sampler %s; it is chunk_flow_euler's", sampler)
-    if "sampling.high_motion" in given and (sampling.motion_score is None or sampling.motion_score > 0):
-        log.info("--high_motion changes nothing with motion_score %s; it counts at 0 or less", sampling.motion_score)
+    sampler, reasons = config.scheduler.sampling_algo, meaningless(config)
+    for setting in (item.partition("=")[0] for item in settings):
+        name, reason = f"--{flags.get(setting, setting)}", reasons.get(setting)
+        if reason is None or (setting == "model.num_cached_blocks" and config.model.num_cached_blocks == -1):
+            continue
+        if setting in HARMLESS:
+            log.info("%s changes nothing here: %s", name, reason)
+            continue
+        raise InputError(f"{name}: has no meaning for the sampler {sampler} as it is set: {reason}")

@@ -8,7 +8,7 @@ import json
 import logging
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def source_digests(config: InferenceConfig) -> dict[str, str]:
     return {section: source_digest(config, section) for section in SOURCES}
 
 
-def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.device) -> dict[str, Any]:
+def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.device) -> dict[str, dict[str, Any]]:
     """The config as it holds for one video: its own seed, size and length, dtypes instead of "auto", the negative
     prompt if it has one.
 
@@ -52,17 +52,22 @@ def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.dev
     return settings
 
 
-def fingerprint(settings: Mapping[str, Any], prompt: Prompt, digests: Mapping[str, str]) -> str:
+def fingerprint(
+    settings: Mapping[str, Any], prompt: Prompt, digests: Mapping[str, str], without: Iterable[str] = ()
+) -> str:
     """SHA-256 of all that decides what a video shows: prompt, seed, settings and weights.
 
     Where the weights lie, where the prompt stands and which prompts are sampled beside it decide nothing.
+
+    without: settings that decide nothing either; see `meaningless`.
     """
     deciding = {section: dict(values) for section, values in settings.items()}
     for section, key in SOURCES.items():
         deciding[section][key] = digests[section]
     deciding["text_encoder"]["chi_prompt"] = text_sha256(instruction_text(deciding["text_encoder"]["chi_prompt"]))
-    for key in ("bs", "cuda_graphs", "txt_file"):
-        del deciding["sampling"][key]
+    for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", *without}:
+        section, _, key = setting.partition(".")
+        del deciding[section][key]
     identity = [prompt.text, prompt.repetition, deciding]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

@@ -19,13 +19,14 @@ PLAIN_PASSES = 5
 
 
 class _Kind(NamedTuple):
-    """What a recording is of: a caption, and shapes and dtypes."""
+    """What a recording is of: a caption, shapes and dtypes, and how many chunks have joined the sinks."""
 
     text: Text
     tensors: tuple[tuple[torch.Size, torch.dtype], ...]
+    sinks: int
 
-    def fits(self, text: Text, tensors: tuple[tuple[torch.Size, torch.dtype], ...]) -> bool:
-        return self.text is text and self.tensors == tensors
+    def fits(self, other: _Kind) -> bool:
+        return self.text is other.text and self[1:] == other[1:]
 
 
 class ReplayedNetwork:
@@ -48,9 +49,9 @@ class ReplayedNetwork:
         if state is None:
             self._kind = self._recording = None
             return self.model(x, t, text)
-        tensors = tuple((part.shape, part.dtype) for part in (x, t, *state[:3]))
-        if self._kind is None or not self._kind.fits(text, tensors):
-            self._kind, self._passes, self._recording = _Kind(text, tensors), 0, None
+        kind = _Kind(text, tuple((part.shape, part.dtype) for part in (x, t, *state[:3])), state.sinks)
+        if self._kind is None or not self._kind.fits(kind):
+            self._kind, self._passes, self._recording = kind, 0, None
         self._passes += 1
         if self._passes <= PLAIN_PASSES:
             return self.model(x, t, text, state=state)
@@ -67,7 +68,9 @@ class Recording:
         # The state's number of frames too: as a number, a graph would keep that of its first call.
         self._frames = torch.full((), state.frames, dtype=torch.int64, device=x.device)
         self._x, self._t = x.clone(), t.clone()
-        self._state = CausalState(state.kv.clone(), state.k_sum.clone(), state.tail.clone(), cast(int, self._frames))
+        kv, k_sum, tail = (part.clone() for part in state[:3])
+        self._state = CausalState(kv, k_sum, tail, cast(int, self._frames), state.sinks)
+        self._sinks = model.past.sunk(state.sinks, 1)  # after the pass
         side = torch.cuda.Stream()  # what a pass sets up on first use must not be part of the graph
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -84,7 +87,7 @@ class Recording:
         self._frames.fill_(state.frames)
         self._graph.replay()
         velocity, kv, k_sum, tail = (output.clone() for output in self._outputs)
-        return velocity, CausalState(kv, k_sum, tail, state.frames + x.shape[2])
+        return velocity, CausalState(kv, k_sum, tail, state.frames + x.shape[2], self._sinks)
 
     def _run(self) -> tuple[Tensor, ...]:
         velocity, after = self._model(self._x, self._t, self._text, state=self._state)

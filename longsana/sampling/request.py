@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, check_chi_prompt
 from longsana.data.prompts import Prompt, parts_per_chunk, place, read_prompts
@@ -12,8 +9,10 @@ from longsana.encoders.geometry import geometry
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.build import empty_model
 from longsana.models.checkpoint_files import PIPELINE_PART, check_digests, weights_file
+from longsana.models.naming import PAST
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, file_sha256, locate
+from longsana.runtime.settings import check_bounds
 from longsana.runtime.video import check_encoding
 
 DISTILLED = "longlive_flow_euler"
@@ -21,6 +20,40 @@ DPM = "flow_dpm-solver"
 WHOLE_CLIP = ("flow_euler", DPM)
 SOURCES = {"model": "load_from", "vae": "vae_pretrained", "text_encoder": "text_encoder_name"}
 """The setting of each section that says where weights come from."""
+
+
+_MANY_STEPS = {
+    "scheduler.denoising_step_list": "it takes scheduler.num_inference_steps steps",
+    "scheduler.bf16_timesteps": "its timesteps are never rounded",
+    "sampling.cuda_graphs": "its passes are not recorded",
+}
+_NOT_STAGGERED = {"scheduler.interval_k": "only chunk_flow_euler's chunks are staggered"}
+_WHOLE = _MANY_STEPS | _NOT_STAGGERED | {f"model.{name}": "it samples a clip as one chunk" for name in PAST}
+MEANINGLESS: dict[str, dict[str, str]] = {
+    DISTILLED: _NOT_STAGGERED
+    | {
+        "scheduler.num_inference_steps": "it takes the steps of scheduler.denoising_step_list",
+        "sampling.negative_prompt": "it has no guidance",
+        "sampling.null_caption": "it has no guidance",
+    },
+    "chunk_flow_euler": _MANY_STEPS,
+    **dict.fromkeys(WHOLE_CLIP, _WHOLE),
+}
+"""Settings that change nothing with a sampler, and why."""
+
+
+def meaningless(config: InferenceConfig) -> dict[str, str]:
+    """Settings that decide nothing about this config's videos, and why."""
+    sampling = config.sampling
+    found = dict(MEANINGLESS[config.scheduler.sampling_algo])
+    if sampling.cfg_scale == 1:
+        reason = "with cfg_scale 1 nothing is guided away from it"
+        found = {"sampling.negative_prompt": reason, "sampling.null_caption": reason} | found
+    elif sampling.null_caption == "learned" and sampling.negative_prompt:
+        found["sampling.negative_prompt"] = "sampling.null_caption=learned takes its place"
+    if sampling.motion_score is None or sampling.motion_score > 0:
+        found["sampling.high_motion"] = f"it counts with a motion_score of 0 or less, not {sampling.motion_score}"
+    return found
 
 
 def chunk_plan(config: InferenceConfig, num_frames: int | None = None) -> ChunkPlan:
@@ -43,26 +76,9 @@ def check_config(config: InferenceConfig) -> None:
         InputError: the first one found, by name, with what would be right.
     """
     sampling, scheduler = config.sampling, config.scheduler
-    sizes = dataclasses.asdict(config.model.architecture())
-    for name, value in (
-        *((f"model.{name}", sizes[name]) for name in ("depth", "hidden_size", "num_heads")),
-        ("model.patch_size", min(sizes["patch_size"])),
-        ("model.linear_head_dim", config.model.linear_head_dim),
-        ("model.caption_channels", config.model.caption_channels),
-        ("model.caption_length", config.model.caption_length),
-        ("model.mlp_ratio * hidden_size", int(config.model.mlp_ratio * sizes["hidden_size"])),
-        ("sampling.chunk_frames", sampling.chunk_frames),
-        ("sampling.bs", sampling.bs),
-        ("sampling.fps", sampling.fps),
-        ("scheduler.num_inference_steps", scheduler.num_inference_steps),
-        ("vae.latents_per_call", config.vae.latents_per_call),
-    ):
-        if value < 1:
-            raise InputError(f"{name}={value}: must be at least 1")
-    if not math.isfinite(sampling.cfg_scale):
-        raise InputError(f"sampling.cfg_scale={sampling.cfg_scale}: must be a finite number")
-    if not 0 <= scheduler.interval_k <= 1:
-        raise InputError(f"scheduler.interval_k={scheduler.interval_k}: must be in [0, 1], a share of a chunk's steps")
+    check_bounds(config)
+    if int(config.model.mlp_ratio * config.model.architecture().hidden_size) < 1:
+        raise InputError(f"model.mlp_ratio={config.model.mlp_ratio}: leaves the Mix-FFN no channel; must be larger")
     check_chi_prompt(config.text_encoder.chi_prompt)
     if scheduler.sampling_algo == DISTILLED and sampling.cfg_scale != 1:
         raise InputError(

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,8 +135,7 @@ class Worker:
                         fps=config.sampling.fps,
                         height=job.prompt.height,
                         width=job.prompt.width,
-                        crf=config.video.crf,
-                        preset=config.video.preset,
+                        **asdict(config.video),
                     )
                 )
                 for job in batch

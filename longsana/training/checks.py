@@ -21,6 +21,8 @@ from longsana.data.trajectories import check_grid, open_trajectories
 from longsana.encoders.geometry import geometry
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.build import empty_model
+from longsana.models.naming import chosen_past
+from longsana.models.past import LEARNED
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
@@ -172,6 +174,11 @@ def _check_distillation(config: TrainingConfig) -> None:
         )
     for name, score in (("real_score", config.real_score), ("fake_score", config.fake_score)):
         empty_model(score)
+        for key, value in chosen_past(score).items():
+            if value != LEARNED:  # that says what is in the weights
+                raise InputError(
+                    f"{name}.{key}={value}: has no meaning; a score sees a clip as one chunk, without a past"
+                )
         for key in ("in_channels", "caption_channels", "caption_length"):
             if getattr(score, key) != getattr(config.model, key):
                 raise InputError(

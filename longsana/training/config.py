@@ -12,29 +12,33 @@ from omegaconf import MISSING
 
 from longsana.config import InferenceConfig, ModelConfig
 from longsana.published import Published
+from longsana.runtime.settings import bounded
 from longsana.training.published import TRAINING
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    # flow_matching: a folder of latent clips, or generated:shapes, :turning_shapes or :blobs; ode: a folder of
-    # trajectories or a published LMDB; self_forcing and longsana: a text file, one prompt a line
+    # flow_matching: a folder of latent clips, or generated:shapes, :turning_shapes, :remembered_shapes,
+    # :turning_remembered_shapes or :blobs; ode: a folder of trajectories or a published LMDB; self_forcing and
+    # longsana: a text file, one prompt a line
     data_path: str = "data/longsana/vidprom_filtered_extended.txt"
-    num_clips: int = 8192  # generated: so many clips, made before training and kept in memory
+    num_clips: int = bounded(8192, 1, 10**9)  # generated: so many clips, made before training and kept in memory
 
 
 @dataclass(frozen=True)
 class FlowMatchingConfig:
     """Training of the base model, and of the block-causal one."""
 
-    flow_shift: float = 3.0  # of the training timesteps; sampling has scheduler.inference_flow_shift
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
+    flow_shift: float = bounded(
+        3.0, above=0, most=1000
+    )  # of the training timesteps; sampling has scheduler.inference_flow_shift
+    logit_mean: float = bounded(0.0, -100, 100)
+    logit_std: float = bounded(1.0, 0, 100)
     causal: bool = False  # chunks of sampling.chunk_frames that do not see later ones, a timestep each
     # causal: chunks take timesteps independently of each other, or later ones are never less noisy
     chunk_sampling_strategy: Literal["uniform", "incremental"] = "incremental"
-    same_timestep_prob: float = 0.0  # causal: share of clips with one timestep for all chunks
-    class_dropout_prob: float = 0.1  # share of captions that are dropped
+    same_timestep_prob: float = bounded(0.0, 0, 1)  # causal: share of clips with one timestep for all chunks
+    class_dropout_prob: float = bounded(0.1, 0, 1)  # share of captions that are dropped
     # What a dropped caption becomes: the checkpoint's null tokens under the caption's own mask, as published, or what
     # sampling.null_caption names, with its mask
     dropped_caption: Literal["masked_null", "null_caption"] = "masked_null"
@@ -44,23 +48,25 @@ class FlowMatchingConfig:
 class RolloutConfig:
     """What the student generates in training, and the window of it that a loss sees."""
 
-    num_training_frames: int = 21  # latent frames of a rollout, and of LongSANA's first stretch
-    min_num_training_frames: int = 21  # self_forcing: lengths from here to num_training_frames are drawn
-    slice_last_frames: int = 21  # latent frames of the loss window
+    num_training_frames: int = bounded(21, 1, 10**6)  # latent frames of a rollout, and of LongSANA's first stretch
+    min_num_training_frames: int = bounded(
+        21, 1, 10**6
+    )  # self_forcing: lengths from here to num_training_frames are drawn
+    slice_last_frames: int = bounded(21, 1, 10**6)  # latent frames of the loss window
     same_step_across_blocks: bool = True  # one exit step for all chunks of a rollout
     last_step_only: bool = False  # the exit step is always the last
     noisy_absorb: bool = False  # absorb chunks with noise of the least sigma, as published training did
     # What is decoded for the frame that leads a later window: 0 is each latent once, with the decoder's cache carried
     # along (exact; 2 GB a slot at 480p); N > 0 the last N alone, from a cold cache (an error that depends on the VAE)
-    overlap_latents: int = 0
+    overlap_latents: int = bounded(0, 0, 10**6)
 
 
 @dataclass(frozen=True)
 class StreamingConfig:
     """LongSANA: videos that live across iterations."""
 
-    streaming_max_length: int = 261  # latent frames of a stream
-    streaming_min_new_frame: int = 20  # latent frames of a stretch after the first
+    streaming_max_length: int = bounded(261, 1, 10**9)  # latent frames of a stream
+    streaming_min_new_frame: int = bounded(20, 1, 10**6)  # latent frames of a stretch after the first
     train_first_chunk: bool = True  # a loss on the first stretch too
 
 
@@ -68,24 +74,24 @@ class StreamingConfig:
 class DistillationConfig:
     """Distribution matching: generator against the frozen real score and the trained fake score."""
 
-    timestep_shift: float = 5.0  # of the timesteps at which scores are compared
-    guidance_scale: float = 3.0  # g in real = cond + g (cond - uncond)
-    min_timestep: int = 20
-    max_timestep: int = 980
+    timestep_shift: float = bounded(5.0, above=0, most=1000)  # of the timesteps at which scores are compared
+    guidance_scale: float = bounded(3.0, -1000, 1000)  # g in real = cond + g (cond - uncond)
+    min_timestep: int = bounded(20, 1, 1000)
+    max_timestep: int = bounded(980, 1, 1000)
     ts_schedule: bool = False  # timesteps no lower than where the exit step leads
     ts_schedule_max: bool = False  # timesteps no higher than the exit step's own
-    dfake_gen_update_ratio: int = 5  # critic updates for one of the generator
+    dfake_gen_update_ratio: int = bounded(5, 1, 10**6)  # critic updates for one of the generator
 
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    lr: float = 1e-5
-    beta1: float = 0.0
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    max_grad_norm: float = 10.0
-    num_warmup_steps: int = 0
+    lr: float = bounded(1e-5, above=0, most=1000)
+    beta1: float = bounded(0.0, 0, below=1)
+    beta2: float = bounded(0.999, 0, below=1)
+    eps: float = bounded(1e-8, 0, 1)
+    weight_decay: float = bounded(0.01, 0, 1000)
+    max_grad_norm: float = bounded(10.0, above=0, most=1e9)
+    num_warmup_steps: int = bounded(0, 0, 10**9)
 
 
 @dataclass(frozen=True)
@@ -96,16 +102,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    max_iters: int = 10000
-    seed: int = 0
-    batch_size: int = 1  # samples a slot; a slot is a process and an accumulation step
-    total_batch_size: int | None = None  # of all processes; decides the accumulation if that is not given
-    gradient_accumulation_steps: int | None = None  # None: 1, or what total_batch_size needs
-    log_iters: int = 200  # iterations from checkpoint to checkpoint
-    max_checkpoints: int = 3
+    max_iters: int = bounded(10000, 1, 10**9)
+    seed: int = bounded(0, 0, 2**63 - 2**32)
+    batch_size: int = bounded(1, 1, 10**6)  # samples a slot; a slot is a process and an accumulation step
+    total_batch_size: int | None = bounded(
+        None, 1, 10**9
+    )  # of all processes; decides the accumulation if that is not given
+    gradient_accumulation_steps: int | None = bounded(None, 1, 10**6)  # None: 1, or what total_batch_size needs
+    log_iters: int = bounded(200, 1, 10**9)  # iterations from checkpoint to checkpoint
+    max_checkpoints: int = bounded(3, 1, 10**6)
     async_checkpoint: bool = False  # write while training goes on, from a copy on the host
-    ema_weight: float = 0.99  # 0: no average
-    ema_start_step: int = 200
+    ema_weight: float = bounded(0.99, 0, below=1)  # 0: no average
+    ema_start_step: int = bounded(200, 0, 10**9)
     mixed_precision: bool = True  # compute in bfloat16, reduce and keep weights in float32
     gradient_checkpointing: bool = True
     sharding_strategy: Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"] = "full"
@@ -113,17 +121,16 @@ class TrainConfig:
     cuda_graphs: bool = False  # one process on a GPU: record passes and replay them; faster for small networks
     device_noise: bool = False  # draw noise on the GPU: faster for small networks, and other noise than a CPU's
     text_encoder: Literal["keep", "offload", "free"] = "keep"  # on the GPU; on the host between uses; encode all first
-    captions_together: int = (
-        1  # captions encoded at a time; more are faster with a small encoder, and round differently
-    )
+    # Captions encoded at a time; more are faster with a small encoder, and round differently
+    captions_together: int = bounded(1, 1, 100_000)
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
     val_data_path: str = "asset/samples/longsana_val.txt"
-    val_samples: int = 2  # prompts, from the top of the file
-    vis_interval: int = 200  # iterations from validation to validation; 0: never
-    vis_video_lengths: tuple[int, ...] = (21,)  # latent frames
+    val_samples: int = bounded(2, 1, 10**6)  # prompts, from the top of the file
+    vis_interval: int = bounded(200, 0, 10**9)  # iterations from validation to validation; 0: never
+    vis_video_lengths: tuple[int, ...] = bounded((21,), 1, 10**9)  # latent frames
     vis_ema: bool = False  # sample with the average instead of the weights
 
 
@@ -157,11 +164,11 @@ class TrainingConfig(InferenceConfig):
 class PairsConfig:
     """ODE trajectories: what of the base model's way from noise to video the student will start from."""
 
-    num_steps: int = 48
-    shift: float = 8.0
-    cfg_scale: float = 6.0
+    num_steps: int = bounded(48, 1, 100_000)
+    shift: float = bounded(8.0, above=0, most=1000)
+    cfg_scale: float = bounded(6.0, -1000, 1000)
     causal: bool = False  # chunk after chunk with the block-causal teacher, instead of the clip at once
-    shard_size: int = 16  # trajectories a file
+    shard_size: int = bounded(16, 1, 10**6)  # trajectories a file
     dtype: Literal["bfloat16", "float16", "float32"] = "float16"
     out: str = "output/LongSANA"
 

@@ -13,6 +13,7 @@ from longsana.config import ModelConfig, load_config
 from longsana.models.build import empty_model
 from longsana.models.checkpoint_files import NETWORKS, weights_file
 from longsana.models.dcp_files import SEPARATOR, check_content, is_checkpoint, open_tensors
+from longsana.models.naming import OPTIONAL
 from longsana.models.weights import Layout, load_weights, save_checkpoint
 from longsana.models.writing import check_target, write_weights
 from longsana.runtime.errors import InputError
@@ -86,9 +87,10 @@ def _read(folder: Path, group: str, config: ModelConfig, dtype: torch.dtype) -> 
 
 
 def _check_same(config: ModelConfig, other: ModelConfig, name: str) -> None:
-    """A trainer's file holds networks of one shape."""
-    shapes = [{key: value.shape for key, value in empty_model(it).state_dict().items()} for it in (config, other)]
-    if shapes[0] != shapes[1]:
+    """Refuse (InputError) networks that a trainer's file has no place for: all are of one shape, but scores, which have
+    no past, may lack the factors of it."""
+    own, others = ({key: value.shape for key, value in empty_model(it).state_dict().items()} for it in (config, other))
+    if {key: shape for key, shape in own.items() if key in others or key not in OPTIONAL} != others:
         raise InputError(
             f"the {name} has another shape than the generator ({other.model}, {config.model}): "
             f"export it by itself, with --weights {name} and another layout"

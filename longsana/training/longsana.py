@@ -100,7 +100,8 @@ class LongSana(SelfForcing):
             tensors = {"serial": torch.tensor(self._serials.get(slot, 0))}
             if stream := self.streams.get(slot):
                 state = stream.state
-                tensors |= {"frames": torch.tensor(state.frames), "lead": stream.lead}
+                tensors |= {"frames": torch.tensor(state.frames), "sinks": torch.tensor(state.sinks)}
+                tensors |= {"lead": stream.lead}
                 tensors |= {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail}
                 tensors |= {"tokens": stream.text.tokens, "mask": stream.text.mask}
                 if stream.cache is not None:
@@ -131,7 +132,9 @@ class LongSana(SelfForcing):
         if "frames" not in tensors:  # the slot was between two streams
             return
         parts = {name: tensor.to(self.vae.device) for name, tensor in tensors.items() if tensor.dim()}
-        state = CausalState(parts["kv"], parts["k_sum"], parts["tail"], int(tensors["frames"]))
+        # Streams from before there were sinks have none.
+        sinks = int(tensors["sinks"]) if "sinks" in tensors else 0
+        state = CausalState(parts["kv"], parts["k_sum"], parts["tail"], int(tensors["frames"]), sinks)
         text = TextEmbedding(parts["tokens"], parts["mask"])
         features = tuple(parts[name] for name in sorted(parts) if name.startswith("cache_"))
         cache = DecodeCache(features, state.frames) if features else None

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from longsana.encoders.text import instruction_text, negative_text, text_sha256
 from longsana.flow.schedule import uniform_sigmas
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
+from longsana.runtime.files import expanded
 from longsana.sampling.checks import check_weights
 from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
 from longsana.sampling.request import source_digest
@@ -74,7 +74,7 @@ class _Maker:
             count=len(self.prompts),
             shard_size=config.pairs.shard_size,
         )
-        writer = ShardWriter(Path(config.pairs.out), contents, self.world, "--out")
+        writer = ShardWriter(expanded(config.pairs.out), contents, self.world, "--out")
         if writer.mine:
             self._write(writer)
         writer.finish()

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 USED = ("model", "text_encoder")
 """Sections whose weights are used."""
 INSTEAD = {
-    "scheduler.sampling_algo": "pairs.causal",
+    **dict.fromkeys(("scheduler.sampling_algo", "scheduler.vis_sampler", "sampling_algo"), "pairs.causal"),
     "scheduler.num_inference_steps": "pairs.num_steps",
     "scheduler.interval_k": "nothing: a chunk begins when the one before is clean",
     "scheduler.bf16_timesteps": "nothing: the teacher's timesteps are never rounded",

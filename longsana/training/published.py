@@ -5,34 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 from longsana.published import (
+    CAUSAL,
     MODEL_YAML,
+    OF_TRAINING,
     Context,
     Published,
+    Reference,
     Refused,
     Rule,
     Settings,
     agreeing,
+    attention,
     clip_frames,
     home,
     negative_prompt,
     one_of,
     only,
-    shifted,
     strides,
+    unless,
     unused,
     weights,
 )
+from longsana.runtime.errors import InputError
 
+TRAINERS = ("flow_matching", "ode", "self_forcing", "longsana")
 DISTILLED = ("self_forcing", "longsana")
 BASE = ("flow_matching",)
 STREAMS = ("longsana",)
 
 
-def of(trainers: tuple[str, ...], rule: Rule) -> Rule:
-    """A rule for these trainers; for others the key changes nothing, in the published code too."""
+def of(trainers: tuple[str, ...], rule: Rule, others: Rule = unused) -> Rule:
+    """A rule for these trainers; for others the key changes nothing, in the published code too, or has another rule."""
 
     def conditional(key: str, value: Any, context: Context) -> Settings:
-        return rule(key, value, context) if context.get("trainer") in trainers else {}
+        return (rule if context.get("trainer") in trainers else others)(key, value, context)
 
     return conditional
 
@@ -44,15 +50,6 @@ def both(*rules: Rule) -> Rule:
         return {name: setting for one in rules for name, setting in one(key, value, context).items()}
 
     return rule
-
-
-def unless_null(rule: Rule) -> Rule:
-    """A rule for a key whose null means that it was left out."""
-
-    def conditional(key: str, value: Any, context: Context) -> Settings:
-        return {} if value is None else rule(key, value, context)
-
-    return conditional
 
 
 def clip_and_rollout(key: str, value: Any, context: Context) -> Settings:
@@ -72,15 +69,18 @@ def denoising_steps(key: str, value: Any, context: Context) -> Settings:
 
 def latent_shape(key: str, value: Any, context: Context) -> Settings:
     """The key image_or_video_shape, (B, T, C, H, W) of latents: the picture's size; the rest must agree."""
+    if value is None:
+        return {}
     if not isinstance(value, list) or len(value) != 5 or not all(isinstance(side, int) for side in value):
         raise Refused("five whole numbers, B, T, C, H and W of latents")
-    _, frames, channels, height, width = value
-    length = "streaming_max_length" if context.get("trainer") in STREAMS else "num_training_frames"
+    batch, frames, channels, height, width = value
+    length, usual = ("streaming_max_length", 261) if context.get("trainer") in STREAMS else ("num_training_frames", 21)
     for name, own, right in (
-        (length, frames, context.get(length)),
-        ("vae.vae_latent_dim", channels, context.get("vae.vae_latent_dim")),
+        ("batch_size", batch, context.get("batch_size", 1)),
+        (length, frames, context.get(length, usual)),
+        ("model.in_channels", channels, context.get("vae.vae_latent_dim", context.get("model.in_channels", 16))),
     ):
-        if right is not None and own != right:
+        if own != right:
             raise Refused(f"{name} is {right}, and the shape says {own}")
     side = strides(context)[1]
     return {"sampling.height": side * height, "sampling.width": side * width}
@@ -97,20 +97,13 @@ def pair(*settings: str) -> Rule:
     return rule
 
 
-def other_negative(key: str, value: Any, context: Context) -> Settings:
-    """The key negative_prompt_real, which has to be the same text as negative_prompt."""
-    if value is not None and value != context.get("negative_prompt", value):
-        raise Refused("there is one negative prompt (negative_prompt)")
-    return negative_prompt(key, value, context) if context.get("negative_prompt") is None else {}
-
-
 def scores(*names: str) -> Rule:
     """A score's checkpoint. Without real_ckpt the teacher is the critic's."""
 
     def rule(key: str, value: Any, context: Context) -> Settings:
-        return dict.fromkeys((f"{name}.load_from" for name in names), value)
+        return {} if value is None else dict.fromkeys((f"{name}.load_from" for name in names), value)
 
-    return unless_null(rule)
+    return rule
 
 
 def fake_ckpt(key: str, value: Any, context: Context) -> Settings:
@@ -119,14 +112,39 @@ def fake_ckpt(key: str, value: Any, context: Context) -> Settings:
 
 
 def loss_of_trainer(key: str, value: Any, context: Context) -> Settings:
-    """The key distribution_loss, which has to be the trainer's."""
+    """The key distribution_loss, which has to be the trainer's; the published ODE stage keeps no average."""
     right = {"ode": "ode", **dict.fromkeys(DISTILLED, "dmd_sana")}.get(str(context.get("trainer")))
-    return only(right, instead=f"trainer={context.get('trainer')} has the loss {right}")(key, value, context)
+    if value is not None and value != right:
+        raise Refused(f"trainer={context.get('trainer')} has the loss {right}")
+    return {"train.ema_weight": 0} if right == "ode" and context.get("ema_weight") is None else {}
 
 
-def only_for(trainers: tuple[str, ...], value: Any, instead: str) -> Rule:
-    """Nothing changes with this value, or with another one in other trainers."""
-    return of(trainers, only(value, instead=instead))
+def causal_attention(key: str, value: Any, context: Context) -> Settings:
+    """The key model.attn_type, which says what the base model's training trains."""
+    settings = attention(key, value, context)
+    return settings if value is None else settings | {"flow_matching.causal": value in CAUSAL}
+
+
+def compute_dtype(key: str, value: Any, context: Context) -> Settings:
+    """The key model.mixed_precision of the base model's training."""
+    settings = MODEL_YAML["model.mixed_precision"](key, value, context)
+    return settings | ({"train.mixed_precision": settings["model.dtype"] != "float32"} if settings else {})
+
+
+def of_its_trainer(setting: str) -> Rule:
+    """A key of a model YAML's section train that is a setting of ours too.
+
+    In a file that has more of that section it belongs to the base model's training, else it is ours.
+    """
+
+    def rule(key: str, value: Any, context: Context) -> Settings:
+        theirs = any(f"train.{name}" in context.layer for name in OF_TRAINING if f"train.{name}" not in SHARED)
+        return {} if theirs and context.get("trainer") not in BASE else {setting: value}
+
+    return rule
+
+
+SHARED = ("train.seed", "train.gradient_accumulation_steps")
 
 
 _SAME_SIZES = "one network serves every role; its sizes are those of model, real_score and fake_score"
@@ -170,7 +188,7 @@ STAGE_YAML: dict[str, Rule] = {
     "num_train_timestep": only(1000, instead="there are always 1000"),
     "timestep_shift": of(DISTILLED, home("distillation.timestep_shift")),
     "model_kwargs.timestep_shift": home("scheduler.inference_flow_shift"),
-    "guidance_scale": of(DISTILLED, home("distillation.guidance_scale")),
+    "guidance_scale": of(DISTILLED, unless("real_guidance_scale", rule=home("distillation.guidance_scale"))),
     "real_guidance_scale": of(DISTILLED, home("distillation.guidance_scale")),
     "fake_guidance_scale": only(0, instead="the critic is never guided"),
     "min_score_timestep": of(DISTILLED, only(0, instead="distillation.min_timestep")),
@@ -183,7 +201,7 @@ STAGE_YAML: dict[str, Rule] = {
     "sharding_strategy": home("train.sharding_strategy"),
     "seed": home("train.seed"),
     "wandb_key": only(instead="log in with `wandb login` or WANDB_API_KEY; a key in a config is copied to every run"),
-    "wandb_entity": home("wandb.entity"),
+    "wandb_entity": home("wandb.entity", null=True),
     "wandb_project": home("wandb.project"),
     "lr": home("optimizer.generator.lr"),
     "beta1": home("optimizer.generator.beta1"),
@@ -199,8 +217,8 @@ STAGE_YAML: dict[str, Rule] = {
     "data_path": home("data.data_path"),
     "val_data_path": home("validation.val_data_path"),
     "batch_size": home("train.batch_size"),
-    "total_batch_size": home("train.total_batch_size"),
-    "gradient_accumulation_steps": home("train.gradient_accumulation_steps"),
+    "total_batch_size": home("train.total_batch_size", null=True),
+    "gradient_accumulation_steps": home("train.gradient_accumulation_steps", null=True),
     "ema_weight": home("train.ema_weight"),
     "ema_start_step": home("train.ema_start_step"),
     "log_iters": home("train.log_iters"),
@@ -208,7 +226,7 @@ STAGE_YAML: dict[str, Rule] = {
     "max_iters": home("train.max_iters"),
     "motion_score": home("sampling.motion_score"),
     "negative_prompt": negative_prompt,
-    "negative_prompt_real": other_negative,
+    "negative_prompt_real": unused,  # read only where real_name is another than SANA
     "height": home("sampling.height"),
     "width": home("sampling.width"),
     "image_or_video_shape": latent_shape,
@@ -222,7 +240,7 @@ STAGE_YAML: dict[str, Rule] = {
     "slice_last_frames": of(DISTILLED, home("rollout.slice_last_frames")),
     "same_step_across_blocks": of(DISTILLED, home("rollout.same_step_across_blocks")),
     "last_step_only": of(DISTILLED, home("rollout.last_step_only")),
-    "update_kv_cache_by_end": only_for(DISTILLED, False, "what the exit step gives is absorbed"),
+    "update_kv_cache_by_end": of(DISTILLED, only(False, instead="what the exit step gives is absorbed")),
     "context_noise": only(0, 0.0, instead="rollout.noisy_absorb=true absorbs with noise of the least sigma"),
     "streaming_training": of(STREAMS, only(True, instead="trainer: self_forcing")),
     "streaming_chunk_size": of(
@@ -231,16 +249,20 @@ STAGE_YAML: dict[str, Rule] = {
     "streaming_max_length": of(STREAMS, home("streaming.streaming_max_length")),
     "streaming_min_new_frame": of(STREAMS, home("streaming.streaming_min_new_frame")),
     "train_first_chunk": of(STREAMS, home("streaming.train_first_chunk")),
-    "num_cached_blocks": home("model.num_cached_blocks"),
     "independent_first_frame": only(False, instead="the remainder of a clip goes to its first chunk"),
     "i2v": only(False, instead="text to video only"),
     **dict.fromkeys(("switch_prompt_path", "switch_mode", "fixed_switch_index"), only(instead=_SWITCH)),
     "switch_choices": only([], instead=_SWITCH),
     # A model YAML as the base of trainer: flow_matching; the section train is its trainer's.
-    "scheduler.flow_shift": both(shifted, of(BASE, home("flow_matching.flow_shift"))),
+    "scheduler.flow_shift": both(MODEL_YAML["scheduler.flow_shift"], of(BASE, home("flow_matching.flow_shift"))),
     "scheduler.logit_mean": of(BASE, home("flow_matching.logit_mean")),
     "scheduler.logit_std": of(BASE, home("flow_matching.logit_std")),
     "scheduler.weighting_scheme": of(BASE, only("logit_normal", instead="timesteps are logit-normal")),
+    "model.attn_type": of(BASE, causal_attention, others=attention),
+    "model.mixed_precision": of(BASE, compute_dtype, others=MODEL_YAML["model.mixed_precision"]),
+    "model_kwargs": only({}, instead="its keys are timestep_shift and local_attn_size"),
+    "train.seed": of_its_trainer("train.seed"),
+    "train.gradient_accumulation_steps": of_its_trainer("train.gradient_accumulation_steps"),
     "model.class_dropout_prob": of(BASE, home("flow_matching.class_dropout_prob")),
     "train.chunk_sampling_strategy": of(BASE, home("flow_matching.chunk_sampling_strategy")),
     "train.same_timestep_prob": of(BASE, home("flow_matching.same_timestep_prob")),
@@ -262,27 +284,6 @@ STAGE_YAML: dict[str, Rule] = {
     "train.grad_checkpointing": of(BASE, home("train.gradient_checkpointing")),
     "train.save_model_steps": of(BASE, home("train.log_iters")),
     "train.ema_rate": of(BASE, home("train.ema_weight")),
-    **dict.fromkeys(
-        (
-            "train.auto_lr",
-            "train.deterministic_validation",
-            "train.eval_metric_step",
-            "train.eval_sampling_steps",
-            "train.joint_training_interval",
-            "train.local_save_vis",
-            "train.log_interval",
-            "train.num_epochs",
-            "train.num_workers",
-            "train.online_metric",
-            "train.online_metric_dir",
-            "train.save_model_epochs",
-            "train.train_batch_size_image",
-            "train.validation_prompts",
-            "train.visualize",
-            "train.work_dir",
-        ),
-        unused,
-    ),
 }
 """What becomes of a stage YAML's keys, and of a model YAML's in training."""
 
@@ -302,12 +303,18 @@ def _of_scores(settings: Settings) -> Settings:
     return {f"{score}.{key}": value for score in ("real_score", "fake_score") for key, value in model.items()}
 
 
+def _is_a_stage(context: Context) -> None:
+    if (trainer := context.get("trainer")) not in TRAINERS:
+        raise InputError(f"trainer={trainer}: a config of training must say which stage it is: {', '.join(TRAINERS)}")
+
+
 TRAINING = Published(
     STAGE_YAML,
     sections=("data", "image_data"),
     references={
-        "sana_config": _of_networks,
-        "sana_inference_config": _of_sampling,
-        "sana_fake_config": _of_scores,
+        "sana_config": Reference(_of_networks, "generator_ckpt"),
+        "sana_inference_config": Reference(_of_sampling, "generator_ckpt"),
+        "sana_fake_config": Reference(_of_scores, "fake_ckpt"),
     },
+    check=_is_a_stage,
 )

@@ -1,7 +1,8 @@
 """CUDA graphs for training on one GPU: a small network's kernels take less time than it takes to launch them.
 
-Each kind of pass (shapes, chunks, with or without gradients) is recorded and then replayed with one launch: the same
-kernels in the same order. Passes of a kind that wait together for their backward passes are as many recordings.
+Each kind of pass (shapes, chunks, sinks so far, with or without gradients) is recorded and then replayed with one
+launch: the same kernels in the same order. Passes of a kind that wait together for their backward passes are as many
+recordings.
 """
 
 from __future__ import annotations
@@ -84,30 +85,32 @@ class _Passes:
         learns = graph and any(weight.requires_grad for weight in self.weights)
         if graph and any(tensor.requires_grad for tensor in inputs):
             raise ValueError("a replayed pass gives gradients to weights alone, and an input needs one")
-        one = self._pass(inputs, plan, learns)
+        one = self._pass(inputs, plan, state.sinks, learns)
         velocity, kv, k_sum, tail = _Replay.apply(one, inputs, *self.weights) if learns else one.replay(inputs)
-        return velocity, CausalState(kv, k_sum, tail, state.frames + plan.frames)
+        sinks = self.working.past.sunk(state.sinks, len(plan))
+        return velocity, CausalState(kv, k_sum, tail, state.frames + plan.frames, sinks)
 
-    def _pass(self, inputs: _Inputs, plan: ChunkPlan, learns: bool) -> _Pass:
-        kind = (tuple((tensor.shape, tensor.dtype) for tensor in inputs), plan.lengths, learns)
+    def _pass(self, inputs: _Inputs, plan: ChunkPlan, sinks: int, learns: bool) -> _Pass:
+        kind = (tuple((tensor.shape, tensor.dtype) for tensor in inputs), plan.lengths, sinks, learns)
         for one in self.recorded[kind]:
             if one.user() is None:
                 return one
         # The activations of all others are still wanted by someone's backward pass.
-        self.recorded[kind].append(_Pass(self, inputs, plan, learns))
+        self.recorded[kind].append(_Pass(self, inputs, plan, sinks, learns))
         return self.recorded[kind][-1]
 
 
 class _Pass:
     """A recorded forward pass, and with `learns` the backward pass after it.
 
+    sinks: chunks that have joined the state's before.
     user: what holds the autograd graph of its last forward pass, until that is gone or its backward pass is over.
     """
 
-    def __init__(self, passes: _Passes, inputs: _Inputs, plan: ChunkPlan, learns: bool) -> None:
+    def __init__(self, passes: _Passes, inputs: _Inputs, plan: ChunkPlan, sinks: int, learns: bool) -> None:
         self.inputs = _Inputs(*(tensor.detach().clone() for tensor in inputs))
         self.user: Callable[[], Any] = _nobody
-        self._passes, self._plan = passes, plan
+        self._passes, self._plan, self._sinks = passes, plan, sinks
         self._forward = torch.cuda.CUDAGraph()
         with torch.set_grad_enabled(learns):
             self._warm_up(learns)
@@ -138,7 +141,7 @@ class _Pass:
         passes, inputs = self._passes, self.inputs
         with torch.no_grad():
             torch._foreach_copy_(passes.copies, passes.weights)
-        state = CausalState(inputs.kv, inputs.k_sum, inputs.tail, cast(int, inputs.frames))
+        state = CausalState(inputs.kv, inputs.k_sum, inputs.tail, cast(int, inputs.frames), self._sinks)
         text = TextEmbedding(inputs.tokens, inputs.mask)
         velocity, after = passes.working(inputs.x, inputs.t, text, plan=self._plan, state=state)
         return [velocity, after.kv, after.k_sum, after.tail]

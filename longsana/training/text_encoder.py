@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from longsana.config import TextEncoderConfig
 from longsana.data.prompts import with_motion
-from longsana.data.shapes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SIZES, SPEEDS, Promise, draw_scene
+from longsana.data.remembered import WORLDS, WorldName
+from longsana.data.shapes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SIZES, SPEEDS, Promise
 from longsana.encoders.text import GemmaTextEncoder
 from longsana.training.rate import warm_cosine
 
@@ -27,12 +28,16 @@ log = logging.getLogger(__name__)
 MOTION_SCORES = (None, 5, 10, 20, 30)
 SUMMARY = 4  # tokens at the end of a caption that know it all
 NONE = ""
-WORDS = tuple((NONE, *words) for words in (SIZES, COLOURS, KINDS, MOTIONS, SPEEDS))
+TRAVELS = "travels"
+WORDS = tuple((NONE, *words) for words in (SIZES, COLOURS, KINDS, MOTIONS, SPEEDS, (TRAVELS,)))
 """What there is to know of an actor; nothing of a second one where there is one."""
 
 
 @dataclass(frozen=True)
 class TextTrainingConfig:
+    """world: whose captions it is trained on and tested with."""
+
+    world: WorldName = "shapes"
     shape: str = "asset/shapes/text_encoder"  # folder with tokenizer and config.json
     seed: int = 0
     steps: int = 1500
@@ -61,7 +66,8 @@ def train_text_encoder(config: TextTrainingConfig, folder: Path, device: torch.d
     optimiser = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warm_cosine(step, config.steps))
     for step in range(config.steps):
-        captions, promises = _captions(config.seed + 1, step * config.batch, config.batch, held_out=False)
+        first = step * config.batch
+        captions, promises = _captions(config.world, config.seed + 1, first, config.batch, held_out=False)
         logits = heads(_summary(encoder, captions))
         loss = sum(
             F.cross_entropy(values.flatten(0, 1), answer.to(device).repeat_interleave(SUMMARY))
@@ -96,8 +102,10 @@ class _Heads(nn.Module):
         return [head(hidden) for head in self.heads]
 
 
-def _captions(seed: int, first: int, count: int, *, held_out: bool) -> tuple[list[str], list[Promise]]:
-    scenes = [draw_scene(seed, index, held_out=held_out) for index in range(first, first + count)]
+def _captions(
+    world: WorldName, seed: int, first: int, count: int, *, held_out: bool
+) -> tuple[list[str], list[Promise]]:
+    scenes = [WORLDS[world](seed, index, held_out=held_out) for index in range(first, first + count)]
     captions = [
         with_motion(scene.caption, MOTION_SCORES[index % len(MOTION_SCORES)]) for index, scene in enumerate(scenes)
     ]
@@ -121,7 +129,9 @@ def _answers(promises: Sequence[Promise]) -> list[Tensor]:
     for number in range(2):
         actors = [promise.actors[number] if number < len(promise.actors) else None for promise in promises]
         said = [
-            (actor.size, actor.colour, actor.kind, actor.motion, actor.speed) if actor else (NONE,) * len(WORDS)
+            (actor.size, actor.colour, actor.kind, actor.motion, actor.speed, TRAVELS if actor.travels else NONE)
+            if actor
+            else (NONE,) * len(WORDS)
             for actor in actors
         ]
         answers += [[words.index(answer[place]) for answer in said] for place, words in enumerate(WORDS)]
@@ -130,7 +140,7 @@ def _answers(promises: Sequence[Promise]) -> list[Tensor]:
 
 @torch.no_grad()
 def _understood(encoder: GemmaTextEncoder, heads: _Heads, config: TextTrainingConfig) -> float:
-    captions, promises = _captions(0, 0, config.test_captions, held_out=True)
+    captions, promises = _captions(config.world, 0, 0, config.test_captions, held_out=True)
     right = torch.ones(len(captions), dtype=torch.bool)
     for values, answer in zip(heads(_summary(encoder, captions)), _answers(promises), strict=True):
         right &= values[:, -1].argmax(dim=-1).cpu() == answer

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longsana.config import VAEConfig
-from longsana.data.shapes import draw_scene, render
+from longsana.data.remembered import WORLDS, WorldName
+from longsana.data.shapes import render
 from longsana.encoders.vae import WanVAE, decode_clip, encode_clip
 from longsana.encoders.vae_files import Model, new_model, save_model
 from longsana.sampling.noise import keyed_generator
@@ -29,8 +30,12 @@ WHOLE = 1 << 20  # latents a call: all of a clip but its first
 
 @dataclass(frozen=True)
 class VAETrainingConfig:
-    """steps to widths have an entry a phase: first single small pictures, then ever longer clips."""
+    """steps to widths have an entry a phase: first single small pictures, then ever longer clips.
 
+    world: whose scenes it is trained on and tested with.
+    """
+
+    world: WorldName = "shapes"
     shape: str = "asset/shapes/vae"  # folder with the config.json of the VAE
     seed: int = 0
     steps: tuple[int, ...] = (400, 700, 200, 50)
@@ -64,7 +69,7 @@ def train_vae(config: VAETrainingConfig, folder: Path, device: torch.device) -> 
     phases = zip(config.steps, config.clips, config.frames, config.heights, config.widths, strict=True)
     for steps, clips, frames, *size in phases:
         for _ in range(steps):
-            pictures = _clips(config.seed, step, clips, frames, (size[0], size[1]), device)
+            pictures = _clips(config.seed, step, clips, frames, (size[0], size[1]), device, config.world)
             rng = keyed_generator(config.seed, step, "vae", device=device)
             error, divergence = _losses(network, pictures, rng)
             (error + config.kl_weight * divergence).backward()
@@ -86,16 +91,18 @@ def train_vae(config: VAETrainingConfig, folder: Path, device: torch.device) -> 
         save_model(average, folder)  # a stop loses one phase
     _normalise(average, config, device)
     save_model(average, folder)
-    psnr = held_out_psnr(folder, config.test_clips, config.test_frames, device)
+    psnr = held_out_psnr(folder, config.test_clips, config.test_frames, device, world=config.world)
     log.info("vae: %.2f dB on %d held-out clips of %d frames, streamed", psnr, config.test_clips, config.test_frames)
     return psnr
 
 
-def held_out_psnr(folder: Path, clips: int, frames: int, device: torch.device, *, batch: int = 8) -> float:
+def held_out_psnr(
+    folder: Path, clips: int, frames: int, device: torch.device, *, batch: int = 8, world: WorldName = "shapes"
+) -> float:
     """Peak signal-to-noise ratio in dB over all pixels, after the way that inference takes."""
     vae = WanVAE.load(VAEConfig(vae_pretrained=str(folder), latents_per_call=5), device, torch.float32)
     squares, count = 0.0, 0
-    for pictures in _films(0, clips, frames, device, held_out=True, batch=batch):
+    for pictures in _films(world, 0, clips, frames, device, held_out=True, batch=batch):
         decoded, _ = vae.decode_stream(vae.encode(pictures))
         squares += (decoded - pictures).square().sum(dtype=torch.float64).item()
         count += pictures.numel()
@@ -115,21 +122,25 @@ def _losses(network: Model, pictures: Tensor, rng: torch.Generator) -> tuple[Ten
     return F.l1_loss(decoded.float(), pictures), divergence.mean()
 
 
-def _clips(seed: int, step: int, count: int, frames: int, size: tuple[int, int], device: torch.device) -> Tensor:
+def _clips(
+    seed: int, step: int, count: int, frames: int, size: tuple[int, int], device: torch.device, world: WorldName
+) -> Tensor:
     """(count, 3, frames, H, W). Single frames are four moments of a scene each: to draw scenes would take longer."""
     moments = 4 if frames == 1 else 1
-    scenes = [draw_scene(seed + 1, step * 1024 + number, size=size) for number in range(-(-count // moments))]
+    scenes = [WORLDS[world](seed + 1, step * 1024 + number, size=size) for number in range(-(-count // moments))]
     if moments == 1:
         return render(scenes, range(frames), size=size, device=device)
     pictures = render(scenes, range(0, 80, 80 // moments), size=size, device=device)
     return pictures.transpose(1, 2).flatten(0, 1)[:count, :, None]
 
 
-def _films(seed: int, count: int, frames: int, device: torch.device, *, held_out: bool, batch: int) -> Iterator[Tensor]:
+def _films(
+    world: WorldName, seed: int, count: int, frames: int, device: torch.device, *, held_out: bool, batch: int
+) -> Iterator[Tensor]:
     """Pictures (B, 3, frames, H, W) of the seed's first `count` scenes, at most `batch` at a time."""
     for first in range(0, count, batch):
         indices = range(first, min(first + batch, count))
-        scenes = [draw_scene(seed, index, held_out=held_out) for index in indices]
+        scenes = [WORLDS[world](seed, index, held_out=held_out) for index in indices]
         yield render(scenes, range(frames), device=device)
 
 
@@ -137,7 +148,8 @@ def _films(seed: int, count: int, frames: int, device: torch.device, *, held_out
 def _normalise(model: Any, config: VAETrainingConfig, device: torch.device) -> None:
     """Write mean and standard deviation of each latent channel into the model's config."""
     means = []
-    for pictures in _films(config.seed + 2, config.statistics_clips, 81, device, held_out=False, batch=16):
+    films = _films(config.world, config.seed + 2, config.statistics_clips, 81, device, held_out=False, batch=16)
+    for pictures in films:
         moments = encode_clip(model, pictures, latents_per_call=5)
         means.append(moments.chunk(2, dim=1)[0].transpose(0, 1).flatten(1).double())
     values = torch.cat(means, dim=1)

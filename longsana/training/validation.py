@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,8 +164,7 @@ def _sample(pipeline: VideoPipeline, sample: _Sample, path: Path | None) -> Prob
                     fps=config.sampling.fps,
                     height=sample.prompt.height,
                     width=sample.prompt.width,
-                    crf=config.video.crf,
-                    preset=config.video.preset,
+                    **asdict(config.video),
                 )
             )
         for pixels in _finite(pipeline.sample([sample.prompt], [sample.caption], Clock())):

@@ -148,7 +148,7 @@ def test_bad_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--bs", "2"], "--bs 2"),
         (["--float8", "--backend", "compile"], "--float8"),
         (["--float8", "model.float8=true"], "--float8"),
-        (["--threads", "0"], "--threads 0"),
+        (["--threads", "0"], "--threads: 0: must be from 1 to 1024"),
         (["--out", str(tmp_path)], "is a folder"),
         (["--backend", "triton"], "needs an NVIDIA GPU"),
     ):

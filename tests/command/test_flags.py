@@ -66,10 +66,8 @@ PUBLISHED = {
 
 def test_all_defaults_of_the_published_command_are_taken(script: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
     assert len(PUBLISHED) == 40
-    # A base model has no window, which is refused also at its default.
-    given = {name: value for name, value in PUBLISHED.items() if name != "num_cached_blocks"}
     with caplog.at_level("INFO"):
-        request = script.prepare([f"--{name}={value}" for name, value in given.items()])
+        request = script.prepare([f"--{name}={value}" for name, value in PUBLISHED.items()])
     config = request.config
     assert (config.sampling.num_frames, config.scheduler.num_inference_steps) == (81, 50)
     assert (config.scheduler.sampling_algo, config.scheduler.inference_flow_shift) == ("flow_dpm-solver", 7.0)
@@ -78,8 +76,8 @@ def test_all_defaults_of_the_published_command_are_taken(script: ModuleType, cap
     (nothing,) = [line for line in caplog.messages if line.startswith("these flags change nothing here: ")]
     for flag in ("apg_mode", "debug", "gpu_id", "use_resolution_binning", "skip_type"):
         assert f"--{flag} (" in nothing
-    assert "--interval_k changes nothing with the sampler flow_dpm-solver" in caplog.text
-    assert "--high_motion changes nothing with motion_score 10" in caplog.text
+    assert "--interval_k changes nothing here: only chunk_flow_euler's chunks are staggered" in caplog.text
+    assert "--high_motion changes nothing here: it counts with a motion_score of 0 or less, not 10" in caplog.text
 
 
 @pytest.mark.parametrize("flag", PUBLISHED)
@@ -104,7 +102,7 @@ def test_no_flag_is_answered_by_a_guess(flag: str, script: ModuleType) -> None:
         (["--tar_and_del"], "--tar_and_del true: cannot be honoured here: finished videos are what"),
         (["--stg_scale", "1.5"], "there is no spatio-temporal guidance"),
         (["--stg_applied_layers", "[3]"], "there is no spatio-temporal guidance"),
-        (["--skip_type", "logSNR"], "flow_dpm-solver has this grid"),
+        (["--skip_type", "logSNR"], "flow_dpm-solver has one grid"),
         (["--guidance_type", "classifier-free_STG"], "guidance is classifier-free"),
         (["--ablation_key", "step", "--ablation_selections", "[1,2]"], "start the command once for each value"),
         (["--prompt_split_token", "|"], "write <split> between the parts"),
@@ -113,7 +111,7 @@ def test_no_flag_is_answered_by_a_guess(flag: str, script: ModuleType) -> None:
         (["--custom_height_width", "480"], "--custom_height_width 480: two whole numbers"),
         (["--sample_nums", "0"], "--sample_nums 0: must be at least 1"),
         (["--add_label", "a/b"], "without slashes"),
-        (["--interval_k", "1.5"], "scheduler.interval_k=1.5: must be in [0, 1]"),
+        (["--interval_k", "1.5"], "scheduler.interval_k=1.5: must be at most 1"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(arguments: list[str], says: str, script: ModuleType) -> None:
@@ -125,6 +123,53 @@ def test_what_cannot_be_honoured_is_refused(arguments: list[str], says: str, scr
 def test_minus_one_is_the_configs_own_value(form: list[str], script: ModuleType) -> None:
     config = script.prepare(["--config", BASE, "sampling.num_frames=41", "scheduler.num_inference_steps=7", *form])
     assert (config.config.sampling.num_frames, config.config.scheduler.num_inference_steps) == (41, 7)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("--low_motion", "--prompt", "--guidance_scale", "--scale", "--cfg", "--batch_size", "--vae_path", "--end"),
+        *("--sampler", "--ckpt", "--device", "--image", "--fp16", "--nonsense"),
+    ],
+)
+def test_an_unknown_flag_of_another_meaning_is_no_typing_error(word: str, script: ModuleType) -> None:
+    with pytest.raises(InputError) as caught:
+        script.prepare([word, "x"])
+    assert str(caught.value) == f"unknown option {word}; see --help"
+
+
+@pytest.mark.parametrize(("word", "meant"), [("--num_framse", "--num_frames"), ("--num-frames", "--num_frames")])
+def test_a_typing_error_of_a_flag(word: str, meant: str, script: ModuleType) -> None:
+    with pytest.raises(InputError, match=rf"unknown option {word} \(did you mean '{meant}'\?\)"):
+        script.prepare([word, "x"])
+
+
+@pytest.mark.parametrize("switch", ["--debug", "--exist_time_prefix", "--use_resolution_binning", "--high_motion"])
+@pytest.mark.parametrize("after", ["sampling.seed=3", "--seed=3"])
+def test_a_switch_takes_no_setting_for_its_value(switch: str, after: str, script: ModuleType) -> None:
+    assert script.prepare([switch, after]).config.sampling.seed == 3
+
+
+def test_all_flags_that_cannot_be_honoured_are_named_at_once(script: ModuleType) -> None:
+    with pytest.raises(InputError) as caught:
+        script.prepare(["--tar_and_del", "--stg_scale", "3", "--ablation_key", "x"])
+    assert all(f"--{name}" in str(caught.value) for name in ("tar_and_del", "stg_scale", "ablation_key"))
+
+
+@pytest.mark.parametrize("window", ["0", "-1"])
+def test_no_window(window: str, script: ModuleType) -> None:
+    assert script.prepare(["--num_cached_blocks", window]).config.model.num_cached_blocks == -1
+
+
+def test_what_changes_nothing_makes_no_video_again(
+    command: Callable[..., int], prompts: Prompts, tmp_path: Path
+) -> None:
+    path = prompts("a red ball")
+    assert command("--txt_file", path) == 0
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "out/videos").iterdir()}
+    for more in (["--interval_k", "0.3"], ["--high_motion"], ["sampling.cuda_graphs=true"]):
+        assert command("--txt_file", path, *more) == 0
+    assert stamps == {file: file.stat().st_mtime_ns for file in (tmp_path / "out/videos").iterdir()}
 
 
 def test_sizes_labels_and_numbers_of_prompts(script: ModuleType, prompts: Prompts) -> None:

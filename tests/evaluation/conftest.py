@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from longsana.data.shapes import Scene
-from longsana.evaluation.verifier import Seen
+from longsana.evaluation.sight import Seen
 from tests.evaluation.films import scenes, watch
 
 

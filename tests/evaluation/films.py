@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longsana.data import shapes
 from longsana.data.shapes import Scene
-from longsana.evaluation.verifier import Seen, observe
+from longsana.evaluation.sight import Seen, observe
 
 
 def pictures(scenes: Sequence[Scene], frames: int = 81, start: int = 0) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, load_config
+from longsana.data.remembered import WORLDS, draw_remembered
 from longsana.data.shapes import FPS, draw_scene, prompts, render
 from longsana.evaluation import trial
-from longsana.evaluation.trial import FIGURES, Trial, summarise, try_model
+from longsana.evaluation.trial import FIGURES, Trial, summarise, try_model, try_truth
 from longsana.flow.schedule import FlowSchedule
 from longsana.sampling.noise import PromptNoise
 from longsana.sampling.sampler import generate
@@ -33,11 +34,38 @@ def test_the_world_itself_scores_in_full():
     report = summarise([scored], (2, 3))
     for seconds in ("2", "3"):
         for figure in FIGURES:
-            assert report["figures"][seconds][figure] == [pytest.approx(1, abs=0.01), None]
+            # Nothing leaves this world, and so nothing comes back.
+            expected = None if figure == "returns" else pytest.approx(1, abs=0.01)
+            assert report["figures"][seconds][figure] == [expected, None], figure
         assert report["figures"][seconds]["seam index"][0] == pytest.approx(1, abs=0.2)
     assert report["videos"] == 4
     assert report["seeds"] == 1
-    assert report["curves"]["persistence"] == pytest.approx([1, 1, 1])
+    assert report["curves"]["persistence"] == report["curves"]["identity"] == pytest.approx([1, 1, 1])
+
+
+def test_the_remembered_world_scores_in_full_and_does_not_drift():
+    scenes = [draw_remembered(5, index, held_out=True) for index in range(6)]
+    frames = 8 * FPS + 1
+    scored = trial._score(films(scenes, frames), [scene.caption for scene in scenes], (8,), trial._seam(33, 5, 4), CPU)
+    figures = summarise([scored], (8,))["figures"]["8"]
+    for figure in FIGURES:
+        assert figures[figure] == [pytest.approx(1, abs=0.01), None], figure
+    # Half of the time there is little to see.
+    assert figures["saturation drift"][0] < 0.01
+
+
+def test_the_truth_is_of_the_world_that_is_asked_for(monkeypatch):
+    """Through a VAE that was never trained."""
+    config = load_config(CONFIG, ["vae.vae_pretrained=seeded:asset/shapes/vae"], InferenceConfig)
+    shown = []
+    for world, draw in WORLDS.items():
+        monkeypatch.setitem(
+            trial.WORLDS, world, lambda *place, own=draw, **kept: shown.append((own, place)) or own(*place, **kept)
+        )
+    for world in WORLDS:
+        result = try_truth(config, Trial([""], lengths=(1,), batch=1, world=world), CPU)
+        assert result["videos"] == 1
+    assert shown == [(draw_scene, (0, trial.TRUTH)), (draw_remembered, (0, trial.TRUTH))]
 
 
 def test_a_prefix_is_scored_as_a_shorter_video():

@@ -8,7 +8,7 @@ entries so far into what the next chunk reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -100,6 +100,27 @@ def accumulate(entries: Sequence[Entry], window: int = -1) -> Entry | None:
     ]
 
 
+Weigh = Callable[[int, int], list[Tensor]]
+"""How much chunk c sees of chunk i: of (c, i), for each block (heads,)."""
+
+
+def weighted(entries: Sequence[Entry], weigh: Weigh) -> Entry | None:
+    """What the next chunk reads: the sums of all chunks, each by its weight, and the last chunk's frame."""
+    if not entries:
+        return None
+    weights = [weigh(len(entries), i) for i in range(len(entries))]
+    return [
+        [
+            *(
+                sum(weights[i][block][:, None, None] * entry[block][part] for i, entry in enumerate(entries))
+                for part in range(2)
+            ),
+            entries[-1][block][2],
+        ]
+        for block in range(len(entries[-1]))
+    ]
+
+
 def stream(
     weights: Weights,
     x: Tensor,
@@ -111,9 +132,10 @@ def stream(
     head_dim: int,
     cross_heads: int,
     window: int = -1,
+    weigh: Weigh | None = None,
     start: int = 0,
 ) -> tuple[Tensor, list[Entry]]:
-    """Chunk after chunk, every one of them written to the cache; t is (B, T)."""
+    """Chunk after chunk, every one of them written to the cache; t is (B, T). weigh: takes the place of a window."""
     outputs, entries, begin = [], [], 0
     for length in lengths:
         end = begin + length
@@ -126,7 +148,7 @@ def stream(
             head_dim=head_dim,
             cross_heads=cross_heads,
             start=start + begin,
-            cache=accumulate(entries, window),
+            cache=accumulate(entries, window) if weigh is None else weighted(entries, weigh),
         )
         outputs.append(out)
         entries.append(entry)

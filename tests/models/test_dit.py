@@ -18,6 +18,7 @@ from longsana.models import attention, dit, embeddings, feed_forward
 from longsana.models.build import empty_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
+from longsana.models.past import Reach
 from longsana.models.rope import Rotary
 from longsana.ops.reference import rotate
 from longsana.state import CausalState
@@ -363,7 +364,7 @@ def test_q_and_k_are_normalised_over_the_full_width(small_config, random_model, 
 
     monkeypatch.setattr(attention, "linear_attention", spy)
     x = torch.randn(1, 6, 56, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    layer(x, (None, None), None, None, [6])
+    layer(x, (None, None), None, None, [6], Reach())
     raw = dict(zip("qkv", (x @ layer.qkv.weight.T).split(56, dim=-1), strict=True))
     for name, weight in (("q", layer.q_norm.weight), ("k", layer.k_norm.weight)):
         full = naive.rms_norm(raw[name], weight, 1e-5).clamp(min=0).unflatten(-1, (2, 28))
@@ -673,7 +674,7 @@ def test_state_round_trips_through_a_file(small_config, random_model, random_tex
 def test_state_is_a_pytree(small_config, random_model):
     state = random_model(small_config()).empty_state(1, 4, 6, frames=3)
     leaves, spec = _pytree.tree_flatten((torch.zeros(1), state))
-    assert [leaf is part for leaf, part in zip(leaves[1:], state, strict=True)] == [True] * 4
+    assert [leaf is part for leaf, part in zip(leaves[1:], state, strict=True)] == [True] * 5
     rebuilt = _pytree.tree_unflatten(leaves, spec)[1]
     assert isinstance(rebuilt, CausalState)
     assert rebuilt.frames == 3

@@ -57,6 +57,28 @@ def test_a_network_stays_near_itself(small_config, random_model, random_text, ra
     assert names == set(PRODUCTS)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"state_decay": "learned"}, {"state_decay": [0.8, 0.95], "num_sink_blocks": 1, "num_cached_blocks": 1}]
+)
+@torch.no_grad()
+def test_its_past_is_that_of_the_network(small_config, random_model, random_text, random_latents, settings):
+    """The sums of three chunks stay near; those of the whole past are others."""
+    model = random_model(small_config(hidden_size=112, **settings), torch.float32)
+    rounded, text, t = copy.deepcopy(model), random_text(1), torch.zeros(1)
+    to_float8(rounded)
+    whole = random_model(small_config(hidden_size=112), torch.float32)
+    state = rounded_state = sums = None
+    for seed in range(3):
+        x = random_latents(1, 3, seed=seed).float()
+        (_, state), (_, rounded_state) = (
+            network(x, t, text, state=past) for network, past in ((model, state), (rounded, rounded_state))
+        )
+        _, sums = whole(x, t, text, state=sums)
+    assert rounded_state.sinks == state.sinks == settings.get("num_sink_blocks", 0)
+    assert (rounded_state.k_sum - state.k_sum).norm() / state.k_sum.norm() < 0.05
+    assert (sums.k_sum[:, :, 0] - state.k_sum.sum(2)).norm() / sums.k_sum.norm() > 0.1
+
+
 def test_widths_that_the_hardware_cannot_take_are_refused(small_config, random_model):
     with pytest.raises(ValueError, match="multiples of 16"):
         to_float8(random_model(small_config()))  # 56 wide

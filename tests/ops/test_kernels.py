@@ -150,20 +150,39 @@ def test_quantise_rows(shape, dtype):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
 @pytest.mark.parametrize(
-    ("lengths", "heads", "dim", "window"),
-    [((5,), 3, 8, -1), ((150,), 2, 28, -1), ((3, 70, 2), 1, 112, -1), ((4, 1, 66), 2, 12, 1), ((2, 2, 2, 2), 1, 20, 2)],
+    ("lengths", "heads", "dim", "window", "decays", "sink"),
+    [
+        ((5,), 3, 8, -1, False, None),
+        ((150,), 2, 28, -1, False, None),
+        ((3, 70, 2), 1, 112, -1, False, None),
+        ((4, 1, 66), 2, 12, 1, False, None),
+        ((2, 2, 2, 2), 1, 20, 2, False, None),
+        ((5,), 3, 8, -1, True, None),
+        ((3, 66, 2), 2, 12, -1, True, None),
+        ((1, 4, 2), 2, 8, 2, True, None),
+        ((5,), 2, 8, 2, False, 0),
+        ((2, 3, 1), 2, 8, 1, False, 1),
+        ((2, 3, 1), 2, 8, -1, True, 2),
+        ((1, 2), 1, 112, -1, True, 1),  # in float32 the plain one
+    ],
 )
-def test_linear_attention(lengths, heads, dim, window, dtype, tolerance, monkeypatch):
+def test_linear_attention(lengths, heads, dim, window, decays, sink, dtype, tolerance, monkeypatch):
+    """Whatever is kept of the past; gradients of its factors too."""
     monkeypatch.setattr(attention, "PROGRAMS", 4)  # the longest chunks are several tiles of a program
     count = sum(lengths)
     q, k, v = random(2, count, 3, heads, dim).unbind(2)  # v is part of a wider tensor, as in the network
     angle = 3 * random(count, dim // 2, seed=4)
-    entries = max(window, 1)
-    past = 5 * random(2, entries, heads, dim, dim, seed=5), 5 * random(2, entries, heads, dim, seed=6).abs()
+    entries = max(window, 1) + (sink is not None)
+    past = [5 * random(2, entries, heads, dim, dim, seed=5), 5 * random(2, entries, heads, dim, seed=6).abs()]
+    if decays:
+        past.append(torch.rand(len(lengths), heads, generator=torch.Generator().manual_seed(8)).bfloat16().double())
 
     def attend(module, q: Tensor, k: Tensor, v: Tensor, sums: list[Tensor]) -> tuple[Tensor, ...]:
         rotation = (part.to(sums[0]) for part in (angle.cos(), angle.sin()))
-        return module.linear_attention(q, k, v, *rotation, *sums, lengths=lengths, window=window, eps=1e-6)
+        decay = sums[2] if decays else None
+        return module.linear_attention(
+            q, k, v, *rotation, *sums[:2], lengths=lengths, window=window, eps=1e-6, decay=decay, sink=sink
+        )
 
     # Parts of one tensor, so that strides are the wide ones in every dtype.
     wide = torch.stack([q.abs(), k.abs(), v], 2).requires_grad_()

@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longsana.ops.reference import linear_attention, prefix_sums, rotate, temporal_conv
 
 HEADS, DIM, EPS = 3, 8, 1e-6
 PLANS = [(5,), (3, 4, 2), (1, 1, 1, 6), (2, 2, 2, 2, 2)]
-WINDOWS = [-1, 1, 2]
+
+
+class Policy(NamedTuple):
+    """What chunks see of those before. decays: by a factor of its own for each chunk and head."""
+
+    window: int = -1
+    decays: bool = False
+    sinks: int = 0
+
+    @property
+    def entries(self) -> int:
+        return max(self.window, 1) + (self.sinks > 0)
+
+    def factors(self, chunks: int) -> Tensor | None:
+        """(n, heads)."""
+        return torch.rand(chunks, HEADS, generator=torch.Generator().manual_seed(8)).double() if self.decays else None
+
+    def settings(self, first: int, last: int, chunks: int) -> dict[str, object]:
+        """Settings of the operations, for a call with chunks [first, last) of a video of `chunks`."""
+        factors = self.factors(chunks)
+        sink = max(self.sinks - first, 0) if self.sinks else None
+        return {"window": self.window, "decay": None if factors is None else factors[first:last], "sink": sink}
+
+    def weights(self, chunks: int) -> Tensor:
+        """(heads, n, n): how much of chunk i chunk c sees, at [head, c, i]."""
+        found = torch.zeros(HEADS, chunks, chunks, dtype=torch.float64)
+        factors = self.factors(chunks)
+        for c in range(chunks):
+            for i in range(c + 1):
+                if i == c or i < self.sinks:
+                    found[:, c, i] = 1
+                elif self.window < 0 or c - i <= self.window:
+                    found[:, c, i] = 1 if factors is None else factors[i + 1 : c + 1].prod(0)
+        return found
+
+
+WHOLE = Policy()
+POLICIES = [
+    *(WHOLE, Policy(window=1), Policy(window=2)),
+    *(Policy(decays=True), Policy(window=1, decays=True), Policy(window=2, decays=True)),
+    *(Policy(window=1, sinks=1), Policy(window=2, sinks=2), Policy(decays=True, sinks=1), Policy(decays=True, sinks=2)),
+    Policy(window=2, decays=True, sinks=1),
+]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -34,7 +79,7 @@ def cos_sin(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quadratic_attention(q: Tensor, k: Tensor, v: Tensor, matrix: Tensor, sees: Tensor) -> Tensor:
-    """A weight for every pair of tokens i, j with sees[i, j]."""
+    """A weight for every pair of tokens i, j, times sees[head, i, j]."""
     rotated_q, rotated_k = (torch.einsum("nxy,bnhy->bnhx", matrix, part) for part in (q, k))
     weights = torch.einsum("bihx,bjhx->bhij", rotated_q, rotated_k) * sees
     totals = (torch.einsum("bihx,bjhx->bhij", q, k) * sees).sum(-1) + EPS
@@ -46,46 +91,84 @@ def random_qkv(count: int) -> tuple[Tensor, Tensor, Tensor]:
     return q.abs(), k.abs(), v
 
 
-def zero_sums(window: int) -> tuple[Tensor, Tensor]:
-    entries = max(window, 1)
+def zero_sums(entries: int = 1) -> tuple[Tensor, Tensor]:
     return (
         torch.zeros(2, entries, HEADS, DIM, DIM, dtype=torch.float64),
         torch.zeros(2, entries, HEADS, DIM, dtype=torch.float64),
     )
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("lengths", PLANS)
-def test_linear_attention_is_masked_quadratic_attention(lengths, window):
-    q, k, v = random_qkv(sum(lengths))
-    matrix, chunk = rotations(sum(lengths)), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    distance = chunk[:, None] - chunk[None]  # how many chunks back j lies
-    sees = (distance >= 0) & ((distance <= window) if window > 0 else True)
-    expected = quadratic_attention(q, k, v, matrix, sees)
+def test_linear_attention_is_weighted_quadratic_attention(lengths, policy):
+    """All chunks at once, one after the other, and in two calls."""
+    count, chunks = sum(lengths), len(lengths)
+    q, k, v = random_qkv(count)
+    matrix, chunk = rotations(count), torch.arange(chunks).repeat_interleave(torch.tensor(lengths))
+    expected = quadratic_attention(q, k, v, matrix, policy.weights(chunks)[:, chunk][:, :, chunk])
 
-    out, _, _ = linear_attention(q, k, v, *cos_sin(matrix), *zero_sums(window), lengths=lengths, window=window, eps=EPS)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for cuts in ([chunks], [1] * chunks, [1, chunks - 1], [chunks - 1, 1]):
+        kv, k_sum = zero_sums(policy.entries)
+        first = 0
+        for size in filter(None, cuts):
+            last = first + size
+            own = (chunk >= first) & (chunk < last)
+            out, kv, k_sum = linear_attention(
+                *(part[:, own] for part in (q, k, v)),
+                *cos_sin(matrix[own]),
+                kv,
+                k_sum,
+                lengths=lengths[first:last],
+                eps=EPS,
+                **policy.settings(first, last, chunks),
+            )
+            torch.testing.assert_close(out, expected[:, own], rtol=0, atol=1e-12)
+            first = last
+        for sums, wanted in zip((kv, k_sum), remembered(k, v, matrix, chunk, policy, chunks), strict=True):
+            torch.testing.assert_close(sums, wanted, rtol=0, atol=1e-12)
 
-    kv, k_sum = zero_sums(window)
-    for own in torch.arange(len(chunk)).split(list(lengths)):
-        out, kv, k_sum = linear_attention(
-            q[:, own],
-            k[:, own],
-            v[:, own],
-            *cos_sin(matrix[own]),
-            kv,
-            k_sum,
-            lengths=[len(own)],
-            window=window,
-            eps=EPS,
-        )
-        torch.testing.assert_close(out, expected[:, own], rtol=0, atol=1e-12)
-    last = [chunk == len(lengths) - entry for entry in range(max(window, 1), 0, -1)] if window > 0 else [chunk >= 0]
+
+def remembered(
+    k: Tensor, v: Tensor, matrix: Tensor, chunk: Tensor, policy: Policy, chunks: int
+) -> tuple[Tensor, Tensor]:
+    """kv and k_sum after all chunks, from the weights with which the last chunk sees those before."""
+    weights = policy.weights(chunks)[:, -1]
+    others = list(range(min(policy.sinks, chunks), chunks))
+    entries = [others] if policy.window < 0 else [[i] for i in others[-policy.window :]]
+    entries = [[]] * (max(policy.window, 1) - len(entries)) + entries
+    if policy.sinks:
+        entries.insert(0, list(range(min(policy.sinks, chunks))))
     rotated = torch.einsum("nxy,bnhy->bnhx", matrix, k)
-    for entry, tokens in enumerate(last):
-        state = torch.einsum("bnhx,bnhy->bhxy", rotated[:, tokens], v[:, tokens])
-        torch.testing.assert_close(kv[:, entry], state, rtol=0, atol=1e-12)
-        torch.testing.assert_close(k_sum[:, entry], k[:, tokens].sum(1), rtol=0, atol=1e-12)
+    kv, k_sum = zero_sums(policy.entries)
+    for entry, members in enumerate(entries):
+        for i in members:
+            weight, own = weights[:, i], chunk == i
+            kv[:, entry] += weight[:, None, None] * torch.einsum("bnhx,bnhy->bhxy", rotated[:, own], v[:, own])
+            k_sum[:, entry] += weight[:, None] * k[:, own].sum(1)
+    return kv, k_sum
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_gradients_of_linear_attention(policy):
+    """Differences give the gradients of all that it reads, the carried sums and the factors too."""
+    lengths, (q, k, v) = [2, 1, 2], random_qkv(5)
+    settings = policy.settings(0, 3, 3)
+    decay = settings.pop("decay")
+    past = [randn(*part.shape, seed=seed).abs() for seed, part in enumerate(zero_sums(policy.entries), 5)]
+    inputs = [part[:1, :, :1].contiguous() for part in (q, k, v, *past)]
+    factors = [] if decay is None else [decay[:, :1].contiguous()]
+
+    def attend(*parts: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, kv, k_sum, *decay = parts
+        return linear_attention(
+            *(q, k, v, *cos_sin(rotations(5)), kv, k_sum),
+            **settings,
+            lengths=lengths,
+            eps=EPS,
+            decay=decay[0] if decay else None,
+        )
+
+    assert torch.autograd.gradcheck(attend, [part.requires_grad_() for part in (*inputs, *factors)])
 
 
 def test_a_window_sees_carried_entries_of_its_own_width():
@@ -110,7 +193,7 @@ def test_sums_of_half_precision_tokens_are_float32(dtype):
     """4,000 calls: a running sum in bfloat16 would stop growing at about 256 times its increment."""
     q, k, v = (part.to(dtype) for part in random_qkv(4))
     cos, sin = (part.float() for part in cos_sin(rotations(4)))
-    kv, k_sum = (part.float() for part in zero_sums(-1))
+    kv, k_sum = (part.float() for part in zero_sums())
     for _ in range(4000):
         out, kv, k_sum = linear_attention(q, k, v, cos, sin, kv, k_sum, lengths=[4], window=-1, eps=EPS)
     assert out.dtype == dtype
@@ -138,35 +221,72 @@ def test_temporal_conv_of_one_chunk_after_nothing_is_same_padded():
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-def test_prefix_sums(window):
-    past, own = randn(2, max(window, 1), 3, seed=1), randn(2, 5, 3)
-    seen, state = prefix_sums(past, own, window)
-    everything = [*past.unbind(1), *own.unbind(1)]
+def heads(*shape: int, seed: int = 0) -> Tensor:
+    return randn(*shape, HEADS, 4, seed=seed)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_prefix_sums_after_a_past(policy):
+    """Carried entries count as chunks before the first; and it may be cut anywhere."""
+    past, own = heads(2, policy.entries, seed=1), heads(2, 5)
+    seen, state = prefix_sums(past, own, **policy.settings(0, 5, 5))
+    weights = policy.weights(5)
+    first = past[:, :1] if policy.sinks else torch.zeros_like(past[:, :1])
+    recent = past[:, -max(policy.window, 1) :]
+    factors = policy.factors(5)
     for c in range(5):
-        last = past.shape[1] + c
-        terms = everything[: last + 1] if window < 0 else everything[last - window : last + 1]
-        torch.testing.assert_close(seen[:, c], sum(terms), rtol=0, atol=1e-12)
-    kept = [sum(everything)] if window < 0 else everything[-window:]
-    torch.testing.assert_close(state, torch.stack(kept, dim=1), rtol=0, atol=1e-12)
+        expected = torch.einsum("bihd,hi->bhd", own, weights[:, c]) + first[:, 0]
+        faded = torch.ones(HEADS, 1, dtype=torch.float64) if factors is None else factors[: c + 1].prod(0)[:, None]
+        # A chunk that is no sink pushes one entry out of a window.
+        pushed = max(c - policy.sinks, 0) if policy.window > 0 else 0
+        expected = expected + (recent[:, pushed:] * faded).sum(1)
+        torch.testing.assert_close(seen[:, c], expected, rtol=0, atol=1e-12)
+    for cut in range(1, 5):
+        before, middle = prefix_sums(past, own[:, :cut], **policy.settings(0, cut, 5))
+        after, end = prefix_sums(middle, own[:, cut:], **policy.settings(cut, 5, 5))
+        torch.testing.assert_close(torch.cat([before, after], dim=1), seen, rtol=0, atol=1e-12)
+        torch.testing.assert_close(end, state, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("cut", range(1, 5))
-def test_prefix_sums_may_be_cut_anywhere(window, cut):
-    past, own = randn(2, max(window, 1), 3, seed=1), randn(2, 5, 3)
-    seen, state = prefix_sums(past, own, window)
-    first, middle = prefix_sums(past, own[:, :cut], window)
-    second, end = prefix_sums(middle, own[:, cut:], window)
-    torch.testing.assert_close(torch.cat([first, second], dim=1), seen, rtol=0, atol=1e-12)
-    torch.testing.assert_close(end, state, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("window", WINDOWS)
-def test_prefix_sums_remember_a_copy(window):
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("chunks", [1, 50])
+def test_prefix_sums_remember_a_copy(policy, chunks):
     """A view would keep every chunk's sums alive for as long as the state lives."""
-    _, state = prefix_sums(randn(2, max(window, 1), 3, seed=1), randn(2, 50, 3), window)
+    own = heads(2, chunks)
+    _, state = prefix_sums(heads(2, policy.entries, seed=1), own, **policy.settings(0, chunks, chunks))
+    assert state.shape[1] == policy.entries
     assert state.untyped_storage().nbytes() == state.nbytes
+    assert state.untyped_storage().data_ptr() != own.untyped_storage().data_ptr()
+
+
+def test_a_step_of_inference_is_one_addition():
+    """To the bit, in float32: the published past, and one that decays by factors of 1."""
+    past, own = heads(2, 1, seed=1).float(), heads(2, 1).float()
+    for decay in (None, torch.ones(1, HEADS)):
+        for total in prefix_sums(past, own, -1, decay):
+            assert torch.equal(total, past + own)
+
+
+@pytest.mark.parametrize(("decay", "operation"), [(None, "aten.add.Tensor"), (0.9, "aten.addcmul.default")])
+def test_a_step_of_inference_is_one_launch(decay, operation):
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    past, own = heads(2, 1, seed=1), heads(2, 1)
+    factors = None if decay is None else torch.full((1, HEADS), decay, dtype=torch.float64)
+    with Noted():
+        prefix_sums(past, own, -1, factors)
+    assert [name for name in names if "view" not in name] == [operation]
+
+
+def test_a_factor_of_zero_leaves_the_chunk_itself():
+    past, own, nothing = heads(2, 1, seed=1), heads(2, 3), torch.zeros(3, HEADS, dtype=torch.float64)
+    seen, state = prefix_sums(past, own, -1, nothing)
+    assert torch.equal(seen, own)
+    assert torch.equal(state, own[:, -1:])
 
 
 def test_rotate_turns_pairs():

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 
-from longsana.runtime.distributed import OWN_WISHES
+from longsana.runtime import distributed
+from longsana.runtime.distributed import OWN_WISHES, World
+from longsana.runtime.errors import InputError
+from tests.scripts import load_script
+
+ROOT = Path(__file__).resolve().parents[2]
 
 FAULTS = """
 import resource, torch
@@ -33,3 +42,116 @@ def test_freed_memory_is_used_again() -> None:
         int(subprocess.check_output([sys.executable, "-c", FAULTS], env=plain | more)) for more in ({}, asked)
     )
     assert kept < 1_000 < 10_000 < given_back, (kept, given_back)  # pages of the last round
+
+
+# What a launcher says -------------------------------------------------------------------------------------------------
+
+TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
+    """The world of an environment that has these launch variables and no others."""
+
+    def read(**variables: str) -> World:
+        for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", *TWO):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return World.from_environment()
+
+    return read
+
+
+def test_what_launchers_say(launch: Callable[..., World]) -> None:
+    assert launch() == World(0, 1, 0, 1)
+    assert launch(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0") == World(0, 1, 0, 1)
+    assert launch(**TWO | {"RANK": "1"}) == World(1, 2, 1, 2)
+    assert launch(**TWO | {"RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}) == World(1, 2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"RANK": "1"}, "RANK=1, but WORLD_SIZE is not set"),
+        ({"RANK": "3", "WORLD_SIZE": "1"}, "RANK=3, but WORLD_SIZE is 1"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=: must be a whole number from 1"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: must be a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number from 1"),
+        ({"WORLD_SIZE": "²"}, "WORLD_SIZE=²: must be a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2, but MASTER_ADDR is not set"),
+        ({**TWO, "MASTER_PORT": ""}, "WORLD_SIZE=2, but MASTER_PORT is not set"),
+        ({**TWO, "MASTER_PORT": "http"}, "MASTER_PORT=http: must be"),
+        ({**TWO, "MASTER_PORT": "70000"}, "MASTER_PORT=70000: must be"),
+        ({name: value for name, value in TWO.items() if name != "RANK"}, "WORLD_SIZE=2, but RANK is not set"),
+        ({**TWO, "RANK": "-1"}, "RANK=-1: must be"),
+        ({**TWO, "LOCAL_RANK": "5"}, "LOCAL_RANK=5, LOCAL_WORLD_SIZE=2"),
+        ({**TWO, "LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE=4, WORLD_SIZE=2"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(variables: dict[str, str], says: str, launch: Callable[..., World]) -> None:
+    with pytest.raises(InputError, match=re.escape(says)) as caught:
+        launch(**variables).connect()
+    assert "\n" not in str(caught.value) and "torchrun" in str(caught.value)
+
+
+COMMANDS = {
+    "inference_video_scripts/inference_sana_video.py": [],
+    "inference_video_scripts/evaluate.py": ["."],
+    "inference_video_scripts/benchmark.py": [],
+    "train_video_scripts/train_longsana.py": [
+        "--config_path",
+        "configs/sana_video_config/longsana/shapes/self_forcing.yaml",
+    ],
+    "train_video_scripts/generate_ode_pairs.py": [],
+    "train_video_scripts/export.py": ["x", "--out", "y", "--layout", "upstream"],
+    "train_video_scripts/shapes_recipe.py": [],
+    "longsana/convert.py": ["x", "y", "--to", "upstream"],
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_every_command_refuses_a_broken_launch(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert load_script(ROOT / script).main(COMMANDS[script]) == 2
+    assert capsys.readouterr().err == (
+        "error: RANK=1, but WORLD_SIZE is not set: a rank is below it; unset them, or start with torchrun or "
+        "accelerate launch\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rank", "says"),
+    [
+        ("0", "waiting for 1 more process at 127.0.0.1:29577"),
+        ("1", "process 1: waiting for the main process at 127.0.0.1:29577"),
+    ],
+)
+def test_who_is_waited_for_is_said(rank: str, says: str) -> None:
+    code = "import sys\nfrom longsana.runtime.commandline import run_command\n"
+    code += "sys.exit(run_command(lambda world: None, lambda request, world: 0))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | TWO | {"RANK": rank}
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == f"{says}\n"
+    process.terminate()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert err == ("" if rank == "1" else "stopped by SIGTERM; the same command goes on from here\n")
+
+
+def test_nobody_comes(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., World]) -> None:
+    monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=0.2))
+    world = launch(**TWO | {"MASTER_PORT": "29578"})
+    with pytest.raises(InputError, match=r"waiting for 1 more process at 127\.0\.0\.1:29578: none came in"):
+        world.connect()
+
+
+def test_an_address_that_cannot_be_listened_at(launch: Callable[..., World]) -> None:
+    world = launch(**TWO | {"MASTER_ADDR": "192.0.2.1"})
+    with pytest.raises(InputError, match=r"MASTER_ADDR=192\.0\.2\.1, MASTER_PORT=29577: cannot be listened at"):
+        world.connect()

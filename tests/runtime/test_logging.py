@@ -216,27 +216,39 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Wa
 
 
 def records(folder: Path) -> list[Any]:
-    """What wandb wrote, of all its runs in order: a log in LevelDB's format, blocks of 32 kB with parts of records."""
+    """What wandb wrote, of all its runs in order; its own process writes on after a run has finished."""
+    deadline = time.monotonic() + 20
+    while True:
+        runs = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+        found = [_records(path) for path in runs]
+        if all(run and run[-1].HasField("exit") for run in found) or time.monotonic() > deadline:
+            return [record for run in found for record in run]
+        time.sleep(0.05)
+
+
+def _records(path: Path) -> list[Any]:
+    """The records of a file: a log in LevelDB's format, blocks of 32 kB with parts of records."""
     from wandb.proto import wandb_internal_pb2
 
-    found = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        stream, parts = io.BytesIO(path.read_bytes()), b""
-        assert stream.read(4) == b":W&B"
-        stream.seek(7)
-        while True:
-            if (left := -stream.tell() % 32768) < 7:
-                stream.seek(left, io.SEEK_CUR)
-            if len(header := stream.read(7)) < 7:
-                break
-            _, length, kind = struct.unpack("<IHB", header)
-            parts += stream.read(length)
-            if kind in (1, 4):  # whole, or the last part
-                record = wandb_internal_pb2.Record()
-                record.ParseFromString(parts)
-                found.append(record)
-                parts = b""
-    return found
+    found: list[Any] = []
+    stream, parts = io.BytesIO(path.read_bytes()), b""
+    if stream.read(4) != b":W&B":
+        return found
+    stream.seek(7)
+    while True:
+        if (left := -stream.tell() % 32768) < 7:
+            stream.seek(left, io.SEEK_CUR)
+        if len(header := stream.read(7)) < 7:
+            return found
+        _, length, kind = struct.unpack("<IHB", header)
+        if len(part := stream.read(length)) < length:
+            return found
+        parts += part
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            found.append(record)
+            parts = b""
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

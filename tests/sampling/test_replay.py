@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ from longsana.sampling import replay
 from longsana.sampling.noise import PromptNoise
 from longsana.sampling.replay import ReplayedNetwork
 from longsana.sampling.sampler import generate
+from tests.training.test_replay import PASTS, graphs
 
 SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
 PLAN = ChunkPlan((3, 2, 2, 2, 2))
+__all__ = ["graphs"]  # a fixture
 
 
 class Counted:
@@ -92,6 +95,41 @@ def test_another_caption_is_another_recording(counted: type[Counted]) -> None:
     assert torch.equal(video(network, texts), video(model, texts))
     assert counted.replayed == 10
     assert counted.made[0] is first and counted.made[1] is second
+
+
+def past_of(settings: dict[str, Any], device: str, dtype: torch.dtype) -> LongSanaDiT:
+    """The network with this past; learned factors are those of half a chunk and others."""
+    model = build_model(dataclasses.replace(SHAPES, depth=2, **settings), device=device, dtype=dtype)
+    if model.decay_logit is not None:
+        model.decay_logit.copy_(torch.linspace(-2, 2, model.decay_logit.numel()).view_as(model.decay_logit))
+    return model
+
+
+@pytest.mark.parametrize("settings", PASTS)
+@torch.no_grad()
+def test_recorded_passes_of_every_past(graphs: None, settings: dict[str, Any]) -> None:
+    """To the bit; chunks that join the sinks are not taken for later ones."""
+    model = past_of(settings, "cpu", torch.float32)
+    network, text = ReplayedNetwork(model), caption(model, 0)
+    assert torch.equal(video(network, [text] * 5), video(model, [text] * 5))
+    assert network._recording is not None
+    x, t = torch.randn(1, 16, 2, 4, 6), torch.zeros(1)
+    states: list[Any] = [None, None]
+    for _ in range(replay.PLAIN_PASSES + 4):
+        states = [part(x, t, text, state=state)[1] for part, state in zip((model, network), states, strict=True)]
+        assert states[0][3:] == states[1][3:]
+        assert all(torch.equal(a, b) for a, b in zip(states[0][:3], states[1][:3], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", PASTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_replayed_passes_of_every_past(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    model = past_of(settings, "cuda", dtype)
+    network, text = ReplayedNetwork(model), caption(model, 0)
+    assert torch.equal(video(network, [text] * 5, "cuda"), video(model, [text] * 5, "cuda"))
+    assert network._recording is not None
 
 
 @pytest.mark.gpu

@@ -400,6 +400,20 @@ def test_a_schedulers_own_settings_are_taken() -> None:
     assert third.config.flow_shift == 3.0 and third.num_inference_steps is None, "it is left as it was"
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 150, 1000])
+def test_any_number_of_dpm_steps(steps: int) -> None:
+    """Of many steps the first whole timesteps are equal; a straight flow is still followed to its end."""
+    x0, noise = draw(seed=4), draw()
+
+    def network(x: Tensor, t: Tensor, text: object, *, state: object = None) -> tuple[Tensor, None]:
+        return noise - x0, None
+
+    path = list(solve(network, [None], solver=DPMSolver(8.0, steps), cfg_scale=1.0, noise=noise))  # type: ignore[list-item]
+    assert len(path) == steps + 1
+    # The first noise level is not quite 1.
+    torch.testing.assert_close(path[-1], x0, rtol=0, atol=2e-3 * float((noise - x0).abs().max()))
+
+
 def test_dpm_solver_is_of_higher_order_than_euler() -> None:
     """On a flow that bends it comes nearer to where a thousand steps lead."""
     noise = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from longsana.config import ModelConfig, load_config
 from longsana.encoders.vae import WanVAE
 from longsana.models.embeddings import TextEmbedding
+from longsana.models.naming import PAST
 from longsana.training.config import TrainingConfig
 from longsana.training.player import Player
 from tests.scripts import load_script
@@ -126,7 +128,9 @@ def distilled(training_config, random_model, network, embed, vae) -> Callable[..
 
     def make(stage: Callable[..., Any], trainer: str, *overrides: str, **parts: Any) -> Any:
         config = training_config(trainer, *overrides)
-        models = [random_model(network, torch.float32, seed) for seed in range(3)]
+        past = {name: getattr(config.model, name) for name in PAST}
+        sizes = [dataclasses.replace(network, **past), network, network]
+        models = [random_model(size, torch.float32, seed) for seed, size in enumerate(sizes)]
         return stage(
             config,
             Player(

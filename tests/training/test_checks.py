@@ -21,6 +21,9 @@ CONFIGS = sorted(
 )
 
 
+SCORES = ("real_score", "fake_score")
+
+
 def load(path: Path, *overrides: str) -> TrainingConfig:
     config: TrainingConfig = load_config(path, overrides, TrainingConfig)
     return config
@@ -66,17 +69,22 @@ def test_the_published_stages_are_as_published():
         ("self_forcing", "flow_matching.causal=true", "belongs to flow_matching"),
         ("self_forcing", "real_score.caption_channels=32", "must be that of the generator"),
         ("self_forcing", "real_score.hidden_size=57", "must be a multiple"),
+        ("self_forcing", "real_score.state_decay=0.9", "real_score.state_decay=0.9: has no meaning; a score sees"),
+        ("longsana", "fake_score.num_cached_blocks=2", "fake_score.num_cached_blocks=2: has no meaning"),
+        ("longsana", "model.state_decay=1.5", "state_decay=1.5: must be from 0"),
+        ("longsana", "model.num_sink_blocks=1", "num_sink_blocks=1: has no meaning beside the whole past"),
         ("self_forcing", "rollout.num_training_frames=6", "by a multiple of sampling.chunk_frames=2"),
         ("self_forcing", "rollout.slice_last_frames=1", "must be at least 2"),
         ("self_forcing", "rollout.overlap_latents=3", "must be 0 to sampling.chunk_frames=2"),
-        ("self_forcing", "distillation.min_timestep=0", "1 <= min <= max"),
+        ("self_forcing", "distillation.min_timestep=0", "distillation.min_timestep=0: must be at least 1"),
         ("self_forcing", "distillation.dfake_gen_update_ratio=0", "must be at least 1"),
         ("longsana", "streaming.streaming_min_new_frame=2", "for example 4"),
         ("longsana", "streaming.streaming_max_length=4", "shorter than the first stretch, 5"),
-        ("longsana", "train.ema_weight=1", "must be in [0, 1)"),
+        ("longsana", "train.ema_weight=1", "train.ema_weight=1.0: must be below 1"),
         ("longsana", "train.batch_size=0", "train.batch_size=0: must be at least 1"),
         ("ode", "train.log_iters=0", "must be at least 1"),
-        ("ode", "optimizer.generator.lr=0", "must be positive"),
+        ("ode", "train.gradient_accumulation_steps=0", "must be at least 1"),
+        ("ode", "optimizer.generator.lr=0", "optimizer.generator.lr=0.0: must be above 0"),
         ("ode", "train.ema_weight=0 validation.vis_ema=true", "no average"),
         ("ode", "sampling.height=33", "multiple of 16"),
         (
@@ -84,7 +92,7 @@ def test_the_published_stages_are_as_published():
             "flow_matching.dropped_caption=null_caption sampling.null_caption=negative_prompt",
             "null_caption=learned",
         ),
-        ("flow_matching", "lr=0", "optimizer.generator: lr=0"),
+        ("flow_matching", "lr=0", "optimizer.generator.lr=0.0: must be above 0"),
         ("ode", "train.max_iter=3", "train.max_iters"),
     ],
 )
@@ -94,6 +102,10 @@ def test_a_setting_that_cannot_be_is_named(small_training, trainer, override, wo
     message = str(caught.value)
     assert words in message, message
     assert "\n" not in message
+
+
+def test_scores_may_start_from_weights_with_learned_factors(small_training):
+    check_training(load(small_training("longsana"), *(f"{name}.state_decay=learned" for name in SCORES)))
 
 
 def test_a_config_of_inference_is_no_config_of_training():
@@ -111,7 +123,6 @@ def test_a_config_of_inference_is_no_config_of_training():
         (3, ["train.total_batch_size=64"], "63 and 66"),
         (128, ["train.total_batch_size=64"], "nearest that they can: 128"),
         (4, ["train.total_batch_size=9", "train.gradient_accumulation_steps=2"], "nearest that they can: 8"),
-        (1, ["train.gradient_accumulation_steps=0"], "must be at least 1"),
     ],
 )
 def test_the_total_batch_is_honoured_or_refused(small_training, size, settings, expected):

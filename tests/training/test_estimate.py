@@ -54,9 +54,14 @@ def test_parameters_of_the_published_networks(monkeypatch: pytest.MonkeyPatch) -
     assert found.weights * 64 == pytest.approx(2 * 4 * 2_056_862_144, rel=2e-3)
 
 
-def test_state_is_what_a_network_keeps(training_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "past", [(), ("model.state_decay=0.9",), ("model.num_cached_blocks=2", "model.num_sink_blocks=3")], ids=str
+)
+def test_state_is_what_a_network_keeps(
+    training_config: Any, monkeypatch: pytest.MonkeyPatch, past: tuple[str, ...]
+) -> None:
     monkeypatch.setattr("longsana.training.estimate.rehearse", lambda *args, **options: Update(0, 0, 0))
-    config = training_config("longsana", "train.batch_size=3", "train.gradient_accumulation_steps=2")
+    config = training_config("longsana", "train.batch_size=3", "train.gradient_accumulation_steps=2", *past)
     model = build_model(config.model, device="cpu", dtype=torch.float32)
     found = estimate(config, 1)
     assert found.state == model.empty_state(3, 4, 6).nbytes
@@ -66,10 +71,21 @@ def test_state_is_what_a_network_keeps(training_config: Any, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_a_rehearsal_keeps_what_a_forward_pass_saves(small_config: Any, dtype: torch.dtype, chunks: int) -> None:
+@pytest.mark.parametrize(
+    ("chunks", "past"),
+    [
+        (1, {}),
+        (3, {}),
+        (1, {"state_decay": "learned"}),
+        (3, {"state_decay": "learned", "num_sink_blocks": 1}),
+        (3, {"state_decay": 0.9, "num_cached_blocks": 2}),
+    ],
+)
+def test_a_rehearsal_keeps_what_a_forward_pass_saves(
+    small_config: Any, dtype: torch.dtype, chunks: int, past: dict[str, Any]
+) -> None:
     """Rehearsed on meta tensors; measured by torch's hooks around what a real network saves for its backward pass."""
-    config = small_config(depth=3)
+    config = small_config(depth=3, **past)
     plan = ChunkPlan.split(7, 7 // chunks)
     saved: dict[int, Tensor] = {}
 
@@ -235,6 +251,21 @@ def test_every_stage_has_an_estimate(training_config: Any) -> None:
     assert max(flow.updates["generator"].activations, ode.updates["generator"].activations) < decoding
     assert all(decoding < longsana.updates[role].activations < 1.01 * decoding for role in ("generator", "critic"))
     assert flow.streams == ode.teacher == 0 < longsana.streams
+
+
+def test_learned_factors_are_in_the_estimate(training_config: Any) -> None:
+    """A number for each block and head of the generator, and what chunks keep for the gradients of these."""
+    found = {
+        decay: estimate(training_config("longsana", f"model.state_decay={decay}", "train.mixed_precision=true"), 1)
+        for decay in (1.0, 0.9, "learned")
+    }
+    plain, fixed, learned = found.values()
+    assert plain.parameters == fixed.parameters
+    assert learned.parameters == plain.parameters | {"generator": plain.parameters["generator"] + 2 * 2}
+    assert learned.weights == plain.weights + 4 * 2 * 2
+    kept = [each.updates["generator"].kept for each in found.values()]
+    sums = 2 * 2 * 28 * 29 * 4  # of a chunk in two blocks: what was there before is wanted for the factor's gradient
+    assert kept[0] <= kept[1] <= kept[2] < kept[0] + 4 * sums
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)

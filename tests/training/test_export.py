@@ -42,13 +42,18 @@ def changes(config: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(config).items() if value != default[key]}
 
 
-def write(folder: Path, networks: dict[str, dict[str, Tensor]], critic: ModelConfig = SHAPES) -> Path:
+def write(
+    folder: Path,
+    networks: dict[str, dict[str, Tensor]],
+    critic: ModelConfig = SHAPES,
+    generator: ModelConfig = SHAPES,
+) -> Path:
     """A run of one process, saved once."""
     world = World()
     world.connect(alone=True)
     try:
         # Not all of the settings, as a run keeps them: those take a second to read.
-        given = {"trainer": "longsana", "model": changes(SHAPES), "fake_score": changes(critic)}
+        given = {"trainer": "longsana", "model": changes(generator), "fake_score": changes(critic)}
         texts = {"config.yaml": yaml.safe_dump(given)}
         moments = {"optimizer.generator": {"final.linear.bias.step": torch.zeros(())}}
         Checkpointer(folder, world, keep=1, asynchronous=False).save(
@@ -114,6 +119,24 @@ def test_networks_of_different_shapes(export: Callable[..., int], tmp_path: Path
     assert export(checkpoint, "--out", out, "--layout", "safetensors", "--weights", "critic") == 0
     assert_same(read(out, depth=3), networks["critic"])
     assert export(checkpoint, "--out", tmp_path / "m.pt", "--layout", "trainer") == 2
+    assert "the critic has another shape than the generator" in capsys.readouterr().err
+
+
+def test_learned_factors_of_the_generator_alone(export: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    """A critic sees clips without a past: it has none, and is in the trainer's file all the same."""
+    learned = dataclasses.replace(SHAPES, state_decay="learned")
+    networks = {"generator": trained(0, learned), "generator_ema": trained(1, learned), "critic": trained(2)}
+    checkpoint = write(tmp_path / "run", networks, generator=learned)
+    for layout, name in LAYOUTS.items():
+        out = tmp_path / name
+        assert export(checkpoint, "--out", out, "--layout", layout) == 0
+        expected = dict(networks["generator"])
+        if layout == "diffusers":
+            expected[NULL_TOKENS] = torch.zeros_like(expected[NULL_TOKENS])
+        assert_same(read(out, state_decay="learned"), expected)
+    assert_same(read(tmp_path / LAYOUTS["trainer"], checkpoint_key="critic"), networks["critic"])
+    other = write(tmp_path / "other", {"generator": trained(0), "critic": trained(2, learned)}, critic=learned)
+    assert export(other, "--out", tmp_path / "n.pt", "--layout", "trainer") == 2
     assert "the critic has another shape than the generator" in capsys.readouterr().err
 
 

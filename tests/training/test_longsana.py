@@ -21,6 +21,11 @@ from tests.training.conftest import CHANNELS, HEIGHT, PROMPTS, WIDTH
 from tests.training.test_self_forcing import Recorder
 
 SHAPE = (CHANNELS, HEIGHT, WIDTH)
+PASTS = [
+    (),
+    ("model.state_decay=learned", "model.num_sink_blocks=3"),  # a stretch is of two chunks
+    ("model.state_decay=[0.5, 0.9]", "model.num_cached_blocks=2"),
+]
 
 
 @pytest.fixture
@@ -103,6 +108,32 @@ def test_a_cold_cache_decodes_the_last_latents_alone(build, vae):
     assert torch.equal(window.latents[:, :, :1], vae.encode(picture))
 
 
+@pytest.mark.parametrize("past", PASTS, ids=str)
+def test_stretches_of_every_past_are_chunks_of_one_video(build, past):
+    """A stream's next stretch knows how many chunks have joined the sinks, and what has faded."""
+    stage = build("streaming.streaming_max_length=13", *past)
+    turns = [turn("critic", 0), turn("critic", 1), turn("critic", 2)]
+    windows = [stage.rollout(now) for now in turns]
+    assert windows[-1].latents.isfinite().all() and not stage.streams
+    state, videos = None, []
+    with torch.no_grad():
+        for now, frames, window in zip(turns, (5, 4, 4), windows, strict=True):
+            plan = ChunkPlan.split(frames, 2)
+            new, state = stage.generate(now, plan, window.text, state, window.exit_steps, keep_state=True)
+            videos.append(new)
+    for window, video in zip(windows, videos, strict=True):
+        assert torch.equal(window.latents[:, :, -video.shape[2] :], video)
+    assert state.sinks == stage.generator.past.sinks
+
+
+def test_the_generator_learns_its_factors(build):
+    """From the chunks that read a past; a critic sees one chunk, and nothing learns from a first chunk alone."""
+    stage = build("model.state_decay=learned")
+    logit = stage.generator.decay_logit
+    (found,) = torch.autograd.grad(stage.loss(turn("generator", 0)).value, [logit])
+    assert found.isfinite().all() and (found != 0).all()
+
+
 def test_positions_go_on_and_states_carry_no_graph(build):
     stage = build()
     recorder = Recorder(stage.generator)
@@ -143,11 +174,9 @@ def test_every_stream_takes_the_next_prompt(build):
         assert all(torch.equal(a, b) for a, b in zip(seen[slot], expected, strict=True))
 
 
-def test_a_revived_stage_goes_on_to_the_bit(build):
-    stage, other = (
-        build("streaming.streaming_max_length=13", slots=2),
-        build("streaming.streaming_max_length=13", slots=2),
-    )
+@pytest.mark.parametrize("past", PASTS, ids=str)
+def test_a_revived_stage_goes_on_to_the_bit(build, past):
+    stage, other = (build("streaming.streaming_max_length=13", *past, slots=2) for _ in range(2))
     for step in range(2):
         for slot in (0, 1):
             stage.rollout(turn("critic", step, slot))

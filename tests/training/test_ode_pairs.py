@@ -191,7 +191,7 @@ BAD = {
     "no steps": (["--pairs.num_steps", "0"], "pairs.num_steps=0: must be at least 1"),
     "no shards": (["--pairs.shard_size", "0"], "pairs.shard_size=0: must be at least 1"),
     "guidance nan": (["--pairs.cfg_scale", "nan"], "cfg_scale=nan"),
-    "shift": (["--pairs.shift", "0"], "flow shift 0"),
+    "shift": (["--pairs.shift", "0"], "pairs.shift=0.0: must be above 0"),
     "another's guidance": (["--sampling.cfg_scale", "2"], "--sampling.cfg_scale: has no meaning"),
     "another's steps": (["scheduler.num_inference_steps=5"], "instead: pairs.num_steps"),
     "a decoder": (["--vae.latents_per_call", "2"], "nothing: no video is decoded"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from longsana.training.player import Player
 
 CPU = torch.device("cpu")
 BATCH = 2
+WHOLE: dict[str, Any] = {}
+LEARNED: dict[str, Any] = {"state_decay": "learned", "num_sink_blocks": 1, "num_cached_blocks": 2}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,9 +39,13 @@ def sharded(random_model, small_config) -> Callable[..., LongSanaDiT]:
     """`sharded(strategy="full", compute=torch.float32)`: always the same weights."""
 
     def build(
-        strategy: Strategy = "full", compute: torch.dtype = torch.float32, depth: int = 2, **options: Any
+        strategy: Strategy = "full",
+        compute: torch.dtype = torch.float32,
+        depth: int = 2,
+        past: Mapping[str, Any] = WHOLE,
+        **options: Any,
     ) -> LongSanaDiT:
-        model = random_model(small_config(depth=depth), torch.float32)
+        model = random_model(small_config(depth=depth, **past), torch.float32)
         return parallelise(model, device_mesh(strategy, World(), CPU), compute=compute, strategy=strategy, **options)
 
     return build
@@ -112,9 +118,12 @@ def test_mixed_precision_keeps_float32_weights_moments_average_and_gradients(sha
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_what_is_computed_twice_gives_the_same_gradients(sharded, inputs, compute):
+@pytest.mark.parametrize("past", [WHOLE, {"state_decay": "learned"}], ids=str)
+def test_what_is_computed_twice_gives_the_same_gradients(sharded, inputs, compute, past):
     """To the bit. The state has moved on twice by the time of the backward pass (facts 12)."""
-    once, twice = (gradients(sharded(compute=compute, checkpointing=flag), *inputs) for flag in (False, True))
+    once, twice = (
+        gradients(sharded(compute=compute, past=past, checkpointing=flag), *inputs) for flag in (False, True)
+    )
     for name, gradient in once.items():
         assert torch.equal(whole(gradient), whole(twice[name])), name
         assert whole(gradient).any(), name
@@ -149,12 +158,13 @@ def test_checkpointing_keeps_less_for_the_backward_pass(sharded, inputs):
 
 
 @pytest.mark.parametrize("strategy", ["full", "hybrid_full", "hybrid_zero2", "no_shard"])
+@pytest.mark.parametrize("past", [WHOLE, {"state_decay": "learned"}], ids=str)
 def test_every_strategy_takes_the_step_of_a_network_that_is_not_sharded(
-    sharded, random_model, small_config, inputs, strategy
+    sharded, random_model, small_config, inputs, strategy, past
 ):
     settings = AdamWConfig(lr=1e-3, beta1=0.9)
-    plain = Player("generator", random_model(small_config(), torch.float32), settings, ema_weight=0.5)
-    player = Player("generator", sharded(strategy), settings, ema_weight=0.5)
+    plain = Player("generator", random_model(small_config(**past), torch.float32), settings, ema_weight=0.5)
+    player = Player("generator", sharded(strategy, past=past), settings, ema_weight=0.5)
     start = copy.deepcopy(plain.weights)
     for step in range(2):
         for each in (plain, player):
@@ -224,8 +234,8 @@ def test_compiled_blocks_train_alike(sharded, inputs, checkpointing):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_more_blocks_are_no_more_graphs(sharded, inputs, checkpointing, monkeypatch):
+@pytest.mark.parametrize(("checkpointing", "past"), [(False, WHOLE), (True, WHOLE), (True, LEARNED)], ids=str)
+def test_more_blocks_are_no_more_graphs(sharded, inputs, checkpointing, past, monkeypatch):
     """Many blocks, one after another through the same compiled code: no limit of recompilations is met.
 
     Chunks of two lengths: the compiler's graph for lengths that vary appears between a forward pass and its backward
@@ -233,9 +243,9 @@ def test_more_blocks_are_no_more_graphs(sharded, inputs, checkpointing, monkeypa
     """
     compile_block = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **_: compile_block(function, backend="aot_eager"))
-    options = {"checkpointing": checkpointing, "compile_blocks": True}
+    options = {"checkpointing": checkpointing, "past": past, "compile_blocks": True}
     few, many = (train_compiled(sharded(depth=depth, **options), inputs) for depth in (2, 12))
     assert few.graphs == many.graphs > 0
-    plain = train_compiled(sharded(depth=12, checkpointing=checkpointing), inputs)
+    plain = train_compiled(sharded(depth=12, checkpointing=checkpointing, past=past), inputs)
     assert many.losses == pytest.approx(plain.losses, rel=1e-4)
     assert many.breaks == 0

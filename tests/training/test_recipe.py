@@ -14,6 +14,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from longsana.config import InferenceConfig, load_config
+from longsana.data.clips import GENERATORS
 from longsana.sampling.request import check_config
 from tests.scripts import load_script
 
@@ -119,3 +120,19 @@ def test_what_a_step_lacks_is_named(made, tmp_path, capsys):
 def test_a_wrong_step_is_refused(tmp_path, capsys):
     assert recipe.main(["--out", str(tmp_path), "--steps", "vea"]) == 2
     assert "--steps vea: no such step; there are text, vae, base" in capsys.readouterr().err
+
+
+def test_another_world_has_its_own_prompts_clips_and_folder(tmp_path, capsys):
+    tiny = ["--out", str(tmp_path), "--size", "tiny"]
+    other = [*tiny, "--world", "remembered_shapes"]
+    assert recipe.main([*other, "--steps", "text"]) == 0
+    assert "travels" in (tmp_path / "parts" / "held_out.txt").read_text()
+    phases = recipe.Recipe(tmp_path, tiny=True, world="remembered_shapes")
+    paths = {phase: next(s for s in phases._base_phase(phase) if "data_path" in s) for phase in recipe.BASE_PHASES}
+    turning = paths.pop("base_2")
+    assert turning == "data.data_path=generated:turning_remembered_shapes"
+    assert set(paths.values()) == {"data.data_path=generated:remembered_shapes"}
+    assert all(setting.rpartition(":")[2] in GENERATORS for setting in (turning, *paths.values()))
+    assert recipe.main([*tiny, "--steps", "text"]) == 2
+    assert "not the prompts of --world shapes; give another --out" in capsys.readouterr().err
+    assert recipe.main([*other, "--steps", "text"]) == 0, "it is there"

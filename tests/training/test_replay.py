@@ -21,6 +21,13 @@ from longsana.training.config import AdamWConfig
 from longsana.training.player import Player
 from longsana.training.replay import replay_passes
 
+PASTS: list[dict[str, Any]] = [
+    {"state_decay": 0.9},
+    {"state_decay": "learned"},
+    {"state_decay": [0.8, 0.99], "num_cached_blocks": 2, "num_sink_blocks": 1},
+    {"state_decay": "learned", "num_sink_blocks": 3},
+]
+
 
 class Graph:
     """In place of torch.cuda.CUDAGraph: the operations, and the tensors that they left their results in."""
@@ -60,7 +67,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 @contextmanager
-def recording(graph: Graph, pool: Any = None) -> Iterator[None]:
+def recording(graph: Graph, pool: Any = None, **options: Any) -> Iterator[None]:
     with Recorder(graph):
         yield
 
@@ -70,7 +77,8 @@ class Stream:
 
 
 @pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch, random_model: Any, small_config: Any) -> LongSanaDiT:
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs as they are here."""
     for name, substitute in {
         "graph_pool_handle": lambda: (0, 0),
         "CUDAGraph": Graph,
@@ -80,6 +88,10 @@ def replayed(monkeypatch: pytest.MonkeyPatch, random_model: Any, small_config: A
         "stream": lambda stream: nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, substitute)
+
+
+@pytest.fixture
+def replayed(graphs: None, random_model: Any, small_config: Any) -> LongSanaDiT:
     return replay_passes(random_model(small_config(), torch.float32), torch.float32)
 
 
@@ -127,6 +139,25 @@ def test_replayed_passes_are_the_passes_themselves(plain, replayed):
     for expected, given in zip(two_chunks(plain), two_chunks(replayed), strict=True):
         assert torch.equal(expected, given)
     assert recorded(replayed) == [1, 2]  # one kind without gradients; two passes at a time of the one with
+
+
+@pytest.mark.parametrize("settings", PASTS)
+def test_replayed_passes_of_every_past(graphs, random_model, small_config, settings):
+    """The gradients of learned factors are among what is compared; chunks that join the sinks are passes of a kind."""
+    plain, replayed = (random_model(small_config(**settings), torch.float32) for _ in range(2))
+    replay_passes(replayed, torch.float32)
+    for expected, given in zip(two_chunks(plain), two_chunks(replayed), strict=True):
+        assert torch.equal(expected, given)
+    with torch.no_grad():
+        states: list[Any] = [None, None]
+        for seed in range(4):
+            inputs = pass_inputs(plain, seed)
+            states = [model(*inputs, state=state)[1] for model, state in zip((plain, replayed), states, strict=True)]
+            assert states[0][3:] == states[1][3:]
+            assert all(torch.equal(a, b) for a, b in zip(states[0][:3], states[1][:3], strict=True))
+    sinks = settings.get("num_sink_blocks", 0)
+    kinds = [kind for kind in replayed.forward.recorded if not kind[-1]]
+    assert len(kinds) == 1 + sinks
 
 
 @torch.no_grad()

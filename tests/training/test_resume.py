@@ -33,9 +33,12 @@ STAGES: dict[str, tuple[str, list[str], int]] = {
     # Generator and critic play in iterations 0, 2, 4, the critic alone in 1, 3, 5: the kill is between the two of 4.
     "self_forcing": ("self_forcing", [], 7),
     "longsana": ("longsana", [], 7),
+    "past": ("longsana", ["model.state_decay=learned", "model.num_sink_blocks=1"], 7),
 }
-EVERY_DAY = [pytest.param(name, marks=() if name in ("base", "longsana") else pytest.mark.slow) for name in STAGES]
-"""One that trains one network and one that trains two are enough for every day."""
+EVERY_DAY = [
+    pytest.param(name, marks=() if name in ("base", "longsana", "past") else pytest.mark.slow) for name in STAGES
+]
+"""One that trains one network, and of those that train two the one whose streams hold the most."""
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +143,7 @@ def test_the_runs_differ_where_they_should(stage_config, run, tmp_path):
         pytest.param("ode", [], marks=pytest.mark.slow),
         ("self_forcing", ["train.mixed_precision=true", "train.gradient_checkpointing=true"]),
         ("longsana", []),
+        pytest.param("past", [], marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_do_what_one_does_in_two_steps(stage_config, run, tmp_path, name, overrides):

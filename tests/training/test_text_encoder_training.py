@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from longsana.config import TextEncoderConfig
+from longsana.data.remembered import WorldName, draw_remembered
 from longsana.data.shapes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SIZES, SPEEDS, Actor, Promise, draw_scene
 from longsana.encoders.text import GemmaTextEncoder
 from longsana.training import text_encoder as training
@@ -81,24 +82,39 @@ def test_what_is_written_is_a_text_encoder(tmp_path: Path) -> None:
 def test_answers_of_a_promise_by_hand() -> None:
     one = Promise((Actor("big", "cyan", "ring", "clockwise", "slowly"),), "teal")
     two = Promise(
-        (Actor("small", "red", "circle", "still", ""), Actor("big", "white", "cross", "up", "quickly")), "black"
+        (Actor("small", "red", "circle", "still", ""), Actor("big", "white", "cross", "up", "quickly", travels=True)),
+        "black",
     )
     background, *rest = training._answers([one, two])
     assert [tuple(BACKGROUNDS)[index] for index in background] == ["teal", "black"]
     said = [[words[int(index)] for index in answer] for words, answer in zip(WORDS * 2, rest, strict=True)]
     first, second = zip(*said, strict=True)
-    assert first == ("big", "cyan", "ring", "clockwise", "slowly", *[NONE] * 5)
-    assert second == ("small", "red", "circle", "still", NONE, "big", "white", "cross", "up", "quickly")
+    assert first == ("big", "cyan", "ring", "clockwise", "slowly", NONE, *[NONE] * 6)
+    assert second == (
+        "small",
+        "red",
+        "circle",
+        "still",
+        NONE,
+        NONE,
+        "big",
+        "white",
+        "cross",
+        "up",
+        "quickly",
+        "travels",
+    )
 
 
 def test_there_is_an_answer_to_everything_and_a_logit_for_each() -> None:
     heads = training._Heads(8)
     logits = heads(torch.zeros(3, training.SUMMARY, 8))
     sizes = [values.shape for values in logits]
-    counts = [len(BACKGROUNDS), *[1 + len(words) for words in (SIZES, COLOURS, KINDS, MOTIONS, SPEEDS)] * 2]
+    words = (SIZES, COLOURS, KINDS, MOTIONS, SPEEDS, ("travels",))
+    counts = [len(BACKGROUNDS), *[1 + len(some) for some in words] * 2]
     assert sizes == [(3, training.SUMMARY, count) for count in counts]
-    answers = training._answers([draw_scene(0, index).promise for index in range(2000)])
-    # Of the first actor only the speed may be none.
+    answers = training._answers([draw_remembered(0, index).promise for index in range(2000)])
+    # Of the first actor only the speed, and whether it travels, may be none.
     for number, (answer, count) in enumerate(zip(answers, counts, strict=True)):
         classes = set(range(count)) - ({0} if 1 <= number <= 4 else set())
         assert set(answer.tolist()) == classes
@@ -113,9 +129,10 @@ def test_the_summary_is_the_end_of_the_caption() -> None:
         torch.testing.assert_close(states, embedding.tokens[embedding.mask][-training.SUMMARY :], atol=1e-5, rtol=1e-5)
 
 
-def test_every_caption_fits() -> None:
+@pytest.mark.parametrize("world", ["shapes", "remembered_shapes"])
+def test_every_caption_fits(world: WorldName) -> None:
     encoder = load(f"seeded:{SHAPE}")
-    captions, promises = training._captions(1, 0, 2000, held_out=False)
+    captions, promises = training._captions(world, 1, 0, 2000, held_out=False)
     assert max(encoder.overflow(caption) for caption in captions) == 0
     assert len(promises) == 2000
     # All scores, and none at all.
@@ -125,6 +142,6 @@ def test_every_caption_fits() -> None:
 
 
 def test_training_and_test_captions_are_of_different_scenes() -> None:
-    some, _ = training._captions(1, 0, 64, held_out=False)
-    assert training._captions(1, 32, 32, held_out=False)[1] == training._captions(1, 0, 64, held_out=False)[1][32:]
-    assert not set(some) & set(training._captions(0, 0, 64, held_out=True)[0])
+    some, promises = training._captions("shapes", 1, 0, 64, held_out=False)
+    assert training._captions("shapes", 1, 32, 32, held_out=False)[1] == promises[32:]
+    assert not set(some) & set(training._captions("shapes", 0, 0, 64, held_out=True)[0])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longsana.config import VAEConfig
+from longsana.data.remembered import WORLDS, draw_remembered
 from longsana.data.shapes import draw_scene, render
 from longsana.encoders.vae import WanVAE
 from longsana.encoders.vae_files import new_model, save_model
@@ -29,7 +30,8 @@ SIZE = (32, 32)
 def _small_pictures() -> object:
     """Where training takes full pictures, for statistics and the test, it gets small ones: seconds, not minutes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_scene", functools.partial(draw_scene, size=SIZE))
+        for world, draw in tuple(WORLDS.items()):
+            patch.setitem(training.WORLDS, world, functools.partial(draw, size=SIZE))
         patch.setattr(training, "render", functools.partial(render, size=SIZE))
         yield
 
@@ -135,11 +137,21 @@ def test_latents_of_ordinary_clips_are_normalised(trained: Trained) -> None:
 
 def test_steps_draw_their_own_clips(config: VAETrainingConfig) -> None:
     """Of a step alone, not of the ones before; and not those of the statistics or of the test."""
-    one, again, other = (training._clips(0, step, 4, 5, SIZE, CPU) for step in (0, 0, 1))
+    one, again, other = (training._clips(0, step, 4, 5, SIZE, CPU, "shapes") for step in (0, 0, 1))
     assert torch.equal(one, again)
     assert not any(torch.equal(a, b) for a in one for b in other)
-    assert not torch.equal(training._clips(1, 0, 4, 5, SIZE, CPU), one)
-    pictures = training._clips(0, 0, 10, 1, SIZE, CPU)
+    assert not torch.equal(training._clips(1, 0, 4, 5, SIZE, CPU, "shapes"), one)
+    pictures = training._clips(0, 0, 10, 1, SIZE, CPU, "shapes")
     assert pictures.shape == (10, 3, 1, *SIZE)
     scene = render([draw_scene(1, 0, size=SIZE)], range(0, 80, 20), size=SIZE)
     assert torch.equal(pictures[:4, :, 0], scene[0].transpose(0, 1))
+
+
+def test_it_trains_on_the_world_that_is_asked_for(config: VAETrainingConfig, tmp_path: Path) -> None:
+    clips = training._clips(0, 3, 2, 5, SIZE, CPU, "remembered_shapes")
+    scenes = [draw_remembered(1, 3 * 1024 + number, size=SIZE) for number in range(2)]
+    assert torch.equal(clips, render(scenes, range(5), size=SIZE))
+    # What is measured, too: the test's clips are that world's.
+    psnr = train_vae(replace(config, world="remembered_shapes"), tmp_path, CPU)
+    assert psnr == held_out_psnr(tmp_path, 1, 17, CPU, world="remembered_shapes")
+    assert psnr != held_out_psnr(tmp_path, 1, 17, CPU)

@@ -1,0 +1,130 @@
+"""Signals that ask a command to stop, in any phase of it.
+
+SIGINT, SIGTERM and SIGHUP are one request. In most of a command it unwinds as `Stopped`, so that what is whole stays
+and what is partial goes; where work is saved first, `deferred` notes it. A request that is repeated within AGAIN
+seconds, as launchers and schedulers do, is the same one; a later one ends the process at once. A signal that is ignored
+when the command starts (nohup) stays ignored.
+
+Nothing heavy is imported here: scripts call `catch` before their own imports, which take seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+AGAIN = 10.0
+"""Seconds within which a repeated signal is the same request."""
+
+
+class Stopped(BaseException):
+    """A request to stop, on its way out of whatever is going on; no `except Exception` holds it up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """The exit status of a process that was stopped so."""
+        return 128 + self.number
+
+
+@dataclass
+class _Requests:
+    """running: a command's `caught` block has been entered; before, there is nothing to unwind. first: the signal that
+    asked first, and when. deferred: how many `deferred` blocks are open. on_exit: cleans up before the process ends at
+    once."""
+
+    running: bool = False
+    first: tuple[int, float] | None = None
+    deferred: int = 0
+    on_exit: Callable[[], None] = lambda: None
+
+
+_requests = _Requests()
+
+
+def catch() -> dict[int, Any]:
+    """Take the signals from now on; returns the handlers that had them. Call it first of all in a script."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    taken = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, _note)}
+    for number in taken:
+        signal.signal(number, _note)
+    return taken
+
+
+@contextmanager
+def caught(on_exit: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Inside the block a request raises `Stopped`; afterwards the signals are whose they were.
+
+    on_exit: removes what is partial when the process has to end at once.
+    """
+    outer = _requests.running, _requests.on_exit
+    if not outer[0]:
+        _requests.first = None
+    taken = catch()
+    _requests.running, _requests.on_exit = True, on_exit
+    try:
+        yield
+    finally:
+        _requests.running, _requests.on_exit = outer
+        for number, handler in taken.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], int]]:
+    """Inside the block requests are noted, not obeyed: gives a function that says which signal asked, or 0."""
+    taken = catch()
+    if not _requests.running:
+        _requests.first = None
+    _requests.deferred += 1
+    try:
+        yield lambda: 0 if _requests.first is None else _requests.first[0]
+    finally:
+        _requests.deferred -= 1
+        for number, handler in taken.items():
+            signal.signal(number, handler)
+
+
+def check() -> None:
+    """Raise a request whose exception was lost, as in a destructor; call it between one piece of work and the next.
+
+    Raises:
+        Stopped: there was one.
+    """
+    if _requests.first is not None and not _requests.deferred:
+        raise Stopped(_requests.first[0])
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if _requests.first is not None:
+        if now - _requests.first[1] >= AGAIN:
+            _end_at_once(_requests.first[0])
+        return
+    _requests.first = number, now
+    if _requests.deferred:
+        return
+    if not _requests.running:
+        _end_at_once(number)
+    raise Stopped(number)
+
+
+def _end_at_once(number: int) -> None:
+    _requests.on_exit()
+    # Not print: the signal may have come while something else is printed.
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{Stopped(number)}\n".encode())
+    os._exit(128 + number)
