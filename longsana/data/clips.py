@@ -237,7 +237,7 @@ class ShapeClips:
         return Clip(self._latents[index].float(), self._scenes[index].caption)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        chosen = torch.tensor(indices, device=self._latents.device)
+        chosen = torch.tensor(indices, dtype=torch.int64, device=self._latents.device)
         return Batch(self._latents[chosen].float(), [self._scenes[index].caption for index in indices])
 
     def prompts(self) -> Sequence[str]:

@@ -18,7 +18,10 @@ from longsana.config import TextEncoderConfig, check_chi_prompt
 from longsana.encoders.headers import check_text_folder, open_text_weights
 from longsana.models.embeddings import TextEmbedding
 from longsana.published import INSTRUCTION_SHA256, NEGATIVE_PROMPT_SHA256
+from longsana.runtime.arguments import settled
+from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
+from longsana.runtime.finite import require_finite
 from longsana.runtime.foreign import read_json
 from longsana.runtime.hub import SEEDED, locate
 
@@ -49,6 +52,7 @@ class GemmaTextEncoder:
         self._instructed_length = len(tokenizer.encode(instruction)) + caption_length - 2
 
     @classmethod
+    @plain_defaults()
     def load(
         cls,
         config: TextEncoderConfig,
@@ -61,9 +65,10 @@ class GemmaTextEncoder:
         """Build the encoder that `config` names, on `device` in `dtype`, without gradients.
 
         Raises:
-            InputError: the folder is missing, incomplete or no Gemma 2 of width `caption_channels`, or the
-                installed diffusers has no published instruction.
+            InputError: the folder is missing, incomplete or no Gemma 2 of width `caption_channels`, a setting has
+                another type, or the installed diffusers has no published instruction.
         """
+        config = settled(config, "text_encoder")
         name = config.text_encoder_name
         seeded = name.startswith(SEEDED)
         folder = locate(name.removeprefix(SEEDED), "text_encoder.text_encoder_name")
@@ -85,6 +90,7 @@ class GemmaTextEncoder:
         return cls(tokenizer, model, instruction, caption_length)
 
     @classmethod
+    @plain_defaults()
     def around(
         cls,
         tokenizer: PreTrainedTokenizerBase,
@@ -128,6 +134,7 @@ class GemmaTextEncoder:
         return self.encode_together([prompt], instruction=instruction)
 
     @torch.no_grad()
+    @plain_defaults()
     def encode_together(self, prompts: Sequence[str], *, instruction: bool = True) -> TextEmbedding:
         """The same of B prompts: tokens (B, L, C) and mask (B, L). Products of another size round differently."""
         prefix, length = self._frame(instruction)
@@ -165,8 +172,14 @@ class CompactEmbedding(NamedTuple):
 
 
 def compact(embedding: TextEmbedding) -> CompactEmbedding:
-    """Drop what the network may not look at, and move the rest to the host."""
-    return CompactEmbedding(embedding.tokens[embedding.mask].cpu(), embedding.mask.cpu())
+    """Drop what the network may not look at, and move the rest to the host.
+
+    Raises:
+        FloatingPointError: tokens that it may look at are not finite.
+    """
+    tokens = embedding.tokens[embedding.mask].cpu()
+    require_finite("text encoder", {"hidden states": tokens})
+    return CompactEmbedding(tokens, embedding.mask.cpu())
 
 
 def expand(compacted: CompactEmbedding, device: torch.device | str) -> TextEmbedding:

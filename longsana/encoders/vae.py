@@ -7,6 +7,7 @@ weights by `wan_decoder` or `ltx2_decoder`; diffusers' own decoding is the slow 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -19,6 +20,8 @@ from longsana.config import VAEConfig
 from longsana.encoders import convolution, ltx2_decoder, wan_decoder
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry, geometry
 from longsana.encoders.vae_files import LTX2, WAN, Kind, Model, check_geometry, load_model
+from longsana.runtime.arguments import Whole, settled
+from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,12 +67,16 @@ class VideoVAE(ABC):
         )
 
     @classmethod
+    @plain_defaults()
     def load(cls, config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Read the weights named by `config.vae_pretrained` and put them on `device` as `dtype`.
 
         Raises:
-            InputError: nothing is there, it cannot be read, or its tensors are not exactly those of this kind of VAE.
+            InputError: a setting is wrong, nothing is there, it cannot be read, or its tensors are not exactly those of
+                this kind of VAE.
         """
+        config = settled(config, "vae")
+        Whole(1).settle("vae.latents_per_call", config.latents_per_call)
         shape = geometry(config)
         return cls(
             load_model(config.vae_pretrained, shape, device, dtype, kind=cls.kind), shape, config.latents_per_call
@@ -148,8 +155,8 @@ class VideoVAE(ABC):
         more: whether latents follow. Only a decoder that looks `ahead` asks: it keeps back the frames that they may
         change, and gives them in one call where the video ends, as its cache then does.
 
-        Returns float32 frames in [-1, 1], (B, 3, F, H, W). A causal decoder gives all of these latents',
-        F = `geometry.pixel_frames(T, first=cache is None)`.
+        Returns float32 frames in [-1, 1], (B, 3, F, H, W), and NaN where the network's are not finite. A causal decoder
+        gives all of these latents', F = `geometry.pixel_frames(T, first=cache is None)`.
         Cut anywhere, the frames are those of `decode` within rounding (about 3e-5 in float32). Cuts between groups of
         g = `latents_per_call` change no bit of them: latent 0 is decoded alone, then 1 .. g, g+1 .. 2g, and so on.
 
@@ -166,7 +173,7 @@ class VideoVAE(ABC):
             raw = self._denormalise(latents[:, :, group.start - start : group.stop - start])
             last = not more and group.stop == stop
             decoded, features = self._decode_group(raw, features, group.start, last=last)
-            frames.append(decoded.clamp_(-1, 1).float())
+            frames.append(_clamped(decoded))
         assert features is not None, "no latents to decode"
         return torch.cat(frames, dim=2), DecodeCache(features, stop, ended=self.ahead > 0 and not more)
 
@@ -182,7 +189,7 @@ class VideoVAE(ABC):
         batch, _, _, height, width = cache.features[0].shape  # what the first convolution remembers: latents
         none = torch.empty(batch, self.geometry.channels, 0, height, width, device=self.device, dtype=self.dtype)
         decoded, features = self._decode_group(none, cache.features, cache.latents, last=True)
-        return decoded.clamp_(-1, 1).float(), DecodeCache(features, cache.latents, ended=True)
+        return _clamped(decoded), DecodeCache(features, cache.latents, ended=True)
 
     def lead_latent(self, latents: Tensor, cache: DecodeCache | None = None) -> tuple[Tensor, DecodeCache]:
         """The last pixel frame of latents (B, C, T, h, w), encoded as a picture of its own, and the next cache.
@@ -213,7 +220,9 @@ class WanVAE(VideoVAE):
 
     @staticmethod
     def _statistics(model: Model) -> tuple[Tensor, Tensor]:
-        return torch.tensor(model.config.latents_mean), torch.tensor(model.config.latents_std)
+        statistics = (model.config.latents_mean, model.config.latents_std)
+        mean, std = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in statistics)
+        return mean, std
 
     @property
     def widest(self) -> tuple[int, int]:
@@ -262,9 +271,9 @@ def load_vae(config: VAEConfig, device: torch.device | str, dtype: torch.dtype) 
     """The VAE of `config.vae_type`, on `device` as `dtype`.
 
     Raises:
-        InputError: its weights are not there, or not of this kind.
+        InputError: a setting is wrong, its weights are not there, or not of this kind.
     """
-    return VAES[config.vae_type].load(config, device, dtype)
+    return VAES[settled(config, "vae").vae_type].load(config, device, dtype)
 
 
 def kind_of(model: Model) -> type[WanVAE | LTX2VAE]:
@@ -278,6 +287,12 @@ def kind_of(model: Model) -> type[WanVAE | LTX2VAE]:
             return kind
     known = " or ".join(kind.kind.__name__ for kind in VAES.values())
     raise InputError(f"vae: a {type(model).__name__}; needed is an {known}")
+
+
+def _clamped(decoded: Tensor) -> Tensor:
+    """Frames in [-1, 1], float32, of what a decoder gives, which is overwritten."""
+    # An infinite number would become plain white, and nobody would see what went wrong.
+    return decoded.nan_to_num_(nan=math.nan, posinf=math.nan, neginf=math.nan).clamp_(-1, 1).float()
 
 
 def encode_clip(model: Model, frames: Tensor, *, latents_per_call: int) -> Tensor:

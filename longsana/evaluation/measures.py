@@ -69,7 +69,7 @@ def measure(pictures: Tensor, before: Tensor | None = None) -> Measures:
 def _measure(pictures: Tensor, before: Tensor | None) -> Measures:
     red, green, blue = pictures.unbind(-1)
     largest, smallest = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
-    luma = pictures.float() @ torch.tensor(LUMA, device=pictures.device)
+    luma = pictures.float() @ torch.tensor(LUMA, dtype=torch.float32, device=pictures.device)
     inner = luma[..., 1:-1, 1:-1]
     ring = luma[..., :-2, 1:-1] + luma[..., 2:, 1:-1] + luma[..., 1:-1, :-2] + luma[..., 1:-1, 2:]
     previous = torch.cat([pictures[:, :1] if before is None else before[:, None], pictures[:, :-1]], dim=1)

@@ -26,6 +26,7 @@ from longsana.evaluation.verifier import Verdicts, all_in_view, judge
 from longsana.models.embeddings import Text
 from longsana.runtime.clock import Clock
 from longsana.runtime.files import partial_name
+from longsana.runtime.finite import to_host
 from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
 from longsana.sampling.sampler import Network
 from longsana.state import CausalState
@@ -148,7 +149,7 @@ def _decoded(vae: VideoVAE, latents: Tensor, plan: ChunkPlan) -> Iterator[Tensor
     cache = None
     for part in plan.slices():
         frames, cache = vae.decode_stream(latents[:, :, part], cache, more=part.stop < plan.frames)
-        yield vae.to_uint8(frames)
+        yield to_host(vae.to_uint8(frames), f"latents {part.start} to {part.stop - 1}", {"decoded frames": frames})
 
 
 def _seam(latent_frames: int, chunk_frames: int, time_stride: int) -> Callable[[Tensor], Tensor]:

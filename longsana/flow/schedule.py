@@ -39,7 +39,7 @@ class FlowSchedule:
         """`steps` as the network sees them."""
         if not self.bf16_timesteps:
             return self.steps
-        return tuple(int(torch.tensor(step).to(torch.bfloat16)) for step in self.steps)
+        return tuple(torch.tensor(self.steps, dtype=torch.int64, device="cpu").to(torch.bfloat16).int().tolist())
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """(1000,), float64: the noise levels, noisiest first."""
@@ -77,14 +77,14 @@ def euler_sigmas(shift: float, steps: int) -> Tensor:
 
     The grid of diffusers' `FlowMatchEulerDiscreteScheduler(shift=shift)`: it shifts the least level twice.
     """
-    least = shift_sigma(torch.tensor(1 / TIMESTEPS, dtype=torch.float64), shift)
-    levels = torch.linspace(1, float(least), steps, dtype=torch.float64)
+    least = shift_sigma(torch.tensor(1 / TIMESTEPS, dtype=torch.float64, device="cpu"), shift)
+    levels = torch.linspace(1, float(least), steps, dtype=torch.float64, device="cpu")
     return torch.cat([shift_sigma(levels, shift), levels.new_zeros(1)])
 
 
 def uniform_sigmas(shift: float, steps: int) -> Tensor:
     """(steps + 1,), float64: u = 1, 1 - 1/steps, ..., 0, shifted: the grid of ODE trajectories (facts 4.2 and 8.5)."""
-    return shift_sigma(1 - torch.arange(steps + 1, dtype=torch.float64) / steps, shift)
+    return shift_sigma(1 - torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps, shift)
 
 
 def per_frame(values: Tensor, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from longsana.flow.schedule import TIMESTEPS, euler_sigmas
+from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 
 
@@ -60,6 +61,7 @@ class DPMSolver:
         InputError: the scheduler is not made for flows, or draws noise of its own.
     """
 
+    @plain_defaults()
     def __init__(self, shift: float, steps: int, scheduler: Any = None) -> None:
         import diffusers
 
@@ -75,6 +77,7 @@ class DPMSolver:
         self._scheduler.set_timesteps(steps)
         self.timesteps: tuple[int, ...] = tuple(self._scheduler.timesteps.tolist())
 
+    @plain_defaults()
     def step(self, index: int, velocity: Tensor, x: Tensor) -> Tensor:
         if index == 0:
             self._scheduler.set_timesteps(self._steps)  # forgets the video before

@@ -14,7 +14,7 @@ from longsana.flow.schedule import TIMESTEPS, shift_sigma
 
 def logit_normal(count: int, *, mean: float, std: float, shift: float, rng: torch.Generator) -> Tensor:
     """(count,) in [1, 1000]: u = sigmoid(mean + std n) for normal n, shifted (facts 8.3)."""
-    u = torch.sigmoid(mean + std * torch.randn(count, generator=rng, dtype=torch.float64))
+    u = torch.sigmoid(mean + std * torch.randn(count, generator=rng, dtype=torch.float64, device="cpu"))
     return _whole(u, shift, 1, TIMESTEPS)
 
 
@@ -28,7 +28,7 @@ def monotone(
     likely. With probability same_prob all chunks of a clip take the anchor's level.
     """
     anchors = logit_normal(batch, mean=mean, std=std, shift=1, rng=rng)
-    positions = torch.randint(chunks, (batch,), generator=rng)
+    positions = torch.randint(chunks, (batch,), generator=rng, dtype=torch.int64, device="cpu")
     same = _same(batch, same_prob, rng)
     levels = anchors[:, None].repeat(1, chunks)
     for row, position in enumerate(positions.tolist()):
@@ -51,7 +51,7 @@ def independent(
 
 
 def _same(batch: int, probability: float, rng: torch.Generator) -> Tensor:
-    return torch.rand(batch, generator=rng) < probability
+    return torch.rand(batch, generator=rng, dtype=torch.float32, device="cpu") < probability
 
 
 def monotone_path(low: int, high: int, length: int, rng: torch.Generator) -> Tensor:
@@ -59,8 +59,9 @@ def monotone_path(low: int, high: int, length: int, rng: torch.Generator) -> Ten
     # "Stars and bars": t_i -> t_i + i maps these paths, one to one, to the sets of `length` different numbers out of
     # high - low + length, and a random set is the head of a random permutation. Sorted independent draws would not
     # do: they favour paths without repeats.
-    distinct = torch.randperm(high - low + length, generator=rng)[:length].sort().values
-    return (low + distinct - torch.arange(length)).float()
+    shuffled = torch.randperm(high - low + length, generator=rng, dtype=torch.int64, device="cpu")
+    distinct = shuffled[:length].sort().values
+    return (low + distinct - torch.arange(length, dtype=torch.int64, device="cpu")).float()
 
 
 def score_timesteps(
@@ -72,7 +73,7 @@ def score_timesteps(
     An exit step's bounds are first and last: they bound the draw itself, before the shift.
     """
     assert 0 <= first < last <= TIMESTEPS and 1 <= low <= high <= TIMESTEPS, (first, last, low, high)
-    n = torch.randint(first, last, (count,), generator=rng)
+    n = torch.randint(first, last, (count,), generator=rng, dtype=torch.int64, device="cpu")
     return _whole(n.double() / TIMESTEPS, shift, low, high)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from itertools import chain
 from pathlib import Path
@@ -9,17 +10,20 @@ from typing import Any
 
 import torch
 
-from longsana.config import ModelConfig
+from longsana.config import Architecture, ModelConfig
 from longsana.models.checkpoint_files import PIPELINE_PART, weights_file
 from longsana.models.dit import LongSanaDiT
 from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS, chosen_past, written_past
 from longsana.models.weights import load_weights, written_config
+from longsana.runtime.arguments import Number, Whole, settled
+from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, locate
 
 log = logging.getLogger(__name__)
 
 
+@plain_defaults()
 def build_model(config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> LongSanaDiT:
     """The network on `device` in `dtype`, in eval mode, with the weights that `config.load_from` names.
 
@@ -62,6 +66,14 @@ def empty_model(config: ModelConfig) -> LongSanaDiT:
     Raises:
         InputError: the config makes no network.
     """
+    config = settled(config, "model")
+    sizes = {field.name: getattr(config.architecture(), field.name) for field in dataclasses.fields(Architecture)}
+    for name in ("in_channels", "linear_head_dim", "caption_channels", "caption_length"):
+        sizes[name] = getattr(config, name)
+    for name, size in sizes.items():
+        for number in size if isinstance(size, tuple) else (size,):
+            Whole(1, 10**6).settle(f"model.{name}", number)
+    Number(above=0, most=1000).settle("model.mlp_ratio", config.mlp_ratio)
     try:
         with torch.device("meta"):
             return LongSanaDiT(config)

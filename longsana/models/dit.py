@@ -232,7 +232,7 @@ class LongSanaDiT(nn.Module):
         rng = torch.Generator().manual_seed(seed)
 
         def fill(tensor: Tensor, *, std: float | None = None, bound: float | None = None) -> None:
-            values = torch.empty(tensor.shape)
+            values = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
             if std is not None:
                 values.normal_(0.0, std, generator=rng)
             else:

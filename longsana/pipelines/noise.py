@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longsana.pipelines.arguments import check_finite
 from longsana.runtime.errors import InputError
 from longsana.sampling.noise import Noise, PromptNoise
 
@@ -24,12 +25,11 @@ def take_seed(generator: torch.Generator | None) -> int:
         InputError: it is no generator.
     """
     if generator is None:
-        return int(torch.randint(SEEDS, ()))
-    if not isinstance(generator, torch.Generator):
-        raise InputError(f"generator: a {type(generator).__name__}; a torch.Generator is needed")
+        return int(torch.randint(SEEDS, (), dtype=torch.int64, device="cpu"))
+    _check_generator(generator)
     fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
     unused = torch.equal(generator.get_state(), fresh.get_state())
-    drawn = int(torch.randint(SEEDS, (), generator=generator, device=generator.device))
+    drawn = int(torch.randint(SEEDS, (), generator=generator, dtype=torch.int64, device=generator.device))
     return generator.initial_seed() if unused else drawn
 
 
@@ -46,24 +46,49 @@ class GivenNoise:
         return self.latents[:, :, start : start + shape[1]].to(device, torch.float32)
 
 
+def check_noise(
+    count: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: Tensor | None,
+    shape: tuple[int, ...],
+) -> None:
+    """Refuse what `batch_noise` cannot make noise of for `count` videos; no generator is advanced.
+
+    Raises:
+        InputError: `latents` has another shape or dtype, or numbers that are not finite; there are more or fewer
+            generators than prompts, or they are none.
+    """
+    if latents is not None:
+        if tuple(latents.shape) != shape:
+            raise InputError(f"latents has shape {tuple(latents.shape)}: this batch needs {shape}")
+        if not latents.is_floating_point():
+            raise InputError(f"latents has dtype {latents.dtype}: must be floating-point numbers")
+        check_finite("latents", {"latents": latents})
+    if isinstance(generator, list | tuple):
+        if len(generator) != count:
+            raise InputError(f"generator: {len(generator)} for {count} videos; give one, or one for each")
+        for own in generator:
+            _check_generator(own)
+    elif generator is not None:
+        _check_generator(generator)
+
+
+def _check_generator(generator: object) -> None:
+    if not isinstance(generator, torch.Generator):
+        raise InputError(f"generator: a {type(generator).__name__}; a torch.Generator is needed")
+
+
 def batch_noise(
     texts: Sequence[str],
     generator: torch.Generator | list[torch.Generator] | None,
     latents: Tensor | None,
-    shape: tuple[int, ...],
 ) -> Noise:
-    """Of a batch of prompts; equal ones are told apart by their place, unless each has a generator of its own.
+    """Noise for a batch of prompts; equal ones are told apart by their place, unless each has a generator of its own.
 
-    generator: one, which is advanced, or one for each prompt. latents: `shape`, what to begin with instead of noise.
-
-    Raises:
-        InputError: `latents` has another shape, or there are more or fewer generators than prompts.
+    generator: one, which is advanced, or one for each prompt. latents: what to begin with instead of noise. Both have
+    passed `check_noise`.
     """
-    if latents is not None and tuple(latents.shape) != shape:
-        raise InputError(f"latents has shape {tuple(latents.shape)}: this batch needs {shape}")
     if isinstance(generator, list | tuple):
-        if len(generator) != len(texts):
-            raise InputError(f"generator: {len(generator)} for {len(texts)} videos; give one, or one for each")
         noise = PromptNoise([take_seed(own) for own in generator], [(text, 0) for text in texts])
     else:
         seen: Counter[str] = Counter()

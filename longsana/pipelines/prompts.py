@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 
+import torch
 from torch import Tensor
 
-from longsana.data.prompts import SPLIT, check_words
+from longsana.data.prompts import PICTURE, SPLIT, check_words, parts_per_chunk
+from longsana.encoders.text import negative_text
+from longsana.models.embeddings import TextEmbedding
+from longsana.pipelines.arguments import check_finite
 from longsana.runtime.errors import InputError
 
 NO_PROMPT = "prompt: there was none in what should have given them"
@@ -17,11 +21,8 @@ def one_for_each(prompt: str | list[str] | None, embeds: Tensor | None, copies: 
     """The prompt of each video; empty where there are only embeddings.
 
     Raises:
-        InputError: there are neither prompts nor embeddings, prompts are no texts or ask for a picture, or `copies`
-            is below 1.
+        InputError: there are neither prompts nor embeddings, or prompts are no texts, or name a picture.
     """
-    if copies < 1:
-        raise InputError(f"num_videos_per_prompt={copies}: must be at least 1")
     if prompt is None and embeds is None:
         raise InputError("prompt: missing; give it, or prompt_embeds")
     if prompt is None:
@@ -30,9 +31,76 @@ def one_for_each(prompt: str | list[str] | None, embeds: Tensor | None, copies: 
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise InputError("prompt: must be a text or a list of texts")
-    for text in prompts:
-        check_words(text, "prompt")
-    return [text.strip() for text in prompts for _ in range(copies)]
+    return [_words(text).strip() for text in prompts for _ in range(copies)]
+
+
+def negative_texts(prompt: str | Sequence[str | None] | None, count: int) -> list[str]:
+    """The negative prompt of each of `count` prompts; None is the published one, alone or in a list.
+
+    Raises:
+        InputError: it is neither a text nor a list of `count` texts, or the published text is not to be had.
+    """
+    prompts: Sequence[str | None] = [prompt] * count if prompt is None or isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not all(text is None or isinstance(text, str) for text in prompts):
+        raise InputError("negative_prompt: must be a text, a list of texts, or None, which is the published one")
+    if len(prompts) != count:
+        raise InputError(f"negative_prompt: {len(prompts)} for {count} prompts")
+    return [negative_text(text) for text in prompts]
+
+
+def given_embeddings(
+    name: str, embeds: Tensor, mask: Tensor | None, *, channels: int, count: int, copies: int, device: torch.device
+) -> list[TextEmbedding]:
+    """Embeddings that a user gives, (1, L, channels) for each of `count` prompts, `copies` times, on `device`.
+
+    name: prompt or negative_prompt. embeds: (count, L, channels). mask: (count, L), true where the network may look.
+
+    Raises:
+        InputError: shapes or dtypes are others, there is no mask or it lets nothing be seen, or what is seen is not
+            finite.
+    """
+    if embeds.dim() != 3 or embeds.shape[2] != channels or len(embeds) != count:
+        raise InputError(f"{name}_embeds has shape {tuple(embeds.shape)}: need ({count}, length, {channels})")
+    if not embeds.is_floating_point():
+        raise InputError(f"{name}_embeds has dtype {embeds.dtype}: must be floating-point numbers")
+    if mask is None:
+        raise InputError(
+            f"{name}_attention_mask: missing; {name}_embeds come with a mask, as from encode_prompt, or padding would "
+            "be attended to; one of ones lets all be seen"
+        )
+    if mask.shape != embeds.shape[:2]:
+        raise InputError(
+            f"{name}_attention_mask has shape {tuple(mask.shape)}: the embeddings need {tuple(embeds.shape[:2])}"
+        )
+    seen = mask.to(device).bool()
+    # A mask to be added to scores has 0 where this one has 1.
+    if bool((mask.to(device) != seen).any()) or not bool(seen.any(1).all()):
+        raise InputError(f"{name}_attention_mask: must be 1 where a token is seen, as one must be, and 0 elsewhere")
+    # What is not seen must not be NaN either, as nothing times it is.
+    tokens = embeds.to(device).masked_fill(~seen[..., None], 0)
+    check_finite(f"{name}_embeds", {f"{name}_embeds": tokens})
+    rows = [TextEmbedding(tokens[row : row + 1], seen[row : row + 1]) for row in range(count)]
+    return [row for row in rows for _ in range(copies)]
+
+
+def parts_of(text: str, chunks: int) -> list[str]:
+    """The parts of a prompt of the distilled model, for a video of so many chunks.
+
+    Raises:
+        InputError: one is empty, or there are more than chunks.
+    """
+    parts = [part.strip() for part in text.split(SPLIT)]
+    if len(parts) > 1 and not all(parts):
+        raise InputError(f"prompt: a part beside '{SPLIT}' is empty")
+    parts_per_chunk(len(parts), chunks)
+    return parts
+
+
+def _words(text: str) -> str:
+    if PICTURE in text:
+        raise InputError(f"prompt: '{PICTURE}' names a picture to begin with, which this pipeline does not take")
+    check_words(text, "prompt")
+    return text
 
 
 def in_turn(prompt: str | Iterable[str]) -> Iterator[str]:
@@ -43,7 +111,7 @@ def in_turn(prompt: str | Iterable[str]) -> Iterator[str]:
     """
     if isinstance(prompt, str):
         return repeat(whole(prompt))
-    if not isinstance(prompt, Iterable):
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping) or hasattr(prompt, "shape"):
         raise InputError(f"prompt: a {type(prompt).__name__}; must be a text, or texts one after another")
     if isinstance(prompt, list | tuple):
         prompts = [whole(text) for text in prompt]
@@ -66,14 +134,13 @@ def whole(text: str) -> str:
     """A prompt that has no parts.
 
     Raises:
-        InputError: it has some, is no text, or asks for a picture.
+        InputError: it has some, or is no text, or names a picture.
     """
     if not isinstance(text, str):
         raise InputError(f"prompt: a {type(text).__name__} where a text is needed")
-    check_words(text, "prompt")
     if SPLIT in text:
         raise InputError(
             f"prompt: parts between '{SPLIT}' are for a video of the distilled model; a stream takes several "
             "prompts as they are, encode_prompt each part by itself"
         )
-    return text.strip()
+    return _words(text).strip()

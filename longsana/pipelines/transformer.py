@@ -30,6 +30,7 @@ from longsana.models.weights import load_weights, rename
 from longsana.ops import backend
 from longsana.pipelines.files import check_transformer
 from longsana.pipelines.lora import fused_adapter, plain_lora, read_lora
+from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.state import CausalState
 
@@ -223,6 +224,7 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         )
         return model, [], [], [], None, []
 
+    @plain_defaults()
     def load_lora_adapter(  # type: ignore[override]
         self, state_dict: dict[str, Tensor], prefix: str | None = "transformer", **options: Any
     ) -> None:

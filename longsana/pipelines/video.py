@@ -7,10 +7,11 @@ seed the latents are the same to the bit. Here is what diffusers' users expect a
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, pairwise, repeat
+from itertools import chain, islice, pairwise, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan
 from longsana.config import check_chi_prompt
-from longsana.data.prompts import SPLIT, parts_per_chunk, with_motion
+from longsana.data.prompts import parts_per_chunk, with_motion
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
-from longsana.encoders.text import GemmaTextEncoder, compact, expand, negative_text
+from longsana.encoders.text import GemmaTextEncoder, compact, expand
 from longsana.encoders.vae import DecodeCache, VideoVAE, kind_of
 from longsana.encoders.vae_files import check_geometry
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule, uniform_sigmas
@@ -32,25 +33,32 @@ from longsana.flow.solvers import DPMSolver, Euler, Solver
 from longsana.models.embeddings import Text, TextEmbedding
 from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS
 from longsana.pipelines import transformer as networks
-from longsana.pipelines.noise import batch_noise, take_seed
+from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, check_finite, refuse_ignored
+from longsana.pipelines.noise import batch_noise, check_noise, take_seed
 from longsana.pipelines.pictures import as_output, decode, joined
-from longsana.pipelines.prompts import in_turn, one_for_each, whole
+from longsana.pipelines.prompts import given_embeddings, in_turn, negative_texts, one_for_each, parts_of, whole
 from longsana.pipelines.transformer import (
     SanaVideoCausalTransformer3DModel,
     SanaVideoTransformer3DModel,
     onload,
-    text_embedding,
     uncompiled,
 )
+from longsana.runtime.arguments import Whole, checked
+from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
+from longsana.runtime.finite import require_finite, to_host
 from longsana.sampling.noise import Noise, PromptNoise
 from longsana.sampling.sampler import Chunk, StepEnd, generate, sample_clip
 from longsana.state import CausalState
 
 log = logging.get_logger(__name__)
 
+Caption = str | TextEmbedding
+"""Words for the text encoder, or what a user gives in their place."""
 Callback = Callable[[Any, int, int, dict[str, Tensor]], dict[str, Tensor] | None]
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+USUAL_FRAMES = 81
+KEPT_DTYPE: Any = object()
+"""Asks `to`, in place of a dtype, to leave each part in its own."""
 
 
 class Defaults(NamedTuple):
@@ -70,6 +78,14 @@ GRID_SHIFT = 8.0
 
 SIZES = {"WanVAE": (480, 832), "LTX2VAE_diffusers": (704, 1280)}
 """Height and width where none are given, by the VAE."""
+
+
+SWITCHES_OF_VAES = {
+    "use_tiling": "enable_tiling()",
+    "use_slicing": "enable_slicing()",
+    "use_framewise_decoding": "use_framewise_decoding",
+}
+"""Switches of diffusers' VAEs that a decoder of streams has no use for, and what sets them."""
 
 
 @dataclass
@@ -133,7 +149,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             published ones all; that is asked for with -1, 1.0 and 0.
 
     Raises:
-        InputError: the parts do not belong together, or a setting of the past means nothing.
+        InputError: the parts do not belong together, a setting of the past means nothing, or another argument has no
+            value that it may have.
     """
 
     model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
@@ -146,6 +163,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     text_encoder: Any
     scheduler: Any
 
+    @checked(ARGUMENTS)
     def __init__(
         self,
         vae: AutoencoderKLWan | AutoencoderKLLTX2Video,
@@ -169,8 +187,6 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         kind = kind_of(uncompiled(vae))
         check_geometry(uncompiled(vae), GEOMETRIES[kind.name], "vae")
         check_chi_prompt(chi_prompt)
-        if caption_length < 1:
-            raise InputError(f"caption_length={caption_length}: must be at least 1")
         taken, given = transformer.config["in_channels"], GEOMETRIES[kind.name].channels
         if taken != given:
             raise InputError(f"transformer: in_channels is {taken}; latents of a {kind.kind.__name__} have {given}")
@@ -240,17 +256,18 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         return self._guidance_scale
 
     @torch.no_grad()
+    @checked(ARGUMENTS)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         guidance_scale: float | None = None,
         num_videos_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
-        num_frames: int = 81,
+        num_frames: int = USUAL_FRAMES,
         frames: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -271,7 +288,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         Args:
             prompt: a text, or one for each video; `first<split>then` divides a video of the distilled model.
-            negative_prompt: what the base model's guidance moves away from; None is the published text, "" is empty.
+            negative_prompt: what the base model's guidance moves away from, for all videos or each; None is the
+                published text, "" is empty.
             num_inference_steps: of a chunk; 4 (distilled), 50 (base).
             timesteps: distilled: the steps themselves, falling, instead of their number; a trailing 0 is dropped.
             guidance_scale: 1 (distilled, which takes no other), 6 (base).
@@ -282,7 +300,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 has one for each video. None draws a seed from torch's global generator.
             latents: (B, C, T, h, w), initial noise that does not come from the seed.
             prompt_embeds: (B, L, caption_channels), instead of encoding the prompt, which then only tells apart whose
-                noise it is; with `prompt_attention_mask` (B, L), or all are seen. `negative_...`: the same.
+                noise it is; with `prompt_attention_mask` (B, L), 1 where a token is seen. `negative_...`: likewise.
             output_type: pil, np, pt (on the host) or latent; see `LongSanaVideoOutput`.
             return_dict: False returns a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": x})`, x of the chunk in
@@ -293,40 +311,61 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             latents_per_call: latent frames decoded together; frames differ by rounding alone.
 
         Raises:
-            InputError: what is asked for cannot be made; the message says what can.
+            InputError: what is asked for cannot be made, or part of it would be ignored; the message names the argument
+                and says what can be. Nothing is computed then, and no generator advanced.
+            FloatingPointError: captions, latents or decoded frames are not finite, as weights that are not make them.
         """
-        size = self._check(*self._size(height, width), output_type, chunk_frames, latents_per_call)
-        length = self.geometry.latent_frames(num_frames if frames is None else frames)
+        size = self._check(*self._size(height, width))
+        if frames is not None and num_frames not in (frames, USUAL_FRAMES):
+            raise InputError(f"frames={frames}: an older name of num_frames, which is {num_frames}; give one of them")
+        num_frames = num_frames if frames is None else frames
+        length = self.geometry.latent_frames(num_frames)
+        if not self.distilled:
+            # All at once.
+            Whole(most=self.geometry.pixel_frames(MOST_LATENTS)).settle("num_frames", num_frames)
         plan = ChunkPlan.split(length, chunk_frames if self.distilled else length)
         if others := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise InputError(f"callback_on_step_end_tensor_inputs: {', '.join(others)}: there are only latents")
         guidance = self._guidance(guidance_scale)
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
-        texts = one_for_each(prompt, prompt_embeds, num_videos_per_prompt)
+        copies = num_videos_per_prompt
+        texts = one_for_each(prompt, prompt_embeds, copies)
+        check_noise(len(texts), generator, latents, (len(texts), self.geometry.channels, length, *size))
+        wanted: Sequence[Sequence[Caption]]  # the captions of each video, one after another
         if prompt_embeds is None:
-            captions = self._captions(texts, motion_score, parts=self.distilled)
+            refuse_ignored({"prompt_attention_mask": prompt_attention_mask}, "without prompt_embeds")
+            parts = [parts_of(text, len(plan)) if self.distilled else [whole(text)] for text in texts]
+            wanted = [[self._worded(part, motion_score) for part in own] for own in parts]
         else:
-            given = self._given("prompt", prompt_embeds, prompt_attention_mask, num_videos_per_prompt, len(texts))
-            captions = [[embedding] for embedding in given]
-        heard = self._parts(captions, plan)
-        away = None
+            refuse_ignored({"motion_score": motion_score}, "with prompt_embeds: it is words of a prompt")
+            given = self._given("prompt", prompt_embeds, prompt_attention_mask, copies, len(texts))
+            wanted = [[embedding] for embedding in given]
+        negative = {
+            "negative_prompt": negative_prompt,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+        }
+        unwanted: Sequence[Caption] | None = None
         if guidance > 1:
-            away = self._away(
-                negative_prompt,
-                negative_prompt_embeds,
-                negative_prompt_attention_mask,
-                num_videos_per_prompt,
-                len(texts),
+            unwanted = self._unwanted(
+                negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, copies, len(texts)
             )
-        # Last of all that may be refused: a generator is advanced.
-        noise = batch_noise(texts, generator, latents, (len(texts), self.geometry.channels, length, *size))
+        else:
+            refuse_ignored(negative, f"with guidance_scale={guidance:g}: nothing is guided away from it")
+        everything = list(chain.from_iterable(wanted))
+        self._check_encoder([*everything, *(unwanted or [])])
+        # Nothing is refused from here on.
+        embedded = iter(self._embedded(everything))
+        heard = self._parts([list(islice(embedded, len(own))) for own in wanted], plan)
+        away = None if unwanted is None else self._embedded(unwanted, instruction=False)
+        noise = batch_noise(texts, generator, latents)
         steps = schedule.steps if isinstance(schedule, FlowSchedule) else [int(t) for t in schedule.timesteps]
         self._interrupt, self._num_timesteps = False, len(plan) * len(steps)
         self._guidance_scale = guidance
         finished: list[Tensor] = []
         with self.progress_bar(total=self._num_timesteps) as bar:
-            wanted = tuple(callback_on_step_end_tensor_inputs)
-            on_step = _Watch(self, steps, self._num_timesteps, callback_on_step_end, wanted, bar)
+            shown = tuple(callback_on_step_end_tensor_inputs)
+            on_step = _Watch(self, steps, self._num_timesteps, callback_on_step_end, shown, bar)
             try:
                 for chunk in self._chunks(schedule, plan, heard, away, noise, size, on_step):
                     finished.append(chunk.latents)
@@ -335,6 +374,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         if output_type == "latent":
             result: Any = torch.cat(finished, dim=2)
+            require_finite("video", {"latents": result})
         else:
             onload(self.vae)
             vae, cache = self._vae(latents_per_call), None
@@ -346,6 +386,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self.maybe_free_model_hooks()
         return LongSanaVideoOutput(result) if return_dict else (result,)
 
+    @checked(ARGUMENTS)
     def stream(
         self,
         prompt: str | Iterable[str] | None = None,
@@ -382,28 +423,38 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         num_frames=0 with it gives them, without sampling: then within rounding what an end after that chunk gives.
 
         Raises:
-            InputError: as there, `generator` is a list, this is the base model, or the state's video has ended.
+            InputError: as there, `generator` is a list, this is the base model, or the state's video has ended, or is
+                not one of this model's.
+            FloatingPointError: as there, with the chunk that it is found in.
         """
         if not self.distilled:
             raise InputError("stream: the base model makes whole clips; use the pipeline itself, or a distilled model")
         if isinstance(state, LongSanaVideoChunk):
             state = state.state
+        if state is not None and not isinstance(state, StreamState):
+            raise InputError(f"state: a {type(state).__name__}; must be a chunk of a stream, or its state")
         size = self._size(height, width) if state is None else state.size
-        if state is not None and (height or size[0], width or size[1]) != size:
+        if state is not None and self._size(height, width, size) != size:
             raise InputError(f"height={height}, width={width}: the video that goes on has {size[0]} and {size[1]}")
-        self._check(*size, output_type, chunk_frames, latents_per_call)
+        self._check(*size)
         if state is not None:
             state = self._gone_on_from(state, output_type)
             model = uncompiled(self.vae)
             if num_frames == 0 and state.decoder is not None and kind_of(model).ahead_of(model):
+                refuse_ignored({"prompt": prompt, "generator": generator}, "with num_frames=0, which samples nothing")
                 return self._end(state, state.decoder, output_type, latents_per_call)
         if prompt is None:
             if state is None:
                 raise InputError("prompt: missing; without a state there is none to go on with")
             prompt = state.prompt
+        self._check_encoder([""])
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
         lengths = self._lengths(num_frames, chunk_frames, begins=state is None)
+        if isinstance(prompt, list | tuple) and isinstance(lengths, tuple) and len(prompt) > len(lengths):
+            log.warning(
+                "prompt: %d for %d chunks, each of which takes one; the last are not shown", len(prompt), len(lengths)
+            )
         prompts = in_turn(prompt)
         # Last of all that may be refused: a generator is advanced.
         seed = state.seed if state is not None and generator is None else take_seed(generator)
@@ -433,8 +484,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         try:
             for (length, following), prompt in zip(pairwise(chain(lengths, [0])), prompts, strict=False):
                 if prompt != heard or text is None:
-                    (caption,) = self._captions([prompt], motion_score)
-                    heard, text = prompt, self._read(caption)
+                    heard, text = prompt, self._read(self._embedded([self._worded(prompt, motion_score)]))
                 (chunk,) = generate(
                     self._network,
                     schedule,
@@ -448,7 +498,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 )
                 memory, frames = chunk.state, chunk.latents
                 assert memory is not None
-                if output_type != "latent":
+                if output_type == "latent":
+                    require_finite("chunk", {"latents": frames})
+                else:
                     onload(self.vae)
                     vae = vae or self._vae(latents_per_call)
                     pictures, cache = decode(vae, chunk.latents, cache, chunk_frames, more=following > 0)
@@ -466,29 +518,36 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """What waits in a decoder that looks ahead."""
         onload(self.vae)
         pictures, cache = self._vae(latents_per_call).decode_end(cache)
+        pictures = to_host(pictures, "end of the video", {"decoded frames": pictures})
         self.maybe_free_model_hooks()
-        yield LongSanaVideoChunk(as_output(pictures.cpu(), output_type), state._replace(decoder=cache))
+        yield LongSanaVideoChunk(as_output(pictures, output_type), state._replace(decoder=cache))
 
     @torch.no_grad()
+    @checked(ARGUMENTS)
     def encode_prompt(
         self,
         prompt: str | list[str],
         do_classifier_free_guidance: bool = False,
-        negative_prompt: str | list[str] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         num_videos_per_prompt: int = 1,
         motion_score: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """prompt_embeds (B, L, C) and their mask (B, L); and with guidance the negative prompt's, else None."""
-        texts = one_for_each(prompt, None, num_videos_per_prompt)
-        prompt_embeds, prompt_attention_mask = _stacked(parts[0] for parts in self._captions(texts, motion_score))
-        if not do_classifier_free_guidance:
-            return prompt_embeds, prompt_attention_mask, None, None
-        return (
-            prompt_embeds,
-            prompt_attention_mask,
-            *_stacked(self._away(negative_prompt, None, None, num_videos_per_prompt, len(texts))),
-        )
+        """prompt_embeds (B, L, C) and their mask (B, L); and with guidance the negative prompt's, else None.
 
+        Raises:
+            InputError: an argument has no value that it may have, or there is no text encoder.
+            FloatingPointError: embeddings are not finite.
+        """
+        texts = one_for_each(prompt, None, num_videos_per_prompt)
+        wanted = [self._worded(whole(text), motion_score) for text in texts]
+        self._check_encoder(wanted)
+        if not do_classifier_free_guidance:
+            refuse_ignored({"negative_prompt": negative_prompt}, "without do_classifier_free_guidance")
+            return (*_stacked(self._embedded(wanted)), None, None)
+        unwanted = self._unwanted(negative_prompt, None, None, num_videos_per_prompt, len(texts))
+        return (*_stacked(self._embedded(wanted)), *_stacked(self._embedded(unwanted, instruction=False)))
+
+    @plain_defaults()
     def load_lora_weights(self, *arguments: Any, **options: Any) -> None:
         """As diffusers' own: names are those of its `SanaVideoTransformer3DModel`, after `transformer.`.
 
@@ -499,6 +558,45 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             raise InputError("load_lora_weights: LoRA needs peft: pip install 'longsana[lora]', and start Python again")
         super().load_lora_weights(*arguments, **options)
 
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> LongSanaVideoPipeline:
+        """As diffusers' own, whatever PyTorch's default dtype and device are."""
+        with plain_defaults():
+            pipe: LongSanaVideoPipeline = super().from_pretrained(*arguments, **options)
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> LongSanaVideoPipeline:
+        """As diffusers' own, but each part keeps its dtype unless another is asked for (`dtype`, `torch_dtype`).
+
+        diffusers' makes float32 of all, in the pipeline that they are taken from too.
+        """
+        with warnings.catch_warnings():
+            if options.get("dtype") is None and options.get("torch_dtype") is None:
+                options = {name: value for name, value in options.items() if name != "dtype"}
+                options["torch_dtype"] = KEPT_DTYPE
+                # By the name that all versions of diffusers have; newer ones want another.
+                warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+            pipe: LongSanaVideoPipeline = super().from_pipe(pipeline, **options)
+        return pipe
+
+    def to(self, *arguments: Any, **options: Any) -> LongSanaVideoPipeline:
+        """As diffusers' own; see `KEPT_DTYPE`."""
+        if options.get("dtype") is KEPT_DTYPE:
+            return self
+        pipe: LongSanaVideoPipeline = super().to(*arguments, **options)
+        return pipe
+
+    def set_attention_slice(self, slice_size: int | str | None) -> None:
+        """Say that it changes nothing: attention's memory is linear here. See `enable_attention_slicing`."""
+        if slice_size is not None:
+            log.warning("enable_attention_slicing changes nothing here: the memory of linear attention is constant")
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """Say that it changes nothing. See `enable_xformers_memory_efficient_attention`."""
+        if valid:
+            log.warning("enable_xformers_memory_efficient_attention changes nothing here: attention is linear")
+
     def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
         """Not possible: operations take weights from modules that are never called, so none would be there.
 
@@ -507,19 +605,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """
         raise InputError("enable_sequential_cpu_offload: not possible here; use enable_model_cpu_offload")
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        usual = SIZES[kind_of(uncompiled(self.vae)).name]
-        return height or usual[0], width or usual[1]
+    def _size(self, height: int | None, width: int | None, usual: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Height and width in pixels; `usual` where none are given, or else the VAE's."""
+        usual = usual or SIZES[kind_of(uncompiled(self.vae)).name]
+        return usual[0] if height is None else height, usual[1] if width is None else width
 
-    def _check(
-        self, height: int, width: int, output_type: str, chunk_frames: int, latents_per_call: int
-    ) -> tuple[int, int]:
+    def _check(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the latents; InputError for what no video can be made with."""
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type={output_type}: must be one of {', '.join(OUTPUT_TYPES)}")
-        for name, value in (("chunk_frames", chunk_frames), ("latents_per_call", latents_per_call)):
-            if value < 1:
-                raise InputError(f"{name}={value}: must be at least 1")
         _, *patch = self.transformer.config.patch_size
         self.geometry.check_size(height, width, (patch[0], patch[1]))
         return self.geometry.latent_size(height, width)
@@ -533,6 +625,15 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         past, own = uncompiled(self.transformer).network.past, state.network
         if own.kv.shape[2] != past.entries or own.sinks > past.sinks:
             raise InputError("state: of another num_cached_blocks or num_sink_blocks than this transformer has")
+        needed = uncompiled(self.transformer).network.empty_state(1, *self.geometry.latent_size(*state.size))
+        for name in own._fields:
+            given, like = getattr(own, name), getattr(needed, name)
+            if isinstance(like, Tensor) and given.shape != like.shape:
+                raise InputError(
+                    f"state: its {name} has shape {tuple(given.shape)}: this transformer needs {tuple(like.shape)} for "
+                    f"{state.size[0]}x{state.size[1]}"
+                )
+        check_finite("state", {name: part for name, part in own._asdict().items() if isinstance(part, Tensor)})
         if output_type == "latent":
             return state._replace(decoder=None)
         if state.decoder is None:
@@ -544,6 +645,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         if (dtype := state.decoder.features[0].dtype) != self.vae.dtype:
             raise InputError(f"state: of a VAE in {dtype}, this one is in {self.vae.dtype}")
+        check_finite("state", {f"decoder {number}": part for number, part in enumerate(state.decoder.features)})
         return state
 
     def _guidance(self, scale: float | None) -> float:
@@ -560,8 +662,6 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self, steps: int | None, timesteps: Sequence[int] | None, flow_shift: float | None
     ) -> FlowSchedule | Solver:
         count = (DISTILLED if self.distilled else BASE).steps if steps is None else steps
-        if count < 1:
-            raise InputError(f"num_inference_steps={count}: must be at least 1")
         shift = self._shift(flow_shift)
         if not self.distilled:
             if timesteps is not None:
@@ -569,23 +669,26 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             if self.scheduler is None or isinstance(self.scheduler, DPMSolverMultistepScheduler):
                 return DPMSolver(shift, count, self.scheduler)
             return Euler.shifted(shift, count)
+        if timesteps is not None and steps not in (None, sum(step > 0 for step in timesteps)):
+            raise InputError(f"num_inference_steps={steps}: beside timesteps {list(timesteps)}, which take its place")
         grid = [round(sigma * TIMESTEPS) for sigma in uniform_sigmas(GRID_SHIFT, count)[:-1].tolist()]
         try:
-            return FlowSchedule(shift, tuple(grid if timesteps is None else map(int, timesteps)))
+            return FlowSchedule(shift, tuple(grid if timesteps is None else timesteps))
         except ValueError as error:
-            what = f"num_inference_steps={count}: too many steps to tell apart" if timesteps is None else str(error)
+            given = f"num_inference_steps={count}: too many steps to tell apart" if timesteps is None else ""
+            what = given or f"timesteps: {error}"
             raise InputError(what) from error
 
     def _shift(self, given: float | None) -> float:
         if given is None and not self.distilled:
             given = scheduler_shift(self.scheduler)
-        shift = DISTILLED.shift if given is None else float(given)
-        if not shift > 0:
-            raise InputError(f"flow_shift={shift:g}: must be positive")
-        return shift
+        return DISTILLED.shift if given is None else given
 
     def _vae(self, latents_per_call: int) -> VideoVAE:
         model = uncompiled(self.vae)
+        for switch, name in SWITCHES_OF_VAES.items():
+            if getattr(model, switch, False):
+                log.warning("vae.%s changes nothing here: it is decoded in pieces anyway; see latents_per_call", name)
         return kind_of(model).around(model, latents_per_call)
 
     def _lengths(self, num_frames: int | None, chunk_frames: int, *, begins: bool) -> Iterable[int]:
@@ -635,50 +738,50 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             on_step=on_step,
         )
 
-    def _captions(
-        self, texts: Sequence[str], motion_score: int | None, *, parts: bool = False
-    ) -> list[list[TextEmbedding]]:
-        """Of each video the embeddings of its parts, of which there may be several with `parts`."""
+    def _worded(self, text: str, motion_score: int | None) -> str:
+        """What the text encoder is given for a prompt, or a part of one."""
         score = (DISTILLED if self.distilled else BASE).motion_score if motion_score is None else motion_score
-        captions: dict[str, list[TextEmbedding]] = {}
-        for text in texts:
-            pieces = [piece.strip() for piece in text.split(SPLIT)] if parts else [whole(text)]
-            if text not in captions:
-                captions[text] = [self._embed(with_motion(piece, score if score > 0 else None)) for piece in pieces]
-        return [captions[text] for text in texts]
+        return with_motion(text, score or None)
 
-    def _away(
-        self, prompt: str | list[str] | None, embeds: Tensor | None, mask: Tensor | None, copies: int, count: int
-    ) -> list[TextEmbedding]:
-        """For each video what guidance moves away from."""
+    def _unwanted(
+        self,
+        prompt: str | Sequence[str | None] | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
+        copies: int,
+        count: int,
+    ) -> Sequence[Caption]:
+        """For each of `count` videos what guidance moves away from."""
         if embeds is not None:
+            refuse_ignored({"negative_prompt": prompt}, "with negative_prompt_embeds, which take its place")
             return self._given("negative_prompt", embeds, mask, copies, count)
-        if prompt is None or isinstance(prompt, str):
-            prompt = [negative_text(prompt)] * (count // copies)
-        prompts = [negative_text(text) for text in prompt]
-        if len(prompts) * copies != count:
-            raise InputError(f"negative_prompt: {len(prompts)} for {count // copies} prompts")
-        return [self._embed(text, instruction=False) for text in prompts for _ in range(copies)]
+        refuse_ignored({"negative_prompt_attention_mask": mask}, "without negative_prompt_embeds")
+        return [text for text in negative_texts(prompt, count // copies) for _ in range(copies)]
 
     def _given(self, name: str, embeds: Tensor, mask: Tensor | None, copies: int, count: int) -> list[TextEmbedding]:
-        """One of embeddings (B, L, C) that a user gave, for each video."""
-        channels = self.transformer.config.caption_channels
-        if embeds.dim() != 3 or embeds.shape[2] != channels or len(embeds) * copies != count:
-            raise InputError(
-                f"{name}_embeds has shape {tuple(embeds.shape)}: need ({count // copies}, length, {channels})"
-            )
-        if mask is not None and mask.shape != embeds.shape[:2]:
-            raise InputError(
-                f"{name}_attention_mask has shape {tuple(mask.shape)}: the embeddings need {tuple(embeds.shape[:2])}"
-            )
-        device = self._execution_device
-        whole = text_embedding(embeds.to(device), None if mask is None else mask.to(device))
-        rows = range(len(embeds))
-        return [TextEmbedding(*(part[row : row + 1] for part in whole)) for row in rows for _ in range(copies)]
+        """One of embeddings (B, L, C) that a user gave, for each of `count` videos."""
+        return given_embeddings(
+            name,
+            embeds,
+            mask,
+            channels=self.transformer.config.caption_channels,
+            count=count // copies,
+            copies=copies,
+            device=self._execution_device,
+        )
+
+    def _check_encoder(self, captions: Iterable[Caption]) -> None:
+        """Refuse words where nothing can read them."""
+        if (self.text_encoder is None or self.tokenizer is None) and any(isinstance(one, str) for one in captions):
+            raise InputError("prompt: this pipeline has no text encoder; give prompt_embeds instead")
+
+    def _embedded(self, captions: Sequence[Caption], *, instruction: bool = True) -> list[TextEmbedding]:
+        """Captions on the device; words are encoded, equal ones once."""
+        words = dict.fromkeys(caption for caption in captions if isinstance(caption, str))
+        encoded = {text: self._embed(text, instruction=instruction) for text in words}
+        return [encoded[caption] if isinstance(caption, str) else caption for caption in captions]
 
     def _embed(self, text: str, *, instruction: bool = True) -> TextEmbedding:
-        if self.text_encoder is None or self.tokenizer is None:
-            raise InputError("prompt: this pipeline has no text encoder; give prompt_embeds instead")
         onload(self.text_encoder)
         encoder = GemmaTextEncoder.around(
             self.tokenizer,
@@ -738,7 +841,12 @@ class _Watch:
     def __call__(self, step: int, x: Tensor) -> Tensor:
         if self._callback is not None:
             given = {"latents": x} if "latents" in self._wanted else {}
-            changed = (self._callback(self._pipe, self._done, self._timesteps[step], given) or {}).get("latents", x)
+            returned = self._callback(self._pipe, self._done, self._timesteps[step], given)
+            changed = x if returned is None else returned.get("latents", x) if isinstance(returned, dict) else None
+            if not isinstance(changed, Tensor):
+                raise InputError(
+                    f"callback_on_step_end: returned {type(returned).__name__}; must be None, or a dict of tensors"
+                )
             if changed.shape != x.shape:
                 raise InputError(
                     f"callback_on_step_end: returned latents of shape {tuple(changed.shape)} for {tuple(x.shape)}"

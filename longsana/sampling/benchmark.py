@@ -126,7 +126,9 @@ def benchmark(
         },
         "encoder alone, FPS": {
             "these frames": encoder_speed(config, warm.last, folder),
-            "noise": encoder_speed(config, torch.randint(256, warm.last.shape, dtype=torch.uint8), folder),
+            "noise": encoder_speed(
+                config, torch.randint(256, warm.last.shape, dtype=torch.uint8, device="cpu"), folder
+            ),
         },
         "memory": memory(device),
         "machine": warm.machine,

@@ -112,7 +112,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     width = 8192 if device.type == "cuda" else 1024
-    square = torch.randn(width, width, device=device).to(dtype)
+    square = torch.randn(width, width, dtype=torch.float32, device=device).to(dtype)
     copied = seconds(lambda: target.copy_(source), device)
     multiplied = seconds(lambda: square @ square, device)
     return Ceilings(2 * size / copied, 2 * width**3 / multiplied)
@@ -169,7 +169,7 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
     rng = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, generator=rng).to(dtype)
+        return torch.randn(*shape, dtype=torch.float32, device=device, generator=rng).to(dtype)
 
     x, h, modulation = random(1, frames, tokens, width), random(1, frames, tokens, width), random(1, 1, 3, width)
     shift, scale, gate = modulation[:, :, None].unbind(-2)
@@ -185,8 +185,8 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
     turn = rotary(dim, 0, (frames, *grid), dtype=torch.float32, device=device)
     heads = width // dim
     past = (
-        torch.randn(1, 1, heads, dim, dim, device=device, generator=rng),
-        torch.rand(1, 1, heads, dim, device=device, generator=rng),
+        torch.randn(1, 1, heads, dim, dim, dtype=torch.float32, device=device, generator=rng),
+        torch.rand(1, 1, heads, dim, dtype=torch.float32, device=device, generator=rng),
     )
     settings = {"lengths": [frames * tokens], "window": -1, "eps": network.linear_attn_eps}
     yield Case("linear_attention", (q, k, v, *turn, *past), settings, 4 * frames * tokens * width * dim, learned=3)
@@ -201,7 +201,9 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
     # The decoder's widest step, for one latent.
     channels, side = pipeline.vae.widest
     frames, height, width = pipeline.geometry.time_stride, size[0] // side, size[1] // side
-    picture = torch.randn(1, frames, height, width, channels, device=device, generator=rng).to(pipeline.vae.dtype)
+    picture = torch.randn(1, frames, height, width, channels, dtype=torch.float32, device=device, generator=rng).to(
+        pipeline.vae.dtype
+    )
     buffer = picture.new_zeros(1, 2 + frames, height + 2, width + 2, channels)
     gamma = picture.new_ones(channels)
     bias = gamma.clone()
@@ -230,11 +232,13 @@ def _work(pipeline: VideoPipeline, size: tuple[int, int]) -> Work:
     frames = config.sampling.chunk_frames
     height, width = pipeline.geometry.latent_size(*size)
     rng = torch.Generator(device).manual_seed(0)
-    x = torch.randn(1, config.model.in_channels, frames, height, width, device=device, generator=rng).to(model.dtype)
+    x = torch.randn(
+        1, config.model.in_channels, frames, height, width, dtype=torch.float32, device=device, generator=rng
+    ).to(model.dtype)
     length, channels = config.model.caption_length, config.model.caption_channels
-    tokens = torch.randn(1, length, channels, device=device, generator=rng).to(model.dtype)
+    tokens = torch.randn(1, length, channels, dtype=torch.float32, device=device, generator=rng).to(model.dtype)
     text = TextEmbedding(tokens, torch.ones(1, length, dtype=torch.bool, device=device))
-    read, t = model.read(text), torch.full((1,), T_STEP, device=device)
+    read, t = model.read(text), torch.full((1,), T_STEP, dtype=torch.float32, device=device)
     _, state = model(x, t, read)
     _, cache = vae.decode_stream(x[:, :, :1].expand(-1, -1, 1 + vae.ahead, -1, -1), more=True)
     forward, decode = partial(model, x, t, read, state=state), partial(vae.decode_stream, x, cache, more=True)

@@ -35,7 +35,9 @@ class PromptNoise:
         seeds = [self.seed] * len(self.prompts) if isinstance(self.seed, int) else self.seed
         # Drawn on the CPU: a GPU's generator gives other numbers than a CPU's.
         drawn = [
-            torch.randn(*shape, generator=keyed_generator(seed, *prompt, start, step))
+            torch.randn(
+                *shape, generator=keyed_generator(seed, *prompt, start, step), dtype=torch.float32, device="cpu"
+            )
             for seed, prompt in zip(seeds, self.prompts, strict=True)
         ]
         return to_device(torch.stack(drawn), device)

@@ -24,12 +24,14 @@ from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import Text, TextEmbedding, null_embedding
 from longsana.models.float8 import to_float8
 from longsana.ops import backend
+from longsana.runtime.arguments import settled
 from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
+from longsana.runtime.finite import to_host
 from longsana.sampling.checks import blame
 from longsana.sampling.noise import PromptNoise
 from longsana.sampling.replay import ReplayedNetwork
-from longsana.sampling.request import DISTILLED, DPM, WHOLE_CLIP, chunk_plan
+from longsana.sampling.request import DISTILLED, DPM, WHOLE_CLIP, check_config, chunk_plan
 from longsana.sampling.sampler import Chunk, generate, sample_chunks, sample_clip
 
 
@@ -57,12 +59,17 @@ class Frames(NamedTuple):
 
 
 class VideoPipeline:
-    """Loads what a config names, one that `check_config` has passed, and samples videos with it.
+    """Loads what a config names and samples videos with it.
 
     Text first: `encode` needs the text encoder alone, which is gone before `load` brings the network and the decoder.
+
+    Raises:
+        InputError: a setting has another type, or no video can be made with it; see `check_config`.
     """
 
     def __init__(self, config: InferenceConfig, device: torch.device | str) -> None:
+        config = settled(config)
+        check_config(config)
         self.config = config
         self.device = torch.device(device)
         self.geometry = geometry(config.vae)
@@ -166,15 +173,23 @@ class VideoPipeline:
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], captions: Sequence[Caption], clock: Clock) -> Iterator[Frames]:
-        """Frames of the videos of a batch of prompts of one size and length, stretch by stretch."""
+        """Frames of the videos of a batch of prompts of one size and length, stretch by stretch.
+
+        Raises:
+            FloatingPointError: latents or decoded frames are not finite.
+        """
         cache, left = None, self.plan_of(prompts[0]).frames
         for chunk in self._latents(prompts, captions, clock):
             # The base model's clip is one chunk; decoding it in pieces bounds memory.
             for latents in chunk.latents.split(self.config.sampling.chunk_frames, dim=2):
                 left -= latents.shape[2]
                 with clock.part("decode"):
-                    pixels, cache = self.vae.decode_stream(latents, cache, more=left > 0)
-                    pixels = _to_host(self.vae.to_uint8(pixels))
+                    decoded, cache = self.vae.decode_stream(latents, cache, more=left > 0)
+                    pixels = to_host(
+                        self.vae.to_uint8(decoded),
+                        f"chunk {chunk.index}",
+                        {"latents": latents, "decoded frames": decoded},
+                    )
                 yield Frames(chunk.index, latents, pixels)
 
     def _latents(self, prompts: Sequence[Prompt], captions: Sequence[Caption], clock: Clock) -> Iterator[Chunk]:
@@ -236,13 +251,6 @@ class VideoPipeline:
     def _batch(self, embeddings: Sequence[CompactEmbedding]) -> TextEmbedding:
         expanded = [expand(embedding, self.device) for embedding in embeddings]
         return TextEmbedding(*(torch.cat(parts) for parts in zip(*expanded, strict=True)))
-
-
-def _to_host(pixels: Tensor) -> Tensor:
-    """Through pinned memory, which a GPU fills ten times faster than other memory."""
-    if not pixels.is_cuda:
-        return pixels
-    return torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels)
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:

@@ -45,7 +45,7 @@ class FlowMatching(Stage):
         x0 = latents.to(turn.device, torch.float32)
         text = self._drop(self.embed(prompts), turn)
         t = self._timesteps(len(prompts), turn.rng("t"))
-        t = t.repeat_interleave(torch.tensor(self.plan.lengths), dim=1).to(turn.device)
+        t = t.repeat_interleave(torch.tensor(self.plan.lengths, dtype=torch.int64, device="cpu"), dim=1).to(turn.device)
         noise = turn.normal("noise", x0.shape)
         velocity, _ = self.generator(self.schedule.add_noise(x0, noise, t), t, text, plan=self.plan)
         loss = flow_loss(velocity, x0, noise)
@@ -68,8 +68,8 @@ class FlowMatching(Stage):
     def _drop(self, text: TextEmbedding, turn: Turn) -> TextEmbedding:
         """Some captions replaced by the null caption."""
         batch = len(turn.samples)
-        dropped = torch.rand(batch, generator=turn.rng("drop")) < self.settings.class_dropout_prob
-        dropped = dropped.to(turn.device)
+        drawn = torch.rand(batch, generator=turn.rng("drop"), dtype=torch.float32, device="cpu")
+        dropped = (drawn < self.settings.class_dropout_prob).to(turn.device)
         null_mask = text.mask if self.settings.dropped_caption == "masked_null" else self.null.mask
         return TextEmbedding(
             torch.where(dropped[:, None, None], self.null.tokens.to(text.tokens.dtype), text.tokens),

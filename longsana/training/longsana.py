@@ -97,10 +97,13 @@ class LongSana(SelfForcing):
     def live(self) -> Mapping[str, Mapping[str, Tensor]]:
         groups = {}
         for slot in self.slots.mine:
-            tensors = {"serial": torch.tensor(self._serials.get(slot, 0))}
+            tensors = {"serial": torch.tensor(self._serials.get(slot, 0), dtype=torch.int64, device="cpu")}
             if stream := self.streams.get(slot):
                 state = stream.state
-                tensors |= {"frames": torch.tensor(state.frames), "sinks": torch.tensor(state.sinks)}
+                numbers = {"frames": state.frames, "sinks": state.sinks}
+                tensors |= {
+                    name: torch.tensor(number, dtype=torch.int64, device="cpu") for name, number in numbers.items()
+                }
                 tensors |= {"lead": stream.lead}
                 tensors |= {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail}
                 tensors |= {"tokens": stream.text.tokens, "mask": stream.text.mask}

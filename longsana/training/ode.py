@@ -29,9 +29,11 @@ class OdeInitialisation(Stage):
     def loss(self, turn: Turn) -> Loss:
         items = [self.trajectories[self.order[number]] for number in turn.samples]
         text = self.embed([item.prompt for item in items])
-        times = torch.tensor((*self.schedule.steps, 0), dtype=torch.float32)  # of an item's states, (S, C, T, H, W)
-        drawn = torch.randint(len(times), (len(items), len(self.plan)), generator=turn.rng("state"))
-        index = drawn.repeat_interleave(torch.tensor(self.plan.lengths), dim=1)  # (B, T)
+        # Of an item's states, (S, C, T, H, W).
+        times = torch.tensor((*self.schedule.steps, 0), dtype=torch.float32, device="cpu")
+        rng, lengths = turn.rng("state"), torch.tensor(self.plan.lengths, dtype=torch.int64, device="cpu")
+        drawn = torch.randint(len(times), (len(items), len(self.plan)), generator=rng, dtype=torch.int64, device="cpu")
+        index = drawn.repeat_interleave(lengths, dim=1)  # (B, T)
         frames = range(self.plan.frames)
         chosen = [item.states[own, :, frames].transpose(0, 1) for item, own in zip(items, index, strict=True)]
         # Chosen on the host: only these and the clean ones are moved.

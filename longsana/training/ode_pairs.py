@@ -26,6 +26,7 @@ from longsana.flow.schedule import uniform_sigmas
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded
+from longsana.runtime.finite import require_finite
 from longsana.sampling.checks import check_weights
 from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
 from longsana.sampling.request import source_digest
@@ -122,11 +123,7 @@ class _Maker:
                 f"{len(batch)} clips at a time do not fit in memory; lower sampling.bs, or sampling.num_frames, height "
                 "and width"
             ) from error
-        if not states.isfinite().all():
-            raise FloatingPointError(
-                f"line {batch[0].line}: states are not finite in {self.config.pairs.dtype}; check the weights, "
-                "model.dtype and pairs.dtype"
-            )
+        require_finite(f"line {batch[0].line}", {f"states in {self.config.pairs.dtype}": states})
         return states
 
     def _digests(self) -> dict[str, str] | InputError:

@@ -91,7 +91,8 @@ def kept_steps(config: OdePairsConfig) -> tuple[int, ...]:
         InputError: the teacher's grid does not pass through the student's noise levels.
     """
     schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
-    wanted = torch.cat([schedule.sigma(torch.tensor(schedule.steps)), torch.zeros(1, dtype=torch.float64)])
+    levels = schedule.sigma(torch.tensor(schedule.steps, dtype=torch.int64, device="cpu"))
+    wanted = torch.cat([levels, levels.new_zeros(1)])
     grid = uniform_sigmas(config.pairs.shift, config.pairs.num_steps)
     steps = (grid[None] - wanted[:, None]).abs().argmin(dim=1)
     check_grid(grid[steps].tolist(), wanted.tolist())

@@ -80,7 +80,7 @@ class Player:
     def skip(self) -> Tensor:
         """Throw the gradients away; the norm that says so."""
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.tensor(float("nan"))
+        return torch.tensor(float("nan"), dtype=torch.float32, device="cpu")
 
     def lr(self, step: int) -> float:
         """A constant after a linear warm-up; counted in this player's own updates."""

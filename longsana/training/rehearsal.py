@@ -273,7 +273,7 @@ def _clip_loss(config: TrainingConfig, networks: _Networks) -> Tensor:
     causal = config.trainer == "ode" or config.flow_matching.causal
     plan = ChunkPlan.split(frames, config.sampling.chunk_frames if causal else frames)
     x, noise = _latents(config, frames), _latents(config, frames)
-    t = torch.empty(x.shape[0], frames, device="meta")
+    t = torch.empty(x.shape[0], frames, dtype=torch.float32, device="meta")
     velocity, _ = networks.generator(schedule(config).add_noise(x, noise, t), t, _text(config), plan=plan)
     return flow_loss(velocity, x, noise)
 
@@ -318,7 +318,8 @@ def _draw(noise: Tensor, step: int) -> Tensor:
 
 
 def _latents(config: TrainingConfig, frames: int) -> Tensor:
-    return torch.empty(config.train.batch_size, config.model.in_channels, frames, *latent_size(config), device="meta")
+    shape = (config.train.batch_size, config.model.in_channels, frames, *latent_size(config))
+    return torch.empty(shape, dtype=torch.float32, device="meta")
 
 
 def _text(config: TrainingConfig) -> TextEmbedding:

@@ -192,14 +192,15 @@ class SelfForcing(Stage):
         settings, last = self.config.rollout, len(self.schedule.steps) - 1
         if settings.last_step_only:
             return [last] * chunks
-        draws = torch.randint(last + 1, (chunks,), generator=turn.shared_rng("exit")).tolist()
+        rng = turn.shared_rng("exit")
+        draws = torch.randint(last + 1, (chunks,), generator=rng, dtype=torch.int64, device="cpu").tolist()
         return [draws[0]] * chunks if settings.same_step_across_blocks else draws
 
     def _length(self, turn: Turn) -> int:
         """Latent frames of this rollout: num_training_frames, less a whole number of chunks, drawn evenly."""
         settings, chunk = self.config.rollout, self.config.sampling.chunk_frames
         choices = (settings.num_training_frames - settings.min_num_training_frames) // chunk + 1
-        fewer = int(torch.randint(choices, (), generator=turn.shared_rng("length")))
+        fewer = int(torch.randint(choices, (), generator=turn.shared_rng("length"), dtype=torch.int64, device="cpu"))
         return settings.num_training_frames - fewer * chunk
 
     def _to_absorb(self, x0: Tensor, draw: partial[Tensor]) -> Tensor:

@@ -84,7 +84,7 @@ class Turn:
         there, which is faster."""
         where = self.device if self.device_noise else torch.device("cpu")
         rng = keyed_generator(self.seed, self.step, self.role, self.slot, name, device=where)
-        return to_device(torch.randn(*shape, generator=rng, device=where), self.device)
+        return to_device(torch.randn(*shape, generator=rng, dtype=torch.float32, device=where), self.device)
 
 
 class Shuffled:
@@ -101,7 +101,8 @@ class Shuffled:
         epoch, position = divmod(number, self.length)
         if epoch != self._epoch:
             rng = keyed_generator(self._seed, "order", self._name, epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.length, generator=rng).tolist()
+            order = torch.randperm(self.length, generator=rng, dtype=torch.int64, device="cpu")
+            self._epoch, self._order = epoch, order.tolist()
         return self._order[position]
 
 

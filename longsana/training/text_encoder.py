@@ -119,7 +119,7 @@ def _summary(encoder: GemmaTextEncoder, captions: Sequence[str]) -> Tensor:
     ).to(encoder.model.device)
     hidden: Tensor = encoder.model(**tokenised, use_cache=False).last_hidden_state
     last = tokenised["attention_mask"].sum(dim=1, keepdim=True)
-    where = last - torch.arange(SUMMARY, 0, -1, device=last.device)
+    where = last - torch.arange(SUMMARY, 0, -1, dtype=torch.int64, device=last.device)
     return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
@@ -135,13 +135,13 @@ def _answers(promises: Sequence[Promise]) -> list[Tensor]:
             for actor in actors
         ]
         answers += [[words.index(answer[place]) for answer in said] for place, words in enumerate(WORDS)]
-    return [torch.tensor(answer) for answer in answers]
+    return [torch.tensor(answer, dtype=torch.int64, device="cpu") for answer in answers]
 
 
 @torch.no_grad()
 def _understood(encoder: GemmaTextEncoder, heads: _Heads, config: TextTrainingConfig) -> float:
     captions, promises = _captions(config.world, 0, 0, config.test_captions, held_out=True)
-    right = torch.ones(len(captions), dtype=torch.bool)
+    right = torch.ones(len(captions), dtype=torch.bool, device="cpu")
     for values, answer in zip(heads(_summary(encoder, captions)), _answers(promises), strict=True):
         right &= values[:, -1].argmax(dim=-1).cpu() == answer
     return right.float().mean().item()

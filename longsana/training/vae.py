@@ -115,7 +115,7 @@ def _losses(network: Model, pictures: Tensor, rng: torch.Generator) -> tuple[Ten
     moments = encode_clip(network, pictures.to(dtype), latents_per_call=WHOLE).float()
     mean, log_variance = moments.chunk(2, dim=1)
     log_variance = log_variance.clamp(-20, 10)
-    noise = torch.randn(mean.shape, generator=rng, device=mean.device)
+    noise = torch.randn(mean.shape, generator=rng, dtype=torch.float32, device=mean.device)
     latents = mean + (0.5 * log_variance).exp() * noise
     decoded = decode_clip(network, latents.to(dtype), latents_per_call=WHOLE)
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)

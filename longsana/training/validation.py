@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,12 +21,13 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.runtime.video import VideoWriter
-from longsana.sampling.pipeline import Caption, Frames, VideoPipeline
+from longsana.sampling.pipeline import Caption, VideoPipeline
 from longsana.training.config import TrainingConfig
 
 log = logging.getLogger(__name__)
 
 BYTE = 255.0
+LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 
 
 class Probe(NamedTuple):
@@ -89,7 +89,7 @@ class Validation:
         """Sample, measure and write every video of iteration `step`; all processes call this together.
 
         Raises:
-            FloatingPointError: latents are not finite.
+            FloatingPointError: latents or decoded frames are not finite.
             OSError: a video could not be written.
         """
         started = time.perf_counter()
@@ -167,18 +167,11 @@ def _sample(pipeline: VideoPipeline, sample: _Sample, path: Path | None) -> Prob
                     **asdict(config.video),
                 )
             )
-        for pixels in _finite(pipeline.sample([sample.prompt], [sample.caption], Clock())):
-            meter.add(pixels)
+        for frames in pipeline.sample([sample.prompt], [sample.caption], Clock()):
+            meter.add(frames.pixels)
             if writer is not None:
-                writer.append(pixels[0])
+                writer.append(frames.pixels[0])
     return meter.result()
-
-
-def _finite(samples: Iterator[Frames]) -> Iterator[Tensor]:
-    for frames in samples:
-        if not frames.latents.isfinite().all():
-            raise FloatingPointError(f"validation: latents of chunk {frames.chunk} are not finite")
-        yield frames.pixels
 
 
 class Meter:
@@ -214,7 +207,7 @@ def saturation(pixels: Tensor) -> Tensor:
     pixels: (B, F, H, W, 3), uint8. Returns (B, F), float64.
     """
     most, least = pixels.amax(-1), pixels.amin(-1)
-    return ((most - least) / most.clamp(min=1)).mean(dim=(2, 3), dtype=torch.float64)
+    return ((most - least).float() / most.clamp(min=1)).mean(dim=(2, 3), dtype=torch.float64)
 
 
 def motion(pixels: Tensor) -> Tensor:
@@ -233,5 +226,5 @@ def contrast(pixels: Tensor) -> Tensor:
 
     pixels: (B, F, H, W, 3), uint8. Returns (B, F), float64.
     """
-    luma = pixels.float() @ torch.tensor([0.299, 0.587, 0.114], device=pixels.device) / BYTE
+    luma = pixels.float() @ torch.tensor(LUMA, dtype=torch.float32, device=pixels.device) / BYTE
     return luma.double().std(dim=(2, 3), correction=0)

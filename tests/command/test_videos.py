@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from longsana.config import ModelConfig
 from longsana.encoders.text import GemmaTextEncoder
@@ -171,6 +173,44 @@ def test_numbers_that_are_none_fail_the_prompt(
     assert command("--txt_file", prompts("a red circle"), "--model_path", tmp_path / "nan.pth") == 1
     assert "latents are not finite" in capsys.readouterr().err
     assert not list(videos.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "source", "file", "weight", "says"),
+    [
+        (
+            *("--vae.vae_pretrained", "vae", "diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"),
+            "chunk 0: decoded frames are not finite",
+        ),
+        (
+            *("--text_encoder.text_encoder_name", "text_encoder", "model.safetensors", "norm.weight"),
+            "text encoder: hidden states are not finite",
+        ),
+    ],
+)
+def test_a_decoder_or_text_encoder_with_such_numbers_fails_it_too(
+    command: Command,
+    prompts: Prompts,
+    videos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    setting: str,
+    source: str,
+    file: str,
+    weight: str,
+    says: str,
+) -> None:
+    """No black video, which the next run would take for finished."""
+    folder = shutil.copytree(ROOT / "asset/shapes" / source, tmp_path / source)
+    weights = load_file(folder / file)
+    weights[weight][0] = float("nan")
+    save_file(weights, folder / file, metadata={"format": "pt"})
+    path = prompts("a red circle")
+    assert command("--txt_file", path, setting, folder) == 1
+    assert says in capsys.readouterr().err
+    assert not list(videos.iterdir())
+    assert command("--txt_file", path) == 0
+    assert_whole(videos, 1)
 
 
 def test_the_text_encoder_is_gone_before_the_network_comes(

@@ -63,6 +63,17 @@ def test_streaming_equals_one_shot_to_the_bit(vae: WanVAE, lengths: tuple[int, .
     assert frames.shape == (1, 3, vae.geometry.pixel_frames(sum(lengths)), 16, 24)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none_stay_so(value: float) -> None:
+    """An infinite one would be white or black when it is clamped, and pass for a picture."""
+    vae = load(f"seeded:{SHAPE}")
+    expected, _ = vae.decode_stream(draw(1, 16, 2, 2, 3))
+    vae.model.decoder.conv_out.bias[1] = value
+    frames, _ = vae.decode_stream(draw(1, 16, 2, 2, 3))
+    assert frames[:, 1].isnan().all()
+    assert torch.equal(frames[:, ::2], expected[:, ::2])
+
+
 def test_streaming_equals_one_shot_in_a_batch_and_at_low_precision() -> None:
     latents = draw(2, 16, 5, 4, 3)
     for dtype in (torch.float32, torch.bfloat16):

@@ -11,6 +11,7 @@ from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, load_config
 from longsana.data.remembered import WORLDS, draw_remembered
 from longsana.data.shapes import FPS, draw_scene, prompts, render
+from longsana.encoders.vae import load_vae
 from longsana.evaluation import trial
 from longsana.evaluation.trial import FIGURES, Trial, summarise, try_model, try_truth
 from longsana.flow.schedule import FlowSchedule
@@ -83,6 +84,14 @@ def test_what_breaks_its_promise_scores_less():
     other = [draw_scene(6, index, held_out=True).caption for index in range(2)]
     scored = trial._score(films(scenes, 2 * FPS + 1), other, (2,), trial._seam(1, 1, 4), CPU)
     assert summarise([scored], (2,))["figures"]["2"]["persistence"][0] == 0
+
+
+def test_a_truth_that_is_none_is_not_scored():
+    config = load_config(CONFIG, [], InferenceConfig).vae
+    vae = load_vae(config, CPU, torch.float32)
+    vae.model.decoder.conv_out.bias[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="latents 0 to 1: decoded frames are not finite"):
+        next(trial._decoded(vae, torch.zeros(1, 16, 3, 2, 2), ChunkPlan((2, 1))))
 
 
 def test_mean_and_spread_are_over_seeds():

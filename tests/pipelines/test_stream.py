@@ -119,6 +119,9 @@ def test_bad_input(loaded: LongSanaVideoPipeline, loaded_base: LongSanaVideoPipe
         ({"prompt": 3}, "prompt: a int"),
         ({"prompt": [PROMPT, None]}, "prompt: a NoneType"),
         ({"prompt": []}, "there was none"),
+        ({"prompt": {PROMPT: OTHER}}, "prompt: a dict; must be a text"),
+        ({"prompt": b"text"}, "prompt: a bytes; must be a text"),
+        ({"prompt": torch.zeros(2)}, "prompt: a Tensor; must be a text"),
         ({"prompt": f"{PROMPT}<split>{OTHER}"}, "a stream takes several prompts as they are"),
     ]:
         generator = seed()
@@ -170,6 +173,9 @@ def test_a_stream_ends_when_told(looking_ahead: LongSanaVideoPipeline) -> None:
     for chunk in looking_ahead.stream(PROMPT, generator=seed(), **AHEAD):
         chunks.append(chunk)
         looking_ahead._interrupt = len(chunks) == 4
+    for name, value in (("prompt", OTHER), ("generator", seed())):
+        with pytest.raises(InputError, match=f"^{name}: has no meaning with num_frames=0, which samples nothing"):
+            looking_ahead.stream(num_frames=0, state=chunks[-1], **AHEAD | {name: value})
     (end,) = looking_ahead.stream(num_frames=0, state=chunks[-1], **AHEAD)
     shown = joined([*chunks, end])
     expected = looking_ahead(PROMPT, num_frames=65, generator=seed(), **AHEAD).frames

@@ -210,7 +210,7 @@ BAD = {
     "unknown key": (["--pairs.causl", "true"], "did you mean 'pairs.causal'?"),
     "wrong type": (["--pairs.dtype", "int8"], "expected one of"),
     "config": (["--config_path", "no.yaml"], "no.yaml"),
-    "threads": (["--threads", "0"], "--threads 0"),
+    "threads": (["--threads", "0"], "--threads: 0: must be from 1 to 1024"),
     "missing weights": (["--model.load_from", "no/such.pth"], "no/such.pth"),
     "a file for a folder": (["--out", "{tmp}/parts.txt"], "choose another --out"),
 }
@@ -259,7 +259,7 @@ def test_states_that_are_not_finite_stop_it(
             pipeline.model.final.linear.bias.fill_(float("inf"))
 
     monkeypatch.setattr(VideoPipeline, "load_model", broken)
-    with pytest.raises(FloatingPointError, match="line 1: states are not finite"):
+    with pytest.raises(FloatingPointError, match=r"line 1: states in \w+ are not finite"):
         command()
     assert not list((tmp_path / "out").glob("shard-*"))
 

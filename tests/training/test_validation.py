@@ -157,6 +157,19 @@ def pictures(config: TrainingConfig, length: int, model: LongSanaDiT, vae: WanVA
     ]
 
 
+@pytest.mark.parametrize("broken", ["latents", "decoded frames"])
+def test_numbers_that_are_none_are_no_video(alone: Validation, model: LongSanaDiT, vae: WanVAE, broken: str) -> None:
+    bias = model.final.linear.bias if broken == "latents" else vae.model.decoder.conv_out.bias
+    before = bias.detach().clone()
+    bias.data[0] = float("nan")
+    try:
+        with pytest.raises(FloatingPointError, match=f"chunk 0: {broken} are not finite"):
+            alone.run(41, model, vae)
+    finally:
+        bias.data.copy_(before)
+    assert not list((alone._folder / "vis" / "step_0000041").iterdir())
+
+
 def test_videos_and_numbers_are_those_of_inference(
     config: TrainingConfig, alone: Validation, report: Report, model: LongSanaDiT, vae: WanVAE
 ) -> None:
