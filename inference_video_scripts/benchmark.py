@@ -45,6 +45,7 @@ from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, check_writable
 from longsana.runtime.hub import locate
+from longsana.sampling.checks import check_weights
 from longsana.sampling.flags import check_settings, parse_flags
 from longsana.sampling.request import check_config, select_prompts
 
@@ -105,9 +106,11 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
             check_float8(world.device(), torch.bfloat16)
         except ValueError as error:
             raise InputError(f"--float8: {error}") from error
+    prompt = select_prompts(config, 0, 1)[0]
+    check_weights(config)
     return Request(
         config,
-        select_prompts(config, 0, 1)[0],
+        prompt,
         options.out,
         options.threads,
         options.backend,

@@ -33,6 +33,7 @@ from longsana.runtime.commandline import Parser, run_command, typed_path, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
+from longsana.sampling.checks import check_weights
 from longsana.sampling.flags import check_settings, parse_flags
 from longsana.sampling.request import check_config, seeded_sources, select_prompts
 
@@ -74,6 +75,7 @@ def prepare(arguments: Sequence[str]) -> Request:
     if Path(options.add_label).name != options.add_label:
         raise InputError(f"--add_label {options.add_label}: must be part of a folder's name, without slashes")
     prompts = select_prompts(config, options.start_index, options.end_index, options.sample_nums)
+    check_weights(config)
     work_dir = options.work_dir or Path("output/inference") / config_path.stem
     name = (options.dataset or Path(config.sampling.txt_file).stem) + options.add_label
     return Request(config, prompts, work_dir / name, options.threads)

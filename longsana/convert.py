@@ -28,7 +28,7 @@ import torch
 
 from longsana.config import ARCHITECTURES, InferenceConfig, ModelConfig, load_config
 from longsana.models.checkpoint_files import NETWORKS, PIPELINE_PART, open_checkpoint, weights_file
-from longsana.models.dcp_files import is_checkpoint
+from longsana.models.dcp_files import check_content, is_checkpoint
 from longsana.models.naming import (
     BASE_CLASS,
     CAUSAL_CLASS,
@@ -102,7 +102,8 @@ def is_vae(path: Path, key: str) -> bool:
     """
     kind = written_config(path / "config.json").get("_class_name") if path.is_dir() else None
     if kind is None:
-        return any(name.startswith("encoder.") for name in open_checkpoint(weights_file(path), key))
+        entries = open_checkpoint(weights_file(path), key, digests=False)
+        return any(name.startswith("encoder.") for name in entries)
     if str(kind).startswith("Autoencoder") and kind != VAE_CLASS:
         raise InputError(f"SRC {path}: an {kind}, which has no other layout; {VAE_CLASS} has")
     return bool(kind == VAE_CLASS)
@@ -134,6 +135,9 @@ def run(options: argparse.Namespace) -> int:
     if options.vae:
         _convert_vae(path, target, layout, options.source)
     else:
+        if is_checkpoint(path):
+            log.info("%s: reading all of it, to compare its files with their digests", path)
+            check_content(path)
         written = written_config(weights_file(path))
         config = network_config(options, written)
         try:

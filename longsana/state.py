@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from longsana.runtime.errors import InputError
+from longsana.runtime.foreign import reason_of
 
 
 class LayerState(NamedTuple):
@@ -102,7 +105,15 @@ class CausalState(NamedTuple):
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CausalState:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            parts = {name: file.get_tensor(name) for name in cls._fields[:3]}
-            numbers = file.metadata()  # of files from before there were sinks, frames alone
-            return cls(**parts, frames=int(numbers["frames"]), sinks=int(numbers.get("sinks", 0)))
+        """A state that was saved.
+
+        Raises:
+            InputError: the file is none, or damaged.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                parts = {name: file.get_tensor(name) for name in cls._fields[:3]}
+                numbers = file.metadata()  # of files from before there were sinks, frames alone
+                return cls(**parts, frames=int(numbers["frames"]), sinks=int(numbers.get("sinks", 0)))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not a saved state of a video, or damaged ({reason_of(error)})") from error

@@ -31,8 +31,10 @@ from longsana.data.prompts import Prompt
 from longsana.runtime.commandline import Parser, run_command, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.hub import locate
+from longsana.sampling.checks import check_weights
 from longsana.sampling.request import seeded_sources, select_prompts
 from longsana.training.config import OdePairsConfig
+from longsana.training.pairs import USED, check_pairs, check_settings, distinct_prompts, teacher_config
 
 log = logging.getLogger("longsana")
 
@@ -57,18 +59,18 @@ class Request:
 
 
 def prepare(arguments: Sequence[str]) -> Request:
-    from longsana.training.ode_pairs import check_pairs, check_settings, distinct_prompts, teacher_config
-
     options, settings = parse(arguments)
     config = load_config(locate(options.config_path, "the config"), settings, OdePairsConfig)
     check_settings([setting.partition("=")[0] for setting in settings], config)
     check_pairs(config)
     prompts = select_prompts(teacher_config(config), options.start_index, options.end_index)
-    return Request(config, distinct_prompts(config, prompts), options.threads)
+    distinct = distinct_prompts(config, prompts)
+    check_weights(teacher_config(config), sections=USED)
+    return Request(config, distinct, options.threads)
 
 
 def run(request: Request, world: World) -> int:
-    from longsana.training.ode_pairs import generate_pairs, teacher_config
+    from longsana.training.ode_pairs import generate_pairs  # brings diffusers and transformers, which take seconds
 
     device, threads = world.device(), set_threads(request.threads, world)
     keep_freed_memory()

@@ -29,7 +29,7 @@ from longsana.config import leaf_keys, load_config, render_config
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.hub import locate
-from longsana.training.checks import check_sources, check_training, slots_of
+from longsana.training.checks import check_data, check_sources, check_training, slots_of
 from longsana.training.config import TrainingConfig
 from longsana.training.estimate import estimate
 from longsana.training.published import TRAINING
@@ -74,6 +74,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     slots_of(config, world)
     if not options.dry_run:
         check_sources(config, visualize=not options.no_visualize)
+        check_data(config)
     return Request(config, options, path)
 
 

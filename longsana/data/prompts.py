@@ -1,28 +1,50 @@
-"""Prompt files: one prompt a line, with optional size flags and `<split>` between the parts of one video.
+"""Prompt files: what is asked for, video by video.
 
-A .json file is an object whose keys are the prompts, as the published command reads it.
+Three kinds, told apart by their suffix: text (any other suffix) with one prompt a line; `.jsonl`, one JSON object a
+line; `.json`, one object whose keys are the prompts, as the published command reads it, and whose values may be
+objects. A prompt may hold a size flag, and `<split>` between the parts of one video. Fields of the objects:
+
+    prompt  the text (.jsonl)           size    [height, width] in pixels
+    seed    a whole number              frames  pixel frames of the video
 """
 
 from __future__ import annotations
 
 import codecs
+import dataclasses
+import difflib
 import hashlib
-import json
+import logging
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from longsana.config import SamplingConfig
 from longsana.data.aspect import nearest_size
 from longsana.runtime.errors import InputError, nearest
+from longsana.runtime.foreign import parse_json, reason_of, refuse_stand_in
 from longsana.runtime.hub import locate
+
+log = logging.getLogger(__name__)
 
 SPLIT = "<split>"
 PICTURE = "<image>"
 PUBLISHED_PROMPTS = "vidprom_filtered_extended.txt"
 DOWNLOAD = f"hf download gdhe17/Self-Forcing {PUBLISHED_PROMPTS} --local-dir data/longsana"
 FLAGS = ("ar", "aspect_ratio", "hw")
+FIELDS = ("prompt", "seed", "size", "frames")
+SEEDS = (-(2**63), 2**63 - 1)  # as of sampling.seed
+_TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".yaml", ".yml")
+_OF_THE_COMMAND = {
+    *(setting.name for setting in dataclasses.fields(SamplingConfig) if setting.name not in FIELDS),
+    *("guidance_scale", "num_inference_steps", "step", "flow_shift", "image"),
+}
+"""Fields that would change a video and are settings of the whole command here, or nothing at all."""
+_ALIASES = {"height": "size", "width": "size", "num_frames": "frames", "text": "prompt", "caption": "prompt"}
 
 _FLAG = re.compile(r"(?<!\S)--(?P<name>[A-Za-z][^\s=]*)(?:[\s=]+(?P<value>[^\s<]*))?")
 _RATIO = re.compile(r"([0-9]+(?:\.[0-9]+)?):([0-9]+(?:\.[0-9]+)?)")
@@ -39,14 +61,16 @@ _DEVICES = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """One video to make. Its identity is `text` and `repetition`, not its place in the file."""
+    """One video to make. Its identity is `text`, `seed` and `repetition`, not its place in the file."""
 
-    line: int  # in the file, from 1
+    line: int  # in the file, from 1; of a .json file the number of the key
     text: str  # the whole line without flags
     parts: tuple[str, ...]  # the text split at '<split>'; one for a video with one prompt
-    repetition: int  # 0 for the first line with this text, 1 for the second, ...
+    repetition: int  # 0 for the first line with this text and seed, 1 for the second, ...
     height: int  # pixels
     width: int
+    seed: int | None = None  # None: what the config says
+    frames: int | None = None  # pixel frames; None: as above
 
     @property
     def slug(self) -> str:
@@ -62,26 +86,36 @@ class Prompt:
         return slug
 
 
-def read_prompts(path: str | Path, *, height: int, width: int, aspect_ratio_type: str) -> list[Prompt]:
-    """The prompts of a UTF-8 text file or of a .json file, in its order; blank ones are skipped and still counted.
+def read_prompts(
+    path: str | Path,
+    *,
+    height: int,
+    width: int,
+    aspect_ratio_type: str,
+    seed: int | None = None,
+    frames: int | None = None,
+) -> list[Prompt]:
+    """The prompts of a file, in its order; blank ones are skipped and still counted.
 
-    A line may hold one flag, `--ar h:w` (or `--aspect_ratio`, `--hw`): the video takes the size of the table
-    `aspect_ratio_type` nearest to h / w. Other lines are `height` x `width`.
+    A prompt may hold one flag, `--ar h:w` (or `--aspect_ratio`, `--hw`): the video takes the size of the table
+    `aspect_ratio_type` nearest to h / w. Others have the size of their field, or are `height` x `width`.
+
+    seed, frames: of prompts that do not say it themselves.
 
     Raises:
-        InputError: the file cannot be read, has no prompt, or a line is wrong; the message says where.
+        InputError: the file cannot be read, is of a kind that is not read, has no prompt, or a line is wrong; the
+            message says where.
     """
     prompts: list[Prompt] = []
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[str, int | None]] = Counter()
     path = Path(path)
-    is_json = path.suffix == ".json"
-    for number, line in _keys(path) if is_json else _lines(path):
-        where = f"{path}, {'key' if is_json else 'line'} {number}"
-        if PICTURE in line:
-            raise InputError(f"{where}: asks for a video that begins with a picture ('{PICTURE}'); remove it")
-        text, ratio = _take_flag(line, where)
-        size = (height, width)
+    for entry in _entries(path):
+        where = place(path, entry.number)
+        text, ratio = _take_flag(entry.text, where)
+        size = entry.size or (height, width)
         if ratio is not None:
+            if entry.size is not None:
+                raise InputError(f"{where}: both a size flag and the field size; keep one of them")
             if aspect_ratio_type == "none":
                 raise InputError(
                     f"{where}: a size flag needs a table; set sampling.aspect_ratio_type or remove the flag"
@@ -91,18 +125,21 @@ def read_prompts(path: str | Path, *, height: int, width: int, aspect_ratio_type
         if not all(parts):
             reason = f"a part beside '{SPLIT}' is empty" if SPLIT in text else "a size flag without a prompt"
             raise InputError(f"{where}: {reason}")
-        prompts.append(Prompt(number, text, parts, seen[text], *size))
-        seen[text] += 1
+        own_seed = seed if entry.seed is None else entry.seed
+        own_frames = frames if entry.frames is None else entry.frames
+        prompts.append(Prompt(entry.number, text, parts, seen[text, own_seed], *size, own_seed, own_frames))
+        seen[text, own_seed] += 1
     return prompts
 
 
 def training_prompts(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 text file without blank ones; a line is one prompt whatever is in it.
+    """The prompts of a file without blank ones; flags and `<split>` are words of theirs.
 
     path: tried from the working directory and then from the repository root; or hf://owner/repo/file.
 
     Raises:
-        InputError: the file is missing, empty, or a line of it is not UTF-8.
+        InputError: the file is missing, empty, of a kind that is not read, or a line of it is wrong, or has fields
+            that mean nothing in training.
     """
     try:
         file = locate(str(path), "data.data_path")
@@ -110,7 +147,34 @@ def training_prompts(path: str | Path) -> list[str]:
         if Path(path).name == PUBLISHED_PROMPTS:
             raise InputError(f"{error}; the published prompts: `{DOWNLOAD}`") from error
         raise
-    return [line for _, line in _lines(file)]
+    texts = []
+    for entry in _entries(file):
+        if own := [name for name in FIELDS[1:] if getattr(entry, name) is not None]:
+            raise InputError(
+                f"{place(file, entry.number)}: the field {own[0]} has no meaning in training, which draws its noise "
+                "by train.seed and has one size and length; remove it"
+            )
+        texts.append(entry.text)
+    return texts
+
+
+def place(path: Path, number: int) -> str:
+    """A prompt of a file, for messages."""
+    return f"{path}, {'key' if path.suffix.lower() == '.json' else 'line'} {number}"
+
+
+def check_words(text: str, where: str) -> None:
+    """Refuse a prompt that is no text, or asks for what is no text.
+
+    Raises:
+        InputError: it has a NUL or half a character in it, or begins with a picture; `where` is said first.
+    """
+    if "\0" in text:
+        raise InputError(f"{where}: a NUL character in it; remove it")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{where}: half a character in it (a lone surrogate); write the whole one")
+    if PICTURE in text:
+        raise InputError(f"{where}: asks for a video that begins with a picture ('{PICTURE}'); remove it")
 
 
 def with_motion(text: str, score: int | None, *, high: bool = False) -> str:
@@ -137,37 +201,158 @@ def parts_per_chunk(parts: int, chunks: int) -> list[int]:
     return [chunk * parts // chunks for chunk in range(chunks)]
 
 
-def _keys(path: Path) -> list[tuple[int, str]]:
-    """The keys of a JSON object that are not blank, stripped, and their numbers."""
+class _Entry(NamedTuple):
+    """A prompt as it is written; fields that it lacks are None. number: see `Prompt.line`."""
+
+    number: int
+    text: str
+    seed: int | None = None
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+
+
+def _entries(path: Path) -> list[_Entry]:
+    """The prompts that are not blank, stripped."""
+    kind = path.suffix.lower()
+    if kind in _TABLES:
+        raise InputError(
+            f"{path}: {kind} files are not read; write the prompts one a line into a .txt, or as objects "
+            '{"prompt": ...} one a line into a .jsonl'
+        )
+    content = _read(path)
+    unused: set[str] = set()
+    if kind == ".json":
+        found, how = list(_of_object(path, content, unused)), "write each as a key of the object"
+    elif kind in (".jsonl", ".ndjson"):
+        found, how = list(_of_lines(path, content, unused)), 'write an object {"prompt": ...} a line'
+    else:
+        _refuse_json(path, content)
+        found, how = [_Entry(*line) for line in _lines(path, content)], "write one prompt a line"
+    entries = [entry for entry in found if entry.text]
+    if not entries:
+        raise InputError(f"{path}: no prompts in this file; {how}")
+    for entry in entries:
+        check_words(entry.text, place(path, entry.number))
+    if unused:
+        log.info("%s: these fields change nothing here: %s", path, ", ".join(sorted(unused)))
+    return entries
+
+
+def _of_object(path: Path, content: bytes, unused: set[str]) -> Iterator[_Entry]:
+    """The keys of an object; a key that comes twice is two prompts."""
     try:
-        content = json.loads(_read(path))
+        pairs = parse_json(content, _Pairs)
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: a JSON {type(content).__name__}; expected an object whose keys are the prompts")
-    keys = [(number, key.strip()) for number, key in enumerate(content, start=1) if key.strip()]
-    if not keys:
-        raise InputError(f"{path}: no prompts in this file; write each as a key of the object")
-    return keys
+    if not isinstance(pairs, _Pairs):
+        raise InputError(
+            f"{path}: a JSON {type(pairs).__name__}; expected an object whose keys are the prompts; for a list write "
+            "an object a line into a .jsonl"
+        )
+    for number, (text, value) in enumerate(pairs, start=1):
+        fields: Iterable[tuple[str, Any]] = ()
+        if isinstance(value, _Pairs):
+            fields = value
+        elif value is not None:
+            unused.add("values that are no objects")
+        yield _entry(place(path, number), number, [("prompt", text), *fields], unused)
+
+
+def _of_lines(path: Path, content: bytes, unused: set[str]) -> Iterator[_Entry]:
+    for number, line in _lines(path, content):
+        where = place(path, number)
+        try:
+            value = parse_json(line, _Pairs)
+        except ValueError as error:
+            raise InputError(f"{where}: not JSON: {error}") from error
+        if not isinstance(value, _Pairs):
+            raise InputError(f'{where}: a JSON {type(value).__name__}; expected an object, {{"prompt": ...}}')
+        yield _entry(where, number, value, unused)
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """The names and values of a JSON object, in order."""
+
+
+def _entry(where: str, number: int, pairs: Iterable[tuple[str, Any]], unused: set[str]) -> _Entry:
+    """A prompt of its fields; names of those that mean nothing are added to `unused`."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise InputError(f"{where}: the field {name} is given twice")
+        fields[name] = value
+    for name in fields:
+        if name not in FIELDS:
+            _check_unknown(name, fields, where)
+            unused.add(name)
+    text = fields.get("prompt")
+    if not isinstance(text, str):
+        there = f"it has {', '.join(list(fields)[:5]) or 'none'}" if text is None else f"it is {text!r:.40}"
+        raise InputError(f"{where}: needs a text in the field prompt; {there}")
+    size = fields.get("size")
+    if size is not None and not (isinstance(size, list) and not isinstance(size, _Pairs) and len(size) == 2):
+        raise InputError(f"{where}: size={size!r:.40}: must be [height, width], as in [480, 832]")
+    return _Entry(
+        number,
+        text.strip(),
+        _whole(where, "seed", fields.get("seed"), *SEEDS),
+        None if size is None else (_side(where, size[0]), _side(where, size[1])),
+        _whole(where, "frames", fields.get("frames"), 1),
+    )
+
+
+def _check_unknown(name: str, fields: dict[str, Any], where: str) -> None:
+    """Refuse a field that asks for something which would be ignored; what is said of it else may stay."""
+    lower = name.lower()
+    meant = _ALIASES.get(lower) or next(iter(difflib.get_close_matches(lower, FIELDS, n=1, cutoff=0.75)), None)
+    if meant is not None and fields.get(meant) is None:
+        raise InputError(f"{where}: unknown field {name} (did you mean '{meant}'?); there are {', '.join(FIELDS)}")
+    if lower in _OF_THE_COMMAND:
+        raise InputError(
+            f"{where}: the field {name} cannot be honoured for one prompt; give it to the command, for all of them"
+        )
+
+
+def _side(where: str, value: Any) -> int:
+    side = _whole(where, "size", value, 1)
+    if side is None:
+        raise InputError(f"{where}: size: must be [height, width], as in [480, 832]")
+    return side
+
+
+def _whole(where: str, name: str, value: Any, least: int, most: float = float("inf")) -> int | None:
+    """A whole number, also as JSON's 7.0, or None."""
+    if value is None:
+        return None
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if not whole or not least <= value <= most:
+        up_to = f" to {most}" if most < float("inf") else " or more"
+        raise InputError(f"{where}: {name}={value!r:.40}: must be a whole number, {least}{up_to}")
+    return int(value)
 
 
 def _read(path: Path) -> bytes:
     if path.is_dir():
         raise InputError(f"{path}: a directory; expected a text file with one prompt a line")
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such prompt file") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{path}: cannot be read: {reason_of(error)}") from error
+    refuse_stand_in(path, content[:24])
+    before, nul, _ = content.partition(b"\0")
+    if nul:
+        number = max(len(before.splitlines()), 1) + before.endswith(b"\n")
+        raise InputError(f"{path}, line {number}: not UTF-8: a NUL byte in it (UTF-16?); save the file as UTF-8")
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
+def _lines(path: Path, content: bytes) -> list[tuple[int, str]]:
     """The lines that are not blank, stripped, and their numbers in the file."""
-    content = _read(path)
     lines = []
     # Decoded one by one, so that a bad byte can be blamed on its line.
-    for number, raw in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+    for number, raw in enumerate(content.splitlines(), start=1):
         try:
             line = raw.decode("utf-8").strip()
         except UnicodeDecodeError as error:
@@ -177,9 +362,20 @@ def _lines(path: Path) -> list[tuple[int, str]]:
             ) from error
         if line:
             lines.append((number, line))
-    if not lines:
-        raise InputError(f"{path}: no prompts in this file; write one prompt a line")
     return lines
+
+
+def _refuse_json(path: Path, content: bytes) -> None:
+    """Refuse JSON under the name of a text file, whose lines would be taken for prompts."""
+    if not content.lstrip().startswith((b"{", b"[")):
+        return
+    for whole, suffix in ((content.strip().splitlines()[0], ".jsonl"), (content, ".json")):
+        try:
+            found = parse_json(whole)
+        except ValueError:
+            continue
+        if isinstance(found, dict | list):
+            raise InputError(f"{path}: holds JSON, not a prompt a line; name such a file {suffix}")
 
 
 def _take_flag(line: str, where: str) -> tuple[str, float | None]:

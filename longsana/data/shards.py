@@ -257,7 +257,7 @@ def read_manifest(folder: Path) -> tuple[Contents, list[Shard] | None]:
             raise ValueError("its parts contradict each other")
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({' '.join(str(error).split())})") from error
     return contents, listed
 
@@ -274,7 +274,7 @@ def _header(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             header: dict[str, Any] = json.loads(file.metadata()["shard"])
         return header
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({' '.join(str(error).split())})") from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longsana.data.lmdb_entries import DATA, SHAPE, latents, problem_of, prompt, stored_shape
 from longsana.data.shards import MANIFEST, ShardFolder
 from longsana.runtime.errors import InputError
 
@@ -55,14 +55,14 @@ class Trajectories:
     def open(cls, path: str | Path, *, digests: bool = True) -> Trajectories:
         """A folder that `generate_ode_pairs.py` has finished, or an LMDB in the published layout.
 
-        digests: see `ShardFolder`.
+        digests: see `ShardFolder`; of an LMDB, which has none, every entry is looked at.
 
         Raises:
             InputError: it is neither, or not whole.
         """
         path = Path(path)
-        if (path / "data.mdb").is_file() and not (path / MANIFEST).exists():
-            source = PublishedLmdb(path)
+        if (path / DATA).is_file() and not (path / MANIFEST).exists():
+            source = PublishedLmdb(path, whole=digests)
             if source.shape[0] != len(PUBLISHED_SIGMAS):
                 raise InputError(
                     f"{path}: {source.shape[0]} states an item, and an LMDB does not say at which noise levels; only "
@@ -122,19 +122,26 @@ class PublishedLmdb:
     """Keys: latents_shape, "N S T C H W"; latents_{i}_data, float16 in that order; prompts_{i}_data, UTF-8.
 
     shape: (S, C, T, H, W) of an item.
+    whole: look at all entries first. What is read later is trusted, and a file that was cut ends the process.
 
     Raises:
-        InputError: the package lmdb is missing, or the file is not of this layout.
+        InputError: the package lmdb is missing, or the file is not of this layout, or not whole.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, whole: bool = True) -> None:
         self.path = path
+        _check_lmdb(path)
+        if whole:
+            log.info("%s: looking at all entries", path)
+            if (problem := problem_of(path)) is not None:
+                raise InputError(f"{path}: {problem}")
         self._environment: lmdb.Environment = _open_lmdb(path)
-        given = self._read("latents_shape")
-        if not re.fullmatch(rb"[1-9][0-9]*( [1-9][0-9]*){5}", given):
-            raise self._wrong(f"latents_shape is {given!r}; it should be six numbers, N S T C H W")
-        numbers = [int(number) for number in given.split()]
-        self._count, states, frames, channels, height, width = numbers
+        try:
+            self._count, states, frames, channels, height, width = stored_shape(self._read(SHAPE))
+        except InputError:
+            raise
+        except ValueError as error:
+            raise self._wrong(str(error)) from error
         self._stored = (states, frames, channels, height, width)
         self.shape = (states, channels, frames, height, width)
         self[0], self[self._count - 1]  # of the right size, or refused now
@@ -145,7 +152,7 @@ class PublishedLmdb:
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        key = f"latents_{index}_data"
+        key = latents(index)
         raw = self._read(key)
         expected = 2 * int(np.prod(self._stored))
         if len(raw) != expected:
@@ -158,9 +165,9 @@ class PublishedLmdb:
 
     def _prompt(self, index: int) -> str:
         try:
-            return self._read(f"prompts_{index}_data").decode("utf-8")
+            return self._read(prompt(index)).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self._wrong(f"prompts_{index}_data is not UTF-8") from error
+            raise self._wrong(f"{prompt(index)} is not UTF-8") from error
 
     def _read(self, key: str) -> bytes:
         with self._environment.begin() as transaction:
@@ -173,11 +180,16 @@ class PublishedLmdb:
         return InputError(f"{self.path}: not an LMDB of trajectories: {what}")
 
 
-def _open_lmdb(path: Path) -> lmdb.Environment:
+def _check_lmdb(path: Path) -> None:
     try:
-        import lmdb
+        import lmdb  # noqa: F401 (whether it is there)
     except ImportError as error:
         raise InputError(f"{path}: an LMDB needs the package lmdb; pip install -e '.[lmdb]'") from error
+
+
+def _open_lmdb(path: Path) -> lmdb.Environment:
+    import lmdb
+
     try:
         # Not locked: many processes read, from disks that may be read-only.
         return lmdb.open(str(path), readonly=True, lock=False, readahead=False)

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from longsana.config import TextEncoderConfig, check_chi_prompt
+from longsana.encoders.headers import check_text_folder, open_text_weights
 from longsana.models.embeddings import TextEmbedding
 from longsana.published import INSTRUCTION_SHA256, NEGATIVE_PROMPT_SHA256
 from longsana.runtime.arguments import settled
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite
+from longsana.runtime.foreign import read_json
 from longsana.runtime.hub import SEEDED, locate
 
 if TYPE_CHECKING:
@@ -71,11 +73,7 @@ class GemmaTextEncoder:
         seeded = name.startswith(SEEDED)
         folder = locate(name.removeprefix(SEEDED), "text_encoder.text_encoder_name")
         gemma = _read_config(folder)
-        if gemma.hidden_size != caption_channels:
-            raise InputError(
-                f"{folder}: this text encoder is {gemma.hidden_size} wide, but model.caption_channels is "
-                f"{caption_channels}; the two must agree"
-            )
+        check_text_folder(folder, caption_channels)
         tokenizer = _load_tokenizer(folder, gemma.vocab_size)
         instruction = instruction_text(config.chi_prompt)
         model: Any = _random_model(gemma) if seeded else _load_model(folder, gemma, dtype)
@@ -273,6 +271,7 @@ def _read_config(folder: Path) -> Gemma2Config:
 
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json; expected a transformers folder with a Gemma 2 text encoder")
+    read_json(folder / "config.json")  # a file that is none has a clearer word here
     try:
         config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # depending on what is wrong in the file, one of many classes
@@ -285,9 +284,6 @@ def _read_config(folder: Path) -> Gemma2Config:
 def _load_tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    # Without these, transformers makes up an empty tokenizer.
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise InputError(f"{folder}: no tokenizer.json; expected a transformers folder with its tokenizer")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             str(folder),
@@ -316,37 +312,24 @@ _ATTENTION = "eager"
 
 
 def _load_model(folder: Path, config: Gemma2Config, dtype: torch.dtype) -> Gemma2Model:
-    from safetensors import SafetensorError
     from transformers import Gemma2Model
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # loading takes a second; the command has its own bars
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{folder}: no *.safetensors weights; for random ones use text_encoder_name=seeded:{folder}")
-    try:
-        loaded: Any = Gemma2Model.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            attn_implementation=_ATTENTION,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below, with their names
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: its weights cannot be read: {_first_line(error)}") from error
+    entries = open_text_weights(folder, config.to_dict())
+    assert entries is not None
+    # A copy always: memory that maps the file would change, or crash us, with it.
+    weights = {name: entry.read().to(dtype, copy=True) for name, entry in entries.items()}
+    loaded: Any = Gemma2Model.from_pretrained(
+        None,  # not by its own reader, which opens whatever an index names
+        config=config,
+        state_dict=weights,
+        dtype=dtype,
+        attn_implementation=_ATTENTION,
+        output_loading_info=True,
+    )
     model, report = loaded
-    # A Gemma2ForCausalLM brings its head along.
-    surplus = [key for key in report["unexpected_keys"] if not key.startswith("lm_head.")]
-    misshapen = [key for key, *_ in report["mismatched_keys"]]
-    for problem, keys in (
-        ("has tensors of other shapes than its config.json", misshapen),
-        ("lacks tensors", report["missing_keys"]),
-        ("has unknown tensors", surplus),
-    ):
-        if keys:
-            raise InputError(f"{folder}: the checkpoint {problem}: {', '.join(sorted(keys)[:3])} ({len(keys)} in all)")
+    assert not any(report.values()), report
     return model
 
 

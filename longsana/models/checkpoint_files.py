@@ -1,15 +1,18 @@
-"""Named tensors, opened without reading them: PyTorch pickles, safetensors whole or in shards, folders of training.
+"""The one opener of weights: PyTorch pickles, safetensors whole or in shards, folders of training; nothing is read yet.
 
-What a file is, is seen from its first bytes, never from its suffix.
+What a file is, is seen from its first bytes, never from its suffix. Code in a file never runs.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import pickle
 import re
+import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,9 +21,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longsana.models.dcp_files import SEPARATOR, checkpoints_in, is_checkpoint, open_tensors, read_manifest
+from longsana.models.dcp_files import (
+    SEPARATOR,
+    check_content,
+    checkpoints_in,
+    is_checkpoint,
+    open_tensors,
+    read_manifest,
+)
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import move_into_place, partial_name
+from longsana.runtime.foreign import AGAIN, reason_of, stand_in
 from longsana.runtime.hub import INDEX_SUFFIX, shards_of
 
 log = logging.getLogger(__name__)
@@ -28,7 +39,10 @@ log = logging.getLogger(__name__)
 NETWORKS = ("generator", "generator_ema", "critic")
 PIPELINE_PART = "transformer"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-AGAIN = "download or copy it again"
+TRANSFORMERS_WEIGHTS = "model.safetensors"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module")
+"""What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into the names of a network."""
 
 
 class Entry(NamedTuple):
@@ -40,39 +54,42 @@ class Entry(NamedTuple):
     read: Callable[[], Tensor]
 
 
-def open_checkpoint(path: Path | Sequence[Path], key: str) -> dict[str, Entry]:
-    """The tensors of one network, by the names the file gives them, without `model.` in front of all.
+def open_weights(path: Path | Sequence[Path]) -> dict[str, Entry]:
+    """The tensors of a file, by the names that the network gave them, without those of what wrapped it.
 
-    path: a file, an index of shards, a checkpoint folder of training, or the shards themselves.
-    key: the network to take from a training checkpoint; elsewhere there is one network to take.
+    path: a file, an index of shards, or the shards themselves.
 
     Raises:
-        InputError: missing, damaged, ambiguous, holding objects other than tensors, or without this network.
+        InputError: missing, damaged, or holding objects other than tensors. `read` raises it too.
+    """
+    return _opened(path, None)
+
+
+def open_checkpoint(path: Path | Sequence[Path], key: str, *, digests: bool = True) -> dict[str, Entry]:
+    """The tensors of one of our networks: see `open_weights`; and without `model.` in front of all.
+
+    path: also a checkpoint folder of training.
+    key: the network to take from a training checkpoint; elsewhere there is one network to take.
+    digests: compare a checkpoint folder's files with the SHA-256 that training wrote down; those of files that have
+        not changed since are remembered.
+
+    Raises:
+        InputError: as there, or ambiguous, or without this network.
     """
     if isinstance(path, Path) and path.is_dir():
-        return _open_folder(path, key)
-    if not isinstance(path, Path):
-        files = list(path)
-    elif path.name.endswith(INDEX_SUFFIX):
-        files = [path.parent / shard for shard in shards_of(path)]
-    else:
-        files = [path]
-    entries: dict[str, Entry] = {}
-    for file in files:
-        if not file.is_file():
-            listed = f", but {path.name} lists it; {AGAIN}" if isinstance(path, Path) and file != path else ""
-            raise InputError(f"{file}: no such file{listed}")
-        fresh = _open_file(file, key)
-        if twice := sorted(entries.keys() & fresh.keys()):
-            raise InputError(f"{file}: {twice[0]} is in another shard too; {AGAIN}")
-        entries.update(fresh)
-    if entries and all(name.startswith("model.") for name in entries):
-        return {name.removeprefix("model."): entry for name, entry in entries.items()}
+        return _open_folder(path, key, digests)
+    entries = _opened(path, key)
+    while entries and all(name.startswith("model.") for name in entries):
+        entries = {name.removeprefix("model."): entry for name, entry in entries.items()}
     return entries
 
 
-def weights_file(path: Path) -> Path:
+def weights_file(path: Path, remedy: str = "name the file") -> Path:
     """The file or the index of shards that a folder means; a file, and a checkpoint folder of training, is itself.
+
+    Of several the usual name (`diffusion_pytorch_model`, `model`) counts, not a variant's beside it.
+
+    remedy: what to do where none can be chosen, for the message.
 
     Raises:
         InputError: the folder holds none, or several and none with a usual name, or is a run with its checkpoints.
@@ -83,18 +100,84 @@ def weights_file(path: Path) -> Path:
         newest = next((folder for folder in checkpoints if not _damage(folder)), checkpoints[0])
         raise InputError(f"{path}: a run, with {len(checkpoints)} checkpoints: name one, such as {newest}, the newest")
     if (path / PIPELINE_PART).is_dir():
-        return weights_file(path / PIPELINE_PART)
-    for name in (DIFFUSERS_WEIGHTS, "model.safetensors"):
+        return weights_file(path / PIPELINE_PART, remedy)
+    for name in (DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS):
         single, index = path / name, path / name.replace(".safetensors", INDEX_SUFFIX)
         if single.is_file() or index.is_file():
             return index if index.is_file() else single
     files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
     found = [file for file in files if file.name.endswith(INDEX_SUFFIX)]
-    found = found or [file for file in files if file.suffix in (".safetensors", ".pth", ".pt", ".bin")]
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found[:5])
-        raise InputError(f"{path}: {f'several weights files ({names})' if found else 'no weights'} here; name the file")
-    return found[0]
+    found = found or [file for file in files if file.suffix in SUFFIXES]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(file.name for file in found[:5])
+    if found and all(re.search(r"-\d+-of-\d+\.\w+$", file.name) for file in found):
+        raise InputError(f"{path}: shards ({names}) without their index, *{INDEX_SUFFIX}; download it too")
+    raise InputError(f"{path}: {f'several weights files ({names})' if found else 'no weights'} here; {remedy}")
+
+
+def check_digests(path: Path) -> None:
+    """Compare a checkpoint folder of training with the SHA-256 that it was written with; other weights have none.
+
+    Raises:
+        InputError: a file has changed.
+    """
+    if is_checkpoint(path):
+        log.info("%s: comparing its files with their digests; those that are new or changed are read", path)
+        check_content(path, remembered=True)
+
+
+def headers_tell(path: Path) -> bool:
+    """Whether names and shapes are known without reading all of a file: not in PyTorch's format before 1.6."""
+    if not path.is_file():
+        return True
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(9)
+    except OSError:
+        return True  # for the opener to explain
+    return head[:1] != b"\x80" or head[8:9] == b"{"
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Log what is to be known of a file, however often it is opened."""
+    log.info("%s", message)
+
+
+def _opened(path: Path | Sequence[Path], key: str | None) -> dict[str, Entry]:
+    """key: see `open_checkpoint`; None: the file is not looked through for networks of training."""
+    index = path if isinstance(path, Path) and path.name.endswith(INDEX_SUFFIX) else None
+    if index is not None:
+        files = [index.parent / shard for shard in shards_of(index)]
+    else:
+        files = [path] if isinstance(path, Path) else list(path)
+    entries: dict[str, Entry] = {}
+    for file in files:
+        if not file.is_file():
+            listed = "" if index is None else f", but {index.name} lists it; {AGAIN}"
+            raise InputError(f"{file}: no such file{listed}")
+        fresh = _open_file(file, key, shard=index is not None)
+        if twice := sorted(entries.keys() & fresh.keys()):
+            raise InputError(f"{file}: {twice[0]} is in another shard too; {AGAIN}")
+        entries.update(fresh)
+    return _unwrapped(entries, index or files[0])
+
+
+def _unwrapped(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
+    """By names without WRAPPERS, wherever in them they stand: blocks are wrapped one by one, too."""
+    found: dict[str, Entry] = {}
+    taken: dict[str, None] = {}
+    for name, entry in entries.items():
+        pieces = name.split(".")
+        short = ".".join(piece for piece in pieces if piece not in WRAPPERS)
+        if short in found:
+            raise InputError(f"{path}: several tensors are {short} without what wrapped the network ({name}); {AGAIN}")
+        found[short] = entry
+        taken |= dict.fromkeys(piece for piece in pieces if piece in WRAPPERS)
+    if taken:
+        say_once(f"{path}: {', '.join(f'{piece}.' for piece in taken)} is taken off its names")
+    return found
 
 
 def _damage(folder: Path) -> str:
@@ -107,7 +190,9 @@ def _damage(folder: Path) -> str:
     return ""
 
 
-def _open_folder(path: Path, key: str) -> dict[str, Entry]:
+def _open_folder(path: Path, key: str, digests: bool) -> dict[str, Entry]:
+    if digests:
+        check_content(path, remembered=True)
     groups: dict[str, dict[str, Entry]] = {}
     for full_name, (shape, dtype, read) in open_tensors(path).items():
         group, _, name = full_name.partition(SEPARATOR)
@@ -124,14 +209,21 @@ def _check_key(path: Path, key: str, networks: list[str]) -> None:
     raise InputError(f"{path}: no network '{key}' in this training checkpoint; {remedy}")
 
 
-def _open_file(path: Path, key: str) -> dict[str, Entry]:
-    with path.open("rb") as stream:
-        head = stream.read(24)
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull`, or download the file itself")
+def _open_file(path: Path, key: str | None, *, shard: bool) -> dict[str, Entry]:
+    """shard: an index of safetensors lists it, so it must be one."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(24)
+            size = os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason_of(error)})") from error
+    if (instead := stand_in(head)) is not None:
+        raise InputError(f"{path}: {instead.what}, neither a PyTorch nor a safetensors file; {instead.remedy}")
     # First: a header's length, in the eight bytes before it, may begin as a pickle does.
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
         return _open_safetensors(path)
+    if shard:
+        raise InputError(f"{path}: cannot be read as safetensors, which its index says it is; {AGAIN}")
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _open_pickle(path, key, mapped=head.startswith(b"PK"))
     raise InputError(f"{path}: neither a PyTorch nor a safetensors file, or damaged; {AGAIN}")
@@ -143,23 +235,40 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
     try:
         handle = safe_open(path, "pt")
         headers = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise InputError(f"{path}: damaged or cut short ({error}); {AGAIN}") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged or cut short ({reason_of(error)}); {AGAIN}") from error
+
+    def read(name: str) -> Tensor:
+        try:
+            tensor: Tensor = handle.get_tensor(name)
+            return tensor
+        except Exception as error:  # a dtype that this torch lacks, a disk that fails
+            raise InputError(f"{path}: {name} cannot be read ({reason_of(error)})") from error
+
     return {
         name: Entry(
             tuple(header.get_shape()),
             header.get_dtype(),
             header.get_dtype().startswith(("F", "BF")),
-            partial(handle.get_tensor, name),
+            partial(read, name),
         )
         for name, header in headers.items()
     }
 
 
-def _open_pickle(path: Path, key: str, *, mapped: bool) -> dict[str, Entry]:
+def _open_pickle(path: Path, key: str | None, *, mapped: bool) -> dict[str, Entry]:
     try:
-        # PyTorch's format before 1.6 cannot be mapped into memory.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if mapped:
+            _check_archive(path)
+        with tempfile.TemporaryDirectory() as scratch:
+            # PyTorch goes by this suffix, whatever the content is.
+            name = Path(scratch) / "misnamed.pth" if path.suffix == ".safetensors" else path
+            if name != path:
+                name.symlink_to(path.absolute())
+            # PyTorch's format before 1.6 cannot be mapped into memory.
+            loaded = torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
@@ -170,19 +279,30 @@ def _open_pickle(path: Path, key: str, *, mapped: bool) -> dict[str, Entry]:
             f"{path}: refused: damaged, or holding more than plain weights (such files can run code); {AGAIN}"
         ) from error
     except Exception as error:  # what a damaged pickle raises is anyone's guess: KeyError, EOFError, OSError...
-        detail = " ".join(str(error).split())[:100]
-        raise InputError(f"{path}: damaged or cut short ({type(error).__name__}: {detail}); {AGAIN}") from error
+        # Nor may PyTorch's advice be passed on: without weights_only code in the file would run.
+        detail = "" if "weights_only" in str(error) else f": {reason_of(error)}"
+        raise InputError(f"{path}: damaged or cut short ({type(error).__name__}{detail}); {AGAIN}") from error
     return {str(name): _entry(value) for name, value in _network(loaded, key, path).items()}
 
 
-def _network(loaded: object, key: str, path: Path) -> Mapping[Any, object]:
-    if isinstance(loaded, Mapping):
+def _check_archive(path: Path) -> None:
+    """Refuse zip archives that PyTorch has not written, or that hold a program."""
+    with zipfile.ZipFile(path) as archive:
+        names = {name.rpartition("/")[2] for name in archive.namelist()}
+    if "constants.pkl" in names:
+        raise InputError(f"{path}: refused: a TorchScript archive, which is a program; get the weights as safetensors")
+    if "data.pkl" not in names:
+        raise InputError(f"{path}: a zip archive, and none of PyTorch's; unpack it first, or download the weights")
+
+
+def _network(loaded: object, key: str | None, path: Path) -> Mapping[Any, object]:
+    if isinstance(loaded, Mapping) and key is not None:
         networks = [name for name in NETWORKS if isinstance(loaded.get(name), Mapping)]
         if networks:
             _check_key(path, key, networks)
             loaded = loaded[key]
         elif key != NETWORKS[0]:
-            log.info("%s holds one network, which is taken for '%s'", path, key)
+            say_once(f"{path} holds one network, which is taken for '{key}'")
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from longsana.runtime.errors import InputError
+from longsana.runtime.hub import digests_of
 
 if TYPE_CHECKING:  # a second of imports that most commands have no use for
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -93,7 +94,7 @@ def read_manifest(path: Path) -> dict[str, FileRecord]:
         files = {str(name): FileRecord(int(entry["size"]), str(entry["sha256"])) for name, entry in written.items()}
     except FileNotFoundError as error:
         raise InputError(f"{path}: no {MANIFEST}, so not a whole checkpoint; {_AGAIN}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path / MANIFEST}: cannot be read ({type(error).__name__}); {_AGAIN}") from error
     for name, record in files.items():
         if Path(name).name != name or name in ("", MANIFEST):
@@ -107,16 +108,19 @@ def read_manifest(path: Path) -> dict[str, FileRecord]:
     return files
 
 
-def check_content(path: Path) -> None:
+def check_content(path: Path, *, remembered: bool = False) -> None:
     """Read every byte of a checkpoint folder.
+
+    remembered: but not those of files that have not changed since they were last read (their size, time and inode).
 
     Raises:
         InputError: it is not what was written.
     """
     files = read_manifest(path)
-    for name, digest in digests(path, list(files)).items():
+    found = digests_of([path / name for name in files], remembered=remembered)
+    for name, digest in zip(files, found, strict=True):
         if digest != files[name].sha256:
-            raise InputError(f"{path}: {name} has changed since it was written (SHA-256); {_AGAIN}")
+            raise InputError(f"{path / name}: has changed since it was written (SHA-256); {_AGAIN}")
     read_metadata(path)
 
 

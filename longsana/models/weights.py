@@ -20,7 +20,9 @@ from longsana.models.checkpoint_files import (
     DIFFUSERS_WEIGHTS,
     NETWORKS,
     Entry,
+    headers_tell,
     open_checkpoint,
+    say_once,
     weights_file,
     write_pickle,
     write_safetensors,
@@ -39,6 +41,7 @@ from longsana.models.naming import (
 from longsana.models.past import LEARNED
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.files import atomic_write_text
+from longsana.runtime.foreign import read_json
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +101,21 @@ def read_weights(path: Path, config: ModelConfig, *, key: str = "generator") -> 
     with torch.device("meta"):
         expected = LongSanaDiT(config).state_dict()
     return {name: tensor for name, tensor, _ in _read(path, key, config, expected, exact=True)}
+
+
+def check_fit(path: Path, config: ModelConfig, *, key: str = "generator") -> None:
+    """Refuse a checkpoint of which headers tell that it does not fit the network, or is not whole; no tensor is read.
+
+    Of PyTorch's format before 1.6, which has no header, nothing is told.
+
+    Raises:
+        InputError: what `load_weights` would raise.
+    """
+    file = weights_file(path)
+    if headers_tell(file):
+        with torch.device("meta"):
+            expected = LongSanaDiT(config).state_dict()
+        _sources(open_checkpoint(file, key, digests=False), expected, file, config)
 
 
 def save_checkpoint(
@@ -166,11 +184,7 @@ def _read(
     """
     file = weights_file(path) if isinstance(path, Path) else path[0]
     entries = open_checkpoint(file if isinstance(path, Path) else path, key)
-    for name in sorted(entries):
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED):
-            log.info("%s: %s is not used", file, name)
-            del entries[name]
-    sources = _match(entries, {name: tuple(tensor.shape) for name, tensor in expected.items()}, file, config)
+    sources = _sources(entries, expected, file, config)
     for name, parts in sources.items():
         # Popped, so that a file that could not be mapped is freed as it is used up.
         tensors = [entries.pop(part.name).read() for part in parts]
@@ -181,6 +195,17 @@ def _read(
         if tensors:
             whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             yield name, whole.reshape(expected[name].shape), len(tensors) == 1
+
+
+def _sources(
+    entries: dict[str, Entry], expected: Mapping[str, Tensor], file: Path, config: ModelConfig
+) -> dict[str, list[Foreign]]:
+    """See `_match`; what the network has no use for is taken out of the entries."""
+    for name in sorted(entries):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED):
+            say_once(f"{file}: {name} is not used")
+            del entries[name]
+    return _match(entries, {name: tuple(tensor.shape) for name, tensor in expected.items()}, file, config)
 
 
 def _match(
@@ -237,12 +262,9 @@ def written_config(file: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read.
     """
-    try:
-        written: Any = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (file.parent / "config.json").exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file.parent / 'config.json'}: cannot be read ({error}); download it again") from error
+    written = read_json(file.parent / "config.json")
     if not isinstance(written, dict):
         raise InputError(f"{file.parent / 'config.json'}: expected a mapping, found a {type(written).__name__}")
     return written

@@ -5,14 +5,45 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from longsana.models.checkpoint_files import open_weights, weights_file
 from longsana.models.dit import LongSanaDiT
 from longsana.models.naming import foreign
 from longsana.runtime.errors import InputError, did_you_mean
+from longsana.runtime.foreign import parse_json
+
+USUAL = "pytorch_lora_weights.safetensors"
+ALPHA = ".alpha"
+PEFT = "base_model.model."
+FACTOR = re.compile(r"(?P<layer>.+?)\.lora[._](?P<factor>A|B|down|up)(?:\.(?P<adapter>[^.]+))?\.weight")
+REFUSED = {
+    "DoRA's magnitudes have no place here; merge it into the weights with the tool that trained it": (
+        r"\.dora_scale$",
+        r"\.lora_magnitude_vector",
+    ),
+    "parts of the text encoder have no place here, which stays as it is; load the transformer's alone: "
+    "load_lora_weights({name: x for name, x in tensors.items() if name.startswith('transformer.')})": (
+        r"^text_encoder",
+        r"^lora_te\d?_",
+        r"^te\d?[._]",
+    ),
+    "the names of kohya's trainer do not tell the layers; convert it to diffusers' names": (
+        r"^lora_(unet|transformer)_",
+    ),
+    "another kind of adapter (LoHa, LoKr, OFT), which cannot be put on here": (
+        r"\.hada_",
+        r"\.lokr_",
+        r"\.b?oft_",
+    ),
+    "lora_bias has no place here; train without": (r"\.lora_[AB](\.[^.]+)?\.bias$",),
+}
+"""What has no place here, and what to do; and how it is told."""
 
 
 class _Part(NamedTuple):
@@ -38,14 +69,14 @@ def fused_adapter(
     product is the three products. alpha / rank is put into b, so alpha is the rank.
 
     Args:
-        state_dict: `{prefix}.{layer of diffusers}.lora_A.weight` and `.lora_B.weight`.
+        state_dict: see `plain_lora`.
         metadata: peft's settings as saved beside them; None means alpha = rank.
 
     Raises:
         InputError: a name, shape or setting has no place here.
     """
     settings = _settings(metadata or {}, prefix)
-    changes = _changes(state_dict, prefix)
+    changes = _changes(plain_lora(state_dict, prefix, metadata), prefix)
     fused: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     # peft's names of our layers in a model that holds the network as `network`.
@@ -67,8 +98,6 @@ def fused_adapter(
             f"LoRA: {len(changes)} layers that none can be put on here: {', '.join(list(changes)[:3])}"
             f"{did_you_mean(first, known)}; known are the linear layers of the transformer, as diffusers calls them"
         )
-    if not ranks:
-        raise InputError(f"LoRA: no weights of the transformer in it (names that begin with '{prefix}.')")
     rank = next(iter(ranks.values()))
     config = {
         "r": rank,
@@ -93,17 +122,102 @@ def _layers(network: LongSanaDiT) -> dict[str, dict[str, _Part]]:
     return found
 
 
-def _changes(state_dict: Mapping[str, Tensor], prefix: str | None) -> dict[str, dict[str, Tensor]]:
-    """Factors "A" and "B" by the name of their layer."""
-    changes: dict[str, dict[str, Tensor]] = {}
+def plain_lora(
+    state_dict: Mapping[str, Tensor], prefix: str | None, metadata: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """Factors alone, as `{prefix}.{layer of diffusers}.lora_A.weight` and `.lora_B.weight`; nothing is dropped.
+
+    state_dict: also with the name of one adapter in its names (`.lora_A.default_0.weight`), with peft's or an older
+        diffusers' names of them, and with alphas (`.alpha`), of which alpha / rank is put into lora_B.
+    metadata: see `fused_adapter`.
+
+    Raises:
+        InputError: it holds what has no place here: DoRA's magnitudes, parts of the text encoder, biases, other kinds
+            of adapters, several of them.
+    """
     start = f"{prefix}." if prefix else ""
+    if state_dict and all(key.startswith(PEFT) for key in state_dict):
+        state_dict = {start + key.removeprefix(PEFT): tensor for key, tensor in state_dict.items()}
+    for what, marks in REFUSED.items():
+        if found := [key for key in state_dict if any(re.search(mark, key) for mark in marks)]:
+            raise InputError(f"LoRA: {what} ({len(found)} tensors, such as {found[0]})")
+    others = [key for key in state_dict if not key.startswith(start)]
+    if len(others) == len(state_dict):
+        there = f"; there is {others[0]}" if others else ""
+        raise InputError(f"LoRA: no weights of the transformer in it (names that begin with '{start}'){there}")
+    if others:
+        raise InputError(
+            f"LoRA: {len(others)} tensors are not the transformer's, such as {others[0]}; leave out what does not "
+            f"begin with '{start}'"
+        )
+    settings = _settings(metadata or {}, prefix)
+    if (settings.alpha is not None or settings.alphas) and any(key.endswith(ALPHA) for key in state_dict):
+        raise InputError("LoRA: alphas both as tensors (.alpha) and in its metadata (lora_alpha); keep one of them")
+    factors: dict[str, Tensor] = {}
+    alphas: dict[str, Tensor] = {}
+    adapters: set[str] = set()
     for key, tensor in state_dict.items():
-        if not key.startswith(start):
+        if key.endswith(ALPHA):
+            alphas[key.removesuffix(ALPHA)] = tensor
             continue
-        match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", key.removeprefix(start))
+        match = FACTOR.fullmatch(key)
         if match is None:
             raise InputError(f"LoRA: {key}: expected names that end in .lora_A.weight or .lora_B.weight")
-        changes.setdefault(match[1], {})[match[2]] = tensor
+        adapters.add(match["adapter"] or "")
+        letter = {"down": "A", "up": "B"}.get(match["factor"], match["factor"])
+        factors[f"{match['layer']}.lora_{letter}.weight"] = tensor
+    if len(adapters) > 1:
+        names = ", ".join(sorted(adapter or "(none)" for adapter in adapters))
+        raise InputError(f"LoRA: several adapters in one file ({names}); save and load each by itself")
+    for layer, alpha in alphas.items():
+        a, b = (factors.get(f"{layer}.lora_{letter}.weight") for letter in "AB")
+        if a is None or b is None:
+            raise InputError(
+                f"LoRA: {layer}{ALPHA}: expected names that end in .lora_A.weight and .lora_B.weight beside it"
+            )
+        if alpha.numel() != 1 or not alpha.isfinite().all():
+            raise InputError(f"LoRA: {layer}{ALPHA}: must be one finite number")
+        factors[f"{layer}.lora_B.weight"] = b * (alpha.item() / len(a))
+    return factors
+
+
+def read_lora(path: Path, weight_name: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of a file, or of the one in a folder, and peft's settings that are saved with them.
+
+    Raises:
+        InputError: there is no such file, or it is damaged.
+    """
+    file = path / weight_name if weight_name is not None else path
+    if file.is_dir():
+        usual = file / USUAL
+        file = usual if usual.is_file() else weights_file(file, "name it as weight_name")
+    entries = open_weights(file)
+    return {name: entry.read().clone() for name, entry in entries.items()}, _metadata(file)
+
+
+def _metadata(file: Path) -> dict[str, Any] | None:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            text = (opened.metadata() or {}).get("lora_adapter_metadata")
+    except SafetensorError:
+        return None  # a pickle, which has no place for them
+    if text is None:
+        return None
+    try:
+        settings = parse_json(text)
+    except ValueError as error:
+        raise InputError(f"{file}: its lora_adapter_metadata is no JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{file}: its lora_adapter_metadata is a {type(settings).__name__}; expected names and values")
+    return settings
+
+
+def _changes(factors: Mapping[str, Tensor], prefix: str | None) -> dict[str, dict[str, Tensor]]:
+    """Factors "A" and "B" by the name of their layer."""
+    changes: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in factors.items():
+        layer, _, factor = key.removeprefix(f"{prefix}." if prefix else "").removesuffix(".weight").rpartition(".lora_")
+        changes.setdefault(layer, {})[factor] = tensor
     return changes
 
 

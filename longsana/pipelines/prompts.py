@@ -8,7 +8,7 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor
 
-from longsana.data.prompts import PICTURE, SPLIT, parts_per_chunk
+from longsana.data.prompts import PICTURE, SPLIT, check_words, parts_per_chunk
 from longsana.encoders.text import negative_text
 from longsana.models.embeddings import TextEmbedding
 from longsana.pipelines.arguments import check_finite
@@ -31,7 +31,7 @@ def one_for_each(prompt: str | list[str] | None, embeds: Tensor | None, copies: 
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise InputError("prompt: must be a text or a list of texts")
-    return [_without_picture(text).strip() for text in prompts for _ in range(copies)]
+    return [_words(text).strip() for text in prompts for _ in range(copies)]
 
 
 def negative_texts(prompt: str | Sequence[str | None] | None, count: int) -> list[str]:
@@ -96,9 +96,10 @@ def parts_of(text: str, chunks: int) -> list[str]:
     return parts
 
 
-def _without_picture(text: str) -> str:
+def _words(text: str) -> str:
     if PICTURE in text:
         raise InputError(f"prompt: '{PICTURE}' names a picture to begin with, which this pipeline does not take")
+    check_words(text, "prompt")
     return text
 
 
@@ -142,4 +143,4 @@ def whole(text: str) -> str:
             f"prompt: parts between '{SPLIT}' are for a video of the distilled model; a stream takes several "
             "prompts as they are, encode_prompt each part by itself"
         )
-    return _without_picture(text).strip()
+    return _words(text).strip()

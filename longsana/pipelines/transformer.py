@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ from longsana.models.naming import PAST, chosen_past, from_diffusers_config
 from longsana.models.past import LEARNED, Past
 from longsana.models.weights import load_weights, rename
 from longsana.ops import backend
-from longsana.pipelines.lora import fused_adapter
+from longsana.pipelines.files import check_transformer
+from longsana.pipelines.lora import fused_adapter, plain_lora, read_lora
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.state import CausalState
@@ -187,6 +189,18 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         )
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """As diffusers' own, after a look at the headers of a folder on this machine.
+
+        Raises:
+            InputError: they tell that it is another network, or not whole.
+        """
+        folder = Path(os.path.expanduser(pretrained_model_name_or_path)) / (options.get("subfolder") or "")
+        if (folder / "config.json").is_file() and options.get("variant") is None:
+            check_transformer(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
     def _load_pretrained_model(  # type: ignore[override]
         cls,
         model: SanaVideoCausalTransformer3DModel,
@@ -214,7 +228,11 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
     def load_lora_adapter(  # type: ignore[override]
         self, state_dict: dict[str, Tensor], prefix: str | None = "transformer", **options: Any
     ) -> None:
-        """As diffusers' own, for a state dict with the names of its layers; see `fused_adapter`."""
+        """As diffusers' own, for a state dict with the names of its layers; see `fused_adapter`.
+
+        Raises:
+            InputError: the LoRA is for another network, or holds what has no place here.
+        """
         metadata = options.pop("metadata", None)
         if options.pop("network_alphas", None):
             raise InputError("network_alphas: not supported; put alpha / rank into lora_B")
@@ -233,6 +251,30 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
 
 class SanaVideoTransformer3DModel(SanaVideoCausalTransformer3DModel):
     """The bidirectional base model, which denoises a whole clip at once with many guided steps."""
+
+
+class LoraLoaderMixin(SanaLoraLoaderMixin):
+    """As diffusers' own, but files are read by the opener of all weights, and nothing in them is dropped."""
+
+    @classmethod
+    def lora_state_dict(  # type: ignore[override]
+        cls, pretrained_model_name_or_path_or_dict: Any, **options: Any
+    ) -> Any:
+        """The factors of a LoRA, see `plain_lora`; with `return_lora_metadata` also the settings saved with them.
+
+        Raises:
+            InputError: a file on this machine is damaged, or holds what has no place here.
+        """
+        given, metadata = pretrained_model_name_or_path_or_dict, None
+        if not isinstance(given, dict):
+            path = Path(os.path.expanduser(given)) / (options.get("subfolder") or "")
+            if path.exists():
+                given, metadata = read_lora(path, options.get("weight_name"))
+            else:
+                wanted = {**options, "return_lora_metadata": True}
+                given, metadata = super().lora_state_dict(given, **wanted)
+        plain = plain_lora(given, cls.transformer_name, metadata)
+        return (plain, metadata) if options.get("return_lora_metadata") else plain
 
 
 def text_embedding(tokens: Tensor, mask: Tensor | None) -> TextEmbedding:

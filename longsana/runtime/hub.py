@@ -8,11 +8,14 @@ import logging
 import os
 import re
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded
+from longsana.runtime.foreign import read_json, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,7 @@ SEEDED = "seeded:"  # before what random weights are made from: a seed, or a fol
 FOLDER_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 WEIGHT_SUFFIXES = (".json", ".safetensors", ".model", ".pth", ".pt", ".bin")
 INDEX_SUFFIX = ".safetensors.index.json"
+LONGEST_NAME = 255  # bytes of a file's name
 _BASE_720P = tuple(
     f"Efficient-Large-Model/SANA-Video_2B_720p/checkpoints/{name}.pth"
     for name in ("SANA_Video_2B_720p", "SANA_Video_2B_720p_LTXVAE")
@@ -59,8 +63,8 @@ def locate(uri: str, what: str, part: str = "") -> Path:
 def file_sha256(path: Path) -> str:
     """SHA-256 in hex of a file; for a folder or an index of shards, of the names and digests of its files.
 
-    A folder's files are its weights and configs. Digests are remembered by path, size, modification time and inode, so
-    that gigabytes are read once.
+    A folder's files are its weights and configs. Digests are remembered by path, size, times and inode, so that
+    gigabytes are read once.
 
     Raises:
         InputError: `path` does not exist, lacks a shard, or is a folder without weights or configs.
@@ -75,7 +79,7 @@ def file_sha256(path: Path) -> str:
         raise InputError(f"{path}: no such file or folder")
     if path.name.endswith(INDEX_SUFFIX):
         return _digest_of_names(path.parent, [path.name, *shards_of(path)])
-    (digest,) = _digests([path])
+    (digest,) = digests_of([path])
     return digest
 
 
@@ -140,15 +144,18 @@ def shards_of(index: Path) -> list[str]:
     """Sorted file names in a `*.safetensors.index.json`.
 
     Raises:
-        InputError: the file is no such index.
+        InputError: the file is no such index, or names what is no safetensors file beside it.
     """
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: not an index of safetensors shards (no 'weight_map'); download it again") from error
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise InputError(f"{index}: its shards must be plain file names beside it, found {names[:3]}")
-    return names
+    content = read_json(index)
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise InputError(f"{index}: not an index of safetensors shards (no 'weight_map'); download it again")
+    for name in listed.values():
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name or len(name.encode()) > LONGEST_NAME:
+            raise InputError(f"{index}: its shards must be plain file names beside it, found {name!r:.80}")
+        if not name.endswith(".safetensors"):
+            raise InputError(f"{index}: its shards must be .safetensors files, found {name}; download it again")
+    return sorted(set(listed.values()))
 
 
 def _explain(error: Exception, uri: str, what: str, repo: str, inside: str) -> InputError:
@@ -188,15 +195,25 @@ def _other_names(repo: str, inside: str) -> str:
 
 
 def _digest_of_names(folder: Path, names: list[str]) -> str:
-    digests = _digests([folder / name for name in names])
+    digests = digests_of([folder / name for name in names])
     lines = "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _digests(files: list[Path]) -> list[str]:
+def digests_of(files: Sequence[Path], *, remembered: bool = True) -> list[str]:
+    """SHA-256 in hex of files, several read at a time; all of them are remembered, see `file_sha256`.
+
+    remembered: take those that are, of files that have not changed since.
+
+    Raises:
+        InputError: a file is not there.
+    """
     known = _read_digests()
     before = dict(known)
-    digests = [_digest(file, known) for file in files]
+    asked = known if remembered else {}
+    with ThreadPoolExecutor(max_workers=8, thread_name_prefix="sha256") as pool:
+        digests = list(pool.map(lambda file: _digest(file, asked), files))
+    known |= asked
     if known != before:
         _write_digests(known)
     return digests
@@ -207,14 +224,18 @@ def _digest(path: Path, known: dict[str, Any]) -> str:
     if not resolved.is_file():
         raise InputError(f"{path}: no such file, but its index lists it; download it again")
     status = resolved.stat()  # before reading: a file that changes meanwhile is not taken for the one that was read
-    stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
+    # The time of its last change beside that of its content, which tools set back.
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     entry = known.get(str(resolved))
     if isinstance(entry, dict) and entry.get("stamp") == stamp and isinstance(entry.get("sha256"), str):
         return str(entry["sha256"])
     digest = hashlib.sha256()
-    with resolved.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
+    try:
+        with resolved.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason_of(error)})") from error
     known[str(resolved)] = {"stamp": stamp, "sha256": digest.hexdigest()}
     return digest.hexdigest()
 
@@ -229,8 +250,11 @@ def _read_digests() -> dict[str, Any]:
         known = json.loads(_digest_file().read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home directory
         log.debug("no remembered digests: %s", error)
-        return {}
-    return known if isinstance(known, dict) else {}
+        known = {}
+    return (known if isinstance(known, dict) else {}) | _UNWRITTEN
+
+
+_UNWRITTEN: dict[str, Any] = {}  # digests that this process remembers where it cannot write them down
 
 
 def _write_digests(known: dict[str, Any]) -> None:
@@ -243,4 +267,5 @@ def _write_digests(known: dict[str, Any]) -> None:
             fresh.write_text(json.dumps(alive), encoding="utf-8")
             os.replace(fresh, target)
     except (OSError, RuntimeError) as error:
-        log.debug("digests are not remembered: %s", error)
+        log.debug("digests are not remembered beyond this process: %s", error)
+        _UNWRITTEN.update(alive)

@@ -13,6 +13,7 @@ from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.runtime.distributed import World
 from longsana.runtime.files import check_writable
+from longsana.sampling.checks import check_weights
 from longsana.sampling.pipeline import VideoPipeline
 from longsana.sampling.records import fingerprint, finished_videos, resolved_settings, source_digests, video_name
 from longsana.sampling.request import meaningless
@@ -33,14 +34,19 @@ def run_batch(
     """Make every video that is not there yet. What fails is listed and does not stop the rest.
 
     Every process returns the outcome of all of them.
+
+    Raises:
+        InputError: the folder cannot be written to, or weights are missing or do not fit.
     """
     pipeline = VideoPipeline(config, device)
-    jobs: list[Job] = []
-    if world.is_main:
+
+    def plan() -> list[Job]:
         check_writable(folder)
-        jobs = _plan_jobs(config, prompts, folder, source_digests(config), device)
+        check_weights(config, fetch=True)
+        return _plan_jobs(config, prompts, folder, source_digests(config), device)
+
     # Decided once: a peer may finish a video before this process looks.
-    jobs = world.broadcast(jobs)
+    jobs = world.broadcast(world.on_main(plan) or [])
     skipped = len(prompts) - len(jobs)
     if world.is_main and skipped:
         log.info("%d of %d videos are in %s already", skipped, len(prompts), folder)
@@ -63,8 +69,8 @@ def _plan_jobs(
             "prompt": prompt.text,
             "line": prompt.line,
             "repetition": prompt.repetition,
-            "seed": config.sampling.seed,
-            "frames": config.sampling.num_frames,
+            "seed": settings["sampling"]["seed"],
+            "frames": settings["sampling"]["num_frames"],
             "height": prompt.height,
             "width": prompt.width,
             "fps": config.sampling.fps,

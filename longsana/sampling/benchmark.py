@@ -25,6 +25,7 @@ from longsana.ops import backend
 from longsana.runtime.clock import Clock
 from longsana.runtime.files import partial_name
 from longsana.runtime.video import VideoWriter
+from longsana.sampling.checks import check_weights
 from longsana.sampling.microbenchmark import (
     compile_blocks,
     measure_float8,
@@ -86,6 +87,7 @@ def benchmark(
     compiled: each block under torch.compile. extras: those of EXTRAS that are wanted.
     """
     started = {"process": time.time() - psutil.Process().create_time()}
+    check_weights(config, fetch=True)
     pipeline = VideoPipeline(config, device)
     (first_text, text), caption = _encode(pipeline, prompt, started)
     with _timed(started, "networks"):
@@ -101,18 +103,17 @@ def benchmark(
     wall = text + warm.wall
     latents = parts["denoise"] + parts["absorb"]
     later = warm.chunks[1:] or warm.chunks
-    sampling = config.sampling
     report: dict[str, Any] = {
         "video": {
             "frames": warm.frames,
             "height": prompt.height,
             "width": prompt.width,
             "sampler": config.scheduler.sampling_algo,
-            "chunks": list(pipeline.plan.lengths),
+            "chunks": list(pipeline.plan_of(prompt).lengths),
             "network": config.model.model,
             "backend": "compile" if compiled else backend(),
             "dtype": {"network": str(pipeline.model.dtype), "vae": str(pipeline.vae.dtype)},
-            "seed": sampling.seed,
+            "seed": config.sampling.seed if prompt.seed is None else prompt.seed,
         },
         "seconds": {**parts, "wall": wall},
         "first frames on disk": {"cold": first_text + cold.first_frames, "warm": text + warm.first_frames},

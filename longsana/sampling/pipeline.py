@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longsana.chunks import ChunkPlan
 from longsana.config import Dtype, InferenceConfig
 from longsana.data.prompts import Prompt, parts_per_chunk, with_motion
 from longsana.encoders.geometry import geometry
@@ -27,6 +28,7 @@ from longsana.runtime.arguments import settled
 from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import to_host
+from longsana.sampling.checks import blame
 from longsana.sampling.noise import PromptNoise
 from longsana.sampling.replay import ReplayedNetwork
 from longsana.sampling.request import DISTILLED, DPM, WHOLE_CLIP, check_config, chunk_plan
@@ -87,7 +89,7 @@ class VideoPipeline:
     def text_encoder(self) -> Iterator[GemmaTextEncoder]:
         """The text encoder, for as long as it is needed."""
         model, text = self.config.model, self.config.text_encoder
-        with _blame("text_encoder.text_encoder_name"):
+        with blame("text_encoder.text_encoder_name"):
             encoder = GemmaTextEncoder.load(
                 text,
                 caption_length=model.caption_length,
@@ -119,12 +121,17 @@ class VideoPipeline:
         """Where the noise of these prompts' videos comes from."""
         sampling = self.config.sampling
         keys = [("", 0) if sampling.unified_noise else (prompt.text, prompt.repetition) for prompt in prompts]
-        return PromptNoise(sampling.seed, keys)
+        seeds = [sampling.seed if prompt.seed is None else prompt.seed for prompt in prompts]
+        return PromptNoise(seeds, keys)
+
+    def plan_of(self, prompt: Prompt) -> ChunkPlan:
+        """The chunks of this prompt's video: `plan`, unless it says a length of its own."""
+        return self.plan if prompt.frames is None else chunk_plan(self.config, prompt.frames)
 
     def load(self) -> None:
         self.load_model()
         config = self.config.vae
-        with _blame("vae.vae_pretrained"):
+        with blame("vae.vae_pretrained"):
             self.vae = load_vae(config, self.device, resolve_dtype(config.weight_dtype, self.device))
 
     def load_model(self) -> None:
@@ -166,12 +173,12 @@ class VideoPipeline:
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], captions: Sequence[Caption], clock: Clock) -> Iterator[Frames]:
-        """Frames of the videos of a batch of prompts of one size, stretch by stretch.
+        """Frames of the videos of a batch of prompts of one size and length, stretch by stretch.
 
         Raises:
             FloatingPointError: latents or decoded frames are not finite.
         """
-        cache, left = None, self.plan.frames
+        cache, left = None, self.plan_of(prompts[0]).frames
         for chunk in self._latents(prompts, captions, clock):
             # The base model's clip is one chunk; decoding it in pieces bounds memory.
             for latents in chunk.latents.split(self.config.sampling.chunk_frames, dim=2):
@@ -189,9 +196,9 @@ class VideoPipeline:
         config = self.config
         latent_size = self.geometry.latent_size(prompts[0].height, prompts[0].width)
         shape = (self.geometry.channels, *latent_size)
-        noise = self.noise(prompts)
+        noise, plan = self.noise(prompts), self.plan_of(prompts[0])
         if config.scheduler.sampling_algo == DISTILLED:
-            parts = [parts_per_chunk(len(prompt.parts), len(self.plan)) for prompt in prompts]
+            parts = [parts_per_chunk(len(prompt.parts), len(plan)) for prompt in prompts]
 
             @lru_cache(maxsize=1)  # most videos have one prompt
             def text(chosen: tuple[int, ...]) -> Text:
@@ -204,7 +211,7 @@ class VideoPipeline:
                 own or self.model,
                 self.schedule,
                 map(text, zip(*parts, strict=True)),
-                self.plan,
+                plan,
                 shape=shape,
                 rng=noise,
                 device=self.device,
@@ -221,13 +228,13 @@ class VideoPipeline:
                 embeddings[1] if len(embeddings) > 1 else None,
                 solver=(DPMSolver if config.scheduler.sampling_algo == DPM else Euler.shifted)(shift, steps),
                 cfg_scale=cfg_scale,
-                noise=noise.draw(0, 0, (shape[0], self.plan.frames, *shape[1:]), self.device),
+                noise=noise.draw(0, 0, (shape[0], plan.frames, *shape[1:]), self.device),
                 clock=clock,
             )
         return sample_chunks(
             self.model,
             embeddings,
-            self.plan,
+            plan,
             sigmas=euler_sigmas(shift, steps).tolist(),
             interval=config.scheduler.interval_k,
             cfg_scale=cfg_scale,
@@ -244,16 +251,6 @@ class VideoPipeline:
     def _batch(self, embeddings: Sequence[CompactEmbedding]) -> TextEmbedding:
         expanded = [expand(embedding, self.device) for embedding in embeddings]
         return TextEmbedding(*(torch.cat(parts) for parts in zip(*expanded, strict=True)))
-
-
-@contextmanager
-def _blame(setting: str) -> Iterator[None]:
-    """Name the setting that an error's file came from."""
-    try:
-        yield
-    except InputError as error:
-        known = str(error).startswith(setting)
-        raise error if known else InputError(f"{setting}: {error}") from error
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:

@@ -35,7 +35,8 @@ def source_digests(config: InferenceConfig) -> dict[str, str]:
 
 
 def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.device) -> dict[str, dict[str, Any]]:
-    """The config as it holds for one video: its own size, dtypes instead of "auto", the negative prompt if it has one.
+    """The config as it holds for one video: its own seed, size and length, dtypes instead of "auto", the negative
+    prompt if it has one.
 
     Raises:
         InputError: the published negative prompt is wanted and not to be had.
@@ -43,6 +44,8 @@ def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.dev
     settings = dataclasses.asdict(config)
     sampling = config.sampling
     negative = negative_text(sampling.negative_prompt) if sampling.has_negative_prompt else None
+    own = {"seed": prompt.seed, "num_frames": prompt.frames}
+    settings["sampling"] |= {name: value for name, value in own.items() if value is not None}
     settings["sampling"] |= {"height": prompt.height, "width": prompt.width, "negative_prompt": negative}
     for section, key in (("model", "dtype"), ("vae", "weight_dtype"), ("text_encoder", "dtype")):
         settings[section][key] = str(resolve_dtype(settings[section][key], device)).removeprefix("torch.")

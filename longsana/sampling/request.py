@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, check_chi_prompt
-from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts
+from longsana.data.prompts import Prompt, parts_per_chunk, place, read_prompts
 from longsana.encoders.geometry import geometry
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.build import empty_model
-from longsana.models.checkpoint_files import PIPELINE_PART, weights_file
+from longsana.models.checkpoint_files import PIPELINE_PART, check_digests, weights_file
 from longsana.models.naming import PAST
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, file_sha256, locate
@@ -56,9 +56,15 @@ def meaningless(config: InferenceConfig) -> dict[str, str]:
     return found
 
 
-def chunk_plan(config: InferenceConfig) -> ChunkPlan:
-    """The chunks of every video of this config; the bidirectional base model samples its clip as one."""
-    frames = geometry(config.vae).latent_frames(config.sampling.num_frames)
+def chunk_plan(config: InferenceConfig, num_frames: int | None = None) -> ChunkPlan:
+    """The chunks of a video; the bidirectional base model samples its clip as one.
+
+    num_frames: pixel frames of a video whose prompt says so; None: as many as the config says.
+
+    Raises:
+        InputError: no whole number of latents has so many frames.
+    """
+    frames = geometry(config.vae).latent_frames(config.sampling.num_frames if num_frames is None else num_frames)
     whole = config.scheduler.sampling_algo in WHOLE_CLIP
     return ChunkPlan.split(frames, frames if whole else config.sampling.chunk_frames)
 
@@ -107,16 +113,21 @@ def select_prompts(
     sample_nums: prompts of the file that count, from its top; None: all.
 
     Raises:
-        InputError: the file, the range, or a line's size or parts are wrong.
+        InputError: the file, the range, or a prompt's size, length or parts are wrong.
     """
     sampling = config.sampling
     path = locate(sampling.txt_file, "the prompt file")
     prompts = read_prompts(
-        path, height=sampling.height, width=sampling.width, aspect_ratio_type=sampling.aspect_ratio_type
+        path,
+        height=sampling.height,
+        width=sampling.width,
+        aspect_ratio_type=sampling.aspect_ratio_type,
+        seed=sampling.seed,
+        frames=sampling.num_frames,
     )
     if sample_nums is not None and sample_nums < 1:
         raise InputError(f"--sample_nums {sample_nums}: must be at least 1")
-    prompts, chunks = prompts[:sample_nums], len(chunk_plan(config))
+    prompts = prompts[:sample_nums]
     selected = prompts[start_index:end_index]
     if start_index < 0 or (end_index is not None and end_index < 0) or not selected:
         raise InputError(
@@ -125,9 +136,9 @@ def select_prompts(
     for prompt in selected:
         try:
             check_size(config, prompt.height, prompt.width)
-            _check_parts(config, prompt, chunks)
+            _check_parts(config, prompt, len(chunk_plan(config, prompt.frames)))
         except InputError as error:
-            raise InputError(f"{path}, line {prompt.line}: {error}") from error
+            raise InputError(f"{place(path, prompt.line)}: {error}") from error
     return selected
 
 
@@ -148,7 +159,7 @@ def source_digest(config: InferenceConfig, section: str) -> str:
     if not uri.startswith(SEEDED):
         path = locate(uri, f"{section}.{key}", part=PIPELINE_PART if section == "model" else "")
         if section == "model":
-            weights_file(path)  # a folder without weights, or with several, is refused before anything is loaded
+            check_digests(weights_file(path))  # the digest of a run's checkpoint is its manifest's, which must be true
         return file_sha256(path)
     if section == "model":
         return uri

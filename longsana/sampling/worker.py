@@ -50,13 +50,13 @@ class Failure(NamedTuple):
 
 
 def batches_of(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """Jobs of one video size together, at most `size` at a time."""
+    """Jobs of one video size and length together, at most `size` at a time."""
 
-    def video_size(job: Job) -> tuple[int, int]:
-        return job.prompt.height, job.prompt.width
+    def extent(job: Job) -> tuple[int, int, int]:
+        return job.prompt.height, job.prompt.width, job.record["frames"]
 
     batches = []
-    for _, group in groupby(sorted(jobs, key=video_size), key=video_size):
+    for _, group in groupby(sorted(jobs, key=extent), key=extent):
         same = list(group)
         batches += [same[i : i + size] for i in range(0, len(same), size)]
     return batches
@@ -144,7 +144,7 @@ class Worker:
                 [job.prompt for job in batch], [captions[job.path][0] for job in batch], device_clock
             )
             thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="digests"))
-            for pixels in self._progress(samples, digests, thread):
+            for pixels in self._progress(samples, len(pipeline.plan_of(batch[0].prompt)), digests, thread):
                 with host_clock.part("write"):
                     for writer, video in zip(writers, pixels, strict=True):
                         writer.append(video)
@@ -159,7 +159,7 @@ class Worker:
             **device_clock.seconds(),
             **host_clock.seconds(),
             "wall": wall,
-            "fps": len(batch) * config.sampling.num_frames / wall,
+            "fps": sum(writer.frames for writer in writers) / wall,
         }
         for job, writer, digest in zip(batch, writers, digests, strict=True):
             record = job.record | {
@@ -175,10 +175,12 @@ class Worker:
             self.written += 1
             log.info("%s: %d frames in %.1f s, %.1f FPS", job.path, writer.frames, wall, timings["fps"])
 
-    def _progress(self, samples: Iterator[Frames], digests: Sequence[Any], thread: Executor) -> Iterator[Tensor]:
-        """Pixels, with a bar over the latent frames and a digest of the latents kept on the way, in another thread."""
-        plan, digested = self.pipeline.plan, None
-        with tqdm(total=len(plan), desc="chunks", unit="chunk", disable=self.no_bar, leave=False) as bar:
+    def _progress(
+        self, samples: Iterator[Frames], chunks: int, digests: Sequence[Any], thread: Executor
+    ) -> Iterator[Tensor]:
+        """Pixels, with a bar over the chunks and a digest of the latents kept on the way, in another thread."""
+        digested = None
+        with tqdm(total=chunks, desc="chunks", unit="chunk", disable=self.no_bar, leave=False) as bar:
             started, count = time.perf_counter(), 0
             for frames in samples:
                 host = frames.latents.cpu()

@@ -11,20 +11,20 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from longsana.config import ModelConfig
-from longsana.data.clips import open_clips
+from longsana.data.clips import GENERATED, open_clips
 from longsana.data.prompts import training_prompts
 from longsana.data.trajectories import check_grid, open_trajectories
-from longsana.encoders.geometry import geometry
 from longsana.encoders.vae import VideoVAE, load_vae
-from longsana.flow.schedule import FlowSchedule
 from longsana.models.build import build_model
+from longsana.models.checkpoint_files import PIPELINE_PART, check_digests, weights_file
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, null_embedding
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
+from longsana.runtime.hub import SEEDED, locate
 from longsana.sampling.pipeline import resolve_dtype
 from longsana.training.captions import Captions
-from longsana.training.checks import DISTILLED
+from longsana.training.checks import DISTILLED, clip_shape, student_sigmas
 from longsana.training.config import TrainingConfig
 from longsana.training.flow_matching import FlowMatching
 from longsana.training.longsana import LongSana
@@ -47,25 +47,29 @@ class StageBuilder:
     ) -> None:
         self.config, self.slots, self.world, self.device = config, slots, world, device
         self.folder = folder
-        height, width = geometry(config.vae).latent_size(config.sampling.height, config.sampling.width)
-        self.latent_shape = (config.model.in_channels, height, width)
-
-    @property
-    def _clip_shape(self) -> tuple[int, int, int, int]:
-        channels, height, width = self.latent_shape
-        return channels, self.config.rollout.num_training_frames, height, width
+        channels, _, height, width = clip_shape(config)
+        self.latent_shape = (channels, height, width)
 
     def stage(self) -> Stage:
         """
         Raises:
             InputError: the data or a checkpoint do not fit.
         """
+        self.world.on_main(self._check_checkpoints)  # before captions, which may take hours
         return {
             "flow_matching": self._flow_matching,
             "ode": self._ode,
             "self_forcing": self._self_forcing,
             "longsana": self._longsana,
         }[self.config.trainer]()
+
+    def _check_checkpoints(self) -> None:
+        """Compare the checkpoints of runs that networks start from with their digests."""
+        config = self.config
+        scores = (config.real_score, config.fake_score) if config.trainer in DISTILLED else ()
+        for network in (config.model, *scores):
+            if not network.load_from.startswith(SEEDED):
+                check_digests(weights_file(locate(network.load_from, "load_from", PIPELINE_PART)))
 
     @cached_property
     def captions(self) -> Captions:
@@ -90,9 +94,10 @@ class StageBuilder:
 
     def _flow_matching(self) -> Stage:
         config, frames = self.config, self.config.rollout.num_training_frames
+        path = config.data.data_path
         clips = open_clips(
-            config.data.data_path,
-            shape=self._clip_shape,
+            path if path.startswith(GENERATED) else str(locate(path, "data.data_path")),
+            shape=clip_shape(config),
             seed=config.train.seed,
             count=config.data.num_clips,
             encoder=lambda: self.vae,
@@ -106,10 +111,9 @@ class StageBuilder:
 
     def _ode(self) -> Stage:
         config, frames = self.config, self.config.rollout.num_training_frames
-        schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
-        trajectories = open_trajectories(config.data.data_path, shape=self._clip_shape, digests=self.world.is_main)
-        sigmas = [*schedule.sigma(torch.tensor(schedule.steps, dtype=torch.int64, device="cpu")).tolist(), 0.0]
-        check_grid(trajectories.sigmas, sigmas)
+        path = locate(config.data.data_path, "data.data_path")
+        trajectories = open_trajectories(path, shape=clip_shape(config), digests=self.world.is_main)
+        check_grid(trajectories.sigmas, student_sigmas(config))
         self.captions.prepare(trajectories.prompts())
         return OdeInitialisation(
             config, self._generator(), embed=self.captions.embed, trajectories=trajectories, frames=frames

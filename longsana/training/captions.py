@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -30,6 +30,7 @@ from longsana.encoders.text import (
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.runtime.files import check_writable, write_exclusive
+from longsana.runtime.hub import digests_of
 from longsana.sampling.noise import to_device
 from longsana.sampling.pipeline import VideoPipeline, resolve_dtype
 from longsana.sampling.request import source_digest
@@ -37,7 +38,7 @@ from longsana.sampling.request import source_digest
 log = logging.getLogger(__name__)
 
 Mode = Literal["keep", "offload", "free"]
-_FORMAT = 1  # of the files; part of their identity
+_FORMAT = 2  # of the files; part of their identity
 
 
 class Captions:
@@ -51,7 +52,8 @@ class Captions:
         are encoded before training in each mode.
     prompts_per_file: of free.
 
-    A file in `folder` is named after what is in it (texts, encoder and settings), so that runs may share the folder.
+    A file in `folder` is named after what it is of (texts, encoder and settings), so that runs may share the folder,
+    and after its content's SHA-256, so that one which has changed is made again.
 
     Raises:
         InputError: the text encoder cannot be loaded.
@@ -187,24 +189,30 @@ class _Files:
         distinct = list(dict.fromkeys(texts))
         # The negative prompt has its own file: another one leaves the others as they are.
         groups = [[negative], *(distinct[i : i + self._per_file] for i in range(0, len(distinct), self._per_file))]
-        identity, missing = "", []
+        identity, found = "", list[Path | None]()
         if self._world.is_main:
             check_writable(self._folder, "--logdir")
             identity = _identity(self._config, self._device, self._together)
         identity = self._world.broadcast(identity)
-        paths = [self._folder / _file_name(identity, group) for group in groups]
+        keys = [_key(identity, group) for group in groups]
         if self._world.is_main:
-            missing = [number for number, path in enumerate(paths) if not _is_whole(path)]
-            log.info("captions: %d of %d files to encode in %s", len(missing), len(paths), self._folder)
+            found = _whole_files(self._folder, keys)
+            log.info("captions: %d of %d files to encode in %s", found.count(None), len(found), self._folder)
         # Decided once: a peer may finish a file before this process looks.
-        missing = self._world.broadcast(missing)
+        found = self._world.broadcast(found)
+        missing = [number for number, path in enumerate(found) if path is None]
+        made: dict[int, Path] = {}
         if mine := missing[self._world.rank :: self._world.size]:
             with VideoPipeline(self._config, self._device).text_encoder() as encoder:
                 bar = tqdm(mine, desc="captions", unit="file", disable=None if self._world.is_main else True)
                 for number in bar:
-                    _write(paths[number], _encode(encoder, groups[number], self._together))
-        self._world.gather(None)  # until every file is there
-        for path, group in zip(paths, groups, strict=True):
+                    embeddings = _encode(encoder, groups[number], self._together)
+                    made[number] = _write(self._folder, keys[number], embeddings)
+        for part in self._world.gather(made):  # and until every file is there
+            for number, fresh in part.items():
+                found[number] = fresh
+        for path, group in zip(found, groups, strict=True):
+            assert path is not None
             self._places |= {text: (path, row) for row, text in enumerate(group)}
 
     def fetch(self, texts: Sequence[_Text]) -> list[CompactEmbedding]:
@@ -250,22 +258,43 @@ def _identity(config: InferenceConfig, device: torch.device, together: int) -> s
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
 
 
-def _file_name(identity: str, texts: Sequence[_Text]) -> str:
-    return f"{hashlib.sha256(json.dumps([identity, *texts]).encode()).hexdigest()}.safetensors"
+def _key(identity: str, texts: Sequence[_Text]) -> str:
+    """How the name of a file begins that holds these texts' embeddings."""
+    return hashlib.sha256(json.dumps([identity, *texts]).encode()).hexdigest()
 
 
-def _write(path: Path, embeddings: Sequence[CompactEmbedding]) -> None:
-    """The file appears whole, synced to disk, or not at all."""
+def _file_name(key: str, content_sha256: str) -> str:
+    return f"{key}-{content_sha256}.safetensors"
+
+
+def _write(folder: Path, key: str, embeddings: Sequence[CompactEmbedding]) -> Path:
+    """The file, which appears whole, synced to disk, or not at all."""
     together = CompactEmbedding(*(torch.cat(parts) for parts in zip(*embeddings, strict=True)))
-    write_exclusive(path, save(together._asdict()))
+    content = save(together._asdict())
+    path = folder / _file_name(key, hashlib.sha256(content).hexdigest())
+    write_exclusive(path, content)
+    return path
 
 
-def _is_whole(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {"tokens", "mask"} <= set(file.keys())
-    except SafetensorError as error:
-        log.warning("%s: damaged (%s); it will be encoded again", path, error)
-        return False
+def _whole_files(folder: Path, keys: Sequence[str]) -> list[Path | None]:
+    """For each key a file whose content is what its name says, or None; one that has changed is removed, and said."""
+    there: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("[!.]*-*.safetensors")):
+        there.setdefault(path.name.partition("-")[0], []).append(path)
+    candidates = [path for key in keys for path in there.get(key, [])]
+    if candidates:
+        size = sum(path.stat().st_size for path in candidates) / 1e9
+        log.info(
+            "captions: comparing %d files (%.1f GB) with their digests; those that are new or changed are read",
+            len(candidates),
+            size,
+        )
+    whole: dict[str, Path] = {}
+    for path, digest in zip(candidates, digests_of(candidates), strict=True):
+        key = path.name.partition("-")[0]
+        if path.name == _file_name(key, digest):
+            whole.setdefault(key, path)
+        else:
+            log.warning("%s: damaged: it has changed since it was written (SHA-256); it is encoded again", path)
+            path.unlink()
+    return [whole.get(key) for key in keys]

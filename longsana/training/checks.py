@@ -14,15 +14,20 @@ import torch
 
 from longsana.chunks import ChunkPlan
 from longsana.config import load_config
-from longsana.data.clips import GENERATED
-from longsana.data.prompts import training_prompts
+from longsana.data.clips import GENERATED, open_clips
+from longsana.data.lmdb_entries import DATA
+from longsana.data.prompts import place, read_prompts, training_prompts
+from longsana.data.trajectories import check_grid, open_trajectories
+from longsana.encoders.geometry import geometry
+from longsana.flow.schedule import FlowSchedule
 from longsana.models.build import empty_model
 from longsana.models.naming import chosen_past
 from longsana.models.past import LEARNED
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.hub import SEEDED, locate
-from longsana.sampling.request import SOURCES, check_config
+from longsana.runtime.hub import locate
+from longsana.sampling.checks import check_network, check_weights
+from longsana.sampling.request import check_config
 from longsana.training.config import TrainingConfig
 from longsana.training.published import DISTILLED
 from longsana.training.stage import Slots
@@ -203,28 +208,73 @@ def _of_other_trainers(config: TrainingConfig) -> Iterator[tuple[str, Any, Any]]
 
 
 def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
-    """Make sure that every file the run starts from is there; on the hub's machines they are fetched now.
+    """Make sure that every file the run starts from is there and, as far as headers tell, whole and of its kind.
+
+    Those on the hub are fetched now.
 
     visualize: validation is wanted, and so its prompts.
 
     Raises:
         InputError: one is not, by the setting that names it.
     """
-    sources = {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in SOURCES.items()}
+    check_weights(config, fetch=True)
     if config.trainer in DISTILLED:
-        sources |= {"real_score.load_from": config.real_score.load_from}
-        sources |= {"fake_score.load_from": config.fake_score.load_from}
-    for setting, uri in sources.items():
-        if not uri.startswith(SEEDED):
-            locate(uri, setting, part="transformer")
-        elif not setting.endswith("load_from"):
-            locate(uri.removeprefix(SEEDED), setting)
+        check_network(config.real_score, "real_score.load_from", fetch=True)
+        check_network(config.fake_score, "fake_score.load_from", fetch=True)
     if config.trainer in DISTILLED:
         training_prompts(config.data.data_path)
     elif not config.data.data_path.startswith(GENERATED):
         locate(config.data.data_path, "data.data_path")
     if visualize and config.validation.vis_interval:
-        locate(config.validation.val_data_path, "validation.val_data_path")
+        _check_validation_prompts(config)
+
+
+def check_data(config: TrainingConfig) -> None:
+    """Make sure that clips or trajectories are whole, and of the shape and noise levels that the config asks for.
+
+    Digests are compared by the stage. An LMDB has none, so all of its entries are looked at.
+
+    Raises:
+        InputError: they are not.
+    """
+    if config.trainer in DISTILLED or config.data.data_path.startswith(GENERATED):
+        return
+    path = locate(config.data.data_path, "data.data_path")
+    if config.trainer == "ode":
+        trajectories = open_trajectories(path, shape=clip_shape(config), digests=(path / DATA).is_file())
+        check_grid(trajectories.sigmas, student_sigmas(config))
+    else:
+        open_clips(str(path), shape=clip_shape(config), digests=False)
+
+
+def clip_shape(config: TrainingConfig) -> tuple[int, int, int, int]:
+    """(C, T, H, W) of the latents that are trained on."""
+    height, width = geometry(config.vae).latent_size(config.sampling.height, config.sampling.width)
+    return config.model.in_channels, config.rollout.num_training_frames, height, width
+
+
+def student_sigmas(config: TrainingConfig) -> list[float]:
+    """The noise level of each of the student's steps, then 0."""
+    schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
+    return [*schedule.sigma(torch.tensor(schedule.steps, dtype=torch.int64, device="cpu")).tolist(), 0.0]
+
+
+def _check_validation_prompts(config: TrainingConfig) -> None:
+    """Refuse prompts of validation that ask for another size or length than its videos have."""
+    sampling, settings = config.sampling, config.validation
+    path = locate(settings.val_data_path, "validation.val_data_path")
+    prompts = read_prompts(path, height=sampling.height, width=sampling.width, aspect_ratio_type="none")
+    for prompt in prompts[: settings.val_samples]:
+        if prompt.frames is not None:
+            raise InputError(
+                f"{place(path, prompt.line)}: the field frames has no meaning in validation, whose videos have "
+                "validation.vis_video_lengths; remove it"
+            )
+        if (prompt.height, prompt.width) != (sampling.height, sampling.width):
+            raise InputError(
+                f"{place(path, prompt.line)}: asks for {prompt.height}x{prompt.width}; validation samples the size "
+                f"that is trained, {sampling.height}x{sampling.width}; remove the field"
+            )
 
 
 def slots_of(config: TrainingConfig, world: World) -> Slots:

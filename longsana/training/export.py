@@ -12,7 +12,7 @@ from torch import Tensor
 from longsana.config import ModelConfig, load_config
 from longsana.models.build import empty_model
 from longsana.models.checkpoint_files import NETWORKS, weights_file
-from longsana.models.dcp_files import SEPARATOR, is_checkpoint, open_tensors
+from longsana.models.dcp_files import SEPARATOR, check_content, is_checkpoint, open_tensors
 from longsana.models.naming import OPTIONAL
 from longsana.models.weights import Layout, load_weights, save_checkpoint
 from longsana.models.writing import check_target, write_weights
@@ -51,6 +51,8 @@ def export(
     if layout == "trainer" and weights is not None:
         raise InputError(f"--weights {weights}: --layout trainer holds all networks; leave it out")
     check_target(out, layout, "--out", force=force)
+    log.info("%s: reading all of it, to compare its files with their digests", folder)
+    check_content(folder)
     roles = network_configs(folder)
     group = GROUPS[weights or "raw"]
     others: dict[str, dict[str, Tensor]] = {}

@@ -339,3 +339,42 @@ def test_no_lmdb_at_all(tmp_path: Path) -> None:
     (tmp_path / "data.mdb").write_bytes(b"x" * 10000)
     with pytest.raises(InputError, match="not an LMDB that can be read"):
         Trajectories.open(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0.97, 0.8, 0.5, 8193, 8192])
+def test_a_cut_lmdb_ends_no_process_but_its_reader(tmp_path: Path, keep: float) -> None:
+    """Mapped memory behind the end of a file is a bus error, and zeros until its page ends."""
+    file = write_lmdb(tmp_path / "lmdb") / "data.mdb"
+    size = file.stat().st_size
+    left = int(keep * size) if keep < 1 else int(keep)
+    os.truncate(file, left)
+    with pytest.raises(InputError) as caught:
+        Trajectories.open(tmp_path / "lmdb")
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(f"{tmp_path / 'lmdb'}: ")
+    assert f"an LMDB that is cut short: {left} bytes of {size}" in message
+
+
+def test_every_entry_is_looked_at(tmp_path: Path) -> None:
+    def spoil(entries: dict[bytes, bytes]) -> None:
+        del entries[b"latents_1_data"]
+        entries[b"prompts_1_data"] = b"\xff"
+
+    with pytest.raises(InputError, match=r"no entry latents_1_data, and 1 more are wrong$"):
+        Trajectories.open(write_lmdb(tmp_path / "missing", spoil))
+    short = write_lmdb(tmp_path / "short", lambda entries: entries.update({b"latents_1_data": b"12"}))
+    with pytest.raises(InputError, match=r"latents_1_data is 2 bytes, latents_shape says 1440"):
+        Trajectories.open(short)
+    many = write_lmdb(tmp_path / "many", lambda entries: entries.update({b"latents_shape": b"999999999 5 3 4 2 6"}))
+    with pytest.raises(InputError, match=r"no entry latents_3_data, and many more are wrong"):
+        Trajectories.open(many)
+
+
+def test_damage_inside_an_lmdb_is_one_line(tmp_path: Path) -> None:
+    file = write_lmdb(tmp_path / "lmdb") / "data.mdb"
+    whole = file.read_bytes()
+    for filling in (b"\xff", b"\0", b"\x11"):
+        file.write_bytes(whole[:8192] + filling * (len(whole) - 8192))
+        with pytest.raises(InputError, match=r"lmdb: (not )?an LMDB that ") as caught:
+            Trajectories.open(tmp_path / "lmdb")
+        assert "\n" not in str(caught.value)

@@ -306,7 +306,7 @@ def test_folders_that_are_incomplete(vae: WanVAE, tmp_path: Path) -> None:
         load(tmp_path)
     save_folder(vae, tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"expected one \.safetensors file, found 0"):
+    with pytest.raises(InputError, match=r"no weights here; one must have the usual name"):
         load(tmp_path)
 
 
@@ -330,7 +330,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"194 missing: .* and 186 more; 1 unknown: weight"):
         load(tmp_path / "other.pth")
     torch.save({"state_dict": {}, "step": 3}, tmp_path / "trainer.pth")
-    with pytest.raises(InputError, match="expected a mapping of names to tensors"):
+    with pytest.raises(InputError, match="no network in this file: expected names and tensors"):
         load(tmp_path / "trainer.pth")
 
 
@@ -353,9 +353,10 @@ def test_damaged_and_dangerous_files_are_refused(original: Path, tmp_path: Path)
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
     for name in [*cases, "zipped.pth"]:
-        with pytest.raises(InputError, match="cannot be read as weights") as caught:
+        with pytest.raises(InputError, match=f"{name}: (refused|damaged|neither|cannot)") as caught:
             load(tmp_path / name)
         assert "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

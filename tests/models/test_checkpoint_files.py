@@ -198,9 +198,13 @@ def test_damaged_checkpoint_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match=r"c: __0_0\.distcp has \d+ bytes instead of"):
         load(path)
     file.write_bytes(b"\0" * len(content))
+    with pytest.raises(InputError, match=r"c/__0_0\.distcp: has changed since it was written \(SHA-256\)"):
+        load(path)
+    write_manifest(path)
     with pytest.raises(InputError, match=r"__0_0\.distcp: generator/.* is damaged"):
         load(path)
     file.write_bytes(content)
+    write_manifest(path)
 
     planted = pickle.loads(metadata)
     planted.planner_data = Payload()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from longsana.models.dit import LongSanaDiT
 from longsana.models.naming import foreign
 from longsana.pipelines import video
 from longsana.pipelines.lora import fused_adapter
+from longsana.pipelines.transformer import LoraLoaderMixin
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.runtime.errors import InputError
 from tests.pipelines.test_options import inputs
@@ -206,3 +209,139 @@ def test_without_peft_it_says_what_to_install(loaded: LongSanaVideoPipeline, mon
     monkeypatch.setattr(video, "is_peft_available", lambda: False)
     with pytest.raises(InputError, match=r"pip install 'longsana\[lora\]'"):
         loaded.load_lora_weights({})
+
+
+# Files of others
+
+
+def renamed(state_dict: dict[str, Tensor], pattern: str, replacement: str) -> dict[str, Tensor]:
+    return {re.sub(pattern, replacement, key): tensor for key, tensor in state_dict.items()}
+
+
+def with_alphas(state_dict: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    layers = {key.partition(".lora_")[0] for key in state_dict}
+    return {**state_dict, **{f"{layer}.alpha": torch.tensor(alpha) for layer in layers}}
+
+
+FORMS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "an adapter's name": lambda lora: renamed(lora, r"\.weight$", ".default_0.weight"),
+    "the default's name": lambda lora: renamed(lora, r"\.weight$", ".default.weight"),
+    "peft's own": lambda lora: renamed(lora, r"^transformer\.", "base_model.model."),
+    "older names": lambda lora: renamed(renamed(lora, "lora_A", "lora_down"), "lora_B", "lora_up"),
+    "oldest names": lambda lora: renamed(renamed(lora, "lora_A", "lora.down"), "lora_B", "lora.up"),
+    "wrapped": lambda lora: renamed(lora, r"^transformer\.", "module.transformer._orig_mod."),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_forms_of_others_are_the_same_change(
+    form: str, alpha: float | None, loaded: LongSanaVideoPipeline, tmp_path: Path
+) -> None:
+    network = loaded.transformer.network
+    state_dict = lora(network)
+    given, scaled = FORMS[form](state_dict), state_dict
+    if alpha is not None:
+        given = FORMS[form](with_alphas(state_dict, alpha))
+        # Each part of a fused layer by its own rank.
+        scaled = {key: x * (alpha / x.shape[1]) if ".lora_B." in key else x for key, x in state_dict.items()}
+    expected, config = fused_adapter(scaled, network, prefix="transformer", metadata=None)
+    save_file(given, tmp_path / "mine.safetensors")
+    torch.save(given, tmp_path / "mine.bin")
+    for file in ("mine.safetensors", "mine.bin"):
+        plain, metadata = LoraLoaderMixin.lora_state_dict(tmp_path / file, return_lora_metadata=True)
+        assert metadata is None and all("lora" in key for key in plain)
+        fused, settings = fused_adapter(plain, network, prefix="transformer", metadata=metadata)
+        assert settings == config and fused.keys() == expected.keys()
+        assert all(torch.equal(fused[name], expected[name]) for name in fused)
+    if form != "wrapped":  # which files alone are looked through for
+        fused, _ = fused_adapter(given, network, prefix="transformer", metadata=None)
+        assert all(torch.equal(fused[name], expected[name]) for name in expected)
+
+
+def test_settings_beside_a_file_are_read_and_must_not_contradict_it(
+    loaded: LongSanaVideoPipeline, tmp_path: Path
+) -> None:
+    state_dict, path = lora(loaded.transformer.network), tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(state_dict, path, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 4})})
+    _, metadata = LoraLoaderMixin.lora_state_dict(tmp_path, return_lora_metadata=True)
+    assert metadata == {"transformer.lora_alpha": 4}
+    save_file(with_alphas(state_dict, 1), path, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 4})})
+    with pytest.raises(InputError, match=r"alphas both as tensors \(\.alpha\) and in its metadata"):
+        LoraLoaderMixin.lora_state_dict(tmp_path)
+    save_file(state_dict, path, {"lora_adapter_metadata": "{"})
+    with pytest.raises(InputError, match="its lora_adapter_metadata is no JSON"):
+        LoraLoaderMixin.lora_state_dict(tmp_path)
+
+
+ONE = torch.zeros(1)
+MORE: dict[str, tuple[dict[str, Tensor], str]] = {
+    "DoRA, kohya's": ({"transformer.proj_out.dora_scale": ONE}, "DoRA's magnitudes have no place here; merge it"),
+    "DoRA, peft's": ({"transformer.proj_out.lora_magnitude_vector.weight": ONE}, "DoRA's magnitudes"),
+    "DoRA, an adapter's": ({"transformer.proj_out.lora_magnitude_vector.default.weight": ONE}, "DoRA's magnitudes"),
+    "text encoder": (
+        {"text_encoder.layers.0.self_attn.q_proj.lora_A.weight": ONE},
+        "parts of the text encoder have no",
+    ),
+    "second text encoder": ({"text_encoder_2.q_proj.lora_A.weight": ONE}, "parts of the text encoder"),
+    "kohya's text encoder": ({"lora_te1_layers_0_q_proj.lora_down.weight": ONE}, "parts of the text encoder"),
+    "kohya's": ({"lora_unet_blocks_0_attn_q.lora_down.weight": ONE}, "the names of kohya's trainer"),
+    "another part": ({"vae.decoder.conv_in.lora_A.weight": ONE}, "1 tensors are not the transformer's, such as vae."),
+    "two adapters": (
+        {"transformer.proj_out.lora_A.other.weight": ONE},
+        r"several adapters in one file \(\(none\), other",
+    ),
+    "LoHa": ({"transformer.proj_out.hada_w1_a": ONE}, "another kind of adapter"),
+    "LoKr": ({"transformer.proj_out.lokr_w1": ONE}, "another kind of adapter"),
+    "biases": ({"transformer.proj_out.lora_B.bias": ONE}, "lora_bias has no place here"),
+    "an alpha of nothing": ({"transformer.proj_in.alpha": ONE}, r"proj_in\.alpha: expected names that end in"),
+    "alphas": ({"transformer.proj_out.alpha": torch.ones(2)}, r"proj_out\.alpha: must be one finite number"),
+    "no alpha": ({"transformer.proj_out.alpha": torch.tensor(float("nan"))}, r"proj_out\.alpha: must be one finite"),
+    "a whole change": ({"transformer.proj_out.diff": ONE}, r"proj_out\.diff: expected names that end in \.lora_A"),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_nothing_is_dropped_in_silence(name: str, loaded: LongSanaVideoPipeline, tmp_path: Path) -> None:
+    more, says = MORE[name]
+    state_dict = {**lora(loaded.transformer.network), **more}
+    save_file(state_dict, tmp_path / "mine.safetensors")
+    for load in (
+        lambda: fused_adapter(state_dict, loaded.transformer.network, prefix="transformer", metadata=None),
+        lambda: LoraLoaderMixin.lora_state_dict(tmp_path / "mine.safetensors"),
+        lambda: LoraLoaderMixin.lora_state_dict(tmp_path, weight_name="mine.safetensors"),
+        lambda: LoraLoaderMixin.lora_state_dict(state_dict),
+    ):
+        with pytest.raises(InputError, match=says) as caught:
+            load()
+        assert str(caught.value).startswith("LoRA: ") and "\n" not in str(caught.value)
+
+
+def test_a_lora_file_is_opened_like_all_weights(tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    for content, says in ((b"version https://git-lfs.github.com/spec/v1", "a git-lfs pointer"), (b"", "damaged")):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"mine\.safetensors: .*{says}"):
+            LoraLoaderMixin.lora_state_dict(tmp_path)
+    with pytest.raises(InputError, match=r"other\.safetensors: no such file"):
+        LoraLoaderMixin.lora_state_dict(tmp_path, weight_name="other.safetensors")
+    save_file({"a": ONE}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"several weights files .* here; name it as weight_name"):
+        LoraLoaderMixin.lora_state_dict(tmp_path)
+
+
+@pytest.mark.usefixtures("with_peft")
+def test_alphas_through_the_pipeline(
+    pipe: LongSanaVideoPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LongSanaVideoPipeline, "lora_state_dict", LoraLoaderMixin.lora_state_dict)
+    network = pipe.transformer.network
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    state_dict = {key: tensor for key, tensor in lora(network).items() if "proj_out" in key}  # of rank 2
+    save_file(FORMS["an adapter's name"](with_alphas(state_dict, 4.0)), tmp_path / "pytorch_lora_weights.safetensors")
+    pipe.load_lora_weights(tmp_path)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    added = products(network, state_dict, 2.0)
+    for name, tensor in network.state_dict().items():
+        torch.testing.assert_close(tensor, before[name] + added[name])

@@ -216,18 +216,38 @@ def test_another_encoder_is_another_file(tmp_path: Path, encoded: list[tuple[str
     assert len(encoded) == 24
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "bit", "another's"])
 def test_a_damaged_file_is_made_again(
-    damage: str, config: InferenceConfig, encoder: GemmaTextEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage: str,
+    config: InferenceConfig,
+    encoder: GemmaTextEncoder,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    encoded: list[tuple[str, bool]],
 ) -> None:
     captions(config, tmp_path, prompts_per_file=4).prepare(PROMPTS)
-    victim = max(tmp_path.iterdir(), key=lambda path: path.stat().st_size)
+    smaller, *_, victim = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_size)
     whole = victim.read_bytes()
-    victim.write_bytes({"cut": whole[:-1], "empty": b"", "text": b"a text file, nothing else"}[damage])
+    flipped = whole[:-9] + bytes([whole[-9] ^ 64]) + whole[-8:]  # of an embedding: any reader takes it
+    damaged = {
+        "cut": whole[:-1],
+        "empty": b"",
+        "text": b"a text file",
+        "bit": flipped,
+        "another's": smaller.read_bytes(),
+    }
+    captions(config, tmp_path, prompts_per_file=4).prepare(PROMPTS)  # its digest is remembered
+    victim.write_bytes(damaged[damage])
     made = captions(config, tmp_path, prompts_per_file=4)
-    made.prepare(PROMPTS)
+    encoded.clear()
+    with caplog.at_level("INFO"):
+        made.prepare(PROMPTS)
     assert victim.read_bytes() == whole
-    assert str(victim) in caplog.text and "damaged" in caplog.text
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{victim}: damaged: it has changed since it was written (SHA-256); it is encoded again"
+    ]
+    assert "captions: comparing 4 files (0.0 GB) with their digests" in caplog.text
+    assert "captions: 1 of 4 files to encode" in caplog.text and len(encoded) == 4
     assert same(made.embed(PROMPTS), expected(encoder, PROMPTS))
 
 

@@ -21,6 +21,7 @@ from longsana.runtime.distributed import World
 from longsana.training.checkpoint import Checkpointer
 from longsana.training.config import TrainingConfig
 from tests.models.checkpoints import assert_same, weights
+from tests.models.test_checkpoint_files import write_manifest
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,9 +143,7 @@ def test_learned_factors_of_the_generator_alone(export: Callable[..., int], tmp_
 def test_the_whole_config_of_a_run(export: Callable[..., int], tmp_path: Path) -> None:
     checkpoint = write(tmp_path, {"generator": trained(0)})
     save_config(TrainingConfig(trainer="ode", model=SHAPES), checkpoint / "config.yaml")
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"]["config.yaml"]["size"] = (checkpoint / "config.yaml").stat().st_size
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(checkpoint)
     assert export(checkpoint, "--out", tmp_path / "m", "--layout", "upstream") == 0
     assert_same(read(tmp_path / "m"), trained(0))
 
@@ -216,16 +215,13 @@ def test_bad_checkpoints(export: Callable[..., int], tmp_path: Path, capsys: Any
     options = ("--out", tmp_path / "m", "--layout", "upstream")
     assert export(checkpoint, *options, "--weights", "ema") == 2
     assert "holds no such network; it has raw" in capsys.readouterr().err
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
     for name in ("config.yaml", "progress.json"):
         content = (checkpoint / name).read_text()
         (checkpoint / name).write_text("[")
-        manifest["files"][name]["size"] = 1
-        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        write_manifest(checkpoint)
         assert export(checkpoint, *options) == 2
         assert str(checkpoint / name) in capsys.readouterr().err
         (checkpoint / name).write_text(content)
-        manifest["files"][name]["size"] = len(content)
     assert export(checkpoint, *options) == 2  # its manifest is the damaged one's
     assert not (tmp_path / "m").exists()
 

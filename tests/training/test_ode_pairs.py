@@ -26,7 +26,7 @@ from longsana.sampling.noise import PromptNoise
 from longsana.sampling.pipeline import VideoPipeline
 from longsana.sampling.sampler import sample_chunks
 from longsana.training.config import OdePairsConfig
-from longsana.training.ode_pairs import kept_steps, teacher_config
+from longsana.training.pairs import kept_steps, teacher_config
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
