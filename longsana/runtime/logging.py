@@ -78,7 +78,7 @@ class RunLog:
         try:
             _cut(self._path, step)
             self._file = self._path.open("ab", buffering=0)
-        except (IsADirectoryError, PermissionError) as error:
+        except (IsADirectoryError, PermissionError, FileNotFoundError) as error:
             raise InputError(f"{self._path}: cannot be written ({error.strerror}); choose another --logdir") from error
         self._next, self._total = step, total
         # None: no bar where there is no terminal.

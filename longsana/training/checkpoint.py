@@ -174,7 +174,7 @@ class Checkpointer:
                 with suppress(OSError):
                     remove(unfinished)
             if isinstance(error, OSError):
-                raise SaveFailed(error.errno, error.strerror, str(path)) from error
+                raise SaveFailed(error.errno, error.strerror or str(error), str(path)) from error
             raise
         if retire:
             self._on_main(partial(self._remove_old, path))

@@ -20,6 +20,7 @@ from longsana.models.dit import LongSanaDiT
 from longsana.runtime.distributed import World
 from longsana.training import build, launch
 from longsana.training.config import TrainingConfig
+from longsana.training.loop import Stop
 from longsana.training.player import Player
 from longsana.training.validation import Report, Validation
 from tests.training.conftest import ROOT
@@ -99,10 +100,10 @@ def ran(command, config, tmp_path_factory) -> Ran:
     sampled: list[dict[str, Tensor]] = []
     sample = Validation.run
 
-    def recorded(self: Validation, step: int, model: LongSanaDiT, vae: Any) -> Report:
+    def recorded(self: Validation, step: int, model: LongSanaDiT, vae: Any, stop: Stop) -> Report | None:
         weights = {name: weight.detach().full_tensor().clone() for name, weight in model.named_parameters()}
         sampled.append(weights)
-        return sample(self, step, model, vae)
+        return sample(self, step, model, vae, stop)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Validation, "run", recorded)
@@ -177,7 +178,7 @@ def test_without_flags_the_file_decides_and_what_is_not_wanted_is_not_made(comma
     assert [path.name for path in tmp_path.iterdir()] == ["output"]  # no wandb
     assert [line["step"] for line in lines(logdir)] == [0, 1, 2]
     assert saved(logdir).train.max_iters == 3
-    assert sorted(files(logdir)) == ["config.yaml", "metrics.jsonl"]
+    assert sorted(files(logdir)) == ["config.yaml", "metrics.jsonl", "run.json"]
 
 
 def test_a_run_that_saves_nothing_goes_on_from_what_is_saved(command, ran, config, tmp_path):
@@ -211,7 +212,7 @@ def test_a_folder_of_another_config_is_refused_until_it_is_allowed(command, conf
     before = files(logdir)
     arguments = ("--config_path", config, "--logdir", logdir, "--no_visualize", "--threads", "1", "train.seed=5")
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "Validation", forbidden)
+        patch.setattr(Validation, "__init__", forbidden)
         patch.setattr(build, "build_model", forbidden)
         result = command(*arguments)
     assert result.status == 2
