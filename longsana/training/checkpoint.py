@@ -124,6 +124,11 @@ class Checkpointer:
             writing, self._writing = self._writing, None
             writing.result()
 
+    @property
+    def failed(self) -> bool:
+        """Whether writing in the background has failed on this process, and so does on all: `wait` raises it."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
     def latest(self) -> Path | None:
         """The newest checkpoint that is whole to the byte, or None where there is none at all; damaged ones are logged.
 
@@ -169,8 +174,6 @@ class Checkpointer:
             self._on_main(partial(self._finish, path, unfinished, step, written))
         except BaseException as error:
             if self.world.is_main:
-                if self._thread is not None:  # it is raised by `wait`, which may be much later or never
-                    log.error("checkpoint of step %d not written: %s: %s", step, type(error).__name__, error)
                 with suppress(OSError):
                     remove(unfinished)
             if isinstance(error, OSError):

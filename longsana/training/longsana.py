@@ -164,7 +164,7 @@ class LongSana(SelfForcing):
         if frames + self.config.streaming.streaming_min_new_frame > self.config.streaming.streaming_max_length:
             return f"{frames} latents, which leave no room for a stretch"
         saved = {name: _kind(name, tensor) for name, tensor in tensors.items() if tensor.dim()}
-        for name in sorted(saved.keys() | self._kinds.keys()):
+        for name in self._kinds | saved:
             if saved.get(name) != self._kinds.get(name):
                 return f"{name} {saved.get(name, 'missing')} (here: {self._kinds.get(name, 'none')})"
         return ""

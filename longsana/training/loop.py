@@ -234,8 +234,15 @@ class Loop:
         return values
 
     def _signal(self, own: int) -> int:
-        """The signal that some process was sent, or 0; own: this process's."""
-        return int(self._reduced(torch.tensor([float(own)]), dist.ReduceOp.MAX)[0])
+        """The signal that some process was sent, or 0; own: this process's.
+
+        Raises:
+            SaveFailed: writing in the background has failed.
+        """
+        signal_, failed = self._reduced(torch.tensor([float(own), float(self.checkpointer.failed)]), dist.ReduceOp.MAX)
+        if failed:
+            self.checkpointer.wait()
+        return int(signal_)
 
     def _validate_if_due(self, asked: Callable[[], int]) -> int:
         """The signal that cut the validation off, or 0."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import av
@@ -17,42 +14,13 @@ from torch import Tensor
 
 from longsana.config import leaf_keys, load_config
 from longsana.models.dit import LongSanaDiT
-from longsana.runtime.distributed import World
 from longsana.training import build, launch
 from longsana.training.config import TrainingConfig
 from longsana.training.loop import Stop
 from longsana.training.player import Player
 from longsana.training.validation import Report, Validation
-from tests.training.conftest import ROOT
+from tests.training.conftest import ROOT, forbidden
 from tests.training.test_resume import assert_equal, contents, lines
-
-
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line on stderr."""
-        (line,) = self.err.splitlines()
-        return line
-
-
-@pytest.fixture(scope="module")
-def command(train_script: ModuleType) -> Callable[..., Result]:
-    """The training command in this process, without wandb unless it is asked for."""
-
-    def run(*arguments: str | Path, wandb: bool = False) -> Result:
-        out, err = io.StringIO(), io.StringIO()
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                status = train_script.main([*map(str, arguments), *([] if wandb else ["--disable-wandb"])])
-        finally:
-            World().disconnect()  # a process that fails leaves its group, and ends
-        return Result(status, out.getvalue(), err.getvalue())
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -276,10 +244,6 @@ def test_the_published_launches(command, train_script, stage, monkeypatch):
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------
-
-
-def forbidden(*arguments: Any, **options: Any) -> Any:
-    raise AssertionError("too late: something is being loaded")
 
 
 @pytest.mark.parametrize(

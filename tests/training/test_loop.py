@@ -25,7 +25,7 @@ from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.logging import RunLog
-from longsana.training.checkpoint import Checkpointer, read_progress
+from longsana.training.checkpoint import Checkpointer, SaveFailed, read_progress
 from longsana.training.config import AdamWConfig, TrainConfig
 from longsana.training.loop import SKIPS, Loop, Progress, Stop, TrainingFailed
 from longsana.training.ode import OdeInitialisation
@@ -299,6 +299,16 @@ def test_what_is_being_written_is_finished_when_a_run_fails(make, tmp_path, monk
     with pytest.raises(TrainingFailed, match=r"the newest is of step 1\)"):
         loop.run()
     assert steps_of(tmp_path) == [1]
+
+
+def test_a_failure_to_write_in_the_background_ends_the_run_soon(make, tmp_path, limited):
+    """And not only when the next checkpoint is due."""
+    loop = make(max_iters=1000, log_iters=900, save=True, asynchronous=True)
+    loop.progress.step = 899
+    with limited(10_000), pytest.raises(SaveFailed, match=r"File too large.*checkpoint_model_000900"):
+        loop.run()
+    assert 900 <= loop.progress.step < 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_no_checkpoint_comes_or_goes_while_updates_are_skipped(make, tmp_path):
