@@ -177,7 +177,9 @@ class Checkpointer:
                 with suppress(OSError):
                     remove(unfinished)
             if isinstance(error, OSError):
-                raise SaveFailed(error.errno, error.strerror or str(error), str(path)) from error
+                size = sum(tensor.numel() * tensor.itemsize for tensor in flat.values()) / 1e9
+                reason = f"{error.strerror or error} (it takes {size:.3g} GB)"
+                raise SaveFailed(error.errno, reason, str(path)) from error
             raise
         if retire:
             self._on_main(partial(self._remove_old, path))

@@ -224,7 +224,7 @@ def test_full_disk(
         with pytest.raises(SaveFailed, match="File too large") as caught:
             checkpointer.wait() if asynchronous else save(checkpointer, 2, run)
         assert not checkpointer.failed, "told once"
-    assert (disk_failure(caught.value) or "").startswith(f"{at(tmp_path, 2)}: File too large; ")
+    assert (disk_failure(caught.value) or "").startswith(f"{at(tmp_path, 2)}: File too large (it takes ")
     assert there(tmp_path) == [1]
     assert make().latest() == at(tmp_path, 1)
     save(checkpointer, 2, run)

@@ -481,7 +481,7 @@ def test_a_full_disk_ends_a_run_in_one_line(settings, start, run, limited):
         result = start(run, "--max_iters", "4", "train.log_iters=1", *settings)
     assert result.status == 1
     assert result.error.startswith(
-        f"failed: no checkpoint could be written: {run / 'checkpoint_model_000003'}: File too large; "
+        f"failed: no checkpoint could be written: {run / 'checkpoint_model_000003'}: File too large (it takes "
     )
     assert "GB are free; the run is as its last one has it" in result.error
     assert sorted(path.name for path in run.iterdir()) == [
@@ -524,7 +524,7 @@ def test_a_small_disk(quick, tmp_path):
     )
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
-    assert "checkpoint_model_000002: No space left on device; " in line
+    assert "checkpoint_model_000002: No space left on device (it takes " in line
     assert "Traceback" not in done.stderr and "unexpected pos" not in done.stderr
 
 
