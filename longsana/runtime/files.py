@@ -207,6 +207,17 @@ def check_writable(folder: Path, option: str = "--work_dir") -> None:
         raise InputError(f"{folder}: cannot be written to ({reason}); choose another {option}") from error
 
 
+@contextmanager
+def naming(path: Path | None) -> Iterator[None]:
+    """Errors of the disk inside, which may not say of which file they are, say that they are of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if path is not None and error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def disk_failure(error: OSError) -> str | None:
     """What a disk failed at, in one line: file, reason and the space that is left; None for an error of another kind.
 
@@ -281,12 +292,10 @@ def _say_once(folder: Path, lacking: str, message: str) -> None:
 @contextmanager
 def _whole(partial: Path, path: Path) -> Iterator[None]:
     """What goes wrong inside is blamed on `path`, of which nothing half-written stays."""
-    try:
-        with unfinished(partial):
+    with naming(path), unfinished(partial):
+        try:
             yield
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise

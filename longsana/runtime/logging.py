@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text, check_writable, write_all
+from longsana.runtime.files import atomic_write_text, check_writable, naming, write_all
 
 if TYPE_CHECKING:
     import wandb
@@ -139,14 +139,13 @@ class RunLog:
     def _append(self, line: str) -> None:
         handle = self._file.fileno()
         end = os.fstat(handle).st_size
-        try:
-            write_all(handle, line.encode())
-        except OSError as error:
-            with suppress(OSError):
-                os.ftruncate(handle, end)
-            if error.errno is not None:
-                error.filename = str(self._path)
-            raise
+        with naming(self._path):
+            try:
+                write_all(handle, line.encode())
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(handle, end)
+                raise
 
     def _tell_wandb(self, action: Callable[[wandb.Run], object]) -> None:
         """Let wandb do something; if it cannot, training goes on, and it is asked again the next time."""

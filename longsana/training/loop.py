@@ -221,7 +221,7 @@ class Loop:
             "iteration %d: the %s is not updated, numbers are not finite: %s", progress.step, player.name, values
         )
         if progress.in_a_row[player.name] >= SKIPS:
-            newest = f" (the newest is of step {self._saved})" if self._saved > 0 else ""
+            newest = f" (the newest is of step {self._saved})" if self._saved > 0 else " (there is none)"
             raise TrainingFailed(
                 f"{SKIPS} updates of the {player.name} in a row were not finite (iteration {progress.step}); go back "
                 f"to a checkpoint before them{newest} with a lower learning rate, or look for the fault in the data"

@@ -20,6 +20,7 @@ from longsana.models.dit import LongSanaDiT
 from longsana.runtime.clock import Clock
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
+from longsana.runtime.files import naming
 from longsana.runtime.hub import locate
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.pipeline import Caption, VideoPipeline
@@ -176,7 +177,7 @@ def _sample(pipeline: VideoPipeline, sample: _Sample, path: Path | None) -> Prob
     """Make one video, write it unless `path` is None, and measure it; None, and no file, if it is not finite."""
     config, meter = pipeline.config, Meter()
     try:
-        with ExitStack() as stack:
+        with naming(path), ExitStack() as stack:
             writer = None
             if path is not None:
                 writer = stack.enter_context(

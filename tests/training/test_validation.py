@@ -253,6 +253,16 @@ def test_one_broken_video_does_not_spoil_the_others(
         assert (found.metrics[name] == value) == name.endswith("len_1"), name
 
 
+def test_a_full_disk_is_blamed_on_the_video(
+    alone: Validation, model: LongSanaDiT, vae: WanVAE, limited: Callable[[int], Any]
+) -> None:
+    folder = alone._folder / "vis" / "step_0000045"
+    with limited(500), pytest.raises(OSError, match="File too large") as caught:
+        alone.run(45, model, vae)
+    assert caught.value.filename == str(folder / "step_0000045_rank_0_sample_0_len_2.mp4")
+    assert list(folder.iterdir()) == []
+
+
 def test_it_stops_between_videos(alone: Validation, model: LongSanaDiT, vae: WanVAE) -> None:
     """Each video that is there is whole."""
     asked: list[int] = []
