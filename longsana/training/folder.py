@@ -41,6 +41,8 @@ ASIDE = "superseded_"
 PROBE = ".probe-"
 LMDB = "data.mdb"
 PATIENCE = 30.0  # seconds until a file of one host must be seen by the others
+MEANING = ("vae.", "model.num_cached_blocks", "model.num_sink_blocks")
+"""Settings, or prefixes of them, that decide what the numbers of a stream mean, whatever their shapes."""
 
 
 class Record(NamedTuple):
@@ -88,7 +90,7 @@ class Record(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A folder that this run has. streams: whether those of its checkpoints can go on: they remember the VAE's past."""
+    """A folder that this run has. streams: whether those of its checkpoints mean to it what they did."""
 
     record: Record
     streams: bool
@@ -204,7 +206,7 @@ def _check_run(config: TrainingConfig, logdir: Path, slots: Slots, allowed: bool
             "one that it was; train.total_batch_size=%d keeps it",
             *(record.samples, before.samples, record.processes, before.processes, before.samples),
         )
-    return Opened(record, not any(setting.startswith("vae.") for setting in changes))
+    return Opened(record, not any(setting.startswith(MEANING) for setting in changes))
 
 
 def _refuse(logdir: Path, changes: list[str], allowed: bool) -> None:
