@@ -235,14 +235,20 @@ def _is_readable(checkpoint: Path) -> bool:
 
 
 def _digest(setting: str, uri: str) -> str:
-    """SHA-256 of what a setting names, or the seed that weights are drawn from."""
+    """SHA-256 of what a setting names, or the seed that weights are drawn from.
+
+    Raises:
+        InputError: it is not there, or cannot be read.
+    """
     if uri.startswith(SEEDED) and setting.endswith("load_from"):
         return uri
-    if uri.startswith(SEEDED):
-        return SEEDED + file_sha256(locate(uri.removeprefix(SEEDED), setting))
-    path = locate(uri, setting, part="transformer")
+    seeded = uri.startswith(SEEDED)
+    path = locate(uri.removeprefix(SEEDED), setting, part="transformer")
     is_lmdb = (path / LMDB).is_file() and not (path / MANIFEST).exists()
-    return file_sha256(path / LMDB if is_lmdb else path)
+    try:
+        return (SEEDED if seeded else "") + file_sha256(path / LMDB if is_lmdb else path)
+    except OSError as error:
+        raise InputError(f"{setting}: {error.filename or path}: cannot be read ({error.strerror})") from error
 
 
 def _check_kinds(logdir: Path) -> None:

@@ -114,13 +114,13 @@ class LongSana(SelfForcing):
             groups[f"stream_{slot:05d}"] = tensors
         return groups
 
-    def revive(self, names: Sequence[str], read: Callable[[str], Mapping[str, Tensor]]) -> None:
+    def revive(self, names: Sequence[str], read: Callable[[str], Mapping[str, Tensor]], *, anew: bool = False) -> None:
         """Take back the streams of this process's slots, whole; slots that had none, or one that does not fit this
-        run any more, begin one."""
+        run any more, begin one. anew: all of them do."""
         unfit: dict[int, str] = {}
         for slot in self.slots.mine:
             if (name := f"stream_{slot:05d}") in names:
-                if problem := self._take(slot, read(name)):
+                if problem := self._take(slot, read(name), anew):
                     unfit[slot] = problem
             elif names:
                 # As far along the prompts as the others, which go through them in step.
@@ -141,13 +141,13 @@ class LongSana(SelfForcing):
                 *(len(unfit), len(self.slots.mine), next(iter(unfit.values()))),
             )
 
-    def _take(self, slot: int, tensors: Mapping[str, Tensor]) -> str:
+    def _take(self, slot: int, tensors: Mapping[str, Tensor], anew: bool) -> str:
         """Take a stream back; what is in the way of that, or nothing."""
         self._serials[slot] = int(tensors["serial"])
         if "frames" not in tensors:  # the slot was between two streams
             return ""
         frames = int(tensors["frames"])
-        if problem := self._misfit(frames, tensors):
+        if problem := "their numbers mean something else" if anew else self._misfit(frames, tensors):
             return problem
         parts = {name: tensor.to(self.vae.device) for name, tensor in tensors.items() if tensor.dim()}
         # Streams from before there were sinks have none.
@@ -180,7 +180,7 @@ class LongSana(SelfForcing):
         parts = {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail, "lead": lead}
         parts |= {"tokens": text.tokens, "mask": text.mask}
         if not self.config.rollout.overlap_latents:
-            _, cache = self.vae.lead_latent(lead.to(self.vae.device))
+            _, cache = self.vae.decode_stream(lead.to(self.vae.device), more=True)
             parts |= {f"cache_{i:03d}": feature for i, feature in enumerate(cache.features)}
         return {name: _kind(name, part) for name, part in parts.items()}
 

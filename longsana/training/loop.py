@@ -119,7 +119,7 @@ class Loop:
     def resume(self, path: Path, *, streams: bool = True) -> None:
         """Go on from a checkpoint, of any number of processes.
 
-        streams: whether what lives across iterations goes on too; else it begins anew, where there is any.
+        streams: whether what lives across iterations goes on too; else it begins anew.
 
         Raises:
             InputError: it is not one of these networks.
@@ -128,10 +128,10 @@ class Loop:
         names = own_names(path)
         read = partial(_read_own, path)
         live = [name for name in names if not name.startswith("rng_")]
-        if live and not (streams and self.stage.live()):
-            log.warning("%s: its %d streams end here", path, len(live))
+        if self.stage.live():
+            self.stage.revive(live, read, anew=not streams)
         elif live:
-            self.stage.revive(live, read)
+            log.warning("%s: the streams of its %d slots end; this stage has none", path, len(live))
         if (name := f"rng_{self.world.rank:05d}") in names:
             _set_rng(read(name), self.device)
         self.progress = Progress.read(path)

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from longsana.config import load_config, save_config
 from longsana.runtime import files
 from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
 from longsana.runtime.files import LOCK, hold_folder
-from longsana.training import build
+from longsana.training import build, folder
 from longsana.training.checkpoint import checkpoints_of
 from longsana.training.checks import check_same_run
 from longsana.training.config import TrainingConfig
@@ -48,9 +49,9 @@ class Run(NamedTuple):
     config: Path
     logdir: Path
 
-    def copy(self, folder: Path) -> Run:
-        shutil.copytree(self.logdir, folder / "run")
-        return Run(self.config, folder / "run")
+    def copy(self, place: Path) -> Run:
+        shutil.copytree(self.logdir, place / "run")
+        return Run(self.config, place / "run")
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +111,8 @@ def stream(start: Command, streaming: Run) -> Command:
     return partial(start, config=streaming.config)
 
 
-def everything(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def everything(logdir: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(logdir)): path.read_bytes() for path in logdir.rglob("*") if path.is_file()}
 
 
 # --- one run at a time -----------------------------------------------------------------------------------------------
@@ -360,6 +361,16 @@ def test_what_a_trainer_reads(training_config, trajectories):
     assert read("self_forcing") == read("longsana") == {"text_encoder", "data", "vae", "real_score"}
 
 
+def test_data_that_cannot_be_read_is_named(training_config, tmp_path, monkeypatch):
+    def broken(*_: Any) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(folder, "file_sha256", broken)
+    config = training_config("longsana")
+    with pytest.raises(InputError, match=r"^text_encoder\.text_encoder_name: .*: cannot be read \(Input/output error"):
+        Record.of(config, Slots(0, 1, 1))
+
+
 def test_data_in_folders_and_in_an_lmdb_is_known_again(training_config, trajectories, tmp_path):
     lmdb = tmp_path / "lmdb"
     lmdb.mkdir()
@@ -368,12 +379,12 @@ def test_data_in_folders_and_in_an_lmdb_is_known_again(training_config, trajecto
         (lmdb / "data.mdb").write_bytes(content)
         config = training_config("ode", f"data.data_path={lmdb}")
         digests.add(Record.of(config, Slots(0, 1, 1)).sha256["data.data_path"])
-    folder = tmp_path / "trajectories"
-    shutil.copytree(trajectories, folder)
+    shards = tmp_path / "trajectories"
+    shutil.copytree(trajectories, shards)
     for _ in range(2):
-        config = training_config("ode", f"data.data_path={folder}")
+        config = training_config("ode", f"data.data_path={shards}")
         digests.add(Record.of(config, Slots(0, 1, 1)).sha256["data.data_path"])
-        shard = sorted(folder.glob("*.safetensors"))[-1]
+        shard = sorted(shards.glob("*.safetensors"))[-1]
         shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     assert len(digests) == 4
 
@@ -530,6 +541,26 @@ def test_a_small_disk(quick, tmp_path):
     assert "Traceback" not in done.stderr and "unexpected pos" not in done.stderr
 
 
+@pytest.mark.slow
+def test_a_full_disk_of_two_processes_is_one_line(quick, run):
+    """Both know of it, and one says it; files may not grow beyond a megabyte here."""
+    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 {SCRIPT}"
+    arguments = f"--config_path {quick.config} --logdir {run} --disable-wandb --threads 1 --max_iters 4"
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 1024; exec {launcher} {arguments} train.total_batch_size=2 --allow-config-change"],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert f"{run / 'checkpoint_model_000004'}: File too large (it takes 0.00" in line
+    assert "[rank" not in done.stderr, "a traceback of a process; torchrun's own is without a rank"
+    assert [path.name for path in checkpoints_of(run)] == ["checkpoint_model_000002"]
+
+
 ENDS = {
     "train.batch_size=2": True,
     "model.num_cached_blocks=1": True,  # the sum of the past and a window of one chunk are of one shape
@@ -564,4 +595,4 @@ def test_a_change_that_is_allowed_is_trained_on(change, stream, streams, caplog)
 def test_streams_of_another_vae_end(stream, streams, caplog):
     """Also where their shapes are the same: the decoder would go on from what another one remembers."""
     assert stream(streams, "vae.latents_per_call=2", "--max_iters", "3", "--allow-config-change").status == 0
-    assert any(message.endswith("its 1 streams end here") for message in caplog.messages)
+    assert any("1 of the streams" in message and "mean something else" in message for message in caplog.messages)

@@ -234,6 +234,19 @@ def test_streams_that_do_not_fit_end_and_others_begin(build, caplog, changes, wo
     assert window.latents.shape[:3] == (batch, CHANNELS, 5) and window.latents.isfinite().all()
 
 
+def test_streams_that_begin_anew_go_on_along_the_prompts(build, caplog):
+    stage, other = build(slots=2), build(slots=2)
+    for slot in (0, 1):
+        stage.rollout(turn("critic", 0, slot))
+    groups = saved(stage)
+    other.revive(sorted(groups), groups.__getitem__, anew=True)
+    assert not other.streams and other._serials == {0: 1, 1: 1}
+    (message,) = caplog.messages
+    assert message.startswith("2 of the streams of 2 slots")
+    prompt = PROMPTS[other.order["generator"][2]]
+    assert torch.equal(other.rollout(turn("critic", 1)).text.tokens, other.embed([prompt]).tokens)
+
+
 @pytest.mark.parametrize("shape", [(CHANNELS, 2 * HEIGHT, WIDTH), (CHANNELS, HEIGHT, 2 * WIDTH)])
 def test_streams_of_another_size_end(build, caplog, shape):
     stage, other = build(), build()
