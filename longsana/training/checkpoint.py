@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from longsana.models.dcp_files import (
 )
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import move_into_place, partial_name, remove, sync_folder
+from longsana.runtime.files import move_into_place, partial_name, remove, sync_folder, unfinished
 from longsana.training.dcp import check_match, flatten, on_host, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -166,16 +166,17 @@ class Checkpointer:
         retire: bool,
     ) -> None:
         path = self.folder / folder_name(step)
-        unfinished = partial_name(path)
+        folder = partial_name(path)
         try:
-            self._on_main(partial(_make_empty, unfinished))
-            write_tensors(flat, unfinished, self._group, staged=self._thread is not None)
-            written = self._everywhere(partial(self._write_files, unfinished, own, texts))
-            self._on_main(partial(self._finish, path, unfinished, step, written))
+            with unfinished(folder) if self.world.is_main else nullcontext():
+                self._on_main(partial(_make_empty, folder))
+                write_tensors(flat, folder, self._group, staged=self._thread is not None)
+                written = self._everywhere(partial(self._write_files, folder, own, texts))
+                self._on_main(partial(self._finish, path, folder, step, written))
         except BaseException as error:
             if self.world.is_main:
                 with suppress(OSError):
-                    remove(unfinished)
+                    remove(folder)
             if isinstance(error, OSError):
                 size = sum(tensor.numel() * tensor.itemsize for tensor in flat.values()) / 1e9
                 reason = f"{error.strerror or error} (it takes {size:.3g} GB)"
@@ -205,34 +206,34 @@ class Checkpointer:
             name: FileRecord((folder / name).stat().st_size, digest) for name, digest in digests(folder, names).items()
         }
 
-    def _finish(self, path: Path, unfinished: Path, step: int, written: list[dict[str, FileRecord]]) -> None:
+    def _finish(self, path: Path, folder: Path, step: int, written: list[dict[str, FileRecord]]) -> None:
         files: dict[str, FileRecord] = {}
         for rank, records in enumerate(written):
             assert not files.keys() & records.keys(), f"process {rank}: a name of another: {sorted(records)}"
             for name, record in records.items():
-                if not (unfinished / name).is_file():
+                if not (folder / name).is_file():
                     raise InputError(
-                        f"{unfinished / name}: written by process {rank} and not seen by the main one; "
+                        f"{folder / name}: written by process {rank} and not seen by the main one; "
                         "--logdir must be in a file system that all hosts share"
                     )
                 files[name] = record
         listed = {name: record._asdict() for name, record in sorted(files.items())}
         content = {"step": step, "processes": self.world.size, "files": listed}
-        (unfinished / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _sync(unfinished / MANIFEST)
-        sync_folder(unfinished)
+        (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _sync(folder / MANIFEST)
+        sync_folder(folder)
         if os.path.lexists(path):
             replaced = _hidden(path, "replaced")
             os.rename(path, replaced)
             try:
-                move_into_place(unfinished, path)
+                move_into_place(folder, path)
             except OSError:
                 if not os.path.lexists(path):
                     os.rename(replaced, path)
                 raise
             _delete(replaced)
         else:
-            move_into_place(unfinished, path)
+            move_into_place(folder, path)
         self._damaged.discard(path)
         log.info("%s: %.1f MB", path, sum(record.size for record in files.values()) / 1e6)
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.logging import RunLog
+from longsana.runtime.stop import deferred
 from longsana.training.checkpoint import PROGRESS, Checkpointer, own_names, read_own, read_progress
 from longsana.training.config import TrainConfig
 from longsana.training.player import Player
@@ -144,7 +143,7 @@ class Loop:
             TrainingFailed: the numbers are not finite any more.
             SaveFailed: a checkpoint could not be written.
         """
-        with _asked_to_stop() as asked:
+        with deferred() as asked:
             try:
                 return self._train(lambda: self._signal(asked()))
             finally:
@@ -239,10 +238,11 @@ class Loop:
         Raises:
             SaveFailed: writing in the background has failed.
         """
-        signal_, failed = self._reduced(torch.tensor([float(own), float(self.checkpointer.failed)]), dist.ReduceOp.MAX)
+        asked = torch.tensor([own, self.checkpointer.failed], dtype=torch.int64, device="cpu")
+        signal, failed = self._reduced(asked, dist.ReduceOp.MAX).tolist()
         if failed:
             self.checkpointer.wait()
-        return int(signal_)
+        return int(signal)
 
     def _validate_if_due(self, asked: Callable[[], int]) -> int:
         """The signal that cut the validation off, or 0."""
@@ -295,24 +295,6 @@ class Loop:
 def weights_for_sampling(player: Player, ema: bool) -> Any:
     """A context in which the player's network samples: with its average, or as it is."""
     return player.averaged() if ema and player.average else nullcontext()
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], int]]:
-    """Inside the block SIGINT and SIGTERM are noted, not obeyed: the iteration is finished and saved first."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:  # the second time it is meant
-            signal.default_int_handler(number, frame)
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: received[0] if received else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _read_own(path: Path, name: str) -> dict[str, Tensor]:
