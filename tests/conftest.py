@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -111,3 +113,19 @@ def renamed() -> Callable[..., dict[str, torch.Tensor]]:
         return result
 
     return build
+
+
+@pytest.fixture
+def limited() -> Callable[[int], AbstractContextManager[None]]:
+    """`with limited(1000):` a full disk, as far as single files go: none may grow beyond so many bytes."""
+
+    @contextmanager
+    def limit(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit

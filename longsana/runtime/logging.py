@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text, check_writable
+from longsana.runtime.files import atomic_write_text, check_writable, naming, write_all
 
 if TYPE_CHECKING:
     import wandb
@@ -57,10 +59,12 @@ class RunLog:
     step: the iteration that comes next, counted from 0; 0 for a new run. Lines of this and later steps, written by
         a run that was killed after its last checkpoint, are dropped, and so is a line that it did not finish.
     total: iterations of the whole run.
-    wandb: None for no wandb. A run that is resumed (step > 0) goes on in the wandb run of `{folder}/wandb_id`.
+    wandb: None for no wandb. A run that is resumed (step > 0) goes on in the wandb run of `{folder}/wandb_id`. What
+        fails in wandb is warned of and ends no training; only what wandb itself says to a new run is an error.
 
     Raises:
-        InputError: the folder cannot be written to; wandb is wanted, but not installed or not to be reached.
+        InputError: the folder cannot be written to; or of a new run, wandb is wanted, but not installed or not to be
+            reached.
     """
 
     def __init__(self, folder: Path, *, step: int, total: int, main: bool, wandb: WandbRun | None) -> None:
@@ -68,17 +72,25 @@ class RunLog:
         if not main:
             return
         check_writable(folder, "--logdir")
-        path = folder / METRICS
-        _cut(path, step)
+        self._path = folder / METRICS
         self._wandb = _start_wandb(wandb, folder / WANDB_ID, resumed=step > 0) if wandb is not None else None
-        self._file = path.open("a", encoding="utf-8")
+        self._wandb_failed = False
+        try:
+            _cut(self._path, step)
+            self._file = self._path.open("ab", buffering=0)
+        except (IsADirectoryError, PermissionError, FileNotFoundError) as error:
+            raise InputError(f"{self._path}: cannot be written ({error.strerror}); choose another --logdir") from error
         self._next, self._total = step, total
         # None: no bar where there is no terminal.
         self._bar = tqdm(total=total, initial=step, desc="train", bar_format=_BAR, disable=None)
         self._told, self._told_at = step, time.perf_counter()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Note the numbers of iteration `step`, which is over; a second call for one step adds a second line."""
+        """Note the numbers of iteration `step`, which is over; a second call for one step adds a second line.
+
+        Raises:
+            OSError: the line could not be written, as on a full disk; nothing of it is in the file.
+        """
         if not self._main:
             return
         assert step + 1 >= self._next, f"step {step} after step {self._next - 1}"
@@ -86,10 +98,8 @@ class RunLog:
         assert all(isinstance(value, int | float) for value in values.values()), values
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = {"step": step, "time": round(time.time(), 3), **finite}
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **values})
+        self._append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._tell_wandb(lambda run: run.log({"step": step, **values}))
         self._next = step + 1
         self._bar.set_postfix_str(_memory(), refresh=False)
         self._bar.update(self._next - self._bar.n)
@@ -102,7 +112,7 @@ class RunLog:
             return
         import wandb
 
-        self._wandb.log({"step": step, name: wandb.Video(str(path))})
+        self._tell_wandb(lambda run: run.log({"step": step, name: wandb.Video(str(path))}))
 
     def close(self, *, failed: bool = False) -> None:
         """Finish the files and the bar; `failed` marks the run on wandb as crashed."""
@@ -110,8 +120,13 @@ class RunLog:
             return
         self._bar.close()
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed))
+        self._tell_wandb(lambda run: run.finish(exit_code=int(failed)))
+        if self._wandb_failed:
+            import wandb
+
+            # Else wandb tries again when Python ends, and shows a traceback.
+            with suppress(Exception):
+                wandb.teardown()
 
     def __enter__(self) -> RunLog:
         return self
@@ -120,6 +135,31 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(failed=error is not None)
+
+    def _append(self, line: str) -> None:
+        handle = self._file.fileno()
+        end = os.fstat(handle).st_size
+        with naming(self._path):
+            try:
+                write_all(handle, line.encode())
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(handle, end)
+                raise
+
+    def _tell_wandb(self, action: Callable[[wandb.Run], object]) -> None:
+        """Let wandb do something; if it cannot, training goes on, and it is asked again the next time."""
+        if self._wandb is None:
+            return
+        try:
+            action(self._wandb)
+        except Exception as error:  # its process was killed, its disk is full, its server is down ...
+            if not self._wandb_failed:
+                log.warning(
+                    "wandb fails (%s: %s); training goes on, and all numbers are in %s",
+                    *(type(error).__name__, " ".join(str(error).split()), self._path),
+                )
+            self._wandb_failed = True
 
     def _tell(self, values: Mapping[str, float]) -> None:
         """A line about the iterations since the last line, now and then."""
@@ -166,7 +206,25 @@ def _cut(path: Path, step: int) -> None:
         atomic_write_text(path, text)
 
 
-def _start_wandb(run: WandbRun, id_file: Path, *, resumed: bool) -> wandb.Run:
+def _start_wandb(run: WandbRun, id_file: Path, *, resumed: bool) -> wandb.Run | None:
+    """The run on wandb; None, with a warning, where it cannot be and the training is not to end for that."""
+    try:
+        return _open_wandb(run, id_file, resumed=resumed)
+    except InputError as error:
+        if not resumed:  # nothing is lost yet, and somebody may be looking
+            raise
+        log.warning("%s; the run goes on without wandb", error)
+    except Exception as error:  # such as pydantic's, of an environment variable
+        reason = " ".join(str(error).split())
+        log.warning("wandb did not start (%s: %s); the run goes on without it", type(error).__name__, reason)
+    return None
+
+
+def _open_wandb(run: WandbRun, id_file: Path, *, resumed: bool) -> wandb.Run:
+    """
+    Raises:
+        InputError: wandb is not installed, its folder cannot be written to, or it says that it cannot start.
+    """
     try:
         import wandb
     except ModuleNotFoundError as error:

@@ -172,25 +172,39 @@ class VideoPipeline:
             ) from error
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[Prompt], captions: Sequence[Caption], clock: Clock) -> Iterator[Frames]:
+    def sample(
+        self, prompts: Sequence[Prompt], captions: Sequence[Caption], clock: Clock, *, to_the_end: bool = False
+    ) -> Iterator[Frames]:
         """Frames of the videos of a batch of prompts of one size and length, stretch by stretch.
+
+        to_the_end: after numbers that are not finite nothing is given, but all passes are made before that is raised,
+            since other processes may take part in them.
 
         Raises:
             FloatingPointError: latents or decoded frames are not finite.
         """
         cache, left = None, self.plan_of(prompts[0]).frames
+        failure: FloatingPointError | None = None
         for chunk in self._latents(prompts, captions, clock):
             # The base model's clip is one chunk; decoding it in pieces bounds memory.
             for latents in chunk.latents.split(self.config.sampling.chunk_frames, dim=2):
                 left -= latents.shape[2]
                 with clock.part("decode"):
                     decoded, cache = self.vae.decode_stream(latents, cache, more=left > 0)
-                    pixels = to_host(
-                        self.vae.to_uint8(decoded),
-                        f"chunk {chunk.index}",
-                        {"latents": latents, "decoded frames": decoded},
-                    )
-                yield Frames(chunk.index, latents, pixels)
+                    try:
+                        pixels = to_host(
+                            self.vae.to_uint8(decoded),
+                            f"chunk {chunk.index}",
+                            {"latents": latents, "decoded frames": decoded},
+                        )
+                    except FloatingPointError as error:
+                        if not to_the_end:
+                            raise
+                        failure = failure or error
+                if failure is None:
+                    yield Frames(chunk.index, latents, pixels)
+        if failure is not None:
+            raise failure
 
     def _latents(self, prompts: Sequence[Prompt], captions: Sequence[Caption], clock: Clock) -> Iterator[Chunk]:
         config = self.config

@@ -27,6 +27,7 @@ from longsana.training.captions import Captions
 from longsana.training.checks import DISTILLED, clip_shape, student_sigmas
 from longsana.training.config import TrainingConfig
 from longsana.training.flow_matching import FlowMatching
+from longsana.training.folder import CAPTIONS
 from longsana.training.longsana import LongSana
 from longsana.training.ode import OdeInitialisation
 from longsana.training.parallel import device_mesh, parallelise
@@ -35,7 +36,6 @@ from longsana.training.replay import replay_passes
 from longsana.training.self_forcing import SelfForcing
 from longsana.training.stage import Slots, Stage
 
-CAPTIONS = "captions"  # folder in a run's
 DROPPED = "flow_matching.dropped_caption=masked_null (null_caption takes what sampling.null_caption names)"
 
 

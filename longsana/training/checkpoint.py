@@ -10,13 +10,13 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ from longsana.models.dcp_files import (
 )
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import move_into_place, partial_name
+from longsana.runtime.files import move_into_place, partial_name, remove, sync_folder, unfinished
 from longsana.training.dcp import check_match, flatten, on_host, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,10 @@ T = TypeVar("T")
 PROGRESS = "progress.json"
 # The longest that processes wait for the slowest one's writing, or for the main one's reading of every byte.
 PATIENCE = timedelta(hours=2)
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written, as every process knows: the error of the disk, with the checkpoint's path."""
 
 
 class Checkpointer:
@@ -84,6 +88,7 @@ class Checkpointer:
         own: Mapping[str, Mapping[str, Tensor]],
         progress: Mapping[str, Any],
         texts: Mapping[str, str],
+        retire: bool = True,
     ) -> None:
         """Write everything as it is now; a checkpoint of this step that is there is replaced.
 
@@ -91,10 +96,11 @@ class Checkpointer:
         own: tensors of this process alone; each name, unique among all processes, becomes NAME.safetensors.
         progress: becomes progress.json; the same on all processes.
         texts: further files by name; the same on all processes.
+        retire: whether checkpoints go that are more than `keep`.
 
         Raises:
-            OSError, RuntimeError: it could not be written (in asynchronous use: an earlier one could not; see `wait`).
-                The folder's checkpoints are as they were.
+            SaveFailed, RuntimeError: it could not be written (in asynchronous use: an earlier one could not; see
+                `wait`). The folder's checkpoints are as they were.
         """
         self.wait()
         flat = flatten(tensors)
@@ -104,19 +110,24 @@ class Checkpointer:
         # Copies in any case: safetensors refuses tensors that share memory.
         copies = {name: {key: _host_copy(value) for key, value in group.items()} for name, group in own.items()}
         if self._thread is None:
-            self._write(step, flat, copies, texts)
+            self._write(step, flat, copies, texts, retire)
         else:
-            self._writing = self._thread.submit(self._write, step, on_host(flat), copies, texts)
+            self._writing = self._thread.submit(self._write, step, on_host(flat), copies, texts, retire)
 
     def wait(self) -> None:
         """Until what `save` began is on disk.
 
         Raises:
-            OSError, RuntimeError: it could not be written.
+            SaveFailed, RuntimeError: it could not be written.
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether writing in the background has failed on this process, and so does on all: `wait` raises it."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def latest(self) -> Path | None:
         """The newest checkpoint that is whole to the byte, or None where there is none at all; damaged ones are logged.
@@ -147,21 +158,32 @@ class Checkpointer:
         read_tensors(flat, path, metadata[0], self._group)
 
     def _write(
-        self, step: int, flat: dict[str, Tensor], own: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]
+        self,
+        step: int,
+        flat: dict[str, Tensor],
+        own: Mapping[str, dict[str, Tensor]],
+        texts: Mapping[str, str],
+        retire: bool,
     ) -> None:
         path = self.folder / folder_name(step)
-        unfinished = partial_name(path)
+        folder = partial_name(path)
         try:
-            self._on_main(partial(_make_empty, unfinished))
-            write_tensors(flat, unfinished, self._group, staged=self._thread is not None)
-            written = self._everywhere(partial(self._write_files, unfinished, own, texts))
-            self._on_main(partial(self._finish, path, unfinished, step, written))
+            with unfinished(folder) if self.world.is_main else nullcontext():
+                self._on_main(partial(_make_empty, folder))
+                write_tensors(flat, folder, self._group, staged=self._thread is not None)
+                written = self._everywhere(partial(self._write_files, folder, own, texts))
+                self._on_main(partial(self._finish, path, folder, step, written))
         except BaseException as error:
-            if self._thread is not None:  # it is raised by `wait`, which may be much later or never
-                log.error("checkpoint of step %d not written: %s: %s", step, type(error).__name__, error)
             if self.world.is_main:
-                shutil.rmtree(unfinished, ignore_errors=True)
+                with suppress(OSError):
+                    remove(folder)
+            if isinstance(error, OSError):
+                size = sum(tensor.numel() * tensor.itemsize for tensor in flat.values()) / 1e9
+                reason = f"{error.strerror or error} (it takes {size:.3g} GB)"
+                raise SaveFailed(error.errno, reason, str(path)) from error
             raise
+        if retire:
+            self._on_main(partial(self._remove_old, path))
 
     def _write_files(
         self, folder: Path, own: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]
@@ -169,8 +191,11 @@ class Checkpointer:
         """This process's files beside the tensors; sizes and digests of these and of its share of the tensors."""
         names = [file.name for file in folder.glob(f"__{self.world.rank}_*")]
         for name, group in own.items():
-            save_file(group, folder / f"{name}.safetensors")
             names.append(f"{name}.safetensors")
+            try:
+                save_file(group, folder / names[-1])
+            except SafetensorError as error:
+                raise _disk_error(error, folder / names[-1]) from error
         if self.world.is_main:
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
@@ -181,47 +206,50 @@ class Checkpointer:
             name: FileRecord((folder / name).stat().st_size, digest) for name, digest in digests(folder, names).items()
         }
 
-    def _finish(self, path: Path, unfinished: Path, step: int, written: list[dict[str, FileRecord]]) -> None:
+    def _finish(self, path: Path, folder: Path, step: int, written: list[dict[str, FileRecord]]) -> None:
         files: dict[str, FileRecord] = {}
         for rank, records in enumerate(written):
             assert not files.keys() & records.keys(), f"process {rank}: a name of another: {sorted(records)}"
             for name, record in records.items():
-                if not (unfinished / name).is_file():
+                if not (folder / name).is_file():
                     raise InputError(
-                        f"{unfinished / name}: written by process {rank} and not seen by the main one; "
+                        f"{folder / name}: written by process {rank} and not seen by the main one; "
                         "--logdir must be in a file system that all hosts share"
                     )
                 files[name] = record
         listed = {name: record._asdict() for name, record in sorted(files.items())}
         content = {"step": step, "processes": self.world.size, "files": listed}
-        (unfinished / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _sync(unfinished / MANIFEST)
-        _sync(unfinished)
-        if path.exists():
+        (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _sync(folder / MANIFEST)
+        sync_folder(folder)
+        if os.path.lexists(path):
             replaced = _hidden(path, "replaced")
             os.rename(path, replaced)
             try:
-                move_into_place(unfinished, path)
+                move_into_place(folder, path)
             except OSError:
-                if not path.exists():
+                if not os.path.lexists(path):
                     os.rename(replaced, path)
                 raise
             _delete(replaced)
         else:
-            move_into_place(unfinished, path)
+            move_into_place(folder, path)
         self._damaged.discard(path)
         log.info("%s: %.1f MB", path, sum(record.size for record in files.values()) / 1e6)
-        self._remove_old(path)
 
     def _remove_old(self, newest: Path) -> None:
         """Keep the newest whole ones and the one just written; damaged ones go when they are older than those."""
-        found = checkpoints_in(self.folder)
+        found = checkpoints_of(self.folder)
         kept = [path for path in found if path == newest or not self._is_damaged(path)][: self.keep]
         for path in found[found.index(kept[-1]) + 1 :]:
             if path != newest:
-                removed = _hidden(path, "removed")
-                os.rename(path, removed)
-                _delete(removed)
+                try:
+                    removed = _hidden(path, "removed")
+                    os.rename(path, removed)
+                except OSError as error:  # somebody else's, or in use
+                    log.warning("%s: could not be removed (%s)", path, error)
+                else:
+                    _delete(removed)
 
     def _is_damaged(self, path: Path) -> bool:
         if path not in self._damaged:
@@ -235,15 +263,17 @@ class Checkpointer:
     def _remove_leftovers(self) -> None:
         for path in self.folder.glob(f".{CHECKPOINTS}"):
             whole = path.with_name(path.stem[1:])
-            if path.suffix == ".replaced" and not whole.exists():
+            if path.suffix == ".replaced" and not os.path.lexists(whole):
                 os.rename(path, whole)  # the process died between two renames
             elif path.suffix in (".partial", ".removed", ".replaced"):
-                shutil.rmtree(path)
+                _delete(path)
 
     def _newest_whole(self) -> Path | None:
-        found = checkpoints_in(self.folder)
+        found = checkpoints_of(self.folder)
         for path in found:
             try:
+                size = sum(record.size for record in read_manifest(path).values())
+                log.info("%s: reading %.3g GB, to be sure that they are what was written", path, size / 1e9)
                 check_content(path)
                 return path
             except (InputError, OSError) as error:
@@ -269,15 +299,45 @@ class Checkpointer:
         except Exception as error:
             failure = error
         box: list[Any] = [None] * self.world.size
-        kind, message = (None, "") if failure is None else (type(failure).__name__, str(failure))
-        dist.all_gather_object(box, (value, kind, message), group=self._group)
+        dist.all_gather_object(box, (value, None if failure is None else _Told.of(failure)), group=self._group)
         if failure is not None:
             raise failure
-        for rank, (_, kind, message) in enumerate(box):
-            if kind is not None:
-                is_input = kind == InputError.__name__
-                raise InputError(message) if is_input else RuntimeError(f"process {rank}: {kind}: {message}")
-        return [value for value, *_ in box]
+        for rank, (_, told) in enumerate(box):
+            if told is not None:
+                raise told.error(rank)
+        return [value for value, _ in box]
+
+
+class _Told(NamedTuple):
+    """An error of one process, as the others are told of it."""
+
+    kind: str
+    message: str
+    number: int | None  # of an OSError
+    reason: str
+    file: str
+
+    @classmethod
+    def of(cls, error: Exception) -> _Told:
+        number, reason, file = (getattr(error, name, None) for name in ("errno", "strerror", "filename"))
+        kind = "OSError" if isinstance(error, OSError) and number is not None else type(error).__name__
+        return cls(kind, str(error), number, str(reason), str(file))
+
+    def error(self, rank: int) -> Exception:
+        """What the others raise: bad input and the disk's errors stay what they are."""
+        if self.kind == InputError.__name__:
+            return InputError(self.message)
+        if self.kind == "OSError":
+            return OSError(self.number, self.reason, self.file)
+        return RuntimeError(f"process {rank}: {self.kind}: {self.message}")
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoint folders that a run has written to its own, newest first, whole or not.
+
+    Names that are only like theirs, such as those of copies that somebody has put aside, are none.
+    """
+    return [path for path in checkpoints_in(folder) if path.name == folder_name(int(path.name.rpartition("_")[2]))]
 
 
 def read_progress(path: Path) -> dict[str, Any]:
@@ -326,27 +386,33 @@ def _host_copy(tensor: Tensor) -> Tensor:
 def _hidden(path: Path, why: str) -> Path:
     """Where a checkpoint goes before it is deleted: half a folder never has a checkpoint's name."""
     hidden = path.with_name(f".{path.name}.{why}")
-    if hidden.exists():
-        shutil.rmtree(hidden)
+    remove(hidden)
     return hidden
 
 
 def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def _delete(folder: Path) -> None:
     try:
-        shutil.rmtree(folder)
-    except OSError as error:  # the checkpoint is written; the next start removes the rest
-        log.warning("%s: could not be removed (%s)", folder, error)
+        remove(folder)
+    except OSError:
+        # On NFS, names of files that somebody still has open linger for a while; they are no obstacle.
+        if not folder.is_dir() or any(not path.name.startswith(".nfs") for path in folder.iterdir()):
+            raise
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _delete(path: Path) -> None:
+    try:
+        remove(path)
+    except OSError as error:  # nothing depends on it; the next start tries again
+        log.warning("%s: could not be removed (%s)", path, error)
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _disk_error(error: SafetensorError, file: Path) -> Exception:
+    """The error of the disk that safetensors has met, which it tells in words."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(file)) if number else error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from longsana.chunks import ChunkPlan
 from longsana.config import load_config
@@ -202,9 +203,14 @@ def _of_other_trainers(config: TrainingConfig) -> Iterator[tuple[str, Any, Any]]
     """Settings of sections that this trainer has no use for, where they are not the default."""
     defaults = flat(dataclasses.asdict(TrainingConfig()))
     for setting, value in flat(dataclasses.asdict(config)).items():
-        trainers = next((owners for section, owners in SECTIONS.items() if setting.startswith(f"{section}.")), None)
-        if trainers and config.trainer not in trainers and setting not in FOR_ALL and value != defaults[setting]:
+        if not _is_used(setting, config.trainer) and value != defaults[setting]:
             yield setting, value, defaults[setting]
+
+
+def _is_used(setting: str, trainer: str) -> bool:
+    """Whether a setting means something to this trainer."""
+    trainers = next((owners for section, owners in SECTIONS.items() if setting.startswith(f"{section}.")), None)
+    return trainers is None or trainer in trainers or setting in FOR_ALL
 
 
 def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
@@ -305,14 +311,26 @@ def slots_of(config: TrainingConfig, world: World) -> Slots:
 
 
 def check_same_run(config: TrainingConfig, saved: Path) -> list[str]:
-    """What a logdir's run was made with and this config changes, as `setting: old -> new`; settings in FREE may."""
+    """What a logdir's run was made with and this config changes, as `setting: old -> new`; settings in FREE may.
+
+    A setting that the saved file does not say is one that its version did not have. What it did then is not known, so
+    it is listed too, unless this trainer has no use for it.
+
+    Raises:
+        InputError: the saved file is no config of this version.
+    """
     old: TrainingConfig = load_config(saved, schema=TrainingConfig)
+    said = flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
     before, now = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(config))
-    return [
-        f"{setting}: {before[setting]} -> {value}"
-        for setting, value in now.items()
-        if before[setting] != value and not setting.startswith(FREE)
-    ]
+    changes = []
+    for setting, value in now.items():
+        if setting.startswith(FREE):
+            continue
+        if setting not in said and _is_used(setting, config.trainer):
+            changes.append(f"{setting}: not said -> {value}")
+        elif before[setting] != value:
+            changes.append(f"{setting}: {before[setting]} -> {value}")
+    return changes
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

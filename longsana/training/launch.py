@@ -5,28 +5,30 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from longsana.config import render_config, save_config
 from longsana.runtime.distributed import World
-from longsana.runtime.errors import InputError
-from longsana.runtime.files import check_writable
+from longsana.runtime.files import atomic_write_text, disk_failure
 from longsana.runtime.logging import RunLog, WandbRun
-from longsana.training.build import CAPTIONS, StageBuilder
-from longsana.training.checkpoint import Checkpointer, read_progress
-from longsana.training.checks import check_device, check_same_run, flat, slots_of
+from longsana.training.checkpoint import Checkpointer, SaveFailed
+from longsana.training.checks import check_device, flat, slots_of
 from longsana.training.config import TrainingConfig
-from longsana.training.loop import Loop, Validate, weights_for_sampling
+from longsana.training.folder import CONFIG, RECORD, check_shared, open_folder
+from longsana.training.loop import Loop, Progress, Stop, TrainingFailed, Validate, weights_for_sampling
 from longsana.training.parallel import connect
 from longsana.training.player import Player
-from longsana.training.validation import Validation
+
+if TYPE_CHECKING:
+    from longsana.training.build import StageBuilder
+    from longsana.training.validation import Validation
 
 log = logging.getLogger(__name__)
-
-CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,50 @@ def train(config: TrainingConfig, options: RunOptions, world: World) -> int:
 
     Raises:
         InputError: the folder, a checkpoint or the data do not fit.
-        TrainingFailed: the numbers do not.
+        TrainingFailed: the numbers do not, or the disk takes no more.
     """
+    try:
+        with ExitStack() as stack:
+            return _train(config, options, world, stack)
+    except SaveFailed as error:
+        if not world.is_main:  # which knows it too
+            return 1
+        told = disk_failure(error) or str(error)
+        raise TrainingFailed(f"no checkpoint could be written: {told}; the run is as its last one has it") from error
+    except OSError as error:
+        if (reason := disk_failure(error)) is None:
+            raise
+        raise TrainingFailed(f"{reason}; the run is as its last checkpoint has it") from error
+
+
+def _train(config: TrainingConfig, options: RunOptions, world: World, stack: ExitStack) -> int:
     device = world.device()
     connect(world, device)
     world.on_main(lambda: check_device(config, world, device))
     torch.manual_seed(config.train.seed + world.rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     slots = slots_of(config, world)
-    world.on_main(lambda: _prepare_folder(config, options))
+    folder = open_folder(
+        config,
+        options.logdir,
+        slots,
+        auto_resume=options.auto_resume,
+        allow_config_change=options.allow_config_change,
+    )
+    opened = world.broadcast(world.on_main(lambda: stack.enter_context(folder)))
+    assert opened is not None
+    check_shared(options.logdir, world)
     checkpointer = Checkpointer(
         options.logdir, world, keep=config.train.max_checkpoints, asynchronous=config.train.async_checkpoint
     )
     found = checkpointer.latest()
+    progress = Progress() if found is None else Progress.read(found)
+    if found is not None and _nothing_left(config, options, progress):
+        log.info(
+            "%s has nothing left to do: %s is of iteration %d, and train.max_iters is %d",
+            *(options.logdir, found.name, progress.step, config.train.max_iters),
+        )
+        return 0
     log.info(
         "%s to %s on %s: %d slots of %d samples, %s",
         config.trainer,
@@ -74,34 +107,43 @@ def train(config: TrainingConfig, options: RunOptions, world: World) -> int:
         config.train.batch_size,
         "from the start" if found is None else f"going on from {found.name}",
     )
-    with _open_log(config, options, world, 0 if found is None else read_progress(found)["step"]) as run_log:
-        validation = None  # first, so that its text encoder is gone before anything large comes
-        if options.visualize and config.validation.vis_interval > 0:
-            validation = Validation(config, options.logdir, device, world)
-        builder = StageBuilder(config, slots=slots, world=world, device=device, folder=options.logdir)
-        stage = builder.stage()
-        loop = Loop(
-            stage,
-            config.train,
-            slots=slots,
-            world=world,
-            device=device,
-            run_log=run_log,
-            checkpointer=checkpointer,
-            saves=options.save,
-            validate=_validate(config, validation, builder, stage.players[0], run_log) if validation else None,
-            vis_interval=config.validation.vis_interval,
-            texts={CONFIG: render_config(config)},
-        )
-        if found is not None:
-            loop.resume(found)
-        if world.is_main:
-            # Not before: a start that fails must not claim the folder for its config.
-            save_config(config, options.logdir / CONFIG)
-        try:
-            return loop.run()
-        finally:
-            checkpointer.wait()  # what is being written is finished, whatever ended the run
+    run_log = stack.enter_context(_open_log(config, options, world, progress.step))
+    # Only now: they bring libraries that take seconds.
+    from longsana.training.build import StageBuilder
+    from longsana.training.validation import Validation
+
+    validation = None  # first, so that its text encoder is gone before anything large comes
+    if options.visualize and config.validation.vis_interval > 0:
+        validation = Validation(config, options.logdir, device, world)
+    builder = StageBuilder(config, slots=slots, world=world, device=device, folder=options.logdir)
+    stage = builder.stage()
+    loop = Loop(
+        stage,
+        config.train,
+        slots=slots,
+        world=world,
+        device=device,
+        run_log=run_log,
+        checkpointer=checkpointer,
+        saves=options.save,
+        validate=_validate(config, validation, builder, stage.players[0], run_log) if validation else None,
+        vis_interval=config.validation.vis_interval,
+        texts={CONFIG: render_config(config), RECORD: opened.record.text()},
+    )
+    if found is not None:
+        loop.resume(found, streams=opened.streams)
+    if world.is_main:
+        # Not before: a start that fails must not claim the folder for its config.
+        save_config(config, options.logdir / CONFIG)
+        atomic_write_text(options.logdir / RECORD, opened.record.text())
+    return loop.run()
+
+
+def _nothing_left(config: TrainingConfig, options: RunOptions, progress: Progress) -> bool:
+    """Whether all iterations are done, and the validation after the last one too."""
+    if options.visualize and progress.owes_validation(config.validation.vis_interval):
+        return False
+    return progress.step >= config.train.max_iters
 
 
 def _open_log(config: TrainingConfig, options: RunOptions, world: World, step: int) -> RunLog:
@@ -113,34 +155,6 @@ def _open_log(config: TrainingConfig, options: RunOptions, world: World, step: i
 
     opened = world.on_main(of_main)
     return opened or RunLog(options.logdir, step=step, total=config.train.max_iters, main=False, wandb=None)
-
-
-def _prepare_folder(config: TrainingConfig, options: RunOptions) -> None:
-    """The run's folder; what another run left there is refused, or moved aside if asked."""
-    logdir = options.logdir
-    check_writable(logdir, "--logdir")
-    if not options.auto_resume:
-        _move_aside(logdir)
-    saved = logdir / CONFIG
-    changed = check_same_run(config, saved) if saved.exists() and not options.allow_config_change else []
-    if changed:
-        raise InputError(
-            f"{logdir}: belongs to a run with another config ({'; '.join(changed)}); choose another --logdir, or go on "
-            "with the new settings: --allow-config-change"
-        )
-
-
-def _move_aside(logdir: Path) -> None:
-    """What lies in the folder goes to superseded_N inside it, but for encoded captions, which any run can use."""
-    found = [path for path in logdir.iterdir() if not path.name.startswith(("superseded_", CAPTIONS))]
-    if not found:
-        return
-    number = len(list(logdir.glob("superseded_*")))
-    target = logdir / f"superseded_{number:03d}"
-    target.mkdir()
-    for path in found:
-        path.rename(target / path.name)
-    log.info("--no-auto-resume: what was in %s is in %s now", logdir, target)
 
 
 def _wandb(config: TrainingConfig, options: RunOptions) -> WandbRun:
@@ -156,9 +170,11 @@ def _wandb(config: TrainingConfig, options: RunOptions) -> WandbRun:
 def _validate(
     config: TrainingConfig, validation: Validation, builder: StageBuilder, generator: Player, run_log: RunLog
 ) -> Validate:
-    def validate(step: int) -> Mapping[str, float]:
+    def validate(step: int, stop: Stop) -> Mapping[str, float] | None:
         with weights_for_sampling(generator, config.validation.vis_ema):
-            report = validation.run(step, generator.model, builder.vae)
+            report = validation.run(step, generator.model, builder.vae, stop)
+        if report is None:
+            return None
         for video in report.videos:
             run_log.video(step - 1, video.stem.partition("_rank_")[2], video)
         return report.metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.encoders.vae import DecodeCache
+from longsana.models.build import empty_model
 from longsana.models.embeddings import TextEmbedding
 from longsana.state import CausalState
 from longsana.training.self_forcing import SelfForcing, Window
@@ -112,11 +114,14 @@ class LongSana(SelfForcing):
             groups[f"stream_{slot:05d}"] = tensors
         return groups
 
-    def revive(self, names: Sequence[str], read: Callable[[str], Mapping[str, Tensor]]) -> None:
-        """Take back the streams of this process's slots, whole; slots that had none begin one."""
+    def revive(self, names: Sequence[str], read: Callable[[str], Mapping[str, Tensor]], *, anew: bool = False) -> None:
+        """Take back the streams of this process's slots, whole; slots that had none, or one that does not fit this
+        run any more, begin one. anew: all of them do."""
+        unfit: dict[int, str] = {}
         for slot in self.slots.mine:
             if (name := f"stream_{slot:05d}") in names:
-                self._take(slot, read(name))
+                if problem := self._take(slot, read(name), anew):
+                    unfit[slot] = problem
             elif names:
                 # As far along the prompts as the others, which go through them in step.
                 self._serials[slot] = int(read(names[0])["serial"])
@@ -129,16 +134,60 @@ class LongSana(SelfForcing):
                 max(len(names) - self.slots.count, 0),
                 max(self.slots.count - len(names), 0),
             )
+        if unfit:
+            log.warning(
+                "%d of the streams of %d slots of this process do not fit its settings any more; they end, and others "
+                "begin: %s",
+                *(len(unfit), len(self.slots.mine), next(iter(unfit.values()))),
+            )
 
-    def _take(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
+    def _take(self, slot: int, tensors: Mapping[str, Tensor], anew: bool) -> str:
+        """Take a stream back; what is in the way of that, or nothing."""
         self._serials[slot] = int(tensors["serial"])
         if "frames" not in tensors:  # the slot was between two streams
-            return
+            return ""
+        frames = int(tensors["frames"])
+        if problem := "their numbers mean something else" if anew else self._misfit(frames, tensors):
+            return problem
         parts = {name: tensor.to(self.vae.device) for name, tensor in tensors.items() if tensor.dim()}
         # Streams from before there were sinks have none.
         sinks = int(tensors["sinks"]) if "sinks" in tensors else 0
-        state = CausalState(parts["kv"], parts["k_sum"], parts["tail"], int(tensors["frames"]), sinks)
+        state = CausalState(parts["kv"], parts["k_sum"], parts["tail"], frames, sinks)
         text = TextEmbedding(parts["tokens"], parts["mask"])
         features = tuple(parts[name] for name in sorted(parts) if name.startswith("cache_"))
         cache = DecodeCache(features, state.frames) if features else None
         self.streams[slot] = Stream(self._serials[slot] - 1, text, state, parts["lead"], cache)
+        return ""
+
+    def _misfit(self, frames: int, tensors: Mapping[str, Tensor]) -> str:
+        """What a stream has that this run's would not, or nothing."""
+        if frames + self.config.streaming.streaming_min_new_frame > self.config.streaming.streaming_max_length:
+            return f"{frames} latents, which leave no room for a stretch"
+        saved = {name: _kind(name, tensor) for name, tensor in tensors.items() if tensor.dim()}
+        for name in self._kinds | saved:
+            if saved.get(name) != self._kinds.get(name):
+                return f"{name} {saved.get(name, 'missing')} (here: {self._kinds.get(name, 'none')})"
+        return ""
+
+    @cached_property
+    def _kinds(self) -> dict[str, str]:
+        """Shapes and dtypes of a stream of this run."""
+        batch, (channels, height, width) = self.config.train.batch_size, self.latent_shape
+        compute = torch.bfloat16 if self.config.train.mixed_precision else torch.float32
+        state = empty_model(self.config.model).to(compute).empty_state(batch, height, width)
+        text = self.embed([self.prompts[0]] * batch)
+        lead = torch.zeros(batch, channels, 1, height, width)
+        parts = {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail, "lead": lead}
+        parts |= {"tokens": text.tokens, "mask": text.mask}
+        if not self.config.rollout.overlap_latents:
+            _, cache = self.vae.decode_stream(lead.to(self.vae.device), more=True)
+            parts |= {f"cache_{i:03d}": feature for i, feature in enumerate(cache.features)}
+        return {name: _kind(name, part) for name, part in parts.items()}
+
+
+def _kind(name: str, tensor: Tensor) -> str:
+    """Shape and dtype, in words; of the decoder's memory without frames, which grow at the start of a video."""
+    sizes = [str(size) for size in tensor.shape]
+    if name.startswith("cache_"):
+        sizes[2] = "*"
+    return f"[{', '.join(sizes)}] {str(tensor.dtype).removeprefix('torch.')}"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,8 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
 from longsana.runtime.logging import RunLog
-from longsana.training.checkpoint import Checkpointer, own_names, read_own, read_progress
+from longsana.runtime.stop import deferred
+from longsana.training.checkpoint import PROGRESS, Checkpointer, own_names, read_own, read_progress
 from longsana.training.config import TrainConfig
 from longsana.training.player import Player
 from longsana.training.stage import Slots, Stage, Turn
@@ -51,9 +51,39 @@ class Progress:
     in_a_row: dict[str, int] = field(default_factory=dict)
     validated: int = 0
 
+    @classmethod
+    def read(cls, path: Path) -> Progress:
+        """What a checkpoint says.
 
-Validate = Callable[[int], Mapping[str, float]]
-"""Samples the fixed probe set after so many iterations, writes its videos, returns what they look like."""
+        Raises:
+            InputError: it cannot be read, or says what this version does not know.
+        """
+        values = read_progress(path)
+        if unknown := sorted(values.keys() - {known.name for known in dataclasses.fields(cls)}):
+            raise InputError(f"{path / PROGRESS}: unknown {', '.join(unknown)}; written by another version of the code")
+        try:
+            progress = cls(**values)
+            counts = [progress.step, progress.skipped, progress.validated]
+            counts += [*progress.samples.values(), *progress.in_a_row.values()]
+            whole = "step" in values and all(isinstance(count, int) and count >= 0 for count in counts)
+        except AttributeError:
+            whole = False
+        if not whole:
+            raise InputError(f"{path / PROGRESS}: damaged; use another checkpoint")
+        return progress
+
+    def owes_validation(self, interval: int) -> bool:
+        """Whether one is due now and was not made; interval: iterations between them, 0 for none."""
+        return interval > 0 and self.step % interval == 0 and self.step > self.validated
+
+
+Stop = Callable[[], bool]
+"""Whether some process was asked to stop; called by all of them together."""
+Validate = Callable[[int, Stop], Mapping[str, float] | None]
+"""Samples the fixed probe set after so many iterations, writes its videos, returns what they look like.
+
+None: it was asked to stop before it had come to its end.
+"""
 
 
 class Loop:
@@ -83,9 +113,12 @@ class Loop:
         self.validate, self.vis_interval = validate, vis_interval
         self.progress = Progress()
         self._saved = -1
+        self._due = False  # a checkpoint
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: Path, *, streams: bool = True) -> None:
         """Go on from a checkpoint, of any number of processes.
+
+        streams: whether what lives across iterations goes on too; else it begins anew.
 
         Raises:
             InputError: it is not one of these networks.
@@ -93,29 +126,46 @@ class Loop:
         self.checkpointer.load(path, self._tensors())
         names = own_names(path)
         read = partial(_read_own, path)
-        self.stage.revive([name for name in names if not name.startswith("rng_")], read)
+        live = [name for name in names if not name.startswith("rng_")]
+        if self.stage.live():
+            self.stage.revive(live, read, anew=not streams)
+        elif live:
+            log.warning("%s: the streams of its %d slots end; this stage has none", path, len(live))
         if (name := f"rng_{self.world.rank:05d}") in names:
             _set_rng(read(name), self.device)
-        self.progress = Progress(**read_progress(path))
+        self.progress = Progress.read(path)
         self._saved = self.progress.step
 
     def run(self) -> int:
-        """Train; returns the exit status: 0, or 128 + the signal that asked to stop, after what it has is saved."""
-        with _asked_to_stop() as asked:
-            self._validate_if_due()  # a run that was asked to stop did not stay for it
-            while self.progress.step < self.settings.max_iters:
-                stop = self._iteration(asked)
-                self._after(stop)
-                if stop:
-                    log.info(
-                        "stopped by signal %d after iteration %d; the same command goes on", stop, self.progress.step
-                    )
-                    return 128 + stop
-            self._save()
-        return 0
+        """Train; returns the exit status: 0, or 128 + the signal that asked to stop, after what it has is saved.
 
-    def _iteration(self, asked: Callable[[], int]) -> int:
-        """One iteration; returns the signal that some process was sent, or 0."""
+        Raises:
+            TrainingFailed: the numbers are not finite any more.
+            SaveFailed: a checkpoint could not be written.
+        """
+        with deferred() as asked:
+            try:
+                return self._train(lambda: self._signal(asked()))
+            finally:
+                self.checkpointer.wait()  # what is being written is finished, whatever ended the run
+
+    def _train(self, asked: Callable[[], int]) -> int:
+        """asked: the signal that some process was sent, or 0; called by all processes together."""
+        stop = self._validate_if_due(asked)  # a run that was asked to stop did not stay for it
+        while not stop and self.progress.step < self.settings.max_iters:
+            self._iteration()
+            # Before saving: a run that is killed while it samples does so again.
+            stop = asked() or self._validate_if_due(asked)
+            if not stop:
+                self._save_if_due()
+        self._save()
+        if not stop:
+            return 0
+        saved = "the same command goes on" if self.saves else "nothing was saved (--no_save)"
+        log.info("stopped by signal %d after iteration %d; %s", stop, self.progress.step, saved)
+        return 128 + stop
+
+    def _iteration(self) -> None:
         started, step = time.perf_counter(), self.progress.step
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -123,14 +173,12 @@ class Loop:
         for player in self.stage.players:
             if player.plays(step):
                 values |= self._update(player, step)
-        stop = int(self._reduced(torch.tensor([float(asked())]), dist.ReduceOp.MAX)[0])
         values["skipped_updates"] = self.progress.skipped
         values["per iteration time"] = time.perf_counter() - started  # ends in a read: the GPU is done
         if self.device.type == "cuda":
             values["gpu_peak_allocated"] = torch.cuda.max_memory_allocated(self.device)
         self.run_log.metrics(step, values)
         self.progress.step += 1
-        return stop
 
     def _update(self, player: Player, step: int) -> dict[str, float]:
         """One update of one player; its metrics, averaged over all slots."""
@@ -172,9 +220,10 @@ class Loop:
             "iteration %d: the %s is not updated, numbers are not finite: %s", progress.step, player.name, values
         )
         if progress.in_a_row[player.name] >= SKIPS:
+            newest = f" (the newest is of step {self._saved})" if self._saved > 0 else " (there is none)"
             raise TrainingFailed(
                 f"{SKIPS} updates of the {player.name} in a row were not finite (iteration {progress.step}); go back "
-                "to a checkpoint before them with a lower learning rate, or look for the fault in the data"
+                f"to a checkpoint before them{newest} with a lower learning rate, or look for the fault in the data"
             )
 
     def _reduced(self, values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -183,20 +232,49 @@ class Loop:
             dist.all_reduce(values, op)
         return values
 
-    def _after(self, stop: int) -> None:
-        """What is due between two iterations."""
-        if not stop:
-            self._validate_if_due()  # before saving: a run that is killed while it samples does so again
-        if self.progress.step % self.settings.log_iters == 0 or stop:
+    def _signal(self, own: int) -> int:
+        """The signal that some process was sent, or 0; own: this process's.
+
+        Raises:
+            SaveFailed: writing in the background has failed.
+        """
+        asked = torch.tensor([own, self.checkpointer.failed], dtype=torch.int64, device="cpu")
+        signal, failed = self._reduced(asked, dist.ReduceOp.MAX).tolist()
+        if failed:
+            self.checkpointer.wait()
+        return int(signal)
+
+    def _validate_if_due(self, asked: Callable[[], int]) -> int:
+        """The signal that cut the validation off, or 0."""
+        if not self.validate or not self.progress.owes_validation(self.vis_interval):
+            return 0
+        seen = [0]
+
+        def stop() -> bool:
+            seen[0] = asked()
+            return seen[0] > 0
+
+        step = self.progress.step
+        values = self.validate(step, stop)
+        if values is not None:
+            self.run_log.metrics(step - 1, values)
+            self.progress.validated = step
+        return seen[0]
+
+    def _save_if_due(self) -> None:
+        """Save, unless updates are being skipped: what made their numbers so may be in the weights already, and newer
+        checkpoints would take the place of the last good ones."""
+        self._due = self._due or self.progress.step % self.settings.log_iters == 0
+        if self._due and not self._skipping:
             self._save()
 
-    def _validate_if_due(self) -> None:
-        step = self.progress.step
-        if self.validate and self.vis_interval and step % self.vis_interval == 0 and step > self.progress.validated:
-            self.run_log.metrics(step - 1, self.validate(step))
-            self.progress.validated = step
+    @property
+    def _skipping(self) -> bool:
+        """Whether the last update of some player was skipped."""
+        return any(self.progress.in_a_row.values())
 
     def _save(self) -> None:
+        self._due = False
         if not self.saves or self._saved == self.progress.step:
             return
         own = {f"rng_{self.world.rank:05d}": _rng(self.device)} | dict(self.stage.live())
@@ -206,6 +284,7 @@ class Loop:
             own=own,
             progress=dataclasses.asdict(self.progress),
             texts=self.texts,
+            retire=not self._skipping,
         )
         self._saved = self.progress.step
 
@@ -216,24 +295,6 @@ class Loop:
 def weights_for_sampling(player: Player, ema: bool) -> Any:
     """A context in which the player's network samples: with its average, or as it is."""
     return player.averaged() if ema and player.average else nullcontext()
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], int]]:
-    """Inside the block SIGINT and SIGTERM are noted, not obeyed: the iteration is finished and saved first."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:  # the second time it is meant
-            signal.default_int_handler(number, frame)
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: received[0] if received else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _read_own(path: Path, name: str) -> dict[str, Tensor]:

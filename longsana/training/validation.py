@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from longsana.models.dit import LongSanaDiT
 from longsana.runtime.clock import Clock
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
+from longsana.runtime.files import naming
 from longsana.runtime.hub import locate
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.pipeline import Caption, VideoPipeline
@@ -44,11 +46,15 @@ class Probe(NamedTuple):
 
 
 class Report(NamedTuple):
-    """metrics: probe_{saturation,motion,contrast}_len_{latent frames}, means over the prompts. videos: every file
-    of all processes, sorted. Both are the same on every process."""
+    """What came of a validation, the same on every process.
+
+    metrics: probe_{saturation,motion,contrast}_len_{latent frames}, means over the prompts. videos: every file of all
+    processes, sorted. broken: videos whose numbers were not finite, which are in neither.
+    """
 
     metrics: dict[str, float]
     videos: list[Path]
+    broken: int
 
 
 class Validation:
@@ -85,11 +91,15 @@ class Validation:
             ]
 
     @torch.no_grad()
-    def run(self, step: int, model: LongSanaDiT, vae: VideoVAE) -> Report:
+    def run(
+        self, step: int, model: LongSanaDiT, vae: VideoVAE, stop: Callable[[], bool] | None = None
+    ) -> Report | None:
         """Sample, measure and write every video of iteration `step`; all processes call this together.
 
+        stop: whether some process was asked to stop; called before each video, by all processes together. Then the
+            rest is left out, and there is no report.
+
         Raises:
-            FloatingPointError: latents or decoded frames are not finite.
             OSError: a video could not be written.
         """
         started = time.perf_counter()
@@ -99,6 +109,8 @@ class Validation:
         for length, pipeline in self._pipelines.items():
             pipeline.model, pipeline.vae = model, vae
             for sample in self._mine:
+                if stop is not None and stop():
+                    return None
                 name = f"step_{step:07d}_rank_{self._world.rank}_sample_{sample.turn}_len_{length}.mp4"
                 path = folder / name if sample.turn < self._count else None
                 # One at a time: training fills the memory.
@@ -107,14 +119,21 @@ class Validation:
                     measured.append(_Measured(length, sample.turn, path, probe))
         # In one order: sums must not depend on who made what.
         everyone = sorted(one for part in self._world.gather(measured) for one in part)
+        whole = [one for one in everyone if one.probe is not None]
+        broken = len(everyone) - len(whole)
         if self._world.is_main:
-            log.info("step %d: %d videos in %.1f s: %s", step, len(everyone), time.perf_counter() - started, folder)
+            log.info("step %d: %d videos in %.1f s: %s", step, len(whole), time.perf_counter() - started, folder)
+            if broken:
+                log.warning(
+                    "step %d: numbers of %d of %d validation videos are not finite, and no files are made of them",
+                    *(step, broken, len(everyone)),
+                )
         metrics = {}
         for length in self._pipelines:
-            probes = [one.probe for one in everyone if one.length == length]
-            for name, values in zip(Probe._fields, zip(*probes, strict=True), strict=True):
+            probes = [one.probe for one in whole if one.length == length and one.probe is not None]
+            for name, values in zip(Probe._fields, zip(*probes, strict=True), strict=False):
                 metrics[f"probe_{name}_len_{length}"] = sum(values) / len(values)
-        return Report(metrics, sorted(one.path for one in everyone))
+        return Report(metrics, sorted(one.path for one in whole), broken)
 
 
 class _Sample(NamedTuple):
@@ -126,10 +145,12 @@ class _Sample(NamedTuple):
 
 
 class _Measured(NamedTuple):
+    """probe: None of a video whose numbers were not finite."""
+
     length: int
     turn: int
     path: Path
-    probe: Probe
+    probe: Probe | None
 
 
 def _pipeline(config: TrainingConfig, length: int, device: torch.device | str) -> VideoPipeline:
@@ -152,25 +173,29 @@ def _prompts(config: TrainingConfig) -> list[Prompt]:
     return prompts[: settings.val_samples]
 
 
-def _sample(pipeline: VideoPipeline, sample: _Sample, path: Path | None) -> Probe:
-    """Make one video, write it unless `path` is None, and measure it."""
+def _sample(pipeline: VideoPipeline, sample: _Sample, path: Path | None) -> Probe | None:
+    """Make one video, write it unless `path` is None, and measure it; None, and no file, if it is not finite."""
     config, meter = pipeline.config, Meter()
-    with ExitStack() as stack:
-        writer = None
-        if path is not None:
-            writer = stack.enter_context(
-                VideoWriter(
-                    path,
-                    fps=config.sampling.fps,
-                    height=sample.prompt.height,
-                    width=sample.prompt.width,
-                    **asdict(config.video),
+    try:
+        with naming(path), ExitStack() as stack:
+            writer = None
+            if path is not None:
+                writer = stack.enter_context(
+                    VideoWriter(
+                        path,
+                        fps=config.sampling.fps,
+                        height=sample.prompt.height,
+                        width=sample.prompt.width,
+                        **asdict(config.video),
+                    )
                 )
-            )
-        for frames in pipeline.sample([sample.prompt], [sample.caption], Clock()):
-            meter.add(frames.pixels)
-            if writer is not None:
-                writer.append(frames.pixels[0])
+            # To the end: under FSDP the others wait for this process in each of their forward passes.
+            for frames in pipeline.sample([sample.prompt], [sample.caption], Clock(), to_the_end=True):
+                meter.add(frames.pixels)
+                if writer is not None:
+                    writer.append(frames.pixels[0])
+    except FloatingPointError:
+        return None
     return meter.result()
 
 

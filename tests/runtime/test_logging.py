@@ -11,6 +11,7 @@ import logging
 import os
 import pty
 import struct
+import subprocess
 import sys
 import termios
 import time
@@ -26,6 +27,7 @@ from longsana.runtime import logging as run_logging
 from longsana.runtime.errors import InputError
 from longsana.runtime.logging import RunLog, WandbRun
 from longsana.runtime.video import VideoWriter
+from tests.training.conftest import ROOT
 
 
 def open_log(folder: Path, step: int = 0, *, total: int = 100, main: bool = True, wandb: Any = None) -> RunLog:
@@ -310,6 +312,71 @@ def test_wandb_that_will_not_start(
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--wandb-save-dir"):
         open_log(tmp_path / "run", wandb=WandbRun("p", None, None, tmp_path / "file" / "wandb", {}))
+
+
+def test_wandb_that_will_not_start_ends_no_run_that_has_begun(
+    offline: Callable[..., WandbRun], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "run", range(2))
+    with open_log(tmp_path / "run", 2, wandb=offline(project="no/such/name")) as run_log:
+        run_log.metrics(2, {"loss": 0.5})
+        run_log.video(2, "probe", tmp_path / "none.mp4")
+    assert [line["step"] for line in lines(tmp_path / "run")] == [0, 1, 2]
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "wandb did not start" in message and message.endswith("goes on without wandb") and "\n" not in message
+
+
+KILLED = """
+import logging, os, sys, time
+from pathlib import Path
+import psutil
+from longsana.runtime.logging import RunLog, WandbRun
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+folder = Path(sys.argv[1])
+with RunLog(folder, step=0, total=9, main=True, wandb=WandbRun("p", None, None, folder / "wandb", {})) as run_log:
+    run_log.metrics(0, {"loss": 0.0})
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+        child.wait(10)
+    for step in range(1, 9):
+        run_log.metrics(step, {"loss": 0.0})
+        run_log.video(step, "probe", folder / "metrics.jsonl")
+"""
+
+
+@pytest.mark.parametrize(("mode", "words"), [("offline", "wandb fails ("), ("nonsense", "'nonsense'")])
+def test_wandb_that_is_killed_or_not_understood_is_one_warning(
+    mode: str, words: str, offline: Callable[..., WandbRun], tmp_path: Path
+) -> None:
+    """No traceback either when Python ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"WANDB_MODE": mode},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines(tmp_path)] == list(range(9))
+    (message,) = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
+    assert message.startswith("wandb ") and words in message
+
+
+def test_of_a_line_that_a_full_disk_cuts_nothing_stays(tmp_path: Path, limited: Callable[..., Any]) -> None:
+    with open_log(tmp_path) as run_log:
+        run_log.metrics(0, {"loss": 0.5})
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        with limited(size + 10), pytest.raises(OSError, match="File too large") as caught:
+            run_log.metrics(1, {"loss": 0.5})
+        assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines(tmp_path)] == [0]
+
+
+def test_metrics_that_are_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"metrics\.jsonl: cannot be written \(Is a directory\).*--logdir"):
+        open_log(tmp_path)
 
 
 def test_memory_is_told_of_this_device() -> None:

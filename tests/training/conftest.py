@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from longsana.config import ModelConfig, load_config
 from longsana.encoders.vae import WanVAE
 from longsana.models.embeddings import TextEmbedding
 from longsana.models.naming import PAST
+from longsana.runtime.distributed import World
 from longsana.training.config import TrainingConfig
 from longsana.training.player import Player
 from tests.scripts import load_script
@@ -177,3 +180,36 @@ def trajectories(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.write(shard, states[rows.start : rows.stop], [PROMPTS[i % len(PROMPTS)] for i in rows])
     writer.finish()
     return folder
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr."""
+        (line,) = self.err.splitlines()
+        return line
+
+
+@pytest.fixture(scope="session")
+def command(train_script: ModuleType) -> Callable[..., Result]:
+    """The training command in this process, without wandb unless it is asked for."""
+
+    def run(*arguments: str | Path, wandb: bool = False) -> Result:
+        out, err = io.StringIO(), io.StringIO()
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = train_script.main([*map(str, arguments), *([] if wandb else ["--disable-wandb"])])
+        finally:
+            World().disconnect()  # a process that fails leaves its group, and ends
+        return Result(status, out.getvalue(), err.getvalue())
+
+    return run
+
+
+def forbidden(*arguments: Any, **options: Any) -> Any:
+    """Put in the place of what comes too late."""
+    raise AssertionError("too late: something is being loaded")

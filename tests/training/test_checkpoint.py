@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pickle
-import resource
 import shutil
 import subprocess
 import sys
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
+from longsana.runtime.files import disk_failure, remove
 from longsana.training import checkpoint
-from longsana.training.checkpoint import Checkpointer, own_names, read_own, read_progress
+from longsana.training.checkpoint import Checkpointer, SaveFailed, own_names, read_own, read_progress
 from tests.training.checkpoint_worker import Run, assert_equal, save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,26 +211,41 @@ def test_an_error_in_the_background_is_heard(
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_full_disk(
-    asynchronous: bool, make: Callable[..., Checkpointer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asynchronous: bool, make: Callable[..., Checkpointer], tmp_path: Path, limited: Callable[..., Any]
 ) -> None:
     """A real one, as far as the tensors' file goes: files may not grow beyond some bytes."""
     checkpointer, run = make(keep=1, asynchronous=asynchronous), Run(0)
     save(checkpointer, 1, run)
     checkpointer.wait()
     size = next(at(tmp_path, 1).glob("*.distcp")).stat().st_size
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
-    try:
+    with limited(size // 2):
         if asynchronous:
             save(checkpointer, 2, run)
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(SaveFailed, match="File too large") as caught:
             checkpointer.wait() if asynchronous else save(checkpointer, 2, run)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert not checkpointer.failed, "told once"
+    assert (disk_failure(caught.value) or "").startswith(f"{at(tmp_path, 2)}: File too large (it takes ")
     assert there(tmp_path) == [1]
     assert make().latest() == at(tmp_path, 1)
     save(checkpointer, 2, run)
     assert checkpointer.latest() == at(tmp_path, 2)
+
+
+@pytest.mark.parametrize("part", ["own", "texts"])
+def test_a_full_disk_met_by_the_files_beside_the_tensors(
+    part: str, make: Callable[..., Checkpointer], tmp_path: Path, limited: Callable[..., Any]
+) -> None:
+    """safetensors has an error of its own for it."""
+    checkpointer, run = make(), Run(0)
+    save(checkpointer, 1, run)
+    large: dict[str, Any] = (
+        {"own": {"stream": {"state": torch.zeros(1 << 20)}}} if part == "own" else {"texts": {"a.txt": "x" * (1 << 20)}}
+    )
+    with limited(1 << 19), pytest.raises(SaveFailed, match=r"File too large.*checkpoint_model_000002"):
+        save(checkpointer, 2, run, **large)
+    assert there(tmp_path) == [1]
+    save(checkpointer, 2, run, **large)
+    assert there(tmp_path) == [1, 2]
 
 
 def missing(folder: Path) -> None:
@@ -334,6 +350,89 @@ def test_leftovers(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
         *(".other", "checkpoint_model_000002", "checkpoint_model_000003")
     ]
     assert checkpointer.latest() == at(tmp_path, 3)
+
+
+def test_none_is_retired_where_that_is_asked(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    checkpointer, run = make(keep=2), Run(0)
+    for step in range(5):
+        save(checkpointer, step, run, retire=step == 4)
+        assert there(tmp_path) == ([*range(step + 1)] if step < 4 else [3, 4])
+
+
+def test_links_are_unlinked_and_what_they_lead_to_stays(
+    make: Callable[..., Checkpointer], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A checkpoint that was moved to a larger disk, with a link in its place: retired, replaced, and left over."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    checkpointer, run = make(keep=2), Run(0)
+    for step in (1, 2):
+        save(checkpointer, step, run)
+        at(tmp_path, step).rename(elsewhere / str(step))
+        at(tmp_path, step).symlink_to(elsewhere / str(step))
+    assert make().latest() == at(tmp_path, 2)
+    save(checkpointer, 2, run)  # again
+    assert not at(tmp_path, 2).is_symlink() and checkpointer.latest() == at(tmp_path, 2)
+    save(checkpointer, 3, run)  # 1 goes
+    at(tmp_path, 4).symlink_to(elsewhere / "gone")
+    save(checkpointer, 4, run)
+    assert there(tmp_path) == [3, 4]
+    for name in (".checkpoint_model_000001.removed", ".checkpoint_model_000005.partial"):
+        (tmp_path / name).symlink_to(elsewhere / "1")
+    assert make().latest() == at(tmp_path, 4)
+    assert there(tmp_path) == [3, 4]
+    assert [len(list((elsewhere / name).iterdir())) for name in "12"] == [len(list(at(tmp_path, 4).iterdir()))] * 2
+
+
+def test_what_is_not_a_checkpoint_of_the_run_is_left_alone(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    checkpointer, run = make(keep=1), Run(0)
+    save(checkpointer, 7, run)
+    names = ["checkpoint_model_best", "checkpoint_model_before_it_broke_000009", "checkpoint_model_000007.tar", "notes"]
+    for name in names[:2]:
+        shutil.copytree(at(tmp_path, 7), tmp_path / name)
+    for name in names[2:]:
+        (tmp_path / name).write_text("a user's")
+    assert checkpointer.latest() == at(tmp_path, 7)
+    save(checkpointer, 8, run)
+    assert make().latest() == at(tmp_path, 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "checkpoint_model_000008"])
+
+
+def test_what_cannot_be_removed_costs_no_checkpoint(
+    make: Callable[..., Checkpointer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Names that linger on NFS, a checkpoint of another user's, or one that somebody has mounted."""
+    checkpointer, run = make(keep=1), Run(0)
+    save(checkpointer, 1, run)
+    shutil.copytree(at(tmp_path, 1), tmp_path / ".checkpoint_model_000000.removed")
+
+    def busy(*_: Any) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove", busy)
+        checkpointer = make(keep=1)
+    with monkeypatch.context() as patch:
+        rename = os.rename
+        patch.setattr(os, "rename", lambda old, new: busy() if old == at(tmp_path, 1) else rename(old, new))
+        save(checkpointer, 2, run)
+    assert [message.split(":")[0] for message in caplog.messages if "could not be removed" in message] == [
+        str(tmp_path / ".checkpoint_model_000000.removed"),
+        str(at(tmp_path, 1)),
+    ]
+    assert make(keep=1).latest() == at(tmp_path, 2)
+    unfinished = tmp_path / ".checkpoint_model_000003.partial"
+    unfinished.mkdir()
+    (unfinished / ".nfs0001").write_text("")
+
+    def lingering(path: Path) -> None:
+        if path == unfinished:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove", lingering)
+        save(checkpointer, 3, run)
+    assert make(keep=1).latest() == at(tmp_path, 3)
 
 
 def test_what_does_not_fit_is_listed(make: Callable[..., Checkpointer], tmp_path: Path) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import av
@@ -17,41 +14,13 @@ from torch import Tensor
 
 from longsana.config import leaf_keys, load_config
 from longsana.models.dit import LongSanaDiT
-from longsana.runtime.distributed import World
 from longsana.training import build, launch
 from longsana.training.config import TrainingConfig
+from longsana.training.loop import Stop
 from longsana.training.player import Player
 from longsana.training.validation import Report, Validation
-from tests.training.conftest import ROOT
+from tests.training.conftest import ROOT, forbidden
 from tests.training.test_resume import assert_equal, contents, lines
-
-
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line on stderr."""
-        (line,) = self.err.splitlines()
-        return line
-
-
-@pytest.fixture(scope="module")
-def command(train_script: ModuleType) -> Callable[..., Result]:
-    """The training command in this process, without wandb unless it is asked for."""
-
-    def run(*arguments: str | Path, wandb: bool = False) -> Result:
-        out, err = io.StringIO(), io.StringIO()
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                status = train_script.main([*map(str, arguments), *([] if wandb else ["--disable-wandb"])])
-        finally:
-            World().disconnect()  # a process that fails leaves its group, and ends
-        return Result(status, out.getvalue(), err.getvalue())
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +68,10 @@ def ran(command, config, tmp_path_factory) -> Ran:
     sampled: list[dict[str, Tensor]] = []
     sample = Validation.run
 
-    def recorded(self: Validation, step: int, model: LongSanaDiT, vae: Any) -> Report:
+    def recorded(self: Validation, step: int, model: LongSanaDiT, vae: Any, stop: Stop) -> Report | None:
         weights = {name: weight.detach().full_tensor().clone() for name, weight in model.named_parameters()}
         sampled.append(weights)
-        return sample(self, step, model, vae)
+        return sample(self, step, model, vae, stop)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Validation, "run", recorded)
@@ -177,7 +146,7 @@ def test_without_flags_the_file_decides_and_what_is_not_wanted_is_not_made(comma
     assert [path.name for path in tmp_path.iterdir()] == ["output"]  # no wandb
     assert [line["step"] for line in lines(logdir)] == [0, 1, 2]
     assert saved(logdir).train.max_iters == 3
-    assert sorted(files(logdir)) == ["config.yaml", "metrics.jsonl"]
+    assert sorted(files(logdir)) == ["config.yaml", "metrics.jsonl", "run.json"]
 
 
 def test_a_run_that_saves_nothing_goes_on_from_what_is_saved(command, ran, config, tmp_path):
@@ -211,7 +180,7 @@ def test_a_folder_of_another_config_is_refused_until_it_is_allowed(command, conf
     before = files(logdir)
     arguments = ("--config_path", config, "--logdir", logdir, "--no_visualize", "--threads", "1", "train.seed=5")
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "Validation", forbidden)
+        patch.setattr(Validation, "__init__", forbidden)
         patch.setattr(build, "build_model", forbidden)
         result = command(*arguments)
     assert result.status == 2
@@ -275,10 +244,6 @@ def test_the_published_launches(command, train_script, stage, monkeypatch):
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------
-
-
-def forbidden(*arguments: Any, **options: Any) -> Any:
-    raise AssertionError("too late: something is being loaded")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -202,6 +203,59 @@ def test_on_other_numbers_of_slots_whole_streams_go_on(build, caplog):
     assert "2 slots, this run has 3: 2 go on whole, 0 end, 1 begin anew" in caplog.text
     assert sorted(more.streams) == [0, 1]
     assert more._serials == {0: 1, 1: 1, 2: 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["train.batch_size=2"], "kv [2, 1, 1, 2, 28, 28] float32 (here: [2, 2, 1, 2, 28, 28] float32)"),
+        (["model.num_cached_blocks=3"], "kv [2, 1, 1, 2, 28, 28] float32 (here: [2, 1, 3, 2, 28, 28] float32)"),
+        (["train.mixed_precision=true"], "tail [2, 1, 6, 56] float32 (here: [2, 1, 6, 56] bfloat16)"),
+        (["rollout.overlap_latents=1"], "cache_000 [1, "),
+        (["streaming.streaming_max_length=9"], "9 latents, which leave no room for a stretch"),
+    ],
+)
+def test_streams_that_do_not_fit_end_and_others_begin(build, caplog, changes, words):
+    """One slot of two had none at that time: it goes on with its next prompt all the same."""
+    longest = "streaming.streaming_max_length=13"
+    stage = build(longest, slots=2)
+    for step, slot in ((0, 0), (1, 0), (0, 1), (1, 1), (2, 1)):
+        stage.rollout(turn("critic", step, slot))
+    assert sorted(stage.streams) == [0]
+    groups = saved(stage)
+    other = build(longest, *changes, slots=2)
+    other.revive(sorted(groups), groups.__getitem__)
+    assert not other.streams and other._serials == {0: 1, 1: 1}
+    (message,) = caplog.messages
+    assert message.startswith("1 of the streams of 2 slots") and words in message
+    batch = other.config.train.batch_size
+    now = turn("critic", 3)
+    window = other.rollout(dataclasses.replace(now, samples=range(batch)))
+    assert window.latents.shape[:3] == (batch, CHANNELS, 5) and window.latents.isfinite().all()
+
+
+def test_streams_that_begin_anew_go_on_along_the_prompts(build, caplog):
+    stage, other = build(slots=2), build(slots=2)
+    for slot in (0, 1):
+        stage.rollout(turn("critic", 0, slot))
+    groups = saved(stage)
+    other.revive(sorted(groups), groups.__getitem__, anew=True)
+    assert not other.streams and other._serials == {0: 1, 1: 1}
+    (message,) = caplog.messages
+    assert message.startswith("2 of the streams of 2 slots")
+    prompt = PROMPTS[other.order["generator"][2]]
+    assert torch.equal(other.rollout(turn("critic", 1)).text.tokens, other.embed([prompt]).tokens)
+
+
+@pytest.mark.parametrize("shape", [(CHANNELS, 2 * HEIGHT, WIDTH), (CHANNELS, HEIGHT, 2 * WIDTH)])
+def test_streams_of_another_size_end(build, caplog, shape):
+    stage, other = build(), build()
+    stage.rollout(turn("critic", 0))
+    groups = saved(stage)
+    other.latent_shape = shape
+    other.revive(sorted(groups), groups.__getitem__)
+    assert not other.streams and "do not fit" in caplog.text
+    assert other.rollout(turn("critic", 1)).latents.shape[3:] == shape[1:]
 
 
 def test_the_first_stretch_may_be_made_without_being_learned(build):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,14 +18,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
 from longsana.runtime.logging import RunLog
-from longsana.training.checkpoint import Checkpointer, read_progress
+from longsana.training.checkpoint import Checkpointer, SaveFailed, read_progress
 from longsana.training.config import AdamWConfig, TrainConfig
-from longsana.training.loop import SKIPS, Loop, TrainingFailed
+from longsana.training.loop import SKIPS, Loop, Progress, Stop, TrainingFailed
 from longsana.training.ode import OdeInitialisation
 from longsana.training.parallel import connect
 from longsana.training.player import Player
@@ -128,6 +131,11 @@ def make(random_model, network, embed, tmp_path, group) -> Callable[..., Loop]:
     return build
 
 
+def steps_of(folder: Path) -> list[int]:
+    """Of the checkpoints in a folder."""
+    return sorted(int(path.name[-6:]) for path in folder.glob("checkpoint_*"))
+
+
 def tensors(loop: Loop, name: str) -> dict[str, Tensor]:
     """Copies of all that a checkpoint keeps of a player."""
     player = next(player for player in loop.stage.players if player.name == name)
@@ -210,7 +218,7 @@ def test_an_update_in_which_no_slot_learns_is_not_made(make, tmp_path):
 def test_a_validation_that_a_signal_skipped_is_made_up(make, tmp_path):
     seen: list[int] = []
 
-    def validate(step: int) -> dict[str, float]:
+    def validate(step: int, stop: Stop) -> dict[str, float]:
         seen.append(step)
         return {}
 
@@ -230,6 +238,123 @@ def test_a_validation_that_a_signal_skipped_is_made_up(make, tmp_path):
     ended.resume(ended.checkpointer.latest())
     assert ended.run() == 0
     assert seen == [2, 4]
+
+
+def test_a_signal_ends_a_validation_between_its_videos_and_saves(make, tmp_path):
+    """And the validation is made up by the next start."""
+    asked: list[bool] = []
+
+    def validate(step: int, stop: Stop) -> dict[str, float] | None:
+        for video in range(5):
+            asked.append(stop())
+            if asked[-1]:
+                return None
+            if video == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    loop = make(max_iters=9, log_iters=100, save=True, validate=validate, vis_interval=3)
+    assert loop.run() == 128 + signal.SIGTERM
+    assert asked == [False, False, False, True]
+    assert steps_of(tmp_path) == [3]
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+    again = make(max_iters=9, log_iters=100, save=True, validate=validate, vis_interval=3)
+    again.resume(again.checkpointer.latest())
+    assert again.run() == 128 + signal.SIGTERM
+    assert again.progress.step == 3 and len(asked) == 8
+
+
+def test_a_signal_while_the_last_checkpoint_is_being_written_does_not_lose_it(make, tmp_path, monkeypatch):
+    """A scheduler's SIGTERM, on a slow disk that is written to in the background."""
+    save, killers = dcp.save, []
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        killers.append(threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)))
+        killers[-1].start()
+        time.sleep(0.5)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(dcp, "save", slow)
+    # What would happen without a handler; as it is, pytest would die.
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the signal was not waited for"))
+    try:
+        assert make(max_iters=2, log_iters=100, save=True, asynchronous=True).run() == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(killers) == 1 and not killers[0].is_alive()
+    assert steps_of(tmp_path) == [2]
+
+
+def test_what_is_being_written_is_finished_when_a_run_fails(make, tmp_path, monkeypatch):
+    save = dcp.save
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.3)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(dcp, "save", slow)
+    loop = make(
+        max_iters=99, save=True, asynchronous=True, poison=lambda turn: "loss" if turn.step > 0 else "", log_iters=1
+    )
+    with pytest.raises(TrainingFailed, match=r"the newest is of step 1\)"):
+        loop.run()
+    assert steps_of(tmp_path) == [1]
+
+
+def test_a_failure_to_write_in_the_background_ends_the_run_soon(make, tmp_path, limited):
+    """And not only when the next checkpoint is due."""
+    loop = make(max_iters=1000, log_iters=900, save=True, asynchronous=True)
+    loop.progress.step = 899
+    with limited(10_000), pytest.raises(SaveFailed, match=r"File too large.*checkpoint_model_000900"):
+        loop.run()
+    assert 900 <= loop.progress.step < 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_no_checkpoint_comes_or_goes_while_updates_are_skipped(make, tmp_path):
+    """A divergence leaves the last checkpoints before it, though one is due in every iteration."""
+    loop = make(max_iters=99, save=True, max_checkpoints=3, poison=lambda turn: "gradient" if turn.step > 4 else "")
+    with pytest.raises(TrainingFailed):
+        loop.run()
+    assert steps_of(tmp_path) == [3, 4, 5]
+
+
+def test_a_checkpoint_that_was_due_while_updates_were_skipped_comes_after(make, tmp_path):
+    def poison(turn: Turn) -> str:
+        return "loss" if (turn.role, turn.step) == ("critic", 3) else ""
+
+    make(max_iters=7, log_iters=4, save=True, poison=poison).run()
+    assert steps_of(tmp_path) == [5, 7]  # due after 4; the last one is that of the end
+
+
+def test_a_stop_while_updates_are_skipped_saves_beside_what_is_there(make, tmp_path):
+    def poison(turn: Turn) -> str:
+        if turn.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return "loss" if turn.step > 3 else ""
+
+    loop = make(max_iters=99, save=True, max_checkpoints=2, poison=poison)
+    assert loop.run() == 128 + signal.SIGTERM
+    assert steps_of(tmp_path) == [3, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"step": 3, "later": 1}', "unknown later"),
+        ('{"samples": {}}', "damaged"),
+        ('{"step": "3"}', "damaged"),
+        ('{"step": -3}', "damaged"),
+        ('{"step": 3, "samples": [1]}', "damaged"),
+        ('{"step": 3, "in_a_row": {"critic": null}}', "damaged"),
+    ],
+)
+def test_progress_of_another_version_or_damaged(tmp_path, text, words):
+    (tmp_path / "progress.json").write_text(text)
+    with pytest.raises(InputError, match=rf"progress\.json: {words}"):
+        Progress.read(tmp_path)
+    (tmp_path / "progress.json").write_text('{"step": 3, "samples": {"critic": 4}}')
+    assert Progress.read(tmp_path) == Progress(3, {"critic": 4})
 
 
 def test_ten_in_a_row_stop_the_run_and_a_good_one_starts_a_new_row(make):
@@ -293,7 +418,7 @@ def test_a_signal_ends_the_run_after_the_iteration_and_saves_it(make, tmp_path):
 def test_validation_comes_when_it_is_due_and_sees_what_is_saved(make, tmp_path):
     seen = {}
 
-    def validate(step: int) -> dict[str, float]:
+    def validate(step: int, stop: Stop) -> dict[str, float]:
         seen[step] = loop.stage.players[0].weights[NAME].detach().clone()
         return {"probe": float(step)}
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -190,6 +191,35 @@ def test_a_signal_to_torchrun_is_obeyed_by_all(stage_config, run, tmp_path):
         run(config, tmp_path, "train.total_batch_size=2", "--allow-config-change", f"train.max_iters={step + 1}") == 0
     )
     assert len(lines(tmp_path)) == step + 1
+
+
+@pytest.mark.slow
+def test_a_signal_during_validation_ends_it_for_all(stage_config, tmp_path):
+    """SIGTERM to one of two processes: both stop before their next videos, and save together."""
+    config = stage_config(
+        "self_forcing",
+        *("train.max_iters=100000", "train.log_iters=100000", "validation.vis_interval=2", "validation.val_samples=5"),
+        "validation.vis_video_lengths=[3,61,121,181]",
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = ["--config_path", config, "--logdir", tmp_path, "--disable-wandb", "--threads", "1"]
+    running = subprocess.Popen(
+        [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("vis/*/*_len_3.mp4")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = psutil.Process(running.pid).children()
+    children[-1].send_signal(signal.SIGTERM)
+    _, told = running.communicate(timeout=120)
+    assert "stopped by signal 15 after iteration 2" in told, told
+    assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_model_000002"]
+    videos = list((tmp_path / "vis" / "step_0000002").iterdir())
+    assert 0 < len(videos) < 20 and not [path for path in videos if path.name.startswith(".")]
 
 
 def test_a_run_of_two_processes_goes_on_with_one(stage_config, run, tmp_path, capfd):

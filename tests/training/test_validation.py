@@ -209,13 +209,73 @@ def test_the_same_every_time_for_one_network(
     assert all(changed[name] != value for name, value in report.metrics.items() if name != "probe_motion_len_1")
 
 
-def test_numbers_that_are_not_finite(alone: Validation, model: LongSanaDiT, vae: WanVAE) -> None:
+def test_numbers_that_are_not_finite(
+    alone: Validation, model: LongSanaDiT, vae: WanVAE, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No videos, no measures, one warning; and no pass less than others who may be waiting for this process take."""
     broken = build_model(model.config, device="cpu", dtype=torch.float32)
     with torch.no_grad():
         next(broken.final.parameters()).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="chunk 0"):
-        alone.run(6, broken, vae)
-    assert not list((alone._folder / "vis" / "step_0000006").iterdir())
+    passes = {}
+    for name, network in (("whole", model), ("broken", broken)):
+        passes[name] = 0
+
+        def count(*_: Any, name: str = name) -> None:
+            passes[name] += 1
+
+        handle = network.register_forward_hook(count)
+        report = alone.run(6, network, vae)
+        handle.remove()
+    assert report == Report({}, [], 6)
+    assert passes["broken"] == passes["whole"] > 0
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "6 of 6 validation videos are not finite" in message
+    assert not list((alone._folder / "vis" / "step_0000006").glob(".*"))
+
+
+def test_one_broken_video_does_not_spoil_the_others(
+    alone: Validation, report: Report, model: LongSanaDiT, vae: WanVAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = VideoPipeline.sample
+
+    def spoiled(self: VideoPipeline, prompts: Any, captions: Any, clock: Clock, **options: Any) -> Any:
+        for frames in sample(self, prompts, captions, clock, **options):
+            yield frames
+            if self.plan.frames == 2 and prompts[0].line == 2:
+                raise FloatingPointError("planted")
+
+    monkeypatch.setattr(VideoPipeline, "sample", spoiled)
+    found = alone.run(43, model, vae)
+    assert found is not None and found.broken == 1
+    names = [path.name.replace("step_0000040", "step_0000043") for path in report.videos]
+    assert [path.name for path in found.videos] == [name for name in names if "sample_1_len_2" not in name]
+    assert sorted(found.videos) == sorted((alone._folder / "vis" / "step_0000043").iterdir())
+    for name, value in report.metrics.items():
+        assert (found.metrics[name] == value) == name.endswith("len_1"), name
+
+
+def test_a_full_disk_is_blamed_on_the_video(
+    alone: Validation, model: LongSanaDiT, vae: WanVAE, limited: Callable[[int], Any]
+) -> None:
+    folder = alone._folder / "vis" / "step_0000045"
+    with limited(500), pytest.raises(OSError, match="File too large") as caught:
+        alone.run(45, model, vae)
+    assert caught.value.filename == str(folder / "step_0000045_rank_0_sample_0_len_2.mp4")
+    assert list(folder.iterdir()) == []
+
+
+def test_it_stops_between_videos(alone: Validation, model: LongSanaDiT, vae: WanVAE) -> None:
+    """Each video that is there is whole."""
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(len(list((alone._folder / "vis").glob("step_0000044/*"))))
+        return len(asked) > 2
+
+    assert alone.run(44, model, vae, stop) is None
+    assert asked == [0, 1, 2]
+    for path in (alone._folder / "vis" / "step_0000044").iterdir():
+        assert len(frames_of(path)) == 5
 
 
 PROGRAM = """
