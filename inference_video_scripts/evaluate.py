@@ -3,7 +3,10 @@
     python inference_video_scripts/evaluate.py output/inference/longsana/shapes_prompts
 
 Writes evaluation.json, evaluation.md and evaluation.png. Videos whose prompt is not of the shapes world, or that have
-no sidecar, get the general figures alone. Exit status: 0 done, 2 bad input.
+no sidecar, get the general figures alone. A video that is broken, or whose sidecar is, is skipped and listed.
+
+Exit status: 0 all videos are evaluated; 1 the results are of the others, as some were skipped, or they could not be
+written; 2 bad input, or no video that can be evaluated; 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
@@ -25,10 +28,10 @@ import torch
 from tqdm import tqdm
 
 from longsana.evaluation.report import examine, write_report
-from longsana.evaluation.videos import Video, find_videos
+from longsana.evaluation.videos import describe, find_videos
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import check_writable
+from longsana.runtime.files import check_writable, disk_failure, hold_folder
 
 log = logging.getLogger("longsana")
 
@@ -37,7 +40,7 @@ log = logging.getLogger("longsana")
 class Request:
     """What the command line asks for."""
 
-    videos: list[Video]
+    videos: list[Path]
     out: Path
     device: torch.device
 
@@ -69,9 +72,26 @@ def _device(name: str | None) -> torch.device:
 
 def run(request: Request) -> int:
     log.info("%d videos on %s, results to %s", len(request.videos), request.device, request.out)
-    examined = [examine(video, request.device) for video in tqdm(request.videos, unit="video", disable=None)]
-    print(write_report(examined, request.out))
-    return 0
+    examined, skipped = [], {}
+    with hold_folder(request.out, "--out"):
+        for path in tqdm(request.videos, unit="video", disable=None):
+            try:
+                examined.append(examine(describe(path), request.device))
+            except InputError as error:
+                skipped[path.name] = str(error)
+        if not examined:
+            others = f" (and {len(skipped) - 1} more videos cannot be evaluated)" if len(skipped) > 1 else ""
+            raise InputError(f"{next(iter(skipped.values()))}{others}")
+        try:
+            print(write_report(examined, skipped, request.out))
+        except OSError as error:
+            if (reason := disk_failure(error)) is None:
+                raise
+            print(f"failed: {reason}; the results are not written", file=sys.stderr)
+            return 1
+    for reason in skipped.values():
+        log.warning("skipped: %s", reason)
+    return 1 if skipped else 0
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from longsana.evaluation import measures
 from longsana.evaluation.sight import Seen, observe
 from longsana.evaluation.verifier import Verdicts, all_in_view, judge, score
 from longsana.evaluation.videos import Video, frame_rate, read_pieces
-from longsana.runtime.files import atomic_write_text, partial_name
+from longsana.runtime import stop
+from longsana.runtime.files import atomic_write_text, write_exclusive
 
 LENGTHS = (5, 30, 60)
 """Seconds of the stretches from the start that are scored apart from the whole."""
@@ -108,7 +110,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(curves: Mapping[str, Curves], path: Path) -> None:
-    """A picture with a panel for each figure and a line for each name: of one model, or of several to compare.
+    """Write a PNG with a panel for each figure and a line for each name: of one model, or of several to compare.
 
     curves: by the name of the line, then of the figure; values a second.
     """
@@ -140,21 +142,28 @@ def plot(curves: Mapping[str, Curves], path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(partial_name(path), dpi=110)
-    partial_name(path).replace(path)
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=110)
     pyplot.close(figure)
+    write_exclusive(path, content.getvalue())
 
 
-def write_report(examined: Sequence[Mapping[str, Any]], folder: Path) -> str:
-    """evaluation.json, evaluation.md and evaluation.png in the folder; returns the table."""
+def write_report(examined: Sequence[Mapping[str, Any]], skipped: Mapping[str, str], folder: Path) -> str:
+    """Write evaluation.json, evaluation.md and evaluation.png to the folder; returns the table.
+
+    skipped: why a video is not among the examined ones, by its name.
+    """
     summary = summarize(examined)
     text = table([item["row"] for item in examined] + [summary["row"]])
     if summary["scores"]:
         text += "\n" + table([{"from the start": length} | row for length, row in summary["scores"].items()])
-    record = {"mean": summary, "videos": list(examined)}
-    atomic_write_text(folder / "evaluation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    atomic_write_text(folder / "evaluation.md", text)
-    plot({summary["row"]["video"]: summary["curves"]}, folder / "evaluation.png")
+    if skipped:
+        text += "\nSkipped:\n\n" + "".join(f"* {name}: {reason}\n" for name, reason in skipped.items())
+    record = {"mean": summary, "videos": list(examined), "skipped": dict(skipped)}
+    with stop.deferred():  # all three are of one evaluation
+        atomic_write_text(folder / "evaluation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        atomic_write_text(folder / "evaluation.md", text)
+        plot({summary["row"]["video"]: summary["curves"]}, folder / "evaluation.png")
     return text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,10 @@ from longsana.data.shapes import Promise, parse_caption
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.evaluation.measures import boundaries
 from longsana.runtime.errors import InputError
+from longsana.runtime.foreign import read_json
 from longsana.sampling.request import WHOLE_CLIP
+
+REPAIR = "remove or repair this sidecar"
 
 
 @dataclass(frozen=True)
@@ -40,30 +42,35 @@ class Video:
         return None if self.prompt is None else parse_caption(self.prompt)
 
 
-def find_videos(folder: Path) -> list[Video]:
+def find_videos(folder: Path) -> list[Path]:
     """Every mp4 of the folder, in order of their names.
 
     Raises:
-        InputError: no such folder, nothing in it, or a sidecar that cannot be read.
+        InputError: no such folder, or nothing in it.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     paths = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
     if not paths:
         raise InputError(f"{folder}: no mp4 in it; give the folder that inference wrote its videos to")
-    return [_describe(path) for path in paths]
+    return paths
 
 
-def _describe(path: Path) -> Video:
+def describe(path: Path) -> Video:
+    """What the sidecar beside an mp4 says of it.
+
+    Raises:
+        InputError: there is one, and it cannot be read.
+    """
     sidecar = path.with_suffix(".json")
     if not sidecar.exists():
         return Video(path, None)
+    record = read_json(sidecar, REPAIR)
     try:
-        record = json.loads(sidecar.read_text(encoding="utf-8"))
         return Video(path, str(record["prompt"]), *_origin(record))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{sidecar}: not a sidecar that inference wrote ({reason}); remove or repair it") from error
+        raise InputError(f"{sidecar}: not a sidecar that inference wrote ({reason}); {REPAIR}") from error
 
 
 def _origin(record: dict[str, Any]) -> tuple[tuple[int, ...], int]:
@@ -93,12 +100,21 @@ def read_pieces(path: Path, frames: int = 64) -> Iterator[Tensor]:
     """Pieces (1, F, H, W, 3) of at most `frames` uint8 pictures, one after the other.
 
     Raises:
-        InputError: the file is no video, or broken.
+        InputError: the file is no video, broken, or shorter than its index says.
     """
+    count, size = 0, None
     with _open(path) as container:
+        promised = container.streams.video[0].frames  # 0 where the format does not say
         decoded = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
         while pictures := list(islice(decoded, frames)):
+            sizes = {picture.shape for picture in pictures} | ({size} if size else set())
+            if len(sizes) > 1:
+                raise InputError(f"{path}: its pictures are of several sizes; make it again or remove it")
+            (size,) = sizes
+            count += len(pictures)
             yield torch.from_numpy(np.stack(pictures))[None]
+    if count < max(promised, 1):
+        raise InputError(f"{path}: cut short: {count} of {promised} frames can be read; make it again or remove it")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import longsana
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.encoders.text import instruction_text, negative_text, text_sha256
+from longsana.runtime.foreign import reason_of
 from longsana.sampling.pipeline import resolve_dtype
 from longsana.sampling.request import SOURCES, source_digest
 
@@ -73,16 +74,29 @@ def fingerprint(
 
 
 def finished_videos(folder: Path) -> dict[str, str]:
-    """File names of the complete videos in a folder, and the fingerprint of each."""
+    """File names of the complete videos in a folder, and the fingerprint of each.
+
+    A sidecar that does not fit the video beside it is said; other JSON files are none of inference's.
+    """
     finished = {}
-    for sidecar in sorted(folder.glob("*.json")):
-        video = sidecar.with_suffix(".mp4")
+    for video in sorted(path for path in folder.glob("*.mp4") if not path.name.startswith(".")):
+        sidecar = video.with_suffix(".json")
         try:
             record = json.loads(sidecar.read_text(encoding="utf-8"))
-            if video.stat().st_size == record["bytes"]:
-                finished[video.name] = record["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError):
-            log.info("%s does not describe a finished video; it will be made again", sidecar)
+            size = video.stat().st_size
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            log.info("%s: cannot be read (%s); %s counts as unfinished", sidecar, reason_of(error), video.name)
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("fingerprint"), str):
+            continue
+        if size == record.get("bytes"):
+            finished[video.name] = record["fingerprint"]
+        else:
+            log.info(
+                "%s: has %d bytes, and %s in its sidecar; it counts as unfinished", video, size, record.get("bytes")
+            )
     return finished
 
 

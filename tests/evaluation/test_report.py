@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 import wave
+from io import BytesIO
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 
 from longsana.data import shapes
 from longsana.evaluation.measures import measure_pieces, seam_index
 from longsana.evaluation.report import plot, table
-from longsana.evaluation.videos import find_videos, read_pieces
+from longsana.evaluation.videos import describe, find_videos, read_pieces
+from longsana.runtime.files import hold_folder
 from longsana.runtime.video import VideoWriter
 from tests.evaluation.films import pictures
 from tests.scripts import load_script
@@ -89,10 +96,11 @@ def test_seams_of_another_vae(command, tmp_path):
     for vae in ("WanVAE", "LTX2VAE_diffusers"):
         write(tmp_path / f"{vae}.mp4", clip, "A cat in the snow", vae=vae)
     seams = {}
-    for video in find_videos(tmp_path):
+    videos = [describe(path) for path in find_videos(tmp_path)]
+    for video in videos:
         change = measure_pieces([clip[None]], torch.device("cpu")).change
         seams[video.path.stem] = float(seam_index(change, video.boundaries, video.time_stride))
-    assert [video.boundaries for video in find_videos(tmp_path)] == [(81,), (41, 81, 121)]
+    assert [video.boundaries for video in videos] == [(81,), (41, 81, 121)]
     assert seams["LTX2VAE_diffusers"] < 1 < 1.3 < seams["WanVAE"]
 
 
@@ -107,20 +115,121 @@ def test_bad_input_is_told(folder, command, tmp_path, capsys):
     assert "cuda:77" in complaint(str(folder), "--device", "cuda:77")
     assert "--ouput" in complaint(str(folder), "--ouput", "x")
     assert "folder" in complaint()
-    broken = tmp_path / "00000-x.mp4"
-    broken.write_bytes(b"not a video" * 100)
-    assert f"{broken}: cannot be read" in complaint(str(tmp_path))
-    whole = (folder / "00000-a.mp4").read_bytes()
-    broken.write_bytes(whole[: len(whole) // 2])
-    assert "cannot be read" in complaint(str(tmp_path))
-    with wave.open(str(broken), "wb") as sound:
+    with hold_folder(tmp_path, "--out"):
+        assert f"{tmp_path}: in use by another command" in complaint(str(folder), "--out", str(tmp_path))
+
+
+def spoil(folder: Path, whole: bytes) -> dict[str, str]:
+    """Write bad videos to a folder; of each, by its name, what is said of it."""
+    said = {
+        "boundary": "cut short",
+        "brace": "sidecar",
+        "cut": "cannot be read as a video",
+        "empty": "cannot be read as a video",
+        "frames": "sidecar",
+        "latin": "sidecar",
+        "list": "sidecar",
+        "nothing": "sidecar",
+        "sizes": "pictures are of several sizes",
+        "sound": "there is no video in it",
+        "text": "cannot be read as a video",
+    }
+    paths = {name: folder / f"{name}.mp4" for name in said}
+    for path in paths.values():
+        path.write_bytes(whole)
+    with av.open(str(paths["cut"])) as container:
+        middle = list(container.demux(video=0))[20].pos
+    paths["boundary"].write_bytes(whole[:middle])
+    paths["cut"].write_bytes(whole[: middle + 9])
+    paths["empty"].write_bytes(b"")
+    paths["text"].write_bytes(b"not a video" * 100)
+    with wave.open(str(paths["sound"]), "wb") as sound:
         sound.setparams((1, 2, 16000, 0, "NONE", ""))
         sound.writeframes(bytes(2000))
-    assert "no video" in complaint(str(tmp_path))
-    broken.write_bytes(whole)
-    for text in ("{", "[]", "{}", '{"prompt": "a", "frames": 82, "config": {}}'):
-        broken.with_suffix(".json").write_text(text)
-        assert "sidecar" in complaint(str(tmp_path)), text
+    paths["sizes"].write_bytes(transport_stream(64) + transport_stream(96))
+    sidecars = {
+        "brace": b"{",
+        "list": b"[]",
+        "nothing": b"{}",
+        "frames": b'{"prompt": "a", "frames": 82, "config": {}}',
+        "latin": b'{"prompt": "\xfc"}',
+    }
+    for name, content in sidecars.items():
+        paths[name].with_suffix(".json").write_bytes(content)
+    return {path.name: said[name] for name, path in paths.items()}
+
+
+def transport_stream(size: int) -> bytes:
+    """A video in a format in which one can follow the other."""
+    content = BytesIO()
+    with av.open(content, "w", format="mpegts") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.width = stream.height = size
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((size, size, 3), np.uint8))))
+        container.mux(stream.encode(None))
+    return content.getvalue()
+
+
+def test_bad_videos_are_skipped_and_listed(folder, command, tmp_path, capsys, caplog):
+    whole = (folder / "00007-a.mp4").read_bytes()
+    said = spoil(tmp_path, whole)
+    (tmp_path / "good.mp4").write_bytes(whole)
+    assert command.main([str(tmp_path), "--device", "cpu"]) == 1
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [video["row"]["video"] for video in record["videos"]] == ["good.mp4"]
+    assert record["mean"]["row"]["movement"] == record["videos"][0]["row"]["movement"] > 0
+    assert list(record["skipped"]) == list(said)
+    warnings = [message for message in caplog.messages if message.startswith("skipped: ")]
+    for (name, words), warning in zip(said.items(), warnings, strict=True):
+        assert words in record["skipped"][name], name
+        assert str(tmp_path / name.partition(".")[0]) in warning and "\n" not in warning
+        assert f"* {name}: {record['skipped'][name]}\n" in (tmp_path / "evaluation.md").read_text()
+    assert "Traceback" not in capsys.readouterr().err
+
+    (tmp_path / "good.mp4").unlink()
+    (tmp_path / "evaluation.json").unlink()
+    assert command.main([str(tmp_path), "--device", "cpu"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "boundary.mp4: cut short: 20 of 41 frames" in line and f"(and {len(said) - 1} more" in line
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_results_that_cannot_be_written_leave_those_that_were_there(folder, command, tmp_path, capsys, limited):
+    shutil.copy(folder / "00007-a.mp4", tmp_path)
+    (tmp_path / "evaluation.json").write_text("before")
+    with limited(1000):
+        assert command.main([str(tmp_path), "--device", "cpu"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert f"{tmp_path / 'evaluation.json'}: File too large; " in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00007-a.mp4", "evaluation.json"]
+    assert (tmp_path / "evaluation.json").read_text() == "before"
+    with limited(12000):  # enough for all but the plot
+        assert command.main([str(tmp_path), "--device", "cpu"]) == 1
+    assert f"{tmp_path / 'evaluation.png'}: File too large; " in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name or path.suffix == ".png"]
+
+
+STOPPED_WHILE_IT_WRITES = """
+import os, signal, sys
+import longsana.evaluation.report as report
+write = report.atomic_write_text
+def signalled(path, text):
+    os.kill(os.getpid(), signal.SIGTERM)
+    write(path, text)
+report.atomic_write_text = signalled
+from inference_video_scripts.evaluate import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_while_results_are_written_leaves_all_of_them(folder, tmp_path):
+    shutil.copy(folder / "00007-a.mp4", tmp_path)
+    command = [sys.executable, "-c", STOPPED_WHILE_IT_WRITES, str(tmp_path), "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = ["00007-a.mp4", *(f"evaluation.{suffix}" for suffix in ("json", "md", "png"))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_table():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
-from longsana.sampling.records import fingerprint, resolved_settings
+from longsana.sampling.records import fingerprint, finished_videos, resolved_settings
 
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
 PROMPT = Prompt(1, "a red circle", ("a red circle",), 0, 32, 48)
@@ -44,3 +45,28 @@ def test_it_reads_back_from_a_sidecar(given: str) -> None:
     record: dict[str, Any] = json.loads(json.dumps(resolved_settings(config, PROMPT, torch.device("cpu"))))
     again = load_config(CONFIG, [f"model.state_decay={json.dumps(record['model']['state_decay'])}"], InferenceConfig)
     assert again.model == config.model
+
+
+def test_only_sidecars_that_do_not_fit_their_video_are_spoken_of(tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    for name in ("whole", "longer", "torn", "other", "list", "alone"):
+        (tmp_path / f"{name}.mp4").write_bytes(b"123")
+    record = {"fingerprint": "mark", "bytes": 3}
+    contents = {
+        "whole": json.dumps(record),
+        "longer": json.dumps(record | {"bytes": 4}),
+        "torn": '{"fingerprint": "mark", "by',
+        "other": '{"title": "of another program"}',
+        "list": "[]",
+        "gone": json.dumps(record),  # its video is deleted
+        "evaluation": '{"mean": {}}',
+        "broken": "{",
+        ".whole.partial": "{",
+    }
+    for name, text in contents.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    (tmp_path / ".whole.partial.mp4").write_bytes(b"1")
+    assert finished_videos(tmp_path) == {"whole.mp4": "mark"}
+    longer, torn = caplog.messages
+    assert longer.startswith(f"{tmp_path / 'longer.mp4'}: has 3 bytes, and 4 in its sidecar")
+    assert torn.startswith(f"{tmp_path / 'torn.json'}: cannot be read (") and "torn.mp4" in torn
