@@ -5,7 +5,8 @@
         --config=configs/sana_video_config/Sana_2000M_480px_adamW_fsdp_longsana.yaml --num_frames 961
 
 Any setting of the config can be given as well: `--vae.weight_dtype float32`, or `vae.weight_dtype=float32`.
-Exit status: 0 all videos are there, 1 some prompts failed (listed at the end), 2 bad input.
+Exit status: 0 all videos are there, 1 some prompts failed (listed at the end) or the disk is full, 2 bad input,
+128 + n stopped by signal n. The same command goes on where it ended.
 """
 
 from __future__ import annotations
@@ -101,10 +102,14 @@ def run(request: Request, world: World) -> int:
 
     with logging_redirect_tqdm():  # lines go above the bars, not through them
         outcome = run_batch(config, request.prompts, request.folder, world=world, device=device)
-    log.info("%d videos written, %d there before, %d failed", outcome.written, outcome.skipped, len(outcome.failures))
+    written, there, failed = outcome.written, outcome.skipped, len(outcome.failures)
+    log.info("%d videos written, %d there before, %d failed", written, there, failed)
     for failure in outcome.failures if world.is_main else ():
         print(f"failed: line {failure.line}: {failure.reason} ({failure.text[:60]})", file=sys.stderr)
-    return 1 if outcome.failures else 0
+    if outcome.disk is not None and world.is_main:
+        missing = len(request.prompts) - written - there - failed
+        print(f"failed: {outcome.disk}; {missing} videos are not made", file=sys.stderr)
+    return 0 if outcome.disk is None and not outcome.failures else 1
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from longsana.runtime import stop
 from longsana.runtime.distributed import PeerError, PeerLost, World
 from longsana.runtime.errors import InputError, did_you_mistype
-from longsana.runtime.files import expanded, remove_unfinished
+from longsana.runtime.files import disk_failure, expanded, remove_unfinished
 from longsana.runtime.settings import decimal
 
 
@@ -134,7 +134,8 @@ def run_command(
 ) -> int:
     """`run(prepare(world), world)` of this process's world, and the command's exit status.
 
-    That is the status of `run`; 2 for bad input; 1 if another process of the launch has gone; 128 + n after signal n.
+    That is the status of `run`; 2 for bad input; 1 if another process of the launch has gone, or a disk is full or
+    broken; 128 + n after signal n.
 
     prepare: checks the input before the processes meet; what is wrong with it is wrong for all, and said once.
     connect: how they meet.
@@ -162,6 +163,12 @@ def run_command(
         except PeerLost as error:
             if world is not None and world.is_main:
                 print(f"failed: {error}", file=sys.stderr)
+            return 1
+        except OSError as error:
+            if (reason := disk_failure(error)) is None:
+                raise
+            who = "" if world is None or world.is_main else f" (process {world.rank})"
+            print(f"failed{who}: {reason}", file=sys.stderr)
             return 1
         except stop.Stopped as stopped:
             if world is None or world.is_main:

@@ -17,7 +17,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
 from longsana.runtime.errors import InputError, did_you_mean
-from longsana.runtime.files import move_into_place, open_exclusive, partial_name
+from longsana.runtime.files import move_into_place, naming, open_exclusive, partial_name, unfinished
 
 PRESETS = (
     "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo",
@@ -75,6 +75,8 @@ class VideoWriter:
         self._partial = partial_name(self.path)
         # A Python file: av's own do not report a write error of the last buffer when they close.
         self._file = open_exclusive(self._partial)
+        self._registered = contextlib.ExitStack()
+        self._registered.enter_context(unfinished(self._partial))
         try:
             self._container = av.open(_Output(self._file, self._partial), "w", format="mp4", options=MUXER)
             options = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
@@ -91,6 +93,7 @@ class VideoWriter:
         except BaseException:
             self._partial.unlink()
             self._file.close()
+            self._registered.close()
             raise
         self._queue: queue.Queue[np.ndarray | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
@@ -155,7 +158,8 @@ class VideoWriter:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            raise self._error
+            with naming(self.path):
+                raise self._error
 
     def _release(self) -> None:
         """Remove and close what is left; after success nothing is, and the hidden name may be another writer's."""
@@ -166,6 +170,7 @@ class VideoWriter:
             self._container.close()
         with contextlib.suppress(OSError):
             self._file.close()
+        self._registered.close()
 
 
 class _Output:

@@ -23,16 +23,21 @@ log = logging.getLogger(__name__)
 
 
 class Outcome(NamedTuple):
+    """What came of all videos. skipped: those that were there. disk: what a disk failed at, after which no more were
+    made, or None."""
+
     written: int
     skipped: int
     failures: list[Failure]
+    disk: str | None
 
 
 def run_batch(
     config: InferenceConfig, prompts: Sequence[Prompt], folder: Path, *, world: World, device: torch.device
 ) -> Outcome:
-    """Make every video that is not there yet. What fails is listed and does not stop the rest.
+    """Make every video that is not there yet. What fails is listed and does not stop the rest; a full disk does.
 
+    Other commands may write to the folder at the same time: each video is made by the first that comes to it.
     Every process returns the outcome of all of them.
 
     Raises:
@@ -53,9 +58,13 @@ def run_batch(
 
     worker = Worker(pipeline, jobs, world)
     worker.run()
-    written = sum(world.gather(worker.written))
-    failures = [failure for part in world.gather(worker.failures) for failure in part]
-    return Outcome(written, skipped, sorted(failures))
+    results = world.gather((worker.written, worker.skipped, worker.failures, worker.disk))
+    return Outcome(
+        written=sum(result[0] for result in results),
+        skipped=skipped + sum(result[1] for result in results),
+        failures=sorted(failure for result in results for failure in result[2]),
+        disk=next((result[3] for result in results if result[3] is not None), None),
+    )
 
 
 def _plan_jobs(

@@ -73,6 +73,15 @@ def fingerprint(
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+def is_finished(video: Path, fingerprint: str) -> bool:
+    """Whether the video is there, whole, and the one of this fingerprint."""
+    try:
+        record = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
+        return bool(record["fingerprint"] == fingerprint and record["bytes"] == video.stat().st_size)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def finished_videos(folder: Path) -> dict[str, str]:
     """File names of the complete videos in a folder, and the fingerprint of each.
 

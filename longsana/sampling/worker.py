@@ -23,15 +23,19 @@ from tqdm import tqdm
 
 from longsana.data.prompts import Prompt
 from longsana.encoders.text import GemmaTextEncoder
+from longsana.runtime import stop
 from longsana.runtime.clock import Clock
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text
+from longsana.runtime.files import atomic_write_text, disk_failure
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.pipeline import Caption, Frames, VideoPipeline
-from longsana.sampling.records import versions
+from longsana.sampling.records import is_finished, versions
 
 log = logging.getLogger(__name__)
+
+PAUSE = 1.0
+"""Seconds between two looks at videos that other commands are making."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,14 @@ class Failure(NamedTuple):
     reason: str
 
 
+class _Elsewhere(Exception):
+    """Another command is making the video of `job`, or has just made it."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(str(job.path))
+        self.job = job
+
+
 def batches_of(jobs: Sequence[Job], size: int) -> list[list[Job]]:
     """Jobs of one video size and length together, at most `size` at a time."""
 
@@ -63,19 +75,29 @@ def batches_of(jobs: Sequence[Job], size: int) -> list[list[Job]]:
 
 
 class Worker:
-    """Makes this process's share of `jobs`, the videos of all processes."""
+    """Makes this process's share of `jobs`, the videos of all processes.
+
+    After `run`, `written` and `skipped` count the videos that it made and that another command made meanwhile,
+    `failures` lists those that failed, and `disk` says what a disk failed at, if that ended the work.
+    """
 
     def __init__(self, pipeline: VideoPipeline, jobs: Sequence[Job], world: World) -> None:
         self.pipeline = pipeline
         self.jobs = jobs
         self.world = world
         self.failures: list[Failure] = []
-        self.written = 0
+        self.written = self.skipped = 0
+        self.disk: str | None = None
+        self._waited = False
+        self._busy: set[Path] = set()  # seen in another command's hands
         # tqdm's None: no bar where there is no terminal.
         self.no_bar = None if world.is_main else True
 
     def run(self) -> None:
-        """Make them, `sampling.bs` of one size at a time; see `failures` and `written` for what came of it."""
+        """Make them, `sampling.bs` of one size at a time.
+
+        Those that another command is making come last: most are there by then, and the rest is waited for.
+        """
         batches = batches_of(self.jobs, self.pipeline.config.sampling.bs)[self.world.rank :: self.world.size]
         if not batches:
             return
@@ -85,18 +107,47 @@ class Worker:
         self.pipeline.load()
         encoded = ([job for job in batch if job.path in captions] for batch in batches)
         left = deque(batch for batch in encoded if batch)
+        elsewhere: list[Job] = []
         with tqdm(total=len(captions), desc="prompts", unit="video", disable=self.no_bar) as bar:
-            while left:
-                batch = left.popleft()
+            while self.disk is None and (left or elsewhere):
+                stop.check()
+                if not left:
+                    self._wait(elsewhere)
+                    left.extend([job] for job in elsewhere)
+                    elsewhere.clear()
+                batch = [job for job in left.popleft() if not self._is_there(job, bar)]
+                if not batch:
+                    continue
                 try:
                     self._make(batch, captions)
+                except _Elsewhere as found:
+                    elsewhere.append(found.job)
+                    left.appendleft([job for job in batch if job is not found.job])
+                    continue
                 except Exception as error:
                     _stop_if_out_of_memory(error, batch)
+                    if isinstance(error, OSError) and (disk := disk_failure(error)):
+                        self.disk = disk  # the next video would fail as this one did, when all of it has been made
+                        continue
                     if len(batch) > 1:  # the fault of one is not the others': each on its own, with the same noise
                         left.extendleft([job] for job in reversed(batch))
                         continue
                     self._fail(batch[0], error)
                 bar.update(len(batch))
+
+    def _wait(self, jobs: Sequence[Job]) -> None:
+        if not self._waited:
+            log.info("waiting for %d videos that another command is making, %s first", len(jobs), jobs[0].path)
+        self._waited = True
+        time.sleep(PAUSE)
+
+    def _is_there(self, job: Job, bar: Any) -> bool:
+        """Whether another command has made the video since the jobs were planned."""
+        if not is_finished(job.path, job.record["fingerprint"]):
+            return False
+        self.skipped += 1
+        bar.update()
+        return True
 
     def _encode(self, jobs: Sequence[Job]) -> dict[Path, tuple[Caption, float]]:
         """Captions by path, and the seconds each took."""
@@ -105,6 +156,7 @@ class Worker:
             if self.world.is_main:
                 self._warn_of_long_prompts(encoder)
             for job in tqdm(jobs, desc="captions", unit="prompt", disable=self.no_bar, leave=False):
+                stop.check()
                 clock = Clock()
                 try:
                     with clock.part("text"):
@@ -121,25 +173,33 @@ class Worker:
                 if surplus := encoder.overflow(self.pipeline.words(part)):
                     log.warning("line %d: too long by %d tokens; its end is cut off", job.prompt.line, surplus)
 
+    def _writer(self, job: Job) -> VideoWriter:
+        """
+        Raises:
+            _Elsewhere: another command is making this video.
+        """
+        config, prompt = self.pipeline.config, job.prompt
+        try:
+            return VideoWriter(
+                job.path, fps=config.sampling.fps, height=prompt.height, width=prompt.width, **asdict(config.video)
+            )
+        except BlockingIOError as error:
+            self._busy.add(job.path)
+            raise _Elsewhere(job) from error
+
     def _make(self, batch: Sequence[Job], captions: dict[Path, tuple[Caption, float]]) -> None:
-        pipeline, config = self.pipeline, self.pipeline.config
+        pipeline = self.pipeline
         device_clock, host_clock = Clock(pipeline.device), Clock()
         digests = [hashlib.sha256() for _ in batch]
         _reset_peak_memory(pipeline.device)
         started = time.perf_counter()
         with ExitStack() as stack:
-            writers = [
-                stack.enter_context(
-                    VideoWriter(
-                        job.path,
-                        fps=config.sampling.fps,
-                        height=job.prompt.height,
-                        width=job.prompt.width,
-                        **asdict(config.video),
-                    )
-                )
-                for job in batch
-            ]
+            writers = [stack.enter_context(self._writer(job)) for job in batch]
+            for job in batch:
+                # A command whose video is there writes the sidecar last: it may be about to.
+                if is_finished(job.path, job.record["fingerprint"]) or job.path in self._busy:
+                    self._busy.discard(job.path)
+                    raise _Elsewhere(job)
             samples = pipeline.sample(
                 [job.prompt for job in batch], [captions[job.path][0] for job in batch], device_clock
             )
@@ -183,6 +243,7 @@ class Worker:
         with tqdm(total=chunks, desc="chunks", unit="chunk", disable=self.no_bar, leave=False) as bar:
             started, count = time.perf_counter(), 0
             for frames in samples:
+                stop.check()
                 host = frames.latents.cpu()
                 if digested is not None:
                     digested.result()

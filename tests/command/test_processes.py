@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from longsana.runtime.files import open_exclusive, partial_name
+
 from .conftest import ROOT, SCRIPT, SMALL, assert_whole, latents, launch, sidecars
 
 Prompts = Callable[..., Path]
@@ -90,17 +92,70 @@ def test_bars_on_a_terminal(prompts: Prompts, tmp_path: Path) -> None:
     assert re.search(r"chunks: +\d+%\|.*\| \d/2 \[.*FPS", text)
 
 
-def test_disk_full(prompts: Prompts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_full_disk_stops_it_at_once_with_one_line(processes: int, prompts: Prompts, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 1_000))
 
+    several = ("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
     full = launch(
-        *("--txt_file", prompts("a red circle", "a blue square"), "--work_dir", tmp_path),
+        *("--txt_file", prompts(*LINES[:3]), "--work_dir", tmp_path),
+        launcher=() if processes == 1 else several,
         preexec_fn=limit,
     )
     assert full.returncode == 1, full.stderr
-    assert full.stderr.count("failed: line") == 2
-    assert not list((tmp_path / "prompts").iterdir())
+    (line,) = re.findall("^failed:.*", full.stderr, re.MULTILINE)
+    folder = tmp_path / "prompts"
+    where = rf"{folder}/0000\d-a-\w+-\w+\.mp4"
+    assert re.fullmatch(rf"failed: {where}: File too large; [\d.e+]+ GB of .* are free; 3 videos are not made", line)
+    assert ": a " not in full.stderr, "prompts that failed"
+    if processes == 1:
+        assert "Traceback" not in full.stderr
+    assert not list(folder.iterdir())
+
+
+def test_two_commands_share_a_folder(prompts: Prompts, tmp_path: Path) -> None:
+    """All is made once; neither fails, whoever is ahead."""
+    arguments = ["--txt_file", str(prompts(*LINES)), "--work_dir", str(tmp_path), "--bs", "2"]
+    both = [
+        subprocess.Popen([sys.executable, str(SCRIPT), *SMALL, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    counts = [list(map(int, *re.findall(r"(\d+) videos written, (\d+) there before, 0 failed", text))) for text in said]
+    assert sum(written for written, _ in counts) == len(LINES)
+    assert [sum(count) for count in counts] == [len(LINES)] * 2
+    assert "Traceback" not in "".join(said)
+    assert_whole(tmp_path / "prompts", len(LINES))
+
+
+def test_what_another_command_is_making_is_waited_for(prompts: Prompts, tmp_path: Path) -> None:
+    """And made, if that command ends without it."""
+    path = prompts(*LINES[:3])
+    video = tmp_path / "prompts" / "00002-a-blue-square.mp4"
+    video.parent.mkdir()
+    process = None
+    try:
+        with open_exclusive(partial_name(video)):
+            arguments = ["--txt_file", str(path), "--work_dir", str(tmp_path), "--bs", "3"]
+            command = [sys.executable, str(SCRIPT), *SMALL, *arguments]
+            process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            assert process.stderr is not None
+            said = ""
+            while "waiting for" not in said:
+                said = process.stderr.readline()
+                assert said, process.wait()
+            assert f"waiting for 1 videos that another command is making, {video} first" in said
+            assert len(sidecars(video.parent)) == 2, "the others of its batch are made meanwhile"
+        rest = process.communicate(timeout=60)[1]
+    finally:
+        if process is not None:
+            process.kill()
+    assert process.returncode == 0, rest
+    assert "3 videos written, 0 there before, 0 failed" in rest
+    assert "waiting" not in rest, "said once"
+    assert_whole(video.parent, 3)
 
 
 def test_accelerate_launch(prompts: Prompts, tmp_path: Path) -> None:
