@@ -27,11 +27,11 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from longsana.evaluation.report import examine, write_report
+from longsana.evaluation.report import examine, load_matplotlib, write_report
 from longsana.evaluation.videos import describe, find_videos
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import check_writable, disk_failure, hold_folder
+from longsana.runtime.files import check_writable, hold_folder
 
 log = logging.getLogger("longsana")
 
@@ -55,6 +55,7 @@ def prepare(arguments: Sequence[str]) -> Request:
     videos = find_videos(options.folder)
     out = options.out or options.folder
     check_writable(out, "--out")
+    load_matplotlib()  # which may fail, before videos are read for hours
     return Request(videos, out, device)
 
 
@@ -82,13 +83,7 @@ def run(request: Request) -> int:
         if not examined:
             others = f" (and {len(skipped) - 1} more videos cannot be evaluated)" if len(skipped) > 1 else ""
             raise InputError(f"{next(iter(skipped.values()))}{others}")
-        try:
-            print(write_report(examined, skipped, request.out))
-        except OSError as error:
-            if (reason := disk_failure(error)) is None:
-                raise
-            print(f"failed: {reason}; the results are not written", file=sys.stderr)
-            return 1
+        print(write_report(examined, skipped, request.out))
     for reason in skipped.values():
         log.warning("skipped: %s", reason)
     return 1 if skipped else 0

@@ -18,6 +18,7 @@ from longsana.evaluation.sight import Seen, observe
 from longsana.evaluation.verifier import Verdicts, all_in_view, judge, score
 from longsana.evaluation.videos import Video, frame_rate, read_pieces
 from longsana.runtime import stop
+from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, write_exclusive
 
 LENGTHS = (5, 30, 60)
@@ -109,14 +110,26 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (aligned[0], rule, *aligned[1:])) + "\n"
 
 
+def load_matplotlib() -> None:
+    """Import matplotlib, for pictures without a screen.
+
+    Raises:
+        InputError: it has no folder for its cache.
+    """
+    try:
+        import matplotlib as mpl
+    except OSError as error:
+        reason = "matplotlib needs a folder for its cache, and neither the home nor the temporary one can be written to"
+        raise InputError(f"{reason}; give it one: TMPDIR or MPLCONFIGDIR") from error
+    mpl.use("Agg")
+
+
 def plot(curves: Mapping[str, Curves], path: Path) -> None:
     """Write a PNG with a panel for each figure and a line for each name: of one model, or of several to compare.
 
     curves: by the name of the line, then of the figure; values a second.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+    load_matplotlib()
     from matplotlib import pyplot, ticker
 
     panels = list(dict.fromkeys(panel for figures in curves.values() for panel in figures))

@@ -14,6 +14,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -260,10 +261,10 @@ def _open_pickle(path: Path, key: str | None, *, mapped: bool) -> dict[str, Entr
     try:
         if mapped:
             _check_archive(path)
-        with tempfile.TemporaryDirectory() as scratch:
-            # PyTorch goes by this suffix, whatever the content is.
-            name = Path(scratch) / "misnamed.pth" if path.suffix == ".safetensors" else path
-            if name != path:
+        with ExitStack() as stack:
+            name = path
+            if path.suffix == ".safetensors":  # PyTorch goes by this suffix, whatever the content is
+                name = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "misnamed.pth"
                 name.symlink_to(path.absolute())
             # PyTorch's format before 1.6 cannot be mapped into memory.
             loaded = torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)

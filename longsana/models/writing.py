@@ -73,6 +73,10 @@ def _write_folder(out: Path, write: Callable[[Path], object], card: str) -> None
             atomic_write_text(unfinished / CARD, card)
         if out.exists():
             shutil.rmtree(replaced, ignore_errors=True)
+            if replaced.exists():  # names of open files linger on NFS
+                raise InputError(
+                    f"{replaced}: is in use, and cannot be removed; end what reads it, or choose another --out"
+                )
             os.rename(out, replaced)
         move_into_place(unfinished, out)
     except BaseException:

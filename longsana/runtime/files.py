@@ -23,6 +23,7 @@ from longsana.runtime.errors import InputError
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"  # in a folder that a command has for itself
+LINGERING = ".nfs"  # how names begin of files that were deleted while somebody had them open, on NFS
 TRIES = 10  # at a lock; more often no writer finishes in between, and some file systems number files anew at each look
 
 # Lustre without -o flock, NFS without its lock daemon, many file systems in user space.
@@ -115,8 +116,8 @@ def hold_folder(folder: Path, option: str) -> Iterator[None]:
     with file:
         with suppress(OSError):  # only to tell others
             since = time.strftime("%Y-%m-%d %H:%M")
-            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
-            file.flush()
+            # Past the file's buffer: what a full disk leaves in it would fail again when the file is closed.
+            write_all(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
         try:
             yield
         finally:

@@ -21,7 +21,7 @@ from longsana.models.build import empty_model
 from longsana.models.dcp_files import CHECKPOINTS, read_manifest, read_metadata
 from longsana.runtime.distributed import PeerError, World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import LOCK, check_writable, hold_folder, remove
+from longsana.runtime.files import LINGERING, LOCK, check_writable, hold_folder, remove
 from longsana.runtime.hub import SEEDED, file_sha256, locate
 from longsana.runtime.logging import METRICS, WANDB_ID
 from longsana.training.checkpoint import checkpoints_of
@@ -265,7 +265,7 @@ def _check_kinds(logdir: Path) -> None:
 
 def _move_aside(logdir: Path) -> None:
     """What lies in the folder goes to superseded_N inside it, but for encoded captions, which any run can use."""
-    found = [path for path in logdir.iterdir() if not path.name.startswith((ASIDE, CAPTIONS, LOCK))]
+    found = [path for path in logdir.iterdir() if not path.name.startswith((ASIDE, CAPTIONS, LOCK, LINGERING))]
     if not found:
         return
     numbers = [int(path.name[len(ASIDE) :]) for path in logdir.glob(f"{ASIDE}*") if path.name[len(ASIDE) :].isdecimal()]

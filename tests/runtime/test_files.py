@@ -82,6 +82,15 @@ def test_a_folder_is_had_by_one_command_and_free_when_that_is_gone(holder, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_does_not_keep_a_folder_from_its_command(tmp_path: Path, limited) -> None:
+    """Nor from a word of its own, where the disk is met next."""
+    with limited(0), hold_folder(tmp_path, "--logdir"):
+        assert (tmp_path / LOCK).read_bytes() == b""
+        with pytest.raises(InputError, match=r"in use by another command;"), hold_folder(tmp_path, "--logdir"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_that_outlived_its_host_is_left_behind_by_deleting_its_file(holder, tmp_path: Path) -> None:
     (tmp_path / LOCK).unlink()
     with hold_folder(tmp_path, "--logdir"):

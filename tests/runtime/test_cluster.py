@@ -1,0 +1,336 @@
+"""What docs/cluster.md says of file systems: whole commands, on disks that lack something, are full or read-only."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longsana.data.trajectories import Trajectories
+from longsana.training.checkpoint import checkpoints_of
+from tests.full_size.hub_cache import snapshot
+from tests.runtime.test_stop import INFERENCE, SMALL
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+TRAINING = ROOT / "train_video_scripts/train_longsana.py"
+EXPORT = ROOT / "train_video_scripts/export.py"
+EVALUATE = ROOT / "inference_video_scripts/evaluate.py"
+POOR = {"flock": errno.ENOSYS, "fsync_folder": errno.EINVAL, "link": errno.EPERM, "symlink": errno.EPERM, "nfs": 1}
+"""What a file system lacks that is no more than the command needs; names of open files linger on it."""
+
+
+class Done(NamedTuple):
+    status: int
+    output: str
+
+    def line(self, start: str) -> str:
+        """The one line that begins so; there is no traceback."""
+        assert "Traceback" not in self.output, self.output
+        found = [line for line in self.output.splitlines() if line.startswith(start)]
+        assert len(found) == 1, self.output
+        return found[0]
+
+
+Run = Callable[..., Done]
+UNSHARE = ["unshare", "-rm"]
+MAY_MOUNT = shutil.which(UNSHARE[0]) is not None and not subprocess.run([*UNSHARE, "true"], check=False).returncode
+mounting = pytest.mark.skipif(not MAY_MOUNT, reason="mounts of one's own are not allowed here")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """`run(INFERENCE, "--work_dir", folder, faults=POOR, on=folder)`: a command on a poor file system.
+
+    on: where system calls fail. quota: bytes that may be written there. read_only: folders that are mounted so.
+    writes: the one folder of the machine that is not read-only.
+    """
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler, to make system calls fail with")
+    place = tmp_path_factory.mktemp("cluster")
+    library, output, home = place / "faulty.so", place / "output", place / "home"
+    home.mkdir()
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "faulty.c", "-ldl"], check=True)
+    process = subprocess.Popen(
+        [*(UNSHARE if MAY_MOUNT else []), sys.executable, str(HERE / "commands_here.py")],
+        cwd=ROOT,
+        env=os.environ | {"LD_PRELOAD": str(library), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(place / "hub")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def command(
+        script: Path,
+        *arguments: str | Path,
+        faults: dict[str, int] | None = None,
+        on: Path | None = None,
+        quota: int | None = None,
+        read_only: tuple[Path, ...] = (),
+        writes: Path | None = None,
+        **environment: str,
+    ) -> Done:
+        environment = {"HOME": str(home), **environment}
+        if faults:
+            environment |= {"FAULTS": "".join(f" {call}={number}" for call, number in faults.items())}
+            environment |= {"FAULT_FOLDER": str(on)} | ({} if quota is None else {"QUOTA": str(quota)})
+        asked = {
+            "script": str(script),
+            "arguments": [str(argument) for argument in arguments],
+            "environment": environment,
+            "mounts": "".join(f"mount --bind {p} {p}; mount -o remount,bind,ro {p};" for p in read_only)
+            + (f"mount --bind {writes} {writes}; mount -o remount,bind,ro /" if writes else ""),
+            "output": str(output),
+        }
+        assert process.stdin is not None and process.stdout is not None
+        print(json.dumps(asked), file=process.stdin, flush=True)
+        return Done(int(process.stdout.readline()), output.read_text())
+
+    command.place = place  # type: ignore[attr-defined]
+    yield command
+    process.stdin.close()  # type: ignore[union-attr]
+    process.wait(timeout=60)
+
+
+def videos(run: Run, folder: Path, *arguments: str | Path, prompts: int = 2, **options: Any) -> Done:
+    """The inference command, of the small default."""
+    file = folder.parent / "prompts" / "prompts.txt"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(f"a red circle number {i}\n" for i in range(prompts)))
+    given = [*SMALL, "--num_frames", "5", "--txt_file", file, "--work_dir", folder, "--dataset", "v", *arguments]
+    return run(INFERENCE, *given, **options)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def made(count: int) -> list[str]:
+    slugs = [f"v/{i + 1:05d}-a-red-circle-number-{i}" for i in range(count)]
+    return [f"{slug}.{suffix}" for slug in slugs for suffix in ("json", "mp4")]
+
+
+LINGERS = """
+import os, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+os.environ |= {"FAULT_FOLDER": str(folder), "FAULTS": " nfs=1"}
+file = (folder / "file").open("w")
+os.unlink(folder / "file")
+(left,) = folder.iterdir()
+assert left.name == ".nfs_0_file"
+try:
+    left.unlink()
+except OSError as error:
+    print(error.strerror)
+file.close()
+assert list(folder.iterdir()) == []
+"""
+
+
+def test_names_of_open_files_linger_here(run: Run, tmp_path: Path) -> None:
+    """The faults are what they are said to be; those of other calls are seen in what commands say."""
+    environment = os.environ | {"LD_PRELOAD": str(run.place / "faulty.so")}  # type: ignore[attr-defined]
+    command = [sys.executable, "-c", LINGERS, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "Device or resource busy\n", done.stderr
+
+
+# Inference -----------------------------------------------------------------------------------------------------------
+
+
+def test_inference_without_locks_links_and_synced_folders(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    done = videos(run, folder, faults=POOR, on=tmp_path)
+    assert done.status == 0, done.output
+    assert "no locks (flock: Function not implemented)" in done.line(f"{folder / 'v'}: this file system has no locks")
+    assert "cannot sync folders (Invalid argument)" in done.line(f"{folder / 'v'}: this file system cannot sync")
+    assert names(folder) == made(2)
+
+
+@mounting
+def test_inference_writes_to_its_work_dir_alone(run: Run, tmp_path: Path) -> None:
+    """Also with weights in a pickle, which PyTorch is given by its name."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    weights = tmp_path / "model.pth"
+    torch.save({"state_dict": load_file(ROOT / "asset/shapes/longsana.safetensors")}, weights)
+    done = videos(run, folder, "--model_path", weights, writes=folder)
+    assert done.status == 0, done.output
+    assert names(folder) == made(2)
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOSPC])
+def test_a_quota_stops_inference_with_one_line(number: int, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    done = videos(run, folder, prompts=3, faults={"write": number}, on=folder / "v", quota=3000)
+    assert done.status == 1
+    line = done.line("failed: ")
+    assert os.strerror(number) in line and str(folder / "v") in line and " GB are free" in line
+    assert set(names(folder)) <= set(made(3)) and len(names(folder)) < 6
+
+
+def test_a_stale_handle_stops_inference_with_one_line(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    done = videos(run, folder, faults={"rename": errno.ESTALE}, on=folder)
+    assert done.status == 1
+    assert "Stale file handle" in done.line("failed: ")
+    assert names(folder) == []
+
+
+@mounting
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_hub_cache_may_be_read_only_and_without_links(linked: bool, run: Run, tmp_path: Path) -> None:
+    hub: Path = run.place / "hub"  # type: ignore[attr-defined]
+    repo = f"linked-{linked}"
+    file = snapshot(hub, repo, "some") / "model.safetensors"
+    if linked:
+        blob = file.parents[2] / "blobs" / "0"
+        blob.parent.mkdir()
+        shutil.copy(ROOT / "asset/shapes/longsana.safetensors", blob)
+        file.symlink_to("../../blobs/0")
+    else:
+        shutil.copy(ROOT / "asset/shapes/longsana.safetensors", file)
+    before = names(hub)
+    weights = ("--model_path", f"hf://some/{repo}/model.safetensors")
+    options = {"read_only": (hub,), "faults": {"flock": errno.ENOSYS}, "on": hub}
+    done = videos(run, tmp_path / "out", *weights, prompts=1, **options)
+    assert done.status == 0, done.output
+    assert names(tmp_path / "out") == made(1) and names(hub) == before
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def train(run: Run, small_training, trajectories) -> Run:
+    """`train(folder, "train.max_iters=2")`: the quickest stage."""
+    config = small_training(
+        "ode", f"data.data_path={trajectories}", "train.max_iters=3", "train.log_iters=1", "train.max_checkpoints=1"
+    )
+
+    def command(folder: Path, *arguments: str | Path, **options: Any) -> Done:
+        given = ["--config_path", config, "--logdir", folder, "--disable-wandb", "--threads", "1", *arguments]
+        return run(TRAINING, *given, **options)
+
+    return command
+
+
+RUN = ["checkpoint_model_000003", "config.yaml", "metrics.jsonl", "run.json"]
+
+
+def test_training_without_locks_links_and_synced_folders(train: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for arguments in ((), ("train.max_iters=4", "--allow-config-change")):
+        done = train(folder, *arguments, faults=POOR, on=tmp_path)
+        assert done.status == 0, done.output
+        assert "flock: Function not implemented" in done.line(f"{folder}: this file system has no locks")
+        assert "Invalid argument" in done.line(f"{folder}: this file system cannot sync folders")
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint_model_000004", *RUN[1:]]
+
+
+def test_checkpoints_that_are_in_use_linger_and_go_at_the_next_start(train: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    removed = folder / ".checkpoint_model_000001.removed"
+    done = train(folder, faults={"nfs": 1}, on=folder, HELD=f"{removed.name}/__0_0.distcp")
+    assert done.status == 0, done.output
+    assert "could not be removed" in done.line(f"{removed}: ") and "Directory not empty" in done.output
+    assert [path.name for path in removed.iterdir()] == [".nfs_0___0_0.distcp"]
+    assert [path.name for path in checkpoints_of(folder)] == ["checkpoint_model_000003"]
+    (folder / ".nfs_1_metrics.jsonl").write_text("")
+    done = train(folder, "--no-auto-resume", "train.max_iters=1", faults={"nfs": 1}, on=folder)
+    assert done.status == 0, done.output
+    assert not removed.exists() and (folder / ".nfs_1_metrics.jsonl").exists()
+
+
+@mounting
+def test_training_writes_to_its_logdir_alone(train: Run, trajectories: Path, tmp_path: Path) -> None:
+    """Also where it reads an LMDB, which others lock."""
+    folder, data = tmp_path / "run", tmp_path / "lmdb"
+    folder.mkdir()
+    write_lmdb(data, Trajectories.open(trajectories))
+    done = train(folder, f"data.data_path={data}", "train.max_iters=1", writes=folder)
+    assert done.status == 0, done.output
+    assert names(data) == ["data.mdb"]
+    assert [path.name for path in checkpoints_of(folder)] == ["checkpoint_model_000001"]
+
+
+def write_lmdb(folder: Path, trajectories: Trajectories) -> None:
+    lmdb = pytest.importorskip("lmdb")
+    states, channels, frames, height, width = trajectories.shape
+    with lmdb.open(str(folder), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
+        shape = f"{len(trajectories)} {states} {frames} {channels} {height} {width}"
+        transaction.put(b"latents_shape", shape.encode())
+        for index in range(len(trajectories)):
+            values, prompt = trajectories[index]
+            layout = values.transpose(1, 2).to(torch.float16).contiguous()
+            transaction.put(f"latents_{index}_data".encode(), layout.numpy().tobytes())
+            transaction.put(f"prompts_{index}_data".encode(), prompt.encode())
+    (folder / "lock.mdb").unlink()
+
+
+def test_a_quota_ends_training_with_one_line(train: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = train(folder, faults={"write": errno.EDQUOT}, on=folder, quota=1_000_000)
+    assert done.status == 1
+    assert f"{folder / 'checkpoint_model_'}" in (line := done.line("failed: ")) and "Disk quota exceeded" in line
+    assert not list(folder.glob(".*"))
+
+
+def test_a_stale_handle_ends_training_with_one_line(train: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = train(folder, faults={"rename": errno.ESTALE}, on=folder / "checkpoint")
+    assert done.status == 1
+    assert "Stale file handle" in done.line("failed: ")
+    assert names(folder) == ["config.yaml", "metrics.jsonl", "run.json"]
+
+
+# What reads one folder and writes to another -------------------------------------------------------------------------
+
+
+@mounting
+def test_videos_that_lie_read_only_are_evaluated(run: Run, tmp_path: Path) -> None:
+    folder, out = tmp_path / "out", tmp_path / "results"
+    assert videos(run, folder, prompts=1).status == 0
+    given = (folder / "v", "--device", "cpu")
+    done = run(EVALUATE, *given, read_only=(folder,))
+    assert done.status == 2
+    assert "Read-only file system" in (line := done.line("error: ")) and line.endswith("choose another --out")
+    out.mkdir()
+    done = run(EVALUATE, *given, "--out", out, writes=out)
+    assert done.status == 2 and done.line("error: ").endswith("give it one: TMPDIR or MPLCONFIGDIR"), done.output
+    assert names(out) == []
+    done = run(EVALUATE, *given, "--out", out, writes=tmp_path, TMPDIR=str(tmp_path), faults=POOR, on=out)
+    assert done.status == 0, done.output
+    assert names(out) == ["evaluation.json", "evaluation.md", "evaluation.png"]
+    done = run(EVALUATE, *given, "--out", out, faults={"write": errno.EDQUOT}, on=out, quota=9)
+    assert done.status == 1 and "Disk quota exceeded" in done.line("failed: ")
+    assert names(out) == ["evaluation.json", "evaluation.md", "evaluation.png"]
+
+
+@mounting
+def test_a_run_that_lies_read_only_is_exported(train: Run, run: Run, tmp_path: Path) -> None:
+    folder, out = tmp_path / "run", tmp_path / "out"
+    out.mkdir()
+    assert train(folder, "train.max_iters=1").status == 0
+    for layout in ("safetensors", "trainer", "diffusers"):
+        given = (checkpoints_of(folder)[0], "--layout", layout, "--out", out / layout)
+        done = run(EXPORT, *given, read_only=(folder,), faults=POOR, on=out)
+        assert done.status == 0, done.output
+    given = (*given, "--force")
+    for held, status in (("config.json", 0), (".nfs", 2)):
+        done = run(EXPORT, *given, faults=POOR, on=out, HELD=f"{out.name}/.diffusers.replaced/{held}")
+        assert done.status == status, done.output
+    assert done.line("error: ").endswith("end what reads it, or choose another --out")
+    assert (out / "diffusers" / "config.json").exists()
