@@ -5,7 +5,7 @@
         --weights ema --dtype bfloat16
 
 The inference command reads all of them (--model_path), and the checkpoint's folder itself.
-Exit status: 0 it is there, 2 bad input.
+Exit status: 0 it is there, 1 the disk is full or broken, 2 bad input.
 """
 
 from __future__ import annotations

@@ -114,10 +114,12 @@ def load_matplotlib() -> None:
     """Import matplotlib, for pictures without a screen.
 
     Raises:
-        InputError: it has no folder for its cache.
+        InputError: it is not installed, or has no folder for its cache.
     """
     try:
         import matplotlib as mpl
+    except ImportError as error:
+        raise InputError("plots need the package matplotlib; pip install -e '.[plot]'") from error
     except OSError as error:
         reason = "matplotlib needs a folder for its cache, and neither the home nor the temporary one can be written to"
         raise InputError(f"{reason}; give it one: TMPDIR or MPLCONFIGDIR") from error

@@ -31,7 +31,7 @@ from longsana.models.dcp_files import (
     read_manifest,
 )
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import move_into_place, partial_name
+from longsana.runtime.files import move_into_place, partial_name, whole
 from longsana.runtime.foreign import AGAIN, reason_of, stand_in
 from longsana.runtime.hub import INDEX_SUFFIX, shards_of
 
@@ -325,8 +325,13 @@ def _entry(value: object) -> Entry:
 
 
 def write_pickle(content: dict[str, Any], path: Path) -> None:
-    """A PyTorch file, whole or not at all."""
-    _write(path, lambda partial_path: torch.save(content, partial_path))
+    """Write a PyTorch file, whole or not at all."""
+
+    def save(partial_path: Path) -> None:
+        with partial_path.open("wb") as stream:  # of a path PyTorch does not tell what its disk failed at
+            torch.save(content, stream)
+
+    _write(path, save)
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, shard_bytes: int) -> None:
@@ -363,15 +368,12 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, shard_bytes: int) 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = partial_name(path)
-    try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode  # as other files come out here; safetensors writes files for oneself alone
-        write(unfinished)
-        unfinished.chmod(mode)
-        with unfinished.open("rb") as stream:
+    partial_path = partial_name(path)
+    with whole(partial_path, path):
+        partial_path.touch()
+        mode = partial_path.stat().st_mode  # as other files come out here; safetensors writes files for oneself alone
+        write(partial_path)
+        partial_path.chmod(mode)
+        with partial_path.open("rb") as stream:
             os.fsync(stream.fileno())
-        move_into_place(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+        move_into_place(partial_path, path)

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -152,6 +153,24 @@ def sync_folder(folder: Path) -> None:
         )
 
 
+@contextmanager
+def whole(partial: Path, path: Path) -> Iterator[None]:
+    """Inside the block `partial` is written, which becomes `path`; nothing half-written stays if that fails.
+
+    Raises:
+        OSError: a disk failed, as the block or a library in it tells; it is blamed on `path`.
+    """
+    with naming(path), unfinished(partial):
+        try:
+            yield
+        except BaseException as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            if (met := _met_by_library(error)) is not None:
+                raise OSError(met, os.strerror(met)) from error
+            raise
+
+
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 `text`; readers see the old file or the new one, also after a crash or a full disk.
 
@@ -160,7 +179,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     partial = partial_name(path)
-    with _whole(partial, path), open(partial, "w", encoding="utf-8", newline="") as stream:
+    with whole(partial, path), open(partial, "w", encoding="utf-8", newline="") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -175,7 +194,7 @@ def write_exclusive(path: Path, content: bytes) -> None:
         OSError: it could not be written; `path` is as it was.
     """
     partial = partial_name(path)
-    with open_exclusive(partial) as stream, _whole(partial, path):
+    with open_exclusive(partial) as stream, whole(partial, path):
         # Past the file's buffer: what a full disk leaves in it would fail again when the file is closed.
         write_all(stream.fileno(), content)
         os.fsync(stream.fileno())
@@ -282,21 +301,18 @@ def _owner(path: Path) -> str:
     return f" ({owner})" if owner else ""
 
 
+def _met_by_library(error: BaseException) -> int | None:
+    """The number of the disk's error that a library's own error hides: safetensors tells it, PyTorch is told it."""
+    if isinstance(error, OSError):
+        return None
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.__context__.errno if isinstance(error.__context__, OSError) else int(told[1]) if told else None
+    return number if number in _OF_DISKS else None
+
+
 def _say_once(folder: Path, lacking: str, message: str) -> None:
     """Warn of what a file system lacks, once for each of them."""
     key = (folder.stat().st_dev, lacking)
     if key not in _said:
         _said.add(key)
         log.warning("%s", message)
-
-
-@contextmanager
-def _whole(partial: Path, path: Path) -> Iterator[None]:
-    """What goes wrong inside is blamed on `path`, of which nothing half-written stays."""
-    with naming(path), unfinished(partial):
-        try:
-            yield
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise

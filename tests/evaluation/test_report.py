@@ -104,7 +104,7 @@ def test_seams_of_another_vae(command, tmp_path):
     assert seams["LTX2VAE_diffusers"] < 1 < 1.3 < seams["WanVAE"]
 
 
-def test_bad_input_is_told(folder, command, tmp_path, capsys):
+def test_bad_input_is_told(folder, command, tmp_path, capsys, monkeypatch):
     def complaint(*arguments: str) -> str:
         assert command.main(list(arguments)) == 2
         return capsys.readouterr().err
@@ -115,6 +115,9 @@ def test_bad_input_is_told(folder, command, tmp_path, capsys):
     assert "cuda:77" in complaint(str(folder), "--device", "cuda:77")
     assert "--ouput" in complaint(str(folder), "--ouput", "x")
     assert "folder" in complaint()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        assert "pip install -e '.[plot]'" in complaint(str(folder))
     with hold_folder(tmp_path, "--out"):
         assert f"{tmp_path}: in use by another command" in complaint(str(folder), "--out", str(tmp_path))
 

@@ -325,7 +325,11 @@ def test_a_run_that_lies_read_only_is_exported(train: Run, run: Run, tmp_path: P
     out.mkdir()
     assert train(folder, "train.max_iters=1").status == 0
     for layout in ("safetensors", "trainer", "diffusers"):
+        before = names(out)
         given = (checkpoints_of(folder)[0], "--layout", layout, "--out", out / layout)
+        done = run(EXPORT, *given, faults={"write": errno.EDQUOT}, on=out, quota=9)
+        assert done.status == 1 and "Disk quota exceeded" in (line := done.line("failed: ")), done.output
+        assert str(out / layout) in line and names(out) == before
         done = run(EXPORT, *given, read_only=(folder,), faults=POOR, on=out)
         assert done.status == 0, done.output
     given = (*given, "--force")
