@@ -26,6 +26,7 @@ MAX_CRF = 51
 THREADS = 16
 """An encoder's threads where nothing else is said; 24 are no faster on 16 cores."""
 MUXER = {"movflags": "+faststart"}
+X264 = "mbtree=0"
 WAITING = 2  # appended arrays held while the encoder is busy; then `append` waits
 
 
@@ -79,7 +80,7 @@ class VideoWriter:
         self._registered.enter_context(unfinished(self._partial))
         try:
             self._container = av.open(_Output(self._file, self._partial), "w", format="mp4", options=MUXER)
-            options = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
+            options = {"crf": str(crf), "preset": preset, "x264-params": X264}
             rate = Fraction(fps).limit_denominator(1001)
             self._stream = self._container.add_stream("libx264", rate=rate, options=options)
             # A frame a thread: av's default, a slice of each, is a third slower on two cores.

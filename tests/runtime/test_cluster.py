@@ -49,19 +49,26 @@ mounting = pytest.mark.skipif(not MAY_MOUNT, reason="mounts of one's own are not
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the faults, faulty.so, which all commands of `run` share as their home; hub/ is the hub's cache."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler, to make system calls fail with")
+    folder = tmp_path_factory.mktemp("cluster")
+    source, library = HERE / "faulty.c", folder / "faulty.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Iterator[Run]:
     """`run(INFERENCE, "--work_dir", folder, faults=POOR, on=folder)`: a command on a poor file system.
 
     on: where system calls fail. quota: bytes that may be written there. read_only: folders that are mounted so.
     writes: the one folder of the machine that is not read-only.
     """
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler, to make system calls fail with")
-    place = tmp_path_factory.mktemp("cluster")
     library, output, home = place / "faulty.so", place / "output", place / "home"
     home.mkdir()
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "faulty.c", "-ldl"], check=True)
     process = subprocess.Popen(
         [*(UNSHARE if MAY_MOUNT else []), sys.executable, str(HERE / "commands_here.py")],
         cwd=ROOT,
@@ -97,7 +104,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         print(json.dumps(asked), file=process.stdin, flush=True)
         return Done(int(process.stdout.readline()), output.read_text())
 
-    command.place = place  # type: ignore[attr-defined]
     yield command
     process.stdin.close()  # type: ignore[union-attr]
     process.wait(timeout=60)
@@ -139,9 +145,9 @@ assert list(folder.iterdir()) == []
 """
 
 
-def test_names_of_open_files_linger_here(run: Run, tmp_path: Path) -> None:
+def test_names_of_open_files_linger_here(place: Path, tmp_path: Path) -> None:
     """The faults are what they are said to be; those of other calls are seen in what commands say."""
-    environment = os.environ | {"LD_PRELOAD": str(run.place / "faulty.so")}  # type: ignore[attr-defined]
+    environment = os.environ | {"LD_PRELOAD": str(place / "faulty.so")}
     command = [sys.executable, "-c", LINGERS, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "Device or resource busy\n", done.stderr
@@ -157,6 +163,19 @@ def test_inference_without_locks_links_and_synced_folders(run: Run, tmp_path: Pa
     assert "no locks (flock: Function not implemented)" in done.line(f"{folder / 'v'}: this file system has no locks")
     assert "cannot sync folders (Invalid argument)" in done.line(f"{folder / 'v'}: this file system cannot sync")
     assert names(folder) == made(2)
+    # What is made is known by its content, whatever the clocks of other hosts say.
+    for number, file in enumerate(folder.rglob("*")):
+        os.utime(file, (number, 2**32 - number))
+    done = videos(run, folder, faults=POOR, on=tmp_path)
+    assert done.status == 0 and "2 of 2 videos are in" in done.output
+
+
+def test_inference_leaves_digests_at_home(run: Run, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    places = {"HOME": str(home), "TMPDIR": str(home), "PWD": str(home)}
+    assert videos(run, tmp_path / "out", prompts=1, **places).status == 0
+    assert names(home) == [".cache/longsana/sha256.json"]
 
 
 @mounting
@@ -191,8 +210,8 @@ def test_a_stale_handle_stops_inference_with_one_line(run: Run, tmp_path: Path) 
 
 @mounting
 @pytest.mark.parametrize("linked", [True, False])
-def test_a_hub_cache_may_be_read_only_and_without_links(linked: bool, run: Run, tmp_path: Path) -> None:
-    hub: Path = run.place / "hub"  # type: ignore[attr-defined]
+def test_a_hub_cache_may_be_read_only_and_without_links(linked: bool, place: Path, run: Run, tmp_path: Path) -> None:
+    hub = place / "hub"
     repo = f"linked-{linked}"
     file = snapshot(hub, repo, "some") / "model.safetensors"
     if linked:
@@ -208,6 +227,39 @@ def test_a_hub_cache_may_be_read_only_and_without_links(linked: bool, run: Run, 
     done = videos(run, tmp_path / "out", *weights, prompts=1, **options)
     assert done.status == 0, done.output
     assert names(tmp_path / "out") == made(1) and names(hub) == before
+
+
+CACHES = """
+import os, sys
+from huggingface_hub.file_download import are_symlinks_supported
+from huggingface_hub.utils import WeakFileLock
+from torch.utils._filelock import FileLock
+folder = sys.argv[1]
+for name, lock in (("hub", WeakFileLock), ("inductor", FileLock)):
+    try:
+        with lock(f"{folder}/{name}.lock", timeout=5):
+            print(name, "locked", end=", ")
+    except (OSError, TypeError) as error:
+        print(name, getattr(error, "strerror", "failed"), end=", ")
+print("links" if are_symlinks_supported(folder) else "copies")
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (0, "hub locked, inductor locked, links\n"),
+        (errno.ENOSYS, "hub locked, inductor locked, inductor failed, copies\n"),
+        (errno.ENOLCK, "hub No locks available, inductor No locks available, copies\n"),
+    ],
+)
+def test_caches_of_others(number: int, says: str, place: Path, tmp_path: Path) -> None:
+    """Without flock the hub's client alone goes on, and where it is refused nobody does."""
+    environment = os.environ | {"LD_PRELOAD": str(place / "faulty.so"), "FAULT_FOLDER": str(tmp_path)}
+    environment["FAULTS"] = f" flock={number} symlink={errno.EPERM if number else 0}"
+    command = [sys.executable, "-c", CACHES, str(tmp_path)]
+    assert subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False).stdout == says
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -237,6 +289,9 @@ def test_training_without_locks_links_and_synced_folders(train: Run, tmp_path: P
         assert done.status == 0, done.output
         assert "flock: Function not implemented" in done.line(f"{folder}: this file system has no locks")
         assert "Invalid argument" in done.line(f"{folder}: this file system cannot sync folders")
+        for number, file in enumerate(folder.rglob("*")):  # the clocks of other hosts
+            os.utime(file, (number, 2**32 - number))
+    assert "going on from checkpoint_model_000003" in done.output
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint_model_000004", *RUN[1:]]
 
 

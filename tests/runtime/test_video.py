@@ -237,6 +237,31 @@ def test_a_full_disk_is_an_error_wherever_it_happens(tmp_path: Path) -> None:
     assert len(read(path)) == 60
 
 
+LONG = """
+import os, resource, sys
+from pathlib import Path
+import numpy as np
+from longsana.runtime.video import VideoWriter
+peaks, sizes = [], []
+for frames in (16, 160):
+    frame = np.random.default_rng(0).integers(0, 256, (1, 480, 832, 3), dtype=np.uint8)
+    with VideoWriter(Path(sys.argv[1]), fps=16, height=480, width=832, crf=4, preset="ultrafast", threads=2) as video:
+        for _ in range(frames):
+            video.append(frame := np.roll(frame, 1, axis=-1))
+    sizes.append(video.size)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+print(*sizes, *peaks)
+"""
+
+
+def test_a_long_file_is_finished_in_constant_memory(tmp_path: Path) -> None:
+    """Its index comes first, before all that was written."""
+    done = run(LONG, tmp_path / "a.mp4")
+    small, large, before, after = map(int, done.stdout.split())
+    assert large > 9 * small > 60e6
+    assert after - before < (large - small) / 10
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
