@@ -8,7 +8,7 @@
 Two chunks are made first (cold), then the whole video (warm). Config, settings and flags are those of
 inference_sana_video.py. The report goes to --out as JSON, a table of it is printed. The wall time is from the prompt to
 the finished mp4, without start-up; `other` is what none of the parts accounts for.
-Exit status: 0 done, 2 bad input.
+Exit status: 0 done, 1 the disk is full or broken, 2 bad input.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 SRC is any file or folder that the inference command reads (also hf://OWNER/REPO/FILE), DST a folder for diffusers, else
 a file. Every tensor keeps its dtype; nothing is computed with them. Beside the weights lies a model card.
-Exit status: 0 it is there, 2 bad input.
+Exit status: 0 it is there, 1 the disk is full or broken, 2 bad input.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
         --config_path configs/sana_video_config/longsana/480ms/ode_pairs.yaml --txt_file FILE --out output/LongSANA
 
 Any setting of the config can be given as well: `--pairs.causal true`, or `pairs.causal=true`. Stopped at any moment,
-the same command goes on. Exit status: 0 the folder is whole, 2 bad input.
+the same command goes on. Exit status: 0 the folder is whole, 1 the disk is full or broken, 2 bad input.
 """
 
 from __future__ import annotations
