@@ -9,6 +9,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -151,19 +152,60 @@ def sync_folder(folder: Path) -> None:
         )
 
 
-def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 `text`; readers see the old file or the new one, also after a crash or a full disk.
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Give the block a hidden, empty file to fill, which becomes `path` when the block has ended well.
+
+    Readers see the old file or the new one, also after a crash or a full disk.
 
     Raises:
         OSError: it could not be written; `path` is as it was.
     """
     path = Path(path)
     partial = partial_name(path)
-    with _whole(partial, path), open(partial, "w", encoding="utf-8", newline="") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+    with _whole(partial, path):
+        partial.write_bytes(b"")
+        mode = partial.stat().st_mode  # as other files come out here; some libraries write files for oneself alone
+        yield partial
+        partial.chmod(mode)
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
         move_into_place(partial, path)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Give the block the name of a hidden folder to make and fill, which takes the place of `path` when it is done.
+
+    Raises:
+        OSError: it could not be written; `path` is as it was.
+    """
+    path = Path(path).absolute()  # "." has no name
+    partial, replaced = partial_name(path), path.with_name(f".{path.name}.replaced")
+    with _whole(partial, path):
+        remove(partial)
+        try:
+            yield partial
+            if path.exists():
+                remove(replaced)
+                os.rename(path, replaced)
+            move_into_place(partial, path)
+        except BaseException:
+            if replaced.exists() and not path.exists():
+                os.rename(replaced, path)
+            raise
+    with suppress(OSError):
+        remove(replaced)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 `text`; readers see the old file or the new one, also after a crash or a full disk.
+
+    Raises:
+        OSError: it could not be written; `path` is as it was.
+    """
+    with whole_file(path) as partial:
+        partial.write_bytes(text.encode())
 
 
 def write_exclusive(path: Path, content: bytes) -> None:
@@ -209,13 +251,31 @@ def check_writable(folder: Path, option: str = "--work_dir") -> None:
 
 @contextmanager
 def naming(path: Path | None) -> Iterator[None]:
-    """Errors of the disk inside, which may not say of which file they are, say that they are of `path`."""
+    """Errors of the disk inside, which may not say of which file they are, say that they are of `path`.
+
+    Raises:
+        OSError: also for what a library made of one: safetensors tells it in words, PyTorch says something else.
+    """
     try:
         yield
     except OSError as error:
         if path is not None and error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+    except Exception as error:
+        if path is None or (number := _disk_errno(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _disk_errno(error: BaseException | None) -> int | None:
+    while error is not None:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number in _OF_DISKS:
+            return number
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def disk_failure(error: OSError) -> str | None:
@@ -240,7 +300,7 @@ def free_space(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all that is in it; of a link the link alone.
+    """Remove a file or a folder with all that is in it, if it is there; of a link the link alone.
 
     Raises:
         OSError: some of it could not be removed.
@@ -297,5 +357,5 @@ def _whole(partial: Path, path: Path) -> Iterator[None]:
             yield
         except BaseException:
             with suppress(OSError):
-                partial.unlink(missing_ok=True)
+                remove(partial)
             raise
