@@ -171,7 +171,8 @@ def test_a_vae_there_and_back(vae_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "layout"), [*(("network", layout) for layout in LAYOUTS), ("vae", "diffusers"), ("vae", "upstream")]
+    ("what", "layout"),
+    [*(("network", layout) for layout in LAYOUTS), ("vae", "diffusers"), ("vae", "upstream")],
 )
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(
     what: str,

@@ -175,7 +175,7 @@ def test_a_failing_export_keeps_what_was_there(
     assert export(run, "--out", out, "--layout", "diffusers") == 0
     before = read(out)
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     for place in ("longsana.runtime.files.move_into_place", "safetensors.torch.save_file"):
