@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import write_exclusive
+from longsana.runtime.files import whole_file
 from longsana.runtime.foreign import reason_of
 
 
@@ -101,9 +101,14 @@ class CausalState(NamedTuple):
         return self._replace(kv=self.kv.detach(), k_sum=self.k_sum.detach(), tail=self.tail.detach())
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a file that is whole or not there.
+
+        Raises:
+            OSError: it could not be written; `path` is as it was.
+        """
         tensors = {name: getattr(self, name).contiguous() for name in self._fields[:3]}
-        write_exclusive(Path(path), save(tensors, {"frames": str(self.frames), "sinks": str(self.sinks)}))
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata={"frames": str(self.frames), "sinks": str(self.sinks)})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CausalState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -167,6 +168,33 @@ def test_a_vae_there_and_back(vae_folder: Path, tmp_path: Path) -> None:
     configs = [json.loads((folder / "config.json").read_text()) for folder in (vae_folder, tmp_path / "vae")]
     assert len({json.dumps({k: v for k, v in config.items() if k not in ignored}) for config in configs}) == 1
     assert "Wan 2.1 VAE" in (tmp_path / "vae/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("what", "layout"),
+    [*(("network", layout) for layout in LAYOUTS), ("vae", "diffusers"), ("vae", "upstream")],
+)
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(
+    what: str,
+    layout: Layout,
+    vae_folder: Path,
+    command: Callable[..., int],
+    tmp_path: Path,
+    limited: Callable[..., Any],
+    capsys: Any,
+) -> None:
+    source, out = vae_folder, tmp_path / PATHS[layout]
+    if what == "network":
+        source = tmp_path / "source"
+        save_checkpoint(weights(), source, "safetensors", TINY)
+    run = command if what == "network" else (lambda *arguments: convert.main([*map(str, arguments)]))
+    assert run(source, out, "--to", layout) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with limited(20_000):
+        assert run(source, out, "--to", layout, "--force") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
+    assert re.fullmatch(rf"failed: {tmp_path}/.*: File too large; .* are free", line)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

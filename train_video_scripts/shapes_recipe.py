@@ -40,7 +40,7 @@ from longsana.data.shapes import prompts
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text
+from longsana.runtime.files import atomic_write_text, naming
 
 log = logging.getLogger("longsana")
 
@@ -193,7 +193,8 @@ class Recipe:
         """A folder of parts that appears when it is whole."""
         unfinished = self.runs / name
         unfinished.mkdir(parents=True, exist_ok=True)
-        score = train(unfinished)
+        with naming(unfinished):
+            score = train(unfinished)
         self._note(f"{name} score", score)
         unfinished.rename(self.parts / name)
         return 0

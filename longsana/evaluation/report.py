@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from longsana.evaluation.verifier import Verdicts, all_in_view, judge, score
 from longsana.evaluation.videos import Video, frame_rate, read_pieces
 from longsana.runtime import stop
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text, write_exclusive
+from longsana.runtime.files import atomic_write_text, whole_file
 
 LENGTHS = (5, 30, 60)
 """Seconds of the stretches from the start that are scored apart from the whole."""
@@ -157,10 +156,9 @@ def plot(curves: Mapping[str, Curves], path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    content = BytesIO()
-    figure.savefig(content, format="png", dpi=110)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110)
     pyplot.close(figure)
-    write_exclusive(path, content.getvalue())
 
 
 def write_report(examined: Sequence[Mapping[str, Any]], skipped: Mapping[str, str], folder: Path) -> str:

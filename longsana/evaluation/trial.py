@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from longsana.evaluation.sight import Seen, observe
 from longsana.evaluation.verifier import Verdicts, all_in_view, judge
 from longsana.models.embeddings import Text
 from longsana.runtime.clock import Clock
-from longsana.runtime.files import write_exclusive
+from longsana.runtime.files import whole_file
 from longsana.runtime.finite import to_host
 from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
 from longsana.sampling.sampler import Network
@@ -110,9 +109,8 @@ def strips(
     rows = films[:, [second * FPS for second in seconds]]  # (B, columns, H, W, 3)
     rows = torch.nn.functional.pad(rows, (0, 0, 2, 2, 2, 2), value=255)
     picture = rows.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
-    content = BytesIO()
-    pyplot.imsave(content, picture.numpy(), format="png")
-    write_exclusive(path, content.getvalue())
+    with whole_file(path) as unfinished:
+        pyplot.imsave(unfinished, picture.numpy())
 
 
 class _Unabsorbing:

@@ -31,7 +31,7 @@ from longsana.models.dcp_files import (
     read_manifest,
 )
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import move_into_place, partial_name, whole
+from longsana.runtime.files import atomic_write_text, whole_file
 from longsana.runtime.foreign import AGAIN, reason_of, stand_in
 from longsana.runtime.hub import INDEX_SUFFIX, shards_of
 
@@ -325,13 +325,11 @@ def _entry(value: object) -> Entry:
 
 
 def write_pickle(content: dict[str, Any], path: Path) -> None:
-    """Write a PyTorch file, whole or not at all."""
-
-    def save(partial_path: Path) -> None:
-        with partial_path.open("wb") as stream:  # of a path PyTorch does not tell what its disk failed at
-            torch.save(content, stream)
-
-    _write(path, save)
+    """A PyTorch file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished, unfinished.open("wb") as stream:
+        # Not by its name: PyTorch would tell a full disk as an "unexpected pos".
+        torch.save(content, stream)
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, shard_bytes: int) -> None:
@@ -347,10 +345,12 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, shard_bytes: int) 
         shards[-1][name] = tensor
         room -= tensor.nbytes
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     stem = path.name.removesuffix(".safetensors")
     index = path.with_name(stem + INDEX_SUFFIX)
     if len(shards) == 1:
-        _write(path, lambda partial_path: save_file(tensors, partial_path, metadata={"format": "pt"}))
+        with whole_file(path) as unfinished:
+            save_file(tensors, unfinished, metadata={"format": "pt"})
         index.unlink(missing_ok=True)  # of an earlier save, which would be read instead
         return
     # Without an index a save that is cut short cannot be read as half old and half new.
@@ -358,22 +358,9 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, shard_bytes: int) 
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(path.with_name(name), partial(save_file, shard, metadata={"format": "pt"}))
+        with whole_file(path.with_name(name)) as unfinished:
+            save_file(shard, unfinished, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-    _write(index, lambda partial_path: partial_path.write_text(text, encoding="utf-8"))
+    atomic_write_text(index, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
     path.unlink(missing_ok=True)
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = partial_name(path)
-    with whole(partial_path, path):
-        partial_path.touch()
-        mode = partial_path.stat().st_mode  # as other files come out here; safetensors writes files for oneself alone
-        write(partial_path)
-        partial_path.chmod(mode)
-        with partial_path.open("rb") as stream:
-            os.fsync(stream.fileno())
-        move_into_place(partial_path, path)

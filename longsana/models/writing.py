@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from longsana.models.checkpoint_files import DIFFUSERS_WEIGHTS
 from longsana.models.weights import Layout
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text, check_writable, move_into_place, partial_name, unfinished
+from longsana.runtime.files import atomic_write_text, check_writable, whole_folder
 from longsana.runtime.hub import INDEX_SUFFIX, SCHEME, SEEDED
 
 CARD = "README.md"
@@ -56,35 +54,11 @@ def check_target(out: Path, layout: Layout, option: str, *, force: bool, card: b
 def write_weights(out: Path, layout: Layout, write: Callable[[Path], object], card: str = "") -> None:
     """Let `write` write a file, or fill a folder that takes the place of `out` when it is whole; and a model card."""
     if layout == "diffusers":
-        _write_folder(out, write, card)
+        with whole_folder(out) as partial:
+            write(partial)
+            if card:
+                atomic_write_text(partial / CARD, card)
         return
     write(out)
     if card:
         atomic_write_text(card_of(out, layout), card)
-
-
-def _write_folder(out: Path, write: Callable[[Path], object], card: str) -> None:
-    out = out.absolute()  # "." has no name
-    partial, replaced = partial_name(out), out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with unfinished(partial):
-            write(partial)
-            if card:
-                atomic_write_text(partial / CARD, card)
-            if out.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-                if replaced.exists():  # names of open files linger on NFS
-                    raise InputError(
-                        f"{replaced}: is in use, and cannot be removed; end what reads it, or choose another --out"
-                    )
-                os.rename(out, replaced)
-            move_into_place(partial, out)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            error.filename = str(out)
-        shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists() and not out.exists():
-            os.rename(replaced, out)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -154,21 +154,50 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole(partial: Path, path: Path) -> Iterator[None]:
-    """Inside the block `partial` is written, which becomes `path`; nothing half-written stays if that fails.
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Give the block a hidden, empty file to fill, which becomes `path` when the block has ended well.
+
+    Readers see the old file or the new one, also after a crash or a full disk.
 
     Raises:
-        OSError: a disk failed, as the block or a library in it tells; it is blamed on `path`.
+        OSError: it could not be written; `path` is as it was.
     """
-    with naming(path), unfinished(partial):
+    path = Path(path)
+    partial = partial_name(path)
+    with _whole(partial, path):
+        partial.write_bytes(b"")
+        mode = partial.stat().st_mode  # as other files come out here; some libraries write files for oneself alone
+        yield partial
+        partial.chmod(mode)
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        move_into_place(partial, path)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Give the block the name of a hidden folder to make and fill, which takes the place of `path` when it is done.
+
+    Raises:
+        OSError: it could not be written; `path` is as it was.
+        InputError: what it replaced before is in use, and lingers.
+    """
+    path = Path(path).absolute()  # "." has no name
+    partial, replaced = partial_name(path), path.with_name(f".{path.name}.replaced")
+    with _whole(partial, path):
+        remove(partial)
         try:
-            yield
-        except BaseException as error:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            if (met := _met_by_library(error)) is not None:
-                raise OSError(met, os.strerror(met)) from error
+            yield partial
+            if path.exists():
+                _remove_replaced(replaced)
+                os.rename(path, replaced)
+            move_into_place(partial, path)
+        except BaseException:
+            if replaced.exists() and not path.exists():
+                os.rename(replaced, path)
             raise
+    with suppress(OSError):
+        remove(replaced)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -177,13 +206,8 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     Raises:
         OSError: it could not be written; `path` is as it was.
     """
-    path = Path(path)
-    partial = partial_name(path)
-    with whole(partial, path), open(partial, "w", encoding="utf-8", newline="") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-        move_into_place(partial, path)
+    with whole_file(path) as partial:
+        partial.write_bytes(text.encode())
 
 
 def write_exclusive(path: Path, content: bytes) -> None:
@@ -194,7 +218,7 @@ def write_exclusive(path: Path, content: bytes) -> None:
         OSError: it could not be written; `path` is as it was.
     """
     partial = partial_name(path)
-    with open_exclusive(partial) as stream, whole(partial, path):
+    with open_exclusive(partial) as stream, _whole(partial, path):
         # Past the file's buffer: what a full disk leaves in it would fail again when the file is closed.
         write_all(stream.fileno(), content)
         os.fsync(stream.fileno())
@@ -229,13 +253,31 @@ def check_writable(folder: Path, option: str = "--work_dir") -> None:
 
 @contextmanager
 def naming(path: Path | None) -> Iterator[None]:
-    """Errors of the disk inside, which may not say of which file they are, say that they are of `path`."""
+    """Errors of the disk inside, which may not say of which file they are, say that they are of `path`.
+
+    Raises:
+        OSError: also for what a library made of one: safetensors tells it in words, PyTorch says something else.
+    """
     try:
         yield
     except OSError as error:
         if path is not None and error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+    except Exception as error:
+        if path is None or (number := _disk_errno(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _disk_errno(error: BaseException | None) -> int | None:
+    while error is not None:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number in _OF_DISKS:
+            return number
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def disk_failure(error: OSError) -> str | None:
@@ -260,7 +302,7 @@ def free_space(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all that is in it; of a link the link alone.
+    """Remove a file or a folder with all that is in it, if it is there; of a link the link alone.
 
     Raises:
         OSError: some of it could not be removed.
@@ -269,6 +311,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path)
+
+
+def _remove_replaced(folder: Path) -> None:
+    try:
+        remove(folder)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY and error.errno != errno.EBUSY:
+            raise
+        raise InputError(
+            f"{folder}: is in use, and cannot be removed; end what reads it, or write elsewhere"
+        ) from error
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
@@ -301,18 +354,21 @@ def _owner(path: Path) -> str:
     return f" ({owner})" if owner else ""
 
 
-def _met_by_library(error: BaseException) -> int | None:
-    """The number of the disk's error that a library's own error hides: safetensors tells it, PyTorch is told it."""
-    if isinstance(error, OSError):
-        return None
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    number = error.__context__.errno if isinstance(error.__context__, OSError) else int(told[1]) if told else None
-    return number if number in _OF_DISKS else None
-
-
 def _say_once(folder: Path, lacking: str, message: str) -> None:
     """Warn of what a file system lacks, once for each of them."""
     key = (folder.stat().st_dev, lacking)
     if key not in _said:
         _said.add(key)
         log.warning("%s", message)
+
+
+@contextmanager
+def _whole(partial: Path, path: Path) -> Iterator[None]:
+    """What goes wrong inside is blamed on `path`, of which nothing half-written stays."""
+    with naming(path), unfinished(partial):
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                remove(partial)
+            raise

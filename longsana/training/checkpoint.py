@@ -39,7 +39,7 @@ from longsana.models.dcp_files import (
 )
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import move_into_place, partial_name, remove, sync_folder, unfinished
+from longsana.runtime.files import move_into_place, naming, partial_name, remove, sync_folder, unfinished
 from longsana.training.dcp import check_match, flatten, on_host, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -192,10 +192,8 @@ class Checkpointer:
         names = [file.name for file in folder.glob(f"__{self.world.rank}_*")]
         for name, group in own.items():
             names.append(f"{name}.safetensors")
-            try:
+            with naming(folder / names[-1]):
                 save_file(group, folder / names[-1])
-            except SafetensorError as error:
-                raise _disk_error(error, folder / names[-1]) from error
         if self.world.is_main:
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
@@ -410,9 +408,3 @@ def _delete(path: Path) -> None:
 def _sync(path: Path) -> None:
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
-
-
-def _disk_error(error: SafetensorError, file: Path) -> Exception:
-    """The error of the disk that safetensors has met, which it tells in words."""
-    number = re.search(r"os error (\d+)", str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1])), str(file)) if number else error

@@ -176,7 +176,7 @@ class LongSana(SelfForcing):
         compute = torch.bfloat16 if self.config.train.mixed_precision else torch.float32
         state = empty_model(self.config.model).to(compute).empty_state(batch, height, width)
         text = self.embed([self.prompts[0]] * batch)
-        lead = torch.zeros(batch, channels, 1, height, width)
+        lead = torch.zeros(batch, channels, 1, height, width, dtype=torch.float32, device="cpu")
         parts = {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail, "lead": lead}
         parts |= {"tokens": text.tokens, "mask": text.mask}
         if not self.config.rollout.overlap_latents:
