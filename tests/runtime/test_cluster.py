@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +61,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def mounts(read_only: Sequence[Path], writes: Path | None = None) -> str:
+    """Commands that make folders read-only, but for one inside."""
+    bound = [path for path in (*read_only, *([] if writes is None else [writes])) if path != Path("/")]
+    return "; ".join(
+        [*(f"mount --rbind {path} {path}" for path in bound)]
+        + [f"mount -o remount,bind,ro {path}" for path in read_only]
+    )
+
+
 @pytest.fixture(scope="module")
 def run(place: Path) -> Iterator[Run]:
     """`run(INFERENCE, "--work_dir", folder, faults=POOR, on=folder)`: a command on a poor file system.
@@ -70,6 +79,8 @@ def run(place: Path) -> Iterator[Run]:
     """
     library, output, home = place / "faulty.so", place / "output", place / "home"
     home.mkdir()
+    # Where temporary files may go, which may be disks of their own.
+    disks = [path for path in (Path("/tmp"), Path("/var/tmp"), ROOT, place.parent) if path.is_dir()]
     process = subprocess.Popen(
         [*(UNSHARE if MAY_MOUNT else []), sys.executable, str(HERE / "commands_here.py")],
         cwd=ROOT,
@@ -97,8 +108,7 @@ def run(place: Path) -> Iterator[Run]:
             "script": str(script),
             "arguments": [str(argument) for argument in arguments],
             "environment": environment,
-            "mounts": "".join(f"mount --bind {p} {p}; mount -o remount,bind,ro {p};" for p in read_only)
-            + (f"mount --bind {writes} {writes}; mount -o remount,bind,ro /" if writes else ""),
+            "mounts": mounts(read_only) if writes is None else mounts((*disks, Path("/")), writes),
             "output": str(output),
         }
         assert process.stdin is not None and process.stdout is not None
