@@ -19,6 +19,8 @@ from longsana.runtime.settings import decimal
 
 def typed_path(text: str) -> Path:
     """The path that an option says, for `type=`: `~` is the home folder."""
+    if not text:  # as of a variable that is not set
+        raise argparse.ArgumentTypeError("an empty path; the current folder is .")
     try:
         return expanded(text)
     except InputError as error:

@@ -30,6 +30,8 @@ class Bounds:
 
     def complaint(self, value: float) -> str | None:
         """What the number must be and is not; None if it is within them."""
+        if math.isnan(value):
+            return "a finite number"
         if self.least is not None and not value >= self.least:
             return f"at least {self.least}"
         if self.above is not None and not value > self.above:

@@ -23,6 +23,8 @@ PRESETS = (
     "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo",
 )  # fmt: skip
 MAX_CRF = 51
+MOST_PIXELS = 1 << 27
+"""A picture's, for FFmpeg, which lets eight times its width and some more times its height fit into 31 bits."""
 THREADS = 16
 """An encoder's threads where nothing else is said; 24 are no faster on 16 cores."""
 MUXER = {"movflags": "+faststart"}

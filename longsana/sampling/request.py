@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, check_chi_prompt
 from longsana.data.prompts import Prompt, parts_per_chunk, place, read_prompts
@@ -13,7 +15,7 @@ from longsana.models.naming import PAST
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, file_sha256, locate
 from longsana.runtime.settings import check_bounds
-from longsana.runtime.video import check_encoding
+from longsana.runtime.video import MOST_PIXELS, check_encoding
 
 DISTILLED = "longlive_flow_euler"
 DPM = "flow_dpm-solver"
@@ -101,6 +103,9 @@ def check_config(config: InferenceConfig) -> None:
 
 
 def check_size(config: InferenceConfig, height: int, width: int) -> None:
+    """Refuse (InputError) a size that the VAE, the network or the mp4's encoder does not take."""
+    if height * width > MOST_PIXELS:
+        raise InputError(f"{height}x{width}: too large; height times width must be at most {MOST_PIXELS:,}")
     patch = config.model.architecture().patch_size
     geometry(config.vae).check_size(height, width, patch[1:])
 
@@ -134,7 +139,11 @@ def select_prompts(
             f"--start_index {start_index} --end_index {end_index}: selects none of the {len(prompts)} prompts in {path}"
         )
     for prompt in selected:
+        seed = sampling.seed if prompt.seed is None else prompt.seed
+        frames = sampling.num_frames if prompt.frames is None else prompt.frames
+        own = dataclasses.replace(sampling, height=prompt.height, width=prompt.width, seed=seed, num_frames=frames)
         try:
+            check_bounds(own)
             check_size(config, prompt.height, prompt.width)
             _check_parts(config, prompt, len(chunk_plan(config, prompt.frames)))
         except InputError as error:

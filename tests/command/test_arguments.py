@@ -131,7 +131,7 @@ BAD = {
     ),
     "dotted steps": (["--scheduler.num_inference_steps=3"], "--step: has no meaning"),
     "dotted step list": (["--config", BASE, "scheduler.denoising_step_list=[1000]"], "has no meaning for the sampler"),
-    "shift nan": (["--flow_shift", "nan"], "scheduler.inference_flow_shift=nan: must be above 0"),
+    "shift nan": (["--flow_shift", "nan"], "scheduler.inference_flow_shift=nan: must be a finite number"),
     "guidance nan": (["--config", BASE, "--cfg_scale", "nan"], "cfg_scale=nan"),
     "no depth": (["--model.depth", "0"], "model.depth=0: must be at least 1"),
     "no width": (["--model.hidden_size", "0"], "model.hidden_size=0"),

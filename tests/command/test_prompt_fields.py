@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from .conftest import assert_whole, frames_of, sidecars
 
@@ -68,3 +71,27 @@ def test_a_json_of_fields_goes_the_same_way(command: Callable[..., int], tmp_pat
     (record,) = sidecars(tmp_path / "out/videos")
     assert (record["prompt"], record["seed"], record["frames"]) == (TEXT, 5, 9)
     assert_whole(tmp_path / "out/videos", 1, frames=9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": [100_000, 48]}, "height=100000: must be at most 16384"),
+        ({"size": [32, 16_400]}, "width=16400: must be at most 16384"),
+        ({"size": [16_384, 16_384]}, "16384x16384: too large; height times width must be at most 134,217,728"),
+        ({"frames": 10**10}, "num_frames=10000000000: must be at most 1000000000"),
+        ({"seed": 2**63}, "seed=9223372036854775808: must be a whole number"),
+    ],
+)
+def test_fields_have_the_bounds_of_the_settings(
+    fields: dict[str, Any],
+    message: str,
+    command: Callable[..., int],
+    prompts: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = prompts(json.dumps({"prompt": TEXT}), json.dumps({"prompt": TEXT} | fields), name="a.jsonl")
+    assert command("--txt_file", path) == 2
+    assert f"error: {path}, line 2: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -61,8 +61,8 @@ def test_numbers_of_a_command_line_are_decimal(override: str, expected: Any, tmp
         ("sampling.fps=24000/0", "sampling.fps=24000/0"),
         ("sampling.fps=3000000000", "sampling.fps=3000000000.0: must be at most 1000"),
         ("sampling.height=1000000", "sampling.height=1000000: must be at most 16384"),
-        ("model.mlp_ratio=.nan", "model.mlp_ratio=nan: must be above 0"),
-        ("model.mlp_ratio=nan", "model.mlp_ratio=nan: must be above 0"),
+        ("model.mlp_ratio=.nan", "model.mlp_ratio=nan: must be a finite number"),
+        ("model.mlp_ratio=nan", "model.mlp_ratio=nan: must be a finite number"),
         ("sampling.cfg_scale=inf", "sampling.cfg_scale=inf: must be at most 1000"),
         ("sampling.seed=99999999999999999999", "sampling.seed=99999999999999999999: must be at most"),
         ("scheduler.denoising_step_list=[]", "denoising"),
@@ -162,6 +162,25 @@ def test_no_such_user(script: str, arguments: list[str], capsys: pytest.CaptureF
     assert line.startswith("error: ") and "~nosuchuser/" in line and "there is no such user" in line
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("inference_video_scripts/inference_sana_video.py", ["--work_dir="]),
+        ("inference_video_scripts/inference_sana_video.py", ["--model_path="]),
+        ("inference_video_scripts/inference_sana_video.py", ["--txt_file="]),
+        ("inference_video_scripts/evaluate.py", [""]),
+        ("train_video_scripts/train_longsana.py", ["--config_path", "x", "--logdir="]),
+        ("train_video_scripts/export.py", ["", "--out", "y", "--layout", "upstream"]),
+        ("train_video_scripts/shapes_recipe.py", ["--out="]),
+    ],
+)
+def test_an_empty_path_is_none(script: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a variable that is not set, which would be the folder one is in."""
+    assert load_script(ROOT / script).main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "an empty path" in line or "'' not found" in line
+
+
 # Bounds ---------------------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +204,7 @@ def test_bounds() -> None:
     for outer, says in (
         (Outer(Inner(share=1.5)), "inner.share=1.5: must be at most 1"),
         (Outer(Inner(share=-1)), "inner.share=-1: must be at least 0"),
-        (Outer(Inner(share=math.nan)), "inner.share=nan: must be at least 0"),
+        (Outer(Inner(share=math.nan)), "inner.share=nan: must be a finite number"),
         (Outer(Inner(steps=(1, 0))), "inner.steps=0: must be at least 1"),
         (Outer(Inner(free=math.inf)), "inner.free=inf: must be a finite number"),
         (Outer(rate=0), "rate=0: must be above 0"),
