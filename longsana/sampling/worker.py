@@ -27,7 +27,7 @@ from longsana.runtime import stop
 from longsana.runtime.clock import Clock
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text, disk_failure
+from longsana.runtime.files import atomic_write_text, disk_failure, partial_name
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.pipeline import Caption, Frames, VideoPipeline
 from longsana.sampling.records import is_finished, versions
@@ -137,7 +137,13 @@ class Worker:
 
     def _wait(self, jobs: Sequence[Job]) -> None:
         if not self._waited:
-            log.info("waiting for %d videos that another command is making, %s first", len(jobs), jobs[0].path)
+            first = jobs[0].path
+            # Not info, which other processes than the main one keep to themselves.
+            log.error(
+                "waiting for %d videos that other commands are making, %s first; if there is no such command (a lock may "
+                "outlive its host), delete %s",
+                *(len(jobs), first, partial_name(first)),
+            )
         self._waited = True
         time.sleep(PAUSE)
 

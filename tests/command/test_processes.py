@@ -146,7 +146,7 @@ def test_what_another_command_is_making_is_waited_for(prompts: Prompts, tmp_path
             while "waiting for" not in said:
                 said = process.stderr.readline()
                 assert said, process.wait()
-            assert f"waiting for 1 videos that another command is making, {video} first" in said
+            assert f"waiting for 1 videos that other commands are making, {video} first; if there is no such" in said
             assert len(sidecars(video.parent)) == 2, "the others of its batch are made meanwhile"
         rest = process.communicate(timeout=60)[1]
     finally:
