@@ -140,8 +140,8 @@ class Worker:
             first = jobs[0].path
             # Not info, which other processes than the main one keep to themselves.
             log.error(
-                "waiting for %d videos that other commands are making, %s first; if there is no such command (a lock may "
-                "outlive its host), delete %s",
+                "waiting for %d videos that other commands are making, %s first; if there is no such command (a lock "
+                "may outlive its host), delete %s",
                 *(len(jobs), first, partial_name(first)),
             )
         self._waited = True
