@@ -30,7 +30,7 @@ from longsana.models.dcp_files import (
     read_manifest,
 )
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import move_into_place, partial_name
+from longsana.runtime.files import move_into_place, partial_name, unfinished
 from longsana.runtime.foreign import AGAIN, reason_of, stand_in
 from longsana.runtime.hub import INDEX_SUFFIX, shards_of
 
@@ -362,15 +362,16 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, shard_bytes: int) 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = partial_name(path)
+    partial_path = partial_name(path)
     try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode  # as other files come out here; safetensors writes files for oneself alone
-        write(unfinished)
-        unfinished.chmod(mode)
-        with unfinished.open("rb") as stream:
-            os.fsync(stream.fileno())
-        move_into_place(unfinished, path)
+        with unfinished(partial_path):
+            partial_path.touch()
+            mode = partial_path.stat().st_mode  # as other files come out here; safetensors writes for oneself alone
+            write(partial_path)
+            partial_path.chmod(mode)
+            with partial_path.open("rb") as stream:
+                os.fsync(stream.fileno())
+            move_into_place(partial_path, path)
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        partial_path.unlink(missing_ok=True)
         raise

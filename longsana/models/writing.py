@@ -10,7 +10,7 @@ from pathlib import Path
 from longsana.models.checkpoint_files import DIFFUSERS_WEIGHTS
 from longsana.models.weights import Layout
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text, check_writable, move_into_place, partial_name
+from longsana.runtime.files import atomic_write_text, check_writable, move_into_place, partial_name, unfinished
 from longsana.runtime.hub import INDEX_SUFFIX, SCHEME, SEEDED
 
 CARD = "README.md"
@@ -65,18 +65,19 @@ def write_weights(out: Path, layout: Layout, write: Callable[[Path], object], ca
 
 def _write_folder(out: Path, write: Callable[[Path], object], card: str) -> None:
     out = out.absolute()  # "." has no name
-    unfinished, replaced = partial_name(out), out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    partial, replaced = partial_name(out), out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        write(unfinished)
-        if card:
-            atomic_write_text(unfinished / CARD, card)
-        if out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(out, replaced)
-        move_into_place(unfinished, out)
+        with unfinished(partial):
+            write(partial)
+            if card:
+                atomic_write_text(partial / CARD, card)
+            if out.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.rename(out, replaced)
+            move_into_place(partial, out)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         if replaced.exists() and not out.exists():
             os.rename(replaced, out)
         raise

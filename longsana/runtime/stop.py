@@ -99,13 +99,19 @@ def deferred() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+def heed(number: int) -> None:
+    """Say that this process obeys a request, of whichever process of the launch it was: those that come within AGAIN
+    seconds from now, as of a launcher that sees another process end, are the same one."""
+    _requests.first = number, time.monotonic()
+
+
 def check() -> None:
     """Raise a request whose exception was lost, as in a destructor; call it between one piece of work and the next.
 
     Raises:
         Stopped: there was one.
     """
-    if _requests.first is not None and not _requests.deferred:
+    if _requests.running and _requests.first is not None and not _requests.deferred:
         raise Stopped(_requests.first[0])
 
 
@@ -125,6 +131,7 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 def _end_at_once(number: int) -> None:
     _requests.on_exit()
-    # Not print: the signal may have come while something else is printed.
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{Stopped(number)}\n".encode())
+    if os.environ.get("RANK", "0") == "0":  # else the main process of the launch says it
+        # Not print: the signal may have come while something else is printed.
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{Stopped(number)}\n".encode())
     os._exit(128 + number)
