@@ -34,8 +34,11 @@ class Stopped(BaseException):
     """A request to stop, on its way out of whatever is going on; no `except Exception` holds it up."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        super().__init__(number)  # all that a copy needs: checkpoints' reader pickles exceptions
         self.number = number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}"
 
     @property
     def status(self) -> int:

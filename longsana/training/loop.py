@@ -166,8 +166,8 @@ class Loop:
             self._iteration()
             # Before saving: a run that is killed while it samples does so again.
             stop = self._signal() or self._validate_if_due()
-            if not stop:
-                self._save_if_due()
+            if not stop and self._save_if_due() and self.progress.step < self.settings.max_iters:
+                stop = self._signal()  # it may have taken minutes
         self._save()
         return stop
 
@@ -278,12 +278,14 @@ class Loop:
             self.progress.validated = step
         return seen[0]
 
-    def _save_if_due(self) -> None:
+    def _save_if_due(self) -> bool:
         """Save, unless updates are being skipped: what made their numbers so may be in the weights already, and newer
-        checkpoints would take the place of the last good ones."""
+        checkpoints would take the place of the last good ones. Returns whether one was due now."""
         self._due = self._due or self.progress.step % self.settings.log_iters == 0
-        if self._due and not self._skipping:
+        saves = self._due and not self._skipping
+        if saves:
             self._save()
+        return saves
 
     @property
     def _skipping(self) -> bool:

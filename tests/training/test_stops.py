@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -13,17 +14,23 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from longsana.models.dcp_files import METADATA, check_content
+from longsana.runtime.distributed import World
 from longsana.runtime.files import LOCK
-from longsana.runtime.logging import METRICS
+from longsana.runtime.logging import METRICS, RunLog
 from longsana.runtime.stop import SIGNALS
-from longsana.training.checkpoint import checkpoints_of
+from longsana.training import launch
+from longsana.training.build import StageBuilder
+from longsana.training.checkpoint import Checkpointer, checkpoints_of
+from longsana.training.ode import OdeInitialisation
+from longsana.training.player import Player
 from tests.runtime.test_stop import as_usual
 from tests.training.conftest import ROOT, SCRIPT
 from tests.training.test_resume import assert_equal, contents
@@ -183,3 +190,86 @@ def test_a_run_of_two_processes_stops_at_any_moment(chosen: list[Moment], whole:
     assert again.stdout.splitlines() == ["0 0"] * len(runs), again.stderr
     for run in runs:
         assert_equal(whole.contents, contents(run / LAST))
+
+
+# The moments that differ, in one process -----------------------------------------------------------------------------
+
+
+class During(NamedTuple):
+    """A signal comes in a call of `owner.name`, the count-th one. saved: the checkpoints that are there afterwards."""
+
+    owner: Any
+    name: str
+    saved: tuple[int, ...] = ()
+    status: int | None = None  # 128 + n
+    count: int = 1
+
+
+MOMENTS = {
+    "the folder is locked": During(launch, "check_shared"),
+    "networks are loaded": During(StageBuilder, "stage"),
+    "the first pass, with its compilation": During(OdeInitialisation, "loss"),
+    "the first update": During(Player, "update", (1,)),
+    "a later pass": During(OdeInitialisation, "loss", (2, 3), count=3),
+    "a checkpoint is saved": During(dcp, "save", (2,)),
+    "the last one is saved": During(dcp, "save", (2, 4), count=2, status=0),
+    "the log is closed": During(RunLog, "close", (2, 4)),
+    "processes part": During(World, "disconnect", (2, 4)),
+}
+
+
+@pytest.fixture
+def config(small_training: Callable[..., Path], trajectories: Path) -> Path:
+    return small_training("ode", f"data.data_path={trajectories}", "train.max_iters=4")
+
+
+def send_during(monkeypatch: pytest.MonkeyPatch, during: During, number: int) -> None:
+    """In the call and not before: what it has to do is done afterwards."""
+    original, calls = getattr(during.owner, during.name), itertools.count(1)
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == during.count:
+            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)  # as schedulers do
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(during.owner, during.name, called)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_stop_while(
+    moment: str,
+    command: Callable[..., Any],
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    during, number = MOMENTS[moment], SIGNALS[len(moment) % 3]
+    with monkeypatch.context() as patch:
+        send_during(patch, during, number)
+        result = command("--config_path", config, "--logdir", tmp_path, "--threads", "1")
+    assert result.status == (128 + number if during.status is None else during.status), result.err
+    told = [line for line in result.err.splitlines() if line.startswith("stopped by")]
+    assert len(told) == (0 if result.status == 0 else 1) and all(number.name in line for line in told)
+    assert tuple(sorted(int(path.name[-6:]) for path in checkpoints_of(tmp_path))) == during.saved
+    assert not [path for path in tmp_path.rglob(".*") if path.name != METADATA]
+    check_saved(tmp_path)
+    assert command("--config_path", config, "--logdir", tmp_path, "--threads", "1").status == 0
+    check_saved(tmp_path)
+
+
+def test_a_stop_while_a_checkpoint_is_read(
+    command: Callable[..., Any], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not taken for a damage of the checkpoint."""
+    arguments = ("--config_path", config, "--logdir", tmp_path, "--threads", "1")
+    assert command(*arguments, "--max_iters", "2").status == 0
+    for during in (During(dcp, "load"), During(dcp.FileSystemReader, "read_data"), During(Checkpointer, "load")):
+        with monkeypatch.context() as patch:
+            send_during(patch, during, signal.SIGHUP)
+            result = command(*arguments)
+        assert (result.status, result.err) == (129, "stopped by SIGHUP; the same command goes on from here\n")
+    assert command(*arguments).status == 0
+    check_saved(tmp_path)
