@@ -130,14 +130,18 @@ def set_up_logging(world: World) -> None:
 
 
 def run_command(
-    prepare: Callable[[World], T], run: Callable[[T, World], int], *, connect: Callable[[World], None] = World.connect
+    prepare: Callable[[World], T],
+    run: Callable[[T, World], int],
+    *,
+    connect: Callable[[World], None] = World.connect,
+    after_stop: str = "the same command goes on from here",
 ) -> int:
     """`run(prepare(world), world)` of this process's world, and the command's exit status.
 
     That is the status of `run`; 2 for bad input; 1 if another process of the launch has gone; 128 + n after signal n.
 
     prepare: checks the input before the processes meet; what is wrong with it is wrong for all, and said once.
-    connect: how they meet.
+    connect: how they meet. after_stop: what is said of a command that was stopped.
     """
     world: World | None = None
     with stop.caught(remove_unfinished):
@@ -155,7 +159,7 @@ def run_command(
                 return 1
         except stop.Stopped as stopped:  # also while something else was told, or the processes parted
             if world is None or world.is_main:
-                print(f"{stopped}; the same command goes on from here", file=sys.stderr)
+                print(f"{stopped}; {after_stop}", file=sys.stderr)
             return stopped.status
 
 

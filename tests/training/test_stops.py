@@ -21,18 +21,23 @@ import pytest
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from longsana import convert
+from longsana.data.shards import ShardWriter
+from longsana.models import checkpoint_files, writing
 from longsana.models.dcp_files import METADATA, check_content
 from longsana.runtime.distributed import World
 from longsana.runtime.files import LOCK
 from longsana.runtime.logging import METRICS, RunLog
 from longsana.runtime.stop import SIGNALS
-from longsana.training import launch
+from longsana.training import captions, launch
 from longsana.training.build import StageBuilder
 from longsana.training.checkpoint import Checkpointer, checkpoints_of
 from longsana.training.ode import OdeInitialisation
 from longsana.training.player import Player
 from tests.runtime.test_stop import as_usual
+from tests.scripts import load_script
 from tests.training.conftest import ROOT, SCRIPT
+from tests.training.test_ode_pairs import SMALL
 from tests.training.test_resume import assert_equal, contents
 
 pytestmark = pytest.mark.timeout(1800)
@@ -273,3 +278,65 @@ def test_a_stop_while_a_checkpoint_is_read(
         assert (result.status, result.err) == (129, "stopped by SIGHUP; the same command goes on from here\n")
     assert command(*arguments).status == 0
     check_saved(tmp_path)
+
+
+# Commands beside it --------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_while_captions_are_encoded_keeps_their_finished_files(
+    command: Callable[..., Any], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--config_path", config, "--logdir", tmp_path, "--threads", "1", "train.text_encoder=free")
+    with monkeypatch.context() as patch:
+        send_during(patch, During(captions, "_write", count=2), signal.SIGINT)
+        result = command(*arguments)
+    assert (result.status, result.err.count("stopped by SIGINT")) == (130, 1)
+    (kept,) = (tmp_path / "captions").iterdir()
+    time_of = kept.stat().st_mtime_ns
+    assert command(*arguments).status == 0
+    assert kept.stat().st_mtime_ns == time_of and len(list((tmp_path / "captions").iterdir())) == 2
+
+
+def test_a_stop_of_trajectories_keeps_their_finished_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("".join(f"a red circle number {i}\n" for i in range(3)))
+    script = load_script(ROOT / "train_video_scripts/generate_ode_pairs.py")
+    out = tmp_path / "out"
+    arguments = [*SMALL, "--txt_file", str(tmp_path / "prompts.txt"), "--out", str(out), "--pairs.shard_size=1"]
+    with monkeypatch.context() as patch:
+        send_during(patch, During(ShardWriter, "write", count=2), signal.SIGHUP)
+        assert script.main(arguments) == 129
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == "stopped by SIGHUP; the same command goes on from here"
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
+    time_of = (out / "shard-00000.safetensors").stat().st_mtime_ns
+    assert script.main(arguments) == 0
+    assert len(list(out.glob("shard-*"))) == 3 and (out / "shard-00000.safetensors").stat().st_mtime_ns == time_of
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "trainer", "diffusers"])
+def test_a_stop_of_an_export_leaves_nothing(
+    layout: str,
+    command: Callable[..., Any],
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the moment in which all is written but its name, of an export as of a conversion."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert command("--config_path", config, "--logdir", run, "--threads", "1", "--max_iters", "1").status == 0
+    export = load_script(ROOT / "train_video_scripts/export.py")
+    checkpoint, target = str(run / "checkpoint_model_000001"), str(out / "weights.pth")
+    for main, arguments in (
+        (export.main, [checkpoint, "--out", target, "--layout", layout]),
+        (convert.main, [checkpoint, target, "--to", layout]),
+    ):
+        for owner in (checkpoint_files, writing) if layout == "diffusers" else (checkpoint_files,):
+            with monkeypatch.context() as patch:
+                send_during(patch, During(owner, "move_into_place"), signal.SIGTERM)
+                assert main(arguments) == 143
+            told = capsys.readouterr().err.splitlines()
+            assert told[-1] == "stopped by SIGTERM; nothing was written; give the same command again"
+            assert not list(out.iterdir())
