@@ -8,6 +8,7 @@ that are none of ours is said in `longsana.published`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from longsana.published import INFERENCE, Context, Published, Translation
 from longsana.runtime.errors import InputError, did_you_mean, did_you_mistype, mistyped_setting
-from longsana.runtime.files import atomic_write_text
-from longsana.runtime.hub import REPOSITORY
+from longsana.runtime.files import atomic_write_text, expanded
+from longsana.runtime.hub import REPOSITORY, SEEDED
 from longsana.runtime.settings import PARTS, bounded, check_bounds, parse_overrides, read_yaml
 
 log = logging.getLogger(__name__)
@@ -202,6 +203,8 @@ FILES = (
     *("text_encoder.text_encoder_name", "sampling.txt_file", "data.data_path", "validation.val_data_path"),
 )
 """Settings that name a file or a folder, which may lie beside the YAML that names it."""
+PATHS = (*FILES, "pairs.out", "shape")
+"""Settings in which `~` at the start is the home folder."""
 
 
 def load_config(
@@ -235,12 +238,27 @@ def load_config(
         raise InputError(f"{path}: {error.full_key}: {_reason(error)}") from error
     for key, text in typed.items():
         result = _replaced(result, key, text)
+    result = _at_home(result, schema)
     check_bounds(result)
     return result
 
 
 def _looks_special(value: Any) -> bool:
     return isinstance(value, str) and ("${" in value or value == "???")
+
+
+def _at_home(config: Schema, schema: type) -> Schema:
+    """The config with the home folder for `~` in the settings that are paths."""
+    for key in leaf_keys(schema).keys() & set(PATHS):
+        value = functools.reduce(getattr, key.split("."), config)
+        seeded = SEEDED if str(value).startswith(SEEDED) else ""
+        path = str(value).removeprefix(SEEDED)
+        if path.startswith("~"):
+            try:
+                config = _replaced(config, key, f"{seeded}{expanded(path)}")
+            except InputError as error:
+                raise InputError(f"{key}: {error}") from error
+    return config
 
 
 def _replaced(config: Any, key: str, value: Any) -> Any:

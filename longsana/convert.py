@@ -187,7 +187,11 @@ def _card(target: Path, layout: Layout, source: str, what: str, count: int, dtyp
 
 
 def main(arguments: Sequence[str]) -> int:
-    return run_command(lambda world: prepare(arguments, world), lambda options, world: run(options))
+    return run_command(
+        lambda world: prepare(arguments, world),
+        lambda options, world: run(options),
+        after_stop="nothing was written; give the same command again",
+    )
 
 
 if __name__ == "__main__":

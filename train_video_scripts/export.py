@@ -62,7 +62,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    return run_command(lambda world: prepare(arguments, world), lambda options, world: run(options))
+    return run_command(
+        lambda world: prepare(arguments, world),
+        lambda options, world: run(options),
+        after_stop="nothing was written; give the same command again",
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python train_video_scripts/shapes_recipe.py --out output/remembered_shapes --world remembered_shapes
 
 A step is done when what it makes lies in OUT/parts, and is then passed over: stopped at any moment, the same command
-goes on, the networks' steps from where they were. OUT/parts is all that later steps need: carry it to another machine,
+goes on, training from where it was. OUT/parts is all that later steps need: carry it to another machine,
 and the rest can be made there; a score stays until its file goes. Without a GPU `--size tiny` shows in two minutes that
 all of it runs; it trains nothing.
 Exit status: 0 done, else that of the step that stopped.
@@ -41,6 +41,7 @@ from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, naming
+from longsana.runtime.stop import check as check_stop
 
 log = logging.getLogger("longsana")
 
@@ -161,6 +162,7 @@ class Recipe:
 
     def run(self, names: Sequence[str]) -> int:
         for name in names:
+            check_stop()  # a run that was asked in its last moment has ended well
             _, make = self.steps[name]
             # Of the base model's phases, a later one is all that is wanted of those before it.
             phases = list(BASE_PHASES)

@@ -132,7 +132,11 @@ def set_up_logging(world: World) -> None:
 
 
 def run_command(
-    prepare: Callable[[World], T], run: Callable[[T, World], int], *, connect: Callable[[World], None] = World.connect
+    prepare: Callable[[World], T],
+    run: Callable[[T, World], int],
+    *,
+    connect: Callable[[World], None] = World.connect,
+    after_stop: str = "the same command goes on from here",
 ) -> int:
     """`run(prepare(world), world)` of this process's world, and the command's exit status.
 
@@ -140,43 +144,55 @@ def run_command(
     broken; 128 + n after signal n.
 
     prepare: checks the input before the processes meet; what is wrong with it is wrong for all, and said once.
-    connect: how they meet.
+    connect: how they meet. after_stop: what is said of a command that was stopped.
     """
-    world, ended = None, False
+    world: World | None = None
     with stop.caught(remove_unfinished):
         try:
-            world = World.from_environment()
-            set_up_logging(world)
             try:
-                request = prepare(world)
+                world = World.from_environment()
+                set_up_logging(world)
+                return _run_in(world, prepare, run, connect)
             except InputError as error:
-                if world.is_main:
-                    print(f"error: {error}", file=sys.stderr)
+                _tell_error(world, error)
                 return 2
-            connect(world)
-            status, ended = run(request, world), True
-            return status
-        except PeerError:
-            return 2
-        except InputError as error:
-            who = "" if world is None or world.is_main else f" (process {world.rank})"
-            print(f"error{who}: {error}", file=sys.stderr)
-            return 2
-        except PeerLost as error:
-            if world is not None and world.is_main:
-                print(f"failed: {error}", file=sys.stderr)
-            return 1
-        except OSError as error:
-            if (reason := disk_failure(error)) is None:
-                raise
-            who = "" if world is None or world.is_main else f" (process {world.rank})"
-            print(f"failed{who}: {reason}", file=sys.stderr)
-            return 1
-        except stop.Stopped as stopped:
+            except PeerLost as error:
+                if world is not None and world.is_main:
+                    print(f"failed: {error}", file=sys.stderr)
+                return 1
+            except OSError as error:
+                if (reason := disk_failure(error)) is None:
+                    raise
+                print(f"failed{_of_process(world)}: {reason}", file=sys.stderr)
+                return 1
+        except stop.Stopped as stopped:  # also while something else was told, or the processes parted
             if world is None or world.is_main:
-                print(f"{stopped}; the same command goes on from here", file=sys.stderr)
+                print(f"{stopped}; {after_stop}", file=sys.stderr)
             return stopped.status
-        finally:
-            # Not after an error: the others may be in a collective that this process will never enter.
-            if world is not None and (ended or world.size == 1):
-                world.disconnect()
+
+
+def _run_in(
+    world: World, prepare: Callable[[World], T], run: Callable[[T, World], int], connect: Callable[[World], None]
+) -> int:
+    ended = False
+    try:
+        try:
+            request = prepare(world)
+        except InputError as error:  # all processes find it
+            raise error if world.is_main else PeerError(str(error)) from error
+        connect(world)
+        status, ended = run(request, world), True
+        return status
+    finally:
+        # Not after an error: the others may be in a collective that this process will never enter.
+        if ended or world.size == 1:
+            world.disconnect()
+
+
+def _tell_error(world: World | None, error: InputError) -> None:
+    if not isinstance(error, PeerError):
+        print(f"error{_of_process(world)}: {error}", file=sys.stderr)
+
+
+def _of_process(world: World | None) -> str:
+    return "" if world is None or world.is_main else f" (process {world.rank})"

@@ -142,6 +142,9 @@ class World:
             dist.destroy_process_group()
 
 
+_LOST = "another process of this launch has ended; start the same command again"
+_CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""How gloo and NCCL say that a process has gone, which they have no class for."""
 _LAUNCH = "unset them, or start with torchrun or accelerate launch"
 PATIENCE = timedelta(minutes=30)
 """How long processes wait for each other at the start."""
@@ -221,7 +224,30 @@ def _among_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.distributed has no narrower class for a connection that is closed
-        raise PeerLost("another process of this launch has ended; start the same command again") from error
+        raise PeerLost(_LOST) from error
+
+
+@contextmanager
+def losing_peers() -> Iterator[None]:
+    """Inside, where anything may meet the other processes, an error that says a connection has closed is a `PeerLost`.
+
+    What any other error may be is left as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, PeerLost) and _tells_of_loss(error):
+            raise PeerLost(_LOST) from error
+        raise
+
+
+def _tells_of_loss(error: BaseException | None) -> bool:
+    """Whether this error, or one that led to it, is of a connection between processes."""
+    if error is None:
+        return False
+    is_ours = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
+    closed = isinstance(error, RuntimeError) and any(words in str(error) for words in _CLOSED)
+    return is_ours or closed or _tells_of_loss(error.__cause__ or error.__context__)
 
 
 def set_threads(requested: int | None, world: World) -> int:

@@ -10,6 +10,7 @@ Nothing heavy is imported here: scripts call `catch` before their own imports, w
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -18,20 +19,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN = 10.0
 """Seconds within which a repeated signal is the same request."""
+MOMENT = 0.02
+"""Seconds until a request is made again that a destructor has swallowed."""
 
 
 class Stopped(BaseException):
     """A request to stop, on its way out of whatever is going on; no `except Exception` holds it up."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        super().__init__(number)  # all that a copy needs: checkpoints' reader pickles exceptions
         self.number = number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}"
 
     @property
     def status(self) -> int:
@@ -42,11 +49,12 @@ class Stopped(BaseException):
 @dataclass
 class _Requests:
     """running: a command's `caught` block has been entered; before, there is nothing to unwind. first: the signal that
-    asked first, and when. deferred: how many `deferred` blocks are open. on_exit: cleans up before the process ends at
-    once."""
+    asked first, and when. swallowed: its exception was. deferred: how many `deferred` blocks are open. on_exit: cleans
+    up before the process ends at once."""
 
     running: bool = False
     first: tuple[int, float] | None = None
+    swallowed: bool = False
     deferred: int = 0
     on_exit: Callable[[], None] = lambda: None
 
@@ -75,11 +83,15 @@ def caught(on_exit: Callable[[], None] = lambda: None) -> Iterator[None]:
     if not outer[0]:
         _requests.first = None
     taken = catch()
+    unraisable = sys.unraisablehook
+    sys.unraisablehook = partial(_ask_again, unraisable)
     _requests.running, _requests.on_exit = True, on_exit
     try:
         yield
     finally:
         _requests.running, _requests.on_exit = outer
+        _requests.swallowed = False
+        sys.unraisablehook = unraisable
         for number, handler in taken.items():
             signal.signal(number, handler)
 
@@ -99,23 +111,29 @@ def deferred() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+def heed(number: int) -> None:
+    """Say that this process obeys a request, of whichever process of the launch it was: those that come within AGAIN
+    seconds from now, as of a launcher that sees another process end, are the same one."""
+    _requests.first = number, time.monotonic()
+
+
 def check() -> None:
-    """Raise a request whose exception was lost, as in a destructor; call it between one piece of work and the next.
+    """Raise a request whose exception was lost, as in a bare `except`; call it between one piece of work and the next.
 
     Raises:
         Stopped: there was one.
     """
-    if _requests.first is not None and not _requests.deferred:
+    if _requests.running and _requests.first is not None and not _requests.deferred:
         raise Stopped(_requests.first[0])
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
-    if _requests.first is not None:
+    if _requests.first is not None and not _requests.swallowed:
         if now - _requests.first[1] >= AGAIN:
             _end_at_once(_requests.first[0])
         return
-    _requests.first = number, now
+    _requests.first, _requests.swallowed = (number, now), False
     if _requests.deferred:
         return
     if not _requests.running:
@@ -123,8 +141,20 @@ def _note(number: int, frame: FrameType | None) -> None:
     raise Stopped(number)
 
 
+def _ask_again(otherwise: Callable[[Any], object], unraisable: Any) -> None:
+    """Python's hook for exceptions in destructors, which go no further: a request is made again when they are done."""
+    if not isinstance(unraisable.exc_value, Stopped):
+        otherwise(unraisable)
+        return
+    _requests.swallowed = True
+    again = threading.Timer(MOMENT, _thread.interrupt_main, [unraisable.exc_value.number])
+    again.daemon = True
+    again.start()
+
+
 def _end_at_once(number: int) -> None:
     _requests.on_exit()
-    # Not print: the signal may have come while something else is printed.
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{Stopped(number)}\n".encode())
+    if os.environ.get("RANK", "0") == "0":  # else the main process of the launch says it
+        # Not print: the signal may have come while something else is printed.
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{Stopped(number)}\n".encode())
     os._exit(128 + number)

@@ -39,7 +39,7 @@ from longsana.models.dcp_files import (
 )
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import move_into_place, naming, partial_name, remove, sync_folder, unfinished
+from longsana.runtime.files import LINGERING, move_into_place, naming, partial_name, remove, sync_folder, unfinished
 from longsana.training.dcp import check_match, flatten, on_host, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -393,7 +393,7 @@ def _make_empty(folder: Path) -> None:
         remove(folder)
     except OSError:
         # On NFS, names of files that somebody still has open linger for a while; they are no obstacle.
-        if not folder.is_dir() or any(not path.name.startswith(".nfs") for path in folder.iterdir()):
+        if not folder.is_dir() or any(not path.name.startswith(LINGERING) for path in folder.iterdir()):
             raise
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -52,7 +52,7 @@ class RolloutConfig:
     min_num_training_frames: int = bounded(
         21, 1, 10**6
     )  # self_forcing: lengths from here to num_training_frames are drawn
-    slice_last_frames: int = bounded(21, 1, 10**6)  # latent frames of the loss window
+    slice_last_frames: int = bounded(21, 2, 10**6)  # latent frames of the loss window
     same_step_across_blocks: bool = True  # one exit step for all chunks of a rollout
     last_step_only: bool = False  # the exit step is always the last
     noisy_absorb: bool = False  # absorb chunks with noise of the least sigma, as published training did

@@ -102,6 +102,8 @@ def read_tensors(flat: dict[str, Tensor], path: Path, metadata: Metadata, group:
         dcp.load(flat, storage_reader=_Reader(path, metadata), planner=planner, process_group=group)
     except CheckpointException as failure:
         error = _cause(failure)
+        if not isinstance(error, Exception):  # a request to stop
+            raise error from failure
         detail = " ".join(str(error).split())[:100]
         raise InputError(
             f"{path}: damaged ({type(error).__name__}: {detail}); copy it again or use another checkpoint"

@@ -127,17 +127,19 @@ def check_shared(logdir: Path, world: World, *, patience: float = PATIENCE) -> N
     mark = world.broadcast(secrets.token_hex(8))
     probes = [logdir / f"{PROBE}{mark}-{rank}" for rank in range(world.size)]
     own = probes[world.rank]
-    problem = _write_probe(own) if world.is_main else ""
-    world.gather(None)  # the main one's is there
-    if not world.is_main:
-        seen = _wait_for(probes[:1], patience)
-        problem = _write_probe(own) if seen else "does not see what the main process writes"
-    problems = world.gather(problem)
-    if world.is_main and not any(problems) and not _wait_for(probes, patience):
-        problems = ["" if probe.exists() else "writes to another one" for probe in probes]
-    hosts, problems = world.gather(socket.gethostname()), world.broadcast(problems)
-    with suppress(OSError):
-        remove(own)
+    try:
+        problem = _write_probe(own) if world.is_main else ""
+        world.gather(None)  # the main one's is there
+        if not world.is_main:
+            seen = _wait_for(probes[:1], patience)
+            problem = _write_probe(own) if seen else "does not see what the main process writes"
+        problems = world.gather(problem)
+        if world.is_main and not any(problems) and not _wait_for(probes, patience):
+            problems = ["" if probe.exists() else "writes to another one" for probe in probes]
+        hosts, problems = world.gather(socket.gethostname()), world.broadcast(problems)
+    finally:
+        with suppress(OSError):
+            remove(own)
     if blamed := [f"process {rank} on {hosts[rank]} {problem}" for rank, problem in enumerate(problems) if problem]:
         message = f"{logdir}: --logdir must be in a file system that all hosts share: {'; '.join(blamed[:4])}"
         raise (InputError if world.is_main else PeerError)(f"{message}{'; ...' if len(blamed) > 4 else ''}")

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from longsana.config import render_config, save_config
-from longsana.runtime.distributed import World
+from longsana.runtime.distributed import World, losing_peers
 from longsana.runtime.files import atomic_write_text, disk_failure
 from longsana.runtime.logging import RunLog, WandbRun
+from longsana.runtime.stop import check as check_stop
 from longsana.training.checkpoint import Checkpointer, SaveFailed
 from longsana.training.checks import check_device, flat, slots_of
 from longsana.training.config import TrainingConfig
@@ -55,9 +56,11 @@ def train(config: TrainingConfig, options: RunOptions, world: World) -> int:
     Raises:
         InputError: the folder, a checkpoint or the data do not fit.
         TrainingFailed: the numbers do not, or the disk takes no more.
+        PeerLost: another process of the launch has ended.
+        Stopped: the run was asked to stop before there was anything to save.
     """
     try:
-        with ExitStack() as stack:
+        with losing_peers(), ExitStack() as stack:
             return _train(config, options, world, stack)
     except SaveFailed as error:
         if not world.is_main:  # which knows it too
@@ -112,6 +115,7 @@ def _train(config: TrainingConfig, options: RunOptions, world: World, stack: Exi
     from longsana.training.build import StageBuilder
     from longsana.training.validation import Validation
 
+    check_stop()  # imports may swallow a request
     validation = None  # first, so that its text encoder is gone before anything large comes
     if options.visualize and config.validation.vis_interval > 0:
         validation = Validation(config, options.logdir, device, world)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.logging import RunLog
-from longsana.runtime.stop import deferred
+from longsana.runtime.stop import Stopped, check, deferred, heed
 from longsana.training.checkpoint import PROGRESS, Checkpointer, own_names, read_own, read_progress
 from longsana.training.config import TrainConfig
 from longsana.training.player import Player
@@ -112,8 +112,10 @@ class Loop:
         self.run_log, self.checkpointer, self.saves, self.texts = run_log, checkpointer, saves, texts
         self.validate, self.vis_interval = validate, vis_interval
         self.progress = Progress()
-        self._saved = -1
+        self._saved = 0  # before the first iteration there is nothing to save
         self._due = False  # a checkpoint
+        self._open = ExitStack()
+        self._asked: Callable[[], int] | None = None
 
     def resume(self, path: Path, *, streams: bool = True) -> None:
         """Go on from a checkpoint, of any number of processes.
@@ -140,30 +142,34 @@ class Loop:
         """Train; returns the exit status: 0, or 128 + the signal that asked to stop, after what it has is saved.
 
         Raises:
+            Stopped: it was asked to stop before there was anything to save.
             TrainingFailed: the numbers are not finite any more.
             SaveFailed: a checkpoint could not be written.
         """
-        with deferred() as asked:
+        check()
+        with self._open:
             try:
-                return self._train(lambda: self._signal(asked()))
+                stop = self._train()
             finally:
                 self.checkpointer.wait()  # what is being written is finished, whatever ended the run
+            if not stop:
+                return 0
+            heed(stop)
+            saved = "the same command goes on" if self.saves else "nothing was saved (--no_save)"
+            log.info("%s after iteration %d; %s", Stopped(stop), self.progress.step, saved)
+            return 128 + stop
 
-    def _train(self, asked: Callable[[], int]) -> int:
-        """asked: the signal that some process was sent, or 0; called by all processes together."""
-        stop = self._validate_if_due(asked)  # a run that was asked to stop did not stay for it
+    def _train(self) -> int:
+        """Train and save; returns the signal that some process was sent, or 0."""
+        stop = self._validate_if_due()  # a run that was asked to stop did not stay for it
         while not stop and self.progress.step < self.settings.max_iters:
             self._iteration()
             # Before saving: a run that is killed while it samples does so again.
-            stop = asked() or self._validate_if_due(asked)
-            if not stop:
-                self._save_if_due()
+            stop = self._signal() or self._validate_if_due()
+            if not stop and self._save_if_due() and self.progress.step < self.settings.max_iters:
+                stop = self._signal()  # it may have taken minutes
         self._save()
-        if not stop:
-            return 0
-        saved = "the same command goes on" if self.saves else "nothing was saved (--no_save)"
-        log.info("stopped by signal %d after iteration %d; %s", stop, self.progress.step, saved)
-        return 128 + stop
+        return stop
 
     def _iteration(self) -> None:
         started, step = time.perf_counter(), self.progress.step
@@ -197,6 +203,7 @@ class Loop:
                 sums[name] += value / self.slots.accumulation
             learning += loss.learns
         progress.samples[player.name] = first + self.slots.count * batch
+        self._defer()
         told = torch.stack([*(value.float() for value in sums.values()), torch.tensor(learning, device=self.device)])
         *means, learners = (self._reduced(told) / self.world.size).tolist()
         values = dict(zip(sums, means, strict=True))
@@ -232,26 +239,36 @@ class Loop:
             dist.all_reduce(values, op)
         return values
 
-    def _signal(self, own: int) -> int:
-        """The signal that some process was sent, or 0; own: this process's.
+    def _defer(self) -> None:
+        """Obey requests to stop between iterations alone, from now to the end.
+
+        Not before the first update since the start, whose compilation may take minutes, and which nothing is lost
+        without. But before the processes meet in it: then none ends in an iteration that another has finished.
+        """
+        if self._asked is None:
+            self._asked = self._open.enter_context(deferred())
+
+    def _signal(self) -> int:
+        """The signal that some process was sent, or 0; called by all processes together.
 
         Raises:
             SaveFailed: writing in the background has failed.
         """
+        own = self._asked() if self._asked is not None else 0
         asked = torch.tensor([own, self.checkpointer.failed], dtype=torch.int64, device="cpu")
         signal, failed = self._reduced(asked, dist.ReduceOp.MAX).tolist()
         if failed:
             self.checkpointer.wait()
         return int(signal)
 
-    def _validate_if_due(self, asked: Callable[[], int]) -> int:
+    def _validate_if_due(self) -> int:
         """The signal that cut the validation off, or 0."""
         if not self.validate or not self.progress.owes_validation(self.vis_interval):
             return 0
         seen = [0]
 
         def stop() -> bool:
-            seen[0] = asked()
+            seen[0] = self._signal()
             return seen[0] > 0
 
         step = self.progress.step
@@ -261,12 +278,14 @@ class Loop:
             self.progress.validated = step
         return seen[0]
 
-    def _save_if_due(self) -> None:
+    def _save_if_due(self) -> bool:
         """Save, unless updates are being skipped: what made their numbers so may be in the weights already, and newer
-        checkpoints would take the place of the last good ones."""
+        checkpoints would take the place of the last good ones. Returns whether one was due now."""
         self._due = self._due or self.progress.step % self.settings.log_iters == 0
-        if self._due and not self._skipping:
+        saves = self._due and not self._skipping
+        if saves:
             self._save()
+        return saves
 
     @property
     def _skipping(self) -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from longsana.encoders.text import instruction_text, negative_text, text_sha256
 from longsana.flow.schedule import uniform_sigmas
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import expanded
 from longsana.runtime.finite import require_finite
 from longsana.sampling.checks import check_weights
 from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
@@ -75,7 +75,7 @@ class _Maker:
             count=len(self.prompts),
             shard_size=config.pairs.shard_size,
         )
-        writer = ShardWriter(expanded(config.pairs.out), contents, self.world, "--out")
+        writer = ShardWriter(Path(config.pairs.out), contents, self.world, "--out")
         if writer.mine:
             self._write(writer)
         writer.finish()

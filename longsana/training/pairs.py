@@ -75,10 +75,6 @@ def check_pairs(config: OdePairsConfig) -> None:
     Raises:
         InputError: the first one found, by name, with what would be right.
     """
-    pairs = config.pairs
-    for name, value in (("num_steps", pairs.num_steps), ("shard_size", pairs.shard_size)):
-        if value < 1:
-            raise InputError(f"pairs.{name}={value}: must be at least 1")
     check_config(config)
     check_config(teacher_config(config))
     kept_steps(config)

@@ -22,6 +22,7 @@ from longsana.data.remembered import WORLDS, WorldName
 from longsana.data.shapes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SIZES, SPEEDS, Promise
 from longsana.encoders.text import GemmaTextEncoder
 from longsana.training.rate import warm_cosine
+from longsana.training.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,11 @@ class TextTrainingConfig:
 
 
 def train_text_encoder(config: TextTrainingConfig, folder: Path, device: torch.device) -> float:
-    """Train and write a transformers folder; returns the share of held-out captions that it understands in full."""
+    """Train and write a transformers folder; returns the share of held-out captions that it understands in full.
+
+    Raises:
+        Stopped: it was asked to stop; what it has is in the folder, and the same call goes on.
+    """
     shape = Path(config.shape)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -64,8 +69,9 @@ def train_text_encoder(config: TextTrainingConfig, folder: Path, device: torch.d
     model: nn.Module = encoder.model.requires_grad_(True)
     weights = [*model.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warm_cosine(step, config.steps))
-    for step in range(config.steps):
+    networks = {"encoder": model, "heads": heads}
+    snapshot = Snapshot(folder, config, networks, optimiser, lambda step: warm_cosine(step, config.steps))
+    for step in snapshot.steps(config.steps):
         first = step * config.batch
         captions, promises = _captions(config.world, config.seed + 1, first, config.batch, held_out=False)
         logits = heads(_summary(encoder, captions))
@@ -77,7 +83,6 @@ def train_text_encoder(config: TextTrainingConfig, folder: Path, device: torch.d
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
-        schedule.step()
         optimiser.zero_grad()
         if (step + 1) % 100 == 0 or step + 1 == config.steps:
             log.info("text encoder: step %d of %d, loss %.4f", step + 1, config.steps, loss.item())
@@ -87,6 +92,7 @@ def train_text_encoder(config: TextTrainingConfig, folder: Path, device: torch.d
     encoder.model.save_pretrained(folder)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(shape / name, folder / name)
+    snapshot.remove()
     return understood
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 import time
@@ -22,6 +23,7 @@ from longsana.encoders.vae import WanVAE, decode_clip, encode_clip
 from longsana.encoders.vae_files import Model, new_model, save_model
 from longsana.sampling.noise import keyed_generator
 from longsana.training.rate import warm_cosine
+from longsana.training.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,9 @@ def train_vae(config: VAETrainingConfig, folder: Path, device: torch.device) -> 
 
     The loss is the mean absolute error, with the KL divergence of facts 8.1 kept small. The master weights are float32;
     on a GPU the network computes in bfloat16.
+
+    Raises:
+        Stopped: it was asked to stop; what it has is in the folder, and the same call goes on.
     """
     master = new_model(config.shape, config.seed).to(device)
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -64,35 +69,37 @@ def train_vae(config: VAETrainingConfig, folder: Path, device: torch.device) -> 
     weights, working, averaged = (list(model.parameters()) for model in (master, network, average))
     total = sum(config.steps)
     optimiser = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warm_cosine(step, total))
-    step, started = 0, time.perf_counter()
-    phases = zip(config.steps, config.clips, config.frames, config.heights, config.widths, strict=True)
-    for steps, clips, frames, *size in phases:
-        for _ in range(steps):
-            pictures = _clips(config.seed, step, clips, frames, (size[0], size[1]), device, config.world)
-            rng = keyed_generator(config.seed, step, "vae", device=device)
-            error, divergence = _losses(network, pictures, rng)
-            (error + config.kl_weight * divergence).backward()
-            for weight, copied in zip(weights, working, strict=True):
-                weight.grad = None if copied.grad is None else copied.grad.float()
-                copied.grad = None
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimiser.step()
-            schedule.step()
-            with torch.no_grad():
-                torch._foreach_copy_(working, weights)
-                torch._foreach_lerp_(averaged, weights, 1 - min(config.average, step / (step + 10)))
-            step += 1
-            if step % 50 == 0 or step == total:
-                log.info(
-                    "vae: step %d of %d, %d clips of %d frames: error %.4f, KL %.2f, %.0f s",
-                    step, total, clips, frames, error.item(), divergence.item(), time.perf_counter() - started,
-                )  # fmt: skip
-        save_model(average, folder)  # a stop loses one phase
+    networks = {"weights": master, "average": average}
+    snapshot = Snapshot(folder, config, networks, optimiser, lambda step: warm_cosine(step, total))
+    with torch.no_grad():
+        torch._foreach_copy_(working, weights)
+    phases = list(zip(config.steps, config.clips, config.frames, config.heights, config.widths, strict=True))
+    phase_of = [phase for phase in phases for _ in range(phase[0])]
+    started = time.perf_counter()
+    for step in snapshot.steps(total, save_at=tuple(itertools.accumulate(config.steps))):
+        _, clips, frames, *size = phase_of[step]
+        pictures = _clips(config.seed, step, clips, frames, (size[0], size[1]), device, config.world)
+        rng = keyed_generator(config.seed, step, "vae", device=device)
+        error, divergence = _losses(network, pictures, rng)
+        (error + config.kl_weight * divergence).backward()
+        for weight, copied in zip(weights, working, strict=True):
+            weight.grad = None if copied.grad is None else copied.grad.float()
+            copied.grad = None
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        with torch.no_grad():
+            torch._foreach_copy_(working, weights)
+            torch._foreach_lerp_(averaged, weights, 1 - min(config.average, step / (step + 10)))
+        if (step + 1) % 50 == 0 or step + 1 == total:
+            log.info(
+                "vae: step %d of %d, %d clips of %d frames: error %.4f, KL %.2f, %.0f s",
+                step + 1, total, clips, frames, error.item(), divergence.item(), time.perf_counter() - started,
+            )  # fmt: skip
     _normalise(average, config, device)
     save_model(average, folder)
     psnr = held_out_psnr(folder, config.test_clips, config.test_frames, device, world=config.world)
     log.info("vae: %.2f dB on %d held-out clips of %d frames, streamed", psnr, config.test_clips, config.test_frames)
+    snapshot.remove()
     return psnr
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts
+from longsana.data.prompts import Prompt, parts_per_chunk
 from longsana.encoders.geometry import geometry
 from longsana.encoders.vae import VideoVAE
 from longsana.models.dit import LongSanaDiT
@@ -21,9 +21,9 @@ from longsana.runtime.clock import Clock
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import naming
-from longsana.runtime.hub import locate
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.pipeline import Caption, VideoPipeline
+from longsana.training.checks import validation_prompts
 from longsana.training.config import TrainingConfig
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Validation:
     def __init__(self, config: TrainingConfig, folder: Path, device: torch.device | str, world: World) -> None:
         self._folder, self._world = folder, world
         self._pipelines = {length: _pipeline(config, length, device) for length in config.validation.vis_video_lengths}
-        prompts = _prompts(config)
+        prompts = validation_prompts(config)
         for length, pipeline in self._pipelines.items():
             for prompt in prompts:
                 try:
@@ -154,23 +154,8 @@ class _Measured(NamedTuple):
 
 
 def _pipeline(config: TrainingConfig, length: int, device: torch.device | str) -> VideoPipeline:
-    if length < 1:
-        raise InputError(f"validation.vis_video_lengths={length}: must be at least 1 latent frame")
     frames = geometry(config.vae).pixel_frames(length)
     return VideoPipeline(replace(config, sampling=replace(config.sampling, num_frames=frames)), device)
-
-
-def _prompts(config: TrainingConfig) -> list[Prompt]:
-    settings, sampling = config.validation, config.sampling
-    path = locate(settings.val_data_path, "validation.val_data_path")
-    # No table of sizes: all videos have the size that is trained.
-    prompts = read_prompts(path, height=sampling.height, width=sampling.width, aspect_ratio_type="none")
-    if not 1 <= settings.val_samples <= len(prompts):
-        raise InputError(
-            f"validation.val_samples={settings.val_samples}: must be 1 to {len(prompts)}, the prompts in {path}; "
-            "validation.vis_interval=0 turns validation off"
-        )
-    return prompts[: settings.val_samples]
 
 
 def _sample(pipeline: VideoPipeline, sample: _Sample, path: Path | None) -> Probe | None:

@@ -124,6 +124,56 @@ def test_full_size_is_looked_at_within_three_seconds(full_size: Path) -> None:
     pytest.fail(f"seconds since the process began: {seconds}")
 
 
+TRAINING = """
+import sys, time
+sys.path.insert(0, "train_video_scripts")
+import train_longsana as script
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+folder, *cases = sys.argv[1:]
+print(time.process_time())
+for case in cases:
+    given = ["--config_path=configs/sana_video_config/longsana/480ms/longsana.yaml"]
+    given += [f"{name}.load_from={folder}/whole.safetensors" for name in ("model", "real_score", "fake_score")]
+    given += [f"vae.vae_pretrained={folder}/vae.pth", f"text_encoder.text_encoder_name={folder}/te"]
+    given += [f"data.data_path={folder}/prompts.txt", *(case.format(folder=folder).split())]
+    started = time.process_time()
+    try:
+        script.prepare(given, World())
+        print(time.process_time() - started, "fine")
+    except InputError as error:
+        print(time.process_time() - started, error)
+print({"diffusers", "transformers"} & set(sys.modules))
+"""
+
+
+def test_a_full_size_training_is_looked_at_within_three_seconds(full_size: Path) -> None:
+    (full_size / "prompts.txt").write_text("a red ball\n" * 50_000)
+    (full_size / "damaged.txt").write_text("a red ball\n" * 50_000 + "a blue\0box\n")
+    cases = {
+        "": "fine",
+        "fake_score.load_from={folder}/lacking.safetensors": "fake_score.load_from: .*does not fit .* missing 1: ",
+        "real_score.load_from={folder}/cut.safetensors": "real_score.load_from: .*damaged or cut short",
+        "model.load_from={folder}/vae.pth": "model.load_from: .*not a LongSANA or SANA-Video network",
+        "vae.vae_pretrained={folder}/vae_lacking.pth": "vae.vae_pretrained: .* 1 missing: decoder.conv1.bias",
+        "text_encoder.text_encoder_name={folder}/vae.pth": "text_encoder.text_encoder_name: .*no config.json",
+        "data.data_path={folder}/damaged.txt": "damaged.txt, line 50001: ",
+        "data.data_path={folder}/none.txt": "data.data_path: .*none.txt' not found",
+        "validation.val_samples=9": "validation.val_samples=9: must be 1 to 8",
+        "streaming.streaming_max_length=260": "streaming.streaming_max_length=260: ",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", TRAINING, str(full_size), *cases], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    imports, *told, heavy = run.stdout.splitlines()
+    for line, (case, expected) in zip(told, cases.items(), strict=True):
+        seconds, _, said = line.partition(" ")
+        assert re.search(expected, said), (case, said)
+        assert float(seconds) < 3, (case, line)  # of the processor: others may be busy here
+    assert heavy == "set()"
+    assert float(imports) < 10, "nothing that takes longer is imported before"
+
+
 @pytest.fixture
 def spoilt(tmp_path: Path) -> Path:
     """A checkpoint of the small default that lacks a tensor."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from longsana.runtime import distributed
-from longsana.runtime.distributed import OWN_WISHES, World
+from longsana.runtime.distributed import OWN_WISHES, PeerLost, World, losing_peers
 from longsana.runtime.errors import InputError
 from tests.scripts import load_script
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 FAULTS = """
 import resource, torch
-from longsana.runtime.distributed import keep_freed_memory
+from longsana.runtime.distributed import PeerLost, losing_peers, keep_freed_memory
 keep_freed_memory()
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -155,3 +155,18 @@ def test_an_address_that_cannot_be_listened_at(launch: Callable[..., World]) -> 
     world = launch(**TWO | {"MASTER_ADDR": "192.0.2.1"})
     with pytest.raises(InputError, match=r"MASTER_ADDR=192\.0\.2\.1, MASTER_PORT=29577: cannot be listened at"):
         world.connect()
+
+
+def test_only_a_lost_connection_is_a_lost_peer() -> None:
+    """However deep it lies under the error of whoever noticed it."""
+
+    def fail(message: str) -> None:
+        try:
+            raise RuntimeError(message)
+        except RuntimeError as error:
+            raise ValueError("no checkpoint") from error
+
+    with pytest.raises(PeerLost, match="another process of this launch has ended"), losing_peers():
+        fail("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:40216")
+    with pytest.raises(ValueError, match="no checkpoint"), losing_peers():
+        fail("shapes do not fit")

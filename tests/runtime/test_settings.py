@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from longsana.config import InferenceConfig, load_config
+from longsana.config import FILES, InferenceConfig, load_config
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded
 from longsana.runtime.hub import locate
 from longsana.runtime.settings import Bounds, bounded, check_bounds, decimal
 from longsana.training.config import OdePairsConfig, TrainingConfig
+from longsana.training.vae import VAETrainingConfig
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,6 +140,40 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(InputError) as caught:
         evaluate.prepare(["~/x"])
     assert str(tmp_path / "x") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "keys"),
+    [
+        (InferenceConfig, FILES[:1] + FILES[3:6]),
+        (TrainingConfig, FILES),
+        (OdePairsConfig, ("pairs.out", "model.load_from", "sampling.txt_file")),
+        (VAETrainingConfig, ("shape",)),
+    ],
+)
+def test_the_home_folder_in_configs(
+    schema: type, keys: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the command line and in a YAML, whatever reads the path later."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trainer = "trainer: ode\n" if schema is TrainingConfig else ""
+    for key in keys:
+        for path, settings in (
+            (written(tmp_path, trainer), [f"{key}=~/x"]),
+            (written(tmp_path, f"{trainer}{yaml.safe_dump(nested(key, '~/x'))}"), []),
+        ):
+            config = load_config(path, settings, schema)
+            assert functools.reduce(getattr, key.split("."), config) == f"{tmp_path}/x"
+        with pytest.raises(InputError) as caught:
+            load_config(written(tmp_path, trainer), [f"{key}=~nosuchuser/x"], schema)
+        assert str(caught.value) == f"{key}: ~nosuchuser/x: not found: there is no such user"
+    if "model.load_from" in keys:
+        assert load_config(path, ["vae.vae_pretrained=seeded:~/x"], schema).vae.vae_pretrained == f"seeded:{tmp_path}/x"
+
+
+def nested(key: str, value: str) -> dict[str, Any]:
+    section, _, rest = key.partition(".")
+    return {section: nested(rest, value) if rest else value}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -158,7 +159,9 @@ def test_nothing_left_to_do_is_said_before_anything_is_loaded(start, run, caplog
     caplog.set_level("INFO")
     for arguments in ((), ("train.max_iters=1",), ("--no_save",)):
         caplog.clear()
+        started = time.process_time()  # of the processor: others may be busy here
         assert start(run, *arguments, loads=False).status == 0
+        assert time.process_time() - started < 3
         (message,) = [message for message in caplog.messages if "nothing left to do" in message]
         assert str(run) in message and "checkpoint_model_000002 is of iteration 2" in message
         assert everything(run) == before

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from longsana.config import TextEncoderConfig
 from longsana.data.remembered import WorldName, draw_remembered
 from longsana.data.shapes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SIZES, SPEEDS, Actor, Promise, draw_scene
 from longsana.encoders.text import GemmaTextEncoder
+from longsana.runtime.stop import Stopped
 from longsana.training import text_encoder as training
+from longsana.training.snapshot import NAME
 from longsana.training.text_encoder import NONE, WORDS, TextTrainingConfig, train_text_encoder
 
 SHAPE = Path(__file__).resolve().parents[2] / "asset/shapes/text_encoder"
@@ -145,3 +150,23 @@ def test_training_and_test_captions_are_of_different_scenes() -> None:
     some, promises = training._captions("shapes", 1, 0, 64, held_out=False)
     assert training._captions("shapes", 1, 32, 32, held_out=False)[1] == promises[32:]
     assert not set(some) & set(training._captions("shapes", 0, 0, 64, held_out=True)[0])
+
+
+def test_a_stop_saves_and_the_same_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_text_encoder(SHORT, tmp_path / "whole", CPU)
+    summary, calls = training._summary, itertools.count(1)
+
+    def asked(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGHUP)
+        return summary(*arguments)
+
+    monkeypatch.setattr(training, "_summary", asked)
+    broken = tmp_path / "broken"
+    with pytest.raises(Stopped):
+        train_text_encoder(SHORT, broken, CPU)
+    assert [path.name for path in broken.iterdir()] == [NAME]
+    train_text_encoder(SHORT, broken, CPU)
+    assert next(calls) == SHORT.steps + 2, "each step once, and one look at the end"
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: path.read_bytes() for path in broken.iterdir()} == whole

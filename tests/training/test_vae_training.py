@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import math
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +22,9 @@ from longsana.data.remembered import WORLDS, draw_remembered
 from longsana.data.shapes import draw_scene, render
 from longsana.encoders.vae import WanVAE
 from longsana.encoders.vae_files import new_model, save_model
+from longsana.runtime.stop import Stopped
 from longsana.training import vae as training
+from longsana.training.snapshot import NAME
 from longsana.training.vae import VAETrainingConfig, held_out_psnr, train_vae
 
 SHAPE = Path(__file__).resolve().parents[2] / "asset/shapes/vae/config.json"
@@ -155,3 +161,29 @@ def test_it_trains_on_the_world_that_is_asked_for(config: VAETrainingConfig, tmp
     psnr = train_vae(replace(config, world="remembered_shapes"), tmp_path, CPU)
     assert psnr == held_out_psnr(tmp_path, 1, 17, CPU, world="remembered_shapes")
     assert psnr != held_out_psnr(tmp_path, 1, 17, CPU)
+
+
+def test_a_stop_saves_and_the_same_call_goes_on(
+    config: VAETrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit; and not from what another config has left."""
+    train_vae(config, tmp_path / "whole", CPU)
+    losses, calls = training._losses, itertools.count(1)
+
+    def asked(*arguments: Any) -> Any:
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return losses(*arguments)
+
+    monkeypatch.setattr(training, "_losses", asked)
+    broken = tmp_path / "broken"
+    with pytest.raises(Stopped):
+        train_vae(config, broken, CPU)
+    assert [path.name for path in broken.iterdir()] == [NAME]
+    shutil.copytree(broken, tmp_path / "other")
+    train_vae(config, broken, CPU)
+    assert next(calls) == 5, "three steps and one"
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: path.read_bytes() for path in broken.iterdir()} == whole
+    train_vae(replace(config, seed=1), tmp_path / "other", CPU)
+    assert next(calls) == 10

@@ -1,0 +1,360 @@
+"""A run of two processes that is told to stop at any moment, and one at each of the moments that differ."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from longsana import convert
+from longsana.data.shards import ShardWriter
+from longsana.models import checkpoint_files, writing
+from longsana.models.dcp_files import METADATA, check_content
+from longsana.runtime.distributed import World
+from longsana.runtime.files import LOCK
+from longsana.runtime.logging import METRICS, RunLog
+from longsana.runtime.stop import SIGNALS
+from longsana.training import captions, launch
+from longsana.training.build import StageBuilder
+from longsana.training.checkpoint import Checkpointer, checkpoints_of
+from longsana.training.ode import OdeInitialisation
+from longsana.training.player import Player
+from tests.runtime.test_stop import as_usual
+from tests.scripts import load_script
+from tests.training.conftest import ROOT, SCRIPT
+from tests.training.test_ode_pairs import SMALL
+from tests.training.test_resume import assert_equal, contents
+
+pytestmark = pytest.mark.timeout(1800)
+
+# Two processes under torchrun ----------------------------------------------------------------------------------------
+
+ITERATIONS, LAST = 7, "checkpoint_model_000007"
+RECIPIENTS = ("launcher", "worker", "all", "all twice")
+
+
+class Moment(NamedTuple):
+    """fraction: of the run. Its first half is the start, by the clock; its second half the iterations, as they come:
+    others may be busy here. recipient: whom the signal is sent to. rank: of the worker."""
+
+    fraction: float
+    number: signal.Signals
+    recipient: str
+    rank: int
+
+
+def moments(seed: int, count: int) -> list[Moment]:
+    """Moments of all times, signals and recipients."""
+    rng = random.Random(seed)
+    return [Moment(rng.random(), rng.choice(SIGNALS), rng.choice(RECIPIENTS), rng.randrange(2)) for _ in range(count)]
+
+
+class Launch:
+    """`torchrun` with the training command; what its processes tell is kept apart from what torchrun does."""
+
+    def __init__(self, config: Path, folder: Path) -> None:
+        self.run, self._logs = folder / "run", folder / "logs"
+        folder.mkdir()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        arguments = ["--config_path", config, "--logdir", self.run, "--disable-wandb", "--threads", "1"]
+        self.process = subprocess.Popen(
+            [*launcher, "--redirects", "3", "--log-dir", str(self._logs), str(SCRIPT), *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=as_usual,
+        )
+
+    def workers(self) -> list[psutil.Process]:
+        """Those that are running, by their ranks."""
+        try:
+            return sorted(psutil.Process(self.process.pid).children(), key=lambda child: child.pid)
+        except psutil.NoSuchProcess:
+            return []
+
+    def wait_for(self, iterations: int) -> None:
+        """Until so many are logged, or all has ended."""
+        while self.process.poll() is None and logged(self.run) < iterations:
+            time.sleep(0.02)
+
+    def told(self) -> str:
+        """All that the processes wrote to stderr."""
+        return "\n".join(path.read_text() for path in sorted(self._logs.rglob("stderr.log")))
+
+    def send(self, moment: Moment) -> None:
+        workers = self.workers()
+        launcher = psutil.Process(self.process.pid)
+        to = {
+            "launcher": [launcher],
+            "worker": [workers[min(moment.rank, len(workers) - 1)]] if workers else [launcher],
+        }.get(moment.recipient, [launcher, *workers])
+        for time_of in range(2 if moment.recipient == "all twice" else 1):
+            if time_of:
+                time.sleep(2)
+            for process in to:
+                with suppress(psutil.NoSuchProcess):  # ended by a signal before
+                    process.send_signal(moment.number)
+
+
+def catches(process: psutil.Process) -> bool:
+    """Whether a process has taken SIGTERM; before, it is an interpreter that starts, of which the system disposes."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
+    found = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+class Whole(NamedTuple):
+    """A run that nobody stopped. start: seconds to its first iteration's end; iteration: of one."""
+
+    config: Path
+    start: float
+    iteration: float
+    contents: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def whole(small_training: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    config = small_training(
+        "longsana", f"train.max_iters={ITERATIONS}", "train.log_iters=2", "validation.vis_interval=3"
+    )
+    started = time.monotonic()
+    launched = Launch(config, tmp_path_factory.mktemp("launch") / "whole")
+    launched.wait_for(1)
+    trains = time.monotonic()
+    assert launched.process.wait(300) == 0, launched.told()
+    return Whole(config, trains - started, (time.monotonic() - trains) / ITERATIONS, contents(launched.run / LAST))
+
+
+def stop_at(moment: Moment, whole: Whole, folder: Path) -> Path:
+    """Start a run, stop it, and look at what is left; returns its folder."""
+    launched = Launch(whole.config, folder)
+    try:
+        if moment.fraction < 0.5:
+            time.sleep(2 * moment.fraction * whole.start)
+        else:
+            part, iterations = math.modf((2 * moment.fraction - 1) * (ITERATIONS + 1))
+            launched.wait_for(int(iterations))
+            time.sleep(part * whole.iteration)
+        workers = launched.workers()
+        taken = [catches(worker) for worker in workers]
+        if launched.process.poll() is None:
+            launched.send(moment)
+        launched.process.wait(60)
+        psutil.wait_procs(workers, 60)
+    finally:
+        for process in [*launched.workers(), launched.process]:
+            process.kill()
+    told = launched.told()
+    finished = (launched.run / LAST).is_dir()
+    if taken == [True, True]:
+        assert "Traceback" not in told and "Exception ignored" not in told, told
+        ends = re.findall(r"^(?:stopped by SIG|failed: another process of this launch has ended)", told, re.MULTILINE)
+        assert len(ends) == 1 or (finished and not ends), told
+    assert launched.process.returncode != 0 or finished
+    if launched.run.is_dir():
+        left = [path.name for path in launched.run.rglob(".*") if path.name not in (LOCK, METADATA)]
+        assert not left, (left, told)
+        check_saved(launched.run)
+    return launched.run
+
+
+def logged(run: Path) -> int:
+    """How many iterations a run has finished, as its log says."""
+    log = run / METRICS
+    lines = log.read_text().rpartition("\n")[0].splitlines() if log.exists() else []
+    return max((json.loads(line)["step"] + 1 for line in lines), default=0)
+
+
+def check_saved(run: Path) -> None:
+    """Every checkpoint is whole, and the newest is of the last iteration that was finished."""
+    found = checkpoints_of(run)
+    for checkpoint in found:
+        check_content(checkpoint)
+    assert logged(run) == max((int(checkpoint.name[-6:]) for checkpoint in found), default=0)
+
+
+@pytest.mark.parametrize(
+    "chosen", [pytest.param(moments(2000, 3), id="3"), pytest.param(moments(1, 20), id="20", marks=pytest.mark.slow)]
+)
+def test_a_run_of_two_processes_stops_at_any_moment(chosen: list[Moment], whole: Whole, tmp_path: Path) -> None:
+    runs = []
+    for number, moment in enumerate(chosen):
+        try:
+            runs.append(stop_at(moment, whole, tmp_path / str(number)))
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            raise AssertionError(f"{moment}, {whole.start:.1f} s and {whole.iteration:.2f} s an iteration") from error
+    again = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("twice.py")), str(whole.config), *map(str, runs)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert again.stdout.splitlines() == ["0 0"] * len(runs), again.stderr
+    for run in runs:
+        assert_equal(whole.contents, contents(run / LAST))
+
+
+# The moments that differ, in one process -----------------------------------------------------------------------------
+
+
+class During(NamedTuple):
+    """A signal comes in a call of `owner.name`, the count-th one. saved: the checkpoints that are there afterwards."""
+
+    owner: Any
+    name: str
+    saved: tuple[int, ...] = ()
+    status: int | None = None  # 128 + n
+    count: int = 1
+
+
+MOMENTS = {
+    "the folder is locked": During(launch, "check_shared"),
+    "networks are loaded": During(StageBuilder, "stage"),
+    "the first pass, with its compilation": During(OdeInitialisation, "loss"),
+    "the first update": During(Player, "update", (1,)),
+    "a later pass": During(OdeInitialisation, "loss", (2, 3), count=3),
+    "a checkpoint is saved": During(dcp, "save", (2,)),
+    "the last one is saved": During(dcp, "save", (2, 4), count=2, status=0),
+    "the log is closed": During(RunLog, "close", (2, 4)),
+    "processes part": During(World, "disconnect", (2, 4)),
+}
+
+
+@pytest.fixture
+def config(small_training: Callable[..., Path], trajectories: Path) -> Path:
+    return small_training("ode", f"data.data_path={trajectories}", "train.max_iters=4")
+
+
+def send_during(monkeypatch: pytest.MonkeyPatch, during: During, number: int) -> None:
+    """In the call and not before: what it has to do is done afterwards."""
+    original, calls = getattr(during.owner, during.name), itertools.count(1)
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == during.count:
+            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)  # as schedulers do
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(during.owner, during.name, called)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_stop_while(
+    moment: str,
+    command: Callable[..., Any],
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    during, number = MOMENTS[moment], SIGNALS[len(moment) % 3]
+    with monkeypatch.context() as patch:
+        send_during(patch, during, number)
+        result = command("--config_path", config, "--logdir", tmp_path, "--threads", "1")
+    assert result.status == (128 + number if during.status is None else during.status), result.err
+    told = [line for line in result.err.splitlines() if line.startswith("stopped by")]
+    assert len(told) == (0 if result.status == 0 else 1) and all(number.name in line for line in told)
+    assert tuple(sorted(int(path.name[-6:]) for path in checkpoints_of(tmp_path))) == during.saved
+    assert not [path for path in tmp_path.rglob(".*") if path.name != METADATA]
+    check_saved(tmp_path)
+    assert command("--config_path", config, "--logdir", tmp_path, "--threads", "1").status == 0
+    check_saved(tmp_path)
+
+
+def test_a_stop_while_a_checkpoint_is_read(
+    command: Callable[..., Any], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not taken for a damage of the checkpoint."""
+    arguments = ("--config_path", config, "--logdir", tmp_path, "--threads", "1")
+    assert command(*arguments, "--max_iters", "2").status == 0
+    for during in (During(dcp, "load"), During(dcp.FileSystemReader, "read_data"), During(Checkpointer, "load")):
+        with monkeypatch.context() as patch:
+            send_during(patch, during, signal.SIGHUP)
+            result = command(*arguments)
+        assert (result.status, result.err) == (129, "stopped by SIGHUP; the same command goes on from here\n")
+    assert command(*arguments).status == 0
+    check_saved(tmp_path)
+
+
+# Commands beside it --------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_while_captions_are_encoded_keeps_their_finished_files(
+    command: Callable[..., Any], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--config_path", config, "--logdir", tmp_path, "--threads", "1", "train.text_encoder=free")
+    with monkeypatch.context() as patch:
+        send_during(patch, During(captions, "_write", count=2), signal.SIGINT)
+        result = command(*arguments)
+    assert (result.status, result.err.count("stopped by SIGINT")) == (130, 1)
+    (kept,) = (tmp_path / "captions").iterdir()
+    time_of = kept.stat().st_mtime_ns
+    assert command(*arguments).status == 0
+    assert kept.stat().st_mtime_ns == time_of and len(list((tmp_path / "captions").iterdir())) == 2
+
+
+def test_a_stop_of_trajectories_keeps_their_finished_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("".join(f"a red circle number {i}\n" for i in range(3)))
+    script = load_script(ROOT / "train_video_scripts/generate_ode_pairs.py")
+    out = tmp_path / "out"
+    arguments = [*SMALL, "--txt_file", str(tmp_path / "prompts.txt"), "--out", str(out), "--pairs.shard_size=1"]
+    with monkeypatch.context() as patch:
+        send_during(patch, During(ShardWriter, "write", count=2), signal.SIGHUP)
+        assert script.main(arguments) == 129
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == "stopped by SIGHUP; the same command goes on from here"
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
+    time_of = (out / "shard-00000.safetensors").stat().st_mtime_ns
+    assert script.main(arguments) == 0
+    assert len(list(out.glob("shard-*"))) == 3 and (out / "shard-00000.safetensors").stat().st_mtime_ns == time_of
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "trainer", "diffusers"])
+def test_a_stop_of_an_export_leaves_nothing(
+    layout: str,
+    command: Callable[..., Any],
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the moment in which all is written but its name, of an export as of a conversion."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert command("--config_path", config, "--logdir", run, "--threads", "1", "--max_iters", "1").status == 0
+    export = load_script(ROOT / "train_video_scripts/export.py")
+    checkpoint, target = str(run / "checkpoint_model_000001"), str(out / "weights.pth")
+    for main, arguments in (
+        (export.main, [checkpoint, "--out", target, "--layout", layout]),
+        (convert.main, [checkpoint, target, "--to", layout]),
+    ):
+        for owner in (checkpoint_files, writing) if layout == "diffusers" else (checkpoint_files,):
+            with monkeypatch.context() as patch:
+                send_during(patch, During(owner, "move_into_place"), signal.SIGTERM)
+                assert main(arguments) == 143
+            told = capsys.readouterr().err.splitlines()
+            assert told[-1] == "stopped by SIGTERM; nothing was written; give the same command again"
+            assert not list(out.iterdir())
