@@ -177,16 +177,6 @@ def check_words(text: str, where: str) -> None:
         raise InputError(f"{where}: asks for a video that begins with a picture ('{PICTURE}'); remove it")
 
 
-def with_motion(text: str, score: int | None, *, high: bool = False) -> str:
-    """The text with the suffix that the network was trained on (facts 5); unchanged where the score is None.
-
-    high: with a score of 0 or less, whether much motion is wanted.
-    """
-    if score is None:
-        return text
-    return f"{text.strip()} motion score: {score}." if score > 0 else f"{text} {'high' if high else 'low'} motion"
-
-
 def parts_per_chunk(parts: int, chunks: int) -> list[int]:
     """For each chunk of a video, which of its prompt's parts (from 0) it shows: even stretches, in order.
 

@@ -257,6 +257,16 @@ def instruction_text(chi_prompt: str) -> str:
     return "" if chi_prompt == "none" else chi_prompt
 
 
+def with_motion(text: str, score: int | None, *, high: bool = False) -> str:
+    """The text with the suffix that the network was trained on (facts 5); unchanged where the score is None.
+
+    high: with a score of 0 or less, whether much motion is wanted.
+    """
+    if score is None:
+        return text
+    return f"{text.strip()} motion score: {score}." if score > 0 else f"{text} {'high' if high else 'low'} motion"
+
+
 def negative_text(negative_prompt: str | None) -> str:
     """The negative prompt that `SamplingConfig.negative_prompt` asks for: None is the published one.
 

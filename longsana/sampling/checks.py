@@ -1,18 +1,192 @@
-"""What the headers of weights tell, before anything heavy is imported or loaded."""
+"""Checks that need no model, made before anything is loaded: of what is asked for, and of the headers of weights."""
 
 from __future__ import annotations
 
+import dataclasses
+
+from longsana.chunks import ChunkPlan
+from longsana.config import InferenceConfig, check_chi_prompt
+from longsana.data.prompts import Prompt, parts_per_chunk, place, read_prompts
+from longsana.encoders.geometry import geometry
+from longsana.flow.schedule import FlowSchedule
+from longsana.models.build import empty_model
+from longsana.models.checkpoint_files import PIPELINE_PART, check_digests, weights_file
+from longsana.models.naming import PAST
+from longsana.runtime.errors import InputError
+from longsana.runtime.hub import SEEDED, file_sha256, locate
+from longsana.runtime.settings import check_bounds
+from longsana.runtime.video import MOST_PIXELS, check_encoding
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-from longsana.config import InferenceConfig, ModelConfig
+from longsana.config import ModelConfig
 from longsana.encoders.headers import check_text_encoder, check_vae
-from longsana.models.checkpoint_files import PIPELINE_PART
 from longsana.models.weights import check_fit
-from longsana.runtime.errors import InputError
-from longsana.runtime.hub import SCHEME, SEEDED, locate
-from longsana.sampling.request import SOURCES
+from longsana.runtime.hub import SCHEME
+
+
+DISTILLED = "longlive_flow_euler"
+DPM = "flow_dpm-solver"
+WHOLE_CLIP = ("flow_euler", DPM)
+SOURCES = {"model": "load_from", "vae": "vae_pretrained", "text_encoder": "text_encoder_name"}
+"""The setting of each section that says where weights come from."""
+
+
+_MANY_STEPS = {
+    "scheduler.denoising_step_list": "it takes scheduler.num_inference_steps steps",
+    "scheduler.bf16_timesteps": "its timesteps are never rounded",
+    "sampling.cuda_graphs": "its passes are not recorded",
+}
+_NOT_STAGGERED = {"scheduler.interval_k": "only chunk_flow_euler's chunks are staggered"}
+_WHOLE = _MANY_STEPS | _NOT_STAGGERED | {f"model.{name}": "it samples a clip as one chunk" for name in PAST}
+MEANINGLESS: dict[str, dict[str, str]] = {
+    DISTILLED: _NOT_STAGGERED
+    | {
+        "scheduler.num_inference_steps": "it takes the steps of scheduler.denoising_step_list",
+        "sampling.negative_prompt": "it has no guidance",
+        "sampling.null_caption": "it has no guidance",
+    },
+    "chunk_flow_euler": _MANY_STEPS,
+    **dict.fromkeys(WHOLE_CLIP, _WHOLE),
+}
+"""Settings that change nothing with a sampler, and why."""
+
+
+def meaningless(config: InferenceConfig) -> dict[str, str]:
+    """Settings that decide nothing about this config's videos, and why."""
+    sampling = config.sampling
+    found = dict(MEANINGLESS[config.scheduler.sampling_algo])
+    if sampling.cfg_scale == 1:
+        reason = "with cfg_scale 1 nothing is guided away from it"
+        found = {"sampling.negative_prompt": reason, "sampling.null_caption": reason} | found
+    elif sampling.null_caption == "learned" and sampling.negative_prompt:
+        found["sampling.negative_prompt"] = "sampling.null_caption=learned takes its place"
+    if sampling.motion_score is None or sampling.motion_score > 0:
+        found["sampling.high_motion"] = f"it counts with a motion_score of 0 or less, not {sampling.motion_score}"
+    return found
+
+
+def chunk_plan(config: InferenceConfig, num_frames: int | None = None) -> ChunkPlan:
+    """The chunks of a video; the bidirectional base model samples its clip as one.
+
+    num_frames: pixel frames of a video whose prompt says so; None: as many as the config says.
+
+    Raises:
+        InputError: no whole number of latents has so many frames.
+    """
+    frames = geometry(config.vae).latent_frames(config.sampling.num_frames if num_frames is None else num_frames)
+    whole = config.scheduler.sampling_algo in WHOLE_CLIP
+    return ChunkPlan.split(frames, frames if whole else config.sampling.chunk_frames)
+
+
+def check_config(config: InferenceConfig) -> None:
+    """Refuse settings that no video can be made with, before anything is loaded.
+
+    Raises:
+        InputError: the first one found, by name, with what would be right.
+    """
+    sampling, scheduler = config.sampling, config.scheduler
+    check_bounds(config)
+    if int(config.model.mlp_ratio * config.model.architecture().hidden_size) < 1:
+        raise InputError(f"model.mlp_ratio={config.model.mlp_ratio}: leaves the Mix-FFN no channel; must be larger")
+    check_chi_prompt(config.text_encoder.chi_prompt)
+    if scheduler.sampling_algo == DISTILLED and sampling.cfg_scale != 1:
+        raise InputError(
+            f"cfg_scale={sampling.cfg_scale:g}: the distilled model ({DISTILLED}) was trained without guidance; "
+            f"use --cfg_scale=1, or a base model with --sampling_algo={', '.join(WHOLE_CLIP)} or chunk_flow_euler"
+        )
+    try:
+        FlowSchedule(scheduler.inference_flow_shift, scheduler.denoising_step_list)
+    except ValueError as error:
+        raise InputError(f"scheduler: {error}") from error
+    empty_model(config.model)
+    check_encoding(config.video.crf, config.video.preset)
+    vae = geometry(config.vae)
+    vae.latent_frames(sampling.num_frames)
+    if config.model.in_channels != vae.channels:
+        raise InputError(
+            f"model.in_channels={config.model.in_channels}: the latents of {config.vae.vae_type} have {vae.channels}"
+        )
+    check_size(config, sampling.height, sampling.width)
+
+
+def check_size(config: InferenceConfig, height: int, width: int) -> None:
+    """Refuse (InputError) a size that the VAE, the network or the mp4's encoder does not take."""
+    if height * width > MOST_PIXELS:
+        raise InputError(f"{height}x{width}: too large; height times width must be at most {MOST_PIXELS:,}")
+    patch = config.model.architecture().patch_size
+    geometry(config.vae).check_size(height, width, patch[1:])
+
+
+def select_prompts(
+    config: InferenceConfig, start_index: int, end_index: int | None, sample_nums: int | None = None
+) -> list[Prompt]:
+    """Prompts [start_index, end_index) of the config's file, counted from 0, all fit to be sampled.
+
+    sample_nums: prompts of the file that count, from its top; None: all.
+
+    Raises:
+        InputError: the file, the range, or a prompt's size, length or parts are wrong.
+    """
+    sampling = config.sampling
+    path = locate(sampling.txt_file, "the prompt file")
+    prompts = read_prompts(
+        path,
+        height=sampling.height,
+        width=sampling.width,
+        aspect_ratio_type=sampling.aspect_ratio_type,
+        seed=sampling.seed,
+        frames=sampling.num_frames,
+    )
+    if sample_nums is not None and sample_nums < 1:
+        raise InputError(f"--sample_nums {sample_nums}: must be at least 1")
+    prompts = prompts[:sample_nums]
+    selected = prompts[start_index:end_index]
+    if start_index < 0 or (end_index is not None and end_index < 0) or not selected:
+        raise InputError(
+            f"--start_index {start_index} --end_index {end_index}: selects none of the {len(prompts)} prompts in {path}"
+        )
+    for prompt in selected:
+        seed = sampling.seed if prompt.seed is None else prompt.seed
+        frames = sampling.num_frames if prompt.frames is None else prompt.frames
+        own = dataclasses.replace(sampling, height=prompt.height, width=prompt.width, seed=seed, num_frames=frames)
+        try:
+            check_bounds(own)
+            check_size(config, prompt.height, prompt.width)
+            _check_parts(config, prompt, len(chunk_plan(config, prompt.frames)))
+        except InputError as error:
+            raise InputError(f"{place(path, prompt.line)}: {error}") from error
+    return selected
+
+
+def _check_parts(config: InferenceConfig, prompt: Prompt, chunks: int) -> None:
+    if len(prompt.parts) > 1 and config.scheduler.sampling_algo != DISTILLED:
+        raise InputError(f"parts between '<split>' need the streaming sampler ({DISTILLED})")
+    parts_per_chunk(len(prompt.parts), chunks)
+
+
+def source_digest(config: InferenceConfig, section: str) -> str:
+    """What the weights of a part are: SHA-256 of the file or folder, or the seed they are drawn from.
+
+    Raises:
+        InputError: they are not there.
+    """
+    key = SOURCES[section]
+    uri: str = getattr(getattr(config, section), key)
+    if not uri.startswith(SEEDED):
+        path = locate(uri, f"{section}.{key}", part=PIPELINE_PART if section == "model" else "")
+        if section == "model":
+            check_digests(weights_file(path))  # the digest of a run's checkpoint is its manifest's, which must be true
+        return file_sha256(path)
+    if section == "model":
+        return uri
+    return SEEDED + file_sha256(locate(uri.removeprefix(SEEDED), f"{section}.{key}"))
+
+
+def seeded_sources(config: InferenceConfig) -> list[str]:
+    """The settings, as `section.key=value`, that ask for random weights."""
+    settings = {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in SOURCES.items()}
+    return [f"{name}={uri}" for name, uri in settings.items() if uri.startswith(SEEDED)]
 
 
 def check_weights(
