@@ -38,16 +38,15 @@ from inference_video_scripts.inference_sana_video import DEFAULT_CONFIG
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
 from longsana.evaluation.report import table
+from longsana.inference.flags import check_settings, parse_flags
 from longsana.models.float8 import check_float8
-from longsana.ops.backend import VARIABLE, can_fuse
+from longsana.ops.dispatch import VARIABLE, can_fuse
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, check_writable
 from longsana.runtime.hub import locate
-from longsana.sampling.checks import check_weights
-from longsana.sampling.flags import check_settings, parse_flags
-from longsana.sampling.request import check_config, select_prompts
+from longsana.sampling.checks import check_config, check_weights, select_prompts
 
 log = logging.getLogger("longsana")
 
@@ -122,7 +121,7 @@ def run(request: Request, world: World) -> int:
     if request.backend:
         # Read by the first operation.
         os.environ[VARIABLE] = "triton" if request.backend == "triton" else "reference"
-    from longsana.sampling.benchmark import benchmark  # brings diffusers and transformers, which take seconds
+    from longsana.inference.benchmark import benchmark  # brings diffusers and transformers, which take seconds
 
     set_threads(request.threads, world)
     keep_freed_memory()

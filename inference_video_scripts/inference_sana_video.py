@@ -30,13 +30,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
+from longsana.inference.flags import check_settings, parse_flags
 from longsana.runtime.commandline import Parser, run_command, typed_path, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
-from longsana.sampling.checks import check_weights
-from longsana.sampling.flags import check_settings, parse_flags
-from longsana.sampling.request import check_config, seeded_sources, select_prompts
+from longsana.sampling.checks import check_config, check_weights, seeded_sources, select_prompts
 
 log = logging.getLogger("longsana")
 
@@ -83,7 +82,7 @@ def prepare(arguments: Sequence[str]) -> Request:
 
 
 def run(request: Request, world: World) -> int:
-    from longsana.sampling.batch import run_batch  # brings diffusers and transformers, which take seconds
+    from longsana.inference.batch import run_batch  # brings diffusers and transformers, which take seconds
 
     config, device, threads = request.config, world.device(), set_threads(request.threads, world)
     keep_freed_memory()

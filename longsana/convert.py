@@ -27,9 +27,13 @@ if __name__ == "__main__":
 import torch
 
 from longsana.config import ARCHITECTURES, InferenceConfig, ModelConfig, load_config
-from longsana.models.checkpoint_files import NETWORKS, PIPELINE_PART, open_checkpoint, weights_file
-from longsana.models.dcp_files import check_content, is_checkpoint
-from longsana.models.naming import (
+from longsana.models.past import LEARNED
+from longsana.runtime.commandline import Parser, run_command, typed_path
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.runtime.hub import locate
+from longsana.weights.files import NETWORKS, PIPELINE_PART, open_checkpoint, weights_file
+from longsana.weights.names import (
     BASE_CLASS,
     CAUSAL_CLASS,
     DECAY_LOGIT,
@@ -37,13 +41,9 @@ from longsana.models.naming import (
     diffusers_config,
     from_diffusers_config,
 )
-from longsana.models.past import LEARNED
-from longsana.models.weights import LAYOUTS, Layout, read_weights, save_checkpoint, written_config
-from longsana.models.writing import check_target, write_weights
-from longsana.runtime.commandline import Parser, run_command, typed_path
-from longsana.runtime.distributed import World
-from longsana.runtime.errors import InputError
-from longsana.runtime.hub import locate
+from longsana.weights.network import LAYOUTS, Layout, read_weights, save_checkpoint, written_config
+from longsana.weights.run_folder import check_content, is_checkpoint
+from longsana.weights.writing import check_target, write_weights
 
 log = logging.getLogger("longsana")
 

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 from longsana.config import ModelConfig
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
-from longsana.models.naming import Naming, foreign
+from longsana.weights.names import Naming, foreign
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -17,10 +17,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from longsana import convert
-from longsana.models.checkpoint_files import open_checkpoint, weights_file
-from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS, NULL_TOKENS
-from longsana.models.weights import LAYOUTS, Layout, read_weights, save_checkpoint
-from tests.models.checkpoints import PATHS, TINY, assert_same, weights
+from longsana.weights.files import open_checkpoint, weights_file
+from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS, NULL_TOKENS
+from longsana.weights.network import LAYOUTS, Layout, read_weights, save_checkpoint
+from tests.weights.checkpoints import PATHS, TINY, assert_same, weights
 
 SIZES = ("depth", "hidden_size", "num_heads", "linear_head_dim", "caption_channels", "caption_length")
 

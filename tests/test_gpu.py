@@ -15,18 +15,18 @@ from torch.distributed.tensor import DTensor
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig, VAEConfig
 from longsana.encoders.vae import WanVAE
+from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule
-from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.ops import reference
-from longsana.ops.backend import inductor_options
+from longsana.ops.dispatch import inductor_options
 from longsana.runtime.distributed import World
-from longsana.sampling.noise import PromptNoise
 from longsana.sampling.sampler import generate
+from longsana.training.graphs import replay_passes
 from longsana.training.parallel import connect, device_mesh, parallelise
-from longsana.training.replay import replay_passes
-from tests.training.test_replay import PASTS, two_chunks
+from longsana.weights.build import build_model
+from tests.training.test_graphs import PASTS, two_chunks
 
 pytestmark = pytest.mark.gpu
 SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
@@ -134,7 +134,7 @@ def test_fused_operations_make_the_same_network(
     plain, fused = (build_model(config, device="cuda", dtype=torch.float32) for _ in range(2))
     if replayed:
         replay_passes(fused, torch.float32)
-    module = sys.modules["longsana.ops.backend"]  # longsana.ops.backend is also the name of the function
+    module = sys.modules["longsana.ops.dispatch"]  # longsana.ops.dispatch is also the name of the function
     monkeypatch.setattr(module, "backend", lambda: "reference")
     outputs, grads = two_chunks(plain), gradients(plain, "cuda")
     monkeypatch.setattr(module, "backend", lambda: "triton")

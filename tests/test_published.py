@@ -20,7 +20,7 @@ from longsana.encoders.text import complex_human_instruction, published_negative
 from longsana.published import DISTILLED as DISTILLED_SAMPLER
 from longsana.published import INFERENCE, STRIDES, Context, Refused
 from longsana.runtime.errors import InputError
-from longsana.sampling.request import check_config
+from longsana.sampling.checks import check_config
 from longsana.training.checks import check_training, flat
 from longsana.training.config import TrainingConfig
 from longsana.training.published import DISTILLED, TRAINING

@@ -15,9 +15,9 @@ CREATORS = {
 }
 ELSEWHERE = (
     # The shapes world and its measures, which are made and looked at under PyTorch's own defaults.
-    *("longsana/data/looks.py", "longsana/data/shapes.py", "longsana/evaluation/"),
+    *("longsana/shapes/", "longsana/evaluation/"),
     # Called within `plain_defaults`.
-    *("longsana/encoders/vae_files.py", "longsana/models/dcp_files.py", "longsana/pipelines/lora.py"),
+    *("longsana/encoders/vae_files.py", "longsana/weights/run_folder.py", "longsana/pipelines/lora.py"),
     # A command's process has PyTorch's own defaults.
     "longsana/training/loop.py",
 )

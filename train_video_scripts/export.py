@@ -24,11 +24,11 @@ if __name__ == "__main__":
 
 import torch
 
-from longsana.models.weights import LAYOUTS
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.training.export import GROUPS, export
+from longsana.weights.network import LAYOUTS
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -31,8 +31,7 @@ from longsana.data.prompts import Prompt
 from longsana.runtime.commandline import Parser, run_command, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.hub import locate
-from longsana.sampling.checks import check_weights
-from longsana.sampling.request import seeded_sources, select_prompts
+from longsana.sampling.checks import check_weights, seeded_sources, select_prompts
 from longsana.training.config import OdePairsConfig
 from longsana.training.pairs import USED, check_pairs, check_settings, distinct_prompts, teacher_config
 

@@ -35,13 +35,13 @@ import torch
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import training_prompts
-from longsana.data.remembered import WORLDS, WorldName
-from longsana.data.shapes import prompts
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, naming
 from longsana.runtime.stop import check as check_stop
+from longsana.shapes.remembered import WORLDS, WorldName
+from longsana.shapes.scenes import prompts
 
 log = logging.getLogger("longsana")
 
@@ -122,7 +122,7 @@ CARD = """\
 
 Text to videos of one or two moving shapes, 160x96 pixels, 16 frames a second, of any length. Made from nothing by
 `train_video_scripts/shapes_recipe.py` (its seeds; packaged at commit {commit}): no data but what
-`longsana/data/shapes.py` draws.
+`longsana/shapes/scenes.py` draws.
 
 * `vae`: a Wan 2.1 VAE of base width 12. `text_encoder`: a Gemma 2 of two layers, trained on the world's captions.
 * `base.safetensors`: the bidirectional base model. `ode`, `self_forcing`, `longsana`: the generator after each stage.
@@ -180,13 +180,13 @@ class Recipe:
     # Parts that are not networks of ours
 
     def text(self) -> int:
-        from longsana.training.text_encoder import TextTrainingConfig, train_text_encoder
+        from longsana.shapes.train_text_encoder import TextTrainingConfig, train_text_encoder
 
         config = load_config(CONFIGS / "text_encoder.yaml", self._small_world("text"), TextTrainingConfig)
         return self._finished("text_encoder", lambda folder: train_text_encoder(config, folder, self.device))
 
     def vae(self) -> int:
-        from longsana.training.vae import VAETrainingConfig, train_vae
+        from longsana.shapes.train_vae import VAETrainingConfig, train_vae
 
         config = load_config(CONFIGS / "vae.yaml", self._small_world("vae"), VAETrainingConfig)
         return self._finished("vae", lambda folder: train_vae(config, folder, self.device))
@@ -290,7 +290,7 @@ class Recipe:
     # Measurement
 
     def scores(self) -> int:
-        from longsana.evaluation.trial import Trial, try_model, try_truth
+        from longsana.evaluation.score_model import Trial, try_model, try_truth
 
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         texts = training_prompts(self.parts / "held_out.txt")
@@ -315,7 +315,7 @@ class Recipe:
 
     def speed(self) -> int:
         """Frames a second on two cores of this machine."""
-        from longsana.evaluation.trial import measure_speed
+        from longsana.evaluation.score_model import measure_speed
 
         threads = torch.get_num_threads()
         torch.set_num_threads(2)
@@ -348,7 +348,7 @@ class Recipe:
 
     def strips(self) -> int:
         """LongSANA's pictures every quarter of a minute, a prompt a row."""
-        from longsana.evaluation.trial import strips
+        from longsana.evaluation.score_model import strips
 
         config = self._sampler(next(row for row in ROWS if row.name == "LongSANA"))
         texts = training_prompts(self.parts / "held_out.txt")
@@ -375,7 +375,7 @@ class Recipe:
         return self._finished("asset", gather)
 
     def _card(self) -> str:
-        from longsana.sampling.records import commit
+        from longsana.inference.sidecar import commit
 
         noted = self._read("times")
         lines = [f"| {name} | {entry['value']} | {entry['machine']} |" for name, entry in noted.items()]
@@ -433,7 +433,7 @@ class Recipe:
 def render_table(scores: dict[str, Any], speeds: dict[str, float]) -> str:
     """Markdown: a line a model and length."""
     from longsana.evaluation.report import table
-    from longsana.evaluation.trial import DRIFT, FIGURES
+    from longsana.evaluation.score_model import DRIFT, FIGURES
 
     lines = []
     steps = {row.name: row.steps for row in ROWS}

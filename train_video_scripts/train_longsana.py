@@ -86,8 +86,8 @@ def run(request: Request, world: World) -> int:
             print(estimate(config, world.size, local_size=world.local_size).table())
         return 0
 
-    from longsana.training.launch import RunOptions, train  # brings diffusers and transformers, which take seconds
     from longsana.training.loop import TrainingFailed
+    from longsana.training.run import RunOptions, train  # brings diffusers and transformers, which take seconds
 
     set_threads(options.threads, world)
     keep_freed_memory()

@@ -27,8 +27,8 @@ from tokenizers import (
     trainers,
 )
 
-from longsana.data.prompts import with_motion
-from longsana.data.shapes import draw_scene
+from longsana.encoders.text import with_motion
+from longsana.shapes.scenes import draw_scene
 
 FOLDER = Path(__file__).parent / "text_encoder"
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0 to 3, in Gemma's order

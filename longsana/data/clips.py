@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longsana.data.remembered import draw_remembered
-from longsana.data.shapes import TURNS, Scene, Track, draw_scene, render
 from longsana.data.shards import DTYPES, Contents, ShardFolder, ShardWriter
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError, did_you_mean
+from longsana.shapes.remembered import draw_remembered
+from longsana.shapes.scenes import TURNS, Scene, Track, draw_scene, render
 
 KIND = "clips"
 GENERATED = "generated:"

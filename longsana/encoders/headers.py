@@ -27,7 +27,10 @@ from longsana.encoders.layouts import (
     wan_original_name,
     wan_tensors,
 )
-from longsana.models.checkpoint_files import (
+from longsana.runtime.errors import InputError
+from longsana.runtime.foreign import read_json, refuse_stand_in
+from longsana.runtime.hub import SEEDED
+from longsana.weights.files import (
     DIFFUSERS_WEIGHTS,
     SUFFIXES,
     TRANSFORMERS_WEIGHTS,
@@ -36,9 +39,6 @@ from longsana.models.checkpoint_files import (
     open_weights,
     weights_file,
 )
-from longsana.runtime.errors import InputError
-from longsana.runtime.foreign import read_json, refuse_stand_in
-from longsana.runtime.hub import SEEDED
 
 CLASSES = {"WanVAE": WAN_CLASS, "LTX2VAE_diffusers": LTX2_CLASS}
 """What diffusers calls the network of each vae.vae_type."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from longsana.encoders.geometry import VAEGeometry
 from longsana.encoders.headers import check_vae_config, open_vae, refuse_misfit
 from longsana.encoders.layouts import wan_original_name
-from longsana.models.checkpoint_files import write_pickle
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.hub import SEEDED, locate
+from longsana.weights.files import write_pickle
 
 Model: TypeAlias = Any  # one of diffusers' two; its type hints do not say that it is a module
 Kind: TypeAlias = type[AutoencoderKLWan] | type[AutoencoderKLLTX2Video]

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longsana.data.shapes import COLOURS
 from longsana.evaluation import measures
-from longsana.evaluation.sight import Seen, observe
-from longsana.evaluation.verifier import Verdicts, all_in_view, judge, score
 from longsana.evaluation.videos import Video, frame_rate, read_pieces
 from longsana.runtime import stop
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, whole_file
+from longsana.shapes.scenes import COLOURS
+from longsana.shapes.sight import Seen, observe
+from longsana.shapes.verifier import Verdicts, all_in_view, judge, score
 
 LENGTHS = (5, 30, 60)
 """Seconds of the stretches from the start that are scored apart from the whole."""

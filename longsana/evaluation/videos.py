@@ -15,12 +15,12 @@ import torch
 from av.container import InputContainer
 from torch import Tensor
 
-from longsana.data.shapes import Promise, parse_caption
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.evaluation.measures import boundaries
 from longsana.runtime.errors import InputError
 from longsana.runtime.foreign import read_json
-from longsana.sampling.request import WHOLE_CLIP
+from longsana.sampling.checks import WHOLE_CLIP
+from longsana.shapes.scenes import Promise, parse_caption
 
 REPAIR = "remove or repair this sidecar"
 

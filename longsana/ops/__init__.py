@@ -7,7 +7,7 @@ always go to the twins.
 """
 
 from longsana.ops import reference
-from longsana.ops.backend import backend, operation
+from longsana.ops.dispatch import backend, operation
 
 FUSED = {
     "add_norm_modulate": "norms",

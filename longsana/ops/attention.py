@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from longsana.ops import reference
 from longsana.ops.activation import INTERPRETED
-from longsana.ops.backend import shares
+from longsana.ops.dispatch import shares
 from longsana.ops.reference import prefix_sums
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longsana.ops.activation import silu, silu_gradient
-from longsana.ops.backend import shares
+from longsana.ops.dispatch import shares
 
 
 class Strip(NamedTuple):

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longsana.ops.backend import shares
+from longsana.ops.dispatch import shares
 from longsana.ops.reference import FLOAT8_MAX
 
 WARPS = 4

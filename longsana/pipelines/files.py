@@ -7,10 +7,10 @@ from pathlib import Path
 
 from longsana.config import ModelConfig, VAEConfig
 from longsana.encoders.headers import CLASSES, check_vae, open_text_weights
-from longsana.models.naming import diffusers_config, from_diffusers_config
-from longsana.models.weights import check_fit
 from longsana.runtime.errors import InputError
 from longsana.runtime.foreign import read_json
+from longsana.weights.names import diffusers_config, from_diffusers_config
+from longsana.weights.network import check_fit
 
 
 def check_repository(source: str | os.PathLike[str]) -> None:

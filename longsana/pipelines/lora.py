@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from longsana.models.checkpoint_files import open_weights, weights_file
 from longsana.models.dit import LongSanaDiT
-from longsana.models.naming import foreign
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.foreign import parse_json
+from longsana.weights.files import open_weights, weights_file
+from longsana.weights.names import foreign
 
 USUAL = "pytorch_lora_weights.safetensors"
 ALPHA = ".alpha"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longsana.flow.noise import Noise, PromptNoise
 from longsana.pipelines.arguments import check_finite
 from longsana.runtime.errors import InputError
-from longsana.sampling.noise import Noise, PromptNoise
 
 SEEDS = 2**63 - 1
 

@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import Text, TextEmbedding, TextMemory
-from longsana.models.naming import PAST, chosen_past, from_diffusers_config
 from longsana.models.past import LEARNED, Past
-from longsana.models.weights import load_weights, rename
 from longsana.ops import backend
 from longsana.pipelines.files import check_transformer
 from longsana.pipelines.lora import fused_adapter, plain_lora, read_lora
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.state import CausalState
+from longsana.weights.names import PAST, chosen_past, from_diffusers_config
+from longsana.weights.network import load_weights, rename
 
 
 @dataclass

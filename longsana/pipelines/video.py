@@ -23,15 +23,15 @@ from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan
 from longsana.config import check_chi_prompt
-from longsana.data.prompts import parts_per_chunk, with_motion
+from longsana.data.prompts import parts_per_chunk
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
-from longsana.encoders.text import GemmaTextEncoder, compact, expand
+from longsana.encoders.text import GemmaTextEncoder, compact, expand, with_motion
 from longsana.encoders.vae import DecodeCache, VideoVAE, kind_of
 from longsana.encoders.vae_files import check_geometry
+from longsana.flow.noise import Noise, PromptNoise
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule, uniform_sigmas
 from longsana.flow.solvers import DPMSolver, Euler, Solver
 from longsana.models.embeddings import Text, TextEmbedding
-from longsana.models.naming import BASE_CLASS, CAUSAL_CLASS
 from longsana.pipelines import transformer as networks
 from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, check_finite, refuse_ignored
 from longsana.pipelines.noise import batch_noise, check_noise, take_seed
@@ -47,9 +47,9 @@ from longsana.runtime.arguments import Whole, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite, to_host
-from longsana.sampling.noise import Noise, PromptNoise
 from longsana.sampling.sampler import Chunk, StepEnd, generate, sample_clip
 from longsana.state import CausalState
+from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS
 
 log = logging.get_logger(__name__)
 

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-
-from longsana.chunks import ChunkPlan
-from longsana.config import InferenceConfig, check_chi_prompt
-from longsana.data.prompts import Prompt, parts_per_chunk, place, read_prompts
-from longsana.encoders.geometry import geometry
-from longsana.flow.schedule import FlowSchedule
-from longsana.models.build import empty_model
-from longsana.models.checkpoint_files import PIPELINE_PART, check_digests, weights_file
-from longsana.models.naming import PAST
-from longsana.runtime.errors import InputError
-from longsana.runtime.hub import SEEDED, file_sha256, locate
-from longsana.runtime.settings import check_bounds
-from longsana.runtime.video import MOST_PIXELS, check_encoding
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from longsana.config import ModelConfig
-from longsana.encoders.headers import check_text_encoder, check_vae
-from longsana.models.weights import check_fit
-from longsana.runtime.hub import SCHEME
 
+from longsana.chunks import ChunkPlan
+from longsana.config import InferenceConfig, ModelConfig, check_chi_prompt
+from longsana.data.prompts import Prompt, parts_per_chunk, place, read_prompts
+from longsana.encoders.geometry import geometry
+from longsana.encoders.headers import check_text_encoder, check_vae
+from longsana.flow.schedule import FlowSchedule
+from longsana.runtime.errors import InputError
+from longsana.runtime.hub import SCHEME, SEEDED, file_sha256, locate
+from longsana.runtime.settings import check_bounds
+from longsana.runtime.video import MOST_PIXELS, check_encoding
+from longsana.weights.build import empty_model
+from longsana.weights.files import PIPELINE_PART, check_digests, weights_file
+from longsana.weights.names import PAST
+from longsana.weights.network import check_fit
 
 DISTILLED = "longlive_flow_euler"
 DPM = "flow_dpm-solver"

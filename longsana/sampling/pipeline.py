@@ -13,13 +13,13 @@ from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.config import Dtype, InferenceConfig
-from longsana.data.prompts import Prompt, parts_per_chunk, with_motion
+from longsana.data.prompts import Prompt, parts_per_chunk
 from longsana.encoders.geometry import geometry
-from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand, negative_text
+from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand, negative_text, with_motion
 from longsana.encoders.vae import VideoVAE, load_vae
+from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule, euler_sigmas
 from longsana.flow.solvers import DPMSolver, Euler
-from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import Text, TextEmbedding, null_embedding
 from longsana.models.float8 import to_float8
@@ -28,11 +28,10 @@ from longsana.runtime.arguments import settled
 from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import to_host
-from longsana.sampling.checks import blame
-from longsana.sampling.noise import PromptNoise
-from longsana.sampling.replay import ReplayedNetwork
-from longsana.sampling.request import DISTILLED, DPM, WHOLE_CLIP, check_config, chunk_plan
+from longsana.sampling.checks import DISTILLED, DPM, WHOLE_CLIP, blame, check_config, chunk_plan
+from longsana.sampling.graphs import ReplayedNetwork
 from longsana.sampling.sampler import Chunk, generate, sample_chunks, sample_clip
+from longsana.weights.build import build_model
 
 
 class Caption(NamedTuple):

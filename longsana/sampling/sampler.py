@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
+from longsana.flow.noise import Noise
 from longsana.flow.schedule import FlowSchedule
 from longsana.flow.solvers import Euler, Solver
 from longsana.models.embeddings import Text
 from longsana.runtime.clock import Clock
-from longsana.sampling.noise import Noise
 from longsana.state import CausalState
 
 

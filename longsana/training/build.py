@@ -15,8 +15,6 @@ from longsana.data.clips import GENERATED, open_clips
 from longsana.data.prompts import training_prompts
 from longsana.data.trajectories import check_grid, open_trajectories
 from longsana.encoders.vae import VideoVAE, load_vae
-from longsana.models.build import build_model
-from longsana.models.checkpoint_files import PIPELINE_PART, check_digests, weights_file
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, null_embedding
 from longsana.runtime.distributed import World
@@ -26,15 +24,17 @@ from longsana.sampling.pipeline import resolve_dtype
 from longsana.training.captions import Captions
 from longsana.training.checks import DISTILLED, clip_shape, student_sigmas
 from longsana.training.config import TrainingConfig
-from longsana.training.flow_matching import FlowMatching
 from longsana.training.folder import CAPTIONS
-from longsana.training.longsana import LongSana
-from longsana.training.ode import OdeInitialisation
+from longsana.training.graphs import replay_passes
+from longsana.training.learner import Player
 from longsana.training.parallel import device_mesh, parallelise
-from longsana.training.player import Player
-from longsana.training.replay import replay_passes
-from longsana.training.self_forcing import SelfForcing
-from longsana.training.stage import Slots, Stage
+from longsana.training.stages.flow_matching import FlowMatching
+from longsana.training.stages.longsana import LongSana
+from longsana.training.stages.ode import OdeInitialisation
+from longsana.training.stages.self_forcing import SelfForcing
+from longsana.training.stages.stage import Slots, Stage
+from longsana.weights.build import build_model
+from longsana.weights.files import PIPELINE_PART, check_digests, weights_file
 
 DROPPED = "flow_matching.dropped_caption=masked_null (null_caption takes what sampling.null_caption names)"
 

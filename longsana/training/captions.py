@@ -17,7 +17,6 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from longsana.config import InferenceConfig
-from longsana.data.prompts import with_motion
 from longsana.encoders.text import (
     CompactEmbedding,
     GemmaTextEncoder,
@@ -26,14 +25,15 @@ from longsana.encoders.text import (
     instruction_text,
     negative_text,
     text_sha256,
+    with_motion,
 )
+from longsana.flow.noise import to_device
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.runtime.files import check_writable, write_exclusive
 from longsana.runtime.hub import digests_of
-from longsana.sampling.noise import to_device
+from longsana.sampling.checks import source_digest
 from longsana.sampling.pipeline import VideoPipeline, resolve_dtype
-from longsana.sampling.request import source_digest
 
 log = logging.getLogger(__name__)
 

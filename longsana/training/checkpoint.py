@@ -25,7 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from longsana.models.dcp_files import (
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import LINGERING, move_into_place, naming, partial_name, remove, sync_folder, unfinished
+from longsana.training.dcp import check_match, flatten, on_host, read_tensors, write_tensors
+from longsana.weights.run_folder import (
     CHECKPOINTS,
     MANIFEST,
     METADATA,
@@ -37,10 +41,6 @@ from longsana.models.dcp_files import (
     read_manifest,
     read_metadata,
 )
-from longsana.runtime.distributed import World
-from longsana.runtime.errors import InputError
-from longsana.runtime.files import LINGERING, move_into_place, naming, partial_name, remove, sync_folder, unfinished
-from longsana.training.dcp import check_match, flatten, on_host, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 

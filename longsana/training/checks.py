@@ -21,17 +21,16 @@ from longsana.data.prompts import Prompt, place, read_prompts, training_prompts
 from longsana.data.trajectories import check_grid, open_trajectories
 from longsana.encoders.geometry import geometry
 from longsana.flow.schedule import FlowSchedule
-from longsana.models.build import empty_model
-from longsana.models.naming import chosen_past
 from longsana.models.past import LEARNED
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
-from longsana.sampling.checks import check_network, check_weights
-from longsana.sampling.request import check_config
+from longsana.sampling.checks import check_config, check_network, check_weights
 from longsana.training.config import TrainingConfig
 from longsana.training.published import DISTILLED
-from longsana.training.stage import Slots
+from longsana.training.stages.stage import Slots
+from longsana.weights.build import empty_model
+from longsana.weights.names import chosen_past
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 
-from longsana.models.dcp_files import SEPARATOR, tensor_records
 from longsana.runtime.errors import InputError
+from longsana.weights.run_folder import SEPARATOR, tensor_records
 
 LISTED = 10
 

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from longsana.config import ModelConfig
-from longsana.models.build import empty_model
 from longsana.models.dit import LongSanaDiT
-from longsana.models.flops import forward_flops
 from longsana.runtime.distributed import World
 from longsana.training.checks import DISTILLED, slots_of
 from longsana.training.config import TrainingConfig
+from longsana.training.flops import forward_flops
 from longsana.training.rehearsal import (
     Role,
     Update,
@@ -26,6 +25,7 @@ from longsana.training.rehearsal import (
     rollouts,
     schedule,
 )
+from longsana.weights.build import empty_model
 
 FLOAT = torch.float32.itemsize
 

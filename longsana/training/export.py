@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from longsana.config import ModelConfig, load_config
-from longsana.models.build import empty_model
-from longsana.models.checkpoint_files import NETWORKS, weights_file
-from longsana.models.dcp_files import SEPARATOR, check_content, is_checkpoint, open_tensors
-from longsana.models.naming import OPTIONAL
-from longsana.models.weights import Layout, load_weights, save_checkpoint
-from longsana.models.writing import check_target, write_weights
 from longsana.runtime.errors import InputError
 from longsana.training.checkpoint import read_progress
 from longsana.training.config import TrainingConfig
+from longsana.weights.build import empty_model
+from longsana.weights.files import NETWORKS, weights_file
+from longsana.weights.names import OPTIONAL
+from longsana.weights.network import Layout, load_weights, save_checkpoint
+from longsana.weights.run_folder import SEPARATOR, check_content, is_checkpoint, open_tensors
+from longsana.weights.writing import check_target, write_weights
 
 log = logging.getLogger(__name__)
 

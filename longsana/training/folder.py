@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 from longsana.data.clips import GENERATED
 from longsana.data.shards import MANIFEST
-from longsana.models.build import empty_model
-from longsana.models.dcp_files import CHECKPOINTS, read_manifest, read_metadata
 from longsana.runtime.distributed import PeerError, World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import LINGERING, LOCK, check_writable, hold_folder, remove
@@ -28,8 +26,10 @@ from longsana.training.checkpoint import checkpoints_of
 from longsana.training.checks import DISTILLED, check_same_run
 from longsana.training.config import TrainingConfig
 from longsana.training.dcp import check_match, flatten
-from longsana.training.player import Player
-from longsana.training.stage import Slots
+from longsana.training.learner import Player
+from longsana.training.stages.stage import Slots
+from longsana.weights.build import empty_model
+from longsana.weights.run_folder import CHECKPOINTS, read_manifest, read_metadata
 
 log = logging.getLogger(__name__)
 

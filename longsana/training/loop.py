@@ -23,8 +23,8 @@ from longsana.runtime.logging import RunLog
 from longsana.runtime.stop import Stopped, check, deferred, heed
 from longsana.training.checkpoint import PROGRESS, Checkpointer, own_names, read_own, read_progress
 from longsana.training.config import TrainConfig
-from longsana.training.player import Player
-from longsana.training.stage import Slots, Stage, Turn
+from longsana.training.learner import Player
+from longsana.training.stages.stage import Slots, Stage, Turn
 
 log = logging.getLogger(__name__)
 

@@ -27,9 +27,8 @@ from longsana.flow.schedule import uniform_sigmas
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite
-from longsana.sampling.checks import check_weights
+from longsana.sampling.checks import check_weights, source_digest
 from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
-from longsana.sampling.request import source_digest
 from longsana.sampling.sampler import trajectory
 from longsana.training.config import OdePairsConfig
 from longsana.training.pairs import USED, kept_steps, teacher_config

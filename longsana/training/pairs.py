@@ -13,7 +13,7 @@ from longsana.data.prompts import Prompt
 from longsana.data.trajectories import check_grid
 from longsana.flow.schedule import FlowSchedule, uniform_sigmas
 from longsana.runtime.errors import InputError
-from longsana.sampling.request import check_config
+from longsana.sampling.checks import check_config
 from longsana.training.config import OdePairsConfig
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from longsana.models.dit import LongSanaDiT
-from longsana.ops.backend import inductor_options
+from longsana.ops.dispatch import inductor_options
 from longsana.runtime.distributed import World
 
 Strategy = Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"]

@@ -24,13 +24,13 @@ from longsana.config import Dtype, ModelConfig
 from longsana.encoders.geometry import geometry
 from longsana.flow.losses import dmd_gradient, dmd_loss, flow_loss, guided
 from longsana.flow.schedule import FlowSchedule
-from longsana.models.build import empty_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.sampling.sampler import absorb, denoise_chunk, timestep
 from longsana.state import CausalState
 from longsana.training.checks import DISTILLED
 from longsana.training.config import TrainingConfig
+from longsana.weights.build import empty_model
 
 Role = Literal["generator", "critic"]
 

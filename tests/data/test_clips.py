@@ -26,10 +26,10 @@ from longsana.data.clips import (
     turning_scene,
     write_clips,
 )
-from longsana.data.shapes import TURNS, draw_scene, is_held_out, parse_caption, render
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.encoders.vae import WanVAE
 from longsana.runtime.errors import InputError
+from longsana.shapes.scenes import TURNS, draw_scene, is_held_out, parse_caption, render
 
 SHAPE = (16, 9, 12, 20)
 

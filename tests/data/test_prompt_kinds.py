@@ -14,7 +14,7 @@ from longsana.config import load_config
 from longsana.data.prompts import Prompt, read_prompts, training_prompts
 from longsana.pipelines.prompts import in_turn, one_for_each, whole
 from longsana.runtime.errors import InputError
-from longsana.sampling.request import select_prompts
+from longsana.sampling.checks import select_prompts
 from longsana.training.checks import check_sources
 from longsana.training.config import OdePairsConfig, TrainingConfig
 from longsana.training.pairs import distinct_prompts

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts, training_prompts, with_motion
+from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts, training_prompts
+from longsana.encoders.text import with_motion
 from longsana.runtime.errors import InputError
 
 TABLE = "ASPECT_RATIO_VIDEO_480_MS"

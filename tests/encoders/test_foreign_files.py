@@ -21,9 +21,9 @@ from longsana.config import InferenceConfig, load_config
 from longsana.encoders.layouts import wan_original_name, wan_tensors
 from longsana.encoders.text import GemmaTextEncoder
 from longsana.encoders.vae import load_vae
-from longsana.models.build import build_model
 from longsana.runtime.errors import InputError
 from longsana.sampling.checks import check_weights
+from longsana.weights.build import build_model
 
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "asset/shapes"

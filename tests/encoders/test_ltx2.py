@@ -17,7 +17,7 @@ from longsana.encoders.geometry import GEOMETRIES
 from longsana.encoders.vae import LTX2VAE, load_vae
 from longsana.evaluation.measures import boundaries, measure, seam_index
 from longsana.ops import FUSED
-from longsana.ops.backend import fused_twin
+from longsana.ops.dispatch import fused_twin
 from longsana.runtime.errors import InputError
 from longsana.training.rehearsal import LiveBytes
 from tests.encoders.streaming import assert_nothing_is_transposed, draw, psnr, stream

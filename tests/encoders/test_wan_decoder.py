@@ -15,7 +15,7 @@ from longsana.encoders import convolution, wan_decoder
 from longsana.encoders.convolution import pair
 from longsana.encoders.vae import WanVAE
 from longsana.ops import FUSED
-from longsana.ops.backend import fused_twin
+from longsana.ops.dispatch import fused_twin
 from tests.encoders.streaming import assert_nothing_is_transposed, draw, psnr, stream
 
 TRAINED = Path(__file__).resolve().parents[2] / "asset/shapes/vae"

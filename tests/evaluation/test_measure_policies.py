@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from longsana.evaluation.trial import FIGURES
+from longsana.evaluation.score_model import FIGURES
 from longsana.models.past import Past
 from tests.scripts import load_script
 

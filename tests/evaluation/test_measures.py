@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longsana.data import shapes
 from longsana.evaluation.measures import (
     Measures,
     boundaries,
@@ -16,7 +15,8 @@ from longsana.evaluation.measures import (
     per_second,
     seam_index,
 )
-from tests.evaluation.films import pictures, through_vae
+from longsana.shapes import scenes as shapes
+from tests.shapes.films import pictures, through_vae
 
 FPS = shapes.FPS
 

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from longsana.data import shapes
 from longsana.evaluation.measures import measure_pieces, seam_index
 from longsana.evaluation.report import plot, table
 from longsana.evaluation.videos import describe, find_videos, read_pieces
 from longsana.runtime.files import hold_folder
 from longsana.runtime.video import VideoWriter
-from tests.evaluation.films import pictures
+from longsana.shapes import scenes as shapes
 from tests.scripts import load_script
+from tests.shapes.films import pictures
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longsana.config import InferenceConfig, load_config
-from longsana.evaluation.trial import Trial, try_model, try_truth
+from longsana.evaluation.score_model import Trial, try_model, try_truth
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.dit import LongSanaDiT
 from longsana.state import CausalState

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from longsana.config import ModelConfig
 from longsana.encoders.vae_files import to_original_layout
 from longsana.models.dit import LongSanaDiT
-from longsana.models.weights import save_checkpoint
+from longsana.weights.network import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 OWNER = "Efficient-Large-Model"

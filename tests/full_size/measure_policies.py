@@ -34,14 +34,14 @@ if __name__ == "__main__":
 import torch
 
 from longsana.config import InferenceConfig, load_config
-from longsana.data.shapes import prompts
 from longsana.evaluation.report import plot, table
-from longsana.evaluation.trial import DRIFT, FIGURES, Trial, measure_speed, try_model
+from longsana.evaluation.score_model import DRIFT, FIGURES, Trial, measure_speed, try_model
+from longsana.inference.sidecar import commit
 from longsana.runtime.commandline import Parser, run_command
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text
-from longsana.sampling.records import commit
+from longsana.shapes.scenes import prompts
 
 log = logging.getLogger("longsana")
 

@@ -12,12 +12,12 @@ import time
 import torch
 
 from longsana.config import InferenceConfig, load_config
-from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
+from longsana.training.graphs import replay_passes
 from longsana.training.parallel import connect, device_mesh, parallelise
-from longsana.training.replay import replay_passes
+from longsana.weights.build import build_model
 
 SHAPES = load_config("configs/sana_video_config/longsana/shapes/longsana.yaml", [], InferenceConfig).model
 BATCH, UPDATES = 64, 20

@@ -31,7 +31,7 @@ from longsana.flow.schedule import FlowSchedule  # noqa: E402
 from longsana.training.checks import DISTILLED  # noqa: E402
 from longsana.training.config import TrainingConfig  # noqa: E402
 from longsana.training.estimate import estimate, model_flops  # noqa: E402
-from longsana.training.stage import Turn  # noqa: E402
+from longsana.training.stages.stage import Turn  # noqa: E402
 
 DENSE_BF16 = 989e12  # FLOP/s of an H100 or H200 by the vendor's datasheet
 GIB = 2**30

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from longsana.config import InferenceConfig, load_config
-from longsana.data.shapes import TURNS, Actor, Scene, draw_scene, render
 from longsana.encoders.vae import WanVAE
-from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
+from longsana.shapes.scenes import TURNS, Actor, Scene, draw_scene, render
 from longsana.training.captions import Captions
+from longsana.weights.build import build_model
 
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
 CLIPS, NOISES, FRAMES = 16, 3, 81

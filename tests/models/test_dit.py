@@ -15,13 +15,13 @@ from torch.utils import _pytree
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
 from longsana.models import attention, dit, embeddings, feed_forward
-from longsana.models.build import empty_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.models.past import Reach
 from longsana.models.rope import Rotary
 from longsana.ops.reference import rotate
 from longsana.state import CausalState
+from longsana.weights.build import empty_model
 from tests.models import naive
 
 pytestmark = pytest.mark.usefixtures("_no_grad")

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
-from longsana.models.build import build_model, empty_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.past import START, Past
 from longsana.runtime.errors import InputError
 from longsana.state import CausalState
+from longsana.weights.build import build_model, empty_model
 from tests.models import naive
 from tests.models.test_dit import assert_same_state, chunk_levels, own_bytes, relative, streamed
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from longsana.config import InferenceConfig, ModelConfig, load_config
-from longsana.models.weights import read_weights, save_checkpoint
 from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.sampling.pipeline import VideoPipeline
+from longsana.weights.network import read_weights, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "asset/shapes"

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longsana.models.dit import LongSanaDiT
-from longsana.models.naming import foreign
 from longsana.pipelines import video
 from longsana.pipelines.lora import fused_adapter
 from longsana.pipelines.transformer import LoraLoaderMixin
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.runtime.errors import InputError
+from longsana.weights.names import foreign
 from tests.pipelines.test_options import inputs
 
 LAYERS = {  # name in diffusers: rank

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longsana.models.weights import read_weights, save_checkpoint
 from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.runtime.errors import InputError
+from longsana.weights.network import read_weights, save_checkpoint
 from tests.pipelines.repository import ASSET, DISTILLED, PROMPT, SIZE, quiet, shapes_config, shapes_repository
 
 # Chunks of 3, 2, 2, 2, 2 latents.
@@ -49,7 +49,7 @@ def test_it_is_asked_for_where_a_pipeline_is_loaded(
     settings: dict[str, Any], distilled_folder: Path, whole: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The network is the one that a config with these settings builds."""
-    from longsana.models.build import build_model
+    from longsana.weights.build import build_model
 
     pipe = quiet(distilled_folder, **settings)
     given = video(pipe)

@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from longsana import LongSanaVideoPipeline
 from longsana.config import TextEncoderConfig
 from longsana.encoders.text import GemmaTextEncoder
-from longsana.models.naming import diffusers_config
 from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel, SanaVideoTransformer3DModel
 from longsana.runtime.errors import InputError
-from tests.models.checkpoints import TINY, weights
+from longsana.weights.names import diffusers_config
 from tests.pipelines.repository import (
     ASSET,
     DISTILLED,
@@ -31,6 +30,7 @@ from tests.pipelines.repository import (
     write_transformer,
 )
 from tests.pipelines.test_options import inputs
+from tests.weights.checkpoints import TINY, weights
 
 
 def latents(pipe: LongSanaVideoPipeline) -> torch.Tensor:

@@ -36,7 +36,7 @@ def run(asked: dict[str, Any]) -> int:
 
 
 sys.path.insert(0, str(ROOT))
-for module in ("longsana.sampling.batch", "longsana.training.launch"):
+for module in ("longsana.inference.batch", "longsana.training.run"):
     importlib.import_module(module)
 load_script = importlib.import_module("tests.scripts").load_script
 for line in sys.stdin:

@@ -22,11 +22,11 @@ from longsana.config import (
 )
 from longsana.encoders.text import GemmaTextEncoder
 from longsana.encoders.vae import load_vae
-from longsana.models.build import build_model
 from longsana.runtime.arguments import TEXT, Callback, Flag, Number, OneOf, Rule, Several, Whole, checked, settled
 from longsana.runtime.errors import InputError
 from longsana.sampling.pipeline import VideoPipeline
 from longsana.training.config import TrainingConfig
+from longsana.weights.build import build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs/sana_video_config"
 

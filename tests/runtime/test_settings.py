@@ -17,8 +17,8 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded
 from longsana.runtime.hub import locate
 from longsana.runtime.settings import Bounds, bounded, check_bounds, decimal
+from longsana.shapes.train_vae import VAETrainingConfig
 from longsana.training.config import OdePairsConfig, TrainingConfig
-from longsana.training.vae import VAETrainingConfig
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +72,7 @@ def test_numbers_of_a_command_line_are_decimal(override: str, expected: Any, tmp
     ],
 )
 def test_other_numbers_are_refused_before_anything_is_loaded(override: str, says: str, tmp_path: Path) -> None:
-    from longsana.sampling.request import check_config
+    from longsana.sampling.checks import check_config
 
     with pytest.raises(InputError) as caught:
         check_config(load_config(written(tmp_path, ""), [override]))

@@ -13,8 +13,8 @@ from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
 from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
+from longsana.sampling.checks import check_config
 from longsana.sampling.pipeline import VideoPipeline
-from longsana.sampling.request import check_config
 from tests.encoders.test_ltx2 import SMALL
 from tests.scripts import load_script
 

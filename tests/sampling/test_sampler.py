@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
+from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule, euler_sigmas, uniform_sigmas
 from longsana.flow.solvers import DPMSolver, Euler
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, null_embedding
 from longsana.runtime.errors import InputError
-from longsana.sampling.noise import PromptNoise
 from longsana.sampling.sampler import (
     Chunk,
     absorb,

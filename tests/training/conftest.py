@@ -17,10 +17,10 @@ from omegaconf import OmegaConf
 from longsana.config import ModelConfig, load_config
 from longsana.encoders.vae import WanVAE
 from longsana.models.embeddings import TextEmbedding
-from longsana.models.naming import PAST
 from longsana.runtime.distributed import World
 from longsana.training.config import TrainingConfig
-from longsana.training.player import Player
+from longsana.training.learner import Player
+from longsana.weights.names import PAST
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]

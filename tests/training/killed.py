@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from longsana.training.player import Player  # noqa: E402
+from longsana.training.learner import Player  # noqa: E402
 
 left = int(sys.argv[1])
 update = Player.update

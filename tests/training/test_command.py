@@ -14,10 +14,11 @@ from torch import Tensor
 
 from longsana.config import leaf_keys, load_config
 from longsana.models.dit import LongSanaDiT
-from longsana.training import build, launch
+from longsana.training import build
+from longsana.training import run as launch
 from longsana.training.config import TrainingConfig
+from longsana.training.learner import Player
 from longsana.training.loop import Stop
-from longsana.training.player import Player
 from longsana.training.validation import Report, Validation
 from tests.training.conftest import ROOT, forbidden
 from tests.training.test_resume import assert_equal, contents, lines

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longsana.data.clips import open_clips
 from longsana.data.trajectories import open_trajectories
-from longsana.training import self_forcing
+from longsana.training.stages import self_forcing
 from tests.training.conftest import CHANNELS, HEIGHT, WIDTH
 
 pytestmark = pytest.mark.timeout(600)

@@ -16,18 +16,18 @@ import torch
 from longsana import convert
 from longsana.config import load_config
 from longsana.encoders.text import GemmaTextEncoder
-from longsana.models.build import build_model
-from longsana.models.weights import load_weights
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.training.build import StageBuilder
 from longsana.training.config import TrainingConfig
-from longsana.training.stage import Slots
+from longsana.training.stages.stage import Slots
+from longsana.weights.build import build_model
+from longsana.weights.network import load_weights
 from tests.data.test_trajectories import write as write_shards
 from tests.data.test_trajectories import write_lmdb
-from tests.models.checkpoints import meta
 from tests.scripts import load_script
 from tests.training.test_export import INFERENCE, ROOT, SHAPES, trained, write
+from tests.weights.checkpoints import meta
 
 SAYS = "has changed since it was written (SHA-256)"
 

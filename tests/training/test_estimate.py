@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
-from longsana.models.build import build_model, empty_model
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
-from longsana.models.flops import forward_flops
 from longsana.training.config import TrainingConfig
 from longsana.training.estimate import PUBLISHED, estimate, model_flops
+from longsana.training.flops import forward_flops
 from longsana.training.rehearsal import LiveBytes, OnGPU, Update, rehearse, rollouts
+from longsana.weights.build import build_model, empty_model
 
 DEEP = ("model.depth=4", "real_score.depth=4", "fake_score.depth=4", "train.gradient_checkpointing=true")
 
@@ -344,10 +344,10 @@ def on_a_gpu(config: TrainingConfig, role: Any) -> tuple[int, int]:
     """Bytes at the peak of two updates of Self-Forcing, measured and estimated; without the encoders."""
     from longsana.encoders.geometry import geometry
     from longsana.runtime.distributed import World
+    from longsana.training.learner import Player
     from longsana.training.parallel import connect, device_mesh, parallelise
-    from longsana.training.player import Player
-    from longsana.training.self_forcing import SelfForcing
-    from longsana.training.stage import Turn
+    from longsana.training.stages.self_forcing import SelfForcing
+    from longsana.training.stages.stage import Turn
 
     world = World.from_environment()
     device = world.device()

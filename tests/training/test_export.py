@@ -15,14 +15,14 @@ import yaml
 from torch import Tensor
 
 from longsana.config import ModelConfig, load_config, save_config
-from longsana.models.build import build_model
-from longsana.models.naming import NULL_TOKENS
 from longsana.runtime.distributed import World
 from longsana.training.checkpoint import Checkpointer
 from longsana.training.config import TrainingConfig
-from tests.models.checkpoints import assert_same, weights
-from tests.models.test_checkpoint_files import write_manifest
+from longsana.weights.build import build_model
+from longsana.weights.names import NULL_TOKENS
 from tests.scripts import load_script
+from tests.weights.checkpoints import assert_same, weights
+from tests.weights.test_files import write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 INFERENCE = ROOT / "configs/sana_video_config/longsana/shapes/longsana.yaml"

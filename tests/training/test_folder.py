@@ -29,7 +29,7 @@ from longsana.training.checkpoint import checkpoints_of
 from longsana.training.checks import check_same_run
 from longsana.training.config import TrainingConfig
 from longsana.training.folder import Record, check_fits, check_shared, sources
-from longsana.training.stage import Slots
+from longsana.training.stages.stage import Slots
 from longsana.training.validation import Validation
 from tests.training.conftest import PROMPTS, ROOT, SCRIPT, forbidden
 from tests.training.test_resume import contents, lines

@@ -28,11 +28,11 @@ from longsana.runtime.logging import RunLog
 from longsana.runtime.stop import Stopped, caught
 from longsana.training.checkpoint import Checkpointer, SaveFailed, read_progress
 from longsana.training.config import AdamWConfig, TrainConfig
+from longsana.training.learner import Player
 from longsana.training.loop import SKIPS, Loop, Progress, Stop, TrainingFailed
-from longsana.training.ode import OdeInitialisation
 from longsana.training.parallel import connect
-from longsana.training.player import Player
-from longsana.training.stage import Loss, Slots, Stage, Turn
+from longsana.training.stages.ode import OdeInitialisation
+from longsana.training.stages.stage import Loss, Slots, Stage, Turn
 from tests.training.conftest import ROOT, SCRIPT
 from tests.training.test_resume import assert_equal, contents, lines
 
@@ -518,7 +518,7 @@ def start(*command: str | Path) -> subprocess.Popen[str]:
 CRASH = """
 import runpy, sys
 sys.path.insert(0, {root!r})
-from longsana.training.player import Player
+from longsana.training.learner import Player
 def fail(self, step): raise RuntimeError("planted")
 Player.update = fail
 sys.argv = ["train_longsana.py", *sys.argv[1:]]

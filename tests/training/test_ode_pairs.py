@@ -20,9 +20,9 @@ from longsana.config import load_config
 from longsana.data.prompts import Prompt
 from longsana.data.trajectories import PUBLISHED_SIGMAS, Trajectories
 from longsana.encoders.text import GemmaTextEncoder
+from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import uniform_sigmas
 from longsana.runtime.errors import InputError
-from longsana.sampling.noise import PromptNoise
 from longsana.sampling.pipeline import VideoPipeline
 from longsana.sampling.sampler import sample_chunks
 from longsana.training.config import OdePairsConfig

@@ -17,8 +17,8 @@ from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.state import CausalState
 from longsana.training.config import AdamWConfig
+from longsana.training.learner import Player
 from longsana.training.parallel import Strategy, connect, device_mesh, parallelise
-from longsana.training.player import Player
 
 CPU = torch.device("cpu")
 BATCH = 2

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.clips import GENERATORS
-from longsana.sampling.request import check_config
+from longsana.sampling.checks import check_config
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]

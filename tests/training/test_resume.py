@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longsana.models.dcp_files import open_tensors
+from longsana.weights.run_folder import open_tensors
 from tests.training.conftest import ROOT, SCRIPT
 
 pytestmark = pytest.mark.timeout(600)

@@ -24,17 +24,19 @@ from torch import Tensor
 
 from longsana import convert
 from longsana.data.shards import ShardWriter
-from longsana.models import checkpoint_files, writing
-from longsana.models.dcp_files import METADATA, check_content
 from longsana.runtime.distributed import World
 from longsana.runtime.files import LOCK
 from longsana.runtime.logging import METRICS, RunLog
 from longsana.runtime.stop import SIGNALS
-from longsana.training import captions, launch
+from longsana.training import captions
+from longsana.training import run as launch
 from longsana.training.build import StageBuilder
 from longsana.training.checkpoint import Checkpointer, checkpoints_of
-from longsana.training.ode import OdeInitialisation
-from longsana.training.player import Player
+from longsana.training.learner import Player
+from longsana.training.stages.ode import OdeInitialisation
+from longsana.weights import files as checkpoint_files
+from longsana.weights import writing
+from longsana.weights.run_folder import METADATA, check_content
 from tests.runtime.test_stop import as_usual
 from tests.scripts import load_script
 from tests.training.conftest import ROOT, SCRIPT

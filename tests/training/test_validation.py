@@ -19,7 +19,6 @@ from torch import Tensor
 from longsana.config import save_config
 from longsana.data.prompts import read_prompts
 from longsana.encoders.vae import WanVAE
-from longsana.models.build import build_model
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.clock import Clock
 from longsana.runtime.distributed import World
@@ -27,6 +26,7 @@ from longsana.runtime.errors import InputError
 from longsana.sampling.pipeline import VideoPipeline
 from longsana.training.config import TrainingConfig
 from longsana.training.validation import Meter, Report, Validation, contrast, motion, saturation
+from longsana.weights.build import build_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -287,7 +287,7 @@ from pathlib import Path
 import torch
 from longsana.config import load_config
 from longsana.encoders.vae import WanVAE
-from longsana.models.build import build_model
+from longsana.weights.build import build_model
 from longsana.runtime.distributed import World
 from longsana.training.config import TrainingConfig
 from longsana.training.parallel import connect, device_mesh, parallelise

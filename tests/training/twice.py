@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from longsana.training import build, launch, validation  # noqa: E402, F401
+from longsana.training import build, validation  # noqa: E402, F401
 from tests.scripts import load_script  # noqa: E402
 
 

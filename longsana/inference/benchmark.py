@@ -1,0 +1,278 @@
+"""What a video costs, part by part: one prompt to one mp4 in this process, first cold and then warm."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from torch import Tensor
+
+from longsana.config import InferenceConfig
+from longsana.data.prompts import Prompt
+from longsana.inference.microbenchmark import (
+    compile_blocks,
+    measure_float8,
+    measure_operations,
+    measure_passes,
+    measure_peers,
+    measure_profile,
+)
+from longsana.inference.sidecar import commit, versions
+from longsana.ops import backend
+from longsana.runtime.clock import Clock
+from longsana.runtime.files import partial_name
+from longsana.runtime.video import VideoWriter
+from longsana.sampling.checks import check_weights
+from longsana.sampling.pipeline import Caption, VideoPipeline
+
+EXTRAS: dict[str, Callable[[VideoPipeline, tuple[int, int]], dict[str, Any]]] = {
+    "operations": measure_operations,
+    "profile": measure_profile,
+    "peers": measure_peers,
+    "float8": measure_float8,  # the last one: it changes the network
+}
+"""What a report may also have, measured at a height and width."""
+PARTS = ("text", "denoise", "absorb", "decode", "write", "other")
+"""What the wall time of a video is made of. other: all that no clock was running for."""
+
+
+HEADER = 1024
+"""Bytes of an mp4 that are no frames yet, at most."""
+
+
+ENCODED = 80
+"""Frames that are enough to know an encoder's speed."""
+
+
+class Film(NamedTuple):
+    """One video. Seconds, from its start.
+
+    parts: seconds of each of PARTS but the text. first_frames: when the first of them were on disk.
+    chunks: seconds of each chunk, with all that happens between it and the next. machine: see there, at the last chunk.
+    last: (F, H, W, 3), the last frames.
+    """
+
+    frames: int
+    wall: float
+    parts: dict[str, float]
+    first_frames: float
+    chunks: list[float]
+    machine: dict[str, Any]
+    last: Tensor
+
+
+def benchmark(
+    config: InferenceConfig,
+    prompt: Prompt,
+    device: torch.device,
+    folder: Path,
+    *,
+    compiled: bool = False,
+    extras: Collection[str] = (),
+) -> dict[str, Any]:
+    """The report on one video in `folder`, made after its first chunks have warmed everything up: one has no past.
+
+    compiled: each block under torch.compile. extras: those of EXTRAS that are wanted.
+    """
+    started = {"process": time.time() - psutil.Process().create_time()}
+    check_weights(config, fetch=True)
+    pipeline = VideoPipeline(config, device)
+    (first_text, text), caption = _encode(pipeline, prompt, started)
+    with _timed(started, "networks"):
+        pipeline.load()
+        if compiled:
+            compile_blocks(pipeline.model.blocks)
+    waits = math.ceil(pipeline.vae.ahead / config.sampling.chunk_frames)
+    cold = make_film(pipeline, prompt, caption, folder / "cold.mp4", chunks=2 + waits)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    warm = make_film(pipeline, prompt, caption, folder / "warm.mp4")
+    parts = {"text": text, **warm.parts}
+    wall = text + warm.wall
+    latents = parts["denoise"] + parts["absorb"]
+    later = warm.chunks[1:] or warm.chunks
+    report: dict[str, Any] = {
+        "video": {
+            "frames": warm.frames,
+            "height": prompt.height,
+            "width": prompt.width,
+            "sampler": config.scheduler.sampling_algo,
+            "chunks": list(pipeline.plan_of(prompt).lengths),
+            "network": config.model.model,
+            "backend": "compile" if compiled else backend(),
+            "dtype": {"network": str(pipeline.model.dtype), "vae": str(pipeline.vae.dtype)},
+            "seed": config.sampling.seed if prompt.seed is None else prompt.seed,
+        },
+        "seconds": {**parts, "wall": wall},
+        "first frames on disk": {"cold": first_text + cold.first_frames, "warm": text + warm.first_frames},
+        "start-up": started,
+        "FPS": {"end to end": warm.frames / wall, "without decoder": warm.frames / latents},
+        "chunk": {
+            "p50": statistics.median(later),
+            "p95": sorted(later)[math.ceil(0.95 * len(later)) - 1],
+            "seconds": warm.chunks,
+        },
+        "encoder alone, FPS": {
+            "these frames": encoder_speed(config, warm.last, folder),
+            "noise": encoder_speed(
+                config, torch.randint(256, warm.last.shape, dtype=torch.uint8, device="cpu"), folder
+            ),
+        },
+        "memory": memory(device),
+        "machine": warm.machine,
+        "versions": versions(),
+        "commit": commit(),
+    }
+    assert EXTRAS.keys() >= set(extras), extras
+    size = prompt.height, prompt.width
+    report["passes"] = measure_passes(pipeline, size)
+    return report | {name: measure(pipeline, size) for name, measure in EXTRAS.items() if name in extras}
+
+
+def make_film(
+    pipeline: VideoPipeline, prompt: Prompt, caption: Caption, path: Path, *, chunks: int | None = None
+) -> Film:
+    """chunks: end after so many."""
+    config, device_clock, host_clock = pipeline.config, Clock(pipeline.device), Clock()
+    started = time.perf_counter()
+    ends: list[float] = []
+    with (
+        _watch(partial_name(path)) as first_frames,
+        VideoWriter(
+            path,
+            fps=config.sampling.fps,
+            height=prompt.height,
+            width=prompt.width,
+            **asdict(config.video),
+        ) as writer,
+    ):
+        for frames in pipeline.sample([prompt], [caption], device_clock):
+            with host_clock.part("write"):
+                writer.append(frames.pixels[0])
+            ends[frames.chunk :] = [time.perf_counter() - started]
+            if chunks is not None and len(ends) == chunks:
+                break
+        closing = time.perf_counter()
+        used = machine(pipeline.device)
+        looked = time.perf_counter()
+    ended = time.perf_counter()
+    wall = ended - started - (looked - closing)
+    parts = {"absorb": 0.0, **device_clock.seconds(), **host_clock.seconds()}
+    parts["write"] += ended - looked
+    parts["other"] = wall - sum(parts.values())
+    return Film(
+        frames=writer.frames,
+        wall=wall,
+        parts={name: parts[name] for name in PARTS if name in parts},
+        # Of a video so small that all of it was written at once, when the file was closed.
+        first_frames=first_frames[0] - started if first_frames else wall,
+        chunks=[end - begin for begin, end in zip([0.0, *ends], ends, strict=False)],
+        machine=used,
+        last=frames.pixels[0],
+    )
+
+
+def encoder_speed(config: InferenceConfig, frames: Tensor, folder: Path) -> float:
+    """Frames a second that the mp4's encoder takes when nothing else runs, of frames (F, H, W, 3) over and over."""
+    _, height, width, _ = frames.shape
+    path = folder / "encoder.mp4"
+    started = time.perf_counter()
+    with VideoWriter(path, config.sampling.fps, height, width, **asdict(config.video)) as writer:
+        while writer.frames < ENCODED:
+            writer.append(frames)
+    return writer.frames / (time.perf_counter() - started)
+
+
+@contextmanager
+def _watch(path: Path) -> Iterator[list[float]]:
+    """Empty, until frames of a file that is being written are on disk; then the moment."""
+    moments: list[float] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.005):
+            if path.exists() and path.stat().st_size > HEADER:
+                moments.append(time.perf_counter())
+                return
+
+    watcher = threading.Thread(target=look, name="first frames", daemon=True)
+    watcher.start()
+    try:
+        yield moments
+    finally:
+        over.set()
+        watcher.join()
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def _encode(pipeline: VideoPipeline, prompt: Prompt, started: dict[str, float]) -> tuple[list[float], Caption]:
+    """Seconds of the first time and of the second. A function of its own: the encoder is gone when it returns."""
+    taken = []
+    with ExitStack() as loaded:
+        with _timed(started, "text encoder"):
+            encoder = loaded.enter_context(pipeline.text_encoder())
+        for _ in range(2):
+            clock = Clock(pipeline.device)
+            with clock.part("text"):
+                caption = pipeline.encode(encoder, prompt)
+            taken.append(clock.seconds()["text"])
+    return taken, caption
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes: this process's memory now and at its fullest; of a GPU the most that tensors and their allocator took."""
+    resident = psutil.Process().memory_info().rss
+    # Linux keeps the peak up to date only now and then.
+    peak = max(resident, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    kept = {"host RSS": resident, "host RSS peak": peak}
+    if device.type == "cuda":
+        kept["GPU peak"] = torch.cuda.max_memory_allocated(device)
+        kept["GPU peak reserved"] = torch.cuda.max_memory_reserved(device)  # a CUDA graph's memory is only here
+    return kept
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it runs on; of a GPU also clocks (MHz), watts and driver, as they are at this moment."""
+    found: dict[str, Any] = {"device": _processor(), "threads": torch.get_num_threads(), "cores": psutil.cpu_count()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = properties.name
+        asked = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw"
+        try:
+            answer = subprocess.run(
+                ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits", f"--id=GPU-{properties.uuid}"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            found |= dict(zip(asked.split(","), (value.strip() for value in answer.split(",")), strict=True))
+        except (OSError, subprocess.CalledProcessError) as error:
+            found["clocks"] = f"unknown ({error})"
+    return found
+
+
+def _processor() -> str:
+    """The name of the CPU, where Linux tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

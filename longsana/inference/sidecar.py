@@ -1,0 +1,124 @@
+"""What a finished video is, so that it is made once: the sidecar beside every mp4."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import longsana
+from longsana.config import InferenceConfig
+from longsana.data.prompts import Prompt
+from longsana.encoders.text import instruction_text, negative_text, text_sha256
+from longsana.runtime.foreign import reason_of
+from longsana.sampling.checks import SOURCES, source_digest
+from longsana.sampling.pipeline import resolve_dtype
+
+log = logging.getLogger(__name__)
+
+
+def video_name(prompt: Prompt) -> str:
+    return f"{prompt.line:05d}-{prompt.slug}.mp4"
+
+
+def source_digests(config: InferenceConfig) -> dict[str, str]:
+    """What the weights of each part are, by section; see `source_digest`."""
+    return {section: source_digest(config, section) for section in SOURCES}
+
+
+def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.device) -> dict[str, dict[str, Any]]:
+    """The config as it holds for one video: its own seed, size and length, dtypes instead of "auto", the negative
+    prompt if it has one.
+
+    Raises:
+        InputError: the published negative prompt is wanted and not to be had.
+    """
+    settings = dataclasses.asdict(config)
+    sampling = config.sampling
+    negative = negative_text(sampling.negative_prompt) if sampling.has_negative_prompt else None
+    own = {"seed": prompt.seed, "num_frames": prompt.frames}
+    settings["sampling"] |= {name: value for name, value in own.items() if value is not None}
+    settings["sampling"] |= {"height": prompt.height, "width": prompt.width, "negative_prompt": negative}
+    for section, key in (("model", "dtype"), ("vae", "weight_dtype"), ("text_encoder", "dtype")):
+        settings[section][key] = str(resolve_dtype(settings[section][key], device)).removeprefix("torch.")
+    return settings
+
+
+def fingerprint(
+    settings: Mapping[str, Any], prompt: Prompt, digests: Mapping[str, str], without: Iterable[str] = ()
+) -> str:
+    """SHA-256 of all that decides what a video shows: prompt, seed, settings and weights.
+
+    Where the weights lie, where the prompt stands and which prompts are sampled beside it decide nothing.
+
+    without: settings that decide nothing either; see `meaningless`.
+    """
+    deciding = {section: dict(values) for section, values in settings.items()}
+    for section, key in SOURCES.items():
+        deciding[section][key] = digests[section]
+    deciding["text_encoder"]["chi_prompt"] = text_sha256(instruction_text(deciding["text_encoder"]["chi_prompt"]))
+    for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", *without}:
+        section, _, key = setting.partition(".")
+        del deciding[section][key]
+    identity = [prompt.text, prompt.repetition, deciding]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def is_finished(video: Path, fingerprint: str) -> bool:
+    """Whether the video is there, whole, and the one of this fingerprint."""
+    try:
+        record = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
+        return bool(record["fingerprint"] == fingerprint and record["bytes"] == video.stat().st_size)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def finished_videos(folder: Path) -> dict[str, str]:
+    """File names of the complete videos in a folder, and the fingerprint of each.
+
+    A sidecar that does not fit the video beside it is said; other JSON files are none of inference's.
+    """
+    finished = {}
+    for video in sorted(path for path in folder.glob("*.mp4") if not path.name.startswith(".")):
+        sidecar = video.with_suffix(".json")
+        try:
+            record = json.loads(sidecar.read_text(encoding="utf-8"))
+            size = video.stat().st_size
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            log.info("%s: cannot be read (%s); %s counts as unfinished", sidecar, reason_of(error), video.name)
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("fingerprint"), str):
+            continue
+        if size == record.get("bytes"):
+            finished[video.name] = record["fingerprint"]
+        else:
+            log.info(
+                "%s: has %d bytes, and %s in its sidecar; it counts as unfinished", video, size, record.get("bytes")
+            )
+    return finished
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "diffusers", "transformers", "av")
+    return {"longsana": longsana.__version__, "python": platform.python_version()} | {n: version(n) for n in names}
+
+
+def commit() -> str:
+    """Of the checkout that this package lies in, "-dirty" if it was changed since; "unknown" outside of one."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git here
+        return "unknown"
+    return found.stdout.strip() or "unknown"

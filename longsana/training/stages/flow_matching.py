@@ -1,0 +1,77 @@
+"""Flow matching (facts 8.3, 8.4): the base model, and the block-causal one, learn the velocity of noisy latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+from longsana.data.clips import ClipSource
+from longsana.flow.losses import flow_loss
+from longsana.flow.schedule import FlowSchedule
+from longsana.flow.timesteps import independent, monotone
+from longsana.models.embeddings import TextEmbedding
+from longsana.training.config import TrainingConfig
+from longsana.training.learner import Player
+from longsana.training.stages.stage import Embed, Loss, Shuffled, Stage, Turn
+
+
+class FlowMatching(Stage):
+    """One player, on clips of latents with captions, some of which are dropped for the null caption.
+
+    Bidirectional: a clip is one chunk with one timestep. Causal: a timestep a chunk, and no chunk sees a later one.
+    null: (1, L, C), what a dropped caption becomes; with `dropped_caption: masked_null` under the caption's own mask.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        generator: Player,
+        *,
+        embed: Embed,
+        null: TextEmbedding,
+        clips: ClipSource,
+        frames: int,
+    ) -> None:
+        self.settings = config.flow_matching
+        self.players = (generator,)
+        self.generator, self.embed, self.null, self.clips = generator.model, embed, null, clips
+        self.schedule = FlowSchedule(self.settings.flow_shift)
+        self.plan = ChunkPlan.split(frames, config.sampling.chunk_frames if self.settings.causal else frames)
+        self.order = Shuffled(len(clips), config.train.seed, generator.name)
+
+    def loss(self, turn: Turn) -> Loss:
+        latents, prompts = self.clips.batch([self.order[number] for number in turn.samples])
+        x0 = latents.to(turn.device, torch.float32)
+        text = self._drop(self.embed(prompts), turn)
+        t = self._timesteps(len(prompts), turn.rng("t"))
+        t = t.repeat_interleave(torch.tensor(self.plan.lengths, dtype=torch.int64, device="cpu"), dim=1).to(turn.device)
+        noise = turn.normal("noise", x0.shape)
+        velocity, _ = self.generator(self.schedule.add_noise(x0, noise, t), t, text, plan=self.plan)
+        loss = flow_loss(velocity, x0, noise)
+        return Loss(loss, {"generator_loss": loss.detach()})
+
+    def _timesteps(self, batch: int, rng: torch.Generator) -> Tensor:
+        """(B, chunks)."""
+        settings = self.settings
+        ordered = settings.chunk_sampling_strategy == "incremental" and len(self.plan) > 1
+        return (monotone if ordered else independent)(
+            batch,
+            len(self.plan),
+            mean=settings.logit_mean,
+            std=settings.logit_std,
+            shift=settings.flow_shift,
+            same_prob=settings.same_timestep_prob,
+            rng=rng,
+        )
+
+    def _drop(self, text: TextEmbedding, turn: Turn) -> TextEmbedding:
+        """Some captions replaced by the null caption."""
+        batch = len(turn.samples)
+        drawn = torch.rand(batch, generator=turn.rng("drop"), dtype=torch.float32, device="cpu")
+        dropped = (drawn < self.settings.class_dropout_prob).to(turn.device)
+        null_mask = text.mask if self.settings.dropped_caption == "masked_null" else self.null.mask
+        return TextEmbedding(
+            torch.where(dropped[:, None, None], self.null.tokens.to(text.tokens.dtype), text.tokens),
+            torch.where(dropped[:, None], null_mask, text.mask),
+        )

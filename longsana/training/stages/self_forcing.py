@@ -1,0 +1,214 @@
+"""Self-Forcing with distribution matching (facts 8.6): the student learns on what it generates itself.
+
+A rollout is made exactly as in inference, chunk after chunk with a carried state. The generator follows the difference
+of two scores of it, the frozen teacher's and that of a critic, which learns to denoise the student's videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+from longsana.encoders.vae import DecodeCache, VideoVAE
+from longsana.flow.losses import dmd_gradient, dmd_loss, flow_loss, guided
+from longsana.flow.schedule import TIMESTEPS, FlowSchedule
+from longsana.flow.timesteps import score_timesteps
+from longsana.models.embeddings import TextEmbedding
+from longsana.sampling.sampler import Network, absorb, denoise_chunk
+from longsana.state import CausalState
+from longsana.training.config import TrainingConfig
+from longsana.training.learner import Player
+from longsana.training.stages.stage import Embed, Loss, Shuffled, Stage, Turn
+
+
+class Window(NamedTuple):
+    """What a loss sees of a rollout.
+
+    latents: (B, C, T, H, W); those of new frames carry the graph of their chunk's exit step, if there is one.
+    learned: (T,) bool, the frames that the loss counts.
+    text: the caption of each sample.
+    exit_steps: of each chunk, an index into the schedule's steps.
+    """
+
+    latents: Tensor
+    learned: Tensor
+    text: TextEmbedding
+    exit_steps: list[int]
+
+
+class SelfForcing(Stage):
+    """Players: the generator, in every `dfake_gen_update_ratio`-th iteration, and the critic, in each.
+
+    teacher: the frozen bidirectional base model; negative: (1, L, C), what its guidance moves away from.
+    vae: decodes and encodes again the frame that leads a later window; latent_shape: (C, H, W) of a latent frame.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        generator: Player,
+        critic: Player,
+        teacher: Network,
+        *,
+        embed: Embed,
+        negative: TextEmbedding,
+        prompts: Sequence[str],
+        vae: VideoVAE,
+        latent_shape: tuple[int, int, int],
+    ) -> None:
+        self.config = config
+        self.players = (generator, critic)
+        self.generator, self.critic, self.teacher = generator.model, critic.model, teacher
+        self.embed, self.negative, self.prompts = embed, negative, prompts
+        self.vae, self.latent_shape = vae, latent_shape
+        self.schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
+        self.order = {player.name: Shuffled(len(prompts), config.train.seed, player.name) for player in self.players}
+
+    def loss(self, turn: Turn) -> Loss:
+        learns = turn.role == "generator"
+        with torch.set_grad_enabled(learns):
+            window = self.rollout(turn)
+        return self._generator_loss(window, turn) if learns else self._critic_loss(window, turn)
+
+    def rollout(self, turn: Turn) -> Window:
+        """A video of its own for each sample, and the last `slice_last_frames` of it as the window."""
+        settings = self.config.rollout
+        prompts = [self.prompts[self.order[turn.role][number]] for number in turn.samples]
+        text = self.embed(prompts)
+        plan = ChunkPlan.split(self._length(turn), self.config.sampling.chunk_frames)
+        exits = self._exit_steps(turn, len(plan))
+        surplus = plan.frames - settings.slice_last_frames
+        latents, _ = self.generate(turn, plan, text, None, exits, learned_from=surplus + 1 if surplus > 0 else 0)
+        if surplus <= 0:
+            return Window(latents, torch.ones(plan.frames, dtype=torch.bool, device=turn.device), text, exits)
+        lead, _ = self.lead(latents[:, :, : surplus + 1].detach(), None)
+        return self.late_window(lead, latents[:, :, surplus + 1 :], text, exits)
+
+    def generate(
+        self,
+        turn: Turn,
+        plan: ChunkPlan,
+        text: TextEmbedding,
+        state: CausalState | None,
+        exits: Sequence[int],
+        *,
+        learned_from: int = 0,
+        keep_state: bool = False,
+    ) -> tuple[Tensor, CausalState | None]:
+        """New latents (B, C, plan.frames, H, W) after `state`, and the state after them.
+
+        Each chunk's latents are the x0 of its exit step, which alone builds a graph; states never carry one.
+        learned_from: chunks that end before this frame build none.
+        keep_state: absorb the last chunk too; nothing reads its state otherwise.
+        """
+        channels, height, width = self.latent_shape
+        batch, chunks = len(turn.samples), []
+        for index, (start, length) in enumerate(zip(plan.starts, plan.lengths, strict=True)):
+            draw = partial(self._draw, turn, start, (batch, channels, length, height, width))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and start + length > learned_from):
+                x0 = denoise_chunk(self.generator, self.schedule, draw(0), text, state, exit_at=exits[index], rng=draw)
+            chunks.append(x0)
+            if keep_state or index < len(plan) - 1:
+                state = absorb(self.generator, self._to_absorb(x0.detach(), draw), text, state)
+        return torch.cat(chunks, dim=2), state
+
+    def lead(self, latents: Tensor, cache: DecodeCache | None) -> tuple[Tensor, DecodeCache | None]:
+        """What leads the window after these latents, (B, C, 1, H, W), and the decoder's cache after them.
+
+        cache: of the video before them. A clip's first latent is a single picture, so the last picture of these is
+        encoded again.
+        """
+        if self.config.rollout.overlap_latents:
+            return self.vae.lead_latent(latents[:, :, -self.config.rollout.overlap_latents :])[0], None
+        return self.vae.lead_latent(latents, cache)
+
+    def late_window(self, lead: Tensor, new: Tensor, text: TextEmbedding, exits: list[int]) -> Window:
+        """Frames from the middle of a video as a clip of its own, which is what the scores know.
+
+        Only the new frames are learned.
+        """
+        learned = torch.ones(1 + new.shape[2], dtype=torch.bool, device=new.device)
+        learned[0] = False
+        return Window(torch.cat([lead, new], dim=2), learned, text, exits)
+
+    def _generator_loss(self, window: Window, turn: Turn) -> Loss:
+        x = window.latents
+        with torch.no_grad():
+            t = self._timesteps(turn, window.exit_steps)
+            noisy = self.schedule.add_noise(x, turn.normal("score", x.shape), t)
+            fake = self._clean(self.critic, noisy, t, window.text)
+            real = guided(
+                self._clean(self.teacher, noisy, t, window.text),
+                self._clean(self.teacher, noisy, t, self._away(x.shape[0])),
+                self.config.distillation.guidance_scale,
+            )
+            gradient = dmd_gradient(x, fake, real)
+            metrics = {
+                "generator_distance_to_real": (x - real).abs().mean(),
+                "dmdtrain_gradient_norm": gradient.abs().mean(),
+            }
+        loss = dmd_loss(x, gradient, window.learned)
+        return Loss(loss, {"generator_loss": loss.detach(), **metrics})
+
+    def _critic_loss(self, window: Window, turn: Turn) -> Loss:
+        x = window.latents
+        t = self._timesteps(turn, window.exit_steps)
+        noise = turn.normal("score", x.shape)
+        velocity, _ = self.critic(self.schedule.add_noise(x, noise, t), t, window.text)
+        # The velocity itself: published code takes it from x0, which bfloat16 rounds and a small sigma magnifies.
+        loss = flow_loss(velocity, x, noise, window.learned)
+        return Loss(loss, {"critic_loss": loss.detach()})
+
+    def _clean(self, network: Network, noisy: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        velocity, _ = network(noisy, t, text)
+        return self.schedule.to_x0(noisy, velocity, t)
+
+    def _away(self, batch: int) -> TextEmbedding:
+        return TextEmbedding(*(part.expand(batch, *part.shape[1:]) for part in self.negative))
+
+    def _timesteps(self, turn: Turn, exits: Sequence[int]) -> Tensor:
+        settings, first, last = self.config.distillation, 0, TIMESTEPS
+        if settings.ts_schedule:
+            first = (*self.schedule.steps, 0)[exits[0] + 1]
+        if settings.ts_schedule_max:
+            last = self.schedule.steps[exits[0]]
+        return score_timesteps(
+            len(turn.samples),
+            shift=settings.timestep_shift,
+            low=settings.min_timestep,
+            high=settings.max_timestep,
+            first=first,
+            last=last,
+            rng=turn.rng("t"),
+        ).to(turn.device)
+
+    def _exit_steps(self, turn: Turn, chunks: int) -> list[int]:
+        """For each chunk the denoising step whose x0 is its output: the same for all slots, see `shared_rng`."""
+        settings, last = self.config.rollout, len(self.schedule.steps) - 1
+        if settings.last_step_only:
+            return [last] * chunks
+        rng = turn.shared_rng("exit")
+        draws = torch.randint(last + 1, (chunks,), generator=rng, dtype=torch.int64, device="cpu").tolist()
+        return [draws[0]] * chunks if settings.same_step_across_blocks else draws
+
+    def _length(self, turn: Turn) -> int:
+        """Latent frames of this rollout: num_training_frames, less a whole number of chunks, drawn evenly."""
+        settings, chunk = self.config.rollout, self.config.sampling.chunk_frames
+        choices = (settings.num_training_frames - settings.min_num_training_frames) // chunk + 1
+        fewer = int(torch.randint(choices, (), generator=turn.shared_rng("length"), dtype=torch.int64, device="cpu"))
+        return settings.num_training_frames - fewer * chunk
+
+    def _to_absorb(self, x0: Tensor, draw: partial[Tensor]) -> Tensor:
+        # Inference absorbs clean chunks; published training added noise of the table's least sigma (0.007) to them.
+        if not self.config.rollout.noisy_absorb:
+            return x0
+        return self.schedule.add_noise(x0, draw(len(self.schedule.steps)), x0.new_zeros(x0.shape[0]))
+
+    @staticmethod
+    def _draw(turn: Turn, start: int, shape: tuple[int, ...], step: int) -> Tensor:
+        return turn.normal(f"chunk {start}, step {step}", shape)

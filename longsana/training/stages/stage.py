@@ -1,0 +1,127 @@
+"""What the loop asks of a stage: its players, and the loss of one of them on one slot's samples.
+
+A slot is a process and an accumulation step. What a slot draws is a function of (seed, step, role, slot) and of nothing
+before it: a run that was stopped goes on as if it had not been, and two processes do what one does in two accumulation
+steps.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from longsana.flow.noise import keyed_generator, to_device
+from longsana.models.embeddings import TextEmbedding
+from longsana.runtime.distributed import World
+from longsana.training.learner import Player
+
+Embed: TypeAlias = Callable[[Sequence[str]], TextEmbedding]
+"""Prompts to a batch of their embeddings, on the device."""
+
+
+class Loss(NamedTuple):
+    """value: a scalar with a graph. metrics: detached scalars for the log, the same names on every process.
+
+    learns: False if value is 0 on purpose; an update in which no slot learns is not made.
+    """
+
+    value: Tensor
+    metrics: dict[str, Tensor]
+    learns: bool = True
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slots of a run: number i * processes + rank is accumulation step i of the process `rank`."""
+
+    rank: int
+    processes: int
+    accumulation: int
+
+    @classmethod
+    def of(cls, world: World, accumulation: int) -> Slots:
+        return cls(world.rank, world.size, accumulation)
+
+    @property
+    def count(self) -> int:
+        return self.processes * self.accumulation
+
+    @property
+    def mine(self) -> list[int]:
+        return list(range(self.rank, self.count, self.processes))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One slot's share of one update of one player.
+
+    samples: numbers of the samples it takes, counted for this role from the start of the run.
+    """
+
+    seed: int
+    step: int
+    role: str
+    slot: int
+    samples: range
+    device: torch.device
+    device_noise: bool = False
+
+    def rng(self, name: str) -> torch.Generator:
+        """Randomness of this slot for one purpose."""
+        return keyed_generator(self.seed, self.step, self.role, self.slot, name)
+
+    def shared_rng(self, name: str) -> torch.Generator:
+        """Randomness that all slots of this update share: what decides how often a network runs must be the same."""
+        return keyed_generator(self.seed, self.step, self.role, name)
+
+    def normal(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Gaussian noise on the device, float32; drawn on the CPU, so the same on every device, or with `device_noise`
+        there, which is faster."""
+        where = self.device if self.device_noise else torch.device("cpu")
+        rng = keyed_generator(self.seed, self.step, self.role, self.slot, name, device=where)
+        return to_device(torch.randn(*shape, generator=rng, dtype=torch.float32, device=where), self.device)
+
+
+class Shuffled:
+    """An endless order over `length` items: every epoch is another permutation, a function of (seed, name, epoch)."""
+
+    def __init__(self, length: int, seed: int, name: str) -> None:
+        assert length > 0
+        self.length, self._seed, self._name = length, seed, name
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def __getitem__(self, number: int) -> int:
+        """The item that is sample `number`, counted from the start of the run."""
+        epoch, position = divmod(number, self.length)
+        if epoch != self._epoch:
+            rng = keyed_generator(self._seed, "order", self._name, epoch)
+            order = torch.randperm(self.length, generator=rng, dtype=torch.int64, device="cpu")
+            self._epoch, self._order = epoch, order.tolist()
+        return self._order[position]
+
+
+class Stage(ABC):
+    """A way to train. `loss` returns numbers; the loop accumulates, steps, saves and logs."""
+
+    players: Sequence[Player]
+
+    @abstractmethod
+    def loss(self, turn: Turn) -> Loss:
+        """The loss of the player `turn.role` on this slot's samples, with a graph to that player's weights alone."""
+
+    def live(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """What lives across iterations beside the players: named groups of tensors, each of one process alone."""
+        return {}
+
+    def revive(self, names: Sequence[str], read: Callable[[str], Mapping[str, Tensor]], *, anew: bool = False) -> None:
+        """Go on from what `live` gave, on any number of processes. names: of all groups; read: a group's tensors.
+
+        anew: begin all that lives anew, and keep alone how far along the data it was.
+        """
+        assert not names, f"a stage without live tensors is given {names}"

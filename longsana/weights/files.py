@@ -1,0 +1,366 @@
+"""The one opener of weights: PyTorch pickles, safetensors whole or in shards, folders of training; nothing is read yet.
+
+What a file is, is seen from its first bytes, never from its suffix. Code in a file never runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import atomic_write_text, whole_file
+from longsana.runtime.foreign import AGAIN, reason_of, stand_in
+from longsana.runtime.hub import INDEX_SUFFIX, shards_of
+from longsana.weights.run_folder import (
+    SEPARATOR,
+    check_content,
+    checkpoints_in,
+    is_checkpoint,
+    open_tensors,
+    read_manifest,
+)
+
+log = logging.getLogger(__name__)
+
+NETWORKS = ("generator", "generator_ema", "critic")
+PIPELINE_PART = "transformer"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+TRANSFORMERS_WEIGHTS = "model.safetensors"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module")
+"""What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into the names of a network."""
+
+
+class Entry(NamedTuple):
+    """A tensor in a file. `dtype` is as the file writes it; `read` may return a view of a mapped file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    floating: bool
+    read: Callable[[], Tensor]
+
+
+def open_weights(path: Path | Sequence[Path]) -> dict[str, Entry]:
+    """The tensors of a file, by the names that the network gave them, without those of what wrapped it.
+
+    path: a file, an index of shards, or the shards themselves.
+
+    Raises:
+        InputError: missing, damaged, or holding objects other than tensors. `read` raises it too.
+    """
+    return _opened(path, None)
+
+
+def open_checkpoint(path: Path | Sequence[Path], key: str, *, digests: bool = True) -> dict[str, Entry]:
+    """The tensors of one of our networks: see `open_weights`; and without `model.` in front of all.
+
+    path: also a checkpoint folder of training.
+    key: the network to take from a training checkpoint; elsewhere there is one network to take.
+    digests: compare a checkpoint folder's files with the SHA-256 that training wrote down; those of files that have
+        not changed since are remembered.
+
+    Raises:
+        InputError: as there, or ambiguous, or without this network.
+    """
+    if isinstance(path, Path) and path.is_dir():
+        return _open_folder(path, key, digests)
+    entries = _opened(path, key)
+    while entries and all(name.startswith("model.") for name in entries):
+        entries = {name.removeprefix("model."): entry for name, entry in entries.items()}
+    return entries
+
+
+def weights_file(path: Path, remedy: str = "name the file") -> Path:
+    """The file or the index of shards that a folder means; a file, and a checkpoint folder of training, is itself.
+
+    Of several the usual name (`diffusion_pytorch_model`, `model`) counts, not a variant's beside it.
+
+    remedy: what to do where none can be chosen, for the message.
+
+    Raises:
+        InputError: the folder holds none, or several and none with a usual name, or is a run with its checkpoints.
+    """
+    if not path.is_dir() or is_checkpoint(path):
+        return path
+    if checkpoints := checkpoints_in(path):
+        newest = next((folder for folder in checkpoints if not _damage(folder)), checkpoints[0])
+        raise InputError(f"{path}: a run, with {len(checkpoints)} checkpoints: name one, such as {newest}, the newest")
+    if (path / PIPELINE_PART).is_dir():
+        return weights_file(path / PIPELINE_PART, remedy)
+    for name in (DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS):
+        single, index = path / name, path / name.replace(".safetensors", INDEX_SUFFIX)
+        if single.is_file() or index.is_file():
+            return index if index.is_file() else single
+    files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    found = [file for file in files if file.name.endswith(INDEX_SUFFIX)]
+    found = found or [file for file in files if file.suffix in SUFFIXES]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(file.name for file in found[:5])
+    if found and all(re.search(r"-\d+-of-\d+\.\w+$", file.name) for file in found):
+        raise InputError(f"{path}: shards ({names}) without their index, *{INDEX_SUFFIX}; download it too")
+    raise InputError(f"{path}: {f'several weights files ({names})' if found else 'no weights'} here; {remedy}")
+
+
+def check_digests(path: Path) -> None:
+    """Compare a checkpoint folder of training with the SHA-256 that it was written with; other weights have none.
+
+    Raises:
+        InputError: a file has changed.
+    """
+    if is_checkpoint(path):
+        log.info("%s: comparing its files with their digests; those that are new or changed are read", path)
+        check_content(path, remembered=True)
+
+
+def headers_tell(path: Path) -> bool:
+    """Whether names and shapes are known without reading all of a file: not in PyTorch's format before 1.6."""
+    if not path.is_file():
+        return True
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(9)
+    except OSError:
+        return True  # for the opener to explain
+    return head[:1] != b"\x80" or head[8:9] == b"{"
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Log what is to be known of a file, however often it is opened."""
+    log.info("%s", message)
+
+
+def _opened(path: Path | Sequence[Path], key: str | None) -> dict[str, Entry]:
+    """key: see `open_checkpoint`; None: the file is not looked through for networks of training."""
+    index = path if isinstance(path, Path) and path.name.endswith(INDEX_SUFFIX) else None
+    if index is not None:
+        files = [index.parent / shard for shard in shards_of(index)]
+    else:
+        files = [path] if isinstance(path, Path) else list(path)
+    entries: dict[str, Entry] = {}
+    for file in files:
+        if not file.is_file():
+            listed = "" if index is None else f", but {index.name} lists it; {AGAIN}"
+            raise InputError(f"{file}: no such file{listed}")
+        fresh = _open_file(file, key, shard=index is not None)
+        if twice := sorted(entries.keys() & fresh.keys()):
+            raise InputError(f"{file}: {twice[0]} is in another shard too; {AGAIN}")
+        entries.update(fresh)
+    return _unwrapped(entries, index or files[0])
+
+
+def _unwrapped(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
+    """By names without WRAPPERS, wherever in them they stand: blocks are wrapped one by one, too."""
+    found: dict[str, Entry] = {}
+    taken: dict[str, None] = {}
+    for name, entry in entries.items():
+        pieces = name.split(".")
+        short = ".".join(piece for piece in pieces if piece not in WRAPPERS)
+        if short in found:
+            raise InputError(f"{path}: several tensors are {short} without what wrapped the network ({name}); {AGAIN}")
+        found[short] = entry
+        taken |= dict.fromkeys(piece for piece in pieces if piece in WRAPPERS)
+    if taken:
+        say_once(f"{path}: {', '.join(f'{piece}.' for piece in taken)} is taken off its names")
+    return found
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint folder at first sight; nothing with other folders."""
+    try:
+        if is_checkpoint(folder):
+            read_manifest(folder)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _open_folder(path: Path, key: str, digests: bool) -> dict[str, Entry]:
+    if digests:
+        check_content(path, remembered=True)
+    groups: dict[str, dict[str, Entry]] = {}
+    for full_name, (shape, dtype, read) in open_tensors(path).items():
+        group, _, name = full_name.partition(SEPARATOR)
+        entry = Entry(shape, str(dtype).removeprefix("torch."), dtype.is_floating_point, read)
+        groups.setdefault(group, {})[name] = entry
+    _check_key(path, key, [name for name in NETWORKS if name in groups])
+    return groups[key]
+
+
+def _check_key(path: Path, key: str, networks: list[str]) -> None:
+    if key in networks:
+        return
+    remedy = f"set checkpoint_key to {' or '.join(networks)}" if networks else "there is none at all"
+    raise InputError(f"{path}: no network '{key}' in this training checkpoint; {remedy}")
+
+
+def _open_file(path: Path, key: str | None, *, shard: bool) -> dict[str, Entry]:
+    """shard: an index of safetensors lists it, so it must be one."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(24)
+            size = os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason_of(error)})") from error
+    if (instead := stand_in(head)) is not None:
+        raise InputError(f"{path}: {instead.what}, neither a PyTorch nor a safetensors file; {instead.remedy}")
+    # First: a header's length, in the eight bytes before it, may begin as a pickle does.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+        return _open_safetensors(path)
+    if shard:
+        raise InputError(f"{path}: cannot be read as safetensors, which its index says it is; {AGAIN}")
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return _open_pickle(path, key, mapped=head.startswith(b"PK"))
+    raise InputError(f"{path}: neither a PyTorch nor a safetensors file, or damaged; {AGAIN}")
+
+
+def _open_safetensors(path: Path) -> dict[str, Entry]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = safe_open(path, "pt")
+        headers = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged or cut short ({reason_of(error)}); {AGAIN}") from error
+
+    def read(name: str) -> Tensor:
+        try:
+            tensor: Tensor = handle.get_tensor(name)
+            return tensor
+        except Exception as error:  # a dtype that this torch lacks, a disk that fails
+            raise InputError(f"{path}: {name} cannot be read ({reason_of(error)})") from error
+
+    return {
+        name: Entry(
+            tuple(header.get_shape()),
+            header.get_dtype(),
+            header.get_dtype().startswith(("F", "BF")),
+            partial(read, name),
+        )
+        for name, header in headers.items()
+    }
+
+
+def _open_pickle(path: Path, key: str | None, *, mapped: bool) -> dict[str, Entry]:
+    try:
+        if mapped:
+            _check_archive(path)
+        with ExitStack() as stack:
+            name = path
+            if path.suffix == ".safetensors":  # PyTorch goes by this suffix, whatever the content is
+                name = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "misnamed.pth"
+                name.symlink_to(path.absolute())
+            # PyTorch's format before 1.6 cannot be mapped into memory.
+            loaded = torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
+    except InputError:
+        raise
+    except pickle.UnpicklingError as error:
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise InputError(
+                f"{path}: refused: it holds a Python object ({found[1]}), which could run code when opened; "
+                "get the weights as safetensors"
+            ) from error
+        raise InputError(
+            f"{path}: refused: damaged, or holding more than plain weights (such files can run code); {AGAIN}"
+        ) from error
+    except Exception as error:  # what a damaged pickle raises is anyone's guess: KeyError, EOFError, OSError...
+        # Nor may PyTorch's advice be passed on: without weights_only code in the file would run.
+        detail = "" if "weights_only" in str(error) else f": {reason_of(error)}"
+        raise InputError(f"{path}: damaged or cut short ({type(error).__name__}{detail}); {AGAIN}") from error
+    return {str(name): _entry(value) for name, value in _network(loaded, key, path).items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse zip archives that PyTorch has not written, or that hold a program."""
+    with zipfile.ZipFile(path) as archive:
+        names = {name.rpartition("/")[2] for name in archive.namelist()}
+    if "constants.pkl" in names:
+        raise InputError(f"{path}: refused: a TorchScript archive, which is a program; get the weights as safetensors")
+    if "data.pkl" not in names:
+        raise InputError(f"{path}: a zip archive, and none of PyTorch's; unpack it first, or download the weights")
+
+
+def _network(loaded: object, key: str | None, path: Path) -> Mapping[Any, object]:
+    if isinstance(loaded, Mapping) and key is not None:
+        networks = [name for name in NETWORKS if isinstance(loaded.get(name), Mapping)]
+        if networks:
+            _check_key(path, key, networks)
+            loaded = loaded[key]
+        elif key != NETWORKS[0]:
+            say_once(f"{path} holds one network, which is taken for '{key}'")
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
+        raise InputError(f"{path}: no network in this file: expected names and tensors, found a {_kind(loaded)}")
+    return loaded
+
+
+def _kind(loaded: object) -> str:
+    kind = type(loaded).__name__
+    return f"{kind} of {', '.join(map(str, list(loaded)[:5])) or 'nothing'}" if isinstance(loaded, Mapping) else kind
+
+
+def _entry(value: object) -> Entry:
+    if isinstance(value, Tensor):
+        tensor = value.detach()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return Entry(tuple(tensor.shape), dtype, tensor.is_floating_point(), lambda: tensor)
+    return Entry((), type(value).__name__, False, partial(torch.empty, 0))
+
+
+def write_pickle(content: dict[str, Any], path: Path) -> None:
+    """A PyTorch file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished, unfinished.open("wb") as stream:
+        # Not by its name: PyTorch would tell a full disk as an "unexpected pos".
+        torch.save(content, stream)
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path, shard_bytes: int) -> None:
+    """One file, or shards of up to `shard_bytes` and their index; no reader sees part of it."""
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Tensor]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        if not shards or tensor.nbytes > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stem = path.name.removesuffix(".safetensors")
+    index = path.with_name(stem + INDEX_SUFFIX)
+    if len(shards) == 1:
+        with whole_file(path) as unfinished:
+            save_file(tensors, unfinished, metadata={"format": "pt"})
+        index.unlink(missing_ok=True)  # of an earlier save, which would be read instead
+        return
+    # Without an index a save that is cut short cannot be read as half old and half new.
+    index.unlink(missing_ok=True)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        with whole_file(path.with_name(name)) as unfinished:
+            save_file(shard, unfinished, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    atomic_write_text(index, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+    path.unlink(missing_ok=True)

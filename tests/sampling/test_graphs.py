@@ -1,0 +1,154 @@
+"""Which passes of inference are recorded, with a recording that is the network itself; `gpu`: real ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+from longsana.config import ModelConfig
+from longsana.flow.noise import PromptNoise
+from longsana.flow.schedule import FlowSchedule
+from longsana.models.dit import LongSanaDiT
+from longsana.models.embeddings import TextEmbedding, TextMemory
+from longsana.sampling import graphs as replay
+from longsana.sampling.graphs import ReplayedNetwork
+from longsana.sampling.sampler import generate
+from longsana.weights.build import build_model
+from tests.training.test_graphs import PASTS, graphs
+
+SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
+PLAN = ChunkPlan((3, 2, 2, 2, 2))
+__all__ = ["graphs"]  # a fixture
+
+
+class Counted:
+    """In place of a recording."""
+
+    made: list[Any]
+    replayed: int
+
+    def __init__(self, model: LongSanaDiT, x: Tensor, t: Tensor, text: TextMemory, state: Any) -> None:
+        self._model, self._text = model, text
+        Counted.made.append(text)
+
+    def replay(self, x: Tensor, t: Tensor, state: Any) -> tuple[Tensor, Any]:
+        Counted.replayed += 1
+        return self._model(x, t, self._text, state=state)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
+    Counted.made, Counted.replayed = [], 0
+    monkeypatch.setattr(replay, "Recording", Counted)
+    return Counted
+
+
+def caption(model: LongSanaDiT, seed: int) -> TextMemory:
+    device = model.patch_embed.weight.device
+    tokens = torch.randn(1, 48, 64, generator=torch.Generator().manual_seed(seed)).to(device, model.dtype)
+    return model.read(TextEmbedding(tokens, torch.ones(1, 48, dtype=torch.bool, device=device)))
+
+
+def video(network: Any, texts: list[TextMemory], device: str = "cpu", plan: ChunkPlan = PLAN) -> Tensor:
+    noise = PromptNoise(0, [("a red circle", 0)])
+    chunks = generate(network, FlowSchedule(7.0), texts, plan, shape=(16, 4, 6), rng=noise, device=device)
+    return torch.cat([chunk.latents for chunk in chunks], dim=2)
+
+
+@torch.no_grad()
+def test_a_video_is_recorded_from_its_third_chunk_on(counted: type[Counted]) -> None:
+    model = build_model(SHAPES, device="cpu", dtype=torch.float32)
+    network, text = ReplayedNetwork(model), caption(model, 0)
+    assert torch.equal(video(network, [text] * 5), video(model, [text] * 5))
+    assert (len(counted.made), counted.replayed) == (1, 15)
+    # The next video begins without a state, and is recorded anew.
+    assert torch.equal(video(network, [text] * 5), video(model, [text] * 5))
+    assert (len(counted.made), counted.replayed) == (2, 30)
+
+
+@torch.no_grad()
+def test_a_longer_chunk_or_a_batch_is_a_recording_of_its_own(counted: type[Counted]) -> None:
+    model = build_model(SHAPES, device="cpu", dtype=torch.float32)
+    network, text = ReplayedNetwork(model), caption(model, 0)
+    plan = ChunkPlan((2, 2, 2, 3, 3))
+    assert torch.equal(video(network, [text] * 5, plan=plan), video(model, [text] * 5, plan=plan))
+    assert (len(counted.made), counted.replayed) == (2, 10)
+    x, t = torch.randn(2, 16, 2, 4, 6), torch.zeros(2)
+    tokens = torch.randn(2, 48, 64)
+    masked = model.read(TextEmbedding(tokens, torch.arange(48)[None] < torch.tensor([[7], [48]])))
+    _, state = model(x, t, masked)
+    for _ in range(replay.PLAIN_PASSES + 2):
+        assert torch.equal(network(x, t, masked, state=state)[0], model(x, t, masked, state=state)[0])
+    assert (len(counted.made), counted.replayed) == (3, 12)
+
+
+@torch.no_grad()
+def test_another_caption_is_another_recording(counted: type[Counted]) -> None:
+    model = build_model(SHAPES, device="cpu", dtype=torch.float32)
+    network, first, second = ReplayedNetwork(model), caption(model, 0), caption(model, 1)
+    texts = [first, first, first, second, second]
+    assert torch.equal(video(network, texts), video(model, texts))
+    assert counted.replayed == 10
+    assert counted.made[0] is first and counted.made[1] is second
+
+
+def past_of(settings: dict[str, Any], device: str, dtype: torch.dtype) -> LongSanaDiT:
+    """The network with this past; learned factors are those of half a chunk and others."""
+    model = build_model(dataclasses.replace(SHAPES, depth=2, **settings), device=device, dtype=dtype)
+    if model.decay_logit is not None:
+        model.decay_logit.copy_(torch.linspace(-2, 2, model.decay_logit.numel()).view_as(model.decay_logit))
+    return model
+
+
+@pytest.mark.parametrize("settings", PASTS)
+@torch.no_grad()
+def test_recorded_passes_of_every_past(graphs: None, settings: dict[str, Any]) -> None:
+    """To the bit; chunks that join the sinks are not taken for later ones."""
+    model = past_of(settings, "cpu", torch.float32)
+    network, text = ReplayedNetwork(model), caption(model, 0)
+    assert torch.equal(video(network, [text] * 5), video(model, [text] * 5))
+    assert network._recording is not None
+    x, t = torch.randn(1, 16, 2, 4, 6), torch.zeros(1)
+    states: list[Any] = [None, None]
+    for _ in range(replay.PLAIN_PASSES + 4):
+        states = [part(x, t, text, state=state)[1] for part, state in zip((model, network), states, strict=True)]
+        assert states[0][3:] == states[1][3:]
+        assert all(torch.equal(a, b) for a, b in zip(states[0][:3], states[1][:3], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", PASTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_replayed_passes_of_every_past(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    model = past_of(settings, "cuda", dtype)
+    network, text = ReplayedNetwork(model), caption(model, 0)
+    assert torch.equal(video(network, [text] * 5, "cuda"), video(model, [text] * 5, "cuda"))
+    assert network._recording is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_replayed_passes_are_the_passes_themselves(dtype: torch.dtype) -> None:
+    """To the bit, video after video; and a state that was kept stays what it was."""
+    model = build_model(SHAPES, device="cuda", dtype=dtype)
+    network = ReplayedNetwork(model)
+    for seed in (0, 1):
+        text = caption(model, seed)
+        assert torch.equal(video(network, [text] * 5, "cuda"), video(model, [text] * 5, "cuda"))
+        assert network._recording is not None
+    x, t, text = torch.randn(1, 16, 2, 4, 6, device="cuda"), torch.zeros(1, device="cuda"), caption(model, 2)
+    _, state = model(x, t, text)
+    for _ in range(replay.PLAIN_PASSES):
+        network(x, t, text, state=state)
+    velocity, after = network(x, t, text, state=state)
+    kept = [part.clone() for part in (velocity, *after[:3])]
+    network(2 * x, t, text, state=after)
+    assert all(torch.equal(a, b) for a, b in zip((velocity, *after[:3]), kept, strict=True))
+    assert after.frames == 4

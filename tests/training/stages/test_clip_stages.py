@@ -1,0 +1,150 @@
+"""The stages that learn from clips on disk: what the network is fed, and what it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longsana.data.clips import open_clips
+from longsana.data.trajectories import open_trajectories
+from longsana.models.embeddings import TextEmbedding
+from longsana.training.learner import Player
+from longsana.training.stages.flow_matching import FlowMatching
+from longsana.training.stages.ode import OdeInitialisation
+from longsana.training.stages.stage import Turn
+from tests.training.conftest import CHANNELS, HEIGHT, WIDTH
+
+CLIP = (CHANNELS, 5, HEIGHT, WIDTH)
+
+
+class Recorder(torch.nn.Module):
+    """A network that notes what it is fed."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.calls = model, []
+
+    def forward(self, x: Tensor, t: Tensor, text: TextEmbedding, *, plan: Any = None) -> Any:
+        velocity, state = self.model(x, t, text, plan=plan)
+        self.calls.append(SimpleNamespace(x=x, t=t, text=text, plan=plan, velocity=velocity))
+        return velocity, state
+
+
+def turn(step: int, batch: int) -> Turn:
+    return Turn(0, step, "generator", 0, range(step * batch, (step + 1) * batch), torch.device("cpu"))
+
+
+@pytest.fixture
+def build(training_config, random_model, network, embed, trajectories) -> Callable[..., Any]:
+    """`build("ode")`: the stage, whose network is a Recorder."""
+
+    def make(trainer: str, *overrides: str) -> Any:
+        config = training_config(trainer, *overrides)
+        player = Player("generator", random_model(network, torch.float32), config.optimizer.generator)
+        if trainer == "ode":
+            opened = open_trajectories(str(trajectories), shape=CLIP)
+            stage: Any = OdeInitialisation(config, player, embed=embed, trajectories=opened, frames=5)
+        else:
+            null = TextEmbedding(torch.full((1, 48, 64), 7.0), torch.arange(48)[None] < 2)
+            clips = open_clips("generated:blobs", shape=CLIP)
+            stage = FlowMatching(config, player, embed=embed, null=null, clips=clips, frames=5)
+        stage.generator = Recorder(stage.generator)
+        return stage
+
+    return make
+
+
+def test_the_base_model_learns_the_velocity_of_a_clip_at_one_level(build):
+    stage = build("flow_matching", "flow_matching.class_dropout_prob=0.0")
+    now = turn(3, 4)
+    loss = stage.loss(now)
+    (call,) = stage.generator.calls
+    x0 = torch.stack([stage.clips[stage.order[i]].latents for i in now.samples])
+    noise = now.normal("noise", x0.shape)
+    sigma = stage.schedule.sigma(call.t).float()[:, None, :, None, None]
+    torch.testing.assert_close(call.x, (1 - sigma) * x0 + sigma * noise)
+    assert call.plan.lengths == (5,)
+    assert (call.t == call.t[:, :1]).all()
+    assert len(set(call.t[:, 0].tolist())) > 1
+    expected = (call.velocity - (noise - x0)).square().mean()
+    assert float(loss.value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+CAUSAL = ("flow_matching.causal=true", "flow_matching.chunk_sampling_strategy=")
+
+
+@pytest.mark.parametrize("strategy", ["incremental", "uniform"])
+def test_chunks_of_the_causal_model_have_timesteps_of_their_own(build, strategy):
+    stage = build("flow_matching", CAUSAL[0], CAUSAL[1] + strategy)
+    for step in range(8):
+        stage.loss(turn(step, 4))
+    first, second = [], []
+    for call in stage.generator.calls:
+        assert call.plan.lengths == (3, 2)
+        assert (call.t[:, :3] == call.t[:, :1]).all() and (call.t[:, 3:] == call.t[:, 3:4]).all()
+        first.append(call.t[:, 0])
+        second.append(call.t[:, 3])
+    rises = torch.cat(second) - torch.cat(first)
+    assert (rises > 0).any()
+    assert bool((rises < 0).any()) == (strategy == "uniform"), "incremental: later chunks are never less noisy"
+
+
+def test_one_timestep_for_all_chunks(build):
+    stage = build("flow_matching", CAUSAL[0], CAUSAL[1] + "uniform", "flow_matching.same_timestep_prob=1.0")
+    for step in range(4):
+        stage.loss(turn(step, 4))
+    assert all((call.t == call.t[:, :1]).all() for call in stage.generator.calls)
+
+
+@pytest.mark.parametrize("becomes", ["masked_null", "null_caption"])
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_dropped_captions_become_the_null(build, share, becomes):
+    """As published the caption keeps its own mask; otherwise it takes the null's."""
+    stage = build(
+        "flow_matching", f"flow_matching.class_dropout_prob={share}", f"flow_matching.dropped_caption={becomes}"
+    )
+    dropped = 0
+    for step in range(40):
+        now = turn(step, 4)
+        stage.generator = lambda x, t, text, plan: seen.append(text) or (torch.zeros_like(x).requires_grad_(), None)  # noqa: B023
+        seen: list[TextEmbedding] = []
+        stage.loss(now)
+        own = stage.embed([stage.clips[stage.order[i]].prompt for i in now.samples])
+        for row in range(4):
+            is_null = torch.equal(seen[0].tokens[row], stage.null.tokens[0])
+            takes = is_null and becomes == "null_caption"
+            assert torch.equal(seen[0].mask[row], stage.null.mask[0] if takes else own.mask[row])
+            assert is_null or torch.equal(seen[0].tokens[row], own.tokens[row])
+            dropped += is_null
+    assert dropped == pytest.approx(160 * share, abs=4 * (160 * share * (1 - share)) ** 0.5)
+
+
+def test_each_chunk_of_a_trajectory_has_a_state_of_its_own_and_the_end_as_its_target(build):
+    stage = build("ode")
+    levels = torch.tensor([1000.0, 960.0, 889.0, 727.0, 0.0])
+    seen = set()
+    for step in range(12):
+        now = turn(step, 2)
+        loss = stage.loss(now)
+        call = stage.generator.calls[-1]
+        items = [stage.trajectories[stage.order[i]] for i in now.samples]
+        errors = []
+        for row, item in enumerate(items):
+            for start, stop in ((0, 3), (3, 5)):
+                (index,) = {int((levels == t).nonzero()) for t in call.t[row, start:stop].tolist()}
+                seen.add(index)
+                x = item.states[index, :, start:stop]
+                assert torch.equal(call.x[row, :, start:stop], x)
+                sigma = float(stage.schedule.sigma(levels[index]))
+                x0 = x - sigma * call.velocity[row, :, start:stop]
+                if index < 4:  # what is clean already teaches nothing
+                    errors.append((x0 - item.states[-1, :, start:stop]).square().flatten())
+        expected = float(torch.cat(errors).mean().detach()) if errors else 0.0
+        assert float(loss.value.detach()) == pytest.approx(expected, rel=1e-4)
+        assert torch.equal(call.text.tokens, stage.embed([item.prompt for item in items]).tokens)
+    assert seen == {0, 1, 2, 3, 4}
