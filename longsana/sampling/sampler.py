@@ -1,4 +1,4 @@
-"""From noise to latents. Inference, validation and training rollouts all run `denoise_chunk` and `absorb`."""
+"""From noise to latents. Inference, validation and training rollouts all run `generate`."""
 
 from __future__ import annotations
 
@@ -112,8 +112,14 @@ def generate(
     state: CausalState | None = None,
     clock: Clock | None = None,
     on_step: StepEnd = go_on,
+    exits: Sequence[int] | None = None,
+    learned_from: int | None = None,
+    absorb_last: bool = True,
+    noisy_absorb: bool = False,
 ) -> Iterator[Chunk]:
     """Chunk after chunk of a video; nothing here grows with its length.
+
+    Inference, streams and the rollouts of training are this one loop. The last four arguments are training's.
 
     Args:
         texts: the caption of each chunk.
@@ -121,6 +127,11 @@ def generate(
         state: continues the video this state has absorbed.
         clock: is told the time of the parts "denoise" and "absorb".
         on_step: see `denoise_chunk`.
+        exits: index of the step at which each chunk ends; None is the last of all. See `denoise_chunk`.
+        learned_from: chunks that end after this frame of the plan have a graph, of their exit step; None: none has.
+            States never have one.
+        absorb_last: False: the state of the last chunk is the one before it, for a video that nobody goes on with.
+        noisy_absorb: absorb chunks with noise of the table's least sigma, 0.007, as published training did.
     """
     clock = clock or Clock(device)
 
@@ -131,14 +142,28 @@ def generate(
     for index, text in zip(range(len(plan)), texts, strict=True):
         start = state.frames if state is not None else 0
         own = partial(draw, chunk=index, start=start)
-        with clock.part("denoise"):
+        learned = learned_from is not None and plan.starts[index] + plan.lengths[index] > learned_from
+        with clock.part("denoise"), torch.set_grad_enabled(learned):
             x0 = denoise_chunk(
-                model, schedule, own(0) if noise is None else noise, text, state, rng=own, on_step=on_step
+                model,
+                schedule,
+                own(0) if noise is None else noise,
+                text,
+                state,
+                rng=own,
+                exit_at=None if exits is None else exits[index],
+                on_step=on_step,
             )
-        with clock.part("absorb"):
-            state = absorb(model, x0, text, state)
+        last = index + 1 == len(plan)
+        if absorb_last or not last:
+            with clock.part("absorb"):
+                clean = x0.detach()
+                if noisy_absorb:
+                    clean = schedule.add_noise(clean, own(len(schedule.steps)), timestep(0, clean))
+                state = absorb(model, clean, text, state)
         noise = None
-        if index + 1 < len(plan):
+        if not last:
+            assert state is not None
             # Now: whoever takes this chunk waits for the GPU, which noise that is drawn after that would leave idle.
             with clock.part("denoise"):
                 noise = draw(0, chunk=index + 1, start=state.frames)

@@ -7,7 +7,8 @@ of two scores of it, the frozen teacher's and that of a critic, which learns to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from longsana.flow.losses import dmd_gradient, dmd_loss, flow_loss, guided
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule
 from longsana.flow.timesteps import score_timesteps
 from longsana.models.embeddings import TextEmbedding
-from longsana.sampling.sampler import Network, absorb, denoise_chunk
+from longsana.sampling.sampler import Network, generate
 from longsana.state import CausalState
 from longsana.training.config import TrainingConfig
 from longsana.training.learner import Player
@@ -39,6 +40,19 @@ class Window(NamedTuple):
     learned: Tensor
     text: TextEmbedding
     exit_steps: list[int]
+
+
+@dataclass(frozen=True)
+class _TurnNoise:
+    """A rollout's noise, as a function of the micro-batch and of the frames since the rollout's `first`."""
+
+    turn: Turn
+    first: int
+
+    def draw(self, start: int, step: int, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        """See `longsana.flow.noise.Noise`."""
+        name = f"chunk {start - self.first}, step {step}"
+        return self.turn.normal(name, (len(self.turn.samples), *shape)).to(device)
 
 
 class SelfForcing(Stage):
@@ -106,16 +120,23 @@ class SelfForcing(Stage):
         learned_from: chunks that end before this frame build none.
         keep_state: absorb the last chunk too; nothing reads its state otherwise.
         """
-        channels, height, width = self.latent_shape
-        batch, chunks = len(turn.samples), []
-        for index, (start, length) in enumerate(zip(plan.starts, plan.lengths, strict=True)):
-            draw = partial(self._draw, turn, start, (batch, channels, length, height, width))
-            with torch.set_grad_enabled(torch.is_grad_enabled() and start + length > learned_from):
-                x0 = denoise_chunk(self.generator, self.schedule, draw(0), text, state, exit_at=exits[index], rng=draw)
-            chunks.append(x0)
-            if keep_state or index < len(plan) - 1:
-                state = absorb(self.generator, self._to_absorb(x0.detach(), draw), text, state)
-        return torch.cat(chunks, dim=2), state
+        chunks = list(
+            generate(
+                self.generator,
+                self.schedule,
+                repeat(text, len(plan)),
+                plan,
+                shape=self.latent_shape,
+                rng=_TurnNoise(turn, 0 if state is None else state.frames),
+                device=turn.device,
+                state=state,
+                exits=exits,
+                learned_from=learned_from if torch.is_grad_enabled() else None,
+                absorb_last=keep_state,
+                noisy_absorb=self.config.rollout.noisy_absorb,
+            )
+        )
+        return torch.cat([chunk.latents for chunk in chunks], dim=2), chunks[-1].state
 
     def lead(self, latents: Tensor, cache: DecodeCache | None) -> tuple[Tensor, DecodeCache | None]:
         """What leads the window after these latents, (B, C, 1, H, W), and the decoder's cache after them.
@@ -202,13 +223,3 @@ class SelfForcing(Stage):
         choices = (settings.num_training_frames - settings.min_num_training_frames) // chunk + 1
         fewer = int(torch.randint(choices, (), generator=turn.shared_rng("length"), dtype=torch.int64, device="cpu"))
         return settings.num_training_frames - fewer * chunk
-
-    def _to_absorb(self, x0: Tensor, draw: partial[Tensor]) -> Tensor:
-        # Inference absorbs clean chunks; published training added noise of the table's least sigma (0.007) to them.
-        if not self.config.rollout.noisy_absorb:
-            return x0
-        return self.schedule.add_noise(x0, draw(len(self.schedule.steps)), x0.new_zeros(x0.shape[0]))
-
-    @staticmethod
-    def _draw(turn: Turn, start: int, shape: tuple[int, ...], step: int) -> Tensor:
-        return turn.normal(f"chunk {start}, step {step}", shape)

@@ -209,12 +209,23 @@ def test_longer_rollouts_learn_on_their_last_frames(build, vae):
     assert gradient[:, :, 1:].flatten(3).any(-1).all()
 
 
-def test_published_training_absorbed_a_little_noise(build):
-    clean, noisy = build(), build("rollout.noisy_absorb=true")
-    x0 = torch.randn(1, *SHAPE[:1], 3, *SHAPE[1:])
-    draw = lambda step: torch.ones_like(x0)  # noqa: E731
-    assert torch.equal(clean._to_absorb(x0, draw), x0)
-    torch.testing.assert_close(noisy._to_absorb(x0, draw), x0 + 0.006958 * (1 - x0), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("noisy", [False, True])
+def test_published_training_absorbed_a_little_noise(build, noisy):
+    stage, now = build(f"rollout.noisy_absorb={noisy}"), turn("critic", 0)
+    network, absorbed = stage.generator, []
+
+    def watched(x, t, text, *, state=None):
+        if not t.any():
+            absorbed.append(x)
+        return network(x, t, text, state=state)
+
+    stage.generator = watched
+    plan = ChunkPlan((3, 2))
+    with torch.no_grad():
+        made, _ = stage.generate(now, plan, stage.embed(["a"] * len(now.samples)), None, [3, 3])
+    (chunk,), first = absorbed, made[:, :, :3]
+    noise = now.normal("chunk 0, step 4", first.shape)
+    torch.testing.assert_close(chunk, first + 0.006958 * (noise - first) if noisy else first, rtol=0, atol=1e-5)
 
 
 def test_draws_depend_on_who_draws_and_on_nothing_else(build):
