@@ -24,6 +24,7 @@ from torch import Tensor
 
 from longsana import convert
 from longsana.data.shards import ShardWriter
+from longsana.runtime import files
 from longsana.runtime.distributed import World
 from longsana.runtime.files import LOCK
 from longsana.runtime.logging import METRICS, RunLog
@@ -34,8 +35,6 @@ from longsana.training.build import StageBuilder
 from longsana.training.checkpoint import Checkpointer, checkpoints_of
 from longsana.training.learner import Player
 from longsana.training.stages.ode import OdeInitialisation
-from longsana.weights import files as checkpoint_files
-from longsana.weights import writing
 from longsana.weights.run_folder import METADATA, check_content
 from tests.runtime.test_stop import as_usual
 from tests.scripts import load_script
@@ -353,9 +352,9 @@ def test_a_stop_of_an_export_leaves_nothing(
         (export.main, [checkpoint, "--out", target, "--layout", layout]),
         (convert.main, [checkpoint, target, "--to", layout]),
     ):
-        for owner in (checkpoint_files, writing) if layout == "diffusers" else (checkpoint_files,):
+        for count in (1, 3) if layout == "diffusers" else (1,):  # the weights, the folder or its card
             with monkeypatch.context() as patch:
-                send_during(patch, During(owner, "move_into_place"), signal.SIGTERM)
+                send_during(patch, During(files, "move_into_place", count=count), signal.SIGTERM)
                 assert main(arguments) == 143
             told = capsys.readouterr().err.splitlines()
             assert told[-1] == "stopped by SIGTERM; nothing was written; give the same command again"
