@@ -29,7 +29,7 @@ from longsana.config import leaf_keys, load_config, render_config
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.hub import locate
-from longsana.training.checks import check_data, check_sources, check_training, slots_of
+from longsana.training.checks import check_data, check_sources, check_training, micro_batches_of
 from longsana.training.config import TrainingConfig
 from longsana.training.estimate import estimate
 from longsana.training.published import TRAINING
@@ -71,7 +71,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     path = locate(options.config_path, "--config_path")
     config: TrainingConfig = load_config(path, settings, TrainingConfig)
     check_training(config)
-    slots_of(config, world)
+    micro_batches_of(config, world)
     if not options.dry_run:
         check_sources(config, visualize=not options.no_visualize)
         check_data(config)

@@ -191,7 +191,7 @@ class VideoVAE(ABC):
         decoded, features = self._decode_group(none, cache.features, cache.latents, last=True)
         return _clamped(decoded), DecodeCache(features, cache.latents, ended=True)
 
-    def lead_latent(self, latents: Tensor, cache: DecodeCache | None = None) -> tuple[Tensor, DecodeCache]:
+    def overlap_latent(self, latents: Tensor, cache: DecodeCache | None = None) -> tuple[Tensor, DecodeCache]:
         """The last pixel frame of latents (B, C, T, h, w), encoded as a picture of its own, and the next cache.
 
         (B, C, 1, h, w), float32: it leads a stretch from the middle of a video when that is taken for a clip, whose

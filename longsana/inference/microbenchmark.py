@@ -238,7 +238,7 @@ def _work(pipeline: VideoPipeline, size: tuple[int, int]) -> Work:
     length, channels = config.model.caption_length, config.model.caption_channels
     tokens = torch.randn(1, length, channels, dtype=torch.float32, device=device, generator=rng).to(model.dtype)
     text = TextEmbedding(tokens, torch.ones(1, length, dtype=torch.bool, device=device))
-    read, t = model.read(text), torch.full((1,), T_STEP, dtype=torch.float32, device=device)
+    read, t = model.cache_caption(text), torch.full((1,), T_STEP, dtype=torch.float32, device=device)
     _, state = model(x, t, read)
     _, cache = vae.decode_stream(x[:, :, :1].expand(-1, -1, 1 + vae.ahead, -1, -1), more=True)
     forward, decode = partial(model, x, t, read, state=state), partial(vae.decode_stream, x, cache, more=True)

@@ -54,12 +54,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """x: (B, N, D); text: (B, L, D), or what `read` made of it; mask: (B, L), True where x may look."""
-        k, v = self.read(text) if isinstance(text, Tensor) else text
+        k, v = self.cache_caption(text) if isinstance(text, Tensor) else text
         mask = None if mask is None else mask[:, None, None]
         out = F.scaled_dot_product_attention(self._heads(self.q_norm(self.q(x))), k, v, attn_mask=mask)
         return self.out(out.transpose(1, 2).flatten(-2))
 
-    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+    def cache_caption(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, heads, L, d) of a caption (B, L, D)."""
         k, v = self.kv(text).chunk(2, dim=-1)
         return self._heads(self.k_norm(k)), self._heads(v)

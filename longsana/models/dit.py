@@ -167,7 +167,7 @@ class LongSanaDiT(nn.Module):
         after = CausalState.stack(layers, state.frames + frames, self.past.sunk(state.sinks, len(plan)))
         return self._unpatchify(patches, size), after
 
-    def read(self, text: TextEmbedding) -> TextMemory:
+    def cache_caption(self, text: TextEmbedding) -> TextMemory:
         """A caption for many passes: keys and values are computed once, and a single caption loses its padding.
 
         Not for sharded networks, whose weights are whole in `forward` alone.
@@ -176,14 +176,14 @@ class LongSanaDiT(nn.Module):
         caption = self.text_embed(text.tokens[:, text.mask[0]] if alone else text.tokens)
         layers = []
         for block in self.blocks:
-            keys, values = cast(Block, block).cross_attn.read(caption)
+            keys, values = cast(Block, block).cross_attn.cache_caption(caption)
             layers.append((keys, values.contiguous()))  # a view would keep unnormalised keys alive
         return TextMemory(layers, None if alone else text.mask)
 
-    def arrange(self) -> None:
+    def optimize_layout(self) -> None:
         """Lay weights out in memory for inference with fused operations, which otherwise reorder some in every pass."""
         for block in self.blocks:
-            cast(Block, block).feed_forward.arrange()
+            cast(Block, block).feed_forward.optimize_layout()
 
     def empty_state(self, batch: int, height: int, width: int, *, frames: int = 0) -> CausalState:
         """The state before the first frame of a video of height x width latent cells."""

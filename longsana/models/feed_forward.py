@@ -21,7 +21,7 @@ class MixFeedForward(nn.Module):
         self.project = nn.Linear(inner, hidden_size, bias=False)
         self.temporal = nn.Conv2d(hidden_size, hidden_size, (3, 1), bias=False)
 
-    def arrange(self) -> None:
+    def optimize_layout(self) -> None:
         """Lay the taps out in memory as the fused operations read them, outermost; shapes and values stay."""
         for conv in (self.depthwise, self.temporal):
             conv.weight.data = conv.weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)

@@ -119,12 +119,12 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         velocity, state = self.network(hidden_states, timestep, text, state=state)
         return VideoTransformerOutput(velocity, state) if return_dict else (velocity, state)
 
-    def read(self, text: TextEmbedding) -> TextMemory:
+    def cache_caption(self, text: TextEmbedding) -> TextMemory:
         """See `LongSanaDiT.read`."""
         onload(self)
         if self.device.type == "cuda" and backend() == "triton":
-            self.network.arrange()
-        return self.network.read(text)
+            self.network.optimize_layout()
+        return self.network.cache_caption(text)
 
     def set_past(
         self,

@@ -288,8 +288,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         Args:
             prompt: a text, or one for each video; `first<split>then` divides a video of the distilled model.
-            negative_prompt: what the base model's guidance moves away from, for all videos or each; None is the
-                published text, "" is empty.
+            negative_prompt: that of the base model's guidance, for all videos or each; None is the published
+                text, "" is empty.
             num_inference_steps: of a chunk; 4 (distilled), 50 (base).
             timesteps: distilled: the steps themselves, falling, instead of their number; a trailing 0 is dropped.
             guidance_scale: 1 (distilled, which takes no other), 6 (base).
@@ -340,7 +340,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             refuse_ignored({"motion_score": motion_score}, "with prompt_embeds: it is words of a prompt")
             given = self._given("prompt", prompt_embeds, prompt_attention_mask, copies, len(texts))
             wanted = [[embedding] for embedding in given]
-        negative = {
+        negatives = {
             "negative_prompt": negative_prompt,
             "negative_prompt_embeds": negative_prompt_embeds,
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
@@ -351,13 +351,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, copies, len(texts)
             )
         else:
-            refuse_ignored(negative, f"with guidance_scale={guidance:g}: nothing is guided away from it")
+            refuse_ignored(negatives, f"with guidance_scale={guidance:g}: nothing is guided away from it")
         everything = list(chain.from_iterable(wanted))
         self._check_encoder([*everything, *(unwanted or [])])
         # Nothing is refused from here on.
         embedded = iter(self._embedded(everything))
-        heard = self._parts([list(islice(embedded, len(own))) for own in wanted], plan)
-        away = None if unwanted is None else self._embedded(unwanted, instruction=False)
+        captions = self._parts([list(islice(embedded, len(own))) for own in wanted], plan)
+        negative = None if unwanted is None else self._embedded(unwanted, instruction=False)
         noise = batch_noise(texts, generator, latents)
         steps = schedule.steps if isinstance(schedule, FlowSchedule) else [int(t) for t in schedule.timesteps]
         self._interrupt, self._num_timesteps = False, len(plan) * len(steps)
@@ -367,7 +367,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             shown = tuple(callback_on_step_end_tensor_inputs)
             on_step = _Watch(self, steps, self._num_timesteps, callback_on_step_end, shown, bar)
             try:
-                for chunk in self._chunks(schedule, plan, heard, away, noise, size, on_step):
+                for chunk in self._chunks(schedule, plan, captions, negative, noise, size, on_step):
                     finished.append(chunk.latents)
             except Interrupted as stop:
                 finished.append(stop.latents)
@@ -479,12 +479,12 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         shape = (self.geometry.channels, *self.geometry.latent_size(*size))
         cache = None if state is None else state.decoder
         memory = None if state is None else state.network
-        heard, text, vae = None, None, None
+        current, text, vae = None, None, None
         self._interrupt = False
         try:
             for (length, following), prompt in zip(pairwise(chain(lengths, [0])), prompts, strict=False):
-                if prompt != heard or text is None:
-                    heard, text = prompt, self._read(self._embedded([self._worded(prompt, motion_score)]))
+                if prompt != current or text is None:
+                    current, text = prompt, self._cached(self._embedded([self._worded(prompt, motion_score)]))
                 (chunk,) = generate(
                     self._network,
                     schedule,
@@ -709,8 +709,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self,
         schedule: FlowSchedule | Solver,
         plan: ChunkPlan,
-        heard: Iterator[Text],
-        away: Sequence[TextEmbedding] | None,
+        captions: Iterator[Text],
+        negative: Sequence[TextEmbedding] | None,
         noise: Noise,
         size: tuple[int, int],
         on_step: StepEnd,
@@ -721,7 +721,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             return generate(
                 self._network,
                 schedule,
-                heard,
+                captions,
                 plan,
                 shape=shape,
                 rng=noise,
@@ -730,8 +730,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         return sample_clip(
             self._network,
-            next(heard),
-            None if away is None else self._read(away),
+            next(captions),
+            None if negative is None else self._cached(negative),
             solver=schedule,
             cfg_scale=lambda: self._guidance_scale,
             noise=noise.draw(0, 0, (shape[0], plan.frames, *size), device),
@@ -751,7 +751,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         copies: int,
         count: int,
     ) -> Sequence[Caption]:
-        """For each of `count` videos what guidance moves away from."""
+        """For each of `count` videos the negative caption."""
         if embeds is not None:
             refuse_ignored({"negative_prompt": prompt}, "with negative_prompt_embeds, which take its place")
             return self._given("negative_prompt", embeds, mask, copies, count)
@@ -804,13 +804,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         @lru_cache(maxsize=1)
         def text(chosen: tuple[int, ...]) -> Text:
-            return self._read(parts[part] for parts, part in zip(captions, chosen, strict=True))
+            return self._cached(parts[part] for parts, part in zip(captions, chosen, strict=True))
 
         order = [parts_per_chunk(len(parts), len(plan)) for parts in captions]
         return map(text, zip(*order, strict=True))
 
-    def _read(self, embeddings: Iterable[TextEmbedding]) -> Text:
-        return self.transformer.read(_stacked(embeddings))
+    def _cached(self, embeddings: Iterable[TextEmbedding]) -> Text:
+        return self.transformer.cache_caption(_stacked(embeddings))
 
     def _network(
         self, x: Tensor, t: Tensor, text: Text, *, state: CausalState | None = None

@@ -35,9 +35,9 @@ from longsana.weights.build import build_model
 
 
 class Caption(NamedTuple):
-    """The embeddings of one prompt, on the host: of each of its parts, and of what to move away from.
+    """The embeddings of one prompt, on the host: of each of its parts, and of the negative prompt.
 
-    negative: None without guidance, and where that is away from the checkpoint's own null caption.
+    negative: None without guidance, and where the checkpoint's own null caption takes its place.
     """
 
     parts: tuple[CompactEmbedding, ...]
@@ -145,7 +145,7 @@ class VideoPipeline:
             except ValueError as error:
                 raise InputError(f"model.float8=true: {error}") from error
         if self.device.type == "cuda" and backend() == "triton":
-            self.model.arrange()
+            self.model.optimize_layout()
         self._loaded = self.model
         if self.device.type == "cuda" and config.sampling.cuda_graphs:
             self._network = ReplayedNetwork(self.model)
@@ -153,13 +153,13 @@ class VideoPipeline:
             self._null(1)
 
     def captions(self, captions: Sequence[Caption]) -> list[Text]:
-        """On the device, for a batch: the (first part of the) captions, and with guidance what to move away from."""
+        """On the device, for a batch: the (first part of the) captions, and with guidance the negative one."""
         texts = [self._batch([caption.parts[0] for caption in captions])]
         if self.config.sampling.cfg_scale != 1 and self.config.sampling.null_caption == "learned":
             texts.append(self._null(len(captions)))
         elif self.config.sampling.cfg_scale != 1:
             texts.append(self._batch([caption.negative for caption in captions if caption.negative is not None]))
-        return [self._read(text) for text in texts]
+        return [self._cached(text) for text in texts]
 
     def _null(self, batch: int) -> TextEmbedding:
         try:
@@ -217,7 +217,7 @@ class VideoPipeline:
             def text(chosen: tuple[int, ...]) -> Text:
                 batch = [caption.parts[part] for caption, part in zip(captions, chosen, strict=True)]
                 with clock.part("denoise"):
-                    return self._read(self._batch(batch))
+                    return self._cached(self._batch(batch))
 
             own = self._network if self.model is self._loaded else None
             return generate(
@@ -257,9 +257,9 @@ class VideoPipeline:
             clock=clock,
         )
 
-    def _read(self, text: TextEmbedding) -> Text:
+    def _cached(self, text: TextEmbedding) -> Text:
         """Ahead of its passes, where the network stays as it was loaded; a trainer's changes, and may be sharded."""
-        return self.model.read(text) if self.model is self._loaded else text
+        return self.model.cache_caption(text) if self.model is self._loaded else text
 
     def _batch(self, embeddings: Sequence[CompactEmbedding]) -> TextEmbedding:
         expanded = [expand(embedding, self.device) for embedding in embeddings]

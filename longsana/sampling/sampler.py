@@ -184,7 +184,7 @@ def sample_clip(
 ) -> Iterator[Chunk]:
     """A whole clip at once with many steps and classifier-free guidance: the bidirectional base model.
 
-    noise: (B, C, T, H, W). negative: the caption to move away from; None (with cfg_scale 1) runs no second pass.
+    noise: (B, C, T, H, W). negative: the negative caption; None (with cfg_scale 1) runs no second pass.
     """
     clock = clock or Clock(noise.device)
     captions = [text] if negative is None else [text, negative]
@@ -222,11 +222,11 @@ def sample_chunks(
 
     A chunk begins when the one before has done the share `interval` of its steps, so that about 1 / interval chunks are
     in progress; with 1 they come one after another, with 0 all at once. Each sees those before it as noisy as they
-    are, and finished ones through the state. With guidance there are two states: each caption, the one to move away
-    from too, has absorbed the chunks as its own.
+    are, and finished ones through the state. With guidance there are two states: the caption and the
+    negative one have each absorbed the chunks as their own.
 
     Args:
-        captions: the caption, and with guidance the one to move away from.
+        captions: the caption, and with guidance the negative one.
         sigmas: falling noise levels of a chunk, from 1 to 0.
         interval: in [0, 1].
         shape: (C, H, W) of a latent frame.
@@ -281,8 +281,8 @@ def trajectory(
 ) -> Iterator[Tensor]:
     """For each chunk, (B, S, C, T, H, W) in float32: x at the levels `sigmas[k]`, k in `keep`, noisiest first.
 
-    A chunk is denoised with the clean ones before it as its past. With guidance there are two pasts: each caption, the
-    one to move away from too, has absorbed the chunks as its own.
+    A chunk is denoised with the clean ones before it as its past. With guidance there are two pasts: the caption and
+    the negative one have each absorbed the chunks as their own.
 
     Args:
         plan: one chunk is the bidirectional model's clip.
@@ -318,7 +318,7 @@ def solve(
     """x before the solver's first step and after each of them: the noise first, the clean latents last.
 
     Args:
-        captions: the caption, and with guidance the one to move away from; without it cfg_scale is not used.
+        captions: the caption, and with guidance the negative one; without it cfg_scale is not used.
         cfg_scale: may be asked for at each step.
         noise: (B, C, T, H, W).
         states: what each caption has absorbed of the video so far; None is nothing.
@@ -342,12 +342,15 @@ def guided_velocity(
     states: Sequence[CausalState | None],
     cfg_scale: float,
 ) -> Tensor:
-    """(B, C, T, H, W), float32: v = away + cfg_scale (toward - away); toward alone where there is one caption.
+    """(B, C, T, H, W), float32: v = v_negative + cfg_scale (v_caption - v_negative); v_caption alone where there is no
+    negative caption.
 
-    x, t: see `LongSanaDiT.forward`. captions, states: toward and away.
+    x, t: see `LongSanaDiT.forward`. captions, states: of the caption, and of the negative one.
     """
-    velocity, *away = (model(x, t, text, state=state)[0].float() for text, state in zip(captions, states, strict=True))
-    return away[0] + cfg_scale * (velocity - away[0]) if away else velocity
+    velocity, *negative = (
+        model(x, t, text, state=state)[0].float() for text, state in zip(captions, states, strict=True)
+    )
+    return negative[0] + cfg_scale * (velocity - negative[0]) if negative else velocity
 
 
 def timestep(t: float, x: Tensor) -> Tensor:

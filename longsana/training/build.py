@@ -26,13 +26,13 @@ from longsana.training.checks import DISTILLED, clip_shape, student_sigmas
 from longsana.training.config import TrainingConfig
 from longsana.training.folder import CAPTIONS
 from longsana.training.graphs import replay_passes
-from longsana.training.learner import Player
+from longsana.training.learner import Learner
 from longsana.training.parallel import device_mesh, parallelise
 from longsana.training.stages.flow_matching import FlowMatching
 from longsana.training.stages.longsana import LongSana
 from longsana.training.stages.ode import OdeInitialisation
 from longsana.training.stages.self_forcing import SelfForcing
-from longsana.training.stages.stage import Slots, Stage
+from longsana.training.stages.stage import MicroBatches, Stage
 from longsana.weights.build import build_model
 from longsana.weights.files import PIPELINE_PART, check_digests, weights_file
 
@@ -43,9 +43,9 @@ class StageBuilder:
     """Loads what a checked config names. folder: of the run; captions that are encoded ahead go there."""
 
     def __init__(
-        self, config: TrainingConfig, *, slots: Slots, world: World, device: torch.device, folder: Path
+        self, config: TrainingConfig, *, micro_batches: MicroBatches, world: World, device: torch.device, folder: Path
     ) -> None:
-        self.config, self.slots, self.world, self.device = config, slots, world, device
+        self.config, self.micro_batches, self.world, self.device = config, micro_batches, world, device
         self.folder = folder
         channels, _, height, width = clip_shape(config)
         self.latent_shape = (channels, height, width)
@@ -125,14 +125,20 @@ class StageBuilder:
 
     def _longsana(self) -> Stage:
         prompts = self._prompts()
-        return LongSana(self.config, *self._networks(), prompts=prompts, slots=self.slots, **self._distillation_parts())
+        return LongSana(
+            self.config,
+            *self._networks(),
+            prompts=prompts,
+            micro_batches=self.micro_batches,
+            **self._distillation_parts(),
+        )
 
     def _prompts(self) -> Sequence[str]:
         prompts = training_prompts(self.config.data.data_path)
         self.captions.prepare(prompts)
         return prompts
 
-    def _networks(self) -> tuple[Player, Player, LongSanaDiT]:
+    def _networks(self) -> tuple[Learner, Learner, LongSanaDiT]:
         """Generator, critic and teacher."""
         return self._generator(), self._critic(), self._teacher
 
@@ -144,9 +150,9 @@ class StageBuilder:
             "latent_shape": self.latent_shape,
         }
 
-    def _generator(self) -> Player:
+    def _generator(self) -> Learner:
         train, ratio = self.config.train, self.config.distillation.dfake_gen_update_ratio
-        return Player(
+        return Learner(
             "generator",
             self._trained(self.config.model),
             self.config.optimizer.generator,
@@ -155,8 +161,8 @@ class StageBuilder:
             ema_start=train.ema_start_step,
         )
 
-    def _critic(self) -> Player:
-        return Player("critic", self._trained(self.config.fake_score), self.config.optimizer.critic)
+    def _critic(self) -> Learner:
+        return Learner("critic", self._trained(self.config.fake_score), self.config.optimizer.critic)
 
     @cached_property
     def _teacher(self) -> LongSanaDiT:

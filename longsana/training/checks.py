@@ -28,7 +28,7 @@ from longsana.runtime.hub import locate
 from longsana.sampling.checks import check_config, check_network, check_weights
 from longsana.training.config import TrainingConfig
 from longsana.training.published import DISTILLED
-from longsana.training.stages.stage import Slots
+from longsana.training.stages.stage import MicroBatches
 from longsana.weights.build import empty_model
 from longsana.weights.names import chosen_past
 
@@ -128,7 +128,7 @@ def _check_streams(config: TrainingConfig) -> None:
             )
     if longest < first:
         raise InputError(f"streaming.streaming_max_length={longest}: shorter than the first stretch, {first}")
-    # In `ratio` iterations the players take ratio + 1 stretches, one of them the generator.
+    # In `ratio` iterations the learners take ratio + 1 stretches, one of them the generator.
     stretches = 1 + (longest - first) // new
     if gcd(stretches, ratio + 1) > 1:
         learned = sorted({call % stretches for call in range(0, stretches * (ratio + 1), ratio + 1)})
@@ -273,8 +273,8 @@ def validation_prompts(config: TrainingConfig) -> list[Prompt]:
     return prompts
 
 
-def slots_of(config: TrainingConfig, world: World) -> Slots:
-    """The slots of this run, from the batch sizes and the number of processes.
+def micro_batches_of(config: TrainingConfig, world: World) -> MicroBatches:
+    """The micro-batches of this run, from the batch sizes and the number of processes.
 
     Raises:
         InputError: train.total_batch_size cannot be made of them; the message names the nearest that can.
@@ -282,7 +282,7 @@ def slots_of(config: TrainingConfig, world: World) -> Slots:
     train = config.train
     once, total, given = train.batch_size * world.size, train.total_batch_size, train.gradient_accumulation_steps
     if total is None:
-        return Slots.of(world, given or 1)
+        return MicroBatches.of(world, given or 1)
     step = once * (given or 1)
     if total < step or total % step or (given is not None and total != step):
         if given is not None:
@@ -295,7 +295,7 @@ def slots_of(config: TrainingConfig, world: World) -> Slots:
             + (f" with {given} accumulation steps" if given is not None else "")
             + f" cannot make it; the nearest that they can: {valid}"
         )
-    return Slots.of(world, total // once)
+    return MicroBatches.of(world, total // once)
 
 
 def check_same_run(config: TrainingConfig, saved: Path) -> list[str]:

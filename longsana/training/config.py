@@ -56,8 +56,9 @@ class RolloutConfig:
     same_step_across_blocks: bool = True  # one exit step for all chunks of a rollout
     last_step_only: bool = False  # the exit step is always the last
     noisy_absorb: bool = False  # absorb chunks with noise of the least sigma, as published training did
-    # What is decoded for the frame that leads a later window: 0 is each latent once, with the decoder's cache carried
-    # along (exact; 2 GB a slot at 480p); N > 0 the last N alone, from a cold cache (an error that depends on the VAE)
+    # What is decoded for the overlap latent, which begins a later window: 0 is each latent once, with the decoder's
+    # cache carried along (exact; 2 GB a micro-batch at 480p); N > 0 the last N alone, from a cold cache (an error that
+    # depends on the VAE)
     overlap_latents: int = bounded(0, 0, 10**6)
 
 
@@ -104,7 +105,7 @@ class OptimizerConfig:
 class TrainConfig:
     max_iters: int = bounded(10000, 1, 10**9)
     seed: int = bounded(0, 0, 2**63 - 2**32)
-    batch_size: int = bounded(1, 1, 10**6)  # samples a slot; a slot is a process and an accumulation step
+    batch_size: int = bounded(1, 1, 10**6)  # samples a micro-batch; a micro-batch is a process and an accumulation step
     total_batch_size: int | None = bounded(
         None, 1, 10**9
     )  # of all processes; decides the accumulation if that is not given

@@ -11,7 +11,7 @@ from torch import nn
 from longsana.config import ModelConfig
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.distributed import World
-from longsana.training.checks import DISTILLED, slots_of
+from longsana.training.checks import DISTILLED, micro_batches_of
 from longsana.training.config import TrainingConfig
 from longsana.training.flops import forward_flops
 from longsana.training.rehearsal import (
@@ -68,7 +68,7 @@ class Estimate(NamedTuple):
 
     @property
     def fullest(self) -> str:
-        """The player whose update needs most."""
+        """The learner whose update needs most."""
         return max(self.updates, key=lambda name: self.updates[name].activations + self.updates[name].gradients)
 
     @property
@@ -133,17 +133,17 @@ def estimate(
     train, distilled = config.train, config.trainer in DISTILLED
     world = World(size=world_size, local_size=local_size or world_size)
     sharers = {"full": world.size, "no_shard": 1}.get(train.sharding_strategy, world.local_size)
-    accumulation = slots_of(config, world).accumulation
-    players: dict[Role, LongSanaDiT] = {"generator": empty_model(config.model)}
-    networks: dict[str, LongSanaDiT] = {"generator": players["generator"]}
+    accumulation = micro_batches_of(config, world).accumulation
+    learners: dict[Role, LongSanaDiT] = {"generator": empty_model(config.model)}
+    networks: dict[str, LongSanaDiT] = {"generator": learners["generator"]}
     if distilled:
-        networks["critic"] = players["critic"] = empty_model(config.fake_score)
+        networks["critic"] = learners["critic"] = empty_model(config.fake_score)
         networks["teacher"] = empty_model(config.real_score)
     kept = {name: sum(kept_values(p, sharers) for p in model.parameters()) for name, model in networks.items()}
-    trained = FLOAT * sum(kept[role] for role in players)
+    trained = FLOAT * sum(kept[role] for role in learners)
     compute, vae = compute_dtype(config).itemsize, on_gpu(config.vae.weight_dtype).itemsize
     block = max(_count(model.blocks[0]) for model in networks.values())
-    state = players["generator"].to(compute_dtype(config)).empty_state(train.batch_size, *latent_size(config))
+    state = learners["generator"].to(compute_dtype(config)).empty_state(train.batch_size, *latent_size(config))
     pixels = train.batch_size * config.sampling.height * config.sampling.width
     cache = 0 if config.rollout.overlap_latents else int(vae * encoders.cache_values * pixels)
     return Estimate(
@@ -168,13 +168,13 @@ def estimate(
                 accumulates=accumulation > 1,
                 decoding=vae * encoders.decode_values * pixels,
             )
-            for role in players
+            for role in learners
         },
     )
 
 
 def model_flops(config: TrainingConfig, role: Role, *, exit_step: int | None = None) -> int:
-    """Operations of one update of a player with batch 1: the networks' products, as `forward_flops` counts them.
+    """Operations of one update of a learner with batch 1: the networks' products, as `forward_flops` counts them.
 
     A forward pass counts once, one with its backward pass three times; what checkpointing computes again and the
     encoders do not count. exit_step: of every chunk of a rollout; None is the mean over the steps that training draws.

@@ -26,8 +26,8 @@ from longsana.training.checkpoint import checkpoints_of
 from longsana.training.checks import DISTILLED, check_same_run
 from longsana.training.config import TrainingConfig
 from longsana.training.dcp import check_match, flatten
-from longsana.training.learner import Player
-from longsana.training.stages.stage import Slots
+from longsana.training.learner import Learner
+from longsana.training.stages.stage import MicroBatches
 from longsana.weights.build import empty_model
 from longsana.weights.run_folder import CHECKPOINTS, read_manifest, read_metadata
 
@@ -57,7 +57,7 @@ class Record(NamedTuple):
     sha256: dict[str, str]
 
     @classmethod
-    def of(cls, config: TrainingConfig, slots: Slots) -> Record:
+    def of(cls, config: TrainingConfig, micro_batches: MicroBatches) -> Record:
         """Read all that `sources` names; digests are remembered, so that gigabytes are read once.
 
         Raises:
@@ -66,7 +66,7 @@ class Record(NamedTuple):
         named = sources(config)
         log.info("digests of %s", ", ".join(named))
         digests = {setting: _digest(setting, uri) for setting, uri in named.items()}
-        return cls(slots.processes, slots.count * config.train.batch_size, digests)
+        return cls(micro_batches.processes, micro_batches.count * config.train.batch_size, digests)
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:
@@ -98,7 +98,7 @@ class Opened(NamedTuple):
 
 @contextmanager
 def open_folder(
-    config: TrainingConfig, logdir: Path, slots: Slots, *, auto_resume: bool, allow_config_change: bool
+    config: TrainingConfig, logdir: Path, micro_batches: MicroBatches, *, auto_resume: bool, allow_config_change: bool
 ) -> Iterator[Opened]:
     """Have the folder inside the block, on the main process; another run's is refused, or moved aside if asked.
 
@@ -113,7 +113,7 @@ def open_folder(
         for left in logdir.glob(f"{PROBE}*"):
             with suppress(OSError):
                 remove(left)
-        yield _check_run(config, logdir, slots, allow_config_change)
+        yield _check_run(config, logdir, micro_batches, allow_config_change)
 
 
 def check_shared(logdir: Path, world: World, *, patience: float = PATIENCE) -> None:
@@ -166,16 +166,18 @@ def check_fits(config: TrainingConfig, checkpoint: Path) -> None:
         InputError: it is of other networks, or of others that are averaged.
     """
     optimizers = config.optimizer
-    players = [
-        Player("generator", empty_model(config.model).float(), optimizers.generator, ema_weight=config.train.ema_weight)
+    learners = [
+        Learner(
+            "generator", empty_model(config.model).float(), optimizers.generator, ema_weight=config.train.ema_weight
+        )
     ]
     if config.trainer in DISTILLED:
-        players.append(Player("critic", empty_model(config.fake_score).float(), optimizers.critic))
-    tensors = {name: group for player in players for name, group in player.tensors().items()}
+        learners.append(Learner("critic", empty_model(config.fake_score).float(), optimizers.critic))
+    tensors = {name: group for learner in learners for name, group in learner.tensors().items()}
     check_match(checkpoint, read_metadata(checkpoint), flatten(tensors))
 
 
-def _check_run(config: TrainingConfig, logdir: Path, slots: Slots, allowed: bool) -> Opened:
+def _check_run(config: TrainingConfig, logdir: Path, micro_batches: MicroBatches, allowed: bool) -> Opened:
     """What changes from the run that the folder holds to this one; the quickest checks come first."""
     newest = next((path for path in checkpoints_of(logdir) if _is_readable(path)), None)
     places = [place for place in (logdir, newest) if place is not None]
@@ -190,7 +192,7 @@ def _check_run(config: TrainingConfig, logdir: Path, slots: Slots, allowed: bool
             told = f" ({'; '.join(changes.values())})" if changes else ""
             raise InputError(f"{error}{told}, choose another --logdir, or start anew: --no-auto-resume") from error
     _refuse(logdir, [change for setting, change in changes.items() if setting not in known], allowed)
-    record = Record.of(config, slots)
+    record = Record.of(config, micro_batches)
     for setting, digest in record.sha256.items():
         if known.get(setting, digest) != digest:
             told = f"{setting}: another content than before (SHA-256 {known[setting][-64:][:8]} -> {digest[-64:][:8]})"

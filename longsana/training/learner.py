@@ -14,7 +14,7 @@ from longsana.models.dit import LongSanaDiT
 from longsana.training.config import AdamWConfig
 
 
-class Player:
+class Learner:
     """A network, AdamW over all of its weights, and an exponential moving average of them.
 
     every: iterations from one of its updates to the next; it plays in iterations 0, every, 2 every, ...
@@ -83,7 +83,7 @@ class Player:
         return torch.tensor(float("nan"), dtype=torch.float32, device="cpu")
 
     def lr(self, step: int) -> float:
-        """A constant after a linear warm-up; counted in this player's own updates."""
+        """A constant after a linear warm-up; counted in this learner's own updates."""
         return self.settings.lr * min(1.0, (step // self.every + 1) / max(self.settings.num_warmup_steps, 1))
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class Player:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The network computes with the average inside the block."""
-        assert self.average, "this player keeps no average"
+        assert self.average, "this learner keeps no average"
         kept = {name: weight.detach().clone() for name, weight in self.weights.items()}
         try:
             self._set(self.average)
@@ -118,7 +118,7 @@ class Player:
                 module.reshard()  # forward passes without gradients may have left whole weights, of the old values
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint needs of this player, as live tensors by group; buffers of the network included."""
+        """All that a checkpoint needs of this learner, as live tensors by group; buffers of the network included."""
         optimizer = {
             f"{name}.{part}": value
             for name, weight in self.weights.items()

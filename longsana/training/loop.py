@@ -1,4 +1,4 @@
-"""The one loop of all stages: for each player whose turn it is, accumulate its loss, clip, step, average."""
+"""The one loop of all stages: for each learner that is due, accumulate its loss, clip, step, average."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from longsana.runtime.logging import RunLog
 from longsana.runtime.stop import Stopped, check, deferred, heed
 from longsana.training.checkpoint import PROGRESS, Checkpointer, own_names, read_own, read_progress
 from longsana.training.config import TrainConfig
-from longsana.training.learner import Player
-from longsana.training.stages.stage import Slots, Stage, Turn
+from longsana.training.learner import Learner
+from longsana.training.stages.stage import MicroBatch, MicroBatches, Stage
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class TrainingFailed(Exception):
 class Progress:
     """How far a run has come.
 
-    step: the next iteration. samples: of each player, samples taken so far. skipped: updates that changed nothing
-    because their loss or gradient was not finite; in_a_row: the same, since each player's last good update.
+    step: the next iteration. samples: of each learner, samples taken so far. skipped: updates that changed nothing
+    because their loss or gradient was not finite; in_a_row: the same, since each learner's last good update.
     validated: iterations before the last validation.
     """
 
@@ -98,7 +98,7 @@ class Loop:
         stage: Stage,
         settings: TrainConfig,
         *,
-        slots: Slots,
+        micro_batches: MicroBatches,
         world: World,
         device: torch.device,
         run_log: RunLog,
@@ -108,7 +108,13 @@ class Loop:
         vis_interval: int,
         texts: Mapping[str, str],
     ) -> None:
-        self.stage, self.settings, self.slots, self.world, self.device = stage, settings, slots, world, device
+        self.stage, self.settings, self.micro_batches, self.world, self.device = (
+            stage,
+            settings,
+            micro_batches,
+            world,
+            device,
+        )
         self.run_log, self.checkpointer, self.saves, self.texts = run_log, checkpointer, saves, texts
         self.validate, self.vis_interval = validate, vis_interval
         self.progress = Progress()
@@ -129,10 +135,10 @@ class Loop:
         names = own_names(path)
         read = partial(_read_own, path)
         live = [name for name in names if not name.startswith("rng_")]
-        if self.stage.live():
-            self.stage.revive(live, read, anew=not streams)
+        if self.stage.state_tensors():
+            self.stage.restore(live, read, anew=not streams)
         elif live:
-            log.warning("%s: the streams of its %d slots end; this stage has none", path, len(live))
+            log.warning("%s: the streams of its %d micro-batches end; this stage has none", path, len(live))
         if (name := f"rng_{self.world.rank:05d}") in names:
             _set_rng(read(name), self.device)
         self.progress = Progress.read(path)
@@ -176,9 +182,9 @@ class Loop:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         values: dict[str, float] = {}
-        for player in self.stage.players:
-            if player.plays(step):
-                values |= self._update(player, step)
+        for learner in self.stage.learners:
+            if learner.plays(step):
+                values |= self._update(learner, step)
         values["skipped_updates"] = self.progress.skipped
         values["per iteration time"] = time.perf_counter() - started  # ends in a read: the GPU is done
         if self.device.type == "cuda":
@@ -186,50 +192,56 @@ class Loop:
         self.run_log.metrics(step, values)
         self.progress.step += 1
 
-    def _update(self, player: Player, step: int) -> dict[str, float]:
-        """One update of one player; its metrics, averaged over all slots."""
+    def _update(self, learner: Learner, step: int) -> dict[str, float]:
+        """One update of one learner; its metrics, averaged over all micro-batches."""
         progress, settings = self.progress, self.settings
-        first, batch = progress.samples.get(player.name, 0), settings.batch_size
+        first, batch = progress.samples.get(learner.name, 0), settings.batch_size
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         learning = 0.0
-        for slot in self.slots.mine:
-            start = first + slot * batch
-            turn = Turn(
-                settings.seed, step, player.name, slot, range(start, start + batch), self.device, settings.device_noise
+        for index in self.micro_batches.mine:
+            start = first + index * batch
+            micro_batch = MicroBatch(
+                settings.seed,
+                step,
+                learner.name,
+                index,
+                range(start, start + batch),
+                self.device,
+                settings.device_noise,
             )
-            loss = self.stage.loss(turn)
-            (loss.value / self.slots.accumulation).backward()
+            loss = self.stage.loss(micro_batch)
+            (loss.value / self.micro_batches.accumulation).backward()
             for name, value in loss.metrics.items():
-                sums[name] += value / self.slots.accumulation
+                sums[name] += value / self.micro_batches.accumulation
             learning += loss.learns
-        progress.samples[player.name] = first + self.slots.count * batch
+        progress.samples[learner.name] = first + self.micro_batches.count * batch
         self._defer()
         told = torch.stack([*(value.float() for value in sums.values()), torch.tensor(learning, device=self.device)])
         *means, learners = (self._reduced(told) / self.world.size).tolist()
         values = dict(zip(sums, means, strict=True))
         # The same numbers on all processes: all of them take this step, or none.
         if learners:
-            norm = player.update(step) if all(map(_finite, means)) else player.skip()
-            values[f"{player.name}_grad_norm"] = float(norm)
-            self._count(player, values)
+            norm = learner.update(step) if all(map(_finite, means)) else learner.skip()
+            values[f"{learner.name}_grad_norm"] = float(norm)
+            self._count(learner, values)
         else:
-            player.skip()
+            learner.skip()
         return values
 
-    def _count(self, player: Player, values: Mapping[str, float]) -> None:
+    def _count(self, learner: Learner, values: Mapping[str, float]) -> None:
         progress = self.progress
         if all(map(_finite, values.values())):
-            progress.in_a_row[player.name] = 0
+            progress.in_a_row[learner.name] = 0
             return
         progress.skipped += 1
-        progress.in_a_row[player.name] = progress.in_a_row.get(player.name, 0) + 1
+        progress.in_a_row[learner.name] = progress.in_a_row.get(learner.name, 0) + 1
         log.warning(
-            "iteration %d: the %s is not updated, numbers are not finite: %s", progress.step, player.name, values
+            "iteration %d: the %s is not updated, numbers are not finite: %s", progress.step, learner.name, values
         )
-        if progress.in_a_row[player.name] >= SKIPS:
+        if progress.in_a_row[learner.name] >= SKIPS:
             newest = f" (the newest is of step {self._saved})" if self._saved > 0 else " (there is none)"
             raise TrainingFailed(
-                f"{SKIPS} updates of the {player.name} in a row were not finite (iteration {progress.step}); go back "
+                f"{SKIPS} updates of the {learner.name} in a row were not finite (iteration {progress.step}); go back "
                 f"to a checkpoint before them{newest} with a lower learning rate, or look for the fault in the data"
             )
 
@@ -289,14 +301,14 @@ class Loop:
 
     @property
     def _skipping(self) -> bool:
-        """Whether the last update of some player was skipped."""
+        """Whether the last update of some learner was skipped."""
         return any(self.progress.in_a_row.values())
 
     def _save(self) -> None:
         self._due = False
         if not self.saves or self._saved == self.progress.step:
             return
-        own = {f"rng_{self.world.rank:05d}": _rng(self.device)} | dict(self.stage.live())
+        own = {f"rng_{self.world.rank:05d}": _rng(self.device)} | dict(self.stage.state_tensors())
         self.checkpointer.save(
             self.progress.step,
             self._tensors(),
@@ -308,12 +320,12 @@ class Loop:
         self._saved = self.progress.step
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {name: group for player in self.stage.players for name, group in player.tensors().items()}
+        return {name: group for learner in self.stage.learners for name, group in learner.tensors().items()}
 
 
-def weights_for_sampling(player: Player, ema: bool) -> Any:
-    """A context in which the player's network samples: with its average, or as it is."""
-    return player.averaged() if ema and player.average else nullcontext()
+def weights_for_sampling(learner: Learner, ema: bool) -> Any:
+    """A context in which the learner's network samples: with its average, or as it is."""
+    return learner.averaged() if ema and learner.average else nullcontext()
 
 
 def _read_own(path: Path, name: str) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ Role = Literal["generator", "critic"]
 
 
 class Rollout(NamedTuple):
-    """What a player of a distilled stage generates for one loss.
+    """What a learner of a distilled stage generates for one loss.
 
     learned_from: chunks that end before this frame have no graph. late: a picture that was encoded anew leads the
     window. streamed: the video goes on, so the last chunk is absorbed too.
@@ -80,7 +80,7 @@ def rollouts(config: TrainingConfig) -> list[Rollout]:
 
 
 class Update(NamedTuple):
-    """An update of one player, in bytes.
+    """An update of one learner, in bytes.
 
     activations, gradients: at the fullest moment. Gradients are those that are kept, reduced and in float32; those that
     backward passes still add up, whole and in the dtype that computes, are among the activations.
@@ -95,10 +95,10 @@ class Update(NamedTuple):
 def rehearse(
     config: TrainingConfig, role: Role, *, processes: int = 1, accumulates: bool = False, decoding: int = 0
 ) -> Update:
-    """The fullest update of a player on a GPU.
+    """The fullest update of a learner on a GPU.
 
-    processes: that share a weight. accumulates: gradients of a slot before are there from the start. decoding: bytes
-    that the VAE needs for the frame that leads a later window.
+    processes: that share a weight. accumulates: gradients of a micro-batch before are there from the start. decoding:
+    bytes that the VAE needs for the overlap latent of a later window.
     """
     if config.trainer not in DISTILLED:
         losses: list[_Loss] = [partial(_clip_loss, config)]
@@ -195,7 +195,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _Networks(NamedTuple):
-    """Of a rehearsal; a stage of one player has no use for the others."""
+    """Of a rehearsal; a stage of one learner has no use for the others."""
 
     generator: LongSanaDiT
     critic: LongSanaDiT
@@ -291,11 +291,11 @@ def _distilled_loss(config: TrainingConfig, role: Role, rollout: Rollout, decodi
         return flow_loss(networks.critic(flow.add_noise(clip, noise, t), t, text)[0], clip, noise)
     with torch.no_grad():
         noisy = flow.add_noise(clip, noise, t)
-        fake, real, away = (
+        fake, real, negative = (
             flow.to_x0(noisy, network(noisy, t, text)[0], t)
             for network in (networks.critic, networks.teacher, networks.teacher)
         )
-        gradient = dmd_gradient(clip, fake, guided(real, away, config.distillation.guidance_scale))
+        gradient = dmd_gradient(clip, fake, guided(real, negative, config.distillation.guidance_scale))
     return dmd_loss(clip, gradient)
 
 

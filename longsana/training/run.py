@@ -18,10 +18,10 @@ from longsana.runtime.files import atomic_write_text, disk_failure
 from longsana.runtime.logging import RunLog, WandbRun
 from longsana.runtime.stop import check as check_stop
 from longsana.training.checkpoint import Checkpointer, SaveFailed
-from longsana.training.checks import check_device, flat, slots_of
+from longsana.training.checks import check_device, flat, micro_batches_of
 from longsana.training.config import TrainingConfig
 from longsana.training.folder import CONFIG, RECORD, check_shared, open_folder
-from longsana.training.learner import Player
+from longsana.training.learner import Learner
 from longsana.training.loop import Loop, Progress, Stop, TrainingFailed, Validate, weights_for_sampling
 from longsana.training.parallel import connect
 
@@ -79,11 +79,11 @@ def _train(config: TrainingConfig, options: RunOptions, world: World, stack: Exi
     world.on_main(lambda: check_device(config, world, device))
     torch.manual_seed(config.train.seed + world.rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    slots = slots_of(config, world)
+    micro_batches = micro_batches_of(config, world)
     folder = open_folder(
         config,
         options.logdir,
-        slots,
+        micro_batches,
         auto_resume=options.auto_resume,
         allow_config_change=options.allow_config_change,
     )
@@ -102,11 +102,11 @@ def _train(config: TrainingConfig, options: RunOptions, world: World, stack: Exi
         )
         return 0
     log.info(
-        "%s to %s on %s: %d slots of %d samples, %s",
+        "%s to %s on %s: %d micro-batches of %d samples, %s",
         config.trainer,
         options.logdir,
         device,
-        slots.count,
+        micro_batches.count,
         config.train.batch_size,
         "from the start" if found is None else f"going on from {found.name}",
     )
@@ -119,18 +119,18 @@ def _train(config: TrainingConfig, options: RunOptions, world: World, stack: Exi
     validation = None  # first, so that its text encoder is gone before anything large comes
     if options.visualize and config.validation.vis_interval > 0:
         validation = Validation(config, options.logdir, device, world)
-    builder = StageBuilder(config, slots=slots, world=world, device=device, folder=options.logdir)
+    builder = StageBuilder(config, micro_batches=micro_batches, world=world, device=device, folder=options.logdir)
     stage = builder.stage()
     loop = Loop(
         stage,
         config.train,
-        slots=slots,
+        micro_batches=micro_batches,
         world=world,
         device=device,
         run_log=run_log,
         checkpointer=checkpointer,
         saves=options.save,
-        validate=_validate(config, validation, builder, stage.players[0], run_log) if validation else None,
+        validate=_validate(config, validation, builder, stage.learners[0], run_log) if validation else None,
         vis_interval=config.validation.vis_interval,
         texts={CONFIG: render_config(config), RECORD: opened.record.text()},
     )
@@ -172,7 +172,7 @@ def _wandb(config: TrainingConfig, options: RunOptions) -> WandbRun:
 
 
 def _validate(
-    config: TrainingConfig, validation: Validation, builder: StageBuilder, generator: Player, run_log: RunLog
+    config: TrainingConfig, validation: Validation, builder: StageBuilder, generator: Learner, run_log: RunLog
 ) -> Validate:
     def validate(step: int, stop: Stop) -> Mapping[str, float] | None:
         with weights_for_sampling(generator, config.validation.vis_ema):

@@ -121,7 +121,7 @@ def test_encoding_is_causal_and_refuses_what_would_be_cut_off(vae: LTX2VAE) -> N
 
 def test_the_frame_that_leads_a_stretch(vae: LTX2VAE) -> None:
     latents = draw(1, 128, 3, 2, 2)
-    lead, cache = vae.lead_latent(latents)
+    lead, cache = vae.overlap_latent(latents)
     assert torch.equal(lead, vae.encode(vae.decode_stream(latents)[0][:, :, -1:]))
     assert cache.latents == 3
 
@@ -211,7 +211,7 @@ def test_memory_that_looks_ahead(looking_ahead: str) -> None:
         _, cache = vae.decode_stream(latent, cache, more=True)
         sizes.append(cache.nbytes)
     assert len(set(sizes[vae.ahead + 1 :])) == 1
-    lead, after = vae.lead_latent(latents[:, :, -1:], cache)
+    lead, after = vae.overlap_latent(latents[:, :, -1:], cache)
     assert lead.isfinite().all() and not after.ended
     _, ended = vae.decode_stream(latents[:, :, -1:], cache)
     with pytest.raises(ValueError, match="ended after 31 latents: decode those with more=True"):

@@ -53,16 +53,16 @@ def main() -> None:
     _, cache = vae.decode_stream(latents[:, :, :21])
 
     def carried() -> torch.Tensor:
-        return vae.lead_latent(latents[:, :, 21:], cache)[0]
+        return vae.overlap_latent(latents[:, :, 21:], cache)[0]
 
     exact = carried()
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {dtype}, {options.size}, {options.vae}")
     print("latents decoded | relative error of the lead latent | seconds")
     print(f"20, cache carried ({cache.nbytes / 2**20:.0f} MiB) | 0 | {seconds(device, carried):.3f}")
     for count in (1, 2, 3, 4, 5, 6, 8, 12, 21):
-        lead = vae.lead_latent(latents[:, :, -count:])[0]
+        lead = vae.overlap_latent(latents[:, :, -count:])[0]
         error = ((lead - exact).norm() / exact.norm()).item()
-        print(f"{count} | {error:.2e} | {seconds(device, lambda: vae.lead_latent(latents[:, :, -count:])):.3f}")  # noqa: B023
+        print(f"{count} | {error:.2e} | {seconds(device, lambda: vae.overlap_latent(latents[:, :, -count:])):.3f}")  # noqa: B023
 
 
 if __name__ == "__main__":

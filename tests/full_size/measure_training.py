@@ -31,7 +31,7 @@ from longsana.flow.schedule import FlowSchedule  # noqa: E402
 from longsana.training.checks import DISTILLED  # noqa: E402
 from longsana.training.config import TrainingConfig  # noqa: E402
 from longsana.training.estimate import estimate, model_flops  # noqa: E402
-from longsana.training.stages.stage import Turn  # noqa: E402
+from longsana.training.stages.stage import MicroBatch  # noqa: E402
 
 DENSE_BF16 = 989e12  # FLOP/s of an H100 or H200 by the vendor's datasheet
 GIB = 2**30
@@ -92,7 +92,7 @@ def drawn(config: TrainingConfig, line: dict[str, Any], role: str) -> int | None
     """The exit step of an update, which decides how often the network ran; as `SelfForcing` draws it."""
     if config.trainer not in DISTILLED:
         return None
-    rng = Turn(config.train.seed, line["step"], role, 0, range(1), torch.device("cpu")).shared_rng("exit")
+    rng = MicroBatch(config.train.seed, line["step"], role, 0, range(1), torch.device("cpu")).shared_rng("exit")
     steps = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list).steps
     return int(torch.randint(len(steps), (2,), generator=rng)[0])
 

@@ -167,7 +167,7 @@ def test_a_caption_that_was_read_is_the_caption(small_config, random_model, rand
     x, text, t = random_latents(batch, 4), random_text(batch), torch.full((batch,), 500.0)
     text = TextEmbedding(text.tokens, text.mask.clone())
     text.mask[:, 5:] = False
-    read = model.read(text)
+    read = model.cache_caption(text)
     assert len(read.layers) == len(model.blocks)
     assert read.layers[0][0].shape[2] == (5 if batch == 1 else text.mask.shape[1])
     for expected, given in zip(model(x, t, text)[0], model(x, t, read)[0], strict=True):
@@ -182,7 +182,7 @@ def test_arranged_weights_are_the_same_weights(small_config, random_model, rando
     x, t = random_latents(1, 4), torch.tensor([500.0])
     expected, _ = model(x, t, text)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    model.arrange()
+    model.optimize_layout()
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     torch.testing.assert_close(model(x, t, text)[0], expected)
     for block in model.blocks:

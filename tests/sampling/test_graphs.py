@@ -51,7 +51,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
 def caption(model: LongSanaDiT, seed: int) -> TextMemory:
     device = model.patch_embed.weight.device
     tokens = torch.randn(1, 48, 64, generator=torch.Generator().manual_seed(seed)).to(device, model.dtype)
-    return model.read(TextEmbedding(tokens, torch.ones(1, 48, dtype=torch.bool, device=device)))
+    return model.cache_caption(TextEmbedding(tokens, torch.ones(1, 48, dtype=torch.bool, device=device)))
 
 
 def video(network: Any, texts: list[TextMemory], device: str = "cpu", plan: ChunkPlan = PLAN) -> Tensor:
@@ -80,7 +80,7 @@ def test_a_longer_chunk_or_a_batch_is_a_recording_of_its_own(counted: type[Count
     assert (len(counted.made), counted.replayed) == (2, 10)
     x, t = torch.randn(2, 16, 2, 4, 6), torch.zeros(2)
     tokens = torch.randn(2, 48, 64)
-    masked = model.read(TextEmbedding(tokens, torch.arange(48)[None] < torch.tensor([[7], [48]])))
+    masked = model.cache_caption(TextEmbedding(tokens, torch.arange(48)[None] < torch.tensor([[7], [48]])))
     _, state = model(x, t, masked)
     for _ in range(replay.PLAIN_PASSES + 2):
         assert torch.equal(network(x, t, masked, state=state)[0], model(x, t, masked, state=state)[0])

@@ -40,9 +40,9 @@ def test_a_prompt_is_read_once_however_many_chunks_it_has(loaded, monkeypatch, p
     pipeline, caption = loaded
     texts, caption = TEXTS[:parts], Caption(caption.parts[:parts], None)
     assert len(pipeline.plan) == 3
-    reads, read = [], pipeline.model.read
-    monkeypatch.setattr(pipeline, "_read", lambda text: reads.append(text) or read(text))
+    reads, read = [], pipeline.model.cache_caption
+    monkeypatch.setattr(pipeline, "_cached", lambda text: reads.append(text) or read(text))
     ahead = latents(pipeline, texts, caption)
     assert len(reads) == parts
-    monkeypatch.setattr(pipeline, "_read", lambda text: text)
+    monkeypatch.setattr(pipeline, "_cached", lambda text: text)
     torch.testing.assert_close(ahead, latents(pipeline, texts, caption), rtol=1e-3, atol=1e-3)

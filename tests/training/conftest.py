@@ -19,7 +19,7 @@ from longsana.encoders.vae import WanVAE
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.training.config import TrainingConfig
-from longsana.training.learner import Player
+from longsana.training.learner import Learner
 from longsana.weights.names import PAST
 from tests.scripts import load_script
 
@@ -136,10 +136,10 @@ def distilled(training_config, random_model, network, embed, vae) -> Callable[..
         models = [random_model(size, torch.float32, seed) for seed, size in enumerate(sizes)]
         return stage(
             config,
-            Player(
+            Learner(
                 "generator", models[0], config.optimizer.generator, every=config.distillation.dfake_gen_update_ratio
             ),
-            Player("critic", models[1], config.optimizer.critic),
+            Learner("critic", models[1], config.optimizer.critic),
             models[2].requires_grad_(False),
             embed=embed,
             negative=embed(["blurred"]),

@@ -10,7 +10,7 @@ import torch
 from longsana.config import load_config
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.training.checks import check_device, check_same_run, check_sources, check_training, slots_of
+from longsana.training.checks import check_device, check_same_run, check_sources, check_training, micro_batches_of
 from longsana.training.config import TrainingConfig
 from tests.training.conftest import ROOT
 
@@ -55,7 +55,7 @@ def test_the_published_stages_are_as_published():
         assert (config.distillation.timestep_shift, config.distillation.guidance_scale) == (5.0, 3.0)
         assert config.distillation.dfake_gen_update_ratio == 5
         assert (config.train.ema_weight, config.train.ema_start_step) == (0.99, 200)
-        assert slots_of(config, World(size=64)).accumulation == 1
+        assert micro_batches_of(config, World(size=64)).accumulation == 1
     assert (stream.streaming.streaming_max_length, stream.streaming.streaming_min_new_frame) == (261, 20)
     assert [config.train.log_iters for config in (ode, forcing, stream)] == [200, 100, 200]
 
@@ -128,13 +128,13 @@ def test_a_config_of_inference_is_no_config_of_training():
 def test_the_total_batch_is_honoured_or_refused(small_training, size, settings, expected):
     config, world = load(small_training("ode"), *settings), World(size=size)
     if isinstance(expected, int):
-        slots = slots_of(config, world)
-        assert slots.accumulation == expected
+        micro_batches = micro_batches_of(config, world)
+        assert micro_batches.accumulation == expected
         total = config.train.total_batch_size or size * expected * config.train.batch_size
-        assert slots.count * config.train.batch_size == total
+        assert micro_batches.count * config.train.batch_size == total
     else:
         with pytest.raises(InputError, match=expected):
-            slots_of(config, world)
+            micro_batches_of(config, world)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from longsana.models.dit import LongSanaDiT
 from longsana.training import build
 from longsana.training import run as launch
 from longsana.training.config import TrainingConfig
-from longsana.training.learner import Player
+from longsana.training.learner import Learner
 from longsana.training.loop import Stop
 from longsana.training.validation import Report, Validation
 from tests.training.conftest import ROOT, forbidden
@@ -317,10 +317,10 @@ def test_validation_that_is_not_wanted_needs_no_prompts(command, config, tmp_pat
 
 
 def test_out_of_memory_says_what_to_lower(command, config, tmp_path, monkeypatch):
-    def full(self: Player, step: int) -> Tensor:
+    def full(self: Learner, step: int) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nMore lines")
 
-    monkeypatch.setattr(Player, "update", full)
+    monkeypatch.setattr(Learner, "update", full)
     result = command("--config_path", config, "--logdir", tmp_path, "--no_visualize", "--threads", "1")
     assert result.status == 2
     (line,) = [line for line in result.err.splitlines() if line.startswith("error")]
@@ -331,9 +331,9 @@ def test_out_of_memory_says_what_to_lower(command, config, tmp_path, monkeypatch
 
 
 def test_any_other_failure_propagates(command, config, tmp_path, monkeypatch):
-    def fail(self: Player, step: int) -> Tensor:
+    def fail(self: Learner, step: int) -> Tensor:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(Player, "update", fail)
+    monkeypatch.setattr(Learner, "update", fail)
     with pytest.raises(RuntimeError, match="planted"):
         command("--config_path", config, "--logdir", tmp_path, "--no_visualize", "--threads", "1")

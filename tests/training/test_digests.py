@@ -20,7 +20,7 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.training.build import StageBuilder
 from longsana.training.config import TrainingConfig
-from longsana.training.stages.stage import Slots
+from longsana.training.stages.stage import MicroBatches
 from longsana.weights.build import build_model
 from longsana.weights.network import load_weights
 from tests.data.test_trajectories import write as write_shards
@@ -104,8 +104,10 @@ def test_a_run_that_starts_from_it(
     config: TrainingConfig = load_config(path, schema=TrainingConfig)
     world = World()
     monkeypatch.setattr(StageBuilder, "captions", property(lambda self: pytest.fail("too late: captions")))
-    slots = Slots.of(world, 1)
-    builder = StageBuilder(config, slots=slots, world=world, device=torch.device("cpu"), folder=tmp_path)
+    micro_batches = MicroBatches.of(world, 1)
+    builder = StageBuilder(
+        config, micro_batches=micro_batches, world=world, device=torch.device("cpu"), folder=tmp_path
+    )
     with pytest.raises(InputError) as caught:
         builder.stage()
     assert refused(str(caught.value), rotten)

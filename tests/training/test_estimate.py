@@ -294,7 +294,7 @@ def test_sizes_of_the_encoders(kind: Any, monkeypatch: pytest.MonkeyPatch) -> No
     _, cache = vae.decode_stream(torch.empty(1, shape.channels, 2, height, width, device="meta"))
     assert sum(feature.nbytes for feature in cache.features) == 2 * 96 * 160 * published.cache_values
     with LiveBytes(ignore=[*model.parameters(), *cache.features]) as live:
-        vae.lead_latent(torch.empty(1, shape.channels, 20, height, width, device="meta"), cache)
+        vae.overlap_latent(torch.empty(1, shape.channels, 20, height, width, device="meta"), cache)
     assert live.peak / (2 * 96 * 160) == pytest.approx(published.decode_values, rel=0.02)
 
 
@@ -344,10 +344,10 @@ def on_a_gpu(config: TrainingConfig, role: Any) -> tuple[int, int]:
     """Bytes at the peak of two updates of Self-Forcing, measured and estimated; without the encoders."""
     from longsana.encoders.geometry import geometry
     from longsana.runtime.distributed import World
-    from longsana.training.learner import Player
+    from longsana.training.learner import Learner
     from longsana.training.parallel import connect, device_mesh, parallelise
     from longsana.training.stages.self_forcing import SelfForcing
-    from longsana.training.stages.stage import Turn
+    from longsana.training.stages.stage import MicroBatch
 
     world = World.from_environment()
     device = world.device()
@@ -364,13 +364,13 @@ def on_a_gpu(config: TrainingConfig, role: Any) -> tuple[int, int]:
         teacher = build_model(config.real_score, device=device, dtype=torch.bfloat16).requires_grad_(False)
         teacher = parallelise(teacher, mesh, compute=torch.bfloat16)
         text = TextEmbedding(*(part.cuda() for part in inputs(config.model, "cpu", 1, 2, 2)[2]))
-        players = [
-            Player("generator", trained(config.model), config.optimizer.generator, ema_weight=config.train.ema_weight),
-            Player("critic", trained(config.fake_score), config.optimizer.critic),
+        learners = [
+            Learner("generator", trained(config.model), config.optimizer.generator, ema_weight=config.train.ema_weight),
+            Learner("critic", trained(config.fake_score), config.optimizer.critic),
         ]
         stage = SelfForcing(
             config,
-            *players,
+            *learners,
             teacher,
             embed=lambda prompts: text,
             negative=text,
@@ -381,12 +381,12 @@ def on_a_gpu(config: TrainingConfig, role: Any) -> tuple[int, int]:
                 *geometry(config.vae).latent_size(config.sampling.height, config.sampling.width),
             ),
         )
-        player = players[role == "critic"]
+        learner = learners[role == "critic"]
         for step in range(2):
             torch.cuda.reset_peak_memory_stats()
-            stage.loss(Turn(0, step, role, 0, range(1), device)).value.backward()
+            stage.loss(MicroBatch(0, step, role, 0, range(1), device)).value.backward()
             measured = torch.cuda.max_memory_allocated() - before
-            player.update(step)
+            learner.update(step)
     finally:
         world.disconnect()
     found = estimate(config, world.size)

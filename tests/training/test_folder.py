@@ -29,7 +29,7 @@ from longsana.training.checkpoint import checkpoints_of
 from longsana.training.checks import check_same_run
 from longsana.training.config import TrainingConfig
 from longsana.training.folder import Record, check_fits, check_shared, sources
-from longsana.training.stages.stage import Slots
+from longsana.training.stages.stage import MicroBatches
 from longsana.training.validation import Validation
 from tests.training.conftest import PROMPTS, ROOT, SCRIPT, forbidden
 from tests.training.test_resume import contents, lines
@@ -286,7 +286,7 @@ def test_networks_that_do_not_fit_are_refused_without_a_flag_that_would_not_help
     assert everything(streams) == before
 
 
-def test_a_stage_of_other_players_is_refused_and_one_of_the_same_goes_on(start, quick, small_training, streams):
+def test_a_stage_of_other_learners_is_refused_and_one_of_the_same_goes_on(start, quick, small_training, streams):
     """ODE has no critic; Self-Forcing has no streams."""
     more = ("--max_iters", "3", "train.ema_weight=0.5")
     result = start(streams, *more, "--allow-config-change", loads=False)
@@ -371,7 +371,7 @@ def test_data_that_cannot_be_read_is_named(training_config, tmp_path, monkeypatc
     monkeypatch.setattr(folder, "file_sha256", broken)
     config = training_config("longsana")
     with pytest.raises(InputError, match=r"^text_encoder\.text_encoder_name: .*: cannot be read \(Input/output error"):
-        Record.of(config, Slots(0, 1, 1))
+        Record.of(config, MicroBatches(0, 1, 1))
 
 
 def test_data_in_folders_and_in_an_lmdb_is_known_again(training_config, trajectories, tmp_path):
@@ -381,12 +381,12 @@ def test_data_in_folders_and_in_an_lmdb_is_known_again(training_config, trajecto
     for content in (b"one", b"two"):
         (lmdb / "data.mdb").write_bytes(content)
         config = training_config("ode", f"data.data_path={lmdb}")
-        digests.add(Record.of(config, Slots(0, 1, 1)).sha256["data.data_path"])
+        digests.add(Record.of(config, MicroBatches(0, 1, 1)).sha256["data.data_path"])
     shards = tmp_path / "trajectories"
     shutil.copytree(trajectories, shards)
     for _ in range(2):
         config = training_config("ode", f"data.data_path={shards}")
-        digests.add(Record.of(config, Slots(0, 1, 1)).sha256["data.data_path"])
+        digests.add(Record.of(config, MicroBatches(0, 1, 1)).sha256["data.data_path"])
         shard = sorted(shards.glob("*.safetensors"))[-1]
         shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     assert len(digests) == 4

@@ -19,7 +19,7 @@ from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.training.config import AdamWConfig
 from longsana.training.graphs import replay_passes
-from longsana.training.learner import Player
+from longsana.training.learner import Learner
 
 PASTS: list[dict[str, Any]] = [
     {"state_decay": 0.9},
@@ -173,13 +173,13 @@ def test_a_later_place_in_the_video_is_no_new_kind(plain, replayed):
 
 
 def test_the_average_is_sampled(replayed):
-    player = Player("generator", replayed, AdamWConfig(lr=0.1), ema_weight=0.5)
+    learner = Learner("generator", replayed, AdamWConfig(lr=0.1), ema_weight=0.5)
     x, t, text = pass_inputs(replayed)
     replayed(x, t, text)[0].square().mean().backward()
-    player.update(0)
+    learner.update(0)
     with torch.no_grad():
         before, _ = replayed(x, t, text)
-        with player.averaged():
+        with learner.averaged():
             averaged, _ = replayed(x, t, text)
         after, _ = replayed(x, t, text)
     assert torch.equal(before, after)

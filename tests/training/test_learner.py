@@ -1,4 +1,4 @@
-"""A player steps like AdamW, averages like a moving average, and leaves no trace of numbers that are not finite."""
+"""A learner steps like AdamW, averages like a moving average, and leaves no trace of numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import pytest
 import torch
 
 from longsana.training.config import AdamWConfig
-from longsana.training.learner import Player
+from longsana.training.learner import Learner
 
 
 @pytest.fixture
 def make(random_model, network):
-    def build(**options) -> Player:
+    def build(**options) -> Learner:
         settings = AdamWConfig(**{"lr": 1e-2, "beta1": 0.9, "weight_decay": 0.1, **options.pop("settings", {})})
-        return Player("generator", random_model(network, torch.float32), settings, **options)
+        return Learner("generator", random_model(network, torch.float32), settings, **options)
 
     return build
 
 
-def fill(player: Player, seed: int, scale: float = 1.0) -> None:
+def fill(learner: Learner, seed: int, scale: float = 1.0) -> None:
     rng = torch.Generator().manual_seed(seed)
-    for weight in player.weights.values():
+    for weight in learner.weights.values():
         weight.grad = scale * torch.randn(weight.shape, generator=rng)
 
 
 def test_steps_are_those_of_adamw_made_when_it_first_steps(make):
     """The moments are made in advance; torch makes them in its first step. Same numbers."""
-    player, twin = make(settings={"max_grad_norm": 1e9}), make(settings={"max_grad_norm": 1e9})
+    learner, twin = make(settings={"max_grad_norm": 1e9}), make(settings={"max_grad_norm": 1e9})
     plain = torch.optim.AdamW(twin.weights.values(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
     for step in range(3):
-        fill(player, step)
+        fill(learner, step)
         fill(twin, step)
-        player.update(step)
+        learner.update(step)
         plain.step()
-    assert all(torch.equal(player.weights[name], twin.weights[name]) for name in player.weights)
+    assert all(torch.equal(learner.weights[name], twin.weights[name]) for name in learner.weights)
 
 
 def test_clipping_limits_the_norm_and_reports_it_before(make):
@@ -50,45 +50,45 @@ def test_clipping_limits_the_norm_and_reports_it_before(make):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(make, value):
-    player = make(ema_weight=0.5)
-    fill(player, 0)
-    player.update(0)
-    before = {f"{group}/{name}": t.clone() for group, held in player.tensors().items() for name, t in held.items()}
-    fill(player, 1)
-    player.weights["final.linear.bias"].grad[3] = value
-    assert not player.update(1).isfinite()
-    after = {f"{group}/{name}": t for group, held in player.tensors().items() for name, t in held.items()}
+    learner = make(ema_weight=0.5)
+    fill(learner, 0)
+    learner.update(0)
+    before = {f"{group}/{name}": t.clone() for group, held in learner.tensors().items() for name, t in held.items()}
+    fill(learner, 1)
+    learner.weights["final.linear.bias"].grad[3] = value
+    assert not learner.update(1).isfinite()
+    after = {f"{group}/{name}": t for group, held in learner.tensors().items() for name, t in held.items()}
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(weight.grad is None for weight in player.weights.values())
+    assert all(weight.grad is None for weight in learner.weights.values())
 
 
 def test_the_average_is_the_weights_until_it_starts_and_then_follows_them(make):
-    player = make(ema_weight=0.75, ema_start=2)
+    learner = make(ema_weight=0.75, ema_start=2)
     name, history = "blocks.1.feed_forward.expand.weight", []
     for step in range(4):
-        fill(player, step)
-        player.update(step)
-        history.append(player.weights[name].detach().clone())
+        fill(learner, step)
+        learner.update(step)
+        history.append(learner.weights[name].detach().clone())
         if step < 2:
-            assert torch.equal(player.average[name], history[-1])
+            assert torch.equal(learner.average[name], history[-1])
     expected = 0.75 * (0.75 * history[1] + 0.25 * history[2]) + 0.25 * history[3]
-    torch.testing.assert_close(player.average[name], expected)
+    torch.testing.assert_close(learner.average[name], expected)
 
 
 def test_the_network_computes_with_its_average_inside_the_block_alone(make):
-    player = make(ema_weight=0.9)
-    fill(player, 0)
-    player.update(0)
-    raw = {name: weight.detach().clone() for name, weight in player.weights.items()}
+    learner = make(ema_weight=0.9)
+    fill(learner, 0)
+    learner.update(0)
+    raw = {name: weight.detach().clone() for name, weight in learner.weights.items()}
 
     def fail_inside() -> None:
-        with player.averaged():
-            assert all(torch.equal(player.weights[name], value) for name, value in player.average.items())
+        with learner.averaged():
+            assert all(torch.equal(learner.weights[name], value) for name, value in learner.average.items())
             raise KeyError
 
     with pytest.raises(KeyError):
         fail_inside()
-    assert all(torch.equal(player.weights[name], value) for name, value in raw.items())
+    assert all(torch.equal(learner.weights[name], value) for name, value in raw.items())
 
 
 def test_without_an_average_there_is_none_to_save(make):
@@ -96,8 +96,8 @@ def test_without_an_average_there_is_none_to_save(make):
     assert set(make(ema_weight=0.1).tensors()) == {"generator", "optimizer.generator", "generator_ema"}
 
 
-def test_warm_up_counts_the_players_own_updates(make):
-    player = make(every=5, settings={"num_warmup_steps": 4})
-    assert [player.plays(step) for step in range(6)] == [True, False, False, False, False, True]
-    assert [player.lr(step) for step in (0, 5, 10, 15, 20)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
+def test_warm_up_counts_the_learners_own_updates(make):
+    learner = make(every=5, settings={"num_warmup_steps": 4})
+    assert [learner.plays(step) for step in range(6)] == [True, False, False, False, False, True]
+    assert [learner.lr(step) for step in (0, 5, 10, 15, 20)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
     assert make().lr(0) == 0.01

@@ -28,11 +28,11 @@ from longsana.runtime.logging import RunLog
 from longsana.runtime.stop import Stopped, caught
 from longsana.training.checkpoint import Checkpointer, SaveFailed, read_progress
 from longsana.training.config import AdamWConfig, TrainConfig
-from longsana.training.learner import Player
+from longsana.training.learner import Learner
 from longsana.training.loop import SKIPS, Loop, Progress, Stop, TrainingFailed
 from longsana.training.parallel import connect
 from longsana.training.stages.ode import OdeInitialisation
-from longsana.training.stages.stage import Loss, Slots, Stage, Turn
+from longsana.training.stages.stage import Loss, MicroBatch, MicroBatches, Stage
 from tests.training.conftest import ROOT, SCRIPT
 from tests.training.test_resume import assert_equal, contents, lines
 
@@ -49,37 +49,37 @@ def group() -> Iterator[World]:
 
 
 class Toy(Stage):
-    """Players whose networks are to say nothing about noise that is a function of the sample's number.
+    """Learners whose networks are to say nothing about noise that is a function of the sample's number.
 
     poison(turn): how this turn's numbers go wrong: "", "loss" or "gradient".
     """
 
-    def __init__(self, players: Sequence[Player], text: TextEmbedding, poison: Callable[[Turn], str]) -> None:
-        self.players, self._text, self._poison = players, text, poison
-        self.turns: list[Turn] = []
+    def __init__(self, learners: Sequence[Learner], text: TextEmbedding, poison: Callable[[MicroBatch], str]) -> None:
+        self.learners, self._text, self._poison = learners, text, poison
+        self.micro_batches: list[MicroBatch] = []
 
-    def loss(self, turn: Turn) -> Loss:
-        self.turns.append(turn)
-        player = next(player for player in self.players if player.name == turn.role)
-        value = self.values(player, turn.samples).mean()
-        wrong = self._poison(turn)
+    def loss(self, micro_batch: MicroBatch) -> Loss:
+        self.micro_batches.append(micro_batch)
+        learner = next(learner for learner in self.learners if learner.name == micro_batch.role)
+        value = self.values(learner, micro_batch.samples).mean()
+        wrong = self._poison(micro_batch)
         if wrong == "loss":  # and its gradient is as good as ever
             value = value + torch.nan
         if wrong == "gradient":  # 0, with a slope of 0 times infinity
-            value = value + (0 * player.weights[NAME]).sqrt().sum()
-        return Loss(value, {f"{turn.role}_loss": value.detach()})
+            value = value + (0 * learner.weights[NAME]).sqrt().sum()
+        return Loss(value, {f"{micro_batch.role}_loss": value.detach()})
 
-    def values(self, player: Player, samples: Sequence[int]) -> Tensor:
+    def values(self, learner: Learner, samples: Sequence[int]) -> Tensor:
         """(B,), the loss of each sample."""
         x = torch.stack(
             [torch.randn(16, 2, 4, 6, generator=torch.Generator().manual_seed(number)) for number in samples]
-        ).to(player.model.dtype)
+        ).to(learner.model.dtype)
         text = TextEmbedding(*(part.expand(len(x), *part.shape[1:]) for part in self._text))
-        velocity, _ = player.model(x, torch.full((len(x),), 700.0), text)
+        velocity, _ = learner.model(x, torch.full((len(x),), 700.0), text)
         return velocity.square().flatten(1).mean(dim=1)
 
 
-class Recorder(Player):
+class Recorder(Learner):
     """Notes its turns and gradients."""
 
     log: list[tuple[int, str]]
@@ -99,7 +99,7 @@ def make(random_model, network, embed, tmp_path, group) -> Callable[..., Loop]:
         *,
         folder: Path = tmp_path,
         accumulation: int = 1,
-        poison: Callable[[Turn], str] = lambda turn: "",
+        poison: Callable[[MicroBatch], str] = lambda micro_batch: "",
         dtype: torch.dtype = torch.float32,
         save: bool = False,
         asynchronous: bool = False,
@@ -108,17 +108,17 @@ def make(random_model, network, embed, tmp_path, group) -> Callable[..., Loop]:
         **settings: Any,
     ) -> Loop:
         log: list[tuple[int, str]] = []
-        players = []
+        learners = []
         for seed, (name, every) in enumerate((("generator", 2), ("critic", 1))):
             model = random_model(dataclasses.replace(network, depth=1), dtype, seed)
-            player = Recorder(name, model, AdamWConfig(lr=1e-3, beta1=0.9), every=every, ema_weight=0.5)
-            player.log, player.gradients = log, []
-            players.append(player)
+            learner = Recorder(name, model, AdamWConfig(lr=1e-3, beta1=0.9), every=every, ema_weight=0.5)
+            learner.log, learner.gradients = log, []
+            learners.append(learner)
         train = TrainConfig(**{"max_iters": 4, "log_iters": 1, "max_checkpoints": 9, **settings})
         return Loop(
-            Toy(players, embed(["a ball"]), poison),
+            Toy(learners, embed(["a ball"]), poison),
             train,
-            slots=Slots.of(group, accumulation),
+            micro_batches=MicroBatches.of(group, accumulation),
             world=group,
             device=CPU,
             run_log=RunLog(folder, step=0, total=train.max_iters, main=True, wandb=None),
@@ -138,9 +138,9 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def tensors(loop: Loop, name: str) -> dict[str, Tensor]:
-    """Copies of all that a checkpoint keeps of a player."""
-    player = next(player for player in loop.stage.players if player.name == name)
-    return {f"{group}/{key}": t.clone() for group, held in player.tensors().items() for key, t in held.items()}
+    """Copies of all that a checkpoint keeps of a learner."""
+    learner = next(learner for learner in loop.stage.learners if learner.name == name)
+    return {f"{group}/{key}": t.clone() for group, held in learner.tensors().items() for key, t in held.items()}
 
 
 def test_the_generator_plays_before_the_critic_and_every_second_time(make):
@@ -148,43 +148,48 @@ def test_the_generator_plays_before_the_critic_and_every_second_time(make):
     assert loop.run() == 0
     both, critic = ["generator", "critic"], ["critic"]
     expected = [(step, name) for step in range(5) for name in (critic if step % 2 else both)]
-    assert loop.stage.players[0].log == expected
-    assert [(turn.step, turn.role) for turn in loop.stage.turns] == expected
+    assert loop.stage.learners[0].log == expected
+    assert [(micro_batch.step, micro_batch.role) for micro_batch in loop.stage.micro_batches] == expected
 
 
 def test_samples_are_counted_and_nobody_takes_one_twice(make):
     loop = make(max_iters=3, accumulation=2, batch_size=3)
     loop.run()
     for name, updates in (("generator", 2), ("critic", 3)):
-        taken = [number for turn in loop.stage.turns if turn.role == name for number in turn.samples]
-        assert taken == list(range(updates * 6))  # in the order of slots, one after another
+        taken = [
+            number
+            for micro_batch in loop.stage.micro_batches
+            if micro_batch.role == name
+            for number in micro_batch.samples
+        ]
+        assert taken == list(range(updates * 6))  # in the order of micro-batches, one after another
         assert loop.progress.samples[name] == updates * 6
-    assert [turn.slot for turn in loop.stage.turns if turn.role == "critic"] == [0, 1] * 3
+    assert [micro_batch.index for micro_batch in loop.stage.micro_batches if micro_batch.role == "critic"] == [0, 1] * 3
 
 
-def test_accumulated_gradients_are_those_of_all_slots_samples_at_once(make, tmp_path):
+def test_accumulated_gradients_are_those_of_all_micro_batchs_samples_at_once(make, tmp_path):
     loop = make(max_iters=1, accumulation=3, batch_size=2, dtype=torch.float64)
     twin = make(dtype=torch.float64)  # the same weights, before the step
     loop.run()
-    for player, whole in zip(loop.stage.players, twin.stage.players, strict=True):
+    for learner, whole in zip(loop.stage.learners, twin.stage.learners, strict=True):
         loss = twin.stage.values(whole, range(6)).mean()
         expected = dict(zip(whole.weights, torch.autograd.grad(loss, list(whole.weights.values())), strict=True))
-        torch.testing.assert_close(player.gradients[0], expected, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(learner.gradients[0], expected, rtol=1e-9, atol=1e-14)
         logged = lines(tmp_path)[0]
-        assert logged[f"{player.name}_loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert logged[f"{learner.name}_loss"] == pytest.approx(loss.item(), rel=1e-6)
         norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-        assert logged[f"{player.name}_grad_norm"] == pytest.approx(float(norm), rel=1e-6)
+        assert logged[f"{learner.name}_grad_norm"] == pytest.approx(float(norm), rel=1e-6)
 
 
 @pytest.mark.parametrize("wrong", ["loss", "gradient"])
 def test_numbers_that_are_not_finite_change_nothing_and_are_counted(make, tmp_path, wrong):
-    """In one of three slots is enough; the other player is not concerned."""
+    """In one of three micro-batches is enough; the other learner is not concerned."""
     before: dict[str, dict[str, Tensor]] = {}
 
-    def poison(turn: Turn) -> str:
-        if turn.slot == 0:
-            before[f"{turn.role} {turn.step}"] = tensors(loop, turn.role)
-        return wrong if (turn.role, turn.step, turn.slot) == ("critic", 2, 1) else ""
+    def poison(micro_batch: MicroBatch) -> str:
+        if micro_batch.index == 0:
+            before[f"{micro_batch.role} {micro_batch.step}"] = tensors(loop, micro_batch.role)
+        return wrong if (micro_batch.role, micro_batch.step, micro_batch.index) == ("critic", 2, 1) else ""
 
     loop = make(max_iters=4, accumulation=3, poison=poison)
     assert loop.run() == 0
@@ -200,15 +205,17 @@ def test_numbers_that_are_not_finite_change_nothing_and_are_counted(make, tmp_pa
     assert (logged[2]["critic_loss"] is None) == (wrong == "loss")
     assert logged[2]["generator_loss"] > 0
     assert loop.progress.samples["critic"] == 12  # the data go on: the same samples would fail again
-    assert all(weight.grad is None for player in loop.stage.players for weight in player.weights.values())
+    assert all(weight.grad is None for learner in loop.stage.learners for weight in learner.weights.values())
 
 
-def test_an_update_in_which_no_slot_learns_is_not_made(make, tmp_path):
+def test_an_update_in_which_no_micro_batch_learns_is_not_made(make, tmp_path):
     """And one in which some do is."""
     for idle, moves in (((0, 1), False), ((0,), True)):
         loop = make(max_iters=1, accumulation=2)
         learn = loop.stage.loss
-        loop.stage.loss = lambda turn, idle=idle, learn=learn: learn(turn)._replace(learns=turn.slot not in idle)
+        loop.stage.loss = lambda micro_batch, idle=idle, learn=learn: learn(micro_batch)._replace(
+            learns=micro_batch.index not in idle
+        )
         before = tensors(loop, "critic")
         loop.run()
         after = tensors(loop, "critic")
@@ -223,8 +230,8 @@ def test_a_validation_that_a_signal_skipped_is_made_up(make, tmp_path):
         seen.append(step)
         return {}
 
-    def poison(turn: Turn) -> str:
-        if turn.step == 1:
+    def poison(micro_batch: MicroBatch) -> str:
+        if micro_batch.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return ""
 
@@ -297,7 +304,11 @@ def test_what_is_being_written_is_finished_when_a_run_fails(make, tmp_path, monk
 
     monkeypatch.setattr(dcp, "save", slow)
     loop = make(
-        max_iters=99, save=True, asynchronous=True, poison=lambda turn: "loss" if turn.step > 0 else "", log_iters=1
+        max_iters=99,
+        save=True,
+        asynchronous=True,
+        poison=lambda micro_batch: "loss" if micro_batch.step > 0 else "",
+        log_iters=1,
     )
     with pytest.raises(TrainingFailed, match=r"the newest is of step 1\)"):
         loop.run()
@@ -316,25 +327,30 @@ def test_a_failure_to_write_in_the_background_ends_the_run_soon(make, tmp_path, 
 
 def test_no_checkpoint_comes_or_goes_while_updates_are_skipped(make, tmp_path):
     """A divergence leaves the last checkpoints before it, though one is due in every iteration."""
-    loop = make(max_iters=99, save=True, max_checkpoints=3, poison=lambda turn: "gradient" if turn.step > 4 else "")
+    loop = make(
+        max_iters=99,
+        save=True,
+        max_checkpoints=3,
+        poison=lambda micro_batch: "gradient" if micro_batch.step > 4 else "",
+    )
     with pytest.raises(TrainingFailed):
         loop.run()
     assert steps_of(tmp_path) == [3, 4, 5]
 
 
 def test_a_checkpoint_that_was_due_while_updates_were_skipped_comes_after(make, tmp_path):
-    def poison(turn: Turn) -> str:
-        return "loss" if (turn.role, turn.step) == ("critic", 3) else ""
+    def poison(micro_batch: MicroBatch) -> str:
+        return "loss" if (micro_batch.role, micro_batch.step) == ("critic", 3) else ""
 
     make(max_iters=7, log_iters=4, save=True, poison=poison).run()
     assert steps_of(tmp_path) == [5, 7]  # due after 4; the last one is that of the end
 
 
 def test_a_stop_while_updates_are_skipped_saves_beside_what_is_there(make, tmp_path):
-    def poison(turn: Turn) -> str:
-        if turn.step == 5:
+    def poison(micro_batch: MicroBatch) -> str:
+        if micro_batch.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return "loss" if turn.step > 3 else ""
+        return "loss" if micro_batch.step > 3 else ""
 
     loop = make(max_iters=99, save=True, max_checkpoints=2, poison=poison)
     assert loop.run() == 128 + signal.SIGTERM
@@ -362,7 +378,10 @@ def test_progress_of_another_version_or_damaged(tmp_path, text, words):
 
 def test_ten_in_a_row_stop_the_run_and_a_good_one_starts_a_new_row(make):
     good = SKIPS - 1
-    loop = make(max_iters=99, poison=lambda turn: "loss" if turn.role == "critic" and turn.step != good else "")
+    loop = make(
+        max_iters=99,
+        poison=lambda micro_batch: "loss" if micro_batch.role == "critic" and micro_batch.step != good else "",
+    )
     with pytest.raises(TrainingFailed, match=f"{SKIPS} updates of the critic in a row .*iteration {2 * SKIPS - 1}"):
         loop.run()
     assert loop.progress.skipped == 2 * SKIPS - 1
@@ -370,8 +389,8 @@ def test_ten_in_a_row_stop_the_run_and_a_good_one_starts_a_new_row(make):
 
 
 def test_a_row_goes_on_after_a_resume(make):
-    def poison(turn: Turn) -> str:
-        return "gradient" if turn.role == "generator" else ""
+    def poison(micro_batch: MicroBatch) -> str:
+        return "gradient" if micro_batch.role == "generator" else ""
 
     make(max_iters=SKIPS, log_iters=100, poison=poison, save=True).run()  # the generator's first five
     loop = make(max_iters=99, log_iters=100, poison=poison, save=True)
@@ -404,8 +423,11 @@ def test_a_checkpoint_is_of_its_own_step_also_if_it_is_written_while_training_go
 
 
 def test_a_signal_ends_the_run_after_the_iteration_and_saves_it(make, tmp_path):
-    def poison(turn: Turn) -> str:
-        if (turn.role, turn.step) == ("generator", 2):  # the critic's turn of this iteration is still to come
+    def poison(micro_batch: MicroBatch) -> str:
+        if (micro_batch.role, micro_batch.step) == (
+            "generator",
+            2,
+        ):  # the critic's turn of this iteration is still to come
             os.kill(os.getpid(), signal.SIGTERM)
         return ""
 
@@ -422,7 +444,7 @@ def test_validation_comes_when_it_is_due_and_sees_what_is_saved(make, tmp_path):
     seen = {}
 
     def validate(step: int, stop: Stop) -> dict[str, float]:
-        seen[step] = loop.stage.players[0].weights[NAME].detach().clone()
+        seen[step] = loop.stage.learners[0].weights[NAME].detach().clone()
         return {"probe": float(step)}
 
     loop = make(max_iters=5, vis_interval=2, log_iters=2, validate=validate, save=True)
@@ -490,9 +512,9 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_loses_nothing(ru
 def test_a_run_of_bad_numbers_ends_with_status_1_and_says_why(run, tmp_path, capfd, monkeypatch):
     loss = OdeInitialisation.loss
 
-    def poisoned(self: OdeInitialisation, turn: Turn) -> Loss:
-        value, metrics, _ = loss(self, turn)
-        if turn.step < 1:
+    def poisoned(self: OdeInitialisation, micro_batch: MicroBatch) -> Loss:
+        value, metrics, _ = loss(self, micro_batch)
+        if micro_batch.step < 1:
             return Loss(value, metrics)
         return Loss(value * torch.nan, {name: metric * torch.nan for name, metric in metrics.items()})
 
@@ -518,9 +540,9 @@ def start(*command: str | Path) -> subprocess.Popen[str]:
 CRASH = """
 import runpy, sys
 sys.path.insert(0, {root!r})
-from longsana.training.learner import Player
+from longsana.training.learner import Learner
 def fail(self, step): raise RuntimeError("planted")
-Player.update = fail
+Learner.update = fail
 sys.argv = ["train_longsana.py", *sys.argv[1:]]
 runpy.run_path({script!r}, run_name="__main__")
 """

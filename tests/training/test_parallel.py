@@ -17,7 +17,7 @@ from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.state import CausalState
 from longsana.training.config import AdamWConfig
-from longsana.training.learner import Player
+from longsana.training.learner import Learner
 from longsana.training.parallel import Strategy, connect, device_mesh, parallelise
 
 CPU = torch.device("cpu")
@@ -104,15 +104,15 @@ def test_mixed_precision_computes_as_a_bfloat16_network_does(sharded, random_mod
 def test_mixed_precision_keeps_float32_weights_moments_average_and_gradients(sharded, inputs):
     model = sharded(compute=torch.bfloat16, checkpointing=True)
     # Steps of 1e-6: most weights of bfloat16 would not move at all.
-    player = Player("generator", model, AdamWConfig(lr=1e-6, beta1=0.9), ema_weight=0.5)
-    before = {name: whole(weight.detach()).clone() for name, weight in player.weights.items()}
+    learner = Learner("generator", model, AdamWConfig(lr=1e-6, beta1=0.9), ema_weight=0.5)
+    before = {name: whole(weight.detach()).clone() for name, weight in learner.weights.items()}
     found = gradients(model, *inputs)
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    player.update(0)
-    tensors = [tensor for held in player.tensors().values() for tensor in held.values()]
+    learner.update(0)
+    tensors = [tensor for held in learner.tensors().values() for tensor in held.values()]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
-    steps = torch.cat([(whole(w.detach()) != before[name]).flatten() for name, w in player.weights.items()])
-    rounded = [whole(w.detach()).bfloat16() != before[name].bfloat16() for name, w in player.weights.items()]
+    steps = torch.cat([(whole(w.detach()) != before[name]).flatten() for name, w in learner.weights.items()])
+    rounded = [whole(w.detach()).bfloat16() != before[name].bfloat16() for name, w in learner.weights.items()]
     assert steps.float().mean() > 0.9
     assert torch.cat([change.flatten() for change in rounded]).float().mean() < 0.1
 
@@ -163,17 +163,17 @@ def test_every_strategy_takes_the_step_of_a_network_that_is_not_sharded(
     sharded, random_model, small_config, inputs, strategy, past
 ):
     settings = AdamWConfig(lr=1e-3, beta1=0.9)
-    plain = Player("generator", random_model(small_config(**past), torch.float32), settings, ema_weight=0.5)
-    player = Player("generator", sharded(strategy, past=past), settings, ema_weight=0.5)
+    plain = Learner("generator", random_model(small_config(**past), torch.float32), settings, ema_weight=0.5)
+    learner = Learner("generator", sharded(strategy, past=past), settings, ema_weight=0.5)
     start = copy.deepcopy(plain.weights)
     for step in range(2):
-        for each in (plain, player):
+        for each in (plain, learner):
             gradients(each.model, *inputs)
-        norms = [each.update(step) for each in (plain, player)]
+        norms = [each.update(step) for each in (plain, learner)]
         torch.testing.assert_close(*norms)
     for group, held in plain.tensors().items():
         for name, tensor in held.items():
-            other = player.tensors()[group][name]
+            other = learner.tensors()[group][name]
             value = whole(other) if isinstance(other, torch.distributed.tensor.DTensor) else other
             torch.testing.assert_close(value, tensor, rtol=1e-5, atol=1e-7, msg=f"{group}/{name}")
     assert all(not torch.equal(weight, start[name]) for name, weight in plain.weights.items())
@@ -181,15 +181,15 @@ def test_every_strategy_takes_the_step_of_a_network_that_is_not_sharded(
 
 @pytest.mark.parametrize("strategy", ["full", "hybrid_full", "hybrid_zero2", "no_shard"])
 def test_the_average_computes_whatever_was_computed_before(sharded, inputs, strategy):
-    player = Player("generator", sharded(strategy), AdamWConfig(), ema_weight=0.5)
-    for value in player.average.values():
+    learner = Learner("generator", sharded(strategy), AdamWConfig(), ema_weight=0.5)
+    for value in learner.average.values():
         value.mul_(0.5)
     x, text, t = *inputs, torch.full((BATCH,), 889.0)
     with torch.no_grad():
-        own, _ = player.model(x, t, text)
-        with player.averaged():
-            averaged, _ = player.model(x, t, text)
-        again, _ = player.model(x, t, text)
+        own, _ = learner.model(x, t, text)
+        with learner.averaged():
+            averaged, _ = learner.model(x, t, text)
+        again, _ = learner.model(x, t, text)
     assert torch.equal(again, own)
     assert (averaged - own).abs().max() > 0.1
 
@@ -207,12 +207,12 @@ def train_compiled(
 
     torch._dynamo.reset()
     counters.clear()
-    player, losses = Player("generator", model, AdamWConfig(lr=1e-3, beta1=0.9)), []
+    learner, losses = Learner("generator", model, AdamWConfig(lr=1e-3, beta1=0.9)), []
     for step in range(2):
         velocity, _ = two_chunks(model, *inputs, lengths)
         loss = velocity.square().mean()
         loss.backward()
-        player.update(step)
+        learner.update(step)
         losses.append(loss.item())
     return Compiled(losses, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
 

@@ -223,7 +223,7 @@ def test_a_signal_during_validation_ends_it_for_all(stage_config, tmp_path):
 
 
 def test_a_run_of_two_processes_goes_on_with_one(stage_config, run, tmp_path, capfd):
-    """Resharding: weights and moments are the same, streams of surplus slots end, and the log says so."""
+    """Resharding: weights and moments are the same, streams of surplus micro-batches end, and the log says so."""
     config = stage_config("longsana", "train.max_iters=2", "streaming.streaming_max_length=41")
     both = start(
         SCRIPT, "--config_path", config, "--logdir", tmp_path, "--disable-wandb", "--threads", "1", processes=2

@@ -33,7 +33,7 @@ from longsana.training import captions
 from longsana.training import run as launch
 from longsana.training.build import StageBuilder
 from longsana.training.checkpoint import Checkpointer, checkpoints_of
-from longsana.training.learner import Player
+from longsana.training.learner import Learner
 from longsana.training.stages.ode import OdeInitialisation
 from longsana.weights.run_folder import METADATA, check_content
 from tests.runtime.test_stop import as_usual
@@ -233,7 +233,7 @@ MOMENTS = {
     "the folder is locked": During(launch, "check_shared"),
     "networks are loaded": During(StageBuilder, "stage"),
     "the first pass, with its compilation": During(OdeInitialisation, "loss"),
-    "the first update": During(Player, "update", (1,)),
+    "the first update": During(Learner, "update", (1,)),
     "a later pass": During(OdeInitialisation, "loss", (2, 3), count=3),
     "a checkpoint is saved": During(dcp, "save", (2,)),
     "the last one is saved": During(dcp, "save", (2, 4), count=2, status=0),

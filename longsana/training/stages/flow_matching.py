@@ -12,12 +12,12 @@ from longsana.flow.schedule import FlowSchedule
 from longsana.flow.timesteps import independent, monotone
 from longsana.models.embeddings import TextEmbedding
 from longsana.training.config import TrainingConfig
-from longsana.training.learner import Player
-from longsana.training.stages.stage import Embed, Loss, Shuffled, Stage, Turn
+from longsana.training.learner import Learner
+from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage
 
 
 class FlowMatching(Stage):
-    """One player, on clips of latents with captions, some of which are dropped for the null caption.
+    """One learner, on clips of latents with captions, some of which are dropped for the null caption.
 
     Bidirectional: a clip is one chunk with one timestep. Causal: a timestep a chunk, and no chunk sees a later one.
     null: (1, L, C), what a dropped caption becomes; with `dropped_caption: masked_null` under the caption's own mask.
@@ -26,7 +26,7 @@ class FlowMatching(Stage):
     def __init__(
         self,
         config: TrainingConfig,
-        generator: Player,
+        generator: Learner,
         *,
         embed: Embed,
         null: TextEmbedding,
@@ -34,19 +34,21 @@ class FlowMatching(Stage):
         frames: int,
     ) -> None:
         self.settings = config.flow_matching
-        self.players = (generator,)
+        self.learners = (generator,)
         self.generator, self.embed, self.null, self.clips = generator.model, embed, null, clips
         self.schedule = FlowSchedule(self.settings.flow_shift)
         self.plan = ChunkPlan.split(frames, config.sampling.chunk_frames if self.settings.causal else frames)
         self.order = Shuffled(len(clips), config.train.seed, generator.name)
 
-    def loss(self, turn: Turn) -> Loss:
-        latents, prompts = self.clips.batch([self.order[number] for number in turn.samples])
-        x0 = latents.to(turn.device, torch.float32)
-        text = self._drop(self.embed(prompts), turn)
-        t = self._timesteps(len(prompts), turn.rng("t"))
-        t = t.repeat_interleave(torch.tensor(self.plan.lengths, dtype=torch.int64, device="cpu"), dim=1).to(turn.device)
-        noise = turn.normal("noise", x0.shape)
+    def loss(self, micro_batch: MicroBatch) -> Loss:
+        latents, prompts = self.clips.batch([self.order[number] for number in micro_batch.samples])
+        x0 = latents.to(micro_batch.device, torch.float32)
+        text = self._drop(self.embed(prompts), micro_batch)
+        t = self._timesteps(len(prompts), micro_batch.rng("t"))
+        t = t.repeat_interleave(torch.tensor(self.plan.lengths, dtype=torch.int64, device="cpu"), dim=1).to(
+            micro_batch.device
+        )
+        noise = micro_batch.normal("noise", x0.shape)
         velocity, _ = self.generator(self.schedule.add_noise(x0, noise, t), t, text, plan=self.plan)
         loss = flow_loss(velocity, x0, noise)
         return Loss(loss, {"generator_loss": loss.detach()})
@@ -65,11 +67,11 @@ class FlowMatching(Stage):
             rng=rng,
         )
 
-    def _drop(self, text: TextEmbedding, turn: Turn) -> TextEmbedding:
+    def _drop(self, text: TextEmbedding, micro_batch: MicroBatch) -> TextEmbedding:
         """Some captions replaced by the null caption."""
-        batch = len(turn.samples)
-        drawn = torch.rand(batch, generator=turn.rng("drop"), dtype=torch.float32, device="cpu")
-        dropped = (drawn < self.settings.class_dropout_prob).to(turn.device)
+        batch = len(micro_batch.samples)
+        drawn = torch.rand(batch, generator=micro_batch.rng("drop"), dtype=torch.float32, device="cpu")
+        dropped = (drawn < self.settings.class_dropout_prob).to(micro_batch.device)
         null_mask = text.mask if self.settings.dropped_caption == "masked_null" else self.null.mask
         return TextEmbedding(
             torch.where(dropped[:, None, None], self.null.tokens.to(text.tokens.dtype), text.tokens),

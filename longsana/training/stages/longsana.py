@@ -15,57 +15,57 @@ from longsana.encoders.vae import DecodeCache
 from longsana.models.embeddings import TextEmbedding
 from longsana.state import CausalState
 from longsana.training.stages.self_forcing import SelfForcing, Window
-from longsana.training.stages.stage import Loss, Slots, Turn
+from longsana.training.stages.stage import Loss, MicroBatch, MicroBatches
 from longsana.weights.build import empty_model
 
 log = logging.getLogger(__name__)
 
 
 class Stream(NamedTuple):
-    """The video of one slot, as far as it has come; detached values.
+    """The video of one micro-batch, as far as it has come; detached values.
 
-    serial: how many videos this slot has begun before it.
-    lead: (B, C, 1, H, W), what leads the next window; cache: the decoder's memory of all so far, if it is carried.
+    serial: how many videos this micro-batch has begun before it.
+    overlap: (B, C, 1, H, W), what begins the next window; cache: the decoder's memory of all so far, if it is carried.
     """
 
     serial: int
     text: TextEmbedding
     state: CausalState
-    lead: Tensor
+    overlap: Tensor
     cache: DecodeCache | None
 
 
 class LongSana(SelfForcing):
-    """Generator and critic share the streams: every loss, of either, takes the next stretch of its slot's stream.
+    """Generator and critic share the streams: every loss, of either, takes the next stretch of its own stream.
 
     Early parts of a state come from older weights; they are not computed again.
     """
 
-    def __init__(self, *arguments: Any, slots: Slots, **parts: Any) -> None:
+    def __init__(self, *arguments: Any, micro_batches: MicroBatches, **parts: Any) -> None:
         super().__init__(*arguments, **parts)
-        self.slots = slots
+        self.micro_batches = micro_batches
         self.streams: dict[int, Stream] = {}
-        self._serials: dict[int, int] = {}  # of the next stream of a slot
+        self._serials: dict[int, int] = {}  # of the next stream of a micro-batch
 
-    def loss(self, turn: Turn) -> Loss:
-        fresh = turn.slot not in self.streams
-        loss = super().loss(turn)
+    def loss(self, micro_batch: MicroBatch) -> Loss:
+        fresh = micro_batch.index not in self.streams
+        loss = super().loss(micro_batch)
         if fresh and not self.config.streaming.train_first_chunk:
             # Made all the same: processes whose streams are at other places run their networks as often.
             return Loss(0 * loss.value, loss.metrics, learns=False)
         return loss
 
-    def rollout(self, turn: Turn) -> Window:
-        stream = self.streams.pop(turn.slot, None)
-        text = self._next_text(turn) if stream is None else stream.text
+    def rollout(self, micro_batch: MicroBatch) -> Window:
+        stream = self.streams.pop(micro_batch.index, None)
+        text = self._next_text(micro_batch) if stream is None else stream.text
         state = None if stream is None else stream.state
         plan = ChunkPlan.split(self._stretch(stream), self.config.sampling.chunk_frames)
-        exits = self._exit_steps(turn, len(plan))
-        new, state = self.generate(turn, plan, text, state, exits, keep_state=True)
+        exits = self._exit_steps(micro_batch, len(plan))
+        new, state = self.generate(micro_batch, plan, text, state, exits, keep_state=True)
         assert state is not None
-        self._keep(turn, stream, text, state, new.detach())
+        self._keep(micro_batch, stream, text, state, new.detach())
         if stream is not None:
-            return self.late_window(stream.lead, new, text, exits)
+            return self.window_of(stream.overlap, new, text, exits)
         learned = torch.ones(new.shape[2], dtype=torch.bool, device=new.device)
         return Window(new, learned, text, exits)
 
@@ -75,76 +75,88 @@ class LongSana(SelfForcing):
             return self.config.rollout.num_training_frames
         return self.config.streaming.streaming_min_new_frame
 
-    def _next_text(self, turn: Turn) -> TextEmbedding:
-        """Captions of the slot's next stream. Its number decides, not the iteration: with the same slots as before, no
-        prompt is left out or taken twice."""
-        serial, batch = self._serials.get(turn.slot, 0), len(turn.samples)
-        first = (serial * self.slots.count + turn.slot) * batch
+    def _next_text(self, micro_batch: MicroBatch) -> TextEmbedding:
+        """Captions of the micro-batch's next stream.
+
+        Its number decides, not the iteration: with as many micro-batches as before, no prompt is left out or taken
+        twice.
+        """
+        serial, batch = self._serials.get(micro_batch.index, 0), len(micro_batch.samples)
+        first = (serial * self.micro_batches.count + micro_batch.index) * batch
         order = self.order["generator"]
         return self.embed([self.prompts[order[first + i]] for i in range(batch)])
 
-    def _keep(self, turn: Turn, stream: Stream | None, text: TextEmbedding, state: CausalState, new: Tensor) -> None:
+    def _keep(
+        self, micro_batch: MicroBatch, stream: Stream | None, text: TextEmbedding, state: CausalState, new: Tensor
+    ) -> None:
         """Put the stream back, unless it has come to its end."""
-        serial = self._serials.get(turn.slot, 0) if stream is None else stream.serial
-        self._serials[turn.slot] = serial + 1
+        serial = self._serials.get(micro_batch.index, 0) if stream is None else stream.serial
+        self._serials[micro_batch.index] = serial + 1
         if not new.isfinite().all():
-            log.warning("slot %d: a stretch that is not finite; its stream ends at frame %d", turn.slot, state.frames)
+            log.warning(
+                "micro-batch %d: a stretch that is not finite; its stream ends at frame %d",
+                micro_batch.index,
+                state.frames,
+            )
         elif state.frames + self.config.streaming.streaming_min_new_frame <= self.config.streaming.streaming_max_length:
-            lead, cache = self.lead(new, None if stream is None else stream.cache)
+            overlap, cache = self.overlap(new, None if stream is None else stream.cache)
             # In the order of memory that a checkpoint gives back: convolutions round differently for another one.
             if cache is not None:
                 cache = cache._replace(features=tuple(feature.contiguous() for feature in cache.features))
-            self.streams[turn.slot] = Stream(serial, text, state, lead.contiguous(), cache)
+            self.streams[micro_batch.index] = Stream(serial, text, state, overlap.contiguous(), cache)
 
-    def live(self) -> Mapping[str, Mapping[str, Tensor]]:
+    def state_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         groups = {}
-        for slot in self.slots.mine:
-            tensors = {"serial": torch.tensor(self._serials.get(slot, 0), dtype=torch.int64, device="cpu")}
-            if stream := self.streams.get(slot):
+        for index in self.micro_batches.mine:
+            tensors = {"serial": torch.tensor(self._serials.get(index, 0), dtype=torch.int64, device="cpu")}
+            if stream := self.streams.get(index):
                 state = stream.state
                 numbers = {"frames": state.frames, "sinks": state.sinks}
                 tensors |= {
                     name: torch.tensor(number, dtype=torch.int64, device="cpu") for name, number in numbers.items()
                 }
-                tensors |= {"lead": stream.lead}
+                tensors |= {"lead": stream.overlap}
                 tensors |= {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail}
                 tensors |= {"tokens": stream.text.tokens, "mask": stream.text.mask}
                 if stream.cache is not None:
                     tensors |= {f"cache_{i:03d}": feature for i, feature in enumerate(stream.cache.features)}
-            groups[f"stream_{slot:05d}"] = tensors
+            groups[f"stream_{index:05d}"] = tensors
         return groups
 
-    def revive(self, names: Sequence[str], read: Callable[[str], Mapping[str, Tensor]], *, anew: bool = False) -> None:
-        """Take back the streams of this process's slots, whole; slots that had none, or one that does not fit this
-        run any more, begin one. anew: all of them do."""
+    def restore(self, names: Sequence[str], read: Callable[[str], Mapping[str, Tensor]], *, anew: bool = False) -> None:
+        """Take back the streams of this process's micro-batches, whole.
+
+        Those that had none, or one that does not fit this run any more, begin one. anew: all of them do.
+        """
         unfit: dict[int, str] = {}
-        for slot in self.slots.mine:
-            if (name := f"stream_{slot:05d}") in names:
-                if problem := self._take(slot, read(name), anew):
-                    unfit[slot] = problem
+        for index in self.micro_batches.mine:
+            if (name := f"stream_{index:05d}") in names:
+                if problem := self._take(index, read(name), anew):
+                    unfit[index] = problem
             elif names:
                 # As far along the prompts as the others, which go through them in step.
-                self._serials[slot] = int(read(names[0])["serial"])
-        if names and len(names) != self.slots.count:
+                self._serials[index] = int(read(names[0])["serial"])
+        if names and len(names) != self.micro_batches.count:
             log.warning(
-                "the checkpoint holds the streams of %d slots, this run has %d: %d go on whole, %d end, %d begin anew",
+                "the checkpoint holds the streams of %d micro-batches, this run has %d: %d go on whole, %d end, "
+                "%d begin anew",
                 len(names),
-                self.slots.count,
-                min(len(names), self.slots.count),
-                max(len(names) - self.slots.count, 0),
-                max(self.slots.count - len(names), 0),
+                self.micro_batches.count,
+                min(len(names), self.micro_batches.count),
+                max(len(names) - self.micro_batches.count, 0),
+                max(self.micro_batches.count - len(names), 0),
             )
         if unfit:
             log.warning(
-                "%d of the streams of %d slots of this process do not fit its settings any more; they end, and others "
-                "begin: %s",
-                *(len(unfit), len(self.slots.mine), next(iter(unfit.values()))),
+                "%d of the streams of %d micro-batches of this process do not fit its settings any more; they end, and "
+                "others begin: %s",
+                *(len(unfit), len(self.micro_batches.mine), next(iter(unfit.values()))),
             )
 
-    def _take(self, slot: int, tensors: Mapping[str, Tensor], anew: bool) -> str:
+    def _take(self, index: int, tensors: Mapping[str, Tensor], anew: bool) -> str:
         """Take a stream back; what is in the way of that, or nothing."""
-        self._serials[slot] = int(tensors["serial"])
-        if "frames" not in tensors:  # the slot was between two streams
+        self._serials[index] = int(tensors["serial"])
+        if "frames" not in tensors:  # the micro-batch was between two streams
             return ""
         frames = int(tensors["frames"])
         if problem := "their numbers mean something else" if anew else self._misfit(frames, tensors):
@@ -156,7 +168,7 @@ class LongSana(SelfForcing):
         text = TextEmbedding(parts["tokens"], parts["mask"])
         features = tuple(parts[name] for name in sorted(parts) if name.startswith("cache_"))
         cache = DecodeCache(features, state.frames) if features else None
-        self.streams[slot] = Stream(self._serials[slot] - 1, text, state, parts["lead"], cache)
+        self.streams[index] = Stream(self._serials[index] - 1, text, state, parts["lead"], cache)
         return ""
 
     def _misfit(self, frames: int, tensors: Mapping[str, Tensor]) -> str:
@@ -176,11 +188,11 @@ class LongSana(SelfForcing):
         compute = torch.bfloat16 if self.config.train.mixed_precision else torch.float32
         state = empty_model(self.config.model).to(compute).empty_state(batch, height, width)
         text = self.embed([self.prompts[0]] * batch)
-        lead = torch.zeros(batch, channels, 1, height, width, dtype=torch.float32, device="cpu")
-        parts = {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail, "lead": lead}
+        overlap = torch.zeros(batch, channels, 1, height, width, dtype=torch.float32, device="cpu")
+        parts = {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail, "lead": overlap}
         parts |= {"tokens": text.tokens, "mask": text.mask}
         if not self.config.rollout.overlap_latents:
-            _, cache = self.vae.decode_stream(lead.to(self.vae.device), more=True)
+            _, cache = self.vae.decode_stream(overlap.to(self.vae.device), more=True)
             parts |= {f"cache_{i:03d}": feature for i, feature in enumerate(cache.features)}
         return {name: _kind(name, part) for name, part in parts.items()}
 

@@ -10,36 +10,36 @@ from longsana.flow.losses import trajectory_loss
 from longsana.flow.noise import to_device
 from longsana.flow.schedule import FlowSchedule
 from longsana.training.config import TrainingConfig
-from longsana.training.learner import Player
-from longsana.training.stages.stage import Embed, Loss, Shuffled, Stage, Turn
+from longsana.training.learner import Learner
+from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage
 
 
 class OdeInitialisation(Stage):
-    """One player. Each chunk of a clip is at a state of its own; all chunks are seen at once, none sees a later one."""
+    """One learner; each chunk of a clip is at a state of its own. All are seen at once, and none sees a later one."""
 
     def __init__(
-        self, config: TrainingConfig, generator: Player, *, embed: Embed, trajectories: Trajectories, frames: int
+        self, config: TrainingConfig, generator: Learner, *, embed: Embed, trajectories: Trajectories, frames: int
     ) -> None:
-        self.players = (generator,)
+        self.learners = (generator,)
         self.generator, self.embed, self.trajectories = generator.model, embed, trajectories
         self.schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
         self.plan = ChunkPlan.split(frames, config.sampling.chunk_frames)
         self.order = Shuffled(len(trajectories), config.train.seed, generator.name)
 
-    def loss(self, turn: Turn) -> Loss:
-        items = [self.trajectories[self.order[number]] for number in turn.samples]
+    def loss(self, micro_batch: MicroBatch) -> Loss:
+        items = [self.trajectories[self.order[number]] for number in micro_batch.samples]
         text = self.embed([item.prompt for item in items])
         # Of an item's states, (S, C, T, H, W).
         times = torch.tensor((*self.schedule.steps, 0), dtype=torch.float32, device="cpu")
-        rng, lengths = turn.rng("state"), torch.tensor(self.plan.lengths, dtype=torch.int64, device="cpu")
+        rng, lengths = micro_batch.rng("state"), torch.tensor(self.plan.lengths, dtype=torch.int64, device="cpu")
         drawn = torch.randint(len(times), (len(items), len(self.plan)), generator=rng, dtype=torch.int64, device="cpu")
         index = drawn.repeat_interleave(lengths, dim=1)  # (B, T)
         frames = range(self.plan.frames)
         chosen = [item.states[own, :, frames].transpose(0, 1) for item, own in zip(items, index, strict=True)]
         # Chosen on the host: only these and the clean ones are moved.
-        x = to_device(torch.stack(chosen), turn.device).float()
-        clean = to_device(torch.stack([item.states[-1] for item in items]), turn.device).float()
-        t = to_device(times[index], turn.device)
+        x = to_device(torch.stack(chosen), micro_batch.device).float()
+        clean = to_device(torch.stack([item.states[-1] for item in items]), micro_batch.device).float()
+        t = to_device(times[index], micro_batch.device)
         velocity, _ = self.generator(x, t, text, plan=self.plan)
         loss = trajectory_loss(self.schedule.to_x0(x, velocity, t), clean, t)
         return Loss(loss, {"generator_loss": loss.detach()})

@@ -23,8 +23,8 @@ from longsana.models.embeddings import TextEmbedding
 from longsana.sampling.sampler import Network, generate
 from longsana.state import CausalState
 from longsana.training.config import TrainingConfig
-from longsana.training.learner import Player
-from longsana.training.stages.stage import Embed, Loss, Shuffled, Stage, Turn
+from longsana.training.learner import Learner
+from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage
 
 
 class Window(NamedTuple):
@@ -43,30 +43,30 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _TurnNoise:
+class _RolloutNoise:
     """A rollout's noise, as a function of the micro-batch and of the frames since the rollout's `first`."""
 
-    turn: Turn
+    micro_batch: MicroBatch
     first: int
 
     def draw(self, start: int, step: int, shape: Sequence[int], device: torch.device | str) -> Tensor:
         """See `longsana.flow.noise.Noise`."""
         name = f"chunk {start - self.first}, step {step}"
-        return self.turn.normal(name, (len(self.turn.samples), *shape)).to(device)
+        return self.micro_batch.normal(name, (len(self.micro_batch.samples), *shape)).to(device)
 
 
 class SelfForcing(Stage):
-    """Players: the generator, in every `dfake_gen_update_ratio`-th iteration, and the critic, in each.
+    """Learners: the generator, in every `dfake_gen_update_ratio`-th iteration, and the critic, in each.
 
-    teacher: the frozen bidirectional base model; negative: (1, L, C), what its guidance moves away from.
+    teacher: the frozen bidirectional base model; negative: (1, L, C), the negative caption of its guidance.
     vae: decodes and encodes again the frame that leads a later window; latent_shape: (C, H, W) of a latent frame.
     """
 
     def __init__(
         self,
         config: TrainingConfig,
-        generator: Player,
-        critic: Player,
+        generator: Learner,
+        critic: Learner,
         teacher: Network,
         *,
         embed: Embed,
@@ -76,36 +76,38 @@ class SelfForcing(Stage):
         latent_shape: tuple[int, int, int],
     ) -> None:
         self.config = config
-        self.players = (generator, critic)
+        self.learners = (generator, critic)
         self.generator, self.critic, self.teacher = generator.model, critic.model, teacher
         self.embed, self.negative, self.prompts = embed, negative, prompts
         self.vae, self.latent_shape = vae, latent_shape
         self.schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
-        self.order = {player.name: Shuffled(len(prompts), config.train.seed, player.name) for player in self.players}
+        self.order = {
+            learner.name: Shuffled(len(prompts), config.train.seed, learner.name) for learner in self.learners
+        }
 
-    def loss(self, turn: Turn) -> Loss:
-        learns = turn.role == "generator"
+    def loss(self, micro_batch: MicroBatch) -> Loss:
+        learns = micro_batch.role == "generator"
         with torch.set_grad_enabled(learns):
-            window = self.rollout(turn)
-        return self._generator_loss(window, turn) if learns else self._critic_loss(window, turn)
+            window = self.rollout(micro_batch)
+        return self._generator_loss(window, micro_batch) if learns else self._critic_loss(window, micro_batch)
 
-    def rollout(self, turn: Turn) -> Window:
+    def rollout(self, micro_batch: MicroBatch) -> Window:
         """A video of its own for each sample, and the last `slice_last_frames` of it as the window."""
         settings = self.config.rollout
-        prompts = [self.prompts[self.order[turn.role][number]] for number in turn.samples]
+        prompts = [self.prompts[self.order[micro_batch.role][number]] for number in micro_batch.samples]
         text = self.embed(prompts)
-        plan = ChunkPlan.split(self._length(turn), self.config.sampling.chunk_frames)
-        exits = self._exit_steps(turn, len(plan))
+        plan = ChunkPlan.split(self._length(micro_batch), self.config.sampling.chunk_frames)
+        exits = self._exit_steps(micro_batch, len(plan))
         surplus = plan.frames - settings.slice_last_frames
-        latents, _ = self.generate(turn, plan, text, None, exits, learned_from=surplus + 1 if surplus > 0 else 0)
+        latents, _ = self.generate(micro_batch, plan, text, None, exits, learned_from=surplus + 1 if surplus > 0 else 0)
         if surplus <= 0:
-            return Window(latents, torch.ones(plan.frames, dtype=torch.bool, device=turn.device), text, exits)
-        lead, _ = self.lead(latents[:, :, : surplus + 1].detach(), None)
-        return self.late_window(lead, latents[:, :, surplus + 1 :], text, exits)
+            return Window(latents, torch.ones(plan.frames, dtype=torch.bool, device=micro_batch.device), text, exits)
+        overlap, _ = self.overlap(latents[:, :, : surplus + 1].detach(), None)
+        return self.window_of(overlap, latents[:, :, surplus + 1 :], text, exits)
 
     def generate(
         self,
-        turn: Turn,
+        micro_batch: MicroBatch,
         plan: ChunkPlan,
         text: TextEmbedding,
         state: CausalState | None,
@@ -127,8 +129,8 @@ class SelfForcing(Stage):
                 repeat(text, len(plan)),
                 plan,
                 shape=self.latent_shape,
-                rng=_TurnNoise(turn, 0 if state is None else state.frames),
-                device=turn.device,
+                rng=_RolloutNoise(micro_batch, 0 if state is None else state.frames),
+                device=micro_batch.device,
                 state=state,
                 exits=exits,
                 learned_from=learned_from if torch.is_grad_enabled() else None,
@@ -138,34 +140,34 @@ class SelfForcing(Stage):
         )
         return torch.cat([chunk.latents for chunk in chunks], dim=2), chunks[-1].state
 
-    def lead(self, latents: Tensor, cache: DecodeCache | None) -> tuple[Tensor, DecodeCache | None]:
-        """What leads the window after these latents, (B, C, 1, H, W), and the decoder's cache after them.
+    def overlap(self, latents: Tensor, cache: DecodeCache | None) -> tuple[Tensor, DecodeCache | None]:
+        """The overlap latent of the window after these latents, (B, C, 1, H, W), and the decoder's cache after them.
 
         cache: of the video before them. A clip's first latent is a single picture, so the last picture of these is
         encoded again.
         """
         if self.config.rollout.overlap_latents:
-            return self.vae.lead_latent(latents[:, :, -self.config.rollout.overlap_latents :])[0], None
-        return self.vae.lead_latent(latents, cache)
+            return self.vae.overlap_latent(latents[:, :, -self.config.rollout.overlap_latents :])[0], None
+        return self.vae.overlap_latent(latents, cache)
 
-    def late_window(self, lead: Tensor, new: Tensor, text: TextEmbedding, exits: list[int]) -> Window:
+    def window_of(self, overlap: Tensor, new: Tensor, text: TextEmbedding, exits: list[int]) -> Window:
         """Frames from the middle of a video as a clip of its own, which is what the scores know.
 
         Only the new frames are learned.
         """
         learned = torch.ones(1 + new.shape[2], dtype=torch.bool, device=new.device)
         learned[0] = False
-        return Window(torch.cat([lead, new], dim=2), learned, text, exits)
+        return Window(torch.cat([overlap, new], dim=2), learned, text, exits)
 
-    def _generator_loss(self, window: Window, turn: Turn) -> Loss:
+    def _generator_loss(self, window: Window, micro_batch: MicroBatch) -> Loss:
         x = window.latents
         with torch.no_grad():
-            t = self._timesteps(turn, window.exit_steps)
-            noisy = self.schedule.add_noise(x, turn.normal("score", x.shape), t)
+            t = self._timesteps(micro_batch, window.exit_steps)
+            noisy = self.schedule.add_noise(x, micro_batch.normal("score", x.shape), t)
             fake = self._clean(self.critic, noisy, t, window.text)
             real = guided(
                 self._clean(self.teacher, noisy, t, window.text),
-                self._clean(self.teacher, noisy, t, self._away(x.shape[0])),
+                self._clean(self.teacher, noisy, t, self._negative(x.shape[0])),
                 self.config.distillation.guidance_scale,
             )
             gradient = dmd_gradient(x, fake, real)
@@ -176,10 +178,10 @@ class SelfForcing(Stage):
         loss = dmd_loss(x, gradient, window.learned)
         return Loss(loss, {"generator_loss": loss.detach(), **metrics})
 
-    def _critic_loss(self, window: Window, turn: Turn) -> Loss:
+    def _critic_loss(self, window: Window, micro_batch: MicroBatch) -> Loss:
         x = window.latents
-        t = self._timesteps(turn, window.exit_steps)
-        noise = turn.normal("score", x.shape)
+        t = self._timesteps(micro_batch, window.exit_steps)
+        noise = micro_batch.normal("score", x.shape)
         velocity, _ = self.critic(self.schedule.add_noise(x, noise, t), t, window.text)
         # The velocity itself: published code takes it from x0, which bfloat16 rounds and a small sigma magnifies.
         loss = flow_loss(velocity, x, noise, window.learned)
@@ -189,37 +191,39 @@ class SelfForcing(Stage):
         velocity, _ = network(noisy, t, text)
         return self.schedule.to_x0(noisy, velocity, t)
 
-    def _away(self, batch: int) -> TextEmbedding:
+    def _negative(self, batch: int) -> TextEmbedding:
         return TextEmbedding(*(part.expand(batch, *part.shape[1:]) for part in self.negative))
 
-    def _timesteps(self, turn: Turn, exits: Sequence[int]) -> Tensor:
+    def _timesteps(self, micro_batch: MicroBatch, exits: Sequence[int]) -> Tensor:
         settings, first, last = self.config.distillation, 0, TIMESTEPS
         if settings.ts_schedule:
             first = (*self.schedule.steps, 0)[exits[0] + 1]
         if settings.ts_schedule_max:
             last = self.schedule.steps[exits[0]]
         return score_timesteps(
-            len(turn.samples),
+            len(micro_batch.samples),
             shift=settings.timestep_shift,
             low=settings.min_timestep,
             high=settings.max_timestep,
             first=first,
             last=last,
-            rng=turn.rng("t"),
-        ).to(turn.device)
+            rng=micro_batch.rng("t"),
+        ).to(micro_batch.device)
 
-    def _exit_steps(self, turn: Turn, chunks: int) -> list[int]:
-        """For each chunk the denoising step whose x0 is its output: the same for all slots, see `shared_rng`."""
+    def _exit_steps(self, micro_batch: MicroBatch, chunks: int) -> list[int]:
+        """For each chunk the denoising step whose x0 is its output, the same in all micro-batches; see `shared_rng`."""
         settings, last = self.config.rollout, len(self.schedule.steps) - 1
         if settings.last_step_only:
             return [last] * chunks
-        rng = turn.shared_rng("exit")
+        rng = micro_batch.shared_rng("exit")
         draws = torch.randint(last + 1, (chunks,), generator=rng, dtype=torch.int64, device="cpu").tolist()
         return [draws[0]] * chunks if settings.same_step_across_blocks else draws
 
-    def _length(self, turn: Turn) -> int:
+    def _length(self, micro_batch: MicroBatch) -> int:
         """Latent frames of this rollout: num_training_frames, less a whole number of chunks, drawn evenly."""
         settings, chunk = self.config.rollout, self.config.sampling.chunk_frames
         choices = (settings.num_training_frames - settings.min_num_training_frames) // chunk + 1
-        fewer = int(torch.randint(choices, (), generator=turn.shared_rng("length"), dtype=torch.int64, device="cpu"))
+        fewer = int(
+            torch.randint(choices, (), generator=micro_batch.shared_rng("length"), dtype=torch.int64, device="cpu")
+        )
         return settings.num_training_frames - fewer * chunk

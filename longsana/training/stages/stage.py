@@ -1,8 +1,8 @@
-"""What the loop asks of a stage: its players, and the loss of one of them on one slot's samples.
+"""What the loop asks of a stage: its learners, and the loss of one of them on one micro-batch's samples.
 
-A slot is a process and an accumulation step. What a slot draws is a function of (seed, step, role, slot) and of nothing
-before it: a run that was stopped goes on as if it had not been, and two processes do what one does in two accumulation
-steps.
+A micro-batch is a process and an accumulation step. What it draws is a function of (seed, step, role, micro-batch) and
+of nothing before it: a run that was stopped goes on as if it had not been, and two processes do what one does in two
+accumulation steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from longsana.flow.noise import keyed_generator, to_device
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
-from longsana.training.learner import Player
+from longsana.training.learner import Learner
 
 Embed: TypeAlias = Callable[[Sequence[str]], TextEmbedding]
 """Prompts to a batch of their embeddings, on the device."""
@@ -27,7 +27,7 @@ Embed: TypeAlias = Callable[[Sequence[str]], TextEmbedding]
 class Loss(NamedTuple):
     """value: a scalar with a graph. metrics: detached scalars for the log, the same names on every process.
 
-    learns: False if value is 0 on purpose; an update in which no slot learns is not made.
+    learns: False if value is 0 on purpose; an update in which no micro-batch learns is not made.
     """
 
     value: Tensor
@@ -36,15 +36,15 @@ class Loss(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Slots:
-    """The slots of a run: number i * processes + rank is accumulation step i of the process `rank`."""
+class MicroBatches:
+    """The micro-batches of a run: number i * processes + rank is accumulation step i of the process `rank`."""
 
     rank: int
     processes: int
     accumulation: int
 
     @classmethod
-    def of(cls, world: World, accumulation: int) -> Slots:
+    def of(cls, world: World, accumulation: int) -> MicroBatches:
         return cls(world.rank, world.size, accumulation)
 
     @property
@@ -57,8 +57,8 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One slot's share of one update of one player.
+class MicroBatch:
+    """One micro-batch's share of one update of one learner.
 
     samples: numbers of the samples it takes, counted for this role from the start of the run.
     """
@@ -66,24 +66,24 @@ class Turn:
     seed: int
     step: int
     role: str
-    slot: int
+    index: int
     samples: range
     device: torch.device
     device_noise: bool = False
 
     def rng(self, name: str) -> torch.Generator:
-        """Randomness of this slot for one purpose."""
-        return keyed_generator(self.seed, self.step, self.role, self.slot, name)
+        """Randomness of this micro-batch for one purpose."""
+        return keyed_generator(self.seed, self.step, self.role, self.index, name)
 
     def shared_rng(self, name: str) -> torch.Generator:
-        """Randomness that all slots of this update share: what decides how often a network runs must be the same."""
+        """Randomness that all micro-batches of this update share: all must run a network as often as the others."""
         return keyed_generator(self.seed, self.step, self.role, name)
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """Gaussian noise on the device, float32; drawn on the CPU, so the same on every device, or with `device_noise`
         there, which is faster."""
         where = self.device if self.device_noise else torch.device("cpu")
-        rng = keyed_generator(self.seed, self.step, self.role, self.slot, name, device=where)
+        rng = keyed_generator(self.seed, self.step, self.role, self.index, name, device=where)
         return to_device(torch.randn(*shape, generator=rng, dtype=torch.float32, device=where), self.device)
 
 
@@ -109,17 +109,17 @@ class Shuffled:
 class Stage(ABC):
     """A way to train. `loss` returns numbers; the loop accumulates, steps, saves and logs."""
 
-    players: Sequence[Player]
+    learners: Sequence[Learner]
 
     @abstractmethod
-    def loss(self, turn: Turn) -> Loss:
-        """The loss of the player `turn.role` on this slot's samples, with a graph to that player's weights alone."""
+    def loss(self, micro_batch: MicroBatch) -> Loss:
+        """The loss of the learner `micro_batch.role` on these samples, with a graph to that learner's weights alone."""
 
-    def live(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """What lives across iterations beside the players: named groups of tensors, each of one process alone."""
+    def state_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """What lives across iterations beside the learners: named groups of tensors, each of one process alone."""
         return {}
 
-    def revive(self, names: Sequence[str], read: Callable[[str], Mapping[str, Tensor]], *, anew: bool = False) -> None:
+    def restore(self, names: Sequence[str], read: Callable[[str], Mapping[str, Tensor]], *, anew: bool = False) -> None:
         """Go on from what `live` gave, on any number of processes. names: of all groups; read: a group's tensors.
 
         anew: begin all that lives anew, and keep alone how far along the data it was.

@@ -13,10 +13,10 @@ from torch import Tensor
 from longsana.data.clips import open_clips
 from longsana.data.trajectories import open_trajectories
 from longsana.models.embeddings import TextEmbedding
-from longsana.training.learner import Player
+from longsana.training.learner import Learner
 from longsana.training.stages.flow_matching import FlowMatching
 from longsana.training.stages.ode import OdeInitialisation
-from longsana.training.stages.stage import Turn
+from longsana.training.stages.stage import MicroBatch
 from tests.training.conftest import CHANNELS, HEIGHT, WIDTH
 
 CLIP = (CHANNELS, 5, HEIGHT, WIDTH)
@@ -35,8 +35,8 @@ class Recorder(torch.nn.Module):
         return velocity, state
 
 
-def turn(step: int, batch: int) -> Turn:
-    return Turn(0, step, "generator", 0, range(step * batch, (step + 1) * batch), torch.device("cpu"))
+def micro_batch(step: int, batch: int) -> MicroBatch:
+    return MicroBatch(0, step, "generator", 0, range(step * batch, (step + 1) * batch), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -45,14 +45,14 @@ def build(training_config, random_model, network, embed, trajectories) -> Callab
 
     def make(trainer: str, *overrides: str) -> Any:
         config = training_config(trainer, *overrides)
-        player = Player("generator", random_model(network, torch.float32), config.optimizer.generator)
+        learner = Learner("generator", random_model(network, torch.float32), config.optimizer.generator)
         if trainer == "ode":
             opened = open_trajectories(str(trajectories), shape=CLIP)
-            stage: Any = OdeInitialisation(config, player, embed=embed, trajectories=opened, frames=5)
+            stage: Any = OdeInitialisation(config, learner, embed=embed, trajectories=opened, frames=5)
         else:
             null = TextEmbedding(torch.full((1, 48, 64), 7.0), torch.arange(48)[None] < 2)
             clips = open_clips("generated:blobs", shape=CLIP)
-            stage = FlowMatching(config, player, embed=embed, null=null, clips=clips, frames=5)
+            stage = FlowMatching(config, learner, embed=embed, null=null, clips=clips, frames=5)
         stage.generator = Recorder(stage.generator)
         return stage
 
@@ -61,7 +61,7 @@ def build(training_config, random_model, network, embed, trajectories) -> Callab
 
 def test_the_base_model_learns_the_velocity_of_a_clip_at_one_level(build):
     stage = build("flow_matching", "flow_matching.class_dropout_prob=0.0")
-    now = turn(3, 4)
+    now = micro_batch(3, 4)
     loss = stage.loss(now)
     (call,) = stage.generator.calls
     x0 = torch.stack([stage.clips[stage.order[i]].latents for i in now.samples])
@@ -82,7 +82,7 @@ CAUSAL = ("flow_matching.causal=true", "flow_matching.chunk_sampling_strategy=")
 def test_chunks_of_the_causal_model_have_timesteps_of_their_own(build, strategy):
     stage = build("flow_matching", CAUSAL[0], CAUSAL[1] + strategy)
     for step in range(8):
-        stage.loss(turn(step, 4))
+        stage.loss(micro_batch(step, 4))
     first, second = [], []
     for call in stage.generator.calls:
         assert call.plan.lengths == (3, 2)
@@ -97,7 +97,7 @@ def test_chunks_of_the_causal_model_have_timesteps_of_their_own(build, strategy)
 def test_one_timestep_for_all_chunks(build):
     stage = build("flow_matching", CAUSAL[0], CAUSAL[1] + "uniform", "flow_matching.same_timestep_prob=1.0")
     for step in range(4):
-        stage.loss(turn(step, 4))
+        stage.loss(micro_batch(step, 4))
     assert all((call.t == call.t[:, :1]).all() for call in stage.generator.calls)
 
 
@@ -110,7 +110,7 @@ def test_dropped_captions_become_the_null(build, share, becomes):
     )
     dropped = 0
     for step in range(40):
-        now = turn(step, 4)
+        now = micro_batch(step, 4)
         stage.generator = lambda x, t, text, plan: seen.append(text) or (torch.zeros_like(x).requires_grad_(), None)  # noqa: B023
         seen: list[TextEmbedding] = []
         stage.loss(now)
@@ -129,7 +129,7 @@ def test_each_chunk_of_a_trajectory_has_a_state_of_its_own_and_the_end_as_its_ta
     levels = torch.tensor([1000.0, 960.0, 889.0, 727.0, 0.0])
     seen = set()
     for step in range(12):
-        now = turn(step, 2)
+        now = micro_batch(step, 2)
         loss = stage.loss(now)
         call = stage.generator.calls[-1]
         items = [stage.trajectories[stage.order[i]] for i in now.samples]

@@ -17,7 +17,7 @@ from longsana.state import CausalState
 from longsana.training.checks import check_training
 from longsana.training.config import TrainingConfig
 from longsana.training.stages.longsana import LongSana
-from longsana.training.stages.stage import Slots, Turn
+from longsana.training.stages.stage import MicroBatch, MicroBatches
 from tests.training.conftest import CHANNELS, HEIGHT, PROMPTS, WIDTH
 from tests.training.stages.test_self_forcing import Recorder
 
@@ -31,36 +31,36 @@ PASTS = [
 
 @pytest.fixture
 def build(distilled) -> Callable[..., LongSana]:
-    """`build("streaming.streaming_max_length=13", slots=2)`: the stage with random float32 networks."""
+    """`build("streaming.streaming_max_length=13", micro-batches=2)`: the stage with random float32 networks."""
 
-    def make(*overrides: str, slots: int = 1) -> LongSana:
-        return distilled(LongSana, "longsana", *overrides, slots=Slots(0, 1, slots))
+    def make(*overrides: str, micro_batches: int = 1) -> LongSana:
+        return distilled(LongSana, "longsana", *overrides, micro_batches=MicroBatches(0, 1, micro_batches))
 
     return make
 
 
-def turn(role: str, step: int, slot: int = 0) -> Turn:
-    return Turn(0, step, role, slot, range(1), torch.device("cpu"))
+def micro_batch(role: str, step: int, index: int = 0) -> MicroBatch:
+    return MicroBatch(0, step, role, index, range(1), torch.device("cpu"))
 
 
 def saved(stage: LongSana) -> dict[str, dict[str, Tensor]]:
-    return {name: {key: value.clone() for key, value in group.items()} for name, group in stage.live().items()}
+    return {name: {key: value.clone() for key, value in group.items()} for name, group in stage.state_tensors().items()}
 
 
 def test_stretches_make_one_video_whoever_asks(build, vae):
-    """The latents of all stretches are those of one uninterrupted rollout; both players take from the same stream."""
+    """The latents of all stretches are those of one uninterrupted rollout; both learners take from the same stream."""
     stage = build("streaming.streaming_max_length=13")
-    turns = [turn("critic", 0), turn("generator", 1), turn("critic", 1)]
+    micro_batches = [micro_batch("critic", 0), micro_batch("generator", 1), micro_batch("critic", 1)]
     windows = []
-    for now in turns:
+    for now in micro_batches:
         windows.append(stage.rollout(now))
-        if now is not turns[-1]:
+        if now is not micro_batches[-1]:
             assert stage.streams[0].state.frames == 5 + 4 * (len(windows) - 1)
     assert not stage.streams, "13 latents: the stream has come to its end"
 
     state, videos = None, []
     with torch.no_grad():
-        for now, frames, window in zip(turns, (5, 4, 4), windows, strict=True):
+        for now, frames, window in zip(micro_batches, (5, 4, 4), windows, strict=True):
             plan = ChunkPlan.split(frames, 2)
             new, state = stage.generate(now, plan, window.text, state, window.exit_steps, keep_state=True)
             videos.append(new)
@@ -76,22 +76,22 @@ def test_stretches_make_one_video_whoever_asks(build, vae):
 
 @pytest.mark.parametrize(("longest", "ratio"), [(9, 1), (9, 2), (9, 3), (13, 1), (13, 2), (13, 3), (17, 3)])
 def test_every_stretch_is_learned_or_the_config_is_refused(build, small_training, longest, ratio):
-    """The check is the law of what really happens: players share the streams, so the generator takes one stretch in
+    """The check is the law of what really happens: learners share the streams, so the generator takes one stretch in
     ratio + 1, and must come to all of them."""
     settings = (f"streaming.streaming_max_length={longest}", f"distillation.dfake_gen_update_ratio={ratio}")
     stage = build(*settings)
-    stage.generate = lambda turn, plan, text, state, *_, **__: (
+    stage.generate = lambda micro_batch, plan, text, state, *_, **__: (
         torch.zeros(1, *SHAPE[:1], plan.frames, *SHAPE[1:]),
         CausalState(*[torch.zeros(1)] * 3, frames=plan.frames + (state.frames if state else 0)),
     )
-    stage.lead = lambda new, cache: (new[:, :, -1:], None)
+    stage.overlap = lambda new, cache: (new[:, :, -1:], None)
     stretches, learned = 1 + (longest - 5) // 4, set()
     for step in range(stretches * ratio):
-        for player in stage.players:
-            if player.plays(step):
-                if player.name == "generator":
+        for learner in stage.learners:
+            if learner.plays(step):
+                if learner.name == "generator":
                     learned.add(stage.streams[0].state.frames if stage.streams else 0)
-                stage.rollout(turn(player.name, step))
+                stage.rollout(micro_batch(learner.name, step))
     allowed = (
         nullcontext() if len(learned) == stretches else pytest.raises(InputError, match="the generator would learn")
     )
@@ -100,11 +100,11 @@ def test_every_stretch_is_learned_or_the_config_is_refused(build, small_training
 
 
 def test_a_cold_cache_decodes_the_last_latents_alone(build, vae):
-    """And keeps none: the lead is that of a clip of these latents."""
+    """And keeps none: the overlap latent is that of a clip of these latents."""
     stage = build("rollout.overlap_latents=2")
-    first = stage.rollout(turn("critic", 0))
+    first = stage.rollout(micro_batch("critic", 0))
     assert stage.streams[0].cache is None
-    window = stage.rollout(turn("critic", 1))
+    window = stage.rollout(micro_batch("critic", 1))
     picture = vae.decode_stream(first.latents[:, :, -2:])[0][:, :, -1:]
     assert torch.equal(window.latents[:, :, :1], vae.encode(picture))
 
@@ -113,12 +113,12 @@ def test_a_cold_cache_decodes_the_last_latents_alone(build, vae):
 def test_stretches_of_every_past_are_chunks_of_one_video(build, past):
     """A stream's next stretch knows how many chunks have joined the sinks, and what has faded."""
     stage = build("streaming.streaming_max_length=13", *past)
-    turns = [turn("critic", 0), turn("critic", 1), turn("critic", 2)]
-    windows = [stage.rollout(now) for now in turns]
+    micro_batches = [micro_batch("critic", 0), micro_batch("critic", 1), micro_batch("critic", 2)]
+    windows = [stage.rollout(now) for now in micro_batches]
     assert windows[-1].latents.isfinite().all() and not stage.streams
     state, videos = None, []
     with torch.no_grad():
-        for now, frames, window in zip(turns, (5, 4, 4), windows, strict=True):
+        for now, frames, window in zip(micro_batches, (5, 4, 4), windows, strict=True):
             plan = ChunkPlan.split(frames, 2)
             new, state = stage.generate(now, plan, window.text, state, window.exit_steps, keep_state=True)
             videos.append(new)
@@ -131,7 +131,7 @@ def test_the_generator_learns_its_factors(build):
     """From the chunks that read a past; a critic sees one chunk, and nothing learns from a first chunk alone."""
     stage = build("model.state_decay=learned")
     logit = stage.generator.decay_logit
-    (found,) = torch.autograd.grad(stage.loss(turn("generator", 0)).value, [logit])
+    (found,) = torch.autograd.grad(stage.loss(micro_batch("generator", 0)).value, [logit])
     assert found.isfinite().all() and (found != 0).all()
 
 
@@ -139,10 +139,10 @@ def test_positions_go_on_and_states_carry_no_graph(build):
     stage = build()
     recorder = Recorder(stage.generator)
     stage.generator = recorder
-    stage.rollout(turn("generator", 0))
-    assert not any(part.requires_grad for part in (*stage.streams[0].state[:3], stage.streams[0].lead))
+    stage.rollout(micro_batch("generator", 0))
+    assert not any(part.requires_grad for part in (*stage.streams[0].state[:3], stage.streams[0].overlap))
     recorder.calls.clear()
-    window = stage.rollout(turn("generator", 2))
+    window = stage.rollout(micro_batch("generator", 2))
     assert {call.state.frames for call in recorder.calls} == {5, 7}
     assert window.latents.requires_grad
     assert [call.grad for call in recorder.calls].count(True) == 2
@@ -152,55 +152,55 @@ def test_a_stream_holds_on_to_nothing_but_itself(build):
     stage = build("streaming.streaming_max_length=100")
     sizes = set()
     for step in range(5):
-        stage.rollout(turn("generator", step))
+        stage.rollout(micro_batch("generator", step))
         stream = stage.streams[0]
-        assert stream.lead.untyped_storage().nbytes() == stream.lead.nbytes
-        sizes.add((stream.state.nbytes, stream.lead.nbytes, stream.cache.nbytes))
+        assert stream.overlap.untyped_storage().nbytes() == stream.overlap.nbytes
+        sizes.add((stream.state.nbytes, stream.overlap.nbytes, stream.cache.nbytes))
     assert len(sizes) == 1
 
 
 def test_every_stream_takes_the_next_prompt(build):
-    stage = build(slots=2)
+    stage = build(micro_batches=2)
     seen: dict[int, list[Tensor]] = {0: [], 1: []}
-    for step in range(6):  # three streams of two stretches in each slot
-        for slot in (0, 1):
-            fresh = slot not in stage.streams
-            window = stage.rollout(turn("critic", step, slot))
+    for step in range(6):  # three streams of two stretches in each micro-batch
+        for index in (0, 1):
+            fresh = index not in stage.streams
+            window = stage.rollout(micro_batch("critic", step, index))
             if fresh:
-                seen[slot].append(window.text.tokens)
+                seen[index].append(window.text.tokens)
     order = [PROMPTS[stage.order["generator"][i]] for i in range(6)]
-    for slot in (0, 1):
-        expected = [stage.embed([prompt]).tokens for prompt in order[slot::2]]
-        assert len(seen[slot]) == 3
-        assert all(torch.equal(a, b) for a, b in zip(seen[slot], expected, strict=True))
+    for index in (0, 1):
+        expected = [stage.embed([prompt]).tokens for prompt in order[index::2]]
+        assert len(seen[index]) == 3
+        assert all(torch.equal(a, b) for a, b in zip(seen[index], expected, strict=True))
 
 
 @pytest.mark.parametrize("past", PASTS, ids=str)
 def test_a_revived_stage_goes_on_to_the_bit(build, past):
-    stage, other = (build("streaming.streaming_max_length=13", *past, slots=2) for _ in range(2))
+    stage, other = (build("streaming.streaming_max_length=13", *past, micro_batches=2) for _ in range(2))
     for step in range(2):
-        for slot in (0, 1):
-            stage.rollout(turn("critic", step, slot))
+        for index in (0, 1):
+            stage.rollout(micro_batch("critic", step, index))
     groups = saved(stage)
-    other.revive(sorted(groups), groups.__getitem__)
+    other.restore(sorted(groups), groups.__getitem__)
     for step in range(2, 6):  # to the end of the streams, and into the next ones
-        for slot in (0, 1):
-            now = turn("critic", step, slot)
+        for index in (0, 1):
+            now = micro_batch("critic", step, index)
             assert torch.equal(other.rollout(now).latents, stage.rollout(now).latents)
 
 
-def test_on_other_numbers_of_slots_whole_streams_go_on(build, caplog):
-    stage = build(slots=2)
-    for slot in (0, 1):
-        stage.rollout(turn("critic", 0, slot))
+def test_on_other_numbers_of_micro_batchs_whole_streams_go_on(build, caplog):
+    stage = build(micro_batches=2)
+    for index in (0, 1):
+        stage.rollout(micro_batch("critic", 0, index))
     groups = saved(stage)
-    fewer = build(slots=1)
-    fewer.revive(sorted(groups), groups.__getitem__)
-    assert "2 slots, this run has 1: 1 go on whole, 1 end, 0 begin anew" in caplog.text
+    fewer = build(micro_batches=1)
+    fewer.restore(sorted(groups), groups.__getitem__)
+    assert "2 micro-batches, this run has 1: 1 go on whole, 1 end, 0 begin anew" in caplog.text
     assert torch.equal(fewer.streams[0].state.kv, stage.streams[0].state.kv)
-    more = build(slots=3)
-    more.revive(sorted(groups), groups.__getitem__)
-    assert "2 slots, this run has 3: 2 go on whole, 0 end, 1 begin anew" in caplog.text
+    more = build(micro_batches=3)
+    more.restore(sorted(groups), groups.__getitem__)
+    assert "2 micro-batches, this run has 3: 2 go on whole, 0 end, 1 begin anew" in caplog.text
     assert sorted(more.streams) == [0, 1]
     assert more._serials == {0: 1, 1: 1, 2: 1}
 
@@ -216,61 +216,61 @@ def test_on_other_numbers_of_slots_whole_streams_go_on(build, caplog):
     ],
 )
 def test_streams_that_do_not_fit_end_and_others_begin(build, caplog, changes, words):
-    """One slot of two had none at that time: it goes on with its next prompt all the same."""
+    """One micro-batch of two had none at that time: it goes on with its next prompt all the same."""
     longest = "streaming.streaming_max_length=13"
-    stage = build(longest, slots=2)
-    for step, slot in ((0, 0), (1, 0), (0, 1), (1, 1), (2, 1)):
-        stage.rollout(turn("critic", step, slot))
+    stage = build(longest, micro_batches=2)
+    for step, index in ((0, 0), (1, 0), (0, 1), (1, 1), (2, 1)):
+        stage.rollout(micro_batch("critic", step, index))
     assert sorted(stage.streams) == [0]
     groups = saved(stage)
-    other = build(longest, *changes, slots=2)
-    other.revive(sorted(groups), groups.__getitem__)
+    other = build(longest, *changes, micro_batches=2)
+    other.restore(sorted(groups), groups.__getitem__)
     assert not other.streams and other._serials == {0: 1, 1: 1}
     (message,) = caplog.messages
-    assert message.startswith("1 of the streams of 2 slots") and words in message
+    assert message.startswith("1 of the streams of 2 micro-batches") and words in message
     batch = other.config.train.batch_size
-    now = turn("critic", 3)
+    now = micro_batch("critic", 3)
     window = other.rollout(dataclasses.replace(now, samples=range(batch)))
     assert window.latents.shape[:3] == (batch, CHANNELS, 5) and window.latents.isfinite().all()
 
 
 def test_streams_that_begin_anew_go_on_along_the_prompts(build, caplog):
-    stage, other = build(slots=2), build(slots=2)
-    for slot in (0, 1):
-        stage.rollout(turn("critic", 0, slot))
+    stage, other = build(micro_batches=2), build(micro_batches=2)
+    for index in (0, 1):
+        stage.rollout(micro_batch("critic", 0, index))
     groups = saved(stage)
-    other.revive(sorted(groups), groups.__getitem__, anew=True)
+    other.restore(sorted(groups), groups.__getitem__, anew=True)
     assert not other.streams and other._serials == {0: 1, 1: 1}
     (message,) = caplog.messages
-    assert message.startswith("2 of the streams of 2 slots")
+    assert message.startswith("2 of the streams of 2 micro-batches")
     prompt = PROMPTS[other.order["generator"][2]]
-    assert torch.equal(other.rollout(turn("critic", 1)).text.tokens, other.embed([prompt]).tokens)
+    assert torch.equal(other.rollout(micro_batch("critic", 1)).text.tokens, other.embed([prompt]).tokens)
 
 
 @pytest.mark.parametrize("shape", [(CHANNELS, 2 * HEIGHT, WIDTH), (CHANNELS, HEIGHT, 2 * WIDTH)])
 def test_streams_of_another_size_end(build, caplog, shape):
     stage, other = build(), build()
-    stage.rollout(turn("critic", 0))
+    stage.rollout(micro_batch("critic", 0))
     groups = saved(stage)
     other.latent_shape = shape
-    other.revive(sorted(groups), groups.__getitem__)
+    other.restore(sorted(groups), groups.__getitem__)
     assert not other.streams and "do not fit" in caplog.text
-    assert other.rollout(turn("critic", 1)).latents.shape[3:] == shape[1:]
+    assert other.rollout(micro_batch("critic", 1)).latents.shape[3:] == shape[1:]
 
 
 def test_the_first_stretch_may_be_made_without_being_learned(build):
     stage = build("streaming.train_first_chunk=false")
     for step, learns in enumerate((False, True, False)):
-        value = stage.loss(turn("critic", step)).value
+        value = stage.loss(micro_batch("critic", step)).value
         gradients = torch.autograd.grad(value, list(stage.critic.parameters()))
         assert any(gradient.any() for gradient in gradients) == learns
 
 
 def test_a_stream_that_is_not_finite_ends(build, caplog):
     stage = build()
-    stage.rollout(turn("critic", 0))
+    stage.rollout(micro_batch("critic", 0))
     stage.streams[0].state.kv.fill_(float("nan"))
-    stage.rollout(turn("critic", 1))
+    stage.rollout(micro_batch("critic", 1))
     assert 0 not in stage.streams
     assert "not finite" in caplog.text
-    assert stage.rollout(turn("critic", 2)).latents.isfinite().all()
+    assert stage.rollout(micro_batch("critic", 2)).latents.isfinite().all()

@@ -15,7 +15,7 @@ from longsana.chunks import ChunkPlan
 from longsana.flow.schedule import FlowSchedule
 from longsana.sampling.sampler import generate
 from longsana.training.stages.self_forcing import SelfForcing
-from longsana.training.stages.stage import Turn
+from longsana.training.stages.stage import MicroBatch
 from tests.training.conftest import CHANNELS, HEIGHT, PROMPTS, WIDTH
 
 SHAPE = (CHANNELS, HEIGHT, WIDTH)
@@ -27,8 +27,8 @@ def build(distilled) -> Callable[..., SelfForcing]:
     return partial(distilled, SelfForcing, "self_forcing")
 
 
-def turn(role: str = "generator", step: int = 0, slot: int = 0, batch: int = 1, seed: int = 0) -> Turn:
-    return Turn(seed, step, role, slot, range(slot * batch, (slot + 1) * batch), torch.device("cpu"))
+def micro_batch(role: str = "generator", step: int = 0, index: int = 0, batch: int = 1, seed: int = 0) -> MicroBatch:
+    return MicroBatch(seed, step, role, index, range(index * batch, (index + 1) * batch), torch.device("cpu"))
 
 
 class Recorder(torch.nn.Module):
@@ -48,17 +48,17 @@ class Recorder(torch.nn.Module):
 class TurnNoise:
     """The noise of a turn for the sampler of inference."""
 
-    def __init__(self, turn: Turn, batch: int) -> None:
-        self.turn, self.batch = turn, batch
+    def __init__(self, micro_batch: MicroBatch, batch: int) -> None:
+        self.micro_batch, self.batch = micro_batch, batch
 
     def draw(self, start: int, step: int, shape: Sequence[int], device: Any) -> Tensor:
-        return self.turn.normal(f"chunk {start}, step {step}", (self.batch, *shape))
+        return self.micro_batch.normal(f"chunk {start}, step {step}", (self.batch, *shape))
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_rollout_to_the_last_step_is_inference(build, embed, batch):
     stage = build("rollout.last_step_only=true")
-    now = turn(batch=batch)
+    now = micro_batch(batch=batch)
     window = stage.rollout(now)
     chunks = generate(
         stage.generator,
@@ -77,9 +77,9 @@ def test_the_gradient_is_that_of_the_exit_steps_alone(build, exit_at, monkeypatc
     stage = build()
     recorder = Recorder(stage.generator)
     stage.generator = recorder
-    monkeypatch.setattr(stage, "_exit_steps", lambda turn, chunks: [exit_at] * chunks)
+    monkeypatch.setattr(stage, "_exit_steps", lambda micro_batch, chunks: [exit_at] * chunks)
     weights = list(recorder.model.parameters())
-    window = stage.rollout(turn())
+    window = stage.rollout(micro_batch())
     probe = torch.randn(window.latents.shape, generator=torch.Generator().manual_seed(9))
     gradients = torch.autograd.grad((window.latents * probe).sum(), weights)
 
@@ -99,9 +99,9 @@ def test_the_gradient_is_that_of_the_exit_steps_alone(build, exit_at, monkeypatc
 @pytest.mark.parametrize(
     ("role", "others"), [("generator", ["critic", "teacher"]), ("critic", ["generator", "teacher"])]
 )
-def test_a_loss_reaches_its_own_player_alone(build, role, others):
+def test_a_loss_reaches_its_own_learner_alone(build, role, others):
     stage = build()
-    stage.loss(turn(role)).value.backward()
+    stage.loss(micro_batch(role)).value.backward()
     networks = {"generator": stage.generator, "critic": stage.critic, "teacher": stage.teacher}
     assert all(weight.grad is not None and weight.grad.any() for weight in networks[role].parameters())
     assert all(weight.grad is None for name in others for weight in networks[name].parameters())
@@ -118,8 +118,8 @@ def test_the_dmd_gradient_with_linear_scores(build):
     # Half of its tokens: the teacher sees another caption there, and guidance has something to do.
     stage.negative.mask[:, 24:] = False
     x = torch.randn(1, *SHAPE[:1], 5, *SHAPE[1:], generator=torch.Generator().manual_seed(1)).requires_grad_()
-    now = turn()
-    stage.rollout = lambda turn: window._replace(latents=x)  # type: ignore[method-assign]
+    now = micro_batch()
+    stage.rollout = lambda micro_batch: window._replace(latents=x)  # type: ignore[method-assign]
     window = SelfForcing.rollout(stage, now)
     loss = stage.loss(now)
     (gradient,) = torch.autograd.grad(loss.value, x)
@@ -146,7 +146,7 @@ def test_guidance_moves_away_from_the_negative_caption(build):
         return torch.zeros_like(x), None
 
     stage.teacher = teacher
-    stage.loss(turn(batch=2))
+    stage.loss(micro_batch(batch=2))
     assert len(seen) == 2
     assert torch.equal(seen[0].tokens, stage.embed([PROMPTS[stage.order["generator"][i]] for i in range(2)]).tokens)
     assert torch.equal(seen[1].tokens, stage.negative.tokens.expand(2, -1, -1))
@@ -154,7 +154,7 @@ def test_guidance_moves_away_from_the_negative_caption(build):
 
 def test_the_critic_learns_the_flow_of_the_students_video(build):
     stage = build()
-    now = turn("critic")
+    now = micro_batch("critic")
     with torch.no_grad():
         window = stage.rollout(now)
         x, noise = window.latents, now.normal("score", window.latents.shape)
@@ -164,34 +164,37 @@ def test_the_critic_learns_the_flow_of_the_students_video(build):
     assert float(loss.value.detach()) == pytest.approx(float((velocity - (noise - x)).square().mean()), rel=1e-5)
 
 
-def test_exit_steps_are_shared_by_all_slots_and_cover_all_steps(build):
+def test_exit_steps_are_shared_by_all_micro_batchs_and_cover_all_steps(build):
     stage, free = build(), build("rollout.same_step_across_blocks=false")
-    drawn = [stage._exit_steps(turn(step=step), 4) for step in range(60)]
+    drawn = [stage._exit_steps(micro_batch(step=step), 4) for step in range(60)]
     assert all(len(set(steps)) == 1 for steps in drawn)
     assert {steps[0] for steps in drawn} == {0, 1, 2, 3}
-    assert any(len(set(free._exit_steps(turn(step=step), 4))) > 1 for step in range(60))
-    assert all(stage._exit_steps(turn(step=s), 4) == stage._exit_steps(turn(step=s, slot=5), 4) for s in range(9))
+    assert any(len(set(free._exit_steps(micro_batch(step=step), 4))) > 1 for step in range(60))
+    assert all(
+        stage._exit_steps(micro_batch(step=s), 4) == stage._exit_steps(micro_batch(step=s, index=5), 4)
+        for s in range(9)
+    )
     last = build("rollout.last_step_only=true")
-    assert all(last._exit_steps(turn(step=step), 2) == [3, 3] for step in range(9))
+    assert all(last._exit_steps(micro_batch(step=step), 2) == [3, 3] for step in range(9))
 
 
 def test_score_timesteps_keep_their_bounds(build):
     plain, bounded = build(), build("distillation.ts_schedule=true", "distillation.ts_schedule_max=true")
-    drawn = [float(plain._timesteps(turn(step=step), [1])) for step in range(300)]
+    drawn = [float(plain._timesteps(micro_batch(step=step), [1])) for step in range(300)]
     assert min(drawn) >= 20
     assert max(drawn) <= 980
     assert len(set(drawn)) > 100
     # Between the second step, 960, and the third, 889, then shifted by 5.
-    drawn = [float(bounded._timesteps(turn(step=step), [1])) for step in range(50)]
+    drawn = [float(bounded._timesteps(micro_batch(step=step), [1])) for step in range(50)]
     assert 5 * 0.889 / (1 + 4 * 0.889) * 1000 - 1 <= min(drawn) <= max(drawn) <= 980
 
 
 def test_longer_rollouts_learn_on_their_last_frames(build, vae):
     stage = build("rollout.num_training_frames=9")
-    lengths = {stage._length(turn(step=step)) for step in range(40)}
+    lengths = {stage._length(micro_batch(step=step)) for step in range(40)}
     assert lengths == {5, 7, 9}
-    step = next(step for step in range(40) if stage._length(turn(step=step)) == 9)
-    now = turn(step=step)
+    step = next(step for step in range(40) if stage._length(micro_batch(step=step)) == 9)
+    now = micro_batch(step=step)
     recorder = Recorder(stage.generator)
     stage.generator = recorder
     window = stage.rollout(now)
@@ -211,7 +214,7 @@ def test_longer_rollouts_learn_on_their_last_frames(build, vae):
 
 @pytest.mark.parametrize("noisy", [False, True])
 def test_published_training_absorbed_a_little_noise(build, noisy):
-    stage, now = build(f"rollout.noisy_absorb={noisy}"), turn("critic", 0)
+    stage, now = build(f"rollout.noisy_absorb={noisy}"), micro_batch("critic", 0)
     network, absorbed = stage.generator, []
 
     def watched(x, t, text, *, state=None):
@@ -230,10 +233,16 @@ def test_published_training_absorbed_a_little_noise(build, noisy):
 
 def test_draws_depend_on_who_draws_and_on_nothing_else(build):
     stage = build()
-    first = stage.loss(turn("critic", 3, 1)).value
-    stage.loss(turn("generator", 3, 1))
-    assert torch.equal(stage.loss(turn("critic", 3, 1)).value, first)
-    others = [turn("critic", 4, 1), turn("critic", 3, 2), turn("generator", 3, 1), turn("critic", 3, 1, seed=1)]
+    first = stage.loss(micro_batch("critic", 3, 1)).value
+    stage.loss(micro_batch("generator", 3, 1))
+    assert torch.equal(stage.loss(micro_batch("critic", 3, 1)).value, first)
+    others = [
+        micro_batch("critic", 4, 1),
+        micro_batch("critic", 3, 2),
+        micro_batch("generator", 3, 1),
+        micro_batch("critic", 3, 1, seed=1),
+    ]
     assert all(
-        not torch.equal(stage.rollout(other).latents, stage.rollout(turn("critic", 3, 1)).latents) for other in others
+        not torch.equal(stage.rollout(other).latents, stage.rollout(micro_batch("critic", 3, 1)).latents)
+        for other in others
     )
