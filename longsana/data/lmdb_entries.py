@@ -22,7 +22,7 @@ DATA = "data.mdb"
 _MAGIC = 0xBEEFC0DE
 _HEADER = 16  # bytes of a page before its content
 _META = struct.Struct("<I20xI92xQQ")
-"""Of a meta page: magic, bytes of a page (which the first of two tables says), the last page, and the transaction."""
+"""Fields of a meta page: magic, bytes of a page (as the first of two tables says), the last page, the transaction."""
 MOST = 100
 """Entries that are wrong, of which the rest are not counted."""
 

@@ -221,7 +221,7 @@ class ShardFolder:
         return torch.frombuffer(raw, dtype=dtype).view(self.contents.shape), self._prompts(shard)[row]
 
     def prompts(self) -> list[str]:
-        """Of all items, in order."""
+        """The prompts of all items, in order."""
         return [prompt for shard in range(self.contents.shards) for prompt in self._prompts(shard)]
 
     def _prompts(self, shard: int) -> list[str]:

@@ -80,7 +80,7 @@ class Trajectories:
         return Trajectory(*self._source[index])
 
     def prompts(self) -> list[str]:
-        """Of all items, in order."""
+        """The prompts of all items, in order."""
         return self._source.prompts()
 
 

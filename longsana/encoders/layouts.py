@@ -60,7 +60,7 @@ GEMMA_DEFAULTS: Mapping[str, Any] = {
 MOST_LAYERS = 999
 """A network of more is none; a number in a config.json must not take minutes to be refused."""
 STRIDES = {"spatial": (1, 2), "temporal": (2, 1), "spatiotemporal": (2, 2), "conv": (2, 2)}
-"""Of LTX-2's samplers: in time and in space."""
+"""Strides of LTX-2's samplers, in time and in space."""
 
 
 class Misfit(NamedTuple):
@@ -173,7 +173,7 @@ def _wan_decoder(config: Mapping[str, Any], base: int) -> Tensors:
 
 
 def _wan_end(half: str, width: int, out: int, middle: int | None = None) -> Tensors:
-    """Of an encoder or decoder: its middle, and what comes last."""
+    """Layers of an encoder or decoder: its middle, and what comes last."""
     middle = middle or width
     for number in range(2):
         yield from _wan_block(f"{half}.mid_block.resnets.{number}", middle, middle)

@@ -148,7 +148,7 @@ class _Step(Memory):
         return conv3d(layer, buffer, bias=bias)
 
     def _beside(self, h: Tensor, x: Tensor) -> Tensor:
-        """Of x, the frames that h has been computed of; the others wait."""
+        """Take the frames of x that h has been computed of; the others wait."""
         if not self.ahead:
             return x
         waiting = x if self.first else torch.cat([self.recall(), x], dim=1)

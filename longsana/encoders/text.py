@@ -136,7 +136,7 @@ class GemmaTextEncoder:
     @torch.no_grad()
     @plain_defaults()
     def encode_together(self, prompts: Sequence[str], *, instruction: bool = True) -> TextEmbedding:
-        """The same of B prompts: tokens (B, L, C) and mask (B, L). Products of another size round differently."""
+        """Encode B prompts together: tokens (B, L, C) and mask (B, L). Products of another size round differently."""
         prefix, length = self._frame(instruction)
         texts = [prefix + prompt for prompt in prompts]
         tokenized = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")

@@ -84,7 +84,7 @@ class VideoVAE(ABC):
 
     @classmethod
     def around(cls, model: Model, latents_per_call: int) -> Self:
-        """The same of diffusers' model that is where it shall run. Its weights may get another layout.
+        """Wrap diffusers' model where it is. Its weights may get another layout.
 
         Raises:
             InputError: it is not of this kind.

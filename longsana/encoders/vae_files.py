@@ -124,7 +124,7 @@ def save_model(model: Model, folder: Path) -> None:
 
 
 def to_original_layout(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the key names of `Wan2.1_VAE.pth`, from diffusers' names (two residual blocks a level)."""
+    """Rename tensors to the key names of `Wan2.1_VAE.pth`, from diffusers' names (two residual blocks a level)."""
     return {wan_original_name(name): tensor for name, tensor in weights.items()}
 
 

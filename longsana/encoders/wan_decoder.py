@@ -83,7 +83,7 @@ class _Step(Memory):
         return buffer
 
     def normalised(self, norm: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The same of SiLU(norm(x + bias)), with a border of 1."""
+        """Convolve SiLU(norm(x + bias)), with a border of 1."""
         buffer, frames = self._buffer(x, border=1)
         norm_silu_into(x, norm.gamma.flatten(), frames[:, 2:], bias)
         self.remember(frames[:, -2:])

@@ -79,7 +79,7 @@ def examine(video: Video, device: torch.device) -> dict[str, Any]:
 
 
 def summarize(examined: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The same of several videos: the mean of each number over those that have it."""
+    """Average the figures of several videos: each number over those that have it."""
     curves = {}
     for name in dict.fromkeys(name for item in examined for name in item["curves"]):
         series = [item["curves"][name] for item in examined if name in item["curves"]]
@@ -200,7 +200,7 @@ def _mean_row(rows: Sequence[Row]) -> Row:
 
 
 def _plain(value: Any) -> Any:
-    """The same as JSON has it: lists, and None instead of nan; a tensor is that of one video."""
+    """Convert figures to what JSON has: lists, and None instead of nan; a tensor is that of one video."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, Tensor):

@@ -199,7 +199,7 @@ def _score(
 
 
 def summarise(runs: Sequence[Sequence[dict[str, Any]]], lengths: Sequence[int]) -> dict[str, Any]:
-    """Of a run a seed, each a list of videos.
+    """runs: one list of videos for each seed.
 
     "figures": by seconds and name, [mean, spread]: the mean over videos, its mean and standard deviation over seeds.
     "curves": by name, the mean over all videos of each second. "videos", "seeds": how many.
@@ -223,6 +223,6 @@ def _spread(values: Sequence[float | None]) -> float | None:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """Of those that are numbers; None of none."""
+    """Average those that are numbers; None of none."""
     numbers = [value for value in values if value is not None and value == value]
     return statistics.fmean(numbers) if numbers else None

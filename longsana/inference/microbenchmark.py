@@ -63,7 +63,7 @@ class Case(NamedTuple):
         return returned if isinstance(returned, tuple) else (returned,)
 
     def once(self, operation: Callable[..., Any]) -> tuple[Tensor, ...]:
-        """The same of copies of the inputs, which it may change."""
+        """Run on copies of the inputs, which it may change."""
         return self.outputs(operation, [part.clone() if isinstance(part, Tensor) else part for part in self.inputs])
 
     def moved(self, outputs: Sequence[Tensor]) -> int:
@@ -88,7 +88,7 @@ class Case(NamedTuple):
 
 
 def seconds(call: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
-    """Of one call: the median, after two that warm up."""
+    """Milliseconds of one call: the median, after two that warm up."""
     for _ in range(2):
         call()
     taken = []
@@ -388,7 +388,7 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
 
 
 def _widths(network: ModelConfig) -> tuple[int, int, int]:
-    """Of the residual stream, of half the feed-forward, of a head."""
+    """Widths of the residual stream, of half the feed-forward, and of a head."""
     width = network.architecture().hidden_size
     return width, int(network.mlp_ratio * width), network.linear_head_dim
 

@@ -115,7 +115,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout that this package lies in, "-dirty" if it was changed since; "unknown" outside of one."""
+    """The commit of this package's checkout, "-dirty" if it was changed since; "unknown" outside of one."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

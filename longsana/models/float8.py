@@ -15,7 +15,7 @@ PRODUCTS = (
     *("attn.qkv", "attn.out", "cross_attn.q", "cross_attn.out"),
     *("feed_forward.expand", "feed_forward.project"),
 )
-"""Of each block: all products over video tokens but the temporal convolution, five sixths of the work."""
+"""Layers of each block: all products over video tokens but the temporal convolution, five sixths of the work."""
 
 
 class Float8Linear(nn.Module):

@@ -15,7 +15,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def silu(x, EXACT: tl.constexpr):
-    """Of float32. EXACT: to its last bits."""
+    """SiLU of float32, x / (1 + exp(-x)). EXACT: to its last bits."""
     if EXACT or INTERPRETED:
         y = x / (1 + tl.exp(-x))
     else:

@@ -37,7 +37,7 @@ class Strip(NamedTuple):
 
 
 OUTPUTS, OF_SUMS, OF_INPUTS = Strip(13, 64, 1), Strip(4, 64, 1), Strip(4, 128, 2)
-"""Of the outputs, of the gradients of the convolution's sums, which hold more of each column, and of the inputs'."""
+"""Strips for outputs, for the gradients of the sums, which hold more of each column, and for those of the inputs."""
 PROGRAMS = 1056
 """Programs of one warp that keep a large GPU busy, eight times its multiprocessors."""
 

@@ -328,7 +328,7 @@ def _modulate(
 def _modulate_gradients(
     x: Tensor, scale: Tensor, moments: Tensor, of_total: Tensor | None, of_y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x, shift and scale."""
+    """Gradients of x, shift and scale."""
     batch, frames, tokens, width = x.shape
     parts, share = shares(tokens, batch * frames, programs=PROGRAMS)
     of_y = of_y.contiguous()

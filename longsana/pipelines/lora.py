@@ -63,7 +63,7 @@ class _Low(NamedTuple):
 def fused_adapter(
     state_dict: Mapping[str, Tensor], network: LongSanaDiT, *, prefix: str | None, metadata: Mapping[str, Any] | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The same change of our layers, and its settings for peft.
+    """Translate the change to our layers' names, and its settings to peft's.
 
     Of layers that are one here, the factors are stacked: a = [a_q; a_k; a_v] and b = diag(b_q, b_k, b_v), whose
     product is the three products. alpha / rank is put into b, so alpha is the rank.

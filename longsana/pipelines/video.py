@@ -252,7 +252,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the latest call. A callback may set `_guidance_scale` for the steps to come."""
+        """The guidance scale of the latest call. A callback may set `_guidance_scale` for the steps to come."""
         return self._guidance_scale
 
     @torch.no_grad()

@@ -129,7 +129,7 @@ def _summary(encoder: GemmaTextEncoder, captions: Sequence[str]) -> Tensor:
 
 
 def _answers(promises: Sequence[Promise]) -> list[Tensor]:
-    """Of each head, the right classes (B,)."""
+    """The right classes (B,) for each head."""
     answers = [[tuple(BACKGROUNDS).index(promise.background) for promise in promises]]
     for number in range(2):
         actors = [promise.actors[number] if number < len(promise.actors) else None for promise in promises]

@@ -75,7 +75,7 @@ def export(
 
 
 def network_configs(folder: Path) -> dict[str, ModelConfig]:
-    """Of the networks in a checkpoint folder, by their groups' names."""
+    """Read the configs of the networks in a checkpoint folder, by their groups' names."""
     config = load_config(folder / CONFIG, schema=TrainingConfig)
     return {"generator": config.model, "generator_ema": config.model, "critic": config.fake_score}
 

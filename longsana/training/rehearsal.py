@@ -195,7 +195,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _Networks(NamedTuple):
-    """Of a rehearsal; a stage of one learner has no use for the others."""
+    """The networks of a rehearsal; a stage of one learner has no use for the others."""
 
     generator: LongSanaDiT
     critic: LongSanaDiT
@@ -206,7 +206,7 @@ _Loss = Callable[[_Networks], Tensor]
 
 
 def _whole(config: TrainingConfig, role: Role, processes: int, accumulates: bool, loss: _Loss) -> Update:
-    """Of networks as deep as they are: blocks are alike, so what the third adds, every further one adds too."""
+    """Extrapolate from two and three blocks to the networks' depth: what the third adds, every further one adds too."""
     configs = (config.model, config.fake_score, config.real_score)
     depths = {network.architecture().depth for network in configs}
     deepest = max(depths)
@@ -268,7 +268,7 @@ def _run_on_gpu(forward: Callable[..., Any], *args: Any) -> Any:
 
 
 def _clip_loss(config: TrainingConfig, networks: _Networks) -> Tensor:
-    """Of flow matching, and of ODE regression, which holds the same."""
+    """The loss of flow matching, and of ODE regression, which holds as much."""
     frames = config.rollout.num_training_frames
     causal = config.trainer == "ode" or config.flow_matching.causal
     plan = ChunkPlan.split(frames, config.sampling.chunk_frames if causal else frames)
@@ -351,5 +351,5 @@ def kept_values(weight: Tensor, processes: int) -> int:
 
 
 def kept_bytes(weight: Tensor, processes: int) -> int:
-    """The same in float32."""
+    """Bytes of a weight in float32 that the first of so many processes keeps; see `kept_values`."""
     return kept_values(weight, processes) * torch.float32.itemsize

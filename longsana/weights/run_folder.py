@@ -139,7 +139,7 @@ def digests(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Of DCP's metadata and nothing else: a pickle may name any function, to be called as it is opened."""
+    """Unpickles DCP's metadata and nothing else: a pickle may name any function, to be called as it is opened."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _METADATA_CLASSES.get(module, ()):
