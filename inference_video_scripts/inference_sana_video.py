@@ -1,119 +1,14 @@
 """A file of prompts in, a folder of videos out.
 
-    python inference_video_scripts/inference_sana_video.py                      # the small default, on any machine
-    accelerate launch --mixed_precision=bf16 inference_video_scripts/inference_sana_video.py \\
-        --config=configs/sana_video_config/Sana_2000M_480px_adamW_fsdp_longsana.yaml --num_frames 961
-
-Any setting of the config can be given as well: `--vae.weight_dtype float32`, or `vae.weight_dtype=float32`.
-Exit status: 0 all videos are there, 1 some prompts failed (listed at the end) or the disk is full, 2 bad input,
-128 + n stopped by signal n. The same command goes on where it ended.
+A name for `longsana generate`; its text is `longsana/commands/generate.py`.
 """
 
-from __future__ import annotations
-
-import argparse
-import logging
-import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
-if __name__ == "__main__":
-    from longsana.runtime import stop
-
-    stop.catch()  # before the imports below, which take seconds
-
-from tqdm.contrib.logging import logging_redirect_tqdm
-
-from longsana.config import InferenceConfig, load_config
-from longsana.data.prompts import Prompt
-from longsana.inference.flags import check_settings, parse_flags
-from longsana.runtime.commandline import Parser, run_command, typed_path, whole
-from longsana.runtime.distributed import World, keep_freed_memory, set_threads
-from longsana.runtime.errors import InputError
-from longsana.runtime.hub import locate
-from longsana.sampling.checks import check_config, check_weights, seeded_sources, select_prompts
-
-log = logging.getLogger("longsana")
-
-DEFAULT_CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
-
-
-def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and every setting given on the command line as `section.key=value`."""
-    parser = Parser(__doc__)
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
-    parser.add_argument("--work_dir", type=typed_path, help="output folder (default: output/inference/NAME_OF_CONFIG)")
-    parser.add_argument("--dataset", help="folder in work_dir (default: the prompt file's name)")
-    parser.add_argument("--add_label", default="", help="added to the name of that folder")
-    parser.add_argument("--sample_nums", type=whole, help="prompts of the file, from its top (default: all)")
-    parser.add_argument("--start_index", type=whole, default=0, help="first prompt, counted from 0")
-    parser.add_argument("--end_index", type=whole, help="one past the last prompt")
-    parser.add_threads()
-    return parse_flags(parser, arguments)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for, checked as far as it can be without loading anything large."""
-
-    config: InferenceConfig
-    prompts: list[Prompt]
-    folder: Path
-    threads: int | None
-
-
-def prepare(arguments: Sequence[str]) -> Request:
-    options, settings = parse(arguments)
-    config_path = locate(options.config, "the config")
-    config: InferenceConfig = load_config(config_path, settings)
-    check_settings(settings, config)
-    check_config(config)
-    if Path(options.add_label).name != options.add_label:
-        raise InputError(f"--add_label {options.add_label}: must be part of a folder's name, without slashes")
-    prompts = select_prompts(config, options.start_index, options.end_index, options.sample_nums)
-    check_weights(config)
-    work_dir = options.work_dir or Path("output/inference") / config_path.stem
-    name = (options.dataset or Path(config.sampling.txt_file).stem) + options.add_label
-    return Request(config, prompts, work_dir / name, options.threads)
-
-
-def run(request: Request, world: World) -> int:
-    from longsana.inference.batch import run_batch  # brings diffusers and transformers, which take seconds
-
-    config, device, threads = request.config, world.device(), set_threads(request.threads, world)
-    keep_freed_memory()
-    log.info(
-        "%d prompts to %s on %s, %d threads, %d processes",
-        len(request.prompts),
-        request.folder,
-        device,
-        threads,
-        world.size,
-    )
-    if device.type == "cpu" and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-        log.info("the dtype comes from the config, not from the launcher: auto is float32 on a CPU")
-    if seeded := seeded_sources(config):
-        log.warning("RANDOM WEIGHTS (%s): the videos show noise, not what the prompts say", ", ".join(seeded))
-
-    with logging_redirect_tqdm():  # lines go above the bars, not through them
-        outcome = run_batch(config, request.prompts, request.folder, world=world, device=device)
-    written, there, failed = outcome.written, outcome.skipped, len(outcome.failures)
-    log.info("%d videos written, %d there before, %d failed", written, there, failed)
-    for failure in outcome.failures if world.is_main else ():
-        print(f"failed: line {failure.line}: {failure.reason} ({failure.text[:60]})", file=sys.stderr)
-    if outcome.disk is not None and world.is_main:
-        missing = len(request.prompts) - written - there - failed
-        print(f"failed: {outcome.disk}; {missing} videos are not made", file=sys.stderr)
-    return 0 if outcome.disk is None and not outcome.failures else 1
-
-
-def main(arguments: Sequence[str]) -> int:
-    return run_command(lambda world: prepare(arguments), run)
-
+from longsana.commands import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("generate", sys.argv[1:]))

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from longsana.published import INFERENCE, Context, Published, Translation
 from longsana.runtime.errors import InputError, did_you_mean, did_you_mistype, mistyped_setting
 from longsana.runtime.files import atomic_write_text, expanded
-from longsana.runtime.hub import REPOSITORY, SEEDED
+from longsana.runtime.hub import SEEDED, SHIPPED
 from longsana.runtime.settings import PARTS, bounded, check_bounds, parse_overrides, read_yaml
 
 log = logging.getLogger(__name__)
@@ -406,7 +406,7 @@ def _referred(path: Path, key: str, name: Any) -> Path:
     """
     if not isinstance(name, str):
         raise InputError(f"{path}: {key}={name}: expected the name of a config file")
-    candidates = (path.parent / name, Path(name), REPOSITORY / name)
+    candidates = (path.parent / name, Path(name), SHIPPED / name)
     if (found := next((candidate for candidate in candidates if candidate.is_file()), None)) is not None:
         return found
     places = ", ".join(dict.fromkeys(str(candidate) for candidate in candidates))

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
+COMMANDS = {
+    "inference_sana_video": "generate",
+    "evaluate": "evaluate",
+    "benchmark": "benchmark",
+    "train_longsana": "train",
+    "generate_ode_pairs": "ode_pairs",
+    "export": "export",
+}
+"""Scripts whose text is a module of `longsana.commands`."""
+
 
 def load_script(path: Path) -> ModuleType:
+    """The module of a script; of one that is a thin name for a command, the command's."""
+    if path.parent.name in ("inference_video_scripts", "train_video_scripts") and path.stem in COMMANDS:
+        return importlib.import_module(f"longsana.commands.{COMMANDS[path.stem]}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

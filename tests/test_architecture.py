@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_video_scripts", "inference_video_scripts")
 # A layer may import those after it, never one beside it.
 LAYERS = [
-    [*SCRIPTS, "convert"],
+    [*SCRIPTS],
+    ["commands", "convert"],
     ["training", "evaluation", "pipelines", "inference"],
     ["sampling"],
     ["data"],

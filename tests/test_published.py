@@ -403,7 +403,7 @@ def test_where_a_base_is_looked_up(place: str, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "yamls").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr("longsana.config.REPOSITORY", tmp_path / "repository")
+    monkeypatch.setattr("longsana.config.SHIPPED", tmp_path / "repository")
     places = {"repository": 3, "working directory": 2, "beside": 1}
     folders = {"repository": "repository", "working directory": "work", "beside": "yamls"}
     for name, folder in folders.items():

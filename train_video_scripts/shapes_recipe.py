@@ -205,7 +205,7 @@ class Recipe:
 
     def _stage(self, name: str) -> Callable[[], int]:
         def make() -> int:
-            from train_video_scripts import train_longsana
+            from longsana.commands import train
 
             if name == "ode" and (status := self._pairs()):
                 return status
@@ -224,7 +224,7 @@ class Recipe:
             }[name]
             run = self.runs / name
             config = CONFIGS / f"{PHASES[name]}.yaml"
-            status = train_longsana.main(
+            status = train.main(
                 [
                     "--config_path", str(config), "--logdir", str(run), "--no_visualize", "--disable-wandb",
                     *self._models(), *settings, *self._tiny("stage"), *self._tiny(PHASES[name]),
@@ -253,10 +253,10 @@ class Recipe:
         return settings
 
     def _pairs(self) -> int:
-        from train_video_scripts import generate_ode_pairs
+        from longsana.commands import ode_pairs
 
         _, text = self._models()  # no video is decoded
-        status: int = generate_ode_pairs.main(
+        status: int = ode_pairs.main(
             [
                 "--config_path", str(CONFIGS / "ode_pairs.yaml"), "--out", str(self.runs / "pairs"),
                 "--txt_file", str(self.parts / "prompts.txt"), "--end_index", "2" if self.tiny else "768",
@@ -266,7 +266,7 @@ class Recipe:
         return status
 
     def _export(self, run: Path, weights: str, name: str) -> int:
-        from train_video_scripts import export
+        from longsana.commands import export
 
         newest = max(run.glob("checkpoint_model_*"))
         target = self.parts / f"{name}.safetensors"

@@ -19,7 +19,10 @@ from longsana.runtime.foreign import read_json, reason_of
 
 log = logging.getLogger(__name__)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+_IN_PACKAGE = Path(__file__).resolve().parents[1] / "shipped"
+SHIPPED = _IN_PACKAGE if _IN_PACKAGE.is_dir() else Path(__file__).resolve().parents[2]
+"""Where configs, prompts and the small default's weights are: in the package, as in a wheel, or at the repository's
+root."""
 SCHEME = "hf://"
 SEEDED = "seeded:"  # before what random weights are made from: a seed, or a folder with the shape
 FOLDER_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
@@ -37,7 +40,7 @@ SAME_FILE = dict.fromkeys(_BASE_720P, _BASE_720P)
 def locate(uri: str, what: str, part: str = "") -> Path:
     """The local file or folder that `uri` names, fetched from the hub first if it is there.
 
-    uri: a path, tried from the working directory and then from the repository root; `hf://owner/repo/file.ext`
+    uri: a path, tried from the working directory and then from `SHIPPED`; `hf://owner/repo/file.ext`
         for that one file (for an index of shards: the shards too); `hf://owner/repo[/folder]` for the configs,
         tokenizer files and safetensors inside. The hub's cache and HF_HUB_OFFLINE=1 are honoured.
     what: the thing's name in messages, such as "the checkpoint".
@@ -50,10 +53,10 @@ def locate(uri: str, what: str, part: str = "") -> Path:
     if uri.startswith(SCHEME):
         return _fetch(uri, what, part)
     given = expanded(uri)
-    for candidate in (given, REPOSITORY / given):
+    for candidate in (given, SHIPPED / given):
         if uri and candidate.exists():
             return candidate
-    places = [str(given)] if given.is_absolute() else [str(Path.cwd() / given), str(REPOSITORY / given)]
+    places = [str(given)] if given.is_absolute() else [str(Path.cwd() / given), str(SHIPPED / given)]
     where = " or ".join(dict.fromkeys(places))
     raise InputError(
         f"{what}: '{uri}' not found (no file or folder {where}); give an existing path or hf://owner/repo/file"

@@ -221,7 +221,7 @@ def signalled(path, text):
     os.kill(os.getpid(), signal.SIGTERM)
     write(path, text)
 report.atomic_write_text = signalled
-from inference_video_scripts.evaluate import main
+from longsana.commands.evaluate import main
 sys.exit(main(sys.argv[1:]))
 """
 

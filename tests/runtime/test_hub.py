@@ -98,8 +98,7 @@ def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert locate("weights.pth", "the checkpoint").resolve() == tmp_path / "weights.pth"
     assert locate(str(tmp_path), "the checkpoint") == tmp_path
     assert (
-        locate("longsana/config.py", "the checkpoint").read_bytes()
-        == (hub.REPOSITORY / "longsana/config.py").read_bytes()
+        locate("longsana/config.py", "the checkpoint").read_bytes() == (hub.SHIPPED / "longsana/config.py").read_bytes()
     )
     (tmp_path / "longsana").mkdir()
     assert locate("longsana", "the checkpoint").resolve() == tmp_path / "longsana"  # the working directory comes first
@@ -114,7 +113,7 @@ def test_missing_local_path(uri: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert "hf://" in str(caught.value)
     if uri == "no/such.pth":
         assert str(tmp_path / uri) in str(caught.value)
-        assert str(hub.REPOSITORY / uri) in str(caught.value)
+        assert str(hub.SHIPPED / uri) in str(caught.value)
 
 
 def test_cached_file_and_folders(cache: Path) -> None:
@@ -144,7 +143,7 @@ def test_environment_is_honoured(tmp_path: Path) -> None:
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_CACHE": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(hub.REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(hub.SHIPPED), os.environ.get("PYTHONPATH", "")]),
     }
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     content, message = run.stdout.splitlines()

@@ -1,0 +1,51 @@
+"""The commands by name: `longsana generate`, and the published scripts, which are thin names for the same.
+
+Nothing heavy is imported before a signal can be caught, nor for a list of the commands.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from longsana.runtime import stop
+
+COMMANDS = {
+    "generate": ("longsana.commands.generate", "a file of prompts to a folder of videos"),
+    "evaluate": ("longsana.commands.evaluate", "figures of a folder of videos"),
+    "benchmark": ("longsana.commands.benchmark", "what a video costs on this machine, part by part"),
+    "train": ("longsana.commands.train", "train a stage, or go on where it was stopped"),
+    "ode-pairs": ("longsana.commands.ode_pairs", "a teacher's trajectories, which the ODE stage learns from"),
+    "export": ("longsana.commands.export", "a training checkpoint in a layout that others read"),
+    "convert": ("longsana.convert", "weights from one layout to another"),
+}
+"""Module and purpose of each."""
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run a command in this process; returns its exit status. Signals are caught from here on."""
+    stop.catch()
+    status: int = importlib.import_module(COMMANDS[name][0]).main(arguments)
+    return status
+
+
+def main() -> int:
+    """Run `longsana NAME ...`; returns the exit status: that of the command, or 2 if there is none of this name."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        sys.argv[0] = f"longsana {name}"  # for its --help
+        return run(name, arguments)
+    if name in ("-h", "--help"):
+        print("usage: longsana COMMAND ...; longsana COMMAND --help says more\n")
+        print("\n".join(f"  {command:<12}{purpose}" for command, (_, purpose) in COMMANDS.items()))
+        return 0
+    if name == "--version":
+        from longsana import __version__
+
+        print(__version__)
+        return 0
+    from longsana.runtime.errors import did_you_mean
+
+    print(f"error: no command {name}{did_you_mean(name, COMMANDS)}; see longsana --help", file=sys.stderr)
+    return 2
