@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -404,13 +403,3 @@ def test_a_run_that_lies_read_only_is_exported(train: Run, run: Run, tmp_path: P
         assert done.status == status, done.output
     assert done.line("error: ").endswith("end what reads it, or write elsewhere")
     assert (out / "diffusers" / "config.json").exists()
-
-
-def test_the_tests_that_documents_name_exist() -> None:
-    there = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    for document in ("cluster.md", "videos.md"):
-        text = (ROOT / "docs" / document).read_text(encoding="utf-8")
-        named = re.findall(r"`(test_\w+)`", text)
-        assert [name for name in named if f"def {name}(" not in there] == [], document
-        files = re.findall(r"tests/[\w/.]+\.\w+", text)
-        assert files and all((ROOT / file).is_file() for file in files), document

@@ -72,14 +72,14 @@ def test_what_ships_is_whole_and_small(made):
 
 
 def test_the_table_and_the_plot_are_made_of_what_ships(tmp_path, capsys):
-    """The README's too: every number of its table is one of these."""
+    """The page's too: every number of its table is one of these."""
     parts = tmp_path / "parts"
     parts.mkdir()
     for name in ("scores.json", "speed.json"):
         shutil.copy(ROOT / "asset/shapes" / name, parts)
     assert recipe.main(["--out", str(tmp_path), "--steps", "table", "plot"]) == 0
     table = (parts / "table.md").read_text().strip()
-    assert table in (ROOT / "README.md").read_text()
+    assert table in (ROOT / "docs/shapes.md").read_text()
     assert table in (ROOT / "asset/shapes/README.md").read_text()
     assert (parts / "plot.png").stat().st_size > 10_000
 
