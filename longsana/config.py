@@ -23,7 +23,7 @@ from longsana.published import INFERENCE, Context, Published, Translation
 from longsana.runtime.errors import InputError, did_you_mean, did_you_mistype, mistyped_setting
 from longsana.runtime.files import atomic_write_text, expanded
 from longsana.runtime.hub import SEEDED, SHIPPED
-from longsana.runtime.settings import PARTS, bounded, check_bounds, parse_overrides, read_yaml
+from longsana.runtime.settings import PARTS, TEXT, bounded, check_bounds, parse_overrides, read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -225,6 +225,7 @@ def load_config(
     merged = OmegaConf.structured(schema)
     typed: dict[str, str] = {}  # texts of the command line, in which OmegaConf would see placeholders
     for source, settings in _translated(_layers(Path(path), schema, command), schema, str(path)):
+        _check_values(settings, leaf_keys(schema), source)
         if source == COMMAND_LINE:
             typed = {key: settings.pop(key) for key, value in list(settings.items()) if _looks_special(value)}
         try:
@@ -241,6 +242,26 @@ def load_config(
     result = _at_home(result, schema)
     check_bounds(result)
     return result
+
+
+def _check_values(settings: Mapping[str, Any], kinds: Mapping[str, str], source: str) -> None:
+    """Refuse values that OmegaConf would take for something else than they are.
+
+    Raises:
+        InputError: it names the first.
+    """
+    for key, value in settings.items():
+        kind, wanted = kinds.get(key, ""), ""
+        if isinstance(value, dict):
+            wanted = "a value, not a mapping"
+        elif kind == "bool" and not isinstance(value, str) and value not in (True, False, 0, 1, None):
+            wanted = "true or false"
+        elif source == COMMAND_LINE and _looks_special(value) and kind not in TEXT:
+            wanted = f"a value of the type {kind}"
+        elif source == COMMAND_LINE and key in PATHS and value == "":
+            wanted = "a path, and it is empty; the current folder is ."
+        if wanted:
+            raise InputError(f"{source}: {key}={value}: must be {wanted}")
 
 
 def _looks_special(value: Any) -> bool:
@@ -406,7 +427,11 @@ def _referred(path: Path, key: str, name: Any) -> Path:
     """
     if not isinstance(name, str):
         raise InputError(f"{path}: {key}={name}: expected the name of a config file")
-    candidates = (path.parent / name, Path(name), SHIPPED / name)
+    try:
+        given = expanded(name)
+    except InputError as error:
+        raise InputError(f"{path}: {key}: {error}") from error
+    candidates = (path.parent / given, given, SHIPPED / given)
     if (found := next((candidate for candidate in candidates if candidate.is_file()), None)) is not None:
         return found
     places = ", ".join(dict.fromkeys(str(candidate) for candidate in candidates))

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from longsana.commands import COMMANDS
 from longsana.config import leaf_keys, load_config
 from longsana.data.prompts import FLAGS
 from longsana.inference.flags import OTHER_FLAGS, SETTING_FLAGS
 from longsana.training.config import OdePairsConfig, TrainingConfig
 from longsana.training.published import TRAINING
+from tests.scripts import COMMANDS as BODIES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -22,7 +24,7 @@ CONFIGS = ROOT / "configs/sana_video_config/longsana/480ms"
 FOLDERS = "longsana|tests|docs|configs|asset|train_video_scripts|inference_video_scripts"
 SETTINGS = {*leaf_keys(TrainingConfig), *leaf_keys(OdePairsConfig), *TRAINING.rules, *TRAINING.references}
 SECTIONS = "|".join(sorted({name.partition(".")[0] for name in SETTINGS if "." in name}))
-STARTS = ("python", "accelerate", "torchrun")
+STARTS = ("python", "accelerate", "torchrun", "longsana")
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
@@ -46,10 +48,13 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def script_of(words: list[str]) -> Path:
-    """The script that a command starts, or the module after -m."""
+    """The file whose text a command runs: a script, the module after -m, or that of `longsana NAME`."""
+    if words[0] == "longsana":
+        return ROOT / (COMMANDS[words[1]][0].replace(".", "/") + ".py")
     if "-m" in words[:2]:
         return ROOT / (words[2].replace(".", "/") + ".py")
-    return ROOT / next(word for word in words[1:] if word.endswith(".py"))
+    script = ROOT / next(word for word in words[1:] if word.endswith(".py"))
+    return ROOT / "longsana/commands" / f"{BODIES[script.stem]}.py" if script.stem in BODIES else script
 
 
 def options_of(script: Path) -> set[str]:
@@ -69,7 +74,8 @@ def slug(heading: str) -> str:
 
 
 def all_options() -> set[str]:
-    scripts = [*ROOT.glob("*_scripts/*.py"), *ROOT.glob("tests/full_size/*.py"), ROOT / "longsana/convert.py"]
+    commands = [*ROOT.glob("longsana/commands/*.py"), *ROOT.glob("*_scripts/*.py"), ROOT / "longsana/convert.py"]
+    scripts = [*commands, *ROOT.glob("tests/full_size/*.py")]
     return set().union(FLAGS, ["help"], *map(options_of, scripts))
 
 
@@ -126,7 +132,8 @@ def test_options_that_are_named_exist(document: Path) -> None:
             continue
         script = script_of(words)
         assert script.is_file(), words
-        place = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("longsana."))
+        place = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("longsana"))
+        place += words[0] == "longsana"
         for word in words[place + 1 :]:
             if word.startswith("--"):
                 assert word[2:].partition("=")[0] in options_of(script), word

@@ -27,6 +27,7 @@ from longsana.inference.flags import check_settings, parse_flags
 from longsana.runtime.commandline import Parser, run_command, typed_path, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
+from longsana.runtime.files import check_writable
 from longsana.runtime.hub import locate
 from longsana.sampling.checks import check_config, check_weights, seeded_sources, select_prompts
 
@@ -67,11 +68,14 @@ def prepare(arguments: Sequence[str]) -> Request:
     check_config(config)
     if Path(options.add_label).name != options.add_label:
         raise InputError(f"--add_label {options.add_label}: must be part of a folder's name, without slashes")
+    if options.dataset is not None and (options.dataset[:1] in ("/", "~") or ".." in Path(options.dataset).parts):
+        raise InputError(f"--dataset {options.dataset}: must be a folder below --work_dir")
     prompts = select_prompts(config, options.start_index, options.end_index, options.sample_nums)
     check_weights(config)
     work_dir = options.work_dir or Path("output/inference") / config_path.stem
-    name = (options.dataset or Path(config.sampling.txt_file).stem) + options.add_label
-    return Request(config, prompts, work_dir / name, options.threads)
+    folder = work_dir / ((options.dataset or Path(config.sampling.txt_file).stem) + options.add_label)
+    check_writable(folder)
+    return Request(config, prompts, folder, options.threads)
 
 
 def run(request: Request, world: World) -> int:

@@ -21,6 +21,7 @@ from longsana.config import leaf_keys, load_config
 from longsana.data.prompts import Prompt
 from longsana.runtime.commandline import Parser, run_command, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
+from longsana.runtime.files import check_writable, expanded
 from longsana.runtime.hub import locate
 from longsana.sampling.checks import check_weights, seeded_sources, select_prompts
 from longsana.training.config import OdePairsConfig
@@ -56,6 +57,7 @@ def prepare(arguments: Sequence[str]) -> Request:
     prompts = select_prompts(teacher_config(config), options.start_index, options.end_index)
     distinct = distinct_prompts(config, prompts)
     check_weights(teacher_config(config), sections=USED)
+    check_writable(expanded(config.pairs.out), "--out")
     return Request(config, distinct, options.threads)
 
 

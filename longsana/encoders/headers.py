@@ -148,6 +148,8 @@ def _check_wan(found: Mapping[str, Any], shape: VAEGeometry, source: str) -> Non
         values = found.get(name)  # the class has the published ones
         if values is not None and (len(values) != shape.channels or not all(map(math.isfinite, values))):
             raise InputError(f"{source}: {name} must be {shape.channels} finite numbers")
+        if name == "latents_std" and values is not None and min(values) <= 0:
+            raise InputError(f"{source}: {name} must be above 0")
 
 
 def _check_ltx2(found: Mapping[str, Any], shape: VAEGeometry, source: str) -> None:
@@ -222,6 +224,10 @@ def check_text_folder(folder: Path, caption_channels: int) -> dict[str, Any]:
     for file in there:
         with file.open("rb") as stream:
             refuse_stand_in(file, stream.read(24))
+        if file.suffix == ".json":
+            found = read_json(file)
+            if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
+                raise InputError(f"{file}: not a tokenizer (no 'model' in it); get this file again")
     return config
 
 

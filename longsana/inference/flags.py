@@ -17,6 +17,7 @@ from longsana.config import InferenceConfig, leaf_keys
 from longsana.published import INFERENCE, Context, Refused, height_and_width
 from longsana.runtime.commandline import SWITCH, Parser
 from longsana.runtime.errors import InputError
+from longsana.runtime.settings import typed
 from longsana.sampling.checks import meaningless
 
 log = logging.getLogger(__name__)
@@ -146,12 +147,14 @@ def _settle(options: argparse.Namespace) -> None:
 
 
 def _value(text: str | None) -> Any:
-    if text is None or text in ("None", "null"):
+    if text in (None, "", "None", "null"):
         return None
     try:
-        return yaml.safe_load(text)
+        return typed(text, "")
     except yaml.YAMLError:
         return text
+    except ValueError as error:
+        raise InputError(f"{text}: {error}") from error
 
 
 def check_settings(settings: Sequence[str], config: InferenceConfig) -> None:

@@ -262,7 +262,8 @@ class Worker:
                 digested.result()
 
     def _fail(self, job: Job, error: Exception) -> None:
-        log.error("line %d failed: %s", job.prompt.line, error, exc_info=error)
+        told = isinstance(error, FloatingPointError | InputError | OSError)
+        log.error("line %d failed: %s", job.prompt.line, error, exc_info=None if told else error)
         self.failures.append(Failure(job.prompt.line, job.prompt.text, f"{type(error).__name__}: {error}"))
 
 

@@ -140,8 +140,8 @@ def run_command(
 ) -> int:
     """`run(prepare(world), world)` of this process's world, and the command's exit status.
 
-    That is the status of `run`; 2 for bad input; 1 if another process of the launch has gone, or a disk is full or
-    broken; 128 + n after signal n.
+    That is the status of `run`; 2 for bad input; 1 if another process of the launch has gone, a disk is full or
+    broken, or numbers are not finite; 128 + n after signal n.
 
     prepare: checks the input before the processes meet; what is wrong with it is wrong for all, and said once.
     connect: how they meet. after_stop: what is said of a command that was stopped.
@@ -159,6 +159,9 @@ def run_command(
             except PeerLost as error:
                 if world is not None and world.is_main:
                     print(f"failed: {error}", file=sys.stderr)
+                return 1
+            except FloatingPointError as error:
+                print(f"failed{_of_process(world)}: {error}", file=sys.stderr)
                 return 1
             except OSError as error:
                 if (reason := disk_failure(error)) is None:

@@ -164,6 +164,10 @@ def _launch_number(name: str, default: int, *, least: int = 0, most: int = 1 << 
 def _meet(world: World) -> dist.Store:
     """A store that all processes have come to, which says for whom it waits."""
     host, port = os.environ["MASTER_ADDR"], _launch_number("MASTER_PORT", 0, least=1, most=65535)
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise InputError(f"MASTER_ADDR={host}: there is no such host ({error.strerror}); {_LAUNCH}") from error
     # torchrun's agent keeps the store already.
     is_host = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     started, patience = time.monotonic(), _Waiting(host, port)

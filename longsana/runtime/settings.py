@@ -101,13 +101,41 @@ def read_yaml(path: Path, kinds: Mapping[str, str]) -> dict[str, Any]:
     for key, node in _scalars(root):
         if kinds.get(key) in (*TEXT, PARTS) and node.style is None and isinstance(settings.get(key), int | float):
             settings[key] = node.value
-        elif node.style is None and (_OTHER_BASE.fullmatch(node.value) or _SIXTIES.fullmatch(node.value)):
+        elif _other_number(node):
             raise InputError(f"{path}: {key}: {node.value}: write a decimal number, or a text in quotes")
         elif node.value == "???":
             raise InputError(f"{path}: {key}: ???: must be set")
-        elif "${oc." in node.value:
-            raise InputError(f"{path}: {key}: {node.value}: configs take nothing from the environment; write the value")
+        elif calls_a_resolver(node.value):
+            raise InputError(
+                f"{path}: {key}: {node.value}: configs take nothing from the environment or other functions; write the "
+                "value, or \\${ for a text with ${ in it"
+            )
+        elif kinds.get(key) == "float" and isinstance(settings.get(key), str):
+            number = decimal(node.value)  # 24000/1001
+            settings[key] = node.value if number is None else number
     return settings
+
+
+def _other_number(node: Any) -> bool:
+    """Whether YAML reads a number in another base than ten, or in another spelling than decimal."""
+    if node.style is None and (_OTHER_BASE.fullmatch(node.value) or _SIXTIES.fullmatch(node.value)):
+        return True
+    if not node.tag.endswith((":int", ":float")) or re.fullmatch(r"[-+]?\.(inf|nan)", node.value, re.IGNORECASE):
+        return False
+    return decimal(node.value) is None or _OTHER_BASE.fullmatch(node.value) is not None
+
+
+def calls_a_resolver(text: str) -> bool:
+    """Whether OmegaConf would call a function for the text: `${name:...}`, however it is spelt or nested."""
+    depth = 0
+    for match in re.finditer(r"(\\*)(\$\{)|[:}]", text):
+        if match[2]:
+            depth += len(match[1]) % 2 == 0  # after an odd number of backslashes it is text
+        elif match[0] == "}":
+            depth = max(depth - 1, 0)
+        elif depth:
+            return True
+    return False
 
 
 def _scalars(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -152,17 +180,24 @@ def parse_overrides(overrides: Sequence[str], kinds: Mapping[str, str]) -> dict[
         if not equals or not re.fullmatch(r"[\w.]+", key):
             raise InputError(f"'{item}': a setting has the form section.key=value")
         try:
-            values[key] = _typed(text, kinds.get(key, ""))
+            values[key] = typed(text, kinds.get(key, ""))
         except (yaml.YAMLError, ValueError) as error:
             raise InputError(f"the command line: {key}={text}: {' '.join(str(error).split())}") from error
     return values
 
 
-def _typed(text: str, kind: str) -> Any:
+def typed(text: str, kind: str) -> Any:
+    """The value that was typed for a setting of this type; "" is an unknown one.
+
+    Raises:
+        ValueError, yaml.YAMLError: it is none, or a number that is not decimal.
+    """
     if kind == "str" or (kind == "str | None" and text != "null"):
         return text
     if kind == PARTS:
         return yaml.safe_load(text) if text.startswith("[") else text
+    if not text.strip():
+        raise ValueError("no value; give one, or null where that is one")
     number = decimal(text)
     if number is not None:
         return number

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, ModelConfig, check_chi_prompt
-from longsana.data.prompts import Prompt, parts_per_chunk, place, read_prompts
+from longsana.data.prompts import Prompt, check_words, parts_per_chunk, place, read_prompts
 from longsana.encoders.geometry import geometry
 from longsana.encoders.headers import check_text_encoder, check_vae
 from longsana.flow.schedule import FlowSchedule
@@ -17,7 +17,7 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SCHEME, SEEDED, file_sha256, locate
 from longsana.runtime.settings import check_bounds
 from longsana.runtime.video import MOST_PIXELS, check_encoding
-from longsana.weights.build import empty_model
+from longsana.weights.build import empty_model, seed_of
 from longsana.weights.files import PIPELINE_PART, check_digests, weights_file
 from longsana.weights.names import PAST
 from longsana.weights.network import check_fit
@@ -87,6 +87,8 @@ def check_config(config: InferenceConfig) -> None:
     if int(config.model.mlp_ratio * config.model.architecture().hidden_size) < 1:
         raise InputError(f"model.mlp_ratio={config.model.mlp_ratio}: leaves the Mix-FFN no channel; must be larger")
     check_chi_prompt(config.text_encoder.chi_prompt)
+    check_words(config.text_encoder.chi_prompt, "text_encoder.chi_prompt")
+    check_words(sampling.negative_prompt or "", "sampling.negative_prompt")
     if scheduler.sampling_algo == DISTILLED and sampling.cfg_scale != 1:
         raise InputError(
             f"cfg_scale={sampling.cfg_scale:g}: the distilled model ({DISTILLED}) was trained without guidance; "
@@ -220,6 +222,7 @@ def check_network(config: ModelConfig, setting: str, *, fetch: bool = False) -> 
         InputError: they are of another kind, or not whole.
     """
     if config.load_from.startswith(SEEDED):
+        seed_of(config.load_from)
         return
     with blame(setting):
         if (path := _here(config.load_from, setting, PIPELINE_PART, fetch)) is not None:

@@ -174,6 +174,13 @@ class Loop:
             stop = self._signal() or self._validate_if_due()
             if not stop and self._save_if_due() and self.progress.step < self.settings.max_iters:
                 stop = self._signal()  # it may have taken minutes
+        if self._skipping and not stop:
+            row = {name: count for name, count in self.progress.in_a_row.items() if count}
+            raise TrainingFailed(
+                f"the last updates were not finite ({', '.join(f'{n} of the {name}' for name, n in row.items())}), and "
+                f"what they left is not saved{self._newest()}; look for the fault in the weights, the data or the "
+                "learning rate"
+            )
         self._save()
         return stop
 
@@ -239,11 +246,14 @@ class Loop:
             "iteration %d: the %s is not updated, numbers are not finite: %s", progress.step, learner.name, values
         )
         if progress.in_a_row[learner.name] >= SKIPS:
-            newest = f" (the newest is of step {self._saved})" if self._saved > 0 else " (there is none)"
             raise TrainingFailed(
                 f"{SKIPS} updates of the {learner.name} in a row were not finite (iteration {progress.step}); go back "
-                f"to a checkpoint before them{newest} with a lower learning rate, or look for the fault in the data"
+                f"to a checkpoint before them{self._newest()} with a lower learning rate, or look for the fault in the "
+                "data"
             )
+
+    def _newest(self) -> str:
+        return f" (the newest is of step {self._saved})" if self._saved > 0 else " (there is none)"
 
     def _reduced(self, values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         values = values.to(self.device)

@@ -32,7 +32,7 @@ def build_model(config: ModelConfig, *, device: torch.device | str, dtype: torch
     """
     model = empty_model(config).to(dtype).eval()
     if config.load_from.startswith(SEEDED):
-        seed = _seed(config.load_from)
+        seed = seed_of(config.load_from)
         model.to_empty(device=device)
         model.init_weights(seed)
         log.info("%s: random weights from seed %d", config.model, seed)
@@ -83,7 +83,12 @@ def empty_model(config: ModelConfig) -> LongSanaDiT:
         raise InputError(f"model: {error}") from error
 
 
-def _seed(load_from: str) -> int:
+def seed_of(load_from: str) -> int:
+    """The seed of random weights.
+
+    Raises:
+        InputError: it is no whole number.
+    """
     digits = load_from.removeprefix(SEEDED)
     if not digits.isdecimal() or int(digits) >= 2**63:
         raise InputError(f"model.load_from={load_from}: the seed must be a whole number below 2^63, as in seeded:0")

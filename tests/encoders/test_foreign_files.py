@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longsana.config import InferenceConfig, load_config
+from longsana.encoders.headers import check_text_encoder
 from longsana.encoders.layouts import wan_original_name, wan_tensors
 from longsana.encoders.text import GemmaTextEncoder
 from longsana.encoders.vae import load_vae
@@ -305,6 +306,14 @@ def test_an_index_opens_nothing_but_shards_beside_it(
     assert says in message
     assert not [path for path in opened if "outside" in path or "evil.bin" in path]
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"model": 5}', "x"])
+def test_a_tokenizer_that_is_none(text: str, folder: Callable[[str], Path]) -> None:
+    where = folder("text_encoder")
+    (where / "tokenizer.json").write_text(text)
+    with pytest.raises(InputError, match=r"tokenizer\.json: (not a tokenizer|cannot be read as JSON)"):
+        check_text_encoder(where, 64, seeded=False)
 
 
 def test_a_tokenizer_that_is_a_pointer(folder: Callable[[str], Path]) -> None:

@@ -94,6 +94,18 @@ def test_indices_count_prompts_and_lines_count_lines(script: ModuleType, prompts
 
 
 BAD = {
+    "seed of random weights": (
+        ["--model_path", "seeded:x"],
+        "model.load_from=seeded:x: the seed must be a whole number",
+    ),
+    "dataset outside": (["--dataset", "../x"], "--dataset ../x: must be a folder below --work_dir"),
+    "dataset elsewhere": (["--dataset", "/tmp/x"], "--dataset /tmp/x: must be a folder below --work_dir"),
+    "dataset at home": (["--dataset", "~/x"], "--dataset ~/x: must be a folder below --work_dir"),
+    "octal size": (["--custom_height_width", "[0140,0240]"], "[0140,0240]: write decimal numbers"),
+    "octal published flag": (["--stg_applied_layers", "[010]"], "[010]: write decimal numbers"),
+    "NUL in the negative prompt": (["--config", BASE, "--negative_prompt", "a\0b"], "negative_prompt: a NUL character"),
+    "half a character": (["--config", BASE, "--negative_prompt", "\udcff"], "negative_prompt: half a character"),
+    "no motion score": (["--motion_score", ""], "sampling.motion_score=: no value"),
     "missing prompts": (["--txt_file", "no/such.txt"], "no/such.txt"),
     "empty prompts": (["--txt_file", "{tmp}/empty.txt"], "no prompts in this file"),
     "undecodable prompts": (["--txt_file", "{tmp}/latin.txt"], "line 2: not UTF-8"),

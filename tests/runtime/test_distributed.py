@@ -157,6 +157,13 @@ def test_an_address_that_cannot_be_listened_at(launch: Callable[..., World]) -> 
         world.connect()
 
 
+def test_a_host_that_there_is_not(launch: Callable[..., World], capfd: pytest.CaptureFixture[str]) -> None:
+    world = launch(**TWO | {"MASTER_ADDR": "nosuch.invalid"})
+    with pytest.raises(InputError, match=r"^MASTER_ADDR=nosuch\.invalid: there is no such host"):
+        world.connect()
+    assert capfd.readouterr().err == ""
+
+
 def test_only_a_lost_connection_is_a_lost_peer() -> None:
     """However deep it lies under the error of whoever noticed it."""
 

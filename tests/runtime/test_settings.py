@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ from typing import Any
 import pytest
 import yaml
 
-from longsana.config import FILES, InferenceConfig, load_config
+from longsana.config import FILES, InferenceConfig, leaf_keys, load_config
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded
 from longsana.runtime.hub import locate
-from longsana.runtime.settings import Bounds, bounded, check_bounds, decimal
+from longsana.runtime.settings import TEXT, Bounds, bounded, calls_a_resolver, check_bounds, decimal
 from longsana.shapes.train_vae import VAETrainingConfig
 from longsana.training.config import OdePairsConfig, TrainingConfig
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
+SHAPES = ROOT / "configs/sana_video_config/longsana/shapes/longsana.yaml"
 
 
 def written(folder: Path, text: str) -> Path:
@@ -215,7 +217,7 @@ def test_an_empty_path_is_none(script: str, arguments: list[str], capsys: pytest
     """As of a variable that is not set, which would be the folder one is in."""
     assert load_script(ROOT / script).main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "an empty path" in line or "'' not found" in line
+    assert "an empty path" in line or "and it is empty" in line
 
 
 # Bounds ---------------------------------------------------------------------------------------------------------------
@@ -295,3 +297,86 @@ def test_threads_of_a_command(threads: str) -> None:
     inference = load_script(ROOT / "inference_video_scripts/inference_sana_video.py")
     with pytest.raises(InputError, match=rf"--threads: {threads}: must be from 1 to 1024"):
         inference.prepare(["--threads", threads])
+
+
+# What else was typed --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("${oc.env:HOME}", "${ oc.env:HOME}", "a ${oc.decode:1} b", "${${sampling.txt_file}.env:HOME}", "${x:${y}}"),
+        *("\\\\${oc.env:HOME}", "${.a}${oc.env:A}", "${a:}"),
+    ],
+)
+def test_a_function_in_a_text_is_seen(text: str) -> None:
+    assert calls_a_resolver(text)
+
+
+@pytest.mark.parametrize("text", ["${a.b}", "a: ${b}: c", "\\${oc.env:HOME}", "$x:y}", "{a:b}", "${a}:b}"])
+def test_other_texts_call_none(text: str) -> None:
+    assert not calls_a_resolver(text)
+
+
+def in_yaml(tmp_path: Path, text: str) -> InferenceConfig:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    return load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sampling: {negative_prompt: '${ oc.env:HOME}'}", "configs take nothing from the environment"),
+        ("sampling: {seed: !!int '010'}", "write a decimal number"),
+        ("sampling: {seed: 0x10}", "write a decimal number"),
+        ("sampling: {seed: 1_000}", "write a decimal number"),
+        ("sampling: {unified_noise: 7}", "sampling.unified_noise=7: must be true or false"),
+        ("scheduler: {denoising_step_list: {a: 1}}", "unknown key scheduler.denoising_step_list.a"),
+        ("scheduler: {denoising_step_list: {}}", "must be a value, not a mapping"),
+    ],
+)
+def test_what_yaml_would_read_as_something_else(text: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(says)) as caught:
+        in_yaml(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_yaml_may_say(tmp_path: Path) -> None:
+    config = in_yaml(tmp_path, "sampling: {negative_prompt: '\\${oc.env:HOME}', fps: 24000/1001, unified_noise: 1}")
+    assert config.sampling.negative_prompt == "${oc.env:HOME}"
+    assert config.sampling.fps == 24000 / 1001
+    assert config.sampling.unified_noise is True
+
+
+@pytest.mark.parametrize("value", ["???", "${x}", "${oc.env:HOME}", "{a: 1}", "{}"])
+def test_only_texts_may_look_special_on_a_command_line(value: str) -> None:
+    """Every setting: those that are no text are refused at once, in one line; texts are as typed."""
+    for schema, path in ((InferenceConfig, SHAPES), (TrainingConfig, SHAPES.with_name("ode.yaml"))):
+        for key, kind in leaf_keys(schema).items():
+            if kind in TEXT or key == "text_encoder.chi_prompt":
+                continue
+            with pytest.raises(InputError) as caught:
+                load_config(path, [f"{key}={value}"], schema)
+            assert key in str(caught.value) and "\n" not in str(caught.value), caught.value
+
+
+def test_no_value_is_not_null() -> None:
+    for key, kind in leaf_keys(InferenceConfig).items():
+        if kind in TEXT or key == "text_encoder.chi_prompt":
+            continue
+        with pytest.raises(InputError, match=rf"^the command line: {key}=: no value"):
+            load_config(SHAPES, [f"{key}="])
+
+
+@pytest.mark.parametrize("value", ["7", "-1", "0.5", "99999999999999999999999"])
+def test_a_switch_is_true_or_false(value: str) -> None:
+    for key in ("sampling.unified_noise", "model.float8", "text_encoder.softcap"):
+        with pytest.raises(InputError, match=f"{key}=.* must be true or false"):
+            load_config(SHAPES, [f"{key}={value}"])
+
+
+def test_a_base_may_lie_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("sampling: {seed: 7}")
+    assert in_yaml(tmp_path, "base: ~/base.yaml").sampling.seed == 7

@@ -181,6 +181,13 @@ def test_accumulated_gradients_are_those_of_all_micro_batchs_samples_at_once(mak
         assert logged[f"{learner.name}_grad_norm"] == pytest.approx(float(norm), rel=1e-6)
 
 
+def test_a_run_whose_last_updates_were_skipped_fails_and_saves_nothing_of_them(make, tmp_path):
+    loop = make(max_iters=5, save=True, log_iters=2, poison=lambda micro_batch: "loss" if micro_batch.step > 2 else "")
+    with pytest.raises(TrainingFailed, match=r"the last updates were not finite \(.*2 of the critic\).*of step 2\)"):
+        loop.run()
+    assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_model_000002"]
+
+
 @pytest.mark.parametrize("wrong", ["loss", "gradient"])
 def test_numbers_that_are_not_finite_change_nothing_and_are_counted(make, tmp_path, wrong):
     """In one of three micro-batches is enough; the other learner is not concerned."""
@@ -390,9 +397,11 @@ def test_ten_in_a_row_stop_the_run_and_a_good_one_starts_a_new_row(make):
 
 def test_a_row_goes_on_after_a_resume(make):
     def poison(micro_batch: MicroBatch) -> str:
+        if (micro_batch.role, micro_batch.step) == ("critic", SKIPS - 1):  # after the generator's first five
+            os.kill(os.getpid(), signal.SIGTERM)
         return "gradient" if micro_batch.role == "generator" else ""
 
-    make(max_iters=SKIPS, log_iters=100, poison=poison, save=True).run()  # the generator's first five
+    assert make(max_iters=99, log_iters=100, poison=poison, save=True).run() == 128 + signal.SIGTERM
     loop = make(max_iters=99, log_iters=100, poison=poison, save=True)
     found = loop.checkpointer.latest()
     assert read_progress(found)["in_a_row"] == {"generator": SKIPS // 2, "critic": 0}
