@@ -1,4 +1,4 @@
-"""Settings of the published code, and what becomes of them here (facts 7 and 9).
+"""Settings of the published code, and what becomes of them here (docs/published.md).
 
 A rule takes one published key: it gives settings of ours, or none where the key changes nothing here, or refuses the
 value with what to write instead. Here are the rules for model YAMLs; those for training are in `training.published`.

@@ -141,6 +141,19 @@ def test_options_that_are_named_exist(document: Path) -> None:
                 assert word.partition("=")[0] in SETTINGS, word
 
 
+def test_sections_that_the_code_cites_exist() -> None:
+    headings = re.findall(r"^##+ ([0-9](?:\.[0-9])?)", (ROOT / "docs/method.md").read_text(), re.MULTILINE)
+    sources = [path for folder in ("longsana", "tests") for path in (ROOT / folder).rglob("*.py")]
+    cited = {
+        (path.name, number)
+        for path in sources
+        for group in re.findall(r"method\.md ([0-9.]+(?:(?:,| and| to) [0-9.]+)*)", path.read_text())
+        for number in re.findall(r"[0-9](?:\.[0-9])?", group)
+    }
+    assert len(cited) > 20
+    assert {(name, number) for name, number in cited if number not in headings} == set()
+
+
 def test_planted_faults_are_seen() -> None:
     """The patterns above find what they are for."""
     text = "see `model.no_such` and `longsana/none.py`, then\n```bash\nA=b python \\\n  x.py --no # python\n```\n"

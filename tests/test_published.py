@@ -1,4 +1,4 @@
-"""YAMLs of the published code run as they are: keys and values as published, the files our own (facts 9)."""
+"""YAMLs of the published code run as they are: keys and values as published, the files our own (docs/published.md)."""
 
 from __future__ import annotations
 

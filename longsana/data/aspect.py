@@ -1,4 +1,4 @@
-"""The sizes a video may have, by aspect ratio (facts 7.6)."""
+"""The sizes a video may have, by aspect ratio (method.md 6.4)."""
 
 from __future__ import annotations
 

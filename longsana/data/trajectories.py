@@ -1,4 +1,4 @@
-"""Trajectories from noise to video, which the ODE stage learns from (facts 8.5): on disk, and the published LMDB."""
+"""Trajectories from noise to video, of which the ODE stage learns (method.md 7.5): on disk, and the published LMDB."""
 
 from __future__ import annotations
 

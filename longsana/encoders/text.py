@@ -1,4 +1,4 @@
-"""Prompt to text embedding, with Gemma 2 (facts 5). The only file that knows transformers."""
+"""Prompt to text embedding, with Gemma 2 (method.md 5). The only file that knows transformers."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def instruction_text(chi_prompt: str) -> str:
 
 
 def with_motion(text: str, score: int | None, *, high: bool = False) -> str:
-    """The text with the suffix that the network was trained on (facts 5); unchanged where the score is None.
+    """The text with the suffix that the network was trained on (method.md 5); unchanged where the score is None.
 
     high: with a score of 0 or less, whether much motion is wanted.
     """

@@ -83,7 +83,7 @@ def euler_sigmas(shift: float, steps: int) -> Tensor:
 
 
 def uniform_sigmas(shift: float, steps: int) -> Tensor:
-    """(steps + 1,), float64: u = 1, 1 - 1/steps, ..., 0, shifted: the grid of ODE trajectories (facts 4.2 and 8.5)."""
+    """(steps + 1,), float64: u = 1, 1 - 1/steps, ..., 0, shifted: the grid of ODE trajectories (method.md 7.5)."""
     return shift_sigma(1 - torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps, shift)
 
 

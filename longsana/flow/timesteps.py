@@ -1,7 +1,7 @@
 """Timesteps of training.
 
 All are whole numbers, in float32: the network truncates its timestep and `FlowSchedule.sigma` does not, so that with
-fractions, as in the published code, a network is told another noise level than its input has (facts 8.6).
+fractions, as in the published code, a network is told another noise level than its input has (method.md 7.3).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from longsana.flow.schedule import TIMESTEPS, shift_sigma
 
 
 def logit_normal(count: int, *, mean: float, std: float, shift: float, rng: torch.Generator) -> Tensor:
-    """(count,) in [1, 1000]: u = sigmoid(mean + std n) for normal n, shifted (facts 8.3)."""
+    """(count,) in [1, 1000]: u = sigmoid(mean + std n) for normal n, shifted (method.md 7.1)."""
     u = torch.sigmoid(mean + std * torch.randn(count, generator=rng, dtype=torch.float64, device="cpu"))
     return _whole(u, shift, 1, TIMESTEPS)
 
@@ -21,7 +21,7 @@ def logit_normal(count: int, *, mean: float, std: float, shift: float, rng: torc
 def monotone(
     batch: int, chunks: int, *, mean: float, std: float, shift: float, same_prob: float, rng: torch.Generator
 ) -> Tensor:
-    """(batch, chunks) in [1, 1000], never falling: the monotonically increasing SNR sampler (facts 8.4 and 10).
+    """(batch, chunks) in [1, 1000], never falling: the monotonically increasing SNR sampler (method.md 7.2).
 
     Before the shift, on the 1,000 levels u = 0.001, ..., 1: a uniformly drawn chunk, the anchor, takes a `logit_normal`
     level, and given that, each way to continue to its left (no noisier) and to its right (no less noisy) is equally
@@ -42,7 +42,7 @@ def monotone(
 def independent(
     batch: int, chunks: int, *, mean: float, std: float, shift: float, same_prob: float, rng: torch.Generator
 ) -> Tensor:
-    """(batch, chunks) in [1, 1000]: a `logit_normal` timestep for each chunk, of its own (facts 8.4).
+    """(batch, chunks) in [1, 1000]: a `logit_normal` timestep for each chunk, of its own (method.md 7.2).
 
     With probability same_prob all chunks of a clip take the first one's.
     """
@@ -67,7 +67,7 @@ def monotone_path(low: int, high: int, length: int, rng: torch.Generator) -> Ten
 def score_timesteps(
     count: int, *, shift: float, low: int, high: int, rng: torch.Generator, first: int = 0, last: int = TIMESTEPS
 ) -> Tensor:
-    """(count,) in [low, high]: where the scores of distribution matching are compared (facts 8.6).
+    """(count,) in [low, high]: where the scores of distribution matching are compared (method.md 7.3).
 
     1000 s u / (1 + (s - 1) u) for u = n / 1000, n a whole number drawn from [first, last), clamped to [low, high].
     An exit step's bounds are first and last: they bound the draw itself, before the shift.

@@ -1,6 +1,6 @@
 """Flags of the inference command: those that are short for a setting, and what becomes of the other published ones.
 
-The published command has 40 (facts 7.2). Each is honoured, or refused with the reason, or accepted with one line that
+The published command has 40 (docs/published.md). Each is honoured, refused with a reason, or accepted with a line that
 says that it changes nothing here; `docs/published.md` has them in a table.
 """
 

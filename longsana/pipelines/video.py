@@ -72,7 +72,7 @@ class Defaults(NamedTuple):
 
 DISTILLED = Defaults(steps=4, guidance=1.0, shift=7.0, motion_score=10)
 BASE = Defaults(steps=50, guidance=6.0, shift=8.0, motion_score=30)
-# Of the steps that it was distilled for: 1000, 960, 889 and 727 are an even grid of four, shifted by 8 (facts 4.2).
+# The steps that it was distilled for, 1000, 960, 889 and 727, are an even grid of four, shifted by 8 (method.md 3.3).
 GRID_SHIFT = 8.0
 
 

@@ -1,6 +1,6 @@
 """CUDA graphs for inference: after its first chunks a video's passes are one launch each, without gaps between kernels.
 
-The kernels are those of the network itself, which is the slow twin. See `training/replay.py` for training.
+The kernels are those of the network itself, which is the slow twin. See `training/graphs.py` for training.
 """
 
 from __future__ import annotations

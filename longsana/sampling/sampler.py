@@ -218,7 +218,7 @@ def sample_chunks(
     device: torch.device | str,
     clock: Clock | None = None,
 ) -> Iterator[Chunk]:
-    """Chunks with many Euler steps each and guidance, staggered: the block-causal base model (facts 4.4).
+    """Chunks with many Euler steps each and guidance, staggered: the block-causal base model (method.md 4.3).
 
     A chunk begins when the one before has done the share `interval` of its steps, so that about 1 / interval chunks are
     in progress; with 1 they come one after another, with 0 all at once. Each sees those before it as noisy as they

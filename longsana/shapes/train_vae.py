@@ -56,8 +56,8 @@ class VAETrainingConfig:
 def train_vae(config: VAETrainingConfig, folder: Path, device: torch.device) -> float:
     """Train and write a diffusers folder; returns its PSNR in dB on held-out clips, streamed.
 
-    The loss is the mean absolute error, with the KL divergence of facts 8.1 kept small. The master weights are float32;
-    on a GPU the network computes in bfloat16.
+    The loss is the mean absolute error, with the KL divergence (method.md 7.9) kept small. The master weights are
+    float32; on a GPU the network computes in bfloat16.
 
     Raises:
         Stopped: it was asked to stop; what it has is in the folder, and the same call goes on.

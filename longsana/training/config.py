@@ -1,6 +1,6 @@
 """Every setting of training: those of inference (the generator, its parts and its sampler), and the sections below.
 
-Names are the published ones (facts 9), grouped; flat keys of published YAMLs are understood (`training.published`).
+Names are the published ones, grouped; flat keys of published YAMLs are understood (docs/published.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ODE trajectories for the first stage: what the teacher passes through on its way from noise to video (facts 8.5).
+"""ODE trajectories for the first stage: what the teacher passes through from noise to video (method.md 7.5).
 
 Every shard is a function of the settings and its prompts alone: any number of processes, stopped at any moment, write
 the same bytes.

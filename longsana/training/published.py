@@ -1,4 +1,4 @@
-"""Settings of the published trainers, and what becomes of them here (facts 8 and 9.2). See `longsana.published`."""
+"""Settings of the published trainers, and what becomes of them here (docs/published.md). See `longsana.published`."""
 
 from __future__ import annotations
 

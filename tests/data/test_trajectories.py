@@ -241,7 +241,7 @@ def test_what_is_not_whole_is_mended(folder: Path, fault: str) -> None:
 
 # The grid -------------------------------------------------------------------------------------------------------------
 
-WANTED = (1.0, 0.959957, 0.889153, 0.727410, 0.0)  # facts 4.1, shift 7
+WANTED = (1.0, 0.959957, 0.889153, 0.727410, 0.0)  # method.md 3.2, shift 7
 
 
 def test_the_published_recipe_fits_the_published_steps() -> None:

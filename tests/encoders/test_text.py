@@ -1,4 +1,4 @@
-"""The text encoder: what the network is told about a prompt (facts 5), and which folders it is loaded from."""
+"""The text encoder: what the network is told about a prompt (method.md 5), and which folders it is loaded from."""
 
 from __future__ import annotations
 

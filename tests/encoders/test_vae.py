@@ -22,7 +22,7 @@ from tests.encoders.streaming import draw, stream
 
 SHAPE = Path(__file__).resolve().parents[2] / "asset/shapes/vae"
 CPU = torch.device("cpu")
-PUBLISHED_MEAN_OF_CHANNEL_7 = 1.5508  # facts 6.1
+PUBLISHED_MEAN_OF_CHANNEL_7 = 1.5508  # method.md 6.1
 PUBLISHED_STD_OF_CHANNEL_7 = 2.0743
 ROUNDING = {"atol": 2e-5, "rtol": 0}  # of float32, between two orders of summing
 

@@ -178,7 +178,7 @@ PUBLISHED = {"mean": 0.0, "std": 1.0, "shift": 3.0, "same_prob": 0.0}
 
 
 def test_paths_are_drawn_before_the_shift():
-    """Medians of three chunks as measured on the published sampler, 40,000 draws (facts 8.4)."""
+    """Medians of three chunks as measured on the published sampler, 40,000 draws (method.md 7.2)."""
     medians = (monotone(40_000, 3, **PUBLISHED, rng=generator()) / 1000).median(dim=0).values.tolist()
     assert medians == pytest.approx([0.51, 0.75, 0.90], abs=0.008)
     # Paths among shifted timesteps, the fault, lie elsewhere.
@@ -236,7 +236,7 @@ def test_score_timesteps(first, last, shift):
 
 
 def test_score_timesteps_that_clamp():
-    """At shift 5 there are 5 of 1000 draws at the lower bound and 92 at the upper (facts 12)."""
+    """At shift 5 there are 5 of 1000 draws at the lower bound and 92 at the upper (method.md 7.3)."""
     t = score_timesteps(20000, shift=5.0, low=20, high=980, rng=generator())
     shares = {"low": 0.005, "high": 0.092, "between": 0.903}
     assert fits(("low" if x == 20 else "high" if x == 980 else "between" for x in t.tolist()), shares)

@@ -1,4 +1,4 @@
-"""The 40 flags of the published command (facts 7.2): honoured, refused with the reason, or said to change nothing."""
+"""The 40 flags of the published command: honoured, refused with the reason, or said to change nothing."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_mixed_precision_keeps_float32_weights_moments_average_and_gradients(sha
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("past", [WHOLE, {"state_decay": "learned"}], ids=str)
 def test_what_is_computed_twice_gives_the_same_gradients(sharded, inputs, compute, past):
-    """To the bit. The state has moved on twice by the time of the backward pass (facts 12)."""
+    """To the bit. The state has moved on twice by the time of the backward pass (docs/published.md)."""
     once, twice = (
         gradients(sharded(compute=compute, past=past, checkpointing=flag), *inputs) for flag in (False, True)
     )

@@ -21,7 +21,7 @@ def test_the_2b_network_in_three_namings() -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     there = {part.name: part.shape for name, shape in shapes.items() for part in foreign(name, shape, "upstream")}
     assert len(there) == 417  # 418 in the public file, with pos_embed
-    # A sample of facts 2.1 and 2.2, literally.
+    # A sample of method.md 1.7, literally.
     for name, shape in {
         "x_embedder.proj.weight": (2240, 16, 1, 2, 2),
         "t_block.1.weight": (13440, 2240),

@@ -1,4 +1,4 @@
-"""Flow matching (facts 8.3, 8.4): the base model, and the block-causal one, learn the velocity of noisy latents."""
+"""Flow matching (method.md 7.4): the base model, and the block-causal one, learn the velocity of noisy latents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LongSANA's own stage (facts 8.7): Self-Forcing on the next stretch of a video that lives across iterations."""
+"""LongSANA's own stage (method.md 7.7): Self-Forcing on the next stretch of a video that lives across iterations."""
 
 from __future__ import annotations
 

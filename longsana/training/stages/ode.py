@@ -1,4 +1,4 @@
-"""ODE initialisation (facts 8.5): the student learns to jump from any state of the teacher's trajectory to its end."""
+"""ODE initialisation (method.md 7.5): the student learns to jump from any state of a trajectory to its end."""
 
 from __future__ import annotations
 

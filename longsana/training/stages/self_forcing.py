@@ -1,4 +1,4 @@
-"""Self-Forcing with distribution matching (facts 8.6): the student learns on what it generates itself.
+"""Self-Forcing with distribution matching (method.md 7.6): the student learns on what it generates itself.
 
 A rollout is made exactly as in inference, chunk after chunk with a carried state. The generator follows the difference
 of two scores of it, the frozen teacher's and that of a critic, which learns to denoise the student's videos.
