@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from longsana.flow.noise import Noise, PromptNoise
-from longsana.pipelines.arguments import check_finite
+from longsana.pipelines.arguments import check_numbers
 from longsana.runtime.errors import InputError
 
 SEEDS = 2**63 - 1
+LARGEST = 1e4
+"""A latent that is given. Noise has a standard deviation of 1."""
 
 
 def take_seed(generator: torch.Generator | None) -> int:
@@ -55,15 +57,13 @@ def check_noise(
     """Refuse what `batch_noise` cannot make noise of for `count` videos; no generator is advanced.
 
     Raises:
-        InputError: `latents` has another shape or dtype, or numbers that are not finite; there are more or fewer
-            generators than prompts, or they are none.
+        InputError: `latents` has another shape or dtype, or numbers that are not finite or too large; there are more
+            or fewer generators than prompts, or they are none.
     """
     if latents is not None:
         if tuple(latents.shape) != shape:
             raise InputError(f"latents has shape {tuple(latents.shape)}: this batch needs {shape}")
-        if not latents.is_floating_point():
-            raise InputError(f"latents has dtype {latents.dtype}: must be floating-point numbers")
-        check_finite("latents", {"latents": latents})
+        check_numbers("latents", latents, LARGEST)
     if isinstance(generator, list | tuple):
         if len(generator) != count:
             raise InputError(f"generator: {len(generator)} for {count} videos; give one, or one for each")

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan, DPMSolverMultistepScheduler, SchedulerMixin
-from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput, is_peft_available, logging
 from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan
 from longsana.config import check_chi_prompt
-from longsana.data.prompts import parts_per_chunk
+from longsana.data.prompts import check_words, parts_per_chunk
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
 from longsana.encoders.text import GemmaTextEncoder, compact, expand, with_motion
 from longsana.encoders.vae import DecodeCache, VideoVAE, kind_of
@@ -33,11 +32,13 @@ from longsana.flow.schedule import TIMESTEPS, FlowSchedule, uniform_sigmas
 from longsana.flow.solvers import DPMSolver, Euler, Solver
 from longsana.models.embeddings import Text, TextEmbedding
 from longsana.pipelines import transformer as networks
-from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, check_finite, refuse_ignored
+from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, PARTS, check_finite, refuse_ignored
+from longsana.pipelines.files import check_repository, folder_of
 from longsana.pipelines.noise import batch_noise, check_noise, take_seed
 from longsana.pipelines.pictures import as_output, decode, joined
 from longsana.pipelines.prompts import given_embeddings, in_turn, negative_texts, one_for_each, parts_of, whole
 from longsana.pipelines.transformer import (
+    LoraLoaderMixin,
     SanaVideoCausalTransformer3DModel,
     SanaVideoTransformer3DModel,
     onload,
@@ -129,7 +130,7 @@ class Interrupted(Exception):
         self.latents = latents
 
 
-class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     """Text to video: of any length with LongSANA, or clips with the bidirectional SANA-Video.
 
     `from_pretrained` reads the published repositories, `save_pretrained` writes their layout. The class of the
@@ -163,7 +164,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     text_encoder: Any
     scheduler: Any
 
-    @checked(ARGUMENTS)
+    @checked(ARGUMENTS | PARTS)
     def __init__(
         self,
         vae: AutoencoderKLWan | AutoencoderKLLTX2Video,
@@ -186,6 +187,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         kind = kind_of(uncompiled(vae))
         check_geometry(uncompiled(vae), GEOMETRIES[kind.name], "vae")
+        check_words(chi_prompt, "chi_prompt")
         check_chi_prompt(chi_prompt)
         taken, given = transformer.config["in_channels"], GEOMETRIES[kind.name].channels
         if taken != given:
@@ -559,10 +561,27 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         super().load_lora_weights(*arguments, **options)
 
     @classmethod
-    def from_pretrained(cls, *arguments: Any, **options: Any) -> LongSanaVideoPipeline:
-        """As diffusers' own, whatever PyTorch's default dtype and device are."""
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> LongSanaVideoPipeline:
+        """As diffusers' own, whatever PyTorch's default dtype and device are, after a look at a folder's headers.
+
+        Raises:
+            InputError: there is no such folder or it is no whole repository; or see the class.
+        """
+        folder = folder_of(pretrained_model_name_or_path)
+        own = inspect.signature(cls.__init__).parameters
+        for name in own.keys() & ARGUMENTS.keys() & options.keys():  # before diffusers looks at their types
+            if options[name] is not None:
+                options[name] = ARGUMENTS[name].settle(name, options[name])
+        if type(options.get("state_decay")) is int:
+            options["state_decay"] = float(options["state_decay"])
+        if folder is not None:
+            if not (folder / cls.config_name).is_file():
+                raise InputError(f"{folder}: no {cls.config_name}; name the folder of the whole repository")
+            cls.load_config(folder)
+            if options.get("variant") is None:
+                check_repository(folder, without=options)
         with plain_defaults():
-            pipe: LongSanaVideoPipeline = super().from_pretrained(*arguments, **options)
+            pipe: LongSanaVideoPipeline = super().from_pretrained(folder or pretrained_model_name_or_path, **options)
         return pipe
 
     @classmethod

@@ -68,12 +68,15 @@ def test_a_text_encoder_leaves_the_generator_alone(loaded: LongSanaVideoPipeline
     assert torch.equal(generator.get_state(), before)
 
 
-def test_a_lora(pipe: LongSanaVideoPipeline) -> None:
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_lora(pipe: LongSanaVideoPipeline, factor: str, value: float) -> None:
+    pytest.importorskip("peft", reason="LoRA needs peft: pip install 'longsana[lora]'")
     change = lora(pipe.transformer.network)
-    change["transformer.proj_out.lora_B.weight"][0] = math.nan
-    pipe.load_lora_weights(change)
-    with pytest.raises(FloatingPointError, match="latents are not finite"):
-        pipe(PROMPT, **CALL)
+    change[f"transformer.proj_out.{factor}.weight"][0] = value
+    with pytest.raises(InputError, match=rf"^LoRA: .* not finite \(transformer\.proj_out\.{factor}\.weight\)$"):
+        pipe.load_lora_weights(change)
+    assert pipe.get_list_adapters() == {}
 
 
 def test_a_callback(loaded: LongSanaVideoPipeline) -> None:
