@@ -18,6 +18,16 @@ LARGEST = 1e4
 """A latent that is given. Noise has a standard deviation of 1."""
 
 
+def check_generator(generator: object) -> None:
+    """Refuse what is no generator.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(generator, torch.Generator):
+        raise InputError(f"generator: a {type(generator).__name__}; a torch.Generator is needed")
+
+
 def take_seed(generator: torch.Generator | None) -> int:
     """The seed that a generator stands for, which is then another: it is advanced by one draw.
 
@@ -28,7 +38,7 @@ def take_seed(generator: torch.Generator | None) -> int:
     """
     if generator is None:
         return int(torch.randint(SEEDS, (), dtype=torch.int64, device="cpu"))
-    _check_generator(generator)
+    check_generator(generator)
     fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
     unused = torch.equal(generator.get_state(), fresh.get_state())
     drawn = int(torch.randint(SEEDS, (), generator=generator, dtype=torch.int64, device=generator.device))
@@ -68,14 +78,9 @@ def check_noise(
         if len(generator) != count:
             raise InputError(f"generator: {len(generator)} for {count} videos; give one, or one for each")
         for own in generator:
-            _check_generator(own)
+            check_generator(own)
     elif generator is not None:
-        _check_generator(generator)
-
-
-def _check_generator(generator: object) -> None:
-    if not isinstance(generator, torch.Generator):
-        raise InputError(f"generator: a {type(generator).__name__}; a torch.Generator is needed")
+        check_generator(generator)
 
 
 def batch_noise(
