@@ -27,7 +27,7 @@ from longsana.models.past import LEARNED, Past
 from longsana.ops import backend
 from longsana.pipelines.files import check_transformer, folder_of, on_this_machine
 from longsana.pipelines.lora import SCALE, fetch_lora, fused_adapter, plain_lora, read_lora, settled_scales
-from longsana.runtime.arguments import checked
+from longsana.runtime.arguments import TEXT, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.state import CausalState
@@ -234,9 +234,11 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         """As diffusers' own, for a state dict with the names of its layers; see `fused_adapter`.
 
         Raises:
-            InputError: the LoRA is for another network, or holds what has no place here.
+            InputError: the LoRA is for another network, or holds what has no place here; or `adapter_name` is none.
         """
-        metadata = options.pop("metadata", None)
+        metadata, adapter = options.pop("metadata", None), options.get("adapter_name")
+        if adapter is not None and (not isinstance(adapter, str) or not adapter or "." in adapter):
+            raise InputError(f"adapter_name={adapter!r:.60}: must be a text without dots")
         if options.pop("network_alphas", None):
             raise InputError("network_alphas: not supported; put alpha / rank into lora_B")
         fused, config = fused_adapter(state_dict, self.network, prefix=prefix, metadata=metadata)
@@ -286,6 +288,9 @@ class LoraLoaderMixin(SanaLoraLoaderMixin):
             InputError: a file is missing or damaged, or holds what has no place here.
         """
         given, metadata = pretrained_model_name_or_path_or_dict, None
+        for option in ("weight_name", "subfolder"):
+            if options.get(option) is not None:
+                TEXT.settle(option, options[option])
         if not isinstance(given, dict):
             path, name = on_this_machine(given), options.get("weight_name")
             if path is None:

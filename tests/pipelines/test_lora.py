@@ -425,6 +425,16 @@ def test_a_lora_that_is_not_there(source: Any, loaded: LongSanaVideoPipeline) ->
 
 
 @pytest.mark.usefixtures("with_peft")
+@pytest.mark.parametrize(
+    "options", [{"adapter_name": "a.b"}, {"adapter_name": 5}, {"adapter_name": ""}, {"weight_name": 5}]
+)
+def test_names_that_are_none(options: dict[str, Any], pipe: LongSanaVideoPipeline) -> None:
+    with pytest.raises(InputError, match=f"^{next(iter(options))}=.*: must be a text"):
+        pipe.load_lora_weights(lora(pipe.transformer.network), **options)
+    assert pipe.get_list_adapters() == {}
+
+
+@pytest.mark.usefixtures("with_peft")
 def test_a_lora_in_the_home_folder(
     pipe: LongSanaVideoPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
