@@ -6,6 +6,7 @@ NamedTuples, because FSDP and checkpoint hooks walk outputs as pytrees.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longsana.runtime.arguments import Whole
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import whole_file
-from longsana.runtime.foreign import reason_of
+from longsana.runtime.files import expanded, whole_file
+from longsana.runtime.finite import not_finite
+from longsana.runtime.foreign import reason_of, refuse_stand_in
+
+TAILS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that a network computes in."""
+FRAMES = Whole(0, 10**9)
+"""Latent frames, or chunks: at 16 pixel frames a second eight years."""
 
 
 class LayerState(NamedTuple):
@@ -100,27 +108,100 @@ class CausalState(NamedTuple):
     def detach(self) -> CausalState:
         return self._replace(kv=self.kv.detach(), k_sum=self.k_sum.detach(), tail=self.tail.detach())
 
-    def save(self, path: str | Path) -> None:
-        """Write a file that is whole or not there.
+    def settled(self, name: str) -> CausalState:
+        """The same, of whole numbers and of tensors that fit each other.
+
+        name: what messages call it.
 
         Raises:
+            InputError: shapes, dtypes, devices or numbers are none that a state has.
+        """
+        tensors = {part: getattr(self, part) for part in self._fields[:3]}
+        for part, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
+                raise InputError(f"{name}: its {part} is no tensor with numbers in it")
+        shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
+        heads, dim = shapes["k_sum"][-2:] if len(shapes["k_sum"]) == 5 else (0, 0)
+        if shapes["kv"] != (*shapes["k_sum"], dim) or shapes["tail"] != (
+            *shapes["kv"][:2],
+            *shapes["tail"][2:3],
+            heads * dim,
+        ):
+            told = ", ".join(f"{part} {list(shape)}" for part, shape in shapes.items())
+            raise InputError(f"{name}: shapes that do not belong together: {told}")
+        if not all(tensor.numel() for tensor in tensors.values()):
+            raise InputError(f"{name}: without numbers in it")
+        sums = torch.float64 if self.tail.dtype == torch.float64 else torch.float32
+        if self.tail.dtype not in TAILS or not self.kv.dtype == self.k_sum.dtype == sums:
+            told = ", ".join(f"{part} {tensor.dtype}" for part, tensor in tensors.items())
+            raise InputError(f"{name}: dtypes that no state has: {told}")
+        if found := not_finite(tensors):
+            raise InputError(f"{name}: holds numbers that are not finite ({found[0]})")
+        frames = FRAMES.settle(f"{name}: frames", self.frames)
+        sinks = FRAMES.settle(f"{name}: sinks", self.sinks)
+        if sinks and self.kv.shape[2] < 2:
+            raise InputError(f"{name}: {sinks} sinks without an entry of their own")
+        return self._replace(frames=frames, sinks=sinks)
+
+    def save(self, path: str | Path) -> None:
+        """Write a file that is whole or not there. `~` is the home folder.
+
+        Raises:
+            InputError: no file can have this path, or the state is none that `load` takes.
             OSError: it could not be written; `path` is as it was.
         """
-        tensors = {name: getattr(self, name).contiguous() for name in self._fields[:3]}
-        with whole_file(path) as partial:
-            save_file(tensors, partial, metadata={"frames": str(self.frames), "sinks": str(self.sinks)})
+        target = _path(path)
+        if target.is_dir():
+            raise InputError(f"{path or repr(path)}: a folder; name a file in it")
+        if not target.parent.is_dir():
+            raise InputError(f"{path}: no such folder as {target.parent}; make it first")
+        state = self.settled("state")
+        tensors = {name: getattr(state, name).contiguous() for name in self._fields[:3]}
+        try:
+            with whole_file(target) as partial:
+                save_file(tensors, partial, metadata={"frames": str(state.frames), "sinks": str(state.sinks)})
+        except OSError as error:  # by the name that was given, not that of the partial file
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CausalState:
-        """A state that was saved.
+        """A state that was saved. `~` is the home folder.
 
         Raises:
-            InputError: the file is none, or damaged.
+            InputError: the file is none, or damaged; or there is no such device.
         """
+        device = _device(device)
+        file = _path(path)
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                parts = {name: file.get_tensor(name) for name in cls._fields[:3]}
-                numbers = file.metadata()  # of files from before there were sinks, frames alone
-                return cls(**parts, frames=int(numbers["frames"]), sinks=int(numbers.get("sinks", 0)))
+            with file.open("rb") as stream:
+                head = stream.read(24)
+        except OSError as error:
+            raise InputError(f"{path or repr(path)}: cannot be read ({reason_of(error)})") from error
+        refuse_stand_in(file, head)
+        if head[8:9] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):
+            raise InputError(f"{path}: a PyTorch file, or another pickle, which is not opened; states are safetensors")
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as opened:
+                parts = {name: opened.get_tensor(name) for name in cls._fields[:3]}
+                numbers = opened.metadata()  # of files from before there were sinks, frames alone
+                state = cls(**parts, frames=int(numbers["frames"]), sinks=int(numbers.get("sinks", 0)))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a saved state of a video, or damaged ({reason_of(error)})") from error
+        return state.settled(str(path))
+
+
+def _path(path: str | Path) -> Path:
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes) or "\0" in os.fspath(path):
+        raise InputError(f"path={path!r:.60}: must be a path")
+    return expanded(path)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """A device on which there is room for numbers; InputError for others."""
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise InputError(f"device={device!s:.60}: not to be had on this machine ({reason_of(error)})") from error
+    if found.type == "meta":
+        raise InputError("device=meta: holds no numbers; name a real one, such as cpu")
+    return found

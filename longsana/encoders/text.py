@@ -22,7 +22,7 @@ from longsana.runtime.arguments import settled
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite
-from longsana.runtime.foreign import read_json
+from longsana.runtime.foreign import check_characters, read_json
 from longsana.runtime.hub import SEEDED, locate
 
 if TYPE_CHECKING:
@@ -136,7 +136,13 @@ class GemmaTextEncoder:
     @torch.no_grad()
     @plain_defaults()
     def encode_together(self, prompts: Sequence[str], *, instruction: bool = True) -> TextEmbedding:
-        """Encode B prompts together: tokens (B, L, C) and mask (B, L). Products of another size round differently."""
+        """Encode B prompts together: tokens (B, L, C) and mask (B, L). Products of another size round differently.
+
+        Raises:
+            InputError: one has a NUL or half a character in it.
+        """
+        for prompt in prompts:
+            check_characters(prompt, "prompt")
         prefix, length = self._frame(instruction)
         texts = [prefix + prompt for prompt in prompts]
         tokenized = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -50,6 +52,14 @@ PUBLISHED = {
 """Settings of the published base command's scheduler that are not diffusers' defaults, and the solver's order."""
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, diffusers hands tensors to NumPy, which warns of how PyTorch takes part in that at each call."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="__array__ .*copy keyword", category=DeprecationWarning)
+        yield
+
+
 class DPMSolver:
     """The sampler flow_dpm-solver: DPM-Solver++ (2M, arXiv 2211.01095) as diffusers has it, on shifted noise levels.
 
@@ -73,14 +83,16 @@ class DPMSolver:
         if settings["algorithm_type"].startswith("sde"):
             raise InputError("scheduler: an sde algorithm draws noise of its own; needed is dpmsolver++")
         self._steps = steps
-        self._scheduler = kind.from_config(settings, flow_shift=shift)
-        self._scheduler.set_timesteps(steps)
+        with _quiet():
+            self._scheduler = kind.from_config(settings, flow_shift=shift)
+            self._scheduler.set_timesteps(steps)
         self.timesteps: tuple[int, ...] = tuple(self._scheduler.timesteps.tolist())
 
     @plain_defaults()
     def step(self, index: int, velocity: Tensor, x: Tensor) -> Tensor:
         if index == 0:
-            self._scheduler.set_timesteps(self._steps)  # forgets the video before
+            with _quiet():
+                self._scheduler.set_timesteps(self._steps)  # forgets the video before
             # Else the first timestep is looked up, and where it stands twice, as in many steps, the second is taken.
             self._scheduler.set_begin_index(0)
         following: Tensor = self._scheduler.step(velocity, self._scheduler.timesteps[index], x, return_dict=False)[0]

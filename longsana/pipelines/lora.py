@@ -13,14 +13,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from longsana.models.dit import LongSanaDiT
+from longsana.pipelines.arguments import FLOATS, Numbers, check_finite
+from longsana.runtime.arguments import Number
 from longsana.runtime.errors import InputError, did_you_mean
-from longsana.runtime.foreign import parse_json
-from longsana.weights.files import open_weights, weights_file
+from longsana.runtime.foreign import parse_json, reason_of
+from longsana.weights.files import SUFFIXES, open_weights, weights_file
 from longsana.weights.names import foreign
 
 USUAL = "pytorch_lora_weights.safetensors"
 ALPHA = ".alpha"
 PEFT = "base_model.model."
+SCALE = Number(-1000, 1000)
+"""What a LoRA may be multiplied by."""
+ALPHAS = Number(-1e6, 1e6)
+"""An alpha, which is divided by the rank."""
 FACTOR = re.compile(r"(?P<layer>.+?)\.lora[._](?P<factor>A|B|down|up)(?:\.(?P<adapter>[^.]+))?\.weight")
 REFUSED = {
     "DoRA's magnitudes have no place here; merge it into the weights with the tool that trained it": (
@@ -91,6 +97,9 @@ def fused_adapter(
         b = torch.block_diag(*(change.b.to(like) for change in low))
         fused |= {f"{name}.lora_A.weight": a.contiguous(), f"{name}.lora_B.weight": b.contiguous()}
         ranks[f"network.{name}"] = len(a)
+    # With alpha in it, and as the network's dtype has it.
+    dtype = next(network.parameters()).dtype
+    check_finite("LoRA", {name: tensor.to(dtype) for name, tensor in fused.items()})
     if changes:
         known = [layer for parts in _layers(network).values() for layer in parts]
         first = next(iter(changes))
@@ -133,8 +142,10 @@ def plain_lora(
 
     Raises:
         InputError: it holds what has no place here: DoRA's magnitudes, parts of the text encoder, biases, other kinds
-            of adapters, several of them.
+            of adapters, several of them, and what are no factors.
     """
+    if not state_dict or not all(isinstance(key, str) for key in state_dict):
+        raise InputError("LoRA: must hold tensors by their names, and at least one")
     start = f"{prefix}." if prefix else ""
     if state_dict and all(key.startswith(PEFT) for key in state_dict):
         state_dict = {start + key.removeprefix(PEFT): tensor for key, tensor in state_dict.items()}
@@ -154,7 +165,7 @@ def plain_lora(
     if (settings.alpha is not None or settings.alphas) and any(key.endswith(ALPHA) for key in state_dict):
         raise InputError("LoRA: alphas both as tensors (.alpha) and in its metadata (lora_alpha); keep one of them")
     factors: dict[str, Tensor] = {}
-    alphas: dict[str, Tensor] = {}
+    alphas: dict[str, Any] = {}
     adapters: set[str] = set()
     for key, tensor in state_dict.items():
         if key.endswith(ALPHA):
@@ -169,16 +180,30 @@ def plain_lora(
     if len(adapters) > 1:
         names = ", ".join(sorted(adapter or "(none)" for adapter in adapters))
         raise InputError(f"LoRA: several adapters in one file ({names}); save and load each by itself")
+    for key, tensor in state_dict.items():
+        if not key.endswith(ALPHA):
+            _check_factor(key, tensor)
     for layer, alpha in alphas.items():
         a, b = (factors.get(f"{layer}.lora_{letter}.weight") for letter in "AB")
         if a is None or b is None:
             raise InputError(
                 f"LoRA: {layer}{ALPHA}: expected names that end in .lora_A.weight and .lora_B.weight beside it"
             )
-        if alpha.numel() != 1 or not alpha.isfinite().all():
+        if isinstance(alpha, Tensor) and (alpha.is_meta or alpha.numel() != 1 or not alpha.isfinite().all()):
             raise InputError(f"LoRA: {layer}{ALPHA}: must be one finite number")
-        factors[f"{layer}.lora_B.weight"] = b * (alpha.item() / len(a))
+        value = ALPHAS.settle(f"LoRA: {layer}{ALPHA}", alpha.item() if isinstance(alpha, Tensor) else alpha)
+        factors[f"{layer}.lora_B.weight"] = b * (value / len(a))
     return factors
+
+
+def _check_factor(key: str, tensor: Any) -> None:
+    """Refuse what is no matrix of finite floating-point numbers, or a 1x1 convolution's."""
+    tensor = Numbers().settle(f"LoRA: {key}", tensor)
+    if tensor.dtype not in FLOATS:
+        raise InputError(f"LoRA: {key} has dtype {tensor.dtype}: must be floating-point numbers of 16 to 64 bits")
+    if tensor.dim() < 2 or not tensor.numel():
+        raise InputError(f"LoRA: {key} has shape {list(tensor.shape)}: must be a matrix")
+    check_finite("LoRA", {key: tensor})
 
 
 def read_lora(path: Path, weight_name: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -193,6 +218,47 @@ def read_lora(path: Path, weight_name: str | None = None) -> tuple[dict[str, Ten
         file = usual if usual.is_file() else weights_file(file, "name it as weight_name")
     entries = open_weights(file)
     return {name: entry.read().clone() for name, entry in entries.items()}, _metadata(file)
+
+
+_FETCHING = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def fetch_lora(repository: str, weight_name: str | None = None, **options: Any) -> Path:
+    """The file of a LoRA on the hub, or in the hub's cache.
+
+    weight_name: the file; the usual one, or the only one that there is. options: of diffusers' `load_lora_weights`.
+
+    Raises:
+        InputError: there is none, or several, or the hub did not give it.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    wanted = {name: options[name] for name in _FETCHING if options.get(name) is not None}
+    try:
+        try:
+            return Path(hf_hub_download(repository, weight_name or USUAL, **wanted))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            if weight_name is not None:
+                raise
+        names = HfApi(token=options.get("token")).list_repo_files(repository, revision=options.get("revision"))
+        start = f"{options['subfolder']}/" if options.get("subfolder") else ""
+        found = [
+            name.removeprefix(start)
+            for name in names
+            if name.startswith(start) and "/" not in name.removeprefix(start) and name.endswith(SUFFIXES)
+        ]
+        if len(found) == 1:
+            return Path(hf_hub_download(repository, found[0], **wanted))
+    except Exception as error:  # the transport's own classes differ between versions of the client
+        raise InputError(
+            f"LoRA: {repository}: {weight_name or USUAL} could not be fetched ({type(error).__name__}: "
+            f"{reason_of(error)}); name the file as weight_name, or give a local path"
+        ) from error
+    several = f"several weights files ({', '.join(found[:5])})" if found else "no weights"
+    raise InputError(f"LoRA: {repository}: {several} there; name the file as weight_name")
 
 
 def _metadata(file: Path) -> dict[str, Any] | None:
@@ -237,7 +303,34 @@ def _settings(metadata: Mapping[str, Any], prefix: str | None) -> _Settings:
     own = {key.removeprefix(f"{prefix}."): value for key, value in metadata.items()}
     if own.get("use_dora") or own.get("lora_bias"):
         raise InputError("LoRA: use_dora and lora_bias have no place here")
-    return _Settings(own.get("lora_alpha"), own.get("alpha_pattern") or {}, bool(own.get("use_rslora")))
+    alpha, patterns = own.get("lora_alpha"), own.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise InputError(
+            f"LoRA: alpha_pattern in its metadata is a {type(patterns).__name__}; expected names and values"
+        )
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise InputError(f"LoRA: alpha_pattern in its metadata: {key} is no pattern ({error})") from error
+    return _Settings(
+        None if alpha is None else ALPHAS.settle("LoRA: lora_alpha", alpha),
+        {key: ALPHAS.settle(f"LoRA: alpha_pattern, {key}", value) for key, value in patterns.items()},
+        bool(own.get("use_rslora")),
+    )
+
+
+def settled_scales(name: str, scales: Any) -> Any:
+    """The scales of adapters, as `set_adapters` takes them: a number, None, or lists and dicts of these.
+
+    Raises:
+        InputError: one is no number, not finite or too large.
+    """
+    if isinstance(scales, Mapping):
+        return {key: settled_scales(f"{name}[{key!r}]", scale) for key, scale in scales.items()}
+    if isinstance(scales, list | tuple):
+        return [settled_scales(f"{name}[{index}]", scale) for index, scale in enumerate(scales)]
+    return None if scales is None else SCALE.settle(name, scales)
 
 
 def _fitting(layer: str, change: Mapping[str, Tensor] | None, part: _Part, settings: _Settings) -> _Low:

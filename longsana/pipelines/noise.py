@@ -10,10 +10,22 @@ import torch
 from torch import Tensor
 
 from longsana.flow.noise import Noise, PromptNoise
-from longsana.pipelines.arguments import check_finite
+from longsana.pipelines.arguments import check_numbers
 from longsana.runtime.errors import InputError
 
 SEEDS = 2**63 - 1
+LARGEST = 1e4
+"""A latent that is given. Noise has a standard deviation of 1."""
+
+
+def check_generator(generator: object) -> None:
+    """Refuse what is no generator.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(generator, torch.Generator):
+        raise InputError(f"generator: a {type(generator).__name__}; a torch.Generator is needed")
 
 
 def take_seed(generator: torch.Generator | None) -> int:
@@ -26,7 +38,7 @@ def take_seed(generator: torch.Generator | None) -> int:
     """
     if generator is None:
         return int(torch.randint(SEEDS, (), dtype=torch.int64, device="cpu"))
-    _check_generator(generator)
+    check_generator(generator)
     fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
     unused = torch.equal(generator.get_state(), fresh.get_state())
     drawn = int(torch.randint(SEEDS, (), generator=generator, dtype=torch.int64, device=generator.device))
@@ -55,27 +67,20 @@ def check_noise(
     """Refuse what `batch_noise` cannot make noise of for `count` videos; no generator is advanced.
 
     Raises:
-        InputError: `latents` has another shape or dtype, or numbers that are not finite; there are more or fewer
-            generators than prompts, or they are none.
+        InputError: `latents` has another shape or dtype, or numbers that are not finite or too large; there are more
+            or fewer generators than prompts, or they are none.
     """
     if latents is not None:
         if tuple(latents.shape) != shape:
             raise InputError(f"latents has shape {tuple(latents.shape)}: this batch needs {shape}")
-        if not latents.is_floating_point():
-            raise InputError(f"latents has dtype {latents.dtype}: must be floating-point numbers")
-        check_finite("latents", {"latents": latents})
+        check_numbers("latents", latents, LARGEST)
     if isinstance(generator, list | tuple):
         if len(generator) != count:
             raise InputError(f"generator: {len(generator)} for {count} videos; give one, or one for each")
         for own in generator:
-            _check_generator(own)
+            check_generator(own)
     elif generator is not None:
-        _check_generator(generator)
-
-
-def _check_generator(generator: object) -> None:
-    if not isinstance(generator, torch.Generator):
-        raise InputError(f"generator: a {type(generator).__name__}; a torch.Generator is needed")
+        check_generator(generator)
 
 
 def batch_noise(

@@ -11,10 +11,12 @@ from torch import Tensor
 from longsana.data.prompts import PICTURE, SPLIT, check_words, parts_per_chunk
 from longsana.encoders.text import negative_text
 from longsana.models.embeddings import TextEmbedding
-from longsana.pipelines.arguments import check_finite
+from longsana.pipelines.arguments import FLOATS, check_numbers
 from longsana.runtime.errors import InputError
 
 NO_PROMPT = "prompt: there was none in what should have given them"
+LARGEST = 1e6
+"""A number of an embedding that is given. Gemma's are some hundreds at most."""
 
 
 def one_for_each(prompt: str | list[str] | None, embeds: Tensor | None, copies: int) -> list[str]:
@@ -38,13 +40,16 @@ def negative_texts(prompt: str | Sequence[str | None] | None, count: int) -> lis
     """The negative prompt of each of `count` prompts; None is the published one, alone or in a list.
 
     Raises:
-        InputError: it is neither a text nor a list of `count` texts, or the published text is not to be had.
+        InputError: it is neither a text nor a list of `count` texts, or one has no words, or the published text is not
+            to be had.
     """
     prompts: Sequence[str | None] = [prompt] * count if prompt is None or isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not all(text is None or isinstance(text, str) for text in prompts):
         raise InputError("negative_prompt: must be a text, a list of texts, or None, which is the published one")
     if len(prompts) != count:
         raise InputError(f"negative_prompt: {len(prompts)} for {count} prompts")
+    for text in prompts:
+        check_words(text or "", "negative_prompt")
     return [negative_text(text) for text in prompts]
 
 
@@ -57,12 +62,12 @@ def given_embeddings(
 
     Raises:
         InputError: shapes or dtypes are others, there is no mask or it lets nothing be seen, or what is seen is not
-            finite.
+            finite, or too large.
     """
     if embeds.dim() != 3 or embeds.shape[2] != channels or len(embeds) != count:
         raise InputError(f"{name}_embeds has shape {tuple(embeds.shape)}: need ({count}, length, {channels})")
-    if not embeds.is_floating_point():
-        raise InputError(f"{name}_embeds has dtype {embeds.dtype}: must be floating-point numbers")
+    if embeds.dtype not in FLOATS:  # before they are masked
+        check_numbers(f"{name}_embeds", embeds, LARGEST)
     if mask is None:
         raise InputError(
             f"{name}_attention_mask: missing; {name}_embeds come with a mask, as from encode_prompt, or padding would "
@@ -78,7 +83,7 @@ def given_embeddings(
         raise InputError(f"{name}_attention_mask: must be 1 where a token is seen, as one must be, and 0 elsewhere")
     # What is not seen must not be NaN either, as nothing times it is.
     tokens = embeds.to(device).masked_fill(~seen[..., None], 0)
-    check_finite(f"{name}_embeds", {f"{name}_embeds": tokens})
+    check_numbers(f"{name}_embeds", tokens, LARGEST)
     rows = [TextEmbedding(tokens[row : row + 1], seen[row : row + 1]) for row in range(count)]
     return [row for row in rows for _ in range(copies)]
 

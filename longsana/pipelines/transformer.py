@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,9 @@ from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import Text, TextEmbedding, TextMemory
 from longsana.models.past import LEARNED, Past
 from longsana.ops import backend
-from longsana.pipelines.files import check_transformer
-from longsana.pipelines.lora import fused_adapter, plain_lora, read_lora
+from longsana.pipelines.files import check_transformer, folder_of, on_this_machine
+from longsana.pipelines.lora import SCALE, fetch_lora, fused_adapter, plain_lora, read_lora, settled_scales
+from longsana.runtime.arguments import TEXT, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.state import CausalState
@@ -193,12 +193,15 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         """As diffusers' own, after a look at the headers of a folder on this machine.
 
         Raises:
-            InputError: they tell that it is another network, or not whole.
+            InputError: they tell that it is another network, or not whole; or nothing is there.
         """
-        folder = Path(os.path.expanduser(pretrained_model_name_or_path)) / (options.get("subfolder") or "")
-        if (folder / "config.json").is_file() and options.get("variant") is None:
-            check_transformer(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
+        folder = folder_of(pretrained_model_name_or_path)
+        if folder is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        own = folder / (options.get("subfolder") or "")
+        if (own / "config.json").is_file() and options.get("variant") is None:
+            check_transformer(own)
+        return super().from_pretrained(folder, **options)
 
     @classmethod
     def _load_pretrained_model(  # type: ignore[override]
@@ -231,14 +234,33 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         """As diffusers' own, for a state dict with the names of its layers; see `fused_adapter`.
 
         Raises:
-            InputError: the LoRA is for another network, or holds what has no place here.
+            InputError: the LoRA is for another network, or holds what has no place here; or `adapter_name` is none.
         """
-        metadata = options.pop("metadata", None)
+        metadata, adapter = options.pop("metadata", None), options.get("adapter_name")
+        if adapter is not None and (not isinstance(adapter, str) or not adapter or "." in adapter):
+            raise InputError(f"adapter_name={adapter!r:.60}: must be a text without dots")
         if options.pop("network_alphas", None):
             raise InputError("network_alphas: not supported; put alpha / rank into lora_B")
         fused, config = fused_adapter(state_dict, self.network, prefix=prefix, metadata=metadata)
         named = {f"network.{name}": tensor for name, tensor in fused.items()}
         super().load_lora_adapter(named, prefix=None, metadata=config, **options)
+
+    def set_adapters(self, adapter_names: Any, weights: Any = None) -> None:
+        """As diffusers' own.
+
+        Raises:
+            InputError: a weight is no number, not finite or too large.
+        """
+        super().set_adapters(adapter_names, settled_scales("weights", weights))
+
+    @checked({"lora_scale": SCALE})
+    def fuse_lora(self, lora_scale: float = 1.0, **options: Any) -> None:  # type: ignore[override]
+        """As diffusers' own.
+
+        Raises:
+            InputError: `lora_scale` is no number, not finite or too large.
+        """
+        super().fuse_lora(lora_scale, **options)
 
     def save_lora_adapter(self, *arguments: Any, **options: Any) -> None:
         """Not possible: layers that are several in the diffusers layout are one here, and so are their factors.
@@ -263,18 +285,29 @@ class LoraLoaderMixin(SanaLoraLoaderMixin):
         """The factors of a LoRA, see `plain_lora`; with `return_lora_metadata` also the settings saved with them.
 
         Raises:
-            InputError: a file on this machine is damaged, or holds what has no place here.
+            InputError: a file is missing or damaged, or holds what has no place here.
         """
         given, metadata = pretrained_model_name_or_path_or_dict, None
+        for option in ("weight_name", "subfolder"):
+            if options.get(option) is not None:
+                TEXT.settle(option, options[option])
         if not isinstance(given, dict):
-            path = Path(os.path.expanduser(given)) / (options.get("subfolder") or "")
-            if path.exists():
-                given, metadata = read_lora(path, options.get("weight_name"))
-            else:
-                wanted = {**options, "return_lora_metadata": True}
-                given, metadata = super().lora_state_dict(given, **wanted)
+            path, name = on_this_machine(given), options.get("weight_name")
+            if path is None:
+                path, name = fetch_lora(given, **options), None
+            elif options.get("subfolder"):
+                path /= options["subfolder"]
+            given, metadata = read_lora(path, name)
         plain = plain_lora(given, cls.transformer_name, metadata)
         return (plain, metadata) if options.get("return_lora_metadata") else plain
+
+    def set_adapters(self, adapter_names: Any, adapter_weights: Any = None) -> None:
+        """As diffusers' own.
+
+        Raises:
+            InputError: a weight is no number, not finite or too large.
+        """
+        super().set_adapters(adapter_names, settled_scales("adapter_weights", adapter_weights))
 
 
 def text_embedding(tokens: Tensor, mask: Tensor | None) -> TextEmbedding:

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan, DPMSolverMultistepScheduler, SchedulerMixin
-from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput, is_peft_available, logging
 from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan
 from longsana.config import check_chi_prompt
-from longsana.data.prompts import parts_per_chunk
+from longsana.data.prompts import check_words, parts_per_chunk
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
 from longsana.encoders.text import GemmaTextEncoder, compact, expand, with_motion
 from longsana.encoders.vae import DecodeCache, VideoVAE, kind_of
@@ -33,17 +32,19 @@ from longsana.flow.schedule import TIMESTEPS, FlowSchedule, uniform_sigmas
 from longsana.flow.solvers import DPMSolver, Euler, Solver
 from longsana.models.embeddings import Text, TextEmbedding
 from longsana.pipelines import transformer as networks
-from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, check_finite, refuse_ignored
-from longsana.pipelines.noise import batch_noise, check_noise, take_seed
+from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, PARTS, Numbers, check_finite, refuse_ignored
+from longsana.pipelines.files import check_repository, folder_of
+from longsana.pipelines.noise import batch_noise, check_generator, check_noise, take_seed
 from longsana.pipelines.pictures import as_output, decode, joined
 from longsana.pipelines.prompts import given_embeddings, in_turn, negative_texts, one_for_each, parts_of, whole
 from longsana.pipelines.transformer import (
+    LoraLoaderMixin,
     SanaVideoCausalTransformer3DModel,
     SanaVideoTransformer3DModel,
     onload,
     uncompiled,
 )
-from longsana.runtime.arguments import Whole, checked
+from longsana.runtime.arguments import TEXT, Flag, Several, Whole, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite, to_host
@@ -113,6 +114,29 @@ class StreamState(NamedTuple):
     prompt: str
     size: tuple[int, int]
 
+    def settled(self) -> StreamState:
+        """The same, of values that it may have.
+
+        Raises:
+            InputError: one is another; the message begins with "state".
+        """
+        network, decoder = self.network, self.decoder
+        if not isinstance(network, CausalState):
+            raise InputError(f"state: its network is a {type(network).__name__}; must be a CausalState")
+        network = network.settled("state")
+        if decoder is not None:
+            if not isinstance(decoder, DecodeCache) or not isinstance(decoder.features, tuple) or not decoder.features:
+                raise InputError(f"state: its decoder is a {type(decoder).__name__}; must be a DecodeCache, or None")
+            for number, part in enumerate(decoder.features):
+                Numbers().settle(f"state: decoder {number}", part)
+            latents = Whole(0).settle("state: latents of its decoder", decoder.latents)
+            decoder = decoder._replace(latents=latents, ended=Flag().settle("state: end of its decoder", decoder.ended))
+            check_finite("state", {f"decoder {number}": part for number, part in enumerate(decoder.features)})
+        seed = Whole(-(2**63), 2**64 - 1).settle("state: its seed", self.seed)
+        check_words(TEXT.settle("state: its prompt", self.prompt), "state: its prompt")
+        height, width = Several(ARGUMENTS["height"], 2).settle("state: its size", self.size)
+        return StreamState(network, decoder, seed, self.prompt, (height, width))
+
 
 @dataclass
 class LongSanaVideoChunk(LongSanaVideoOutput):
@@ -129,7 +153,7 @@ class Interrupted(Exception):
         self.latents = latents
 
 
-class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     """Text to video: of any length with LongSANA, or clips with the bidirectional SANA-Video.
 
     `from_pretrained` reads the published repositories, `save_pretrained` writes their layout. The class of the
@@ -163,7 +187,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     text_encoder: Any
     scheduler: Any
 
-    @checked(ARGUMENTS)
+    @checked(ARGUMENTS | PARTS)
     def __init__(
         self,
         vae: AutoencoderKLWan | AutoencoderKLLTX2Video,
@@ -186,6 +210,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         kind = kind_of(uncompiled(vae))
         check_geometry(uncompiled(vae), GEOMETRIES[kind.name], "vae")
+        check_words(chi_prompt, "chi_prompt")
         check_chi_prompt(chi_prompt)
         taken, given = transformer.config["in_channels"], GEOMETRIES[kind.name].channels
         if taken != given:
@@ -425,7 +450,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         Raises:
             InputError: as there, `generator` is a list, this is the base model, or the state's video has ended, or is
                 not one of this model's.
-            FloatingPointError: as there, with the chunk that it is found in.
+            FloatingPointError: as there; of the first prompt, if it is known, at once and before a generator is
+                advanced.
         """
         if not self.distilled:
             raise InputError("stream: the base model makes whole clips; use the pipeline itself, or a distilled model")
@@ -433,6 +459,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             state = state.state
         if state is not None and not isinstance(state, StreamState):
             raise InputError(f"state: a {type(state).__name__}; must be a chunk of a stream, or its state")
+        state = None if state is None else state.settled()
         size = self._size(height, width) if state is None else state.size
         if state is not None and self._size(height, width, size) != size:
             raise InputError(f"height={height}, width={width}: the video that goes on has {size[0]} and {size[1]}")
@@ -455,17 +482,39 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             log.warning(
                 "prompt: %d for %d chunks, each of which takes one; the last are not shown", len(prompt), len(lengths)
             )
-        prompts = in_turn(prompt)
+        prompts, opening = in_turn(prompt), None
+        if generator is not None:
+            check_generator(generator)
+        if isinstance(prompt, str | list | tuple):  # others say what the first is when it begins
+            first = next(prompts)
+            prompts = chain([first], prompts)
+            opening = self._opening(first, motion_score)
         # Last of all that may be refused: a generator is advanced.
         seed = state.seed if state is not None and generator is None else take_seed(generator)
         return self._stream(
-            prompts, lengths, schedule, size, seed, state, output_type, motion_score, chunk_frames, latents_per_call
+            prompts,
+            opening,
+            lengths,
+            schedule,
+            size,
+            seed,
+            state,
+            output_type,
+            motion_score,
+            chunk_frames,
+            latents_per_call,
         )
+
+    @torch.no_grad()
+    def _opening(self, prompt: str, motion_score: int | None) -> list[TextEmbedding]:
+        """The first prompt's embedding."""
+        return self._embedded([self._worded(prompt, motion_score)])
 
     @torch.no_grad()
     def _stream(
         self,
         prompts: Iterator[str],
+        opening: list[TextEmbedding] | None,
         lengths: Iterable[int],
         schedule: FlowSchedule,
         size: tuple[int, int],
@@ -476,6 +525,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         chunk_frames: int,
         latents_per_call: int,
     ) -> Iterator[LongSanaVideoChunk]:
+        """opening: the first prompt's embedding, where that is known already."""
         shape = (self.geometry.channels, *self.geometry.latent_size(*size))
         cache = None if state is None else state.decoder
         memory = None if state is None else state.network
@@ -484,7 +534,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         try:
             for (length, following), prompt in zip(pairwise(chain(lengths, [0])), prompts, strict=False):
                 if prompt != current or text is None:
-                    current, text = prompt, self._cached(self._embedded([self._worded(prompt, motion_score)]))
+                    embedded = opening or self._embedded([self._worded(prompt, motion_score)])
+                    current, opening, text = prompt, None, self._cached(embedded)
                 (chunk,) = generate(
                     self._network,
                     schedule,
@@ -559,10 +610,27 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         super().load_lora_weights(*arguments, **options)
 
     @classmethod
-    def from_pretrained(cls, *arguments: Any, **options: Any) -> LongSanaVideoPipeline:
-        """As diffusers' own, whatever PyTorch's default dtype and device are."""
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> LongSanaVideoPipeline:
+        """As diffusers' own, whatever PyTorch's default dtype and device are, after a look at a folder's headers.
+
+        Raises:
+            InputError: there is no such folder or it is no whole repository; or see the class.
+        """
+        folder = folder_of(pretrained_model_name_or_path)
+        own = inspect.signature(cls.__init__).parameters
+        for name in own.keys() & ARGUMENTS.keys() & options.keys():  # before diffusers looks at their types
+            if options[name] is not None:
+                options[name] = ARGUMENTS[name].settle(name, options[name])
+        if type(options.get("state_decay")) is int:
+            options["state_decay"] = float(options["state_decay"])
+        if folder is not None:
+            if not (folder / cls.config_name).is_file():
+                raise InputError(f"{folder}: no {cls.config_name}; name the folder of the whole repository")
+            cls.load_config(folder)
+            if options.get("variant") is None:
+                check_repository(folder, without=options)
         with plain_defaults():
-            pipe: LongSanaVideoPipeline = super().from_pretrained(*arguments, **options)
+            pipe: LongSanaVideoPipeline = super().from_pretrained(folder or pretrained_model_name_or_path, **options)
         return pipe
 
     @classmethod
@@ -633,7 +701,6 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                     f"state: its {name} has shape {tuple(given.shape)}: this transformer needs {tuple(like.shape)} for "
                     f"{state.size[0]}x{state.size[1]}"
                 )
-        check_finite("state", {name: part for name, part in own._asdict().items() if isinstance(part, Tensor)})
         if output_type == "latent":
             return state._replace(decoder=None)
         if state.decoder is None:
@@ -643,9 +710,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 "state: its video has ended: this VAE's decoder looks ahead, and took this end for final. Go on from "
                 "the state of a chunk before, or stream with num_frames=None and end with num_frames=0"
             )
-        if (dtype := state.decoder.features[0].dtype) != self.vae.dtype:
-            raise InputError(f"state: of a VAE in {dtype}, this one is in {self.vae.dtype}")
-        check_finite("state", {f"decoder {number}": part for number, part in enumerate(state.decoder.features)})
+        for part in state.decoder.features:
+            if part.dtype != self.vae.dtype:
+                raise InputError(f"state: of a VAE in {part.dtype}, this one is in {self.vae.dtype}")
         return state
 
     def _guidance(self, scale: float | None) -> float:

@@ -88,6 +88,18 @@ def parse_json(content: bytes | str, pairs: Callable[[list[tuple[str, Any]]], An
         raise ValueError(" ".join(str(error).split())[:200]) from error
 
 
+def check_characters(text: str, where: str) -> None:
+    """Refuse a text with characters that no file of words has, which tokenizers fail at or read as something else.
+
+    Raises:
+        InputError: it has a NUL or half a character in it; `where` is said first.
+    """
+    if "\0" in text:
+        raise InputError(f"{where}: a NUL character in it; remove it")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{where}: half a character in it (a lone surrogate); write the whole one")
+
+
 def reason_of(error: Exception) -> str:
     """An exception in a few words of one line."""
     if isinstance(error, OSError) and error.strerror:

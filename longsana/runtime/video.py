@@ -16,6 +16,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
+from longsana.runtime.arguments import Number, OneOf, Rule, Whole, checked
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.files import move_into_place, naming, open_exclusive, partial_name, unfinished
 
@@ -25,11 +26,22 @@ PRESETS = (
 MAX_CRF = 51
 MOST_PIXELS = 1 << 27
 """A picture's, for FFmpeg, which lets eight times its width and some more times its height fit into 31 bits."""
+WIDEST = 16_384
 THREADS = 16
 """An encoder's threads where nothing else is said; 24 are no faster on 16 cores."""
 MUXER = {"movflags": "+faststart"}
 X264 = "mbtree=0"
 WAITING = 2  # appended arrays held while the encoder is busy; then `append` waits
+
+
+WRITER: dict[str, Rule] = {
+    "fps": Number(above=0, most=1000),
+    **dict.fromkeys(("height", "width"), Whole(2, WIDEST)),
+    "crf": Whole(0, MAX_CRF),
+    "preset": OneOf(PRESETS),
+    "threads": Whole(1, 128),
+}
+"""Rules of a writer's arguments."""
 
 
 def check_encoding(crf: int, preset: str) -> None:
@@ -58,19 +70,25 @@ class VideoWriter:
     The file has its index first, so that a browser shows it while it loads. With equal frames, settings, threads and
     x264 it is equal to the byte: x264's macroblock tree, whose result depends on the threads' timing, is off.
 
-    fps: frames a second; of a fraction with a denominator up to 1001 (23.976, 24000 / 1001), that fraction. height,
-    width: even pixel counts. crf: 0 (lossless) to 51. preset: one of `PRESETS`. threads: the encoder's.
+    fps: frames a second, at most 1000; of a fraction with a denominator up to 1001 (23.976, 24000 / 1001), that
+    fraction. height, width: even pixel counts, at most `WIDEST` each and `MOST_PIXELS` together. crf: 0 (lossless) to
+    51. preset: one of `PRESETS`. threads: the encoder's, at most 128.
 
     Raises:
-        InputError: crf or preset is not one of x264's.
+        InputError: an argument has another value; the message names it.
         OSError: the file cannot be opened.
     """
 
+    @checked(WRITER)
     def __init__(
         self, path: str | Path, fps: float, height: int, width: int, crf: int, preset: str, threads: int = THREADS
     ) -> None:
-        check_encoding(crf, preset)
-        assert height % 2 == width % 2 == 0, (height, width)
+        if height % 2 or width % 2:
+            raise InputError(f"height={height}, width={width}: must be even")
+        if height * width > MOST_PIXELS:
+            raise InputError(
+                f"height={height}, width={width}: too large; their product must be at most {MOST_PIXELS:,}"
+            )
         self.path = Path(path)
         self.frames = 0  # appended so far
         self.size = 0  # bytes of the finished file
@@ -109,11 +127,14 @@ class VideoWriter:
         """Queue (F, H, W, 3) uint8 frames, which must stay as they are. Waits while the encoder is behind.
 
         Raises:
+            ValueError: they are none.
             OSError and others: what went wrong in the encoder since the last call.
         """
         # Not copied: at 480p a copy of a chunk takes 16 ms, for which a GPU waits.
         array = np.ascontiguousarray(frames.numpy(force=True) if isinstance(frames, Tensor) else frames)
-        assert (array.dtype, array.shape[1:]) == (np.uint8, self._shape), (array.dtype, array.shape)
+        if (array.dtype, array.shape[1:]) != (np.uint8, self._shape):
+            needed = ", ".join(map(str, self._shape))
+            raise ValueError(f"frames: {array.dtype} of shape {array.shape}; must be uint8 of shape (F, {needed})")
         self._queue.put(array)
         self._raise_error()
         self.frames += len(array)
@@ -130,7 +151,8 @@ class VideoWriter:
         try:
             if error is None:
                 self._raise_error()
-                assert self.frames, "a video needs at least one frame"
+                if not self.frames:
+                    raise ValueError(f"{self.path}: a video needs at least one frame")
                 os.fsync(self._file.fileno())
                 self.size = os.fstat(self._file.fileno()).st_size
                 move_into_place(self._partial, self.path)

@@ -288,6 +288,114 @@ def test_a_file_from_before_there_were_sinks_has_none(small_config, random_model
     assert (loaded.frames, loaded.sinks) == (9, 0)
 
 
+@pytest.fixture
+def saved(small_config, random_model, random_text, random_latents) -> CausalState:
+    _, state = random_model(small_config())(random_latents(1, 3), torch.zeros(1), random_text(1))
+    return state
+
+
+def spoilt(tensor: Tensor, value: float) -> Tensor:
+    tensor = tensor.clone()
+    tensor.view(-1)[0] = value
+    return tensor
+
+
+NO_STATES: dict[str, Any] = {
+    r"holds numbers that are not finite \(kv\)": lambda state: {"kv": spoilt(state.kv, math.nan)},
+    r"holds numbers that are not finite \(k_sum\)": lambda state: {"k_sum": spoilt(state.k_sum, math.inf)},
+    r"holds numbers that are not finite \(tail\)": lambda state: {"tail": spoilt(state.tail, -math.inf)},
+    r"dtypes that no state has: .*kv torch\.int32": lambda state: {"kv": state.kv.int()},
+    r"dtypes that no state has: .*k_sum torch\.bfloat16": lambda state: {"k_sum": state.k_sum.bfloat16()},
+    r"dtypes that no state has: .*tail torch\.int64": lambda state: {"tail": state.tail.long()},
+    r"dtypes that no state has: .*tail torch\.float8": lambda state: {"tail": state.tail.to(torch.float8_e4m3fn)},
+    r"shapes that do not belong together: kv \[": lambda state: {"kv": state.kv[:-1]},
+    r"shapes that do not belong together: .*k_sum \[\]": lambda state: {"k_sum": torch.zeros(())},
+    r"shapes that do not belong together: .*tail": lambda state: {"tail": state.tail[..., 1:]},
+    r"without numbers in it": lambda state: {"tail": state.tail[:, :, :0]},
+    r"frames=-1: must be at least 0": lambda state: {"frames": -1},
+    r"frames=10.*: must be at most": lambda state: {"frames": 10**30},
+    r"sinks=-1: must be at least 0": lambda state: {"sinks": -1},
+    r"2 sinks without an entry of their own": lambda state: {"sinks": 2},
+}
+
+
+@pytest.mark.parametrize("message", NO_STATES)
+def test_numbers_that_no_state_has_are_refused(saved: CausalState, message: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = saved._replace(**NO_STATES[message](saved))
+    with pytest.raises(InputError, match=f"^state: {message}"):
+        state.save(tmp_path / "state.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    path = tmp_path / "state.safetensors"
+    tensors = {name: getattr(state, name).contiguous() for name in ("kv", "k_sum", "tail")}
+    save_file(tensors, path, metadata={"frames": str(state.frames), "sinks": str(state.sinks)})
+    with pytest.raises(InputError, match=f"^{path}: {message}") as caught:
+        CausalState.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            r"a git-lfs pointer, not the file itself; run `git lfs pull`",
+        ),
+        (b"<!DOCTYPE html>", r"a web page"),
+        (b"\x80\x02}q\x00.", r"a PyTorch file, or another pickle, which is not opened"),
+        (b"PK\x03\x04" + b"\0" * 99, r"a PyTorch file"),
+        (b"", r"not a saved state of a video, or damaged"),
+        (b"cut", r"not a saved state of a video, or damaged"),
+        (None, r"cannot be read \(No such file"),
+    ],
+)
+def test_files_that_are_no_state(saved: CausalState, content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    if content == b"cut":
+        saved.save(path)
+        path.write_bytes(path.read_bytes()[:-3])
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^{path}: {message}") as caught:
+        CausalState.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_its_paths(saved: CausalState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    saved.save("~/a.safetensors")
+    assert torch.equal(CausalState.load("~/a.safetensors").kv, saved.kv)
+    saved.save("b.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    for path, message in (
+        ("~/none/a", r"^~/none/a: no such folder as .*/none; make it first$"),
+        ("~", r"^~: a folder; name a file in it$"),
+        ("", r"^'': a folder"),
+        ("~nosuchuser/a", r"^~nosuchuser/a: not found"),
+        (b"a", r"^path=b'a': must be a path"),
+        (None, r"^path=None: must be a path"),
+        (5, r"^path=5: must be a path"),
+        ("a\0b", r"^path='a.x00b': must be a path"),
+    ):
+        with pytest.raises(InputError, match=message):
+            saved.save(path)  # type: ignore[arg-type]
+        with pytest.raises(InputError):
+            CausalState.load(path)  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="File name too long: 'xxx"):
+        saved.save("x" * 300)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("device", ["nosuch", "cuda:99", "meta", "", 99, 5.5])
+def test_a_device_that_there_is_not(saved: CausalState, device: Any, tmp_path: Path) -> None:
+    saved.save(tmp_path / "state.safetensors")
+    with pytest.raises(InputError, match=r"^device=") as caught:
+        CausalState.load(tmp_path / "state.safetensors", device=device)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("there", "here", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from longsana.encoders.text import GemmaTextEncoder
 from longsana.pipelines.arguments import ARGUMENTS
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.runtime.errors import InputError
@@ -24,6 +26,15 @@ NOT_WHOLE = (*NOT_NUMBERS, 9.5, np.float32(0.5), 10**30, -(10**30), 10**5000)
 WHOLE = ("num_inference_steps", "num_videos_per_prompt", "height", "width", "num_frames", "frames")
 SETTINGS = ("motion_score", "chunk_frames", "latents_per_call")
 OPTIONAL = ("num_inference_steps", "height", "width", "frames", "motion_score", "flow_shift", "guidance_scale")
+
+
+def tensors(*shape: int) -> list[Any]:
+    """Tensors that hold no numbers that can be computed with."""
+    zeros = torch.zeros(*shape)
+    kinds = [zeros.to(dtype) for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)]
+    return [*kinds, zeros.to("meta"), zeros.to_sparse()]
+
+
 BAD: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys((*WHOLE, *SETTINGS), NOT_WHOLE),
     "guidance_scale": (*NOT_NUMBERS, -1, 1e308, 10**5000),
@@ -32,10 +43,11 @@ BAD: dict[str, tuple[Any, ...]] = {
     "output_type": ("mp4", "", None, 3, ["pil"], "x" * 9999),
     "return_dict": (None, 1, "yes"),
     "generator": (0, "0", [torch.Generator(), 3], [], object()),
-    "latents": (0, "noise", [[0.0]], np.zeros((1, 16, 3, 4, 6)), torch.zeros(1, 16, 3, 4, 6, dtype=torch.int64)),
+    "latents": (0, "noise", [[0.0]], np.zeros((1, 16, 3, 4, 6)), *tensors(1, 16, 3, 4, 6)),
     "prompt": (3, [3], [], [None], {}, b"text", torch.zeros(1), "a<image>b.png", "a<split>", "a<split><split>b"),
-    "negative_prompt": (3, [3], [], {}, b"text", [PROMPT, OTHER]),
-    "prompt_embeds": (3, "a", [[0.0]], torch.zeros(1, 7), torch.zeros(2, 7, 64), torch.zeros(1, 7, 64).long()),
+    "negative_prompt": (3, [3], [], {}, b"text", [PROMPT, OTHER], ["a\ud800"], ["\udfffb", None]),
+    "prompt_embeds": (3, "a", [[0.0]], torch.zeros(1, 7), torch.zeros(2, 7, 64), *tensors(1, 7, 64)),
+    "prompt_attention_mask": (3, [1], torch.zeros(1, 7), torch.ones(1, 7, device="meta")),
     "callback_on_step_end": (3, "print"),
     "callback_on_step_end_tensor_inputs": (None, "latents", [3], ["prompt_embeds"], 3),
 }
@@ -108,6 +120,62 @@ def test_whole_numbers_in_any_form(loaded: LongSanaVideoPipeline) -> None:
 
 
 STEPS: list[Any] = [[1000, 727], (1000.0, 727.0, 0), np.array([1000, 727]), torch.tensor([1000.0, 727.0])]
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a \udfff b", "a\0b", "\0"])
+@pytest.mark.usefixtures("idle")
+def test_words_are_words_wherever_they_come_from(
+    text: str, loaded: LongSanaVideoPipeline, loaded_base: LongSanaVideoPipeline
+) -> None:
+    methods: list[Callable[..., Any]] = [loaded, loaded_base, loaded.stream, loaded.encode_prompt]
+    for method in methods:
+        with pytest.raises(InputError, match=r"^prompt: (a NUL|half a) character in it"):
+            method(text)
+    for given in (text, [text]):
+        generator = seed()
+        with pytest.raises(InputError, match=r"^negative_prompt: (a NUL|half a) character in it"):
+            loaded_base(PROMPT, negative_prompt=given, generator=generator)
+        assert torch.equal(generator.get_state(), seed().get_state())
+        with pytest.raises(InputError, match=r"^negative_prompt: (a NUL|half a) character in it"):
+            loaded_base.encode_prompt(PROMPT, True, negative_prompt=given)
+    with pytest.raises(InputError, match=r"^chi_prompt: (a NUL|half a) character in it"):
+        LongSanaVideoPipeline(**loaded.components | {"chi_prompt": f"write {text}: "})
+    with pytest.raises(InputError, match=r"^prompt: (a NUL|half a) character in it"):
+        encoder(loaded).encode(text)
+
+
+def encoder(pipe: LongSanaVideoPipeline) -> GemmaTextEncoder:
+    return GemmaTextEncoder(pipe.tokenizer, pipe.text_encoder, "", 48)
+
+
+@pytest.mark.usefixtures("idle")
+def test_numbers_that_are_too_large(loaded_base: LongSanaVideoPipeline) -> None:
+    mask = {"prompt_attention_mask": torch.ones(1, 7)}
+    for name, given in (
+        ("latents", {"latents": torch.full((1, 16, 3, 4, 6), 1e38), "prompt": PROMPT}),
+        ("prompt_embeds", {"prompt_embeds": torch.full((1, 7, 64), -1e38), "prompt": None} | mask),
+    ):
+        call = inputs(**given)
+        before = call["generator"].get_state()
+        with pytest.raises(InputError, match=rf"^{name}: holds numbers up to 1e\+38; must be at most"):
+            loaded_base(**call)
+        assert torch.equal(call["generator"].get_state(), before)
+
+
+def test_parts_that_are_none(loaded: LongSanaVideoPipeline) -> None:
+    parts = loaded.components
+    with pytest.raises(InputError, match=r"^tokenizer: a int; must be a tokenizer"):
+        LongSanaVideoPipeline(parts["vae"], parts["transformer"], 5, 5)  # type: ignore[arg-type]
+    for name in ("text_encoder", "scheduler", "transformer", "vae", "tokenizer"):
+        for wrong in (5, "x", torch.nn.Linear(1, 1)):
+            with pytest.raises(InputError, match=rf"^{name}: a .*; (must be|needed is)"):
+                LongSanaVideoPipeline(**parts | {name: wrong})
+
+
+def test_the_base_model_is_quiet(loaded_base: LongSanaVideoPipeline) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded_base(**inputs())
 
 
 def seed() -> torch.Generator:

@@ -54,7 +54,7 @@ def test_weights(fixture: str, part: str, output_type: str, value: float, reques
             pipe(PROMPT, **call)
         if pipe.distilled:
             with pytest.raises(FloatingPointError, match=f"{part} are not finite"):
-                next(pipe.stream(PROMPT, **call))
+                next(pipe.stream(iter([PROMPT]), **call))
 
 
 def test_a_text_encoder_leaves_the_generator_alone(loaded: LongSanaVideoPipeline) -> None:
@@ -65,15 +65,21 @@ def test_a_text_encoder_leaves_the_generator_alone(loaded: LongSanaVideoPipeline
             loaded(PROMPT, generator=generator, **CALL)
         with pytest.raises(FloatingPointError, match="text encoder: hidden states"):
             loaded.encode_prompt(PROMPT)
+        for prompt in (PROMPT, [PROMPT, PROMPT]):
+            with pytest.raises(FloatingPointError, match="text encoder: hidden states"):
+                loaded.stream(prompt, generator=generator, **SIZE)
     assert torch.equal(generator.get_state(), before)
 
 
-def test_a_lora(pipe: LongSanaVideoPipeline) -> None:
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_lora(pipe: LongSanaVideoPipeline, factor: str, value: float) -> None:
+    pytest.importorskip("peft", reason="LoRA needs peft: pip install 'longsana[lora]'")
     change = lora(pipe.transformer.network)
-    change["transformer.proj_out.lora_B.weight"][0] = math.nan
-    pipe.load_lora_weights(change)
-    with pytest.raises(FloatingPointError, match="latents are not finite"):
-        pipe(PROMPT, **CALL)
+    change[f"transformer.proj_out.{factor}.weight"][0] = value
+    with pytest.raises(InputError, match=rf"^LoRA: .* not finite \(transformer\.proj_out\.{factor}\.weight\)$"):
+        pipe.load_lora_weights(change)
+    assert pipe.get_list_adapters() == {}
 
 
 def test_a_callback(loaded: LongSanaVideoPipeline) -> None:
@@ -153,3 +159,50 @@ def test_a_state_of_something_else(loaded: LongSanaVideoPipeline) -> None:
     for other in ("state", network, (1, 2)):
         with pytest.raises(InputError, match=r"^state: a .*; must be a chunk of a stream, or its state"):
             loaded.stream(state=other, **call)  # type: ignore[arg-type]
+
+
+NO_STATES: dict[str, Any] = {
+    r"its seed='x': must be a whole number": {"seed": "x"},
+    r"its seed=10+\.*: must be at most": {"seed": 10**30},
+    r"its seed=1\.5: must be a whole number": {"seed": 1.5},
+    r"its prompt=5: must be a text": {"prompt": 5},
+    r"its prompt: half a character in it": {"prompt": "\ud800"},
+    r"its network is a NoneType; must be a CausalState": {"network": None},
+    r"its network is a tuple": {"network": (1, 2)},
+    r"its decoder is a int; must be a DecodeCache, or None": {"decoder": 5},
+    r"its size=5: must be a list": {"size": 5},
+    r"its size=\(32,\): must be 2 values": {"size": (32,)},
+    r"its size\[0\]='a': must be a whole number": {"size": ("a", 48)},
+}
+
+
+@pytest.mark.parametrize("message", NO_STATES)
+def test_a_state_that_somebody_changed(loaded: LongSanaVideoPipeline, message: str) -> None:
+    state = next(loaded.stream(PROMPT, num_inference_steps=1, chunk_frames=2, **SIZE)).state
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    for given in (None, generator):
+        with pytest.raises(InputError, match=f"^state: {message}"):
+            loaded.stream(state=state._replace(**NO_STATES[message]), generator=given)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_parts_of_a_state_that_somebody_changed(loaded: LongSanaVideoPipeline) -> None:
+    state = next(loaded.stream(PROMPT, num_inference_steps=1, chunk_frames=2, **SIZE)).state
+    assert state.decoder is not None
+    network, decoder = state.network, state.decoder
+    for changed in (
+        state._replace(network=network._replace(frames=-1)),
+        state._replace(network=network._replace(kv=None)),
+        state._replace(network=network._replace(kv=network.kv.int())),
+        state._replace(network=network._replace(k_sum=network.k_sum.to("meta"))),
+        state._replace(decoder=decoder._replace(features=())),
+        state._replace(decoder=decoder._replace(features=5)),
+        state._replace(decoder=decoder._replace(features=(None, *decoder.features[1:]))),
+        state._replace(decoder=decoder._replace(features=(*decoder.features[:-1], decoder.features[-1].double()))),
+        state._replace(decoder=decoder._replace(latents="x")),
+        state._replace(decoder=decoder._replace(ended=1)),
+    ):
+        with pytest.raises(InputError, match=r"^state: ") as caught:
+            loaded.stream(state=changed)
+        assert "\n" not in str(caught.value)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longsana.pipelines.files import check_repository
+from longsana.pipelines.files import check_repository, folder_of
 from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel
+from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.runtime.errors import InputError
 from tests.pipelines.repository import shapes_repository
 
@@ -42,9 +45,59 @@ def refusal(repository: Path) -> str:
 
 def test_a_whole_repository_passes_and_the_hub_is_left_alone(whole: Path) -> None:
     check_repository(whole)
-    check_repository(str(whole))
-    check_repository("owner/repository")
-    check_repository("~nosuchuser/repository")
+    assert folder_of(str(whole)) == folder_of(whole) == whole
+    assert folder_of("owner/repository") is None
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["/nosuch", "~nosuchuser/x", "~/nosuch", "./nosuch", "a/b/c", "", "a\0b", "x" * 9999, Path("nosuch"), 5, b"a"],
+)
+@pytest.mark.parametrize("kind", [LongSanaVideoPipeline, SanaVideoCausalTransformer3DModel])
+def test_what_is_not_there(kind: Any, source: Any) -> None:
+    with pytest.raises(InputError, match=r": not found|must be a folder") as caught:
+        kind.from_pretrained(source)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    assert not isinstance(source, str) or message.startswith(source[:200])
+
+
+def test_what_is_there_but_no_repository(repository: Path) -> None:
+    with pytest.raises(InputError, match=r"model_index\.json: a file; name the folder"):
+        LongSanaVideoPipeline.from_pretrained(repository / "model_index.json")
+    (repository / "model_index.json").unlink()
+    with pytest.raises(InputError, match=r"repository: no model_index\.json; name the folder of the whole"):
+        LongSanaVideoPipeline.from_pretrained(repository)
+
+
+def test_the_home_folder(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(repository.parent))
+    LongSanaVideoPipeline.from_pretrained("~/repository")
+    SanaVideoCausalTransformer3DModel.from_pretrained("~/repository", subfolder="transformer")
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_the_pipeline_looks_first(part: str, repository: Path) -> None:
+    """But not at a part that it is given."""
+    parts = LongSanaVideoPipeline.from_pretrained(repository).components
+    file = repository / part / WEIGHTS[part]
+    file.unlink()
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError, match="a git-lfs pointer"):
+        LongSanaVideoPipeline.from_pretrained(repository)
+    LongSanaVideoPipeline.from_pretrained(repository, **{part: parts[part]})
+
+
+def test_whole_numbers_as_floats_are_quiet(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        pipe = LongSanaVideoPipeline.from_pretrained(
+            repository, num_cached_blocks=2.0, num_sink_blocks=1.0, state_decay=1, caption_length=48.0
+        )
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert pipe.transformer.config["num_cached_blocks"] == 2 and "xpected types" not in caplog.text
 
 
 @pytest.mark.parametrize("part", WEIGHTS)

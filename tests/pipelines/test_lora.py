@@ -331,10 +331,7 @@ def test_a_lora_file_is_opened_like_all_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("with_peft")
-def test_alphas_through_the_pipeline(
-    pipe: LongSanaVideoPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LongSanaVideoPipeline, "lora_state_dict", LoraLoaderMixin.lora_state_dict)
+def test_alphas_through_the_pipeline(pipe: LongSanaVideoPipeline, tmp_path: Path) -> None:
     network = pipe.transformer.network
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     state_dict = {key: tensor for key, tensor in lora(network).items() if "proj_out" in key}  # of rank 2
@@ -345,3 +342,164 @@ def test_alphas_through_the_pipeline(
     added = products(network, state_dict, 2.0)
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(tensor, before[name] + added[name])
+
+
+NO_FACTORS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "whole numbers": (lambda x: x.int(), r"lora_A\.weight has dtype torch\.int32"),
+    "8 bits": (lambda x: x.to(torch.float8_e4m3fn), r"lora_A\.weight has dtype torch\.float8_e4m3fn"),
+    "complex numbers": (lambda x: x.to(torch.complex64), r"lora_A\.weight has dtype torch\.complex64"),
+    "a vector": (lambda x: x[0], r"lora_A\.weight has shape \[128\]: must be a matrix"),
+    "a number": (lambda x: x[0, 0], r"lora_A\.weight has shape \[\]: must be a matrix"),
+    "rank 0": (lambda x: x[:0], r"lora_A\.weight has shape \[0, 128\]: must be a matrix"),
+    "meta": (lambda x: x.to("meta"), r"lora_A\.weight: a tensor on the meta device"),
+    "a list": (lambda x: x.tolist(), r"lora_A\.weight=.*must be a tensor"),
+    "too large for the network": (
+        lambda x: x.double() * 1e300,
+        r"numbers that are not finite \(transformer\.proj_out\.lora_A",
+    ),
+}
+
+
+@pytest.mark.usefixtures("with_peft")
+@pytest.mark.parametrize("name", NO_FACTORS)
+def test_what_are_no_factors_is_refused_before_it_is_put_on(name: str, pipe: LongSanaVideoPipeline) -> None:
+    spoil, says = NO_FACTORS[name]
+    state_dict: dict[str, Any] = lora(pipe.transformer.network)
+    key = "transformer.proj_out.lora_A.weight"
+    state_dict[key] = spoil(state_dict[key])
+    with pytest.raises(InputError, match=rf"^LoRA: .*{says}") as caught:
+        pipe.load_lora_weights(state_dict)
+    assert "\n" not in str(caught.value) and pipe.get_list_adapters() == {}
+
+
+@pytest.mark.usefixtures("with_peft")
+@pytest.mark.parametrize("name", MORE)
+def test_the_pipeline_drops_nothing_either(name: str, pipe: LongSanaVideoPipeline, tmp_path: Path) -> None:
+    more, says = MORE[name]
+    state_dict = {**lora(pipe.transformer.network), **more}
+    save_file(state_dict, tmp_path / "mine.safetensors")
+    for source in (state_dict, tmp_path, tmp_path / "mine.safetensors", str(tmp_path / "mine.safetensors")):
+        with pytest.raises(InputError, match=rf"^LoRA: .*{says}"):
+            pipe.load_lora_weights(source)
+    assert pipe.get_list_adapters() == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "a git-lfs pointer"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+        (b"", "damaged"),
+        (b"\x00" * 99, "damaged"),
+        ("cut", "damaged or cut short"),
+        ("pickle", "refused: it holds a Python object"),
+        ("network", "no weights of the transformer in it"),
+        (None, "no such file"),
+    ],
+)
+@pytest.mark.usefixtures("with_peft")
+def test_files_that_are_none(content: bytes | str | None, says: str, pipe: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    if content == "cut":
+        save_file(lora(pipe.transformer.network), path)
+        path.write_bytes(path.read_bytes()[:-9])
+    elif content == "pickle":
+        torch.save({"a": Path("a")}, tmp_path / "mine.bin")
+        (tmp_path / "mine.bin").rename(path)
+    elif content == "network":
+        save_file(dict(pipe.transformer.network.state_dict()), path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=says) as caught:
+        pipe.load_lora_weights(tmp_path, weight_name="mine.safetensors")
+    assert "\n" not in str(caught.value) and pipe.get_list_adapters() == {}
+
+
+@pytest.mark.usefixtures("with_peft")
+@pytest.mark.parametrize(
+    "source", ["/nosuch/x", "nosuch/x.safetensors", "~nosuchuser/x", "", "a\0b", Path("nosuch"), 5]
+)
+def test_a_lora_that_is_not_there(source: Any, loaded: LongSanaVideoPipeline) -> None:
+    with pytest.raises(InputError, match=r"not found|must be a folder"):
+        loaded.load_lora_weights(source)
+
+
+@pytest.mark.usefixtures("with_peft")
+@pytest.mark.parametrize(
+    "options", [{"adapter_name": "a.b"}, {"adapter_name": 5}, {"adapter_name": ""}, {"weight_name": 5}]
+)
+def test_names_that_are_none(options: dict[str, Any], pipe: LongSanaVideoPipeline) -> None:
+    with pytest.raises(InputError, match=f"^{next(iter(options))}=.*: must be a text"):
+        pipe.load_lora_weights(lora(pipe.transformer.network), **options)
+    assert pipe.get_list_adapters() == {}
+
+
+@pytest.mark.usefixtures("with_peft")
+def test_a_lora_in_the_home_folder(
+    pipe: LongSanaVideoPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(lora(pipe.transformer.network), tmp_path / "pytorch_lora_weights.safetensors")
+    pipe.load_lora_weights("~", adapter_name="own")
+    assert pipe.get_list_adapters() == {"transformer": ["own"]}
+
+
+@pytest.mark.usefixtures("with_peft")
+def test_scales_are_finite_numbers(pipe: LongSanaVideoPipeline) -> None:
+    pipe.load_lora_weights(lora(pipe.transformer.network), adapter_name="own")
+    before = latents(pipe)
+    for scale in (float("nan"), float("inf"), "1", True, 1e300, [float("nan")], {"transformer": float("nan")}):
+        with pytest.raises(InputError, match=r"^adapter_weights.*: must be"):
+            pipe.set_adapters("own", scale)
+        if not isinstance(scale, list | dict):
+            with pytest.raises(InputError, match=r"^lora_scale=.*: must be"):
+                pipe.fuse_lora(lora_scale=scale)
+            with pytest.raises(InputError, match=r"^weights=.*: must be"):
+                pipe.transformer.set_adapters("own", scale)
+    assert torch.equal(latents(pipe), before)
+    for own in (1, [1.0], None, {"transformer": torch.tensor(1.0)}):
+        pipe.set_adapters("own", own)
+        assert torch.equal(latents(pipe), before)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan: must be a finite number"),
+        ({"lora_alpha": "8"}, "lora_alpha='8': must be a finite number"),
+        ({"alpha_pattern": [1]}, "alpha_pattern in its metadata is a list"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern in its metadata: \( is no pattern"),
+        ({"alpha_pattern": {"to_q": None}}, "alpha_pattern, to_q=None: must be a finite number"),
+    ],
+)
+def test_settings_that_mean_nothing(loaded: LongSanaVideoPipeline, metadata: dict[str, Any], says: str) -> None:
+    network = loaded.transformer.network
+    with pytest.raises(InputError, match=f"^LoRA: {says}"):
+        fused_adapter(lora(network), network, prefix="transformer", metadata=metadata)
+
+
+def test_a_lora_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    factors = {f"transformer.proj_out.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"}
+    save_file(factors, tmp_path / "only.safetensors")
+    names = ["sub/only.safetensors", "other/one.safetensors", "README.md"]
+
+    def download(repository: str, name: str, subfolder: str = "", **rest: Any) -> str:
+        assert repository == "owner/lora" and not rest
+        if f"{subfolder}/{name}" not in names:
+            raise EntryNotFoundError("no such entry")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *arguments, **options: names)
+    for name in (None, "only.safetensors"):
+        assert LoraLoaderMixin.lora_state_dict("owner/lora", subfolder="sub", weight_name=name).keys() == factors.keys()
+    with pytest.raises(InputError, match=r"^LoRA: owner/lora: no weights there; name the file as weight_name"):
+        LoraLoaderMixin.lora_state_dict("owner/lora")
+    with pytest.raises(InputError, match=r"^LoRA: owner/lora: x\.bin could not be fetched \(EntryNotFoundError"):
+        LoraLoaderMixin.lora_state_dict("owner/lora", weight_name="x.bin")
+    save_file(factors | {"transformer.proj_out.dora_scale": ONE}, tmp_path / "only.safetensors")
+    with pytest.raises(InputError, match="DoRA's magnitudes"):
+        LoraLoaderMixin.lora_state_dict("owner/lora", subfolder="sub")

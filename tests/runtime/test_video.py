@@ -10,6 +10,7 @@ import threading
 import time
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -133,14 +134,51 @@ def test_an_error_keeps_the_video_that_was_there(tmp_path: Path) -> None:
 
 
 def test_a_video_without_frames_is_no_video(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="at least one frame"), open_writer(tmp_path / "a.mp4"):
+    with pytest.raises(ValueError, match="at least one frame"), open_writer(tmp_path / "a.mp4"):
         pass
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("wrong", [smooth(2)[:, :-2], smooth(2).astype(np.float32), smooth(2)[0]])
-def test_frames_of_another_kind_are_refused(tmp_path: Path, wrong: np.ndarray) -> None:
-    with pytest.raises(AssertionError), open_writer(tmp_path / "a.mp4") as video:
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "fps": (0, -1, float("nan"), float("inf"), 3e9, 1001, True, "16", None),
+        "height": (0, -2, 63, 16_386, 64.5, "64", True, None),
+        "width": (0, -2, 95, 16_386, 10**30, float("nan")),
+        "crf": (-1, 52, 18.5, "18", True, float("nan")),
+        "preset": ("", "veryfest", 3, None),
+        "threads": (0, -1, 129, 1.5, "2", True),
+    }.items(),
+)
+def test_arguments_out_of_bounds_are_refused_by_name(tmp_path: Path, name: str, values: tuple[Any, ...]) -> None:
+    usual: dict[str, Any] = {"fps": 16, "height": HEIGHT, "width": WIDTH, "crf": 18, "preset": "ultrafast"}
+    for value in values:
+        with pytest.raises(InputError, match=rf"{name}=.*: must be"):
+            VideoWriter(tmp_path / "a.mp4", **usual | {name: value})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_picture_that_ffmpeg_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^height=16384, width=16384: too large; their product must be at most"):
+        VideoWriter(tmp_path / "a.mp4", 16, 16_384, 16_384, crf=18, preset="ultrafast")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("fps", [16.0, np.float32(16), np.int64(16), torch.tensor(16), Fraction(16)])
+def test_numbers_in_any_form(tmp_path: Path, fps: Any) -> None:
+    size: dict[str, Any] = {"height": float(HEIGHT), "width": np.int64(WIDTH), "crf": 18.0, "threads": torch.tensor(2)}
+    with VideoWriter(tmp_path / "a.mp4", fps, preset="ultrafast", **size) as video:
+        video.append(smooth(3))
+    with av.open(tmp_path / "a.mp4") as container:
+        assert container.streams.video[0].average_rate == 16
+
+
+@pytest.mark.parametrize("wrong", [smooth(2)[:, :-2], smooth(2).astype(np.float32), smooth(2)[0], [1, 2], "frames"])
+def test_frames_of_another_kind_are_refused(tmp_path: Path, wrong: Any) -> None:
+    with (
+        pytest.raises(ValueError, match=r"^frames: .*; must be uint8 of shape \(F, 64, 96, 3\)$"),
+        open_writer(tmp_path / "a.mp4") as video,
+    ):
         video.append(wrong)
 
 
