@@ -199,7 +199,7 @@ def _path(path: str | Path) -> Path:
 def _device(device: torch.device | str) -> torch.device:
     """A device on which there is room for numbers; InputError for others."""
     try:
-        found = torch.empty(0, device=device).device
+        found = torch.empty(0, dtype=torch.float32, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise InputError(f"device={device!s:.60}: not to be had on this machine ({reason_of(error)})") from error
     if found.type == "meta":

@@ -127,8 +127,8 @@ Text to videos of one or two moving shapes, 160x96 pixels, 16 frames a second, o
 * `vae`: a Wan 2.1 VAE of base width 12. `text_encoder`: a Gemma 2 of two layers, trained on the world's captions.
 * `base.safetensors`: the bidirectional base model. `ode`, `self_forcing`, `longsana`: the generator after each stage.
 
-Networks have 2.9 M parameters, in bfloat16. Combinations of kind, colour and motion in `longsana.shapes.scenes.HELD_OUT` were never
-trained on; every prompt of the table has one.
+Networks have 2.9 M parameters, in bfloat16. Combinations of kind, colour and motion in `HELD_OUT`
+(`longsana/shapes/scenes.py`) were never trained on; every prompt of the table has one.
 
 | step | seconds, or score | machine |
 |---|---|---|

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from longsana.config import SamplingConfig
 from longsana.data.aspect import nearest_size
 from longsana.runtime.errors import InputError, nearest
-from longsana.runtime.foreign import parse_json, reason_of, refuse_stand_in
+from longsana.runtime.foreign import check_characters, parse_json, reason_of, refuse_stand_in
 from longsana.runtime.hub import locate
 
 log = logging.getLogger(__name__)
@@ -169,10 +169,7 @@ def check_words(text: str, where: str) -> None:
     Raises:
         InputError: it has a NUL or half a character in it, or begins with a picture; `where` is said first.
     """
-    if "\0" in text:
-        raise InputError(f"{where}: a NUL character in it; remove it")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise InputError(f"{where}: half a character in it (a lone surrogate); write the whole one")
+    check_characters(text, where)
     if PICTURE in text:
         raise InputError(f"{where}: asks for a video that begins with a picture ('{PICTURE}'); remove it")
 
