@@ -135,7 +135,7 @@ def run_command(
     prepare: Callable[[World], T],
     run: Callable[[T, World], int],
     *,
-    connect: Callable[[World], None] = World.connect,
+    connect: Callable[[World], None] = lambda world: world.connect(),
     after_stop: str = "the same command goes on from here",
 ) -> int:
     """`run(prepare(world), world)` of this process's world, and the command's exit status.

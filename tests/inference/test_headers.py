@@ -59,7 +59,7 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_hollow(folder / "lacking.safetensors", dict(list(shapes.items())[1:]))
     (folder / "te").mkdir()
     (folder / "te/config.json").write_text(json.dumps({"model_type": "gemma2", **GEMMA_DEFAULTS}))
-    (folder / "te/tokenizer.json").write_text("{}")
+    (folder / "te/tokenizer.json").write_text('{"model": {}}')
     write_hollow(folder / "te/model.safetensors", {f"model.{name}": shape for name, shape in gemma_tensors({}).items()})
     with torch.serialization.skip_data():
         torch.save({"state_dict": {name: torch.empty(shape) for name, shape in shapes.items()}}, folder / "whole.pth")
@@ -74,8 +74,7 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PROGRAM = """
 import sys, time
-sys.path.insert(0, "inference_video_scripts")
-import inference_sana_video as script
+from longsana.commands import generate as script
 from longsana.runtime.errors import InputError
 folder, *cases = sys.argv[1:]
 for case in cases:
@@ -126,8 +125,7 @@ def test_full_size_is_looked_at_within_three_seconds(full_size: Path) -> None:
 
 TRAINING = """
 import sys, time
-sys.path.insert(0, "train_video_scripts")
-import train_longsana as script
+from longsana.commands import train as script
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 folder, *cases = sys.argv[1:]

@@ -19,7 +19,7 @@ from longsana.sampling.checks import check_config
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(900)  # the tiny recipe: 95 s alone, 205 beside another process on two cores
+pytestmark = pytest.mark.timeout(900)  # the tiny recipe, which slow tests run: 95 s alone on two cores
 recipe = load_script(ROOT / "train_video_scripts" / "shapes_recipe.py")
 CONFIGS = ROOT / "configs/sana_video_config/longsana/shapes"
 
@@ -37,6 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(run, own / "copy")) / "parts"
 
 
+@pytest.mark.slow
 def test_every_step_makes_its_part(made):
     table = (made / "table.md").read_text()
     for row in recipe.ROWS:
@@ -48,6 +49,7 @@ def test_every_step_makes_its_part(made):
     assert sum(path.stat().st_size for path in made.glob("*.*")) < 60e6
 
 
+@pytest.mark.slow
 def test_networks_differ_from_stage_to_stage(made):
     weights = [load_file(made / f"{name}.safetensors") for name in recipe.PHASES]
     for before, after in itertools.pairwise(weights):
@@ -55,6 +57,7 @@ def test_networks_differ_from_stage_to_stage(made):
         assert any(not (before[name] == after[name]).all() for name in before)
 
 
+@pytest.mark.slow
 def test_what_ships_is_whole_and_small(made):
     """Networks in bfloat16, a card that says how they were made, and the default config can use them."""
     asset = made / "asset"
@@ -84,6 +87,7 @@ def test_the_table_and_the_plot_are_made_of_what_ships(tmp_path, capsys):
     assert (parts / "plot.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_what_is_there_is_passed_over(made, capsys):
     times = (made / "times.json").read_text()
     newest = {path: path.stat().st_mtime_ns for path in made.glob("*.safetensors")}
@@ -94,6 +98,7 @@ def test_what_is_there_is_passed_over(made, capsys):
     assert json.loads((made / "times.json").read_text()).keys() == json.loads(times).keys()
 
 
+@pytest.mark.slow
 def test_parts_are_all_that_a_step_needs(made, tmp_path):
     """Another machine goes on from the parts alone."""
     shutil.copytree(made, tmp_path / "parts")
@@ -103,6 +108,7 @@ def test_parts_are_all_that_a_step_needs(made, tmp_path):
     assert all((again[name] == first[name]).all() for name in first), "trajectories are made again from their seed"
 
 
+@pytest.mark.slow
 def test_a_base_model_needs_no_earlier_phase(made, tmp_path):
     parts = tmp_path / "parts"
     parts.mkdir()
@@ -111,6 +117,7 @@ def test_a_base_model_needs_no_earlier_phase(made, tmp_path):
     assert {path.name for path in parts.glob("*.safetensors")} == {"base.safetensors"}
 
 
+@pytest.mark.slow
 def test_what_a_step_lacks_is_named(made, tmp_path, capsys):
     for step, says in (("package", "vae, text_encoder"), ("table", "scores.json: not found"), ("longsana", "critic")):
         assert recipe.main(["--out", str(tmp_path), "--size", "tiny", "--steps", step]) == 2
