@@ -77,14 +77,22 @@ def test_a_flattened_network_is_not_taken_for_one(tmp_path: Path) -> None:
         load(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("content", [b"version https://git-lfs", b"", None])
-def test_a_file_that_is_no_state_is_refused_in_one_line(content: bytes | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"version https://git-lfs", "a git-lfs pointer, not the file itself"),
+        (b"", "not a saved state of a video, or damaged"),
+        (b"{" * 99, "not a saved state of a video, or damaged"),
+        (None, "not a saved state of a video, or damaged"),
+    ],
+)
+def test_a_file_that_is_no_state_is_refused_in_one_line(content: bytes | None, says: str, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     if content is None:
         save_file({"kv": torch.zeros(1)}, path)
     else:
         path.write_bytes(content)
-    for wrong in (path, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match=rf"^{wrong}: not a saved state of a video, or damaged \(") as caught:
+    for wrong, reason in ((path, says), (tmp_path / "nowhere", "cannot be read (No such file or directory)")):
+        with pytest.raises(InputError, match=f"^{re.escape(f'{wrong}: {reason}')}") as caught:
             CausalState.load(wrong)
         assert "\n" not in str(caught.value)
