@@ -6,9 +6,10 @@ Nothing is loaded and nothing computed. A stage's losses ask values of tensors, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,8 +27,7 @@ from longsana.flow.losses import dmd_gradient, dmd_loss, flow_loss, guided
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
-from longsana.sampling.sampler import absorb, denoise_chunk, timestep
-from longsana.state import CausalState
+from longsana.sampling.sampler import generate, timestep
 from longsana.training.checks import DISTILLED
 from longsana.training.config import TrainingConfig
 from longsana.weights.build import empty_model
@@ -300,21 +300,30 @@ def _distilled_loss(config: TrainingConfig, role: Role, rollout: Rollout, decodi
 
 
 def _generate(config: TrainingConfig, rollout: Rollout, text: TextEmbedding, model: LongSanaDiT) -> Tensor:
-    chunks = []
-    state: CausalState | None = None
-    for index, part in enumerate(rollout.plan.slices()):
-        noise = _latents(config, part.stop - part.start)
-        draw = partial(_draw, noise)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and part.stop > rollout.learned_from):
-            x0 = denoise_chunk(model, schedule(config), noise, text, state, rng=draw, exit_at=0)
-        chunks.append(x0)
-        if index < len(rollout.absorbed):
-            state = absorb(model, x0.detach(), text, state)
-    return torch.cat(chunks, dim=2)
+    plan = rollout.plan
+    chunks = generate(
+        model,
+        schedule(config),
+        repeat(text, len(plan)),
+        plan,
+        shape=(config.model.in_channels, *latent_size(config)),
+        rng=_NoNoise(config.train.batch_size),
+        device="meta",
+        exits=[0] * len(plan),
+        learned_from=rollout.learned_from if torch.is_grad_enabled() else None,
+        absorb_last=rollout.streamed,
+    )
+    return torch.cat([chunk.latents for chunk in chunks], dim=2)
 
 
-def _draw(noise: Tensor, step: int) -> Tensor:
-    return torch.empty_like(noise)
+class _NoNoise(NamedTuple):
+    """Noise of a batch, without memory."""
+
+    batch: int
+
+    def draw(self, start: int, step: int, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        """See `longsana.flow.noise.Noise`."""
+        return torch.empty(self.batch, *shape, dtype=torch.float32, device=device)
 
 
 def _latents(config: TrainingConfig, frames: int) -> Tensor:

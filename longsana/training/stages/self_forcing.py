@@ -122,23 +122,24 @@ class SelfForcing(Stage):
         learned_from: chunks that end before this frame build none.
         keep_state: absorb the last chunk too; nothing reads its state otherwise.
         """
-        chunks = list(
-            generate(
-                self.generator,
-                self.schedule,
-                repeat(text, len(plan)),
-                plan,
-                shape=self.latent_shape,
-                rng=_RolloutNoise(micro_batch, 0 if state is None else state.frames),
-                device=micro_batch.device,
-                state=state,
-                exits=exits,
-                learned_from=learned_from if torch.is_grad_enabled() else None,
-                absorb_last=keep_state,
-                noisy_absorb=self.config.rollout.noisy_absorb,
-            )
-        )
-        return torch.cat([chunk.latents for chunk in chunks], dim=2), chunks[-1].state
+        latents = []
+        for chunk in generate(
+            self.generator,
+            self.schedule,
+            repeat(text, len(plan)),
+            plan,
+            shape=self.latent_shape,
+            rng=_RolloutNoise(micro_batch, 0 if state is None else state.frames),
+            device=micro_batch.device,
+            state=state,
+            exits=exits,
+            learned_from=learned_from if torch.is_grad_enabled() else None,
+            absorb_last=keep_state,
+            noisy_absorb=self.config.rollout.noisy_absorb,
+        ):
+            latents.append(chunk.latents)
+            state = chunk.state  # a list of chunks would keep the state of each
+        return torch.cat(latents, dim=2), state
 
     def overlap(self, latents: Tensor, cache: DecodeCache | None) -> tuple[Tensor, DecodeCache | None]:
         """The overlap latent of the window after these latents, (B, C, 1, H, W), and the decoder's cache after them.
