@@ -109,7 +109,7 @@ class CausalState(NamedTuple):
         return self._replace(kv=self.kv.detach(), k_sum=self.k_sum.detach(), tail=self.tail.detach())
 
     def settled(self, name: str) -> CausalState:
-        """The same, of whole numbers and of tensors that fit each other.
+        """Look at a state; it comes back with whole numbers where they were whole floats.
 
         name: what messages call it.
 

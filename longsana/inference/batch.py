@@ -14,7 +14,6 @@ from longsana.data.prompts import Prompt
 from longsana.inference.sidecar import fingerprint, finished_videos, resolved_settings, source_digests, video_name
 from longsana.inference.worker import Failure, Job, Worker
 from longsana.runtime.distributed import World
-from longsana.runtime.files import check_writable
 from longsana.sampling.checks import check_weights, meaningless
 from longsana.sampling.pipeline import VideoPipeline
 
@@ -37,15 +36,14 @@ def run_batch(
     """Make every video that is not there yet. What fails is listed and does not stop the rest; a full disk does.
 
     Other commands may write to the folder at the same time: each video is made by the first that comes to it.
-    Every process returns the outcome of all of them.
+    Every process returns the outcome of all of them. folder: is there, and can be written to.
 
     Raises:
-        InputError: the folder cannot be written to, or weights are missing or do not fit.
+        InputError: weights are missing or do not fit.
     """
     pipeline = VideoPipeline(config, device)
 
     def plan() -> list[Job]:
-        check_writable(folder)
         check_weights(config, fetch=True)
         return _plan_jobs(config, prompts, folder, source_digests(config), device)
 

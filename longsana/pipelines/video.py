@@ -115,7 +115,7 @@ class StreamState(NamedTuple):
     size: tuple[int, int]
 
     def settled(self) -> StreamState:
-        """The same, of values that it may have.
+        """Look at the values of a state; it comes back with whole numbers where they were whole floats.
 
         Raises:
             InputError: one is another; the message begins with "state".

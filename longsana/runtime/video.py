@@ -44,15 +44,13 @@ WRITER: dict[str, Rule] = {
 """Rules of a writer's arguments."""
 
 
-def check_encoding(crf: int, preset: str) -> None:
-    """Raises InputError: crf or preset is not one of x264's."""
+def check_preset(preset: str) -> None:
+    """Refuse (InputError) a preset that x264 does not have."""
     if preset not in PRESETS:
         raise InputError(
             f"video.preset={preset}: x264 has no such preset{did_you_mean(preset, PRESETS)}; "
             f"known: {', '.join(PRESETS)}"
         )
-    if not 0 <= crf <= MAX_CRF:
-        raise InputError(f"video.crf={crf}: must be 0 (lossless) to {MAX_CRF}")
 
 
 class VideoWriter:

@@ -16,7 +16,7 @@ from longsana.flow.schedule import FlowSchedule
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SCHEME, SEEDED, file_sha256, locate
 from longsana.runtime.settings import check_bounds
-from longsana.runtime.video import MOST_PIXELS, check_encoding
+from longsana.runtime.video import MOST_PIXELS, check_preset
 from longsana.weights.build import empty_model, seed_of
 from longsana.weights.files import PIPELINE_PART, check_digests, weights_file
 from longsana.weights.names import PAST
@@ -99,7 +99,7 @@ def check_config(config: InferenceConfig) -> None:
     except ValueError as error:
         raise InputError(f"scheduler: {error}") from error
     empty_model(config.model)
-    check_encoding(config.video.crf, config.video.preset)
+    check_preset(config.video.preset)
     vae = geometry(config.vae)
     vae.latent_frames(sampling.num_frames)
     if config.model.in_channels != vae.channels:
