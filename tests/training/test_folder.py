@@ -432,6 +432,9 @@ from longsana.runtime.distributed import PeerError, World
 from longsana.runtime.errors import InputError
 from longsana.training.folder import check_shared
 
+def tell(line):
+    os.write(1, f"{line}\\n".encode())  # at once: print may write the end of a line after the other process's line
+
 def work(rank):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     world = World.from_environment()
@@ -440,11 +443,11 @@ def work(rank):
         folder = Path(folders[rank])
         try:
             check_shared(folder, world, patience=0.5)
-            print(f"{rank} shared", flush=True)
+            tell(f"{rank} shared")
         except PeerError:
-            print(f"{rank} told", flush=True)
+            tell(f"{rank} told")
         except InputError as error:
-            print(f"{rank} {error}", flush=True)
+            tell(f"{rank} {error}")
         world.gather(None)
         assert not list(folder.iterdir())
     world.disconnect()
