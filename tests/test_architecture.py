@@ -90,7 +90,7 @@ def test_imports_point_down():
         ("longsana/state.py", "from longsana.chunks import ChunkPlan"),
         ("longsana/sampling/x.py", "from inference_video_scripts import inference_sana_video"),
         ("longsana/weights/network.py", "import diffusers.models"),
-        ("longsana/sampling/pipeline.py", "def f():\n    from transformers import AutoTokenizer"),
+        ("longsana/sampling/engine.py", "def f():\n    from transformers import AutoTokenizer"),
         ("inference_video_scripts/x.py", "import wandb"),
     ],
 )

@@ -19,17 +19,16 @@ from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.encoders.vae import VideoVAE, load_vae
 from longsana.evaluation.measures import boundaries, drift, drift_curve, measure_pieces, per_second, seam_index
-from longsana.models.embeddings import Text
-from longsana.runtime.clock import Clock
+from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
 from longsana.runtime.files import whole_file
-from longsana.runtime.finite import to_host
-from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
-from longsana.sampling.sampler import Network
+from longsana.sampling.captions import caption_encoder
+from longsana.sampling.engine import CaptionedNetwork, Engine, decode
 from longsana.shapes.remembered import WORLDS, WorldName
 from longsana.shapes.scenes import FPS, parse_caption, render
 from longsana.shapes.sight import Seen, observe
 from longsana.shapes.verifier import Verdicts, all_in_view, judge
 from longsana.state import CausalState
+from longsana.weights.build import resolve_dtype
 
 FIGURES = Verdicts._fields
 DRIFT = "saturation drift"
@@ -58,17 +57,15 @@ class Trial:
 
 def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> dict[str, Any]:
     """Sample the trial's videos and score them; see `summarise`."""
-    pipeline, prompts, captions = _loaded(config, trial.prompts, trial.frames, device, absorbs=trial.absorbs)
-    config, plan = pipeline.config, pipeline.plan
-    seam = _seam(plan.frames, plan.lengths[-1], pipeline.geometry.time_stride)
+    films = _Films(config, trial.prompts, trial.frames, device, absorbs=trial.absorbs)
+    plan = films.engine.plan
+    seam = _seam(plan.frames, plan.lengths[-1], films.engine.geometry.time_stride)
     runs = []
     for seed in trial.seeds:
-        pipeline.config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seed=seed))
         videos: list[dict[str, Any]] = []
-        for first in range(0, len(prompts), trial.batch):
+        for first in range(0, len(trial.prompts), trial.batch):
             some = slice(first, first + trial.batch)
-            films = (film.pixels for film in pipeline.sample(prompts[some], captions[some], Clock(device)))
-            videos += _score(films, trial.prompts[some], trial.lengths, seam, device)
+            videos += _score(films.sample(some, seed), trial.prompts[some], trial.lengths, seam, device)
         runs.append(videos)
     return summarise(runs, trial.lengths)
 
@@ -76,26 +73,35 @@ def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> di
 def measure_speed(config: InferenceConfig, prompt: str, seconds: int, *, absorbs: bool = True) -> float:
     """Frames a second, from caption to pixels, on the CPU with as many threads as torch has."""
     device = torch.device("cpu")
-    pipeline, prompts, captions = _loaded(config, [prompt], seconds * FPS + 1, device, absorbs=absorbs)
+    films = _Films(config, [prompt], seconds * FPS + 1, device, absorbs=absorbs)
     started = time.perf_counter()
-    frames = sum(film.pixels.shape[1] for film in pipeline.sample(prompts, captions, Clock(device)))
+    frames = sum(pixels.shape[1] for pixels in films.sample())
     return frames / (time.perf_counter() - started)
 
 
-def _loaded(
-    config: InferenceConfig, texts: Sequence[str], frames: int, device: torch.device, *, absorbs: bool = True
-) -> tuple[VideoPipeline, list[Prompt], list[Caption]]:
-    """A pipeline that is ready to sample videos of so many frames, its prompts and their captions."""
-    sampling = dataclasses.replace(config.sampling, num_frames=frames)
-    pipeline = VideoPipeline(dataclasses.replace(config, sampling=sampling), device)
-    prompts = [Prompt(line, text, (text,), 0, sampling.height, sampling.width) for line, text in enumerate(texts, 1)]
-    with pipeline.text_encoder() as encoder:
-        captions = [pipeline.encode(encoder, prompt) for prompt in prompts]
-    pipeline.load()
-    if not absorbs:
-        network: Any = _Unabsorbing(pipeline.model)
-        pipeline.model = network
-    return pipeline, prompts, captions
+class _Films:
+    """Videos of so many frames of some texts, whose model is loaded."""
+
+    def __init__(
+        self, config: InferenceConfig, texts: Sequence[str], frames: int, device: torch.device, *, absorbs: bool = True
+    ) -> None:
+        # A recording is of a pass, which without absorbing is not always made.
+        sampling = dataclasses.replace(
+            config.sampling, num_frames=frames, cuda_graphs=config.sampling.cuda_graphs and absorbs
+        )
+        self.engine = Engine(dataclasses.replace(config, sampling=sampling), device)
+        size = sampling.height, sampling.width
+        self._prompts = [Prompt(line, text, (text,), 0, *size) for line, text in enumerate(texts, 1)]
+        with caption_encoder(self.engine.config, self.engine.device) as encode:
+            self._captions = [encode(prompt) for prompt in self._prompts]
+        network, self._decoder = self.engine.load()
+        self._network: CaptionedNetwork = network if absorbs else _Unabsorbing(network)
+
+    def sample(self, some: slice = slice(None), seed: int | None = None) -> Iterator[Tensor]:
+        """Pixels (B, F, H, W, 3), uint8, piece by piece. seed: None is the config's."""
+        prompts = [dataclasses.replace(prompt, seed=seed) for prompt in self._prompts[some]]
+        for frames in self.engine.sample(self._network, self._decoder, prompts, self._captions[some]):
+            yield frames.pixels
 
 
 def strips(
@@ -104,8 +110,7 @@ def strips(
     """A picture of the frames at these seconds, a prompt a row. Needs matplotlib."""
     from matplotlib import pyplot
 
-    pipeline, asked, captions = _loaded(config, prompts, max(seconds) * FPS + 1, device)
-    films = torch.cat([film.pixels for film in pipeline.sample(asked, captions, Clock(device))], dim=1)
+    films = torch.cat(list(_Films(config, prompts, max(seconds) * FPS + 1, device).sample()), dim=1)
     rows = films[:, [second * FPS for second in seconds]]  # (B, columns, H, W, 3)
     rows = torch.nn.functional.pad(rows, (0, 0, 2, 2, 2, 2), value=255)
     picture = rows.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
@@ -116,16 +121,23 @@ def strips(
 class _Unabsorbing:
     """A network without the clean pass at t = 0: asked for one, it gives the state of the pass before."""
 
-    def __init__(self, model: Network) -> None:
+    def __init__(self, model: CaptionedNetwork) -> None:
         self.model = model
         self.state: CausalState | None = None
 
+    @property
+    def text_embed(self) -> CaptionEmbedding:
+        return self.model.text_embed
+
+    def cache_caption(self, text: TextEmbedding) -> Text:
+        return self.model.cache_caption(text)
+
     def __call__(
-        self, x: Tensor, t: Tensor, text: Text, *, state: CausalState | None = None
+        self, x: Tensor, t: Tensor, text: Text, *, plan: ChunkPlan | None = None, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
         if self.state is not None and not t.any():
             return x, self.state
-        velocity, self.state = self.model(x, t, text, state=state)
+        velocity, self.state = self.model(x, t, text, plan=plan, state=state)
         return velocity, self.state
 
 
@@ -148,8 +160,9 @@ def try_truth(config: InferenceConfig, trial: Trial, device: torch.device) -> di
 def _decoded(vae: VideoVAE, latents: Tensor, plan: ChunkPlan) -> Iterator[Tensor]:
     cache = None
     for part in plan.slices():
-        frames, cache = vae.decode_stream(latents[:, :, part], cache, more=part.stop < plan.frames)
-        yield to_host(vae.to_uint8(frames), f"latents {part.start} to {part.stop - 1}", {"decoded frames": frames})
+        stretch, name = latents[:, :, part], f"latents {part.start} to {part.stop - 1}"
+        pixels, cache = decode(vae, stretch, cache, name, more=part.stop < plan.frames)
+        yield pixels
 
 
 def _seam(latent_frames: int, chunk_frames: int, time_stride: int) -> Callable[[Tensor], Tensor]:

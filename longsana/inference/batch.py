@@ -15,7 +15,7 @@ from longsana.inference.sidecar import fingerprint, finished_videos, resolved_se
 from longsana.inference.worker import Failure, Job, Worker
 from longsana.runtime.distributed import World
 from longsana.sampling.checks import check_weights, meaningless
-from longsana.sampling.pipeline import VideoPipeline
+from longsana.sampling.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def run_batch(
     Raises:
         InputError: weights are missing or do not fit.
     """
-    pipeline = VideoPipeline(config, device)
+    engine = Engine(config, device)
 
     def plan() -> list[Job]:
         check_weights(config, fetch=True)
@@ -53,7 +53,7 @@ def run_batch(
     if world.is_main and skipped:
         log.info("%d of %d videos are in %s already", skipped, len(prompts), folder)
 
-    worker = Worker(pipeline, jobs, world)
+    worker = Worker(engine, jobs, world)
     worker.run()
     results = world.gather((worker.written, worker.skipped, worker.failures, worker.disk))
     return Outcome(

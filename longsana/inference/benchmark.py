@@ -22,6 +22,7 @@ from torch import Tensor
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.inference.microbenchmark import (
+    Loaded,
     compile_blocks,
     measure_float8,
     measure_operations,
@@ -34,10 +35,11 @@ from longsana.ops import backend
 from longsana.runtime.clock import Clock
 from longsana.runtime.files import partial_name
 from longsana.runtime.video import VideoWriter
+from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.checks import check_weights
-from longsana.sampling.pipeline import Caption, VideoPipeline
+from longsana.sampling.engine import Engine
 
-EXTRAS: dict[str, Callable[[VideoPipeline, tuple[int, int]], dict[str, Any]]] = {
+EXTRAS: dict[str, Callable[[Loaded, tuple[int, int]], dict[str, Any]]] = {
     "operations": measure_operations,
     "profile": measure_profile,
     "peers": measure_peers,
@@ -88,17 +90,17 @@ def benchmark(
     """
     started = {"process": time.time() - psutil.Process().create_time()}
     check_weights(config, fetch=True)
-    pipeline = VideoPipeline(config, device)
-    (first_text, text), caption = _encode(pipeline, prompt, started)
+    engine = Engine(config, device)
+    (first_text, text), caption = _encode(engine, prompt, started)
     with _timed(started, "networks"):
-        pipeline.load()
+        loaded = Loaded(engine, *engine.load())
         if compiled:
-            compile_blocks(pipeline.model.blocks)
-    waits = math.ceil(pipeline.vae.ahead / config.sampling.chunk_frames)
-    cold = make_film(pipeline, prompt, caption, folder / "cold.mp4", chunks=2 + waits)
+            compile_blocks(loaded.model.blocks)
+    waits = math.ceil(loaded.vae.ahead / config.sampling.chunk_frames)
+    cold = make_film(loaded, prompt, caption, folder / "cold.mp4", chunks=2 + waits)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    warm = make_film(pipeline, prompt, caption, folder / "warm.mp4")
+    warm = make_film(loaded, prompt, caption, folder / "warm.mp4")
     parts = {"text": text, **warm.parts}
     wall = text + warm.wall
     latents = parts["denoise"] + parts["absorb"]
@@ -109,10 +111,10 @@ def benchmark(
             "height": prompt.height,
             "width": prompt.width,
             "sampler": config.scheduler.sampling_algo,
-            "chunks": list(pipeline.plan_of(prompt).lengths),
+            "chunks": list(engine.plan_of(prompt).lengths),
             "network": config.model.model,
             "backend": "compile" if compiled else backend(),
-            "dtype": {"network": str(pipeline.model.dtype), "vae": str(pipeline.vae.dtype)},
+            "dtype": {"network": str(loaded.model.dtype), "vae": str(loaded.vae.dtype)},
             "seed": config.sampling.seed if prompt.seed is None else prompt.seed,
         },
         "seconds": {**parts, "wall": wall},
@@ -137,15 +139,14 @@ def benchmark(
     }
     assert EXTRAS.keys() >= set(extras), extras
     size = prompt.height, prompt.width
-    report["passes"] = measure_passes(pipeline, size)
-    return report | {name: measure(pipeline, size) for name, measure in EXTRAS.items() if name in extras}
+    report["passes"] = measure_passes(loaded, size)
+    return report | {name: measure(loaded, size) for name, measure in EXTRAS.items() if name in extras}
 
 
-def make_film(
-    pipeline: VideoPipeline, prompt: Prompt, caption: Caption, path: Path, *, chunks: int | None = None
-) -> Film:
+def make_film(loaded: Loaded, prompt: Prompt, caption: Caption, path: Path, *, chunks: int | None = None) -> Film:
     """chunks: end after so many."""
-    config, device_clock, host_clock = pipeline.config, Clock(pipeline.device), Clock()
+    engine, network, decoder = loaded
+    config, device_clock, host_clock = engine.config, Clock(engine.device), Clock()
     started = time.perf_counter()
     ends: list[float] = []
     with (
@@ -158,14 +159,14 @@ def make_film(
             **asdict(config.video),
         ) as writer,
     ):
-        for frames in pipeline.sample([prompt], [caption], device_clock):
+        for frames in engine.sample(network, decoder, [prompt], [caption], device_clock):
             with host_clock.part("write"):
                 writer.append(frames.pixels[0])
             ends[frames.chunk :] = [time.perf_counter() - started]
             if chunks is not None and len(ends) == chunks:
                 break
         closing = time.perf_counter()
-        used = machine(pipeline.device)
+        used = machine(engine.device)
         looked = time.perf_counter()
     ended = time.perf_counter()
     wall = ended - started - (looked - closing)
@@ -223,16 +224,16 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.perf_counter() - started
 
 
-def _encode(pipeline: VideoPipeline, prompt: Prompt, started: dict[str, float]) -> tuple[list[float], Caption]:
+def _encode(engine: Engine, prompt: Prompt, started: dict[str, float]) -> tuple[list[float], Caption]:
     """Seconds of the first time and of the second. A function of its own: the encoder is gone when it returns."""
     taken = []
     with ExitStack() as loaded:
         with _timed(started, "text encoder"):
-            encoder = loaded.enter_context(pipeline.text_encoder())
+            encode = loaded.enter_context(caption_encoder(engine.config, engine.device))
         for _ in range(2):
-            clock = Clock(pipeline.device)
+            clock = Clock(engine.device)
             with clock.part("text"):
-                caption = pipeline.encode(encoder, prompt)
+                caption = encode(prompt)
             taken.append(clock.seconds()["text"])
     return taken, caption
 

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
+from longsana.encoders.vae import VideoVAE
 from longsana.flow.noise import PromptNoise
+from longsana.flow.schedule import FlowSchedule
 from longsana.models import attention, dit
+from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, TextMemory
 from longsana.models.float8 import PRODUCTS, Float8Linear, to_float8
 from longsana.models.rope import rotary
 from longsana.ops import FUSED, reference
 from longsana.ops.dispatch import WITHOUT_GRADIENTS, can_fuse, fused_twin, inductor_options
+from longsana.sampling.engine import Engine
 from longsana.sampling.graphs import Recording
-from longsana.sampling.pipeline import VideoPipeline
 from longsana.sampling.sampler import generate
 from longsana.state import CausalState
 from longsana.weights.names import diffusers_config
@@ -38,6 +41,14 @@ class Ceilings(NamedTuple):
 
     bytes: float
     operations: float
+
+
+class Loaded(NamedTuple):
+    """An engine, and the network and the decoder that its config names."""
+
+    engine: Engine
+    model: LongSanaDiT
+    vae: VideoVAE
 
 
 class Case(NamedTuple):
@@ -119,17 +130,17 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 @torch.no_grad()
-def measure_operations(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, Any]:
+def measure_operations(loaded: Loaded, size: tuple[int, int]) -> dict[str, Any]:
     """Every operation on one chunk of a video of height x width pixels; fused ones where they run.
 
     ms of the plain twin and of the fused one, with gradients also of forward and backward pass together; the largest
     difference between both relative to the largest value, GB/s and TFLOP/s of the faster, and its share of the floor:
     the time that `ceilings` allow over its own.
     """
-    device, dtype = pipeline.device, pipeline.model.dtype
+    device, dtype = loaded.engine.device, loaded.model.dtype
     limits = ceilings(device, dtype)
     rows: dict[str, Any] = {}
-    for case in cases(pipeline, size):
+    for case in cases(loaded, size):
         plain = getattr(reference, case.name)
         expected = case.once(plain)
         backends = {"reference": plain}
@@ -160,11 +171,11 @@ def measure_operations(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[s
     return {"copy, GB/s": limits.bytes / 1e9, "product, TFLOP/s": limits.operations / 1e12, "operations": rows}
 
 
-def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
-    config, device, dtype = pipeline.config, pipeline.device, pipeline.model.dtype
+def cases(loaded: Loaded, size: tuple[int, int]) -> Iterator[Case]:
+    config, device, dtype = loaded.engine.config, loaded.engine.device, loaded.model.dtype
     network = config.model
     width, inner, dim = _widths(network)
-    frames, grid = config.sampling.chunk_frames, _grid(pipeline, size)
+    frames, grid = config.sampling.chunk_frames, _grid(loaded, size)
     tokens = math.prod(grid)
     rng = torch.Generator(device).manual_seed(0)
 
@@ -199,10 +210,10 @@ def cases(pipeline: VideoPipeline, size: tuple[int, int]) -> Iterator[Case]:
     conv = {"lengths": [frames]}
     yield Case("temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)
     # The decoder's widest step, for one latent.
-    channels, side = pipeline.vae.widest
-    frames, height, width = pipeline.geometry.time_stride, size[0] // side, size[1] // side
+    channels, side = loaded.vae.widest
+    frames, height, width = loaded.engine.geometry.time_stride, size[0] // side, size[1] // side
     picture = torch.randn(1, frames, height, width, channels, dtype=torch.float32, device=device, generator=rng).to(
-        pipeline.vae.dtype
+        loaded.vae.dtype
     )
     buffer = picture.new_zeros(1, 2 + frames, height + 2, width + 2, channels)
     gamma = picture.new_ones(channels)
@@ -227,10 +238,10 @@ class Work(NamedTuple):
     decode: Callable[[], Any]
 
 
-def _work(pipeline: VideoPipeline, size: tuple[int, int]) -> Work:
-    config, device, model, vae = pipeline.config, pipeline.device, pipeline.model, pipeline.vae
+def _work(loaded: Loaded, size: tuple[int, int]) -> Work:
+    config, device, model, vae = loaded.engine.config, loaded.engine.device, loaded.model, loaded.vae
     frames = config.sampling.chunk_frames
-    height, width = pipeline.geometry.latent_size(*size)
+    height, width = loaded.engine.geometry.latent_size(*size)
     rng = torch.Generator(device).manual_seed(0)
     x = torch.randn(
         1, config.model.in_channels, frames, height, width, dtype=torch.float32, device=device, generator=rng
@@ -246,20 +257,20 @@ def _work(pipeline: VideoPipeline, size: tuple[int, int]) -> Work:
 
 
 @torch.no_grad()
-def measure_passes(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, float]:
+def measure_passes(loaded: Loaded, size: tuple[int, int]) -> dict[str, float]:
     """ms of one pass over a chunk with a past, on a GPU also as the CUDA graph that it is replayed as; and of decoding
     a chunk, for each frame."""
-    device, work = pipeline.device, _work(pipeline, size)
+    device, work = loaded.engine.device, _work(loaded, size)
     passes = {"forward": 1000 * seconds(work.forward, device)}
     if device.type == "cuda":
-        recording = Recording(pipeline.model, work.x, work.t, work.read, work.state)
+        recording = Recording(loaded.model, work.x, work.t, work.read, work.state)
         passes["forward, replayed"] = 1000 * seconds(partial(recording.replay, work.x, work.t, work.state), device)
-    frames = pipeline.geometry.pixel_frames(work.x.shape[2], first=False)
+    frames = loaded.engine.geometry.pixel_frames(work.x.shape[2], first=False)
     return passes | {"decode a frame": 1000 * seconds(work.decode, device) / frames}
 
 
 @torch.no_grad()
-def measure_float8(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, float]:
+def measure_float8(loaded: Loaded, size: tuple[int, int]) -> dict[str, float]:
     """What `model.float8` does to the network, not compiled, which is left in float8.
 
     Relative errors of products, each given what it gets in a pass: the largest of all blocks. Of the latents of three
@@ -268,15 +279,14 @@ def measure_float8(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, 
     Raises:
         ValueError: this network or device cannot.
     """
-    model, work = pipeline.model, _work(pipeline, size)
+    model, work, scheduler = loaded.model, _work(loaded, size), loaded.engine.config.scheduler
+    schedule = FlowSchedule(scheduler.inference_flow_shift, scheduler.denoising_step_list, scheduler.bf16_timesteps)
     shape = (work.x.shape[1], *work.x.shape[3:])
 
     def latents() -> list[Tensor]:
         noise = PromptNoise(0, [("", 0)])
         plan = ChunkPlan((work.x.shape[2],) * 3)
-        chunks = generate(
-            model, pipeline.schedule, [work.read] * 3, plan, shape=shape, rng=noise, device=pipeline.device
-        )
+        chunks = generate(model, schedule, [work.read] * 3, plan, shape=shape, rng=noise, device=loaded.engine.device)
         return [chunk.latents for chunk in chunks]
 
     report: dict[str, float] = {}
@@ -295,11 +305,11 @@ def measure_float8(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, 
     for hook in hooks:
         hook.remove()
     assert len(report) == len(PRODUCTS), report
-    before, plain = latents(), 1000 * seconds(work.forward, pipeline.device)
+    before, plain = latents(), 1000 * seconds(work.forward, loaded.engine.device)
     to_float8(model)
     for index, (exact, given) in enumerate(zip(before, latents(), strict=True), start=1):
         report[f"error of latents, chunk {index}"] = relative_error(given, exact)
-    return report | {"forward before, ms": plain, "forward, ms": 1000 * seconds(work.forward, pipeline.device)}
+    return report | {"forward before, ms": plain, "forward, ms": 1000 * seconds(work.forward, loaded.engine.device)}
 
 
 def relative_error(given: Tensor, exact: Tensor) -> float:
@@ -307,7 +317,7 @@ def relative_error(given: Tensor, exact: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure_profile(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, Any]:
+def measure_profile(loaded: Loaded, size: tuple[int, int]) -> dict[str, Any]:
     """Where the time of a chunk goes: ms of each kernel (on a CPU, of each operation) in a forward and in a decode.
 
     Longest first, all calls of a name together, and the mean of some passes: in the first after a pause a GPU's clock
@@ -316,11 +326,11 @@ def measure_profile(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str,
     """
     from torch.profiler import ProfilerActivity, profile
 
-    cuda, work = pipeline.device.type == "cuda", _work(pipeline, size)
+    cuda, work = loaded.engine.device.type == "cuda", _work(loaded, size)
     passes = PROFILED if cuda else 1
     report = {}
     for name, call in (("forward", work.forward), ("decode", work.decode)):
-        wall = seconds(call, pipeline.device, 3)
+        wall = seconds(call, loaded.engine.device, 3)
         with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
             for _ in range(passes):
                 call()
@@ -341,7 +351,7 @@ def measure_profile(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str,
 
 
 @torch.no_grad()
-def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, Any]:
+def measure_peers(loaded: Loaded, size: tuple[int, int]) -> dict[str, Any]:
     """ms of one denoising pass over one chunk, and of decoding it, here and in diffusers, random weights each.
 
     diffusers' network sees one chunk without a past: it has none. Here the caption's keys and values are not part of a
@@ -349,8 +359,8 @@ def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, A
     """
     from diffusers import SanaVideoTransformer3DModel
 
-    config, device, model = pipeline.config, pipeline.device, pipeline.model
-    work = _work(pipeline, size)
+    config, device, model = loaded.engine.config, loaded.engine.device, loaded.model
+    work = _work(loaded, size)
     x, t, (tokens, mask) = work.x, work.t, work.text
     frames = x.shape[2]
     forward = {"ours, caption read before": seconds(work.forward, device)}
@@ -366,7 +376,7 @@ def measure_peers(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, A
     forward["diffusers, each block compiled"] = seconds(run, device)
     del peer, run
 
-    vae = pipeline.vae
+    vae = loaded.vae
     later, whole = (vae.geometry.pixel_frames(frames, first=first) for first in (False, True))
     decoder = {"ours": seconds(work.decode, device, 5) / later}
     for dtype in (torch.float32, torch.bfloat16):
@@ -393,8 +403,8 @@ def _widths(network: ModelConfig) -> tuple[int, int, int]:
     return width, int(network.mlp_ratio * width), network.linear_head_dim
 
 
-def _grid(pipeline: VideoPipeline, size: tuple[int, int]) -> tuple[int, int]:
+def _grid(loaded: Loaded, size: tuple[int, int]) -> tuple[int, int]:
     """Tokens down and across a frame."""
-    _, down, across = pipeline.model.patch_size
-    height, width = pipeline.geometry.latent_size(*size)
+    _, down, across = loaded.model.patch_size
+    height, width = loaded.engine.geometry.latent_size(*size)
     return height // down, width // across

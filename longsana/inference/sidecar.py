@@ -21,7 +21,7 @@ from longsana.data.prompts import Prompt
 from longsana.encoders.text import instruction_text, negative_text, text_sha256
 from longsana.runtime.foreign import reason_of
 from longsana.sampling.checks import SOURCES, source_digest
-from longsana.sampling.pipeline import resolve_dtype
+from longsana.weights.build import resolve_dtype
 
 log = logging.getLogger(__name__)
 

@@ -22,15 +22,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longsana.data.prompts import Prompt
-from longsana.encoders.text import GemmaTextEncoder
+from longsana.encoders.vae import VideoVAE
 from longsana.inference.sidecar import is_finished, versions
+from longsana.models.dit import LongSanaDiT
 from longsana.runtime import stop
 from longsana.runtime.clock import Clock
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, disk_failure, partial_name
 from longsana.runtime.video import VideoWriter
-from longsana.sampling.pipeline import Caption, Frames, VideoPipeline
+from longsana.sampling.captions import Caption, CaptionEncoder, caption_encoder
+from longsana.sampling.engine import Engine, Frames
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +83,8 @@ class Worker:
     `failures` lists those that failed, and `disk` says what a disk failed at, if that ended the work.
     """
 
-    def __init__(self, pipeline: VideoPipeline, jobs: Sequence[Job], world: World) -> None:
-        self.pipeline = pipeline
+    def __init__(self, engine: Engine, jobs: Sequence[Job], world: World) -> None:
+        self.engine = engine
         self.jobs = jobs
         self.world = world
         self.failures: list[Failure] = []
@@ -98,13 +100,13 @@ class Worker:
 
         Those that another command is making come last: most are there by then, and the rest is waited for.
         """
-        batches = batches_of(self.jobs, self.pipeline.config.sampling.bs)[self.world.rank :: self.world.size]
+        batches = batches_of(self.jobs, self.engine.config.sampling.bs)[self.world.rank :: self.world.size]
         if not batches:
             return
         captions = self._encode([job for batch in batches for job in batch])
         if not captions:
             return
-        self.pipeline.load()
+        models = self.engine.load()
         encoded = ([job for job in batch if job.path in captions] for batch in batches)
         left = deque(batch for batch in encoded if batch)
         elsewhere: list[Job] = []
@@ -119,7 +121,7 @@ class Worker:
                 if not batch:
                     continue
                 try:
-                    self._make(batch, captions)
+                    self._make(batch, captions, *models)
                 except _Elsewhere as found:
                     elsewhere.append(found.job)
                     left.appendleft([job for job in batch if job is not found.job])
@@ -158,25 +160,25 @@ class Worker:
     def _encode(self, jobs: Sequence[Job]) -> dict[Path, tuple[Caption, float]]:
         """Captions by path, and the seconds each took."""
         captions = {}
-        with self.pipeline.text_encoder() as encoder:
+        with caption_encoder(self.engine.config, self.engine.device) as encode:
             if self.world.is_main:
-                self._warn_of_long_prompts(encoder)
+                self._warn_of_long_prompts(encode)
             for job in tqdm(jobs, desc="captions", unit="prompt", disable=self.no_bar, leave=False):
                 stop.check()
                 clock = Clock()
                 try:
                     with clock.part("text"):
-                        caption = self.pipeline.encode(encoder, job.prompt)
+                        caption = encode(job.prompt)
                     captions[job.path] = (caption, clock.seconds()["text"])
                 except Exception as error:
                     _stop_if_out_of_memory(error, [job])
                     self._fail(job, error)
         return captions
 
-    def _warn_of_long_prompts(self, encoder: GemmaTextEncoder) -> None:
+    def _warn_of_long_prompts(self, encode: CaptionEncoder) -> None:
         for job in self.jobs:
-            for part in job.prompt.parts:
-                if surplus := encoder.overflow(self.pipeline.words(part)):
+            for surplus in encode.overflow(job.prompt):
+                if surplus:
                     log.warning("line %d: too long by %d tokens; its end is cut off", job.prompt.line, surplus)
 
     def _writer(self, job: Job) -> VideoWriter:
@@ -184,7 +186,7 @@ class Worker:
         Raises:
             _Elsewhere: another command is making this video.
         """
-        config, prompt = self.pipeline.config, job.prompt
+        config, prompt = self.engine.config, job.prompt
         try:
             return VideoWriter(
                 job.path, fps=config.sampling.fps, height=prompt.height, width=prompt.width, **asdict(config.video)
@@ -193,11 +195,17 @@ class Worker:
             self._busy.add(job.path)
             raise _Elsewhere(job) from error
 
-    def _make(self, batch: Sequence[Job], captions: dict[Path, tuple[Caption, float]]) -> None:
-        pipeline = self.pipeline
-        device_clock, host_clock = Clock(pipeline.device), Clock()
+    def _make(
+        self,
+        batch: Sequence[Job],
+        captions: dict[Path, tuple[Caption, float]],
+        network: LongSanaDiT,
+        decoder: VideoVAE,
+    ) -> None:
+        engine = self.engine
+        device_clock, host_clock = Clock(engine.device), Clock()
         digests = [hashlib.sha256() for _ in batch]
-        _reset_peak_memory(pipeline.device)
+        _reset_peak_memory(engine.device)
         started = time.perf_counter()
         with ExitStack() as stack:
             writers = [stack.enter_context(self._writer(job)) for job in batch]
@@ -206,11 +214,10 @@ class Worker:
                 if is_finished(job.path, job.record["fingerprint"]) or job.path in self._busy:
                     self._busy.discard(job.path)
                     raise _Elsewhere(job)
-            samples = pipeline.sample(
-                [job.prompt for job in batch], [captions[job.path][0] for job in batch], device_clock
-            )
+            prompts, own = [job.prompt for job in batch], [captions[job.path][0] for job in batch]
+            samples = engine.sample(network, decoder, prompts, own, device_clock)
             thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="digests"))
-            for pixels in self._progress(samples, len(pipeline.plan_of(batch[0].prompt)), digests, thread):
+            for pixels in self._progress(samples, len(engine.plan_of(batch[0].prompt)), digests, thread):
                 with host_clock.part("write"):
                     for writer, video in zip(writers, pixels, strict=True):
                         writer.append(video)
@@ -233,8 +240,8 @@ class Worker:
                 "latents_sha256": digest.hexdigest(),
                 "timings": {name: round(seconds, 4) for name, seconds in timings.items()},
                 "batch": len(batch),
-                "memory": _memory(pipeline.device),
-                "machine": _machine(pipeline.device, self.world),
+                "memory": _memory(engine.device),
+                "machine": _machine(engine.device, self.world),
                 "versions": versions(),
             }
             atomic_write_text(job.path.with_suffix(".json"), json.dumps(record, indent=2, ensure_ascii=False) + "\n")

@@ -11,25 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from longsana.encoders.vae import DecodeCache, VideoVAE
-from longsana.runtime.finite import to_host
-
-
-def decode(
-    vae: VideoVAE, latents: Tensor, cache: DecodeCache | None, chunk_frames: int, *, more: bool
-) -> tuple[Tensor, DecodeCache | None]:
-    """Frames of the next latents, (B, 3, F, H, W) in [-1, 1] on the host. more: see `decode_stream`.
-
-    Raises:
-        FloatingPointError: latents or frames are not finite.
-    """
-    frames = []
-    # The batch command's cuts: the first chunk may be long, and the base model's is all of the clip.
-    pieces = latents.split(chunk_frames, dim=2)
-    for index, piece in enumerate(pieces):
-        decoded, cache = vae.decode_stream(piece, cache, more=more or index < len(pieces) - 1)
-        frames.append(to_host(decoded, "video", {"latents": piece, "decoded frames": decoded}))
-    return torch.cat(frames, dim=2), cache
+from longsana.encoders.vae import VideoVAE
 
 
 def as_output(frames: Tensor, output_type: str) -> Any:

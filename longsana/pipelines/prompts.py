@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longsana.data.prompts import PICTURE, SPLIT, check_words, parts_per_chunk
-from longsana.encoders.text import negative_text
+from longsana.encoders.text import CompactEmbedding, compact, negative_text
 from longsana.models.embeddings import TextEmbedding
 from longsana.pipelines.arguments import FLOATS, check_numbers
 from longsana.runtime.errors import InputError
@@ -55,8 +55,8 @@ def negative_texts(prompt: str | Sequence[str | None] | None, count: int) -> lis
 
 def given_embeddings(
     name: str, embeds: Tensor, mask: Tensor | None, *, channels: int, count: int, copies: int, device: torch.device
-) -> list[TextEmbedding]:
-    """Embeddings that a user gives, (1, L, channels) for each of `count` prompts, `copies` times, on `device`.
+) -> list[CompactEmbedding]:
+    """Embeddings that a user gives, of one caption each, for each of `count` prompts, `copies` times.
 
     name: prompt or negative_prompt. embeds: (count, L, channels). mask: (count, L), true where the network may look.
 
@@ -84,7 +84,7 @@ def given_embeddings(
     # What is not seen must not be NaN either, as nothing times it is.
     tokens = embeds.to(device).masked_fill(~seen[..., None], 0)
     check_numbers(f"{name}_embeds", tokens, LARGEST)
-    rows = [TextEmbedding(tokens[row : row + 1], seen[row : row + 1]) for row in range(count)]
+    rows = [compact(TextEmbedding(tokens[row : row + 1], seen[row : row + 1])) for row in range(count)]
     return [row for row in rows for _ in range(copies)]
 
 

@@ -10,7 +10,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, islice, pairwise, repeat
 from typing import Any, NamedTuple
 
@@ -22,20 +21,20 @@ from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan
 from longsana.config import check_chi_prompt
-from longsana.data.prompts import check_words, parts_per_chunk
+from longsana.data.prompts import check_words
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
-from longsana.encoders.text import GemmaTextEncoder, compact, expand, with_motion
+from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, with_motion
 from longsana.encoders.vae import DecodeCache, VideoVAE, kind_of
 from longsana.encoders.vae_files import check_geometry
-from longsana.flow.noise import Noise, PromptNoise
+from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule, uniform_sigmas
 from longsana.flow.solvers import DPMSolver, Euler, Solver
-from longsana.models.embeddings import Text, TextEmbedding
+from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
 from longsana.pipelines import transformer as networks
 from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, PARTS, Numbers, check_finite, refuse_ignored
 from longsana.pipelines.files import check_repository, folder_of
 from longsana.pipelines.noise import batch_noise, check_generator, check_noise, take_seed
-from longsana.pipelines.pictures import as_output, decode, joined
+from longsana.pipelines.pictures import as_output, joined
 from longsana.pipelines.prompts import given_embeddings, in_turn, negative_texts, one_for_each, parts_of, whole
 from longsana.pipelines.transformer import (
     LoraLoaderMixin,
@@ -48,14 +47,16 @@ from longsana.runtime.arguments import TEXT, Flag, Several, Whole, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite, to_host
-from longsana.sampling.sampler import Chunk, StepEnd, generate, sample_clip
+from longsana.sampling.captions import Caption, stacked
+from longsana.sampling.engine import Videos, decode, sample_latents
+from longsana.sampling.sampler import generate
 from longsana.state import CausalState
 from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS
 
 log = logging.get_logger(__name__)
 
-Caption = str | TextEmbedding
-"""Words for the text encoder, or what a user gives in their place."""
+Words = str | CompactEmbedding
+"""What is encoded, or what a user gives in its place."""
 Callback = Callable[[Any, int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 USUAL_FRAMES = 81
 KEPT_DTYPE: Any = object()
@@ -356,7 +357,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         copies = num_videos_per_prompt
         texts = one_for_each(prompt, prompt_embeds, copies)
         check_noise(len(texts), generator, latents, (len(texts), self.geometry.channels, length, *size))
-        wanted: Sequence[Sequence[Caption]]  # the captions of each video, one after another
+        wanted: Sequence[Sequence[Words]]  # the parts of each video's prompt
         if prompt_embeds is None:
             refuse_ignored({"prompt_attention_mask": prompt_attention_mask}, "without prompt_embeds")
             parts = [parts_of(text, len(plan)) if self.distilled else [whole(text)] for text in texts]
@@ -370,7 +371,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             "negative_prompt_embeds": negative_prompt_embeds,
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
         }
-        unwanted: Sequence[Caption] | None = None
+        unwanted: Sequence[Words] | None = None
         if guidance > 1:
             unwanted = self._unwanted(
                 negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, copies, len(texts)
@@ -381,18 +382,26 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self._check_encoder([*everything, *(unwanted or [])])
         # Nothing is refused from here on.
         embedded = iter(self._embedded(everything))
-        captions = self._parts([list(islice(embedded, len(own))) for own in wanted], plan)
-        negative = None if unwanted is None else self._embedded(unwanted, instruction=False)
-        noise = batch_noise(texts, generator, latents)
+        shown = [tuple(islice(embedded, len(own))) for own in wanted]
+        negative = [None] * len(shown) if unwanted is None else self._embedded(unwanted, instruction=False)
+        captions = list(map(Caption, shown, negative))
+        videos = Videos(
+            schedule,
+            plan,
+            (self.geometry.channels, *size),
+            batch_noise(texts, generator, latents),
+            self._execution_device,
+            lambda: self._guidance_scale,
+        )
         steps = schedule.steps if isinstance(schedule, FlowSchedule) else [int(t) for t in schedule.timesteps]
         self._interrupt, self._num_timesteps = False, len(plan) * len(steps)
         self._guidance_scale = guidance
         finished: list[Tensor] = []
         with self.progress_bar(total=self._num_timesteps) as bar:
-            shown = tuple(callback_on_step_end_tensor_inputs)
-            on_step = _Watch(self, steps, self._num_timesteps, callback_on_step_end, shown, bar)
+            given_to_callback = tuple(callback_on_step_end_tensor_inputs)
+            on_step = _Watch(self, steps, self._num_timesteps, callback_on_step_end, given_to_callback, bar)
             try:
-                for chunk in self._chunks(schedule, plan, captions, negative, noise, size, on_step):
+                for chunk in sample_latents(self._passes, captions, videos, on_step=on_step):
                     finished.append(chunk.latents)
             except Interrupted as stop:
                 finished.append(stop.latents)
@@ -402,12 +411,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             require_finite("video", {"latents": result})
         else:
             onload(self.vae)
-            vae, cache = self._vae(latents_per_call), None
-            stretches = []
-            for stretch in finished:
-                pictures, cache = decode(vae, stretch, cache, chunk_frames, more=stretch is not finished[-1])
-                stretches.append(as_output(pictures, output_type))
-            result = joined(stretches)
+            result, _ = self._pictures(self._vae(latents_per_call), finished, None, chunk_frames, output_type)
         self.maybe_free_model_hooks()
         return LongSanaVideoOutput(result) if return_dict else (result,)
 
@@ -506,7 +510,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         )
 
     @torch.no_grad()
-    def _opening(self, prompt: str, motion_score: int | None) -> list[TextEmbedding]:
+    def _opening(self, prompt: str, motion_score: int | None) -> list[CompactEmbedding]:
         """The first prompt's embedding."""
         return self._embedded([self._worded(prompt, motion_score)])
 
@@ -514,7 +518,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     def _stream(
         self,
         prompts: Iterator[str],
-        opening: list[TextEmbedding] | None,
+        opening: list[CompactEmbedding] | None,
         lengths: Iterable[int],
         schedule: FlowSchedule,
         size: tuple[int, int],
@@ -535,9 +539,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             for (length, following), prompt in zip(pairwise(chain(lengths, [0])), prompts, strict=False):
                 if prompt != current or text is None:
                     embedded = opening or self._embedded([self._worded(prompt, motion_score)])
-                    current, opening, text = prompt, None, self._cached(embedded)
+                    current, opening = prompt, None
+                    text = self._passes.cache_caption(stacked(embedded, self._execution_device))
                 (chunk,) = generate(
-                    self._network,
+                    self._passes,
                     schedule,
                     [text],
                     ChunkPlan((length,)),
@@ -547,15 +552,17 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                     state=memory,
                     on_step=_Watch(self, schedule.steps),
                 )
-                memory, frames = chunk.state, chunk.latents
+                memory = chunk.state
+                frames: Any = chunk.latents
                 assert memory is not None
                 if output_type == "latent":
                     require_finite("chunk", {"latents": frames})
                 else:
                     onload(self.vae)
                     vae = vae or self._vae(latents_per_call)
-                    pictures, cache = decode(vae, chunk.latents, cache, chunk_frames, more=following > 0)
-                    frames = as_output(pictures, output_type)
+                    frames, cache = self._pictures(
+                        vae, [chunk.latents], cache, chunk_frames, output_type, more=following > 0
+                    )
                 yield LongSanaVideoChunk(frames, StreamState(memory, cache, seed, prompt, size))
         except Interrupted:
             return
@@ -594,9 +601,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self._check_encoder(wanted)
         if not do_classifier_free_guidance:
             refuse_ignored({"negative_prompt": negative_prompt}, "without do_classifier_free_guidance")
-            return (*_stacked(self._embedded(wanted)), None, None)
+            return (*stacked(self._embedded(wanted), self._execution_device), None, None)
         unwanted = self._unwanted(negative_prompt, None, None, num_videos_per_prompt, len(texts))
-        return (*_stacked(self._embedded(wanted)), *_stacked(self._embedded(unwanted, instruction=False)))
+        both = self._embedded(wanted), self._embedded(unwanted, instruction=False)
+        return tuple(chain.from_iterable(stacked(part, self._execution_device) for part in both))  # type: ignore[return-value]
 
     @plain_defaults()
     def load_lora_weights(self, *arguments: Any, **options: Any) -> None:
@@ -772,38 +780,25 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 )
         return ChunkPlan.split(latents, chunk_frames).lengths
 
-    def _chunks(
+    def _pictures(
         self,
-        schedule: FlowSchedule | Solver,
-        plan: ChunkPlan,
-        captions: Iterator[Text],
-        negative: Sequence[TextEmbedding] | None,
-        noise: Noise,
-        size: tuple[int, int],
-        on_step: StepEnd,
-    ) -> Iterator[Chunk]:
-        """By the sampler that this model has."""
-        device, shape = self._execution_device, (self.geometry.channels, *size)
-        if isinstance(schedule, FlowSchedule):
-            return generate(
-                self._network,
-                schedule,
-                captions,
-                plan,
-                shape=shape,
-                rng=noise,
-                device=device,
-                on_step=on_step,
-            )
-        return sample_clip(
-            self._network,
-            next(captions),
-            None if negative is None else self._cached(negative),
-            solver=schedule,
-            cfg_scale=lambda: self._guidance_scale,
-            noise=noise.draw(0, 0, (shape[0], plan.frames, *size), device),
-            on_step=on_step,
-        )
+        vae: VideoVAE,
+        latents: Sequence[Tensor],
+        cache: DecodeCache | None,
+        chunk_frames: int,
+        output_type: str,
+        *,
+        more: bool = False,
+    ) -> tuple[Any, DecodeCache | None]:
+        """Stretches of latents, one after another, as `LongSanaVideoOutput` describes. more: of latents to come."""
+        # The batch command's cuts: the first chunk may be long, and the base model's is all of the clip.
+        pieces = [piece for stretch in latents for piece in stretch.split(chunk_frames, dim=2)]
+        stretches = []
+        for index, piece in enumerate(pieces, 1):
+            last = index == len(pieces)
+            frames, cache = decode(vae, piece, cache, "video", more=more or not last, finish=lambda frames: frames)
+            stretches.append(as_output(frames, output_type))
+        return joined(stretches), cache
 
     def _worded(self, text: str, motion_score: int | None) -> str:
         """What the text encoder is given for a prompt, or a part of one."""
@@ -817,15 +812,15 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         mask: Tensor | None,
         copies: int,
         count: int,
-    ) -> Sequence[Caption]:
-        """For each of `count` videos the negative caption."""
+    ) -> Sequence[Words]:
+        """The negative prompt of each of `count` videos."""
         if embeds is not None:
             refuse_ignored({"negative_prompt": prompt}, "with negative_prompt_embeds, which take its place")
             return self._given("negative_prompt", embeds, mask, copies, count)
         refuse_ignored({"negative_prompt_attention_mask": mask}, "without negative_prompt_embeds")
         return [text for text in negative_texts(prompt, count // copies) for _ in range(copies)]
 
-    def _given(self, name: str, embeds: Tensor, mask: Tensor | None, copies: int, count: int) -> list[TextEmbedding]:
+    def _given(self, name: str, embeds: Tensor, mask: Tensor | None, copies: int, count: int) -> list[CompactEmbedding]:
         """One of embeddings (B, L, C) that a user gave, for each of `count` videos."""
         return given_embeddings(
             name,
@@ -837,18 +832,18 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             device=self._execution_device,
         )
 
-    def _check_encoder(self, captions: Iterable[Caption]) -> None:
+    def _check_encoder(self, captions: Iterable[Words]) -> None:
         """Refuse words where nothing can read them."""
         if (self.text_encoder is None or self.tokenizer is None) and any(isinstance(one, str) for one in captions):
             raise InputError("prompt: this pipeline has no text encoder; give prompt_embeds instead")
 
-    def _embedded(self, captions: Sequence[Caption], *, instruction: bool = True) -> list[TextEmbedding]:
-        """Captions on the device; words are encoded, equal ones once."""
+    def _embedded(self, captions: Sequence[Words], *, instruction: bool = True) -> list[CompactEmbedding]:
+        """Embeddings of captions; texts are encoded, equal ones once."""
         words = dict.fromkeys(caption for caption in captions if isinstance(caption, str))
         encoded = {text: self._embed(text, instruction=instruction) for text in words}
         return [encoded[caption] if isinstance(caption, str) else caption for caption in captions]
 
-    def _embed(self, text: str, *, instruction: bool = True) -> TextEmbedding:
+    def _embed(self, text: str, *, instruction: bool = True) -> CompactEmbedding:
         onload(self.text_encoder)
         encoder = GemmaTextEncoder.around(
             self.tokenizer,
@@ -860,29 +855,31 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         )
         if surplus := encoder.overflow(text, instruction=instruction):
             log.warning("a prompt is too long by %d tokens; its end is cut off: %s", surplus, text)
-        return expand(compact(encoder.encode(text, instruction=instruction)), self._execution_device)
+        return compact(encoder.encode(text, instruction=instruction))
 
-    def _parts(self, captions: Sequence[Sequence[TextEmbedding]], plan: ChunkPlan) -> Iterator[Text]:
-        """For each chunk the caption of all videos, read once as long as it stays.
+    @property
+    def _passes(self) -> _Passes:
+        return _Passes(self.transformer)
 
-        Raises:
-            InputError: at once: a video has more parts than chunks.
-        """
 
-        @lru_cache(maxsize=1)
-        def text(chosen: tuple[int, ...]) -> Text:
-            return self._cached(parts[part] for parts, part in zip(captions, chosen, strict=True))
+class _Passes(NamedTuple):
+    """A transformer as samplers call it."""
 
-        order = [parts_per_chunk(len(parts), len(plan)) for parts in captions]
-        return map(text, zip(*order, strict=True))
+    transformer: Any
 
-    def _cached(self, embeddings: Iterable[TextEmbedding]) -> Text:
-        return self.transformer.cache_caption(_stacked(embeddings))
+    @property
+    def text_embed(self) -> CaptionEmbedding:
+        embedding: CaptionEmbedding = uncompiled(self.transformer).network.text_embed
+        return embedding
 
-    def _network(
-        self, x: Tensor, t: Tensor, text: Text, *, state: CausalState | None = None
+    def cache_caption(self, text: TextEmbedding) -> Text:
+        cached: Text = self.transformer.cache_caption(text)
+        return cached
+
+    def __call__(
+        self, x: Tensor, t: Tensor, text: Text, *, plan: ChunkPlan | None = None, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
-        """The transformer as samplers call it."""
+        assert plan is None, "chunks come one by one"
         velocity, after = self.transformer(x, text, t, state=state, return_dict=False)
         return velocity, after
 
@@ -936,7 +933,3 @@ def scheduler_shift(scheduler: Any) -> float:
     if "flow_shift" in own:
         return float(scheduler.config["flow_shift"] or BASE.shift)
     return float(scheduler.shift) if "shift" in own else BASE.shift
-
-
-def _stacked(embeddings: Iterable[TextEmbedding]) -> TextEmbedding:
-    return TextEmbedding(*(torch.cat(parts) for parts in zip(*embeddings, strict=True)))

@@ -20,7 +20,6 @@ from longsana.models.embeddings import TextEmbedding, null_embedding
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, locate
-from longsana.sampling.pipeline import resolve_dtype
 from longsana.training.captions import Captions
 from longsana.training.checks import DISTILLED, clip_shape, student_sigmas
 from longsana.training.config import TrainingConfig
@@ -33,7 +32,7 @@ from longsana.training.stages.longsana import LongSana
 from longsana.training.stages.ode import OdeInitialisation
 from longsana.training.stages.self_forcing import SelfForcing
 from longsana.training.stages.stage import MicroBatches, Stage
-from longsana.weights.build import build_model
+from longsana.weights.build import build_model, resolve_dtype
 from longsana.weights.files import PIPELINE_PART, check_digests, weights_file
 
 DROPPED = "flow_matching.dropped_caption=masked_null (null_caption takes what sampling.null_caption names)"

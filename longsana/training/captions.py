@@ -21,7 +21,6 @@ from longsana.encoders.text import (
     CompactEmbedding,
     GemmaTextEncoder,
     compact,
-    expand,
     instruction_text,
     negative_text,
     text_sha256,
@@ -32,8 +31,9 @@ from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.runtime.files import check_writable, write_exclusive
 from longsana.runtime.hub import digests_of
+from longsana.sampling.captions import stacked, text_encoder
 from longsana.sampling.checks import source_digest
-from longsana.sampling.pipeline import VideoPipeline, resolve_dtype
+from longsana.weights.build import resolve_dtype
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +105,7 @@ class Captions:
 
     def _batch(self, texts: Sequence[_Text]) -> TextEmbedding:
         # On the host: filling a mask on the GPU would wait for it, once a caption.
-        expanded = [expand(embedding, "cpu") for embedding in self._source.fetch(texts)]
-        return TextEmbedding(*(to_device(torch.cat(parts), self._device) for parts in zip(*expanded, strict=True)))
+        return TextEmbedding(*(to_device(part, self._device) for part in stacked(self._source.fetch(texts), "cpu")))
 
 
 class _Text(NamedTuple):
@@ -131,7 +130,7 @@ class _Encoder:
         self, config: InferenceConfig, device: torch.device, *, home: torch.device | str, cached: int, together: int
     ) -> None:
         self._open = ExitStack()  # of the encoder, for as long as this lives
-        self._encoder = self._open.enter_context(VideoPipeline(config, device).text_encoder())
+        self._encoder = self._open.enter_context(text_encoder(config, device))
         self._device, self._home = device, torch.device(home)
         self._move(self._home)
         self._cache: OrderedDict[_Text, CompactEmbedding] = OrderedDict()
@@ -203,7 +202,7 @@ class _Files:
         missing = [number for number, path in enumerate(found) if path is None]
         made: dict[int, Path] = {}
         if mine := missing[self._world.rank :: self._world.size]:
-            with VideoPipeline(self._config, self._device).text_encoder() as encoder:
+            with text_encoder(self._config, self._device) as encoder:
                 bar = tqdm(mine, desc="captions", unit="file", disable=None if self._world.is_main else True)
                 for number in bar:
                     embeddings = _encode(encoder, groups[number], self._together)

@@ -27,11 +27,13 @@ from longsana.flow.schedule import uniform_sigmas
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite
+from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.checks import check_weights, source_digest
-from longsana.sampling.pipeline import Caption, VideoPipeline, resolve_dtype
+from longsana.sampling.engine import CaptionedNetwork, Engine, guided_texts
 from longsana.sampling.sampler import trajectory
 from longsana.training.config import OdePairsConfig
 from longsana.training.pairs import USED, kept_steps, teacher_config
+from longsana.weights.build import resolve_dtype
 
 log = logging.getLogger(__name__)
 
@@ -50,15 +52,15 @@ class _Maker:
     """One process's share of the trajectories."""
 
     def __init__(self, config: OdePairsConfig, prompts: Sequence[Prompt], world: World, device: torch.device) -> None:
-        self.pipeline = VideoPipeline(teacher_config(config), device)
+        self.engine = Engine(teacher_config(config), device)
         self.config, self.prompts, self.world, self.device = config, prompts, world, device
         # tqdm's None: no bar where there is no terminal.
         self.no_bar = None if world.is_main else True
         self.keep = kept_steps(config)
         self.grid = uniform_sigmas(config.pairs.shift, config.pairs.num_steps).tolist()
-        self.plan: ChunkPlan = self.pipeline.plan
-        height, width = self.pipeline.geometry.latent_size(config.sampling.height, config.sampling.width)
-        self.shape = (self.pipeline.geometry.channels, height, width)
+        self.plan: ChunkPlan = self.engine.plan
+        height, width = self.engine.geometry.latent_size(config.sampling.height, config.sampling.width)
+        self.shape = (self.engine.geometry.channels, height, width)
 
     def run(self) -> None:
         config = self.config
@@ -83,37 +85,38 @@ class _Maker:
         shards = {number: [self.prompts[row] for row in writer.contents.rows(number)] for number in writer.mine}
         prompts = [prompt for shard in shards.values() for prompt in shard]
         captions = self._encode(prompts)
-        self.pipeline.load_model()
+        network = self.engine.load_network()
         size = self.config.sampling.bs
         with tqdm(total=len(prompts), desc="trajectories", unit="clip", disable=self.no_bar) as bar:
             for number, shard in shards.items():
                 parts = []
                 for batch in (shard[i : i + size] for i in range(0, len(shard), size)):
-                    parts.append(self._sample(batch, [captions[prompt.text] for prompt in batch]))
+                    parts.append(self._sample(network, batch, [captions[prompt.text] for prompt in batch]))
                     bar.update(len(batch))
                 writer.write(number, torch.cat(parts), [prompt.text for prompt in shard])
                 log.info("%s: shard %d, %d trajectories", writer.folder, number, len(shard))
 
     def _encode(self, prompts: Sequence[Prompt]) -> dict[str, Caption]:
         """Captions by text. A method of its own: the encoder is gone when it returns."""
-        with self.pipeline.text_encoder() as encoder:
+        with caption_encoder(self.engine.config, self.device) as encode:
             return {
-                prompt.text: self.pipeline.encode(encoder, prompt)
+                prompt.text: encode(prompt)
                 for prompt in tqdm(prompts, desc="captions", unit="prompt", disable=self.no_bar, leave=False)
             }
 
-    def _sample(self, batch: Sequence[Prompt], captions: Sequence[Caption]) -> Tensor:
+    def _sample(self, network: CaptionedNetwork, batch: Sequence[Prompt], captions: Sequence[Caption]) -> Tensor:
         """(B, S, C, T, H, W), on the host, in pairs.dtype."""
         try:
+            videos = self.engine.videos(batch)
             chunks = trajectory(
-                self.pipeline.model,
-                self.pipeline.captions(captions),
+                network,
+                guided_texts(network, captions, videos),
                 self.plan,
                 sigmas=self.grid,
                 keep=self.keep,
                 cfg_scale=self.config.pairs.cfg_scale,
                 shape=self.shape,
-                rng=self.pipeline.noise(batch),
+                rng=videos.noise,
                 device=self.device,
             )
             states = torch.cat(list(chunks), dim=3).to(DTYPES[self.config.pairs.dtype]).cpu()

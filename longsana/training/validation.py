@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from longsana.data.prompts import Prompt, parts_per_chunk
 from longsana.encoders.geometry import geometry
 from longsana.encoders.vae import VideoVAE
 from longsana.models.dit import LongSanaDiT
-from longsana.runtime.clock import Clock
+from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import naming
 from longsana.runtime.video import VideoWriter
-from longsana.sampling.pipeline import Caption, VideoPipeline
+from longsana.sampling.captions import Caption, caption_encoder
+from longsana.sampling.engine import CaptionedNetwork, Engine
 from longsana.training.checks import validation_prompts
 from longsana.training.config import TrainingConfig
 
@@ -58,7 +59,7 @@ class Report(NamedTuple):
 
 
 class Validation:
-    """Samples the first `val_samples` prompts of a file with the pipeline of inference, at each of `vis_video_lengths`.
+    """Samples the first `val_samples` prompts of a file with the engine of inference, at each of `vis_video_lengths`.
 
     Noise, prompts and captions are the same every time, on any number of processes. Captions are encoded here, each
     process its own, and kept on the host.
@@ -71,22 +72,21 @@ class Validation:
 
     def __init__(self, config: TrainingConfig, folder: Path, device: torch.device | str, world: World) -> None:
         self._folder, self._world = folder, world
-        self._pipelines = {length: _pipeline(config, length, device) for length in config.validation.vis_video_lengths}
+        self._engines = {length: _engine(config, length, device) for length in config.validation.vis_video_lengths}
         prompts = validation_prompts(config)
-        for length, pipeline in self._pipelines.items():
+        for length, engine in self._engines.items():
             for prompt in prompts:
                 try:
-                    parts_per_chunk(len(prompt.parts), len(pipeline.plan))
+                    parts_per_chunk(len(prompt.parts), len(engine.plan))
                 except InputError as error:
                     raise InputError(f"validation.vis_video_lengths={length}: line {prompt.line}: {error}") from error
         self._count = len(prompts)
         # Prompts in turn, and the first ones again until every process has as many: under FSDP all of them must take
         # part in every forward pass.
         turns = range(world.rank, -(-self._count // world.size) * world.size, world.size)
-        pipeline = VideoPipeline(config, device)
-        with pipeline.text_encoder() as encoder:
+        with caption_encoder(config, torch.device(device)) as encode:
             self._mine = [
-                _Sample(turn, prompt, pipeline.encode(encoder, prompt))
+                _Sample(turn, prompt, encode(prompt))
                 for turn, prompt in ((turn, prompts[turn % self._count]) for turn in turns)
             ]
 
@@ -106,15 +106,14 @@ class Validation:
         folder = self._folder / "vis" / f"step_{step:07d}"
         folder.mkdir(parents=True, exist_ok=True)
         measured: list[_Measured] = []
-        for length, pipeline in self._pipelines.items():
-            pipeline.model, pipeline.vae = model, vae
+        for length, engine in self._engines.items():
             for sample in self._mine:
                 if stop is not None and stop():
                     return None
                 name = f"step_{step:07d}_rank_{self._world.rank}_sample_{sample.turn}_len_{length}.mp4"
                 path = folder / name if sample.turn < self._count else None
                 # One at a time: training fills the memory.
-                probe = _sample(pipeline, sample, path)
+                probe = _sample(engine, InTraining(model), vae, sample, path)
                 if path is not None:
                     measured.append(_Measured(length, sample.turn, path, probe))
         # In one order: sums must not depend on who made what.
@@ -129,7 +128,7 @@ class Validation:
                     *(step, broken, len(everyone)),
                 )
         metrics = {}
-        for length in self._pipelines:
+        for length in self._engines:
             probes = [one.probe for one in whole if one.length == length and one.probe is not None]
             for name, values in zip(Probe._fields, zip(*probes, strict=True), strict=False):
                 metrics[f"probe_{name}_len_{length}"] = sum(values) / len(values)
@@ -153,14 +152,35 @@ class _Measured(NamedTuple):
     probe: Probe | None
 
 
-def _pipeline(config: TrainingConfig, length: int, device: torch.device | str) -> VideoPipeline:
+class InTraining:
+    """A network in training. Its captions are not cached: sharded weights are whole in its passes alone."""
+
+    def __init__(self, model: LongSanaDiT) -> None:
+        self._model = model
+
+    @property
+    def text_embed(self) -> CaptionEmbedding:
+        return self._model.text_embed
+
+    def cache_caption(self, text: TextEmbedding) -> Text:
+        return text
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self._model(*inputs, **options)
+
+
+def _engine(config: TrainingConfig, length: int, device: torch.device | str) -> Engine:
     frames = geometry(config.vae).pixel_frames(length)
-    return VideoPipeline(replace(config, sampling=replace(config.sampling, num_frames=frames)), device)
+    # Weights that change, and may be sharded, are not those that a graph has recorded.
+    sampling = replace(config.sampling, num_frames=frames, cuda_graphs=False)
+    return Engine(replace(config, sampling=sampling), device)
 
 
-def _sample(pipeline: VideoPipeline, sample: _Sample, path: Path | None) -> Probe | None:
+def _sample(
+    engine: Engine, network: CaptionedNetwork, decoder: VideoVAE, sample: _Sample, path: Path | None
+) -> Probe | None:
     """Make one video, write it unless `path` is None, and measure it; None, and no file, if it is not finite."""
-    config, meter = pipeline.config, Meter()
+    config, meter = engine.config, Meter()
     try:
         with naming(path), ExitStack() as stack:
             writer = None
@@ -175,7 +195,7 @@ def _sample(pipeline: VideoPipeline, sample: _Sample, path: Path | None) -> Prob
                     )
                 )
             # To the end: under FSDP the others wait for this process in each of their forward passes.
-            for frames in pipeline.sample([sample.prompt], [sample.caption], Clock(), to_the_end=True):
+            for frames in engine.sample(network, decoder, [sample.prompt], [sample.caption], to_the_end=True):
                 meter.add(frames.pixels)
                 if writer is not None:
                     writer.append(frames.pixels[0])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from longsana.config import Architecture, ModelConfig
+from longsana.config import Architecture, Dtype, ModelConfig
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.arguments import Number, Whole, settled
 from longsana.runtime.defaults import plain_defaults
@@ -21,6 +21,14 @@ from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS, chosen_past, writte
 from longsana.weights.network import load_weights, written_config
 
 log = logging.getLogger(__name__)
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The dtype that a setting asks for on this device; see `Dtype`."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    resolved: torch.dtype = getattr(torch, dtype)
+    return resolved
 
 
 @plain_defaults()

@@ -19,7 +19,8 @@ from longsana.config import ModelConfig
 from longsana.encoders.text import GemmaTextEncoder
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.hub import file_sha256
-from longsana.sampling.pipeline import VideoPipeline
+from longsana.sampling.captions import CaptionEncoder
+from longsana.sampling.engine import Engine
 from longsana.sampling.sampler import generate
 from longsana.weights.network import save_checkpoint
 
@@ -88,9 +89,9 @@ def test_a_batch_makes_the_same_videos(
         return spy
 
     path = prompts("a red circle", "a blue square")
-    monkeypatch.setattr("longsana.sampling.pipeline.generate", keep("alone"))
+    monkeypatch.setattr("longsana.sampling.engine.generate", keep("alone"))
     assert command("--txt_file", path, "--dataset", "alone") == 0
-    monkeypatch.setattr("longsana.sampling.pipeline.generate", keep("together"))
+    monkeypatch.setattr("longsana.sampling.engine.generate", keep("together"))
     assert command("--txt_file", path, "--dataset", "together", "--bs", "2") == 0
     alone = torch.cat([torch.cat(kept["alone"][:2], 2), torch.cat(kept["alone"][2:], 2)])
     torch.testing.assert_close(torch.cat(kept["together"], 2), alone, rtol=1e-3, atol=1e-4)
@@ -104,11 +105,11 @@ def test_finished_videos_are_skipped_by_what_they_are(
     assert command("--txt_file", path) == 0
     before = {video.name: video.stat().st_mtime_ns for video in videos.iterdir()}
 
-    def refuse(_: VideoPipeline) -> None:
+    def refuse(_: Engine) -> None:
         raise AssertionError("nothing is left to make")
 
     with monkeypatch.context() as patch:
-        patch.setattr(VideoPipeline, "load", refuse)
+        patch.setattr(Engine, "load", refuse)
         assert command("--txt_file", path) == 0
         # At another place in the file it is still the same video.
         assert command("--txt_file", prompts("", "a blue square", "a red circle", name="moved.txt")) == 0
@@ -151,14 +152,14 @@ def test_a_failing_prompt_does_not_stop_the_others(
 def test_a_prompt_that_cannot_be_encoded_does_not_stop_the_others(
     command: Command, prompts: Prompts, videos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = VideoPipeline.encode
+    encode = CaptionEncoder.__call__
 
-    def refuse_blue(self: VideoPipeline, encoder: Any, prompt: Any) -> Any:
+    def refuse_blue(self: CaptionEncoder, prompt: Any) -> Any:
         if "blue" in prompt.text:
             raise RuntimeError("no blue")
-        return encode(self, encoder, prompt)
+        return encode(self, prompt)
 
-    monkeypatch.setattr(VideoPipeline, "encode", refuse_blue)
+    monkeypatch.setattr(CaptionEncoder, "__call__", refuse_blue)
     assert command("--txt_file", prompts("a red circle", "a blue square", "a green star")) == 1
     assert_whole(videos, 2)
 
@@ -217,19 +218,19 @@ def test_the_text_encoder_is_gone_before_the_network_comes(
     command: Command, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoders: list[weakref.ref[torch.nn.Module]] = []
-    load_encoder, load = GemmaTextEncoder.load, VideoPipeline.load
+    load_encoder, load = GemmaTextEncoder.load, Engine.load
 
     def keep_track(*args: Any, **options: Any) -> GemmaTextEncoder:
         encoder = load_encoder(*args, **options)
         encoders.append(weakref.ref(encoder.model))
         return encoder
 
-    def check(self: VideoPipeline) -> None:
+    def check(self: Engine) -> Any:
         assert [encoder() for encoder in encoders] == [None]
-        load(self)
+        return load(self)
 
     monkeypatch.setattr(GemmaTextEncoder, "load", keep_track)
-    monkeypatch.setattr(VideoPipeline, "load", check)
+    monkeypatch.setattr(Engine, "load", check)
     assert command("--txt_file", prompts("a red circle")) == 0
 
 
@@ -246,7 +247,7 @@ def test_split_changes_the_text_and_keeps_the_state(
             assert chunk.state.frames == chunk.start + chunk.latents.shape[2]
             yield chunk
 
-    monkeypatch.setattr("longsana.sampling.pipeline.generate", spy)
+    monkeypatch.setattr("longsana.sampling.engine.generate", spy)
     # One noise for all: only the text differs.
     monkeypatch.setattr("longsana.flow.noise.PromptNoise.draw", _same_noise)
     for name, line in {"a": "a red circle", "b": "a blue square", "ab": "a red circle<split>a blue square"}.items():
@@ -376,7 +377,7 @@ def test_host_memory_does_not_grow_with_length(
     """The pixels alone of the last 200 frames would be 3.7 MB, as floats four times that."""
     malloc_trim = ctypes.CDLL("libc.so.6").malloc_trim
     rss: list[int] = []
-    sample = VideoPipeline.sample
+    sample = Engine.sample
 
     def spy(*args: Any, **options: Any) -> Any:
         for frames in sample(*args, **options):
@@ -384,7 +385,7 @@ def test_host_memory_does_not_grow_with_length(
             malloc_trim(0)  # or what was freed before would hide what is kept now
             rss.append(psutil.Process().memory_info().rss)
 
-    monkeypatch.setattr(VideoPipeline, "sample", spy)
+    monkeypatch.setattr(Engine, "sample", spy)
     long = ["--num_frames", "441", "--height", "64", "--width", "96", "--sampling.chunk_frames", "10"]
     assert command("--txt_file", prompts("a red circle"), *long) == 0
     assert len(rss) == 12  # the first chunk, of 11 latents, is decoded in two pieces

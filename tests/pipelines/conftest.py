@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from longsana.pipelines.video import LongSanaVideoPipeline
-from longsana.sampling.pipeline import VideoPipeline
+from longsana.sampling.captions import caption_encoder
+from longsana.sampling.engine import Engine
 from tests.pipelines.repository import BASE, around, quiet, shapes_repository
 from tests.sampling.test_ltx2 import small_720p
 
@@ -41,8 +42,7 @@ def pipe(distilled_folder: Path) -> LongSanaVideoPipeline:
 def looking_ahead(tmp_path_factory: pytest.TempPathFactory) -> LongSanaVideoPipeline:
     """A decoder that looks 8 latents ahead."""
     folder = tmp_path_factory.mktemp("ahead")
-    batch = VideoPipeline(small_720p(folder, decoder_causal=False), "cpu")
-    with batch.text_encoder() as encoder:
-        tokenizer, text_encoder = encoder.tokenizer, encoder.model
-    batch.load()
-    return around(batch, tokenizer, text_encoder, folder)
+    engine = Engine(small_720p(folder, decoder_causal=False), "cpu")
+    with caption_encoder(engine.config, engine.device) as encode:
+        encoder = encode.encoder
+    return around(*engine.load(), encoder, folder)

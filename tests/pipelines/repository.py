@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from longsana.config import InferenceConfig, ModelConfig, load_config
+from longsana.encoders.text import GemmaTextEncoder
+from longsana.encoders.vae import VideoVAE
+from longsana.models.dit import LongSanaDiT
 from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel
 from longsana.pipelines.video import LongSanaVideoPipeline
-from longsana.sampling.pipeline import VideoPipeline
 from longsana.weights.network import read_weights, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -83,18 +85,18 @@ def quiet(folder: Path, **options: Any) -> LongSanaVideoPipeline:
     return pipe
 
 
-def around(batch: VideoPipeline, tokenizer: object, text_encoder: Any, folder: Path) -> LongSanaVideoPipeline:
+def around(network: LongSanaDiT, decoder: VideoVAE, encoder: GemmaTextEncoder, folder: Path) -> LongSanaVideoPipeline:
     """A pipeline of the batch command's parts."""
-    save_checkpoint(batch.model.state_dict(), folder / "transformer", "diffusers", batch.model.config)
+    save_checkpoint(network.state_dict(), folder / "transformer", "diffusers", network.config)
     transformer = SanaVideoCausalTransformer3DModel.from_pretrained(folder / "transformer")
     pipe = LongSanaVideoPipeline(
-        batch.vae.model,
+        decoder.model,
         transformer,
-        tokenizer,
-        text_encoder,
+        encoder.tokenizer,
+        encoder.model,
         caption_length=48,
         chi_prompt="none",
-        softcap=batch.config.text_encoder.softcap,
+        softcap=False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

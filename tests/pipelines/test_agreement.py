@@ -13,23 +13,22 @@ from torch import Tensor
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.pipelines.video import LongSanaVideoPipeline
-from longsana.runtime.clock import Clock
-from longsana.sampling.pipeline import Frames, VideoPipeline
+from longsana.sampling.captions import caption_encoder
+from longsana.sampling.engine import Engine, Frames
 from tests.pipelines.repository import OTHER, PROMPT, SIZE, around, quiet, shapes_config
 from tests.sampling.test_ltx2 import small_720p
 
 
 def batch_command(config: InferenceConfig, *texts: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Latents and pictures of a batch of lines of a prompt file."""
-    pipeline = VideoPipeline(config, device)
+    engine = Engine(config, device)
     prompts = [
         Prompt(line, text, tuple(part.strip() for part in text.split("<split>")), texts[:line].count(text), 32, 48)
         for line, text in enumerate(texts)
     ]
-    with pipeline.text_encoder() as encoder:
-        captions = [pipeline.encode(encoder, prompt) for prompt in prompts]
-    pipeline.load()
-    frames: list[Frames] = list(pipeline.sample(prompts, captions, Clock()))
+    with caption_encoder(engine.config, engine.device) as encode:
+        captions = [encode(prompt) for prompt in prompts]
+    frames: list[Frames] = list(engine.sample(*engine.load(), prompts, captions))
     return torch.cat([f.latents for f in frames], dim=2), torch.cat([f.pixels for f in frames], dim=1)
 
 
@@ -156,13 +155,12 @@ def test_base_is_that_of_diffusers(
 def test_720p(tmp_path: Path) -> None:
     """Its VAE has other strides, and one latent is one patch."""
     config = small_720p(tmp_path)
-    batch = VideoPipeline(config, "cpu")
-    with batch.text_encoder() as encoder:
-        caption = batch.encode(encoder, Prompt(1, PROMPT, (PROMPT,), 0, 64, 96))
-        tokenizer, text_encoder = encoder.tokenizer, encoder.model
-    batch.load()
-    frames = list(batch.sample([Prompt(1, PROMPT, (PROMPT,), 0, 64, 96)], [caption], Clock()))
-    pipe = around(batch, tokenizer, text_encoder, tmp_path)
+    engine, prompt = Engine(config, "cpu"), Prompt(1, PROMPT, (PROMPT,), 0, 64, 96)
+    with caption_encoder(engine.config, engine.device) as encode:
+        caption, encoder = encode(prompt), encode.encoder
+    network, decoder = engine.load()
+    frames = list(engine.sample(network, decoder, [prompt], [caption]))
+    pipe = around(network, decoder, encoder, tmp_path)
     own = pipe(
         PROMPT, height=64, width=96, num_frames=41,
         chunk_frames=2, latents_per_call=config.vae.latents_per_call, output_type="np",

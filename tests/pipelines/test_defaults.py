@@ -14,9 +14,9 @@ from torch import Tensor
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.pipelines.video import LongSanaVideoPipeline
-from longsana.runtime.clock import Clock
 from longsana.runtime.defaults import plain_defaults
-from longsana.sampling.pipeline import VideoPipeline
+from longsana.sampling.captions import caption_encoder
+from longsana.sampling.engine import Engine
 from longsana.training.validation import Meter
 from tests.pipelines.repository import PROMPT, SIZE, quiet, shapes_config
 from tests.pipelines.test_lora import lora
@@ -90,12 +90,11 @@ def test_a_lora(distilled_folder: Path, what: torch.dtype | str) -> None:
 
 def made(config: InferenceConfig) -> list[Tensor]:
     """Latents and pixels, as the batch command makes them, and what validation measures on them."""
-    pipeline, prompt, meter = VideoPipeline(config, "cpu"), Prompt(1, PROMPT, (PROMPT,), 0, 32, 48), Meter()
-    with pipeline.text_encoder() as encoder:
-        caption = pipeline.encode(encoder, prompt)
-    pipeline.load()
+    engine, prompt, meter = Engine(config, "cpu"), Prompt(1, PROMPT, (PROMPT,), 0, 32, 48), Meter()
+    with caption_encoder(engine.config, engine.device) as encode:
+        caption = encode(prompt)
     results: list[Tensor] = []
-    for frames in pipeline.sample([prompt], [caption], Clock()):
+    for frames in engine.sample(*engine.load(), [prompt], [caption]):
         results += [frames.latents, frames.pixels]
         meter.add(frames.pixels)
     return [*results, torch.tensor(meter.result(), dtype=torch.float64, device="cpu")]

@@ -24,7 +24,7 @@ from longsana.encoders.text import GemmaTextEncoder
 from longsana.encoders.vae import load_vae
 from longsana.runtime.arguments import TEXT, Callback, Flag, Number, OneOf, Rule, Several, Whole, checked, settled
 from longsana.runtime.errors import InputError
-from longsana.sampling.pipeline import VideoPipeline
+from longsana.sampling.engine import Engine
 from longsana.training.config import TrainingConfig
 from longsana.weights.build import build_model
 
@@ -136,7 +136,7 @@ Changes = dict[str, Any]
 def test_a_pipeline_of_nonsense(section: str, changes: Changes, message: str) -> None:
     config = dataclasses.replace(InferenceConfig(), **{section: dataclasses.replace(SECTIONS[section], **changes)})
     with pytest.raises(InputError) as refusal:
-        VideoPipeline(config, "cpu")
+        Engine(config, "cpu")
     assert message in str(refusal.value)
 
 
@@ -146,9 +146,9 @@ SECTIONS: dict[str, Any] = {name: getattr(InferenceConfig(), name) for name in I
 def test_a_pipeline_of_no_config() -> None:
     for nonsense in (None, {}, InferenceConfig, "config.yaml"):
         with pytest.raises(InputError, match=r"^config=.*: must be a config"):
-            VideoPipeline(nonsense, "cpu")  # type: ignore[arg-type]
+            Engine(nonsense, "cpu")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"^sampling=.*: must be a SamplingConfig"):
-        VideoPipeline(InferenceConfig(sampling=VAEConfig()), "cpu")  # type: ignore[arg-type]
+        Engine(InferenceConfig(sampling=VAEConfig()), "cpu")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import torch
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
-from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
+from longsana.sampling.captions import caption_encoder
 from longsana.sampling.checks import check_config
-from longsana.sampling.pipeline import VideoPipeline
+from longsana.sampling.engine import Engine
 from tests.encoders.test_ltx2 import SMALL
 from tests.scripts import load_script
 
@@ -44,17 +44,17 @@ def small_720p(folder: Path, **vae: Any) -> InferenceConfig:
 def test_a_video_chunk_by_chunk(causal: bool, tmp_path: Path) -> None:
     config = small_720p(tmp_path, decoder_causal=causal)
     check_config(config)
-    pipeline = VideoPipeline(config, "cpu")
+    engine = Engine(config, "cpu")
     prompt = Prompt(1, TEXT, (TEXT,), 0, 64, 96)
-    with pipeline.text_encoder() as encoder:
-        caption = pipeline.encode(encoder, prompt)
-    pipeline.load()
-    pieces = list(pipeline.sample([prompt], [caption], Clock()))
+    with caption_encoder(engine.config, engine.device) as encode:
+        caption = encode(prompt)
+    network, decoder = engine.load()
+    pieces = list(engine.sample(network, decoder, [prompt], [caption]))
     # One that looks 8 latents ahead gives all of this short video at its end.
     assert [piece.pixels.shape[1] for piece in pieces] == ([9, 16, 16] if causal else [0, 0, 41])
     latents = torch.cat([piece.latents for piece in pieces], dim=2)
     assert latents.shape == (1, 128, 6, 2, 3)
-    whole = pipeline.vae.to_uint8(pipeline.vae.decode(latents))
+    whole = decoder.to_uint8(decoder.decode(latents))
     pixels = torch.cat([piece.pixels for piece in pieces], dim=1)
     assert (pixels.int() - whole.int()).abs().max() <= 1
     assert pixels.float().std() > 10

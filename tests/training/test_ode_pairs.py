@@ -23,8 +23,10 @@ from longsana.data.trajectories import PUBLISHED_SIGMAS, Trajectories
 from longsana.encoders.text import GemmaTextEncoder
 from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import uniform_sigmas
+from longsana.models.dit import LongSanaDiT
 from longsana.runtime.errors import InputError
-from longsana.sampling.pipeline import VideoPipeline
+from longsana.sampling.captions import caption_encoder
+from longsana.sampling.engine import Engine, guided_texts
 from longsana.sampling.sampler import sample_chunks
 from longsana.training.config import OdePairsConfig
 from longsana.training.pairs import kept_steps, teacher_config
@@ -89,18 +91,18 @@ def test_states_lead_from_the_prompts_noise_to_what_inference_samples(
 
     small = [f"{name[2:]}={value}" for name, value in zip(SMALL[2::2], SMALL[3::2], strict=True)]
     config = pairs_config(*small, *causal)
-    pipeline = VideoPipeline(teacher_config(config), "cpu")
-    assert pipeline.plan.lengths == (3, 2)
+    engine = Engine(teacher_config(config), "cpu")
+    assert engine.plan.lengths == (3, 2)
     prompt = Prompt(1, DISTINCT[1], (DISTINCT[1],), 0, 32, 48)
-    with pipeline.text_encoder() as encoder:
-        caption = pipeline.encode(encoder, prompt)
+    with caption_encoder(engine.config, engine.device) as encode:
+        caption = encode(prompt)
     assert caption.negative is None
-    pipeline.load()
+    network = engine.load_network()
     noise = PromptNoise(0, [(DISTINCT[1], 0)])
     chunks = sample_chunks(
-        pipeline.model,
-        pipeline.captions([caption]),
-        pipeline.plan,
+        network,
+        guided_texts(network, [caption], engine.videos([prompt])),
+        engine.plan,
         sigmas=uniform_sigmas(8.0, config.pairs.num_steps).tolist(),
         interval=1.0,
         cfg_scale=config.pairs.cfg_scale,
@@ -146,13 +148,13 @@ def test_the_same_again_samples_nothing(
     command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alive: list[bool] = []
-    load_model = VideoPipeline.load_model
+    load_network = Engine.load_network
 
-    def watched(pipeline: VideoPipeline) -> None:
+    def watched(engine: Engine) -> LongSanaDiT:
         alive.append(any(type(thing) is GemmaTextEncoder for thing in gc.get_objects()))
-        load_model(pipeline)
+        return load_network(engine)
 
-    monkeypatch.setattr(VideoPipeline, "load_model", watched)
+    monkeypatch.setattr(Engine, "load_network", watched)
     assert command("--end_index", "2") == 0
     assert alive == [False], "the text encoder is gone before the network comes"
     before = content(tmp_path / "out")
@@ -252,14 +254,15 @@ def test_the_manifest_tells_what_made_it(command: Callable[..., int], tmp_path: 
 def test_states_that_are_not_finite_stop_it(
     command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load_model = VideoPipeline.load_model
+    load_network = Engine.load_network
 
-    def broken(pipeline: VideoPipeline) -> None:
-        load_model(pipeline)
+    def broken(engine: Engine) -> LongSanaDiT:
+        network = load_network(engine)
         with torch.no_grad():
-            pipeline.model.final.linear.bias.fill_(float("inf"))
+            network.final.linear.bias.fill_(float("inf"))
+        return network
 
-    monkeypatch.setattr(VideoPipeline, "load_model", broken)
+    monkeypatch.setattr(Engine, "load_network", broken)
     assert command() == 1
     assert re.search(r"^failed: line 1: states in \w+ are not finite", capsys.readouterr().err, re.MULTILINE)
     assert not list((tmp_path / "out").glob("shard-*"))

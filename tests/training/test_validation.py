@@ -20,12 +20,12 @@ from longsana.config import save_config
 from longsana.data.prompts import read_prompts
 from longsana.encoders.vae import WanVAE
 from longsana.models.dit import LongSanaDiT
-from longsana.runtime.clock import Clock
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.sampling.pipeline import VideoPipeline
+from longsana.sampling.captions import caption_encoder
+from longsana.sampling.engine import Engine
 from longsana.training.config import TrainingConfig
-from longsana.training.validation import Meter, Report, Validation, contrast, motion, saturation
+from longsana.training.validation import InTraining, Meter, Report, Validation, contrast, motion, saturation
 from longsana.weights.build import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -146,13 +146,12 @@ def frames_of(path: Path) -> Tensor:
 def pictures(config: TrainingConfig, length: int, model: LongSanaDiT, vae: WanVAE) -> list[Tensor]:
     """(1, F, H, W, 3) of each probe, by the parts of inference."""
     sampling = dataclasses.replace(config.sampling, num_frames=4 * length - 3)
-    pipeline = VideoPipeline(dataclasses.replace(config, sampling=sampling), "cpu")
-    pipeline.model, pipeline.vae = model, vae
+    engine = Engine(dataclasses.replace(config, sampling=sampling), "cpu")
     prompts = read_prompts(config.validation.val_data_path, height=32, width=48, aspect_ratio_type="none")[:3]
-    with pipeline.text_encoder() as encoder:
-        captions = [pipeline.encode(encoder, prompt) for prompt in prompts]
+    with caption_encoder(engine.config, engine.device) as encode:
+        captions = [encode(prompt) for prompt in prompts]
     return [
-        torch.cat([frames.pixels for frames in pipeline.sample([prompt], [caption], Clock())], dim=1)
+        torch.cat([frames.pixels for frames in engine.sample(InTraining(model), vae, [prompt], [caption])], dim=1)
         for prompt, caption in zip(prompts, captions, strict=True)
     ]
 
@@ -239,15 +238,15 @@ def test_numbers_that_are_not_finite(
 def test_one_broken_video_does_not_spoil_the_others(
     alone: Validation, report: Report, model: LongSanaDiT, vae: WanVAE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sample = VideoPipeline.sample
+    sample = Engine.sample
 
-    def spoiled(self: VideoPipeline, prompts: Any, captions: Any, clock: Clock, **options: Any) -> Any:
-        for frames in sample(self, prompts, captions, clock, **options):
+    def spoiled(self: Engine, network: Any, decoder: Any, prompts: Any, captions: Any, **options: Any) -> Any:
+        for frames in sample(self, network, decoder, prompts, captions, **options):
             yield frames
             if self.plan.frames == 2 and prompts[0].line == 2:
                 raise FloatingPointError("planted")
 
-    monkeypatch.setattr(VideoPipeline, "sample", spoiled)
+    monkeypatch.setattr(Engine, "sample", spoiled)
     found = alone.run(43, model, vae)
     assert found is not None and found.broken == 1
     names = [path.name.replace("step_0000040", "step_0000043") for path in report.videos]

@@ -1,0 +1,307 @@
+"""From captions to frames: one engine for the batch command, validation, scores and the diffusers pipeline.
+
+Network and decoder are arguments, as a video's state is: `Engine` holds settings alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+from longsana.config import InferenceConfig
+from longsana.data.prompts import Prompt, parts_per_chunk
+from longsana.encoders.geometry import geometry
+from longsana.encoders.vae import DecodeCache, VideoVAE, load_vae
+from longsana.flow.noise import Noise, PromptNoise
+from longsana.flow.schedule import FlowSchedule, euler_sigmas
+from longsana.flow.solvers import DPMSolver, Euler, Solver
+from longsana.models.dit import LongSanaDiT
+from longsana.models.embeddings import Captioned, Text, TextEmbedding, null_embedding
+from longsana.models.float8 import to_float8
+from longsana.ops import backend
+from longsana.runtime.arguments import settled
+from longsana.runtime.clock import Clock
+from longsana.runtime.errors import InputError
+from longsana.runtime.finite import to_host
+from longsana.sampling.captions import Caption, stacked
+from longsana.sampling.checks import DISTILLED, DPM, WHOLE_CLIP, blame, check_config, chunk_plan
+from longsana.sampling.graphs import ReplayedNetwork
+from longsana.sampling.sampler import (
+    Chunk,
+    ChunkedNetwork,
+    Network,
+    StepEnd,
+    generate,
+    go_on,
+    sample_chunks,
+    sample_clip,
+)
+from longsana.weights.build import build_model, resolve_dtype
+
+
+class CaptionedNetwork(ChunkedNetwork, Captioned, Protocol):
+    """What the engine needs of a network: its passes, and what it makes of a caption ahead of them."""
+
+    def cache_caption(self, text: TextEmbedding) -> Text: ...
+
+
+class Staggered(NamedTuple):
+    """The block-causal base model's method: chunks that begin while those before them are in progress.
+
+    sigmas, interval: see `sample_chunks`.
+    """
+
+    sigmas: tuple[float, ...]
+    interval: float
+
+
+@dataclass(frozen=True)
+class Videos:
+    """How the videos of a batch are sampled, apart from their captions.
+
+    method: of the distilled model, chunk by chunk (FlowSchedule); of a whole clip (Solver); of staggered chunks.
+    plan: the chunks of each video.
+    shape: (C, H, W) of a latent frame.
+    noise: where all of their noise comes from.
+    cfg_scale: of guidance, asked for at each step if it is a function; not used where there is no negative caption.
+    recorded: the distilled model's passes are replayed as CUDA graphs (see `ReplayedNetwork`); it is on a GPU.
+    null_caption: guidance leads away from the checkpoint's own null caption, and not from the captions' negative ones.
+    """
+
+    method: FlowSchedule | Solver | Staggered
+    plan: ChunkPlan
+    shape: tuple[int, int, int]
+    noise: Noise
+    device: torch.device
+    cfg_scale: float | Callable[[], float] = 1.0
+    recorded: bool = False
+    null_caption: bool = False
+
+
+class Frames(NamedTuple):
+    """A finished stretch of the videos of a batch.
+
+    chunk: its index in the video, from 0.
+    latents: (B, C, T, H, W), float32, on the device.
+    pixels: (B, F, H, W, 3), uint8, on the host; those that are settled, if the decoder looks into the future.
+    """
+
+    chunk: int
+    latents: Tensor
+    pixels: Tensor
+
+
+class Engine:
+    """Samples videos as a config says.
+
+    Text first: the text encoder (`longsana.sampling.captions`) is best gone before `load` brings the rest.
+
+    config: with values of the types that it names.
+    geometry: of the VAE's latents.
+    plan: the chunks of a video whose prompt says no length of its own.
+
+    Raises:
+        InputError: a setting has another type, or no video can be made with it; see `check_config`.
+    """
+
+    def __init__(self, config: InferenceConfig, device: torch.device | str) -> None:
+        self.config = settled(config)
+        check_config(self.config)
+        self.device = torch.device(device)
+        self.geometry = geometry(self.config.vae)
+        self.plan = chunk_plan(self.config)
+
+    def load(self) -> tuple[LongSanaDiT, VideoVAE]:
+        """The network and the decoder that the config names.
+
+        Raises:
+            InputError: files are missing or do not fit; the message names the setting.
+        """
+        network, config = self.load_network(), self.config.vae
+        with blame("vae.vae_pretrained"):
+            return network, load_vae(config, self.device, resolve_dtype(config.weight_dtype, self.device))
+
+    def load_network(self) -> LongSanaDiT:
+        """The network alone, for those who need latents and no pictures. Raises: see `load`."""
+        config = self.config
+        network = build_model(
+            config.model, device=self.device, dtype=resolve_dtype(config.model.dtype, self.device)
+        ).requires_grad_(False)
+        if config.model.float8:
+            try:
+                to_float8(network)
+            except ValueError as error:
+                raise InputError(f"model.float8=true: {error}") from error
+        if self.device.type == "cuda" and backend() == "triton":
+            network.optimize_layout()
+        if config.sampling.cfg_scale != 1 and config.sampling.null_caption == "learned":
+            try:
+                null_embedding(network, 1)
+            except ValueError as error:
+                raise InputError(
+                    f"sampling.null_caption=learned: {config.model.load_from}: {error}; "
+                    "use sampling.null_caption=negative_prompt"
+                ) from error
+        return network
+
+    def plan_of(self, prompt: Prompt) -> ChunkPlan:
+        """The chunks of this prompt's video."""
+        return self.plan if prompt.frames is None else chunk_plan(self.config, prompt.frames)
+
+    def videos(self, prompts: Sequence[Prompt]) -> Videos:
+        """Describe a batch of videos, of one size and length."""
+        sampling, first = self.config.sampling, prompts[0]
+        keys = [("", 0) if sampling.unified_noise else (prompt.text, prompt.repetition) for prompt in prompts]
+        seeds = [sampling.seed if prompt.seed is None else prompt.seed for prompt in prompts]
+        return Videos(
+            self._method(),
+            self.plan_of(first),
+            (self.geometry.channels, *self.geometry.latent_size(first.height, first.width)),
+            PromptNoise(seeds, keys),
+            self.device,
+            sampling.cfg_scale,
+            recorded=sampling.cuda_graphs and self.device.type == "cuda",
+            null_caption=sampling.cfg_scale != 1 and sampling.null_caption == "learned",
+        )
+
+    def sample(
+        self,
+        network: CaptionedNetwork,
+        decoder: VideoVAE,
+        prompts: Sequence[Prompt],
+        captions: Sequence[Caption],
+        clock: Clock | None = None,
+        *,
+        to_the_end: bool = False,
+    ) -> Iterator[Frames]:
+        """See the function `sample`. prompts: of one size and length, one for each caption."""
+        videos, frames = self.videos(prompts), self.config.sampling.chunk_frames
+        return sample(network, decoder, captions, videos, frames_per_call=frames, clock=clock, to_the_end=to_the_end)
+
+    def _method(self) -> FlowSchedule | Solver | Staggered:
+        scheduler = self.config.scheduler
+        shift, steps = scheduler.inference_flow_shift, scheduler.num_inference_steps
+        if scheduler.sampling_algo == DISTILLED:
+            return FlowSchedule(shift, scheduler.denoising_step_list, scheduler.bf16_timesteps)
+        if scheduler.sampling_algo in WHOLE_CLIP:
+            return (DPMSolver if scheduler.sampling_algo == DPM else Euler.shifted)(shift, steps)
+        return Staggered(tuple(euler_sigmas(shift, steps).tolist()), scheduler.interval_k)
+
+
+@torch.no_grad()
+def sample(
+    network: CaptionedNetwork,
+    decoder: VideoVAE,
+    captions: Sequence[Caption],
+    videos: Videos,
+    *,
+    frames_per_call: int,
+    clock: Clock | None = None,
+    to_the_end: bool = False,
+) -> Iterator[Frames]:
+    """Frames of a batch of videos, one for each caption, stretch by stretch.
+
+    frames_per_call: latent frames that are decoded at once.
+    clock: is told the time of the parts "denoise", "absorb" and "decode".
+    to_the_end: after numbers that are not finite nothing is given, but all passes of the network are made before that
+        is raised, since other processes may take part in them.
+
+    Raises:
+        FloatingPointError: latents or decoded frames are not finite.
+    """
+    clock, cache, left = clock or Clock(videos.device), None, videos.plan.frames
+    chunks = sample_latents(network, captions, videos, clock=clock)
+    try:
+        for chunk in chunks:
+            # Memory grows with what is decoded at once, and the base model's clip is one chunk.
+            for latents in chunk.latents.split(frames_per_call, dim=2):
+                left -= latents.shape[2]
+                with clock.part("decode"):
+                    pixels, cache = decode(decoder, latents, cache, f"chunk {chunk.index}", more=left > 0)
+                yield Frames(chunk.index, latents, pixels)
+    except FloatingPointError:
+        if to_the_end:
+            for _ in chunks:
+                pass
+        raise
+
+
+def sample_latents(
+    network: CaptionedNetwork,
+    captions: Sequence[Caption],
+    videos: Videos,
+    *,
+    clock: Clock | None = None,
+    on_step: StepEnd = go_on,
+) -> Iterator[Chunk]:
+    """Latents of a batch of videos, one for each caption, chunk by chunk.
+
+    on_step: see `StepEnd`; staggered chunks have none.
+    """
+    clock, method, plan = clock or Clock(videos.device), videos.method, videos.plan
+    where: dict[str, Any] = {"shape": videos.shape, "rng": videos.noise, "device": videos.device, "clock": clock}
+    if isinstance(method, FlowSchedule):
+        parts = [parts_per_chunk(len(caption.parts), len(plan)) for caption in captions]
+
+        @lru_cache(maxsize=1)  # most videos have one prompt
+        def text(chosen: tuple[int, ...]) -> Text:
+            with clock.part("denoise"):
+                shown = [caption.parts[part] for caption, part in zip(captions, chosen, strict=True)]
+                return network.cache_caption(stacked(shown, videos.device))
+
+        passes: Network = network
+        if videos.recorded:
+            assert isinstance(network, LongSanaDiT)
+            passes = ReplayedNetwork(network)
+        return generate(passes, method, map(text, zip(*parts, strict=True)), plan, on_step=on_step, **where)
+    with clock.part("denoise"):
+        texts = guided_texts(network, captions, videos)
+    if isinstance(method, Staggered):
+        assert on_step is go_on and not callable(videos.cfg_scale)
+        return sample_chunks(network, texts, plan, **method._asdict(), cfg_scale=videos.cfg_scale, **where)
+    channels, *size = videos.shape
+    return sample_clip(
+        network,
+        *(texts if len(texts) > 1 else (*texts, None)),
+        solver=method,
+        cfg_scale=videos.cfg_scale,
+        noise=videos.noise.draw(0, 0, (channels, plan.frames, *size), videos.device),
+        clock=clock,
+        on_step=on_step,
+    )
+
+
+def guided_texts(network: CaptionedNetwork, captions: Sequence[Caption], videos: Videos) -> list[Text]:
+    """The captions' first parts as a batch, and with guidance the negative ones, as the network's passes take them."""
+    texts = [stacked([caption.parts[0] for caption in captions], videos.device)]
+    if videos.null_caption:
+        texts.append(null_embedding(network, len(captions)))
+    elif negatives := [caption.negative for caption in captions if caption.negative is not None]:
+        texts.append(stacked(negatives, videos.device))
+    return [network.cache_caption(text) for text in texts]
+
+
+def decode(
+    decoder: VideoVAE,
+    latents: Tensor,
+    cache: DecodeCache | None,
+    name: str,
+    *,
+    more: bool,
+    finish: Callable[[Tensor], Tensor] = VideoVAE.to_uint8,
+) -> tuple[Tensor, DecodeCache]:
+    """What `finish` makes of the frames of the next latents (B, C, T, H, W), on the host, and the cache after them.
+
+    cache, more: see `VideoVAE.decode_stream`. name: of the stretch, in errors. finish: of (B, 3, F, h, w), float32.
+
+    Raises:
+        FloatingPointError: latents or decoded frames are not finite.
+    """
+    decoded, cache = decoder.decode_stream(latents, cache, more=more)
+    return to_host(finish(decoded), name, {"latents": latents, "decoded frames": decoded}), cache
