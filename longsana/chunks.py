@@ -1,4 +1,4 @@
-"""How a clip of latent frames is cut into chunks."""
+"""The division of a clip of latent frames into chunks."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """What is sampled, when nothing else is said."""
+    """Sampling: what is made when nothing else is said."""
 
     txt_file: str = "asset/samples/video_prompts_samples.txt"
     num_frames: int = bounded(81, 1, 10**9)  # pixel frames
@@ -159,7 +159,7 @@ class SamplingConfig:
 
     @property
     def has_negative_prompt(self) -> bool:
-        """Whether guidance moves away from the negative prompt: not from nothing, nor from a learned null caption."""
+        """True where guidance leads away from the negative prompt, and not from nothing or a learned null caption."""
         return self.cfg_scale != 1 and self.null_caption == "negative_prompt"
 
 
@@ -302,7 +302,7 @@ class _Layer:
 
 
 def _layers(path: Path, schema: type, command: _Layer) -> list[_Layer]:
-    """What a YAML, those that it refers to and the command line say, the weakest first."""
+    """List the layers of settings, the weakest first: those of a YAML, of files it refers to, of the command line."""
     kinds = _kinds(schema)
     own = _Layer(str(path), read_yaml(path, kinds), path.parent)
     files = [own, command]
@@ -504,7 +504,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def _unknown(key: str, known: Iterable[str], names: Iterable[str]) -> str:
-    """What to say of a key that is none, and what may have been meant."""
+    """Say that a key is none, and what may have been meant."""
     inside = sorted(name for name in known if name.startswith(f"{key}."))
     if inside:
         return f"{key} is a section; set one of {', '.join(inside)}"

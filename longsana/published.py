@@ -24,7 +24,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Context:
-    """What a rule may look at.
+    """The context of a rule: what it may look at.
 
     given: every key of the config's files and the command line, theirs and ours, the last value of each; and below
     them the settings of the model YAMLs that a stage YAML names. layer: the keys of the file, or of the command line,
@@ -40,7 +40,7 @@ class Context:
         return default if value is None else value
 
     def beside(self, *keys: str) -> bool:
-        """Whether the layer gives one of these keys a value."""
+        """Tell whether the layer gives one of these keys a value."""
         return any(self.layer.get(key) is not None for key in keys)
 
 
@@ -50,7 +50,7 @@ Rule = Callable[[str, Any, Context], Settings]
 
 @dataclass(frozen=True)
 class Published:
-    """What a config class knows of the published code.
+    """The rules by which a config class reads keys of the published code.
 
     rules: what becomes of published keys. sections: those whose other keys, in a file, change nothing. references: keys
     that name model YAMLs, in the order in which they are taken, what is taken of the settings in each, and the key that
@@ -76,7 +76,7 @@ class Refused(Exception):
 
 @dataclass
 class Translation:
-    """What became of a layer's keys: settings of ours, published keys that change nothing here, and complaints."""
+    """The translation of a layer's keys: settings of ours, published keys that change nothing here, and complaints."""
 
     settings: Settings = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the network remembers of a video: one value of constant size, whatever the length.
+"""The state, all that the network remembers of a video: one value of constant size, whatever the length.
 
 Nothing is stored on a module. `forward` takes a state and returns the next one; the caller keeps it or drops it.
 NamedTuples, because FSDP and checkpoint hooks walk outputs as pytrees.
@@ -29,7 +29,7 @@ FRAMES = Whole(0, 10**9)
 
 
 class LayerState(NamedTuple):
-    """What one block remembers.
+    """The memory of one block.
 
     W entries of sums: that of the first chunks, if there are sinks; then the sum of all others, decayed or not, or with
     a window an entry for each of its chunks, the oldest first.
@@ -45,7 +45,7 @@ class LayerState(NamedTuple):
 
 
 class CausalState(NamedTuple):
-    """What all blocks remember, layers first, and where the video is.
+    """The memory of all blocks, layers first, and where the video is.
 
     frames: latent frames absorbed so far.
     sinks: chunks that the sinks' entry holds so far, at most `num_sink_blocks`; 0 without sinks.
@@ -92,7 +92,7 @@ class CausalState(NamedTuple):
 
     @classmethod
     def stack(cls, layers: Sequence[LayerState], frames: int, sinks: int = 0) -> CausalState:
-        """What the blocks remember, one after the other, as one value."""
+        """Join the memories of the blocks, one after the other, to one value."""
         kv, k_sum, tail = (torch.stack(parts) for parts in zip(*layers, strict=True))
         return cls(kv, k_sum, tail, frames, sinks)
 

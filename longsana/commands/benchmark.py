@@ -1,4 +1,4 @@
-"""What a video costs on this machine: one prompt to one mp4, part by part.
+"""Measure what a video costs on this machine: one prompt to one mp4, part by part.
 
     python inference_video_scripts/benchmark.py --num_frames 961                # the small default
     python inference_video_scripts/benchmark.py --config=configs/... --model_path=... --num_frames 961 --out full.json

@@ -30,7 +30,7 @@ log = logging.getLogger("longsana")
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for."""
+    """Read the command line."""
 
     videos: list[Path]
     out: Path

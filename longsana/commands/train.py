@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for, checked as far as it can be without loading anything large."""
+    """Read the command line, and check it as far as that goes without loading anything large."""
 
     config: TrainingConfig
     options: argparse.Namespace

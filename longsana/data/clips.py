@@ -133,7 +133,7 @@ def _together(clips: Sequence[Clip]) -> Batch:
 
 
 class Strides(Protocol):
-    """How many pixels a latent is."""
+    """Return the pixels that a latent stands for."""
 
     @property
     def space_stride(self) -> int: ...
@@ -144,7 +144,7 @@ class Strides(Protocol):
 
 
 class Encoder(Protocol):
-    """What makes latents of pictures."""
+    """A maker of latents from pictures."""
 
     device: torch.device
 
@@ -170,7 +170,7 @@ def remembered_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
 
 
 def turning_scene(seed: int, index: int, size: tuple[int, int], draw: Draw = any_scene) -> Scene:
-    """In three of four scenes a shape bounces or orbits, what a base model is slowest to learn; the fourth is any.
+    """Choose a scene: in three of four a shape bounces or orbits, what a base model is slowest to learn; else any.
 
     More of these shapes begin near one point of their way than elsewhere. A network knows places from the edges of the
     picture alone, and of an unknown place the sense of an orbit says nothing: all orbits taken together look alike in

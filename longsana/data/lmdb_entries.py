@@ -47,7 +47,7 @@ def stored_shape(given: bytes) -> tuple[int, ...]:
 
 
 def problem_of(folder: Path) -> str | None:
-    """What is wrong with the LMDB in a folder, or None, in words to follow its path; asks another process.
+    """Ask another process what is wrong with the LMDB in a folder: words to follow its path, or None.
 
     Raises:
         OSError: that process could not be started.
@@ -99,7 +99,7 @@ def _meta(head: bytes, start: int) -> _Meta | None:
 
 
 def look(folder: str) -> str | None:
-    """What is wrong, in this process."""
+    """Find what is wrong, in this process."""
     import lmdb
 
     try:

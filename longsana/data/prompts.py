@@ -175,7 +175,7 @@ def check_words(text: str, where: str) -> None:
 
 
 def parts_per_chunk(parts: int, chunks: int) -> list[int]:
-    """For each chunk of a video, which of its prompt's parts (from 0) it shows: even stretches, in order.
+    """Assign to each chunk of a video the part of its prompt (from 0) that it shows: even stretches, in order.
 
     Raises:
         InputError: there are more parts than chunks.
@@ -382,7 +382,7 @@ def _take_flag(line: str, where: str) -> tuple[str, float | None]:
 
 
 def _is_flag(name: str, where: str) -> bool:
-    """Whether `--name` is a size flag; words that are not even like one are text."""
+    """Tell whether `--name` is a size flag; words that are not even like one are text."""
     if name in FLAGS:
         return True
     if similar := nearest(name.lower(), FLAGS):

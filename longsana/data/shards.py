@@ -36,7 +36,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder is to hold.
+    """The description of what a folder is to hold.
 
     kind: what an item is, such as "trajectories".
     made_by: all that decides the values, name to value, as JSON has it.
@@ -67,7 +67,7 @@ class Contents:
         return parsed
 
     def differences(self, other: Contents) -> list[str]:
-        """Where `other` has another value, as `name=own (there: other)`."""
+        """List where `other` has another value, as `name=own (there: other)`."""
         own, there = ({**c.as_json(), **c.as_json()["made_by"]} for c in (self, other))
         names = [name for name in {**own, **there} if name != "made_by"]
         return [
@@ -235,7 +235,7 @@ def shard_name(number: int) -> str:
 
 
 def read_manifest(folder: Path) -> tuple[Contents, list[Shard] | None]:
-    """What the folder holds, and its shards, or None while they are being made.
+    """Read what the folder holds, and its shards; None while they are being made.
 
     Raises:
         InputError: there is no manifest, or it cannot be read.

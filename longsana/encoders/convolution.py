@@ -1,4 +1,4 @@
-"""What the decoders share: channels-last convolutions over buffers, and what they remember from call to call.
+"""Parts that the decoders share: channels-last convolutions over buffers, and their memory from call to call.
 
 Activations are (B, T, H, W, C) in memory, what convolutions call channels-last: permuting costs nothing. What goes into
 a convolution is a buffer with a border that the operation before it writes straight into.
@@ -101,11 +101,12 @@ def mirror_border(buffer: Tensor) -> None:
 
 
 def biases_come_late(x: Tensor) -> bool:
-    """Whether what reads a convolution's result adds its bias: see ops/decoder.py. oneDNN adds it at no cost."""
+    """Tell whether what reads a convolution's result adds its bias: see ops/decoder.py. oneDNN adds it at no cost."""
     return x.is_cuda
 
 
 def conv3d(layer: Layer, x: Tensor, *, bias: bool = True) -> Tensor:
+    """Convolve x (B, T, H, W, C), with its padding, to (B, T', H', W', C'). bias: False leaves the layer's out."""
     added = layer.bias if bias else None
     if getattr(layer, "paired", None) is not None and x.shape[3] % 2 == 0:
         pairs = x.unflatten(3, (-1, 2)).flatten(4)
@@ -121,7 +122,7 @@ def conv3d(layer: Layer, x: Tensor, *, bias: bool = True) -> Tensor:
 
 
 def enlarged(layer: Layer, x: Tensor, *, bias: bool = True) -> Tensor:
-    """See `enlarge`: (N, 2 H, 2 W, C') of pictures (N, H, W, C)."""
+    """Enlarge pictures (N, H, W, C) to (N, 2 H, 2 W, C'); see `enlarge`."""
     added = layer.bias if bias else None
     with _same_each_time():
         y = F.conv_transpose2d(x.permute(0, 3, 1, 2), layer.enlarging, added, stride=2, padding=1)

@@ -1,4 +1,4 @@
-"""How pixels become latents: counts and sizes of a VAE, for code that does not need its weights."""
+"""Counts and sizes of a VAE's latents, for code that does not need its weights."""
 
 from __future__ import annotations
 

@@ -58,12 +58,12 @@ class VAEFiles(NamedTuple):
     original: bool
 
     def name(self, name: str) -> str:
-        """What the file calls the tensor that diffusers calls `name`."""
+        """Translate diffusers' name of a tensor to the file's."""
         return wan_original_name(name) if self.original else name
 
 
 def open_vae(source: str, path: Path, class_name: str, *, headers_only: bool = False) -> VAEFiles:
-    """What `source` (vae.vae_pretrained), which lies at `path`, means: a diffusers folder, or Wan's original file.
+    """Tell what `source` (vae.vae_pretrained) at `path` is: a diffusers folder, or Wan's original file.
 
     Raises:
         InputError: there is no config, another class's, or no weights to be chosen; or a file is damaged.
@@ -199,7 +199,7 @@ def check_text_encoder(folder: Path, caption_channels: int, *, seeded: bool) -> 
 
 
 def check_text_folder(folder: Path, caption_channels: int) -> dict[str, Any]:
-    """What the config.json of a text encoder's folder says.
+    """Read the config.json of a text encoder's folder.
 
     Raises:
         InputError: it is none of a Gemma 2 of this width, or there is no tokenizer.

@@ -64,7 +64,7 @@ STRIDES = {"spatial": (1, 2), "temporal": (2, 1), "spatiotemporal": (2, 2), "con
 
 
 class Misfit(NamedTuple):
-    """What of a checkpoint is not what its network needs: names, and texts that begin with one."""
+    """The report of what in a checkpoint is not what its network needs: names, and texts that begin with one."""
 
     missing: list[str]
     unknown: list[str]

@@ -84,7 +84,7 @@ def decode(
 
 
 class _Step(Memory):
-    """See `decode`. seen: frames that the layer at hand was given in earlier calls; ahead: 1 if not causal."""
+    """One pass of `decode`. seen: frames that the layer at hand was given in earlier calls; ahead: 1 if not causal."""
 
     def __init__(self, features: tuple[Tensor, ...] | None, *, seen: int, ahead: int, last: bool) -> None:
         super().__init__(features)

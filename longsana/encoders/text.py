@@ -154,20 +154,20 @@ class GemmaTextEncoder:
         return TextEmbedding(tokens, torch.cat([mask[:, :1], mask[:, tail:]], dim=1).bool())
 
     def overflow(self, prompt: str, *, instruction: bool = True) -> int:
-        """How many tokens `encode` cuts from the end of this prompt; 0 if it fits."""
+        """Count the tokens that `encode` cuts from the end of this prompt; 0 if it fits."""
         prefix, length = self._frame(instruction)
         # Not `encode`, which warns about texts beyond the model's limit: the caller's warning says more.
         return max(0, len(self.tokenizer(prefix + prompt, verbose=False)["input_ids"]) - length)
 
     def _frame(self, instruction: bool) -> tuple[str, int]:
-        """What stands before the prompt, and the length of both in tokens."""
+        """Return what stands before the prompt, and the length of both in tokens."""
         if instruction and self.instruction:
             return self.instruction, self._instructed_length
         return "", self.caption_length
 
 
 class CompactEmbedding(NamedTuple):
-    """What is worth keeping of a TextEmbedding, on the host.
+    """The part of a TextEmbedding that is worth keeping, on the host.
 
     tokens: (n, C), the rows whose mask is True, of all captions in order.
     mask: (B, L), bool.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class DecodeCache(NamedTuple):
-    """What the decoder remembers: the last two input frames of each convolution over time, (B, C, 2, H, W) each, and
+    """The decoder's memory: the last two input frames of each convolution over time, (B, C, 2, H, W) each, and
     what waits for the future, if it looks there.
 
     One size for a video of any length. A value: it may be decoded from any number of times.
@@ -123,7 +123,7 @@ class VideoVAE(ABC):
 
     @property
     def ahead(self) -> int:
-        """See `ahead_of`."""
+        """Latents that this decoder looks ahead; see `ahead_of`."""
         return self.ahead_of(self.model)
 
     @torch.no_grad()
@@ -179,7 +179,7 @@ class VideoVAE(ABC):
 
     @torch.no_grad()
     def decode_end(self, cache: DecodeCache) -> tuple[Tensor, DecodeCache]:
-        """The frames that wait for latents that will not come, as from `decode_stream`, and the cache of the end.
+        """The frames (B, 3, F, H, W) that wait for latents that will not come, as from `decode_stream`, and the cache.
 
         Raises:
             ValueError: the decoder does not look ahead, so that nothing waits, or the video has ended already.

@@ -76,7 +76,7 @@ class _Step(Memory):
         return y.unflatten(0, (x.shape[0], -1)), conv.bias if late else None
 
     def padded(self, x: Tensor, border: int) -> Tensor:
-        """What a causal convolution reads, without its own padding: (B, 2 + T, H + 2 border, W + 2 border, C)."""
+        """The input of a causal convolution, without its own padding: (B, 2 + T, H + 2 border, W + 2 border, C)."""
         buffer, frames = self._buffer(x, border)
         copy_into(x, frames[:, 2:])
         self.remember(frames[:, -2:])

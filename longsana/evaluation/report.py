@@ -33,7 +33,7 @@ Curves = Mapping[str, Sequence[float | None]]
 
 
 def examine(video: Video, device: torch.device) -> dict[str, Any]:
-    """All figures of one video, read in pieces: "row" for the table, "scores" by length, and "curves" by second.
+    """Measure one video, read in pieces: "row" for the table, "scores" by length, and "curves" by second.
 
     "velocity": of each colour that is seen, x (to the right) and y (down) in pixels a frame, by second.
     """

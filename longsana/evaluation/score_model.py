@@ -1,4 +1,4 @@
-"""What a model of the shapes world can do: many prompts, several seeds, and scores by the length of the video."""
+"""Scores of a model of the shapes world: many prompts, several seeds, by the length of the video."""
 
 from __future__ import annotations
 

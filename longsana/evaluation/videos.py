@@ -57,7 +57,7 @@ def find_videos(folder: Path) -> list[Path]:
 
 
 def describe(path: Path) -> Video:
-    """What the sidecar beside an mp4 says of it.
+    """Read what the sidecar beside an mp4 says of it.
 
     Raises:
         InputError: there is one, and it cannot be read.

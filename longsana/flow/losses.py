@@ -54,7 +54,7 @@ def dmd_loss(x: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def guided(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """cond + scale (cond - uncond): classifier-free guidance whose usual weight is scale + 1."""
+    """Guide (B, C, T, H, W) by cond + scale (cond - uncond): classifier-free guidance of the usual weight scale + 1."""
     return _wide(cond) + scale * (_wide(cond) - _wide(uncond))
 
 

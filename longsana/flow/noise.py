@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Noise(Protocol):
-    """Where a sampler's noise comes from."""
+    """A source of a sampler's noise."""
 
     def draw(self, start: int, step: int, shape: Sequence[int], device: torch.device | str) -> Tensor:
         """(B, *shape), float32, for denoising step `step` of the chunk whose first latent frame is `start`."""
@@ -50,7 +50,7 @@ def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torc
 
 
 def to_device(values: Tensor, device: torch.device | str) -> Tensor:
-    """Without waiting for the GPU."""
+    """Copy a tensor of any shape and dtype to a device, without waiting for a GPU."""
     if torch.device(device).type == "cuda" and values.device.type == "cpu":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)

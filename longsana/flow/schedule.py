@@ -60,15 +60,16 @@ class FlowSchedule:
         return ((1 - sigma) * x0 + sigma * noise).to(x0.dtype)
 
     def to_x0(self, x: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-        """x0 = x_t - sigma v, computed in float64, in x's dtype."""
+        """x0 = x_t - sigma v, (B, C, T, H, W) like x and v, computed in float64, in x's dtype. t: (B,) or (B, T)."""
         return (x - per_frame(self.sigma(t), x) * velocity).to(x.dtype)
 
     def to_velocity(self, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-        """v = (x_t - x0) / sigma, computed in float64, in x's dtype."""
+        """v = (x_t - x0) / sigma, (B, C, T, H, W) like both, computed in float64, in x's dtype. t: (B,) or (B, T)."""
         return ((x - x0) / per_frame(self.sigma(t), x)).to(x.dtype)
 
 
 def shift_sigma(u: Tensor, shift: float) -> Tensor:
+    """Shift noise levels u in [0, 1], of any shape, towards 1: shift u / (1 + (shift - 1) u)."""
     return shift * u / (1 + (shift - 1) * u)
 
 

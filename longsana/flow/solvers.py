@@ -1,4 +1,4 @@
-"""How many-step samplers go from noise to a clean video along the network's velocity."""
+"""Solvers of many-step samplers: from noise to a clean video along the network's velocity."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Euler:
         return cls(euler_sigmas(shift, steps).tolist())
 
     def step(self, index: int, velocity: Tensor, x: Tensor) -> Tensor:
+        """x (B, C, T, H, W) after step `index`, from 0, along a velocity of its shape."""
         return x + (self.sigmas[index + 1] - self.sigmas[index]) * velocity
 
 
@@ -90,6 +91,7 @@ class DPMSolver:
 
     @plain_defaults()
     def step(self, index: int, velocity: Tensor, x: Tensor) -> Tensor:
+        """x (B, C, T, H, W) after step `index`, from 0; steps are taken in order, each from what the last returned."""
         if index == 0:
             with _quiet():
                 self._scheduler.set_timesteps(self._steps)  # forgets the video before

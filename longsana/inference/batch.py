@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Outcome(NamedTuple):
-    """What came of all videos. skipped: those that were there. disk: what a disk failed at, after which no more were
+    """The outcome of all videos. skipped: those that were there. disk: what a disk failed at, after which no more were
     made, or None."""
 
     written: int

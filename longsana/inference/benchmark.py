@@ -1,4 +1,4 @@
-"""What a video costs, part by part: one prompt to one mp4 in this process, first cold and then warm."""
+"""A benchmark, part by part: one prompt to one mp4 in this process, first cold and then warm."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def memory(device: torch.device) -> dict[str, int]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What it runs on; of a GPU also clocks (MHz), watts and driver, as they are at this moment."""
+    """Describe the machine; a GPU also by its clocks (MHz), watts and driver, as they are at this moment."""
     found: dict[str, Any] = {"device": _processor(), "threads": torch.get_num_threads(), "cores": psutil.cpu_count()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

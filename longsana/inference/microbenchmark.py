@@ -1,4 +1,4 @@
-"""What parts cost on this machine: operations against their floor, the network and the decoder against peers."""
+"""Microbenchmarks: operations against this machine's floor, the network and the decoder against peers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ T_STEP = 727.0
 
 
 class Ceilings(NamedTuple):
-    """What this machine reaches: bytes a second of a copy, read and write; operations a second of a square product."""
+    """This machine's ceilings: bytes a second of a copy, read and write; operations a second of a square product."""
 
     bytes: float
     operations: float
@@ -67,7 +67,7 @@ class Case(NamedTuple):
     written: int | None = None
 
     def outputs(self, operation: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        """What the operation makes of inputs: what it returns, or writes."""
+        """Run the operation on inputs and return what it returns, or writes."""
         returned = operation(*inputs, **self.settings)
         if self.written is not None:
             returned = inputs[self.written]
@@ -271,7 +271,7 @@ def measure_passes(loaded: Loaded, size: tuple[int, int]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_float8(loaded: Loaded, size: tuple[int, int]) -> dict[str, float]:
-    """What `model.float8` does to the network, not compiled, which is left in float8.
+    """Measure what `model.float8` does to the network, not compiled, which is left in float8.
 
     Relative errors of products, each given what it gets in a pass: the largest of all blocks. Of the latents of three
     chunks, each after those before it. And ms of a pass.
@@ -313,12 +313,13 @@ def measure_float8(loaded: Loaded, size: tuple[int, int]) -> dict[str, float]:
 
 
 def relative_error(given: Tensor, exact: Tensor) -> float:
+    """|given - exact| / |exact|, Euclidean norms of tensors of one shape."""
     return float((given.float() - exact.float()).norm() / exact.float().norm())
 
 
 @torch.no_grad()
 def measure_profile(loaded: Loaded, size: tuple[int, int]) -> dict[str, Any]:
-    """Where the time of a chunk goes: ms of each kernel (on a CPU, of each operation) in a forward and in a decode.
+    """Profile a chunk: ms of each kernel (on a CPU, of each operation) in a forward and in a decode.
 
     Longest first, all calls of a name together, and the mean of some passes: in the first after a pause a GPU's clock
     is higher. "idle": how much longer the same takes when it is not profiled than all of a GPU's kernels together, 0 if

@@ -1,4 +1,4 @@
-"""What a finished video is, so that it is made once: the sidecar beside every mp4."""
+"""The sidecar beside every mp4, by which a finished video is known and made once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def video_name(prompt: Prompt) -> str:
 
 
 def source_digests(config: InferenceConfig) -> dict[str, str]:
-    """What the weights of each part are, by section; see `source_digest`."""
+    """Digest the weights of each part, by section; see `source_digest`."""
     return {section: source_digest(config, section) for section in SOURCES}
 
 
@@ -74,7 +74,7 @@ def fingerprint(
 
 
 def is_finished(video: Path, fingerprint: str) -> bool:
-    """Whether the video is there, whole, and the one of this fingerprint."""
+    """Tell whether the video is there, whole, and the one of this fingerprint."""
     try:
         record = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
         return bool(record["fingerprint"] == fingerprint and record["bytes"] == video.stat().st_size)

@@ -1,4 +1,4 @@
-"""What one process does with its share of a batch of videos."""
+"""The work of one process on its share of a batch of videos."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Worker:
         time.sleep(PAUSE)
 
     def _is_there(self, job: Job, bar: Any) -> bool:
-        """Whether another command has made the video since the jobs were planned."""
+        """Tell whether another command has made the video since the jobs were planned."""
         if not is_finished(job.path, job.record["fingerprint"]):
             return False
         self.skipped += 1

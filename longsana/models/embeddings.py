@@ -1,4 +1,4 @@
-"""What the blocks are given: the latents as tokens, the time, and the text."""
+"""Embeddings, which the blocks are given: the latents as tokens, the time, and the text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TextEmbedding(NamedTuple):
 
 
 class TextMemory(NamedTuple):
-    """What a network's blocks have made of a `TextEmbedding`: see `LongSanaDiT.read`.
+    """Keys and values that a network's blocks have made of a `TextEmbedding`: see `LongSanaDiT.cache_caption`.
 
     layers: of each block, keys and values (B, heads, L, d).
     mask: (B, L); None if all tokens may be looked at.

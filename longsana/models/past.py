@@ -1,4 +1,4 @@
-"""How much of the chunks before attention keeps: all of it, a window, or sums that decay; and beside these, sinks.
+"""The past that attention keeps: all chunks, a window, or sums that decay; and beside these, sinks.
 
 Chunk c reads sum_i w_ic S_i, where S_i are the sums over the tokens of chunk i, of n_i latent frames, and
 
@@ -48,7 +48,7 @@ class Reach(NamedTuple):
 
 @dataclass(frozen=True)
 class Past:
-    """What attention keeps of the chunks before.
+    """The past that attention keeps of the chunks before.
 
     window: chunks that a chunk sees besides its own and the sinks; -1 is all.
     decay: g; or of the first and the last head; or learned, one for each block and head; None is 1.

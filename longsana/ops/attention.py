@@ -371,7 +371,7 @@ def _sums(
 
 
 def _strides(part: Tensor) -> tuple[int, int]:
-    """From clip to clip and token to token of (B, N, heads, d), whose heads lie side by side."""
+    """Return the strides from clip to clip and token to token of (B, N, heads, d), whose heads lie side by side."""
     assert part.stride(3) == 1 and part.stride(2) == part.shape[3], part.stride()
     clip, token, *_ = part.stride()
     assert part.shape[1] * token < 2**31, "offsets within a clip have 32 bits"

@@ -1,4 +1,4 @@
-"""What lies between a decoder's convolutions, each as one pass over memory.
+"""Operations between a decoder's convolutions, each as one pass over memory.
 
 cuDNN adds a bias in a pass of its own, so what reads a convolution's result adds it here.
 """
@@ -24,7 +24,7 @@ def _own(pixels, channels: tl.constexpr, block_pixels: tl.constexpr, block_chann
 
 @triton.jit
 def _place(pixel, frames, height, width, stride_batch, stride_frame, stride_row, stride_pixel):
-    """Where pixel number `pixel` of (batch, frame, row, column) lies. A buffer may have more than 2**31 elements."""
+    """Locate pixel number `pixel` of (batch, frame, row, column). A buffer may have more than 2**31 elements."""
     row = pixel // width
     frame = row // height
     return (
@@ -74,6 +74,7 @@ def _norm_silu(
 
 
 def norm_silu_into(x: Tensor, gamma: Tensor | None, out: Tensor, bias: Tensor | None = None, eps: float = 0.0) -> None:
+    """Fuse `reference.norm_silu_into`: x (B, T, H, W, C) to out, a view of this shape with any strides but of C."""
     batch, frames, height, width, channels = x.shape
     assert x.is_contiguous() and (gamma is None or gamma.is_contiguous()), "channels last, without gaps"
     assert out.shape == x.shape and out.stride(4) == 1, (out.shape, out.stride())
@@ -109,6 +110,7 @@ def _add_shortcut(
 
 
 def add_shortcut(x: Tensor, shortcut: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Fuse `reference.add_shortcut`: x, shortcut (..., C), bias (C,); the sum is x's memory."""
     assert x.is_contiguous() and shortcut.is_contiguous() and x.shape == shortcut.shape, "channels last, without gaps"
     channels = x.shape[-1]
     pixels, sizes = x.numel() // channels, _block(channels)
@@ -144,6 +146,7 @@ def _copy(
 
 
 def copy_into(x: Tensor, out: Tensor) -> None:
+    """Fuse `reference.copy_into`: x (B, T, H, W, C) to out, views with any strides but of C."""
     batch, frames, height, width, channels = x.shape
     assert out.shape == x.shape, (x.shape, out.shape)
     assert x.stride(4) == out.stride(4) == 1, "channels are neighbours"

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs."""
+"""The choice of the implementation of each operation."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def backend() -> Literal["triton", "reference"]:
 
 
 def can_fuse() -> bool:
-    """Whether the fused operations run here."""
+    """Tell whether the fused operations run here."""
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return False
     own: int = getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin")  # noqa: B009 (not in stubs)
@@ -94,7 +94,7 @@ def _wants_gradients(inputs: Any) -> bool:
 
 
 def shares(count: int, others: int, *, programs: int, step: int = 1) -> tuple[int, int]:
-    """How many programs part `count` things, where each has `others` beside it, and how many each takes.
+    """Divide `count` things, with `others` beside each, among programs: how many there are, and how many each takes.
 
     About `programs` in all; shares are multiples of step.
     """

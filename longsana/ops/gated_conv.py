@@ -268,6 +268,7 @@ def _to_float(row, COLUMNS: tl.constexpr):
 
 
 def gated_conv(x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
+    """Fuse `reference.gated_conv`: x (..., S, 2 I), S = size[0] * size[1], to (..., S, I), in x's dtype."""
     assert x.shape[-2] == size[0] * size[1], (x.shape, size)
     out: Tensor = _GatedConv.apply(x, weight, bias, size)
     return out

@@ -1,4 +1,4 @@
-"""What happens to every token on its own, in one pass over memory each: norms, modulation, residuals (Triton).
+"""Operations on every token by itself, in one pass over memory each: norms, modulation, residuals (Triton).
 
 One program a token; for gradients, one for a share of the tokens that have a modulation or weight in common, which sums
 its gradients, and the sums of programs are added by PyTorch. Twins in `reference.py`, with shapes.
@@ -197,6 +197,7 @@ def _quantise_kernel(x, y, scales, width: tl.constexpr, largest: tl.constexpr, L
 
 
 def qk_features(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Fuse `reference.qk_features`: qkv (B, N, 3 D) to q, k, v (B, N, D), v a view; weights (D,)."""
     q, k, v = _Features.apply(qkv, q_weight, k_weight, eps)
     return q, k, v
 
@@ -231,6 +232,7 @@ class _Features(torch.autograd.Function):
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Fuse `reference.norm_modulate`: x (B, T, S, D) to y like it; shift and scale (B, 1 or T, 1, D)."""
     y: Tensor = _NormModulate.apply(x, shift, scale, eps)
     return y
 
@@ -251,6 +253,7 @@ class _NormModulate(torch.autograd.Function):
 
 
 def add_norm_modulate(x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Fuse `reference.add_norm_modulate`: x, h (B, T, S, D) to x + h and y like it; shift, scale (B, 1 or T, 1, D)."""
     total, y = _AddNormModulate.apply(x, h, shift, scale, eps)
     return total, y
 
@@ -272,6 +275,7 @@ class _AddNormModulate(torch.autograd.Function):
 
 
 def gated_residual(x: Tensor, gate: Tensor, h: Tensor, more: Tensor | None = None) -> Tensor:
+    """Fuse `reference.gated_residual`: x, h, more (B, T, S, D), gate (B, 1 or T, 1, D), to a new tensor like x."""
     y: Tensor = _GatedResidual.apply(x, gate, h, more)
     return y
 
@@ -304,6 +308,7 @@ class _GatedResidual(torch.autograd.Function):
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Fuse `reference.quantise_rows`: x (N, D) to float8_e4m3fn (N, D) and scales (N, 1), float32."""
     x = x.contiguous()
     count, width = x.shape
     y, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(count, 1, dtype=torch.float32)
@@ -351,7 +356,7 @@ def _row(width: int) -> dict[str, int]:
 
 
 def _frame_strides(modulation: Tensor, x: Tensor) -> tuple[int, int]:
-    """From clip to clip and from frame to frame, of a modulation (B, 1 or T, 1, D)."""
+    """Return the strides from clip to clip and from frame to frame of a modulation (B, 1 or T, 1, D)."""
     assert modulation.stride(-1) == 1 and modulation.shape[2] == 1, modulation.shape
     clip, frame, *_ = modulation.expand(*x.shape[:2], 1, -1).stride()
     return clip, frame

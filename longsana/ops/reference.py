@@ -26,7 +26,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def prefix_sums(
     past: Tensor, own: Tensor, window: int, decay: Tensor | None = None, sink: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What each chunk may see, and what to remember after the last one.
+    """Sum what each chunk may see, and what to remember after the last one.
 
         S_c = sinks + f_c recent_(c-1) + own_c
 

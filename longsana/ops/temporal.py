@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 
 def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int]) -> Tensor:
+    """Fuse `reference.temporal_conv`: x (B, T, S, D), tail (B, S, D), weight (D, D, 3, 1), to a tensor like x."""
     out: Tensor = _TemporalConv.apply(x, tail, weight, lengths)
     return out
 

@@ -1,4 +1,4 @@
-"""What the pipeline's arguments may be."""
+"""Rules for the values of the pipeline's arguments."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ their own."""
 
 
 def check_finite(name: str, values: Mapping[str, Tensor]) -> None:
-    """Refuse an argument that holds numbers which are not finite: of these tensors, by their names in it.
+    """Refuse an argument that holds numbers which are not finite: of these tensors of any shape, by name.
 
     Raises:
         InputError: it does.
@@ -98,7 +98,7 @@ def check_finite(name: str, values: Mapping[str, Tensor]) -> None:
 
 
 def check_numbers(name: str, values: Tensor, most: float) -> None:
-    """Refuse an argument that is not of floating-point numbers from -most to most: others grow until they are none.
+    """Refuse an argument, of any shape, that is not of floating-point numbers from -most to most: others overflow.
 
     Raises:
         InputError: it is not.

@@ -22,7 +22,7 @@ LONGEST_HUB_NAME = 96
 
 
 def on_this_machine(source: Any) -> Path | None:
-    """Where a folder or a file is that a user names, with the home folder for `~`; None for a name on the hub.
+    """Find the folder or file that a user names, with the home folder for `~`; None for a name on the hub.
 
     Raises:
         InputError: it is neither.

@@ -1,4 +1,4 @@
-"""Where a diffusers pipeline's noise comes from: generators, or latents that are given."""
+"""Noise of a diffusers pipeline, from generators or latents that are given."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def batch_noise(
 ) -> Noise:
     """Noise for a batch of prompts; equal ones are told apart by their place, unless each has a generator of its own.
 
-    generator: one, which is advanced, or one for each prompt. latents: what to begin with instead of noise. Both have
-    passed `check_noise`.
+    generator: one, which is advanced, or one for each prompt. latents: (B, C, T, h, w), to begin with instead of
+    noise. Both have passed `check_noise`.
     """
     if isinstance(generator, list | tuple):
         noise = PromptNoise([take_seed(own) for own in generator], [(text, 0) for text in texts])

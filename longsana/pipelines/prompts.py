@@ -20,7 +20,7 @@ LARGEST = 1e6
 
 
 def one_for_each(prompt: str | list[str] | None, embeds: Tensor | None, copies: int) -> list[str]:
-    """The prompt of each video; empty where there are only embeddings.
+    """The prompt of each video; empty where there are only embeddings (B, L, C).
 
     Raises:
         InputError: there are neither prompts nor embeddings, or prompts are no texts, or name a picture.

@@ -120,7 +120,7 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         return VideoTransformerOutput(velocity, state) if return_dict else (velocity, state)
 
     def cache_caption(self, text: TextEmbedding) -> TextMemory:
-        """See `LongSanaDiT.read`."""
+        """Keys and values of a caption for all passes; see `LongSanaDiT.cache_caption`."""
         onload(self)
         if self.device.type == "cuda" and backend() == "triton":
             self.network.optimize_layout()
@@ -160,7 +160,7 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         push_to_hub: bool = False,
         **options: Any,
     ) -> None:
-        """As diffusers' own, under the published names.
+        """Save as diffusers' own does, under the published names.
 
         Raises:
             InputError: a LoRA is loaded, for which these files have no place.
@@ -190,7 +190,7 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """As diffusers' own, after a look at the headers of a folder on this machine.
+        """Load as diffusers' own does, after a look at the headers of a folder on this machine.
 
         Raises:
             InputError: they tell that it is another network, or not whole; or nothing is there.
@@ -215,7 +215,7 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         device_map: dict[str, Any] | None = None,
         **options: Any,
     ) -> tuple[Any, ...]:
-        """Where diffusers' loader, which knows all its options, fills the model it has built from its files."""
+        """Fill the model that diffusers' loader, which knows all its options, has built."""
         if hf_quantizer is not None:
             raise InputError("quantization_config: this transformer cannot be quantised")
         device = device_map[""] if device_map else "cpu"
@@ -231,7 +231,7 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
     def load_lora_adapter(  # type: ignore[override]
         self, state_dict: dict[str, Tensor], prefix: str | None = "transformer", **options: Any
     ) -> None:
-        """As diffusers' own, for a state dict with the names of its layers; see `fused_adapter`.
+        """Load as diffusers' own does, from a state dict with the names of its layers; see `fused_adapter`.
 
         Raises:
             InputError: the LoRA is for another network, or holds what has no place here; or `adapter_name` is none.
@@ -246,7 +246,7 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         super().load_lora_adapter(named, prefix=None, metadata=config, **options)
 
     def set_adapters(self, adapter_names: Any, weights: Any = None) -> None:
-        """As diffusers' own.
+        """Do as diffusers' own, with checked weights.
 
         Raises:
             InputError: a weight is no number, not finite or too large.
@@ -255,7 +255,7 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
 
     @checked({"lora_scale": SCALE})
     def fuse_lora(self, lora_scale: float = 1.0, **options: Any) -> None:  # type: ignore[override]
-        """As diffusers' own.
+        """Do as diffusers' own, with checked weights.
 
         Raises:
             InputError: `lora_scale` is no number, not finite or too large.
@@ -276,7 +276,7 @@ class SanaVideoTransformer3DModel(SanaVideoCausalTransformer3DModel):
 
 
 class LoraLoaderMixin(SanaLoraLoaderMixin):
-    """As diffusers' own, but files are read by the opener of all weights, and nothing in them is dropped."""
+    """Load as diffusers' own does, but files are read by the opener of all weights, and nothing in them is dropped."""
 
     @classmethod
     def lora_state_dict(  # type: ignore[override]
@@ -302,7 +302,7 @@ class LoraLoaderMixin(SanaLoraLoaderMixin):
         return (plain, metadata) if options.get("return_lora_metadata") else plain
 
     def set_adapters(self, adapter_names: Any, adapter_weights: Any = None) -> None:
-        """As diffusers' own.
+        """Do as diffusers' own, with checked weights.
 
         Raises:
             InputError: a weight is no number, not finite or too large.
@@ -317,7 +317,7 @@ def text_embedding(tokens: Tensor, mask: Tensor | None) -> TextEmbedding:
 
 
 def uncompiled(module: Any) -> Any:
-    """What torch.compile has wrapped."""
+    """Unwrap what torch.compile has wrapped."""
     return getattr(module, "_orig_mod", module)
 
 

@@ -64,7 +64,7 @@ KEPT_DTYPE: Any = object()
 
 
 class Defaults(NamedTuple):
-    """What a model is sampled with when nothing else is said."""
+    """Defaults that a model is sampled with."""
 
     steps: int
     guidance: float
@@ -100,7 +100,7 @@ class LongSanaVideoOutput(BaseOutput):
 
 
 class StreamState(NamedTuple):
-    """All that a video needs to go on, of a size that does not depend on its length.
+    """The state of a video: all that it needs to go on, of a size that does not depend on its length.
 
     network: what the transformer remembers.
     decoder: what the decoder remembers; None after latents that were not decoded.
@@ -231,7 +231,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     @classmethod
     def load_config(cls, *arguments: Any, **options: Any) -> Any:
-        """As diffusers' own, but a transformer under the name of a library that may lack its class is ours.
+        """Load as diffusers' own does, but a transformer under the name of a library that may lack its class is ours.
 
         Raises:
             InputError: the repository is of another kind of model.
@@ -247,14 +247,14 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return loaded
 
     def register_to_config(self, **entries: Any) -> None:
-        """As diffusers' own, but the transformer is written as in the published repositories."""
+        """Register as diffusers' own does, but the transformer is written as in the published repositories."""
         if (entries.get("transformer") or (None,))[0] == networks.__name__:
             entries["transformer"] = ("diffusers", entries["transformer"][1])
         super().register_to_config(**entries)
 
     @property
     def distilled(self) -> bool:
-        """Whether the model samples chunk by chunk in few steps, or a clip at once in many."""
+        """True if the model samples chunk by chunk in few steps, and not a clip at once in many."""
         # Not isinstance: torch.compile wraps it.
         return bool(self.config["transformer"][1] != BASE_CLASS)
 
@@ -573,7 +573,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     def _end(
         self, state: StreamState, cache: DecodeCache, output_type: str, latents_per_call: int
     ) -> Iterator[LongSanaVideoChunk]:
-        """What waits in a decoder that looks ahead."""
+        """Give the frames that wait in a decoder that looks ahead."""
         onload(self.vae)
         pictures, cache = self._vae(latents_per_call).decode_end(cache)
         pictures = to_host(pictures, "end of the video", {"decoded frames": pictures})
@@ -608,7 +608,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     @plain_defaults()
     def load_lora_weights(self, *arguments: Any, **options: Any) -> None:
-        """As diffusers' own: names are those of its `SanaVideoTransformer3DModel`, after `transformer.`.
+        """Load a LoRA as diffusers' own does: names are those of `SanaVideoTransformer3DModel`, after `transformer.`.
 
         Raises:
             InputError: peft is not installed, or the LoRA is for another network.
@@ -619,7 +619,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> LongSanaVideoPipeline:
-        """As diffusers' own, whatever PyTorch's default dtype and device are, after a look at a folder's headers.
+        """Load as diffusers' own does, whatever PyTorch's default dtype and device, after a look at a folder's headers.
 
         Raises:
             InputError: there is no such folder or it is no whole repository; or see the class.
@@ -643,7 +643,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> LongSanaVideoPipeline:
-        """As diffusers' own, but each part keeps its dtype unless another is asked for (`dtype`, `torch_dtype`).
+        """Convert as diffusers' own does, but parts keep their dtypes unless `dtype` or `torch_dtype` asks for another.
 
         diffusers' makes float32 of all, in the pipeline that they are taken from too.
         """
@@ -657,7 +657,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return pipe
 
     def to(self, *arguments: Any, **options: Any) -> LongSanaVideoPipeline:
-        """As diffusers' own; see `KEPT_DTYPE`."""
+        """Move as diffusers' own does; see `KEPT_DTYPE`."""
         if options.get("dtype") is KEPT_DTYPE:
             return self
         pipe: LongSanaVideoPipeline = super().to(*arguments, **options)
@@ -801,7 +801,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return joined(stretches), cache
 
     def _worded(self, text: str, motion_score: int | None) -> str:
-        """What the text encoder is given for a prompt, or a part of one."""
+        """Return what the text encoder is given for a prompt, or a part of one."""
         score = (DISTILLED if self.distilled else BASE).motion_score if motion_score is None else motion_score
         return with_motion(text, score or None)
 
@@ -885,7 +885,7 @@ class _Passes(NamedTuple):
 
 
 class _Watch:
-    """What happens after each step: the callback, the progress bar, and an end if there was an interrupt."""
+    """The follower of a video's steps: it runs the callback, moves the progress bar, and ends after an interrupt."""
 
     def __init__(
         self,

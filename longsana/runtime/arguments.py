@@ -1,4 +1,4 @@
-"""What an argument or a setting may be: values of Python callers are checked and settled by tables of such rules."""
+"""Rules for arguments and settings: values of Python callers are checked and settled by tables of such rules."""
 
 from __future__ import annotations
 

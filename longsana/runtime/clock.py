@@ -1,4 +1,4 @@
-"""Where the time goes, part by part, without making the GPU wait."""
+"""A clock of where the time goes, part by part, that does not make the GPU wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all commands do alike: read settings from the command line, and end with a status and one line."""
+"""The frame of all commands: they read settings from the command line, and end with a status and one line."""
 
 from __future__ import annotations
 

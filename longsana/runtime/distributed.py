@@ -109,7 +109,7 @@ class World:
         return box[0]
 
     def on_main(self, action: Callable[[], T]) -> T | None:
-        """What `action` gives on the main process, None elsewhere; the others wait for it.
+        """Run `action` on the main process, for which the others wait; they get None.
 
         Raises:
             InputError: it raised one; on the others as a `PeerError`, which is told once.
@@ -246,7 +246,7 @@ def losing_peers() -> Iterator[None]:
 
 
 def _tells_of_loss(error: BaseException | None) -> bool:
-    """Whether this error, or one that led to it, is of a connection between processes."""
+    """Tell whether this error, or one that led to it, is of a connection between processes."""
     if error is None:
         return False
     is_ours = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
@@ -271,7 +271,7 @@ OWN_WISHES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLE
 
 
 def keep_freed_memory() -> None:
-    """Where there is no GPU, let glibc keep up to KEPT bytes that are free, and take tensors up to LARGEST from them.
+    """Let glibc, where there is no GPU, keep up to KEPT bytes that are free, and take tensors up to LARGEST from them.
 
     By default it may give them back to the system, which zeroes them page by page when they are next wanted: 961 frames
     of the small default took two cores 17 to 22 s, and 15 to 16 in the same hour (seconds of system time: 1 for 1 to

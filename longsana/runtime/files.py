@@ -48,7 +48,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def partial_name(path: Path) -> Path:
-    """Where `path` is written until it is whole: hidden, beside it, and the same on each run."""
+    """Name the place where `path` is written until it is whole: hidden, beside it, and the same on each run."""
     return path.with_name(f".{path.stem}.partial{path.suffix}")
 
 
@@ -281,7 +281,7 @@ def _disk_errno(error: BaseException | None) -> int | None:
 
 
 def disk_failure(error: OSError) -> str | None:
-    """What a disk failed at, in one line: file, reason and the space that is left; None for an error of another kind.
+    """Say what a disk failed at: file, reason and the space that is left; None for an error of another kind.
 
     For commands that stop at a full disk, a quota, a disk that has become read-only or is broken: as long as it lasts,
     nothing else will be written either.
@@ -295,7 +295,7 @@ def disk_failure(error: OSError) -> str | None:
 
 
 def free_space(path: Path) -> str:
-    """What is left on the file system of `path`, which need not exist."""
+    """Say what is left on the file system of `path`, which need not exist."""
     there = next((place for place in (path, *path.parents) if place.exists()), Path("/"))
     usage = shutil.disk_usage(there)
     return f"{usage.free / 1e9:.3g} GB of {usage.total / 1e9:.3g} GB are free"
@@ -339,7 +339,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
 
 
 def _names(path: Path, file: BinaryIO) -> bool:
-    """Whether `path` still names the open file."""
+    """Tell whether `path` still names the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -364,7 +364,7 @@ def _say_once(folder: Path, lacking: str, message: str) -> None:
 
 @contextmanager
 def _whole(partial: Path, path: Path) -> Iterator[None]:
-    """What goes wrong inside is blamed on `path`, of which nothing half-written stays."""
+    """Blame what goes wrong inside on `path`, of which nothing half-written stays."""
     with naming(path), unfinished(partial):
         try:
             yield

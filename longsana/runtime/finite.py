@@ -19,7 +19,7 @@ def not_finite(values: Mapping[str, Tensor]) -> list[str]:
 
 
 def require_finite(what: str, values: Mapping[str, Tensor]) -> None:
-    """Make sure that all numbers of some tensors are finite; see `not_finite`.
+    """Make sure that all numbers of some tensors, of any shape, are finite; see `not_finite`.
 
     what: where they belong, such as "chunk 3".
 

@@ -21,14 +21,14 @@ _STAND_INS = (
 
 
 class StandIn(NamedTuple):
-    """What lies in a file's place, and what to do about it."""
+    """The finding of what lies in a file's place, and what to do about it."""
 
     what: str
     remedy: str
 
 
 def stand_in(head: bytes) -> StandIn | None:
-    """What a file with these first bytes (24 are enough) is, where that is none of the kinds that are read here."""
+    """Recognise a file by its first bytes (24 are enough), if it is none of the kinds that are read here."""
     start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     return next((StandIn(what, remedy) for mark, what, remedy in _STAND_INS if start.startswith(mark)), None)
 
@@ -72,7 +72,7 @@ def read_json(path: Path, remedy: str = AGAIN) -> Any:
 
 
 def parse_json(content: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """What a JSON text says; `pairs` makes its objects, of names and values in their order.
+    """Read a JSON text; `pairs` makes its objects, of names and values in their order.
 
     Raises:
         ValueError: it is no JSON; the message is one line.

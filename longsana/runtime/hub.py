@@ -1,4 +1,4 @@
-"""Where files come from: a path on this machine or a repository on the Hugging Face hub; and their digests."""
+"""Sources of files: a path on this machine or a repository on the Hugging Face hub; and their digests."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def _explain(error: Exception, uri: str, what: str, repo: str, inside: str) -> I
 
 
 def _other_names(repo: str, inside: str) -> str:
-    """What else the same file has been published as."""
+    """Other names under which the same file has been published."""
     others = [name for name in SAME_FILE.get(f"{repo}/{inside}", ()) if name != f"{repo}/{inside}"]
     return f"; the same file is also published as {', '.join(SCHEME + name for name in others)}" if others else ""
 

@@ -1,4 +1,4 @@
-"""What a training run tells: metrics in a file, a bar on a terminal or lines without one, and wandb if it is wanted."""
+"""The reports of a training run: metrics in a file, a bar on a terminal or lines without one, wandb if it is wanted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remain
 
 @dataclass(frozen=True)
 class WandbRun:
-    """How the run is called on wandb.
+    """Name the run on wandb.
 
     folder: where wandb keeps its files; a subfolder "wandb" is made in it.
     config: what the run's page shows as its settings.

@@ -21,7 +21,7 @@ from longsana.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number may be; above and below are exclusive. Any number must be finite."""
+    """The bounds of a number; above and below are exclusive. Any number must be finite."""
 
     least: float | None = None
     most: float | None = None
@@ -29,7 +29,7 @@ class Bounds:
     below: float | None = None
 
     def complaint(self, value: float) -> str | None:
-        """What the number must be and is not; None if it is within them."""
+        """Say what the number must be and is not; None if it is within them."""
         if math.isnan(value):
             return "a finite number"
         if self.least is not None and not value >= self.least:
@@ -117,7 +117,7 @@ def read_yaml(path: Path, kinds: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _other_number(node: Any) -> bool:
-    """Whether YAML reads a number in another base than ten, or in another spelling than decimal."""
+    """Tell whether YAML reads a number in another base than ten, or in another spelling than decimal."""
     if node.style is None and (_OTHER_BASE.fullmatch(node.value) or _SIXTIES.fullmatch(node.value)):
         return True
     if not node.tag.endswith((":int", ":float")) or re.fullmatch(r"[-+]?\.(inf|nan)", node.value, re.IGNORECASE):
@@ -126,7 +126,7 @@ def _other_number(node: Any) -> bool:
 
 
 def calls_a_resolver(text: str) -> bool:
-    """Whether OmegaConf would call a function for the text: `${name:...}`, however it is spelt or nested."""
+    """Tell whether OmegaConf would call a function for the text: `${name:...}`, however it is spelt or nested."""
     depth = 0
     for match in re.finditer(r"(\\*)(\$\{)|[:}]", text):
         if match[2]:

@@ -165,7 +165,7 @@ def _check_parts(config: InferenceConfig, prompt: Prompt, chunks: int) -> None:
 
 
 def source_digest(config: InferenceConfig, section: str) -> str:
-    """What the weights of a part are: SHA-256 of the file or folder, or the seed they are drawn from.
+    """Digest the weights of a part: SHA-256 of the file or folder, or the seed they are drawn from.
 
     Raises:
         InputError: they are not there.
@@ -244,6 +244,6 @@ def _named(section: str) -> str:
 
 
 def _here(uri: str, setting: str, part: str, fetch: bool) -> Path | None:
-    """Where the file or folder is; None where it is on the hub and not to be fetched."""
+    """Find the file or folder; None where it is on the hub and not to be fetched."""
     uri = uri.removeprefix(SEEDED)
     return None if uri.startswith(SCHEME) and not fetch else locate(uri, setting, part)

@@ -1,4 +1,4 @@
-"""From captions to frames: one engine for the batch command, validation, scores and the diffusers pipeline.
+"""The engine, from captions to frames, of the batch command, validation, scores and the diffusers pipeline.
 
 Network and decoder are arguments, as a video's state is: `Engine` holds settings alone.
 """
@@ -46,7 +46,7 @@ from longsana.weights.build import build_model, resolve_dtype
 
 
 class CaptionedNetwork(ChunkedNetwork, Captioned, Protocol):
-    """What the engine needs of a network: its passes, and what it makes of a caption ahead of them."""
+    """A network for the engine: its passes, and what it makes of a caption ahead of them."""
 
     def cache_caption(self, text: TextEmbedding) -> Text: ...
 
@@ -63,7 +63,7 @@ class Staggered(NamedTuple):
 
 @dataclass(frozen=True)
 class Videos:
-    """How the videos of a batch are sampled, apart from their captions.
+    """A batch of videos, and how they are sampled, apart from their captions.
 
     method: of the distilled model, chunk by chunk (FlowSchedule); of a whole clip (Solver); of staggered chunks.
     plan: the chunks of each video.
@@ -180,7 +180,7 @@ class Engine:
         *,
         to_the_end: bool = False,
     ) -> Iterator[Frames]:
-        """See the function `sample`. prompts: of one size and length, one for each caption."""
+        """Sample with the function `sample`. prompts: of one size and length, one for each caption."""
         videos, frames = self.videos(prompts), self.config.sampling.chunk_frames
         return sample(network, decoder, captions, videos, frames_per_call=frames, clock=clock, to_the_end=to_the_end)
 
@@ -296,7 +296,7 @@ def decode(
     more: bool,
     finish: Callable[[Tensor], Tensor] = VideoVAE.to_uint8,
 ) -> tuple[Tensor, DecodeCache]:
-    """What `finish` makes of the frames of the next latents (B, C, T, H, W), on the host, and the cache after them.
+    """Decode the next latents (B, C, T, H, W); returns what `finish` makes of their frames, on the host, and the cache.
 
     cache, more: see `VideoVAE.decode_stream`. name: of the stretch, in errors. finish: of (B, 3, F, h, w), float32.
 

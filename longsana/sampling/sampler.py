@@ -1,4 +1,4 @@
-"""From noise to latents. Inference, validation and training rollouts all run `generate`."""
+"""Samplers, from noise to latents. Inference, validation and training rollouts all run `generate`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from longsana.state import CausalState
 
 
 class Network(Protocol):
-    """What a sampler needs of the network."""
+    """A network for a sampler."""
 
     def __call__(
         self, x: Tensor, t: Tensor, text: Text, *, state: CausalState | None = None
@@ -30,7 +30,7 @@ class Network(Protocol):
 
 
 class ChunkedNetwork(Protocol):
-    """What a sampler of several chunks at once needs of the network."""
+    """A network for a sampler of several chunks at once."""
 
     def __call__(
         self, x: Tensor, t: Tensor, text: Text, *, plan: ChunkPlan | None = None, state: CausalState | None = None
@@ -94,7 +94,7 @@ def denoise_chunk(
 
 @torch.no_grad()
 def absorb(model: Network, x0: Tensor, text: Text, state: CausalState | None) -> CausalState:
-    """The state after clean latents x0: one pass at t = 0, its velocity dropped."""
+    """The state after clean latents x0 (B, C, T, H, W): one pass at t = 0, its velocity dropped."""
     _, state = model(x0, timestep(0, x0), text, state=state)
     return state
 
@@ -279,7 +279,7 @@ def trajectory(
     device: torch.device | str,
     clock: Clock | None = None,
 ) -> Iterator[Tensor]:
-    """For each chunk, (B, S, C, T, H, W) in float32: x at the levels `sigmas[k]`, k in `keep`, noisiest first.
+    """Yield for each chunk (B, S, C, T, H, W) in float32: x at the levels `sigmas[k]`, k in `keep`, noisiest first.
 
     A chunk is denoised with the clean ones before it as its past. With guidance there are two pasts: the caption and
     the negative one have each absorbed the chunks as their own.

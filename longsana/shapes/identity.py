@@ -1,4 +1,4 @@
-"""Whether an object is still the one that it was: hue, size, kind and marking, now and in a second of the past."""
+"""The identity of objects: hue, size, kind and marking, now and in a second of the past."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STRIPES = MARKINGS.index("stripes")
 
 
 class Looks(NamedTuple):
-    """How N objects look in K frames, (N, K) each.
+    """The looks of N objects in K frames, (N, K) each.
 
     known: bool, whether it can be said. kind: index into KINDS. tint: see `Seen`. size: logarithm of the radius in
     pixels. marking: index into MARKINGS. angle: radians, of stripes.
@@ -37,7 +37,7 @@ class Looks(NamedTuple):
 
 
 def recall(looks: Looks, last: Tensor, frames: int = FPS) -> Looks:
-    """How objects looked in the second that ends with frame `last` (N, K): means, or what is seen most often.
+    """Summarise the looks of the second that ends with frame `last` (N, K): means, or what is seen most often.
 
     Frames before the first count as such that say nothing, as those do in which the object was not known.
     """
@@ -64,7 +64,7 @@ def recall(looks: Looks, last: Tensor, frames: int = FPS) -> Looks:
 
 
 def alike(now: Looks, then: Looks) -> Tensor:
-    """Whether an object (N, F) is the one that it was, (N, F) or (N, 1): bool; False where either is not known."""
+    """Tell whether objects (N, F) are those that they were, (N, F) or (N, 1): bool; False where either is not known."""
     turned = ((now.angle - then.angle + math.pi / 2) % math.pi - math.pi / 2).abs()
     return (
         (now.known & then.known)

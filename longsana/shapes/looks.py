@@ -1,4 +1,4 @@
-"""What a caption leaves open of how a shape looks: its exact tint, its exact size, and what is painted on it."""
+"""Looks of a shape that a caption leaves open: its exact tint, its exact size, and what is painted on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DOT = 0.27
 
 @dataclass(frozen=True)
 class Look:
-    """How one shape looks, all the time.
+    """The looks of one shape, all the time.
 
     tint: in [-1, 1], the place of its hue in its colour's range. radius: pixels, within its word's `RADII`.
     marking: one of MARKINGS. angle: radians in [0, pi) from the x axis to the line across the stripes, clockwise on

@@ -1,4 +1,4 @@
-"""What is painted on an object: pictures of all markings are compared with what is seen of it."""
+"""Markings that are painted on objects: pictures of all are compared with what is seen of an object."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def find_marking(darkness: Tensor, place: Tensor, radius: Tensor, kind: Tensor) 
 
 
 def _between(values: Tensor) -> Tensor:
-    """Where the largest of values (M, J) on a circle lies, in steps: the summit of a parabola through three of them."""
+    """Locate the largest of values (M, J) on a circle, in steps: the summit of a parabola through three of them."""
     top = values.argmax(1)
     before, at, after = (values.gather(1, ((top + step) % values.shape[1])[:, None])[:, 0] for step in (-1, 0, 1))
     bend = (before - 2 * at + after).clamp(max=-1e-6)
@@ -59,7 +59,7 @@ def _between(values: Tensor) -> Tensor:
 
 
 def _line(device: torch.device) -> Tensor:
-    """Where samples lie, in radii (S,)."""
+    """Place samples, in radii (S,)."""
     return ((torch.arange(SIDE, device=device) + 0.5) / SIDE * 2 - 1) * REACH
 
 

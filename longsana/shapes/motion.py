@@ -1,4 +1,4 @@
-"""Whether an object moves as its caption says, from where its centre was seen."""
+"""The motion of objects against their captions, from where their centres were seen."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VISIBLE = 0.75
 
 
 class Course(NamedTuple):
-    """What N actors promised, as tensors: motion, an index into MOTIONS; pace (low, high); radius, pixels; travels."""
+    """Promises of N actors, as tensors: motion, an index into MOTIONS; pace (low, high); radius, pixels; travels."""
 
     motion: Tensor
     low: Tensor
@@ -51,7 +51,7 @@ class Course(NamedTuple):
 
 
 def as_promised(centre: Tensor, course: Course, size: tuple[int, int], excused: Tensor | None = None) -> Tensor:
-    """Whether each actor moves as promised around each frame: (N, F) of 0 and 1; nan in a clip of under 20 frames.
+    """Judge whether actors move as promised around each frame: (N, F) of 0 and 1; nan in a clip of under 20 frames.
 
     centre: (N, F, 2), x and y in pixels, nan where the object is not seen. size: (height, width) of the picture.
     excused: (N, F) bool, where one who travels is cut or away; nan there, and where it is in view for under a second.
@@ -85,7 +85,7 @@ def _windows(values: Tensor, size: int) -> Tensor:
 
 
 def _steady(velocity: Tensor, course: Course, window: int) -> Tensor:
-    """Whether it is seen throughout and never leaps; (N, windows), of a velocity over four frames."""
+    """Judge whether it is seen throughout and never leaps; (N, windows), of a velocity over four frames."""
     paces = _windows(velocity.norm(dim=-1), window - 4)
     seen = paces.isfinite().float().mean(-1) >= VISIBLE
     return seen & (paces.nan_to_num(0).amax(-1) < course.high + LEAP)
@@ -111,14 +111,14 @@ def _between_absences(verdict: Tensor, excused: Tensor) -> Tensor:
 
 
 def _still(centre: Tensor, course: Course, size: tuple[int, int], window: int) -> Tensor:
-    """Whether it keeps to its place; (N, windows)."""
+    """Judge whether it keeps to its place; (N, windows)."""
     velocity = velocities(centre, size, 4)
     pace = _windows(velocity.norm(dim=-1), window - 4).nanmean(-1)
     return _steady(velocity, course, window) & (pace < course.high)
 
 
 def _straight(centre: Tensor, course: Course, size: tuple[int, int], window: int) -> Tensor:
-    """Whether it goes in its direction at its pace, without a bend; (N, windows)."""
+    """Judge whether it goes in its direction at its pace, without a bend; (N, windows)."""
     velocity = velocities(centre, size, 4)
     ways = centre.new_tensor([DIRECTIONS.get(motion, (0, 0)) for motion in MOTIONS])[course.motion]
     pace = _windows(velocity.norm(dim=-1), window - 4).nanmean(-1)
@@ -136,7 +136,7 @@ def _angle(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _orbit(centre: Tensor, course: Course, size: tuple[int, int], window: int) -> Tensor:
-    """Whether it turns steadily the promised way; (N, windows)."""
+    """Judge whether it turns steadily the promised way; (N, windows)."""
     lag = window // 3
     velocity = velocities(centre, size, lag)
     angle = _angle(velocity[:, :-lag], velocity[:, lag:])
@@ -155,7 +155,7 @@ def _orbit(centre: Tensor, course: Course, size: tuple[int, int], window: int) -
 
 
 def _bounce(centre: Tensor, course: Course, size: tuple[int, int], window: int) -> Tensor:
-    """Whether it goes diagonally, straight but for turns at walls; (N, windows)."""
+    """Judge whether it goes diagonally, straight but for turns at walls; (N, windows)."""
     velocity = velocities(centre, size, 4)
     half = (window - 4) // 2
     # Turning at a wall changes signs alone, and the few steps across the turn do not move a median.
@@ -172,7 +172,7 @@ def _bounce(centre: Tensor, course: Course, size: tuple[int, int], window: int) 
 
 
 def _turns_astray(centre: Tensor, velocity: Tensor, course: Course, size: tuple[int, int]) -> Tensor:
-    """Where it turns away from any wall, or passes one; (N, F - 8), of the frame in the middle.
+    """Find where it turns away from any wall, or passes one; (N, F - 8), of the frame in the middle.
 
     Walls are the sides of the picture and, where two shapes share it, the middle.
     """

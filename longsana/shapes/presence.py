@@ -1,4 +1,4 @@
-"""Where an object that travels is on its way: wholly in view, cut by the rim of the picture, or away.
+"""Presence of an object that travels: wholly in view, cut by the rim of the picture, or away.
 
 A caption promises that it leaves on one side and comes back on the other; it does not say for how long it is away. So
 an object is excused from being seen, or from being seen in whole, from when it reaches the side where it goes out until
@@ -28,7 +28,7 @@ LARGEST = 1.1 * max(radius for _, radius in RADII.values())
 
 
 class Presence(NamedTuple):
-    """Where N actors are in F frames, (N, F) each.
+    """The presence of N actors in F frames, (N, F) each.
 
     whole: bool, in view and not cut by the rims that it travels across; of one that does not travel, seen.
     torn: bool, at both of these rims at once, as if it were to leave and to come in.
@@ -78,7 +78,7 @@ def find_presence(present: Tensor, rims: Tensor, actors: Sequence[Actor]) -> Pre
 
 
 def _ways(actors: Sequence[Actor], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Whether each actor travels, indices into RIMS of where it goes out and comes in, and frames; (N, 1) each.
+    """Read whether actors travel, where they go out and come in (indices into RIMS), and frames; (N, 1) each.
 
     Frames: that it takes at most from the one rim until it is wholly in view at the other, with a second to spare.
     """

@@ -55,7 +55,7 @@ MOTIONS = (*DIRECTIONS, "bounce", *TURNS, "still")
 
 
 def is_held_out(kind: str, colour: str, motion: str) -> bool:
-    """Whether this combination is kept out of all training: 27 of the 280, each kind, colour and motion among them."""
+    """Tell whether a combination is kept out of all training: 27 of 280, each kind, colour and motion among them."""
     return (KINDS.index(kind) + 2 * tuple(COLOURS).index(colour) + 3 * MOTIONS.index(motion)) % 10 == 0
 
 
@@ -64,7 +64,7 @@ HELD_OUT = tuple((k, c, m) for k in KINDS for c in COLOURS for m in MOTIONS if i
 
 @dataclass(frozen=True)
 class Actor:
-    """What a caption says of one shape. speed is "" of one that is still.
+    """The words of a caption for one shape. speed is "" if it is still.
 
     travels: it leaves the view, and comes back on the other side; for motions among DIRECTIONS alone.
     """
@@ -79,7 +79,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class Promise:
-    """What a caption says."""
+    """The content of a caption."""
 
     actors: tuple[Actor, ...]
     background: str
@@ -96,7 +96,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Track:
-    """Where an actor is: `draws` are four numbers in [0, 1) that decide all that its caption leaves open.
+    """The path of an actor: `draws` are four numbers in [0, 1) that decide all that its caption leaves open.
 
     look: None: of the palette's colour and the nominal size. away: frames that one who travels is out of view.
     """
@@ -206,7 +206,7 @@ def draw_scene(seed: int, index: int, *, held_out: bool = False, size: tuple[int
 
 
 def draw_layout(rng: np.random.Generator, size: tuple[int, int]) -> tuple[Sequence[str], list[Box]]:
-    """What motions the shapes of a scene may have, and each one's part of the picture of this (height, width)."""
+    """List motions that the shapes of a scene may have, and each one's part of a picture of (height, width)."""
     height, width = size
     count = 2 if rng.random() < TWO else 1
     lane = int(rng.integers(2))
@@ -281,7 +281,7 @@ def describe(rng: np.random.Generator, actors: Sequence[Actor], background: str)
 
 
 def _pattern() -> tuple[re.Pattern[str], re.Pattern[str], dict[str, tuple[str, str, bool]]]:
-    """How an actor and a place are said, and the (motion, speed, travels) of each way to say a motion."""
+    """Tables of how actors and places are said, and of the (motion, speed, travels) of each way to say a motion."""
     said = {
         verb.format(speed): (motion, "" if motion == "still" else speed, travels)
         for travels, table in ((False, VERBS), (True, TRAVELS))
@@ -298,7 +298,7 @@ _ACTOR, _PLACE, _SAID = _pattern()
 
 
 def parse_caption(caption: str) -> Promise | None:
-    """What a caption of this world promises; None of a text outside of its grammar."""
+    """Read what a caption of this world promises; None of a text outside of its grammar."""
     text = caption.strip().removesuffix(".")
     text = text[:1].lower() + text[1:]
     actors = tuple(Actor(size, colour, kind, *_SAID[verb]) for size, colour, kind, verb in _ACTOR.findall(text))
@@ -386,7 +386,7 @@ def _offsets(line: Tensor, place: Tensor, length: float, wraps: Tensor) -> Tenso
 
 
 def around(distance: Tensor, period: float) -> Tensor:
-    """The shortest signed distance on a circle of this length."""
+    """The shortest signed distance on a circle of this length, for distances of any shape."""
     return (distance + period / 2) % period - period / 2
 
 

@@ -1,4 +1,4 @@
-"""What pictures of the shapes world show: which objects, where, and how they look.
+"""Sight: which objects pictures of the shapes world show, where, and how they look.
 
 Candidates are rendered and compared, nothing is learned. It works on any number of videos at once, on any device;
 memory beyond the result does not grow with their frames.
@@ -39,7 +39,7 @@ BARE = 0.15
 
 
 class Seen(NamedTuple):
-    """What frames show. The colours of the palette come last: each can be seen as one object.
+    """The objects that frames show. The colours of the palette come last: each can be seen as one object.
 
     background: (B, F) index into BACKGROUNDS, -1 if near none of them.
     core: (B, F, 7) pixels inside of the object of this colour; none below CORE.
@@ -83,13 +83,13 @@ class Seen(NamedTuple):
         return cls._make([*(torch.cat(values, dim=1) for values in tensors), sizes[0]])
 
     def first(self, frames: int) -> Seen:
-        """What the first frames alone show."""
+        """Keep what the first frames show."""
         *tensors, size = self
         return Seen._make([*(values[:, :frames] for values in tensors), size])
 
 
 def observe(pictures: Tensor) -> Seen:
-    """What uint8 pictures (B, F, H, W, 3) show."""
+    """Observe uint8 pictures (B, F, H, W, 3)."""
     shape, size = pictures.shape[:2], pictures.shape[2:4]
     parts = [_observe(part) for part in pictures.flatten(0, 1).split(GROUP)]
     fields = [torch.cat(values).unflatten(0, shape) for values in zip(*parts, strict=True)]

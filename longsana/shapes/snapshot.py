@@ -1,4 +1,4 @@
-"""What the trainers of small parts save when they are stopped, so that the same command goes on."""
+"""Snapshots that the trainers of small parts save when they are stopped, so that the same command goes on."""
 
 from __future__ import annotations
 

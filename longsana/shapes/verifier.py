@@ -21,7 +21,7 @@ from longsana.shapes.sight import TOLERANCE, Seen
 
 
 class Verdicts(NamedTuple):
-    """Whether each frame keeps the promise, (B, F) each: a share in [0, 1]; nan where nothing is to be judged.
+    """Verdicts on each frame's promises, (B, F) each: a share in [0, 1]; nan where there is nothing to judge.
 
     A video without a promise is nan throughout. One who travels is not judged while it is cut by the rim of the picture
     or away, as promised (`presence.py`).
@@ -87,7 +87,7 @@ def judge(seen: Seen, promises: Sequence[Promise | None]) -> Verdicts:
 
 
 def all_in_view(seen: Seen, promises: Sequence[Promise | None]) -> Tensor:
-    """Whether nothing is cut or away as promised, (B, F): in these frames figures of the whole picture compare."""
+    """Tell where nothing is cut or away as promised, (B, F): in these frames figures of the whole picture compare."""
     cast = _Cast.of(promises, seen.core.device)
     presence = find_presence(cast.pick(seen.present), cast.pick(seen.rims), cast.actors)
     return cast.total(presence.excused) == 0
