@@ -101,11 +101,7 @@ def benchmark(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     warm = make_film(loaded, prompt, caption, folder / "warm.mp4")
-    parts = {"text": text, **warm.parts}
-    wall = text + warm.wall
-    latents = parts["denoise"] + parts["absorb"]
-    later = warm.chunks[1:] or warm.chunks
-    report: dict[str, Any] = {
+    report = {
         "video": {
             "frames": warm.frames,
             "height": prompt.height,
@@ -117,15 +113,9 @@ def benchmark(
             "dtype": {"network": str(loaded.model.dtype), "vae": str(loaded.vae.dtype)},
             "seed": config.sampling.seed if prompt.seed is None else prompt.seed,
         },
-        "seconds": {**parts, "wall": wall},
+        **_speeds(warm, text),
         "first frames on disk": {"cold": first_text + cold.first_frames, "warm": text + warm.first_frames},
         "start-up": started,
-        "FPS": {"end to end": warm.frames / wall, "without decoder": warm.frames / latents},
-        "chunk": {
-            "p50": statistics.median(later),
-            "p95": sorted(later)[math.ceil(0.95 * len(later)) - 1],
-            "seconds": warm.chunks,
-        },
         "encoder alone, FPS": {
             "these frames": encoder_speed(config, warm.last, folder),
             "noise": encoder_speed(
@@ -141,6 +131,22 @@ def benchmark(
     size = prompt.height, prompt.width
     report["passes"] = measure_passes(loaded, size)
     return report | {name: measure(loaded, size) for name, measure in EXTRAS.items() if name in extras}
+
+
+def _speeds(film: Film, text: float) -> dict[str, Any]:
+    """Seconds of the parts, frames a second, and seconds of a chunk. text: seconds of the caption."""
+    parts, wall = {"text": text, **film.parts}, text + film.wall
+    latents = parts["denoise"] + parts["absorb"]
+    later = film.chunks[1:] or film.chunks
+    return {
+        "seconds": {**parts, "wall": wall},
+        "FPS": {"end to end": film.frames / wall, "without decoder": film.frames / latents},
+        "chunk": {
+            "p50": statistics.median(later),
+            "p95": sorted(later)[math.ceil(0.95 * len(later)) - 1],
+            "seconds": film.chunks,
+        },
+    }
 
 
 def make_film(loaded: Loaded, prompt: Prompt, caption: Caption, path: Path, *, chunks: int | None = None) -> Film:

@@ -164,12 +164,19 @@ def plain_lora(
     settings = _settings(metadata or {}, prefix)
     if (settings.alpha is not None or settings.alphas) and any(key.endswith(ALPHA) for key in state_dict):
         raise InputError("LoRA: alphas both as tensors (.alpha) and in its metadata (lora_alpha); keep one of them")
+    factors = _factors(state_dict)
+    for key, alpha in state_dict.items():
+        if key.endswith(ALPHA):
+            _scale(factors, key.removesuffix(ALPHA), alpha)
+    return factors
+
+
+def _factors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The factors of one adapter, `{layer}.lora_A.weight` and `.lora_B.weight`, without alphas."""
     factors: dict[str, Tensor] = {}
-    alphas: dict[str, Any] = {}
     adapters: set[str] = set()
     for key, tensor in state_dict.items():
         if key.endswith(ALPHA):
-            alphas[key.removesuffix(ALPHA)] = tensor
             continue
         match = FACTOR.fullmatch(key)
         if match is None:
@@ -183,17 +190,20 @@ def plain_lora(
     for key, tensor in state_dict.items():
         if not key.endswith(ALPHA):
             _check_factor(key, tensor)
-    for layer, alpha in alphas.items():
-        a, b = (factors.get(f"{layer}.lora_{letter}.weight") for letter in "AB")
-        if a is None or b is None:
-            raise InputError(
-                f"LoRA: {layer}{ALPHA}: expected names that end in .lora_A.weight and .lora_B.weight beside it"
-            )
-        if isinstance(alpha, Tensor) and (alpha.is_meta or alpha.numel() != 1 or not alpha.isfinite().all()):
-            raise InputError(f"LoRA: {layer}{ALPHA}: must be one finite number")
-        value = ALPHAS.settle(f"LoRA: {layer}{ALPHA}", alpha.item() if isinstance(alpha, Tensor) else alpha)
-        factors[f"{layer}.lora_B.weight"] = b * (value / len(a))
     return factors
+
+
+def _scale(factors: dict[str, Tensor], layer: str, alpha: Any) -> None:
+    """Put alpha / rank of a layer into its lora_B."""
+    a, b = (factors.get(f"{layer}.lora_{letter}.weight") for letter in "AB")
+    if a is None or b is None:
+        raise InputError(
+            f"LoRA: {layer}{ALPHA}: expected names that end in .lora_A.weight and .lora_B.weight beside it"
+        )
+    if isinstance(alpha, Tensor) and (alpha.is_meta or alpha.numel() != 1 or not alpha.isfinite().all()):
+        raise InputError(f"LoRA: {layer}{ALPHA}: must be one finite number")
+    value = ALPHAS.settle(f"LoRA: {layer}{ALPHA}", alpha.item() if isinstance(alpha, Tensor) else alpha)
+    factors[f"{layer}.lora_B.weight"] = b * (value / len(a))
 
 
 def _check_factor(key: str, tensor: Any) -> None:

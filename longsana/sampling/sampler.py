@@ -135,26 +135,17 @@ def generate(
     """
     clock = clock or Clock(device)
 
-    def draw(step: int, *, chunk: int, start: int) -> Tensor:
+    def draw(chunk: int, start: int, step: int) -> Tensor:
         return rng.draw(start, step, (shape[0], plan.lengths[chunk], *shape[1:]), device)
 
     noise: Tensor | None = None
     for index, text in zip(range(len(plan)), texts, strict=True):
-        start = state.frames if state is not None else 0
-        own = partial(draw, chunk=index, start=start)
+        start, last = 0 if state is None else state.frames, index + 1 == len(plan)
+        own, exit_at = partial(draw, index, start), None if exits is None else exits[index]
         learned = learned_from is not None and plan.starts[index] + plan.lengths[index] > learned_from
         with clock.part("denoise"), torch.set_grad_enabled(learned):
-            x0 = denoise_chunk(
-                model,
-                schedule,
-                own(0) if noise is None else noise,
-                text,
-                state,
-                rng=own,
-                exit_at=None if exits is None else exits[index],
-                on_step=on_step,
-            )
-        last = index + 1 == len(plan)
+            noise = own(0) if noise is None else noise
+            x0 = denoise_chunk(model, schedule, noise, text, state, rng=own, exit_at=exit_at, on_step=on_step)
         if absorb_last or not last:
             with clock.part("absorb"):
                 clean = x0.detach()
@@ -166,7 +157,7 @@ def generate(
             assert state is not None
             # Now: whoever takes this chunk waits for the GPU, which noise that is drawn after that would leave idle.
             with clock.part("denoise"):
-                noise = draw(0, chunk=index + 1, start=state.frames)
+                noise = draw(index + 1, state.frames, 0)
         yield Chunk(index, start, x0, state)
 
 

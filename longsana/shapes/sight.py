@@ -190,17 +190,7 @@ def _inspect(
     strays = inside.sum((1, 2)) - core.sum((1, 2))
     deep = F.avg_pool2d(core[:, None], 3, 1, 1)[:, 0]
     mean = _mean_colour(pixels, core, paint, deep)
-    # Share of each pixel that is the object's, between the ground's colour and its own, which is darker near paint.
-    heart = (deep > 0.99).float()
-    local_paint = F.avg_pool2d((heart * paint)[:, None], 9, 1, 4) / F.avg_pool2d(heart[:, None], 9, 1, 4).clamp(
-        min=1e-6
-    )
-    own = mean[:, None, None] * (1 - (1 - SHADE) * local_paint[:, 0, :, :, None])
-    span = own - ground[frame][:, None, None]
-    share = ((pixels - ground[frame][:, None, None]) * span).sum(-1) / span.square().sum(-1)
-    # An edge may lie up to three pixels out of the core; what is farther belongs to others.
-    near = F.max_pool2d(F.max_pool2d(core[:, None], (1, 7), 1, (0, 3)), (7, 1), 1, (3, 0))[:, 0]
-    share = torch.maximum(share.clamp(0, 1) * near, heart)
+    share = _shares(pixels, core, paint, deep, mean, ground[frame])
     area = share.sum((1, 2)).clamp(min=1)
     x = (share.sum(1) * (local[0] + 0.5)).sum(1) / area
     y = (share.sum(2) * (local[1] + 0.5)).sum(1) / area
@@ -229,6 +219,23 @@ def _inspect(
         marking.where(known, -1),
         angle.where(known, torch.nan),
     )
+
+
+def _shares(pixels: Tensor, core: Tensor, paint: Tensor, deep: Tensor, mean: Tensor, ground: Tensor) -> Tensor:
+    """Share of each pixel that is the object's, (M, h, w), between the ground's colour and its own, darker near paint.
+
+    pixels (M, h, w, 3); core, paint, deep (M, h, w); mean and ground (M, 3): colours of the object and around it.
+    """
+    heart = (deep > 0.99).float()
+    local_paint = F.avg_pool2d((heart * paint)[:, None], 9, 1, 4) / F.avg_pool2d(heart[:, None], 9, 1, 4).clamp(
+        min=1e-6
+    )
+    own = mean[:, None, None] * (1 - (1 - SHADE) * local_paint[:, 0, :, :, None])
+    span = own - ground[:, None, None]
+    share = ((pixels - ground[:, None, None]) * span).sum(-1) / span.square().sum(-1)
+    # An edge may lie up to three pixels out of the core; what is farther belongs to others.
+    near = F.max_pool2d(F.max_pool2d(core[:, None], (1, 7), 1, (0, 3)), (7, 1), 1, (3, 0))[:, 0]
+    return torch.maximum(share.clamp(0, 1) * near, heart)
 
 
 def _mean_colour(pixels: Tensor, core: Tensor, paint: Tensor, deep: Tensor) -> Tensor:
