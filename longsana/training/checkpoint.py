@@ -1,7 +1,7 @@
 """Checkpoints of a run: written by all processes, whole or not at all, and read by any number of them.
 
-Tensors go through torch.distributed.checkpoint (DCP), which lets each process write and read its shards. Around it:
-a folder that appears by one rename, digests of every file, retention, and writing while training goes on.
+Each process writes and reads its parts of the tensors (`parts`). Around that: a folder that appears by one rename,
+digests of every file, retention, and writing while training goes on.
 """
 
 from __future__ import annotations
@@ -14,32 +14,33 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import LINGERING, move_into_place, naming, partial_name, remove, sync_folder, unfinished
-from longsana.training.dcp import check_match, flatten, on_host, read_tensors, write_tensors
+from longsana.training.parts import Part, check_match, flatten, host_copy, own_parts, read_parts, write_parts
 from longsana.weights.run_folder import (
     CHECKPOINTS,
     MANIFEST,
-    METADATA,
+    TENSOR_FILES,
     FileRecord,
+    Stored,
     check_content,
     checkpoints_in,
     digests,
     folder_name,
+    open_tensors,
     read_manifest,
-    read_metadata,
+    refuse_old,
 )
 
 log = logging.getLogger(__name__)
@@ -108,11 +109,14 @@ class Checkpointer:
         assert all(re.fullmatch(r"\w+", name) for name in own), list(own)
         assert all(Path(name).suffix in (".json", ".yaml", ".txt") and name != MANIFEST for name in texts), list(texts)
         # Copies in any case: safetensors refuses tensors that share memory.
-        copies = {name: {key: _host_copy(value) for key, value in group.items()} for name, group in own.items()}
+        copies = {name: {key: host_copy(value) for key, value in group.items()} for name, group in own.items()}
+        size = sum(tensor.numel() * tensor.itemsize for tensor in flat.values())
+        parts = own_parts(flat, self.world)
         if self._thread is None:
-            self._write(step, flat, copies, texts, retire)
+            self._write(step, parts, size, copies, texts, retire)
         else:
-            self._writing = self._thread.submit(self._write, step, on_host(flat), copies, texts, retire)
+            parts = {name: part.on_host() for name, part in parts.items()}
+            self._writing = self._thread.submit(self._write, step, parts, size, copies, texts, retire)
 
     def wait(self) -> None:
         """Until what `save` began is on disk.
@@ -133,7 +137,7 @@ class Checkpointer:
         """The newest checkpoint that is whole to the byte, or None where there is none at all; damaged ones are logged.
 
         Raises:
-            InputError: there are some, and all are damaged.
+            InputError: there are some, and all are damaged; or those are of a format that is no longer read.
         """
         self.wait()
         return self._on_main(self._newest_whole)
@@ -147,20 +151,20 @@ class Checkpointer:
         """
         self.wait()
         flat = flatten(tensors)
-        metadata: list[Metadata] = []
+        stored: dict[str, Stored] = {}
 
         def check() -> None:
-            read_manifest(path)
-            metadata.append(read_metadata(path))
-            check_match(path, metadata[0], flat)
+            stored.update(open_tensors(path))
+            check_match(path, stored, flat)
 
         self._everywhere(check)
-        read_tensors(flat, path, metadata[0], self._group)
+        self._everywhere(partial(read_parts, flat, stored))
 
     def _write(
         self,
         step: int,
-        flat: dict[str, Tensor],
+        parts: Mapping[str, Part],
+        size: int,
         own: Mapping[str, dict[str, Tensor]],
         texts: Mapping[str, str],
         retire: bool,
@@ -170,26 +174,28 @@ class Checkpointer:
         try:
             with unfinished(folder) if self.world.is_main else nullcontext():
                 self._on_main(partial(_make_empty, folder))
-                write_tensors(flat, folder, self._group, staged=self._thread is not None)
-                written = self._everywhere(partial(self._write_files, folder, own, texts))
+                written = self._everywhere(partial(self._write_files, folder, parts, own, texts))
                 self._on_main(partial(self._finish, path, folder, step, written))
         except BaseException as error:
             if self.world.is_main:
                 with suppress(OSError):
                     remove(folder)
             if isinstance(error, OSError):
-                size = sum(tensor.numel() * tensor.itemsize for tensor in flat.values()) / 1e9
-                reason = f"{error.strerror or error} (it takes {size:.3g} GB)"
+                reason = f"{error.strerror or error} (it takes {size / 1e9:.3g} GB)"
                 raise SaveFailed(error.errno, reason, str(path)) from error
             raise
         if retire:
             self._on_main(partial(self._remove_old, path))
 
     def _write_files(
-        self, folder: Path, own: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]
+        self,
+        folder: Path,
+        parts: Mapping[str, Part],
+        own: Mapping[str, dict[str, Tensor]],
+        texts: Mapping[str, str],
     ) -> dict[str, FileRecord]:
-        """This process's files beside the tensors; sizes and digests of these and of its share of the tensors."""
-        names = [file.name for file in folder.glob(f"__{self.world.rank}_*")]
+        """Write and sync this process's files; gives their sizes and digests."""
+        names = write_parts(parts, folder, self.world.rank, copied=self._thread is not None)
         for name, group in own.items():
             names.append(f"{name}.safetensors")
             with naming(folder / names[-1]):
@@ -197,7 +203,7 @@ class Checkpointer:
         if self.world.is_main:
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
-            names += [*texts, METADATA]
+            names += texts
         for name in names:
             _sync(folder / name)
         return {
@@ -269,6 +275,7 @@ class Checkpointer:
     def _newest_whole(self) -> Path | None:
         found = checkpoints_of(self.folder)
         for path in found:
+            refuse_old(path)
             try:
                 size = sum(record.size for record in read_manifest(path).values())
                 log.info("%s: reading %.3g GB, to be sure that they are what was written", path, size / 1e9)
@@ -359,7 +366,8 @@ def own_names(path: Path) -> list[str]:
     Raises:
         InputError: the checkpoint is not whole.
     """
-    return sorted(name.removesuffix(".safetensors") for name in read_manifest(path) if name.endswith(".safetensors"))
+    names = [name for name in read_manifest(path) if not fnmatchcase(name, TENSOR_FILES)]
+    return sorted(name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors"))
 
 
 def read_own(path: Path, name: str) -> dict[str, Tensor] | None:
@@ -375,10 +383,6 @@ def read_own(path: Path, name: str) -> dict[str, Tensor] | None:
         return load_file(file)
     except SafetensorError as error:
         raise InputError(f"{file}: damaged ({error}); use another checkpoint") from error
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _hidden(path: Path, why: str) -> Path:

@@ -25,11 +25,11 @@ from longsana.runtime.logging import METRICS, WANDB_ID
 from longsana.training.checkpoint import checkpoints_of
 from longsana.training.checks import DISTILLED, check_same_run
 from longsana.training.config import TrainingConfig
-from longsana.training.dcp import check_match, flatten
 from longsana.training.learner import Learner
+from longsana.training.parts import check_match, flatten
 from longsana.training.stages.stage import MicroBatches
 from longsana.weights.build import empty_model
-from longsana.weights.run_folder import CHECKPOINTS, read_manifest, read_metadata
+from longsana.weights.run_folder import CHECKPOINTS, open_tensors, refuse_old
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def check_fits(config: TrainingConfig, checkpoint: Path) -> None:
     if config.trainer in DISTILLED:
         learners.append(Learner("critic", empty_model(config.fake_score).float(), optimizers.critic))
     tensors = {name: group for learner in learners for name, group in learner.tensors().items()}
-    check_match(checkpoint, read_metadata(checkpoint), flatten(tensors))
+    check_match(checkpoint, open_tensors(checkpoint), flatten(tensors))
 
 
 def _check_run(config: TrainingConfig, logdir: Path, micro_batches: MicroBatches, allowed: bool) -> Opened:
@@ -230,9 +230,9 @@ def _changes(config: TrainingConfig, saved: Path) -> dict[str, str]:
 
 
 def _is_readable(checkpoint: Path) -> bool:
+    refuse_old(checkpoint)
     try:
-        read_manifest(checkpoint)
-        read_metadata(checkpoint)
+        open_tensors(checkpoint)
     except InputError:
         return False
     return True

@@ -195,10 +195,10 @@ def _open_folder(path: Path, key: str, digests: bool) -> dict[str, Entry]:
     if digests:
         check_content(path, remembered=True)
     groups: dict[str, dict[str, Entry]] = {}
-    for full_name, (shape, dtype, read) in open_tensors(path).items():
+    for full_name, stored in open_tensors(path).items():
         group, _, name = full_name.partition(SEPARATOR)
-        entry = Entry(shape, str(dtype).removeprefix("torch."), dtype.is_floating_point, read)
-        groups.setdefault(group, {})[name] = entry
+        dtype = str(stored.dtype).removeprefix("torch.")
+        groups.setdefault(group, {})[name] = Entry(stored.shape, dtype, stored.dtype.is_floating_point, stored.read)
     _check_key(path, key, [name for name in NETWORKS if name in groups])
     return groups[key]
 

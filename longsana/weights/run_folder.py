@@ -1,57 +1,41 @@
-"""Checkpoint folders of training: tensors as torch.distributed.checkpoint (DCP) writes them, and a manifest of files.
+"""Checkpoint folders of training: tensors in safetensors shards by process, and a manifest of files.
 
     checkpoint_model_000200/
-        manifest.json       size and SHA-256 of every other file; written last
-        .metadata           which tensor lies where (DCP; a pickle, which is opened with care here)
-        __0_0.distcp ...    the tensors, by process
+        manifest.json                                  size and SHA-256 of every other file; written last
+        shard-00001-model-00001-of-00002.safetensors   tensors, or parts of them, that process 0 wrote
         *.safetensors, progress.json, config.yaml ...
 
+A shard's header says where in its tensor each part begins, as in the files of torch.distributed.checkpoint.hf_storage.
 Reading needs no process group, and holds one tensor at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from longsana.runtime.errors import InputError
+from longsana.runtime.foreign import reason_of
 from longsana.runtime.hub import digests_of
-
-if TYPE_CHECKING:  # a second of imports that most commands have no use for
-    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 CHECKPOINTS = "checkpoint_model_*"  # in a run's folder
 MANIFEST = "manifest.json"
-METADATA = ".metadata"
-TENSOR_FILES = "*.distcp"
+TENSOR_FILES = "shard-*-model-*-of-*.safetensors"
+OFFSETS = "DCP_SHARDING_INFO"  # the key in a shard's header of {tensor: {"saved_offsets": [...]}}, in JSON
 SEPARATOR = "/"  # between a group and a tensor's name in it
-_AGAIN = "copy it again, hidden files too, or use another checkpoint"
-
-# All that the metadata of plain tensors consists of.
-_METADATA_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"} | {str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype)},
-}
+_OLD_FILES = (".metadata", "*.distcp")
+_AGAIN = "copy it again, or use another checkpoint"
 
 
 class FileRecord(NamedTuple):
@@ -59,12 +43,49 @@ class FileRecord(NamedTuple):
     sha256: str
 
 
+class Piece(NamedTuple):
+    """A box of a tensor that lies in one file: where it begins in the tensor, its sizes, and what reads it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
 class Stored(NamedTuple):
-    """A tensor in a checkpoint folder; `read` makes it whole on the host, from however many parts."""
+    """A tensor in a checkpoint folder, from however many pieces."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    pieces: tuple[Piece, ...]
+
+    def read(self) -> Tensor:
+        """The whole tensor on the host; it may be a view of a mapped file.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        if len(self.pieces) == 1:
+            return self.pieces[0].read()
+        whole = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        self.read_into(whole, (0,) * len(self.shape))
+        return whole
+
+    def read_into(self, target: Tensor, offsets: Sequence[int]) -> None:
+        """Fill `target`, which is the box of this tensor that begins at `offsets`, on any device.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        for piece in self.pieces:
+            sides = list(zip(piece.offsets, piece.sizes, offsets, target.shape, strict=True))
+            first = [max(there, here) for there, _, here, _ in sides]
+            last = [min(there + size, here + length) for there, size, here, length in sides]
+            if all(start < end for start, end in zip(first, last, strict=True)):
+                source, box = (
+                    tuple(slice(start - zero, end - zero) for start, end, zero in zip(first, last, zeros, strict=True))
+                    for zeros in (piece.offsets, offsets)
+                )
+                target[box].copy_(piece.read()[source])
 
 
 def folder_name(step: int) -> str:
@@ -80,15 +101,34 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether this is a folder of training's, whole or not."""
-    return (path / METADATA).is_file() or any(path.glob(TENSOR_FILES))
+    return any(path.glob(TENSOR_FILES)) or _is_old(path)
+
+
+def _is_old(path: Path) -> bool:
+    return any(file.is_file() for pattern in _OLD_FILES for file in path.glob(pattern))
+
+
+def refuse_old(path: Path) -> None:
+    """Refuse a checkpoint folder whose tensors are not in safetensors.
+
+    Raises:
+        InputError: it is one; the message names the commit that reads it.
+    """
+    if _is_old(path):
+        raise InputError(
+            f"{path}: a checkpoint with .distcp files, which this version does not read: training cannot go on from "
+            "it, and its weights are exported by commit 3377696: `git worktree add ../longsana-3377696 3377696`, and "
+            "there train_video_scripts/export.py"
+        )
 
 
 def read_manifest(path: Path) -> dict[str, FileRecord]:
     """The files of a checkpoint folder, each there and of its size.
 
     Raises:
-        InputError: there is no manifest, or a file is missing, longer or shorter.
+        InputError: there is no manifest, or a file is missing, longer or shorter; or see `refuse_old`.
     """
+    refuse_old(path)
     try:
         written = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         files = {str(name): FileRecord(int(entry["size"]), str(entry["sha256"])) for name, entry in written.items()}
@@ -121,7 +161,7 @@ def check_content(path: Path, *, remembered: bool = False) -> None:
     for name, digest in zip(files, found, strict=True):
         if digest != files[name].sha256:
             raise InputError(f"{path / name}: has changed since it was written (SHA-256); {_AGAIN}")
-    read_metadata(path)
+    open_tensors(path)
 
 
 def digests(folder: Path, names: list[str]) -> dict[str, str]:
@@ -138,86 +178,42 @@ def digests(folder: Path, names: list[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickles DCP's metadata and nothing else: a pickle may name any function, to be called as it is opened."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _METADATA_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        raise _ForbiddenError(f"{module}.{name}")
-
-
-class _ForbiddenError(Exception):
-    pass
-
-
-def read_metadata(path: Path) -> Metadata:
-    """What tensors a checkpoint folder holds, and where; unlike with DCP's own reader, no code in it can run.
-
-    Raises:
-        InputError: missing, damaged, or holding more than DCP's descriptions of tensors.
-    """
-    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-
-    file = path / METADATA
-    try:
-        metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
-    except _ForbiddenError as error:
-        raise InputError(
-            f"{file}: refused: it holds a Python object ({error}), which could run code when opened; "
-            "use a checkpoint from a source you trust"
-        ) from error
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}") from error
-    except Exception as error:  # what a damaged pickle raises is anyone's guess
-        raise InputError(f"{file}: damaged ({type(error).__name__}); {_AGAIN}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-        raise InputError(f"{file}: refused: not DCP's metadata, but a {type(metadata).__name__}; {_AGAIN}")
-    for name, value in metadata.state_dict_metadata.items():
-        if not isinstance(value, TensorStorageMetadata):
-            raise InputError(f"{file}: refused: {name} is no tensor, but a {type(value).__name__}; {_AGAIN}")
-    return metadata
-
-
-def tensor_records(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
-    """By `group/name`; `read_metadata` lets nothing else through."""
-    return cast("dict[str, TensorStorageMetadata]", metadata.state_dict_metadata)
-
-
 def open_tensors(path: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint folder by `group/name`, none read yet.
+    """Every tensor of a checkpoint folder by `group/name`; headers are read, and no tensor.
 
     Raises:
-        InputError: the folder is not whole, or its metadata is damaged or refused. `read` raises it too.
+        InputError: the folder is not whole, or a file is damaged.
     """
-    files = read_manifest(path)
-    metadata = read_metadata(path)
-    try:
-        places = {(index.fqn, tuple(index.offset)): info for index, info in metadata.storage_data.items()}
-        found = {}
-        for name, value in tensor_records(metadata).items():
-            parts = [(chunk.offsets, chunk.sizes, places[name, tuple(chunk.offsets)]) for chunk in value.chunks]
-            assert all(info.relative_path in files for *_, info in parts)
-            assert sum(prod(sizes) for _, sizes, _ in parts) == prod(value.size)
-            found[name] = Stored(tuple(value.size), value.properties.dtype, partial(_read, path, name, value, parts))
-    except (AttributeError, KeyError, TypeError, AssertionError) as error:
-        raise InputError(f"{path / METADATA}: damaged ({type(error).__name__}); {_AGAIN}") from error
+    pieces: dict[str, list[Piece]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for name in read_manifest(path):
+        if fnmatchcase(name, TENSOR_FILES):
+            for tensor, dtype, piece in _pieces(path / name):
+                pieces.setdefault(tensor, []).append(piece)
+                if dtypes.setdefault(tensor, dtype) != dtype:
+                    raise InputError(f"{path / name}: {tensor} is of another dtype than its other parts; {_AGAIN}")
+    found = {}
+    for tensor, parts in pieces.items():
+        ends = [[start + size for start, size in zip(part.offsets, part.sizes, strict=True)] for part in parts]
+        shape = tuple(map(max, zip(*ends, strict=True)))
+        if sum(prod(part.sizes) for part in parts) != prod(shape):
+            raise InputError(f"{path}: parts of {tensor} are missing, or are there twice; {_AGAIN}")
+        found[tensor] = Stored(shape, dtypes[tensor], tuple(parts))
     return found
 
 
-def _read(path: Path, name: str, value: TensorStorageMetadata, parts: list[tuple[Any, Any, Any]]) -> Tensor:
-    whole = torch.empty(value.size, dtype=value.properties.dtype)
-    for offsets, sizes, info in parts:
-        try:
-            with (path / info.relative_path).open("rb") as stream:
-                stream.seek(info.offset)
-                part = torch.load(io.BytesIO(stream.read(info.length)), map_location="cpu", weights_only=True)
-            assert part.shape == sizes and part.dtype == whole.dtype, f"{part.dtype} {list(part.shape)}"
-        except Exception as error:  # as of any damaged PyTorch file
-            detail = " ".join(str(error).split())[:100]
-            raise InputError(f"{path / info.relative_path}: {name} is damaged ({detail}); {_AGAIN}") from error
-        if len(parts) == 1:
-            return part
-        region = whole[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))]
-        region.copy_(part)
-    return whole
+def _pieces(file: Path) -> list[tuple[str, torch.dtype, Piece]]:
+    """Names, dtypes and pieces of the tensors in a shard, which stays mapped as long as one of them is held."""
+    try:
+        handle = safe_open(file, "pt")
+        places = json.loads(handle.metadata()[OFFSETS])
+        found = []
+        for name in handle.keys():  # noqa: SIM118 (not a dict)
+            mapped: Tensor = handle.get_tensor(name)  # a view of the file, of which nothing is read
+            offsets = tuple(map(int, places[name]["saved_offsets"]))
+            assert len(offsets) == mapped.dim() and min(offsets, default=0) >= 0
+            read = partial(handle.get_tensor, name)
+            found.append((name, mapped.dtype, Piece(offsets, tuple(mapped.shape), read)))
+        return found
+    except Exception as error:  # what a damaged header leads to is anyone's guess
+        raise InputError(f"{file}: damaged ({type(error).__name__}: {reason_of(error)}); {_AGAIN}") from error

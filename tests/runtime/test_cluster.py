@@ -26,6 +26,7 @@ ROOT = HERE.parents[1]
 TRAINING = ROOT / "train_video_scripts/train_longsana.py"
 EXPORT = ROOT / "train_video_scripts/export.py"
 EVALUATE = ROOT / "inference_video_scripts/evaluate.py"
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 POOR = {"flock": errno.ENOSYS, "fsync_folder": errno.EINVAL, "link": errno.EPERM, "symlink": errno.EPERM, "nfs": 1}
 """What a file system lacks that is no more than the command needs; names of open files linger on it."""
 
@@ -308,10 +309,10 @@ def test_training_without_locks_links_and_synced_folders(train: Run, tmp_path: P
 def test_checkpoints_that_are_in_use_linger_and_go_at_the_next_start(train: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     removed = folder / ".checkpoint_model_000001.removed"
-    done = train(folder, faults={"nfs": 1}, on=folder, HELD=f"{removed.name}/__0_0.distcp")
+    done = train(folder, faults={"nfs": 1}, on=folder, HELD=f"{removed.name}/{SHARD}")
     assert done.status == 0, done.output
     assert "could not be removed" in done.line(f"{removed}: ") and "Directory not empty" in done.output
-    assert [path.name for path in removed.iterdir()] == [".nfs_0___0_0.distcp"]
+    assert [path.name for path in removed.iterdir()] == [f".nfs_0_{SHARD}"]
     assert [path.name for path in checkpoints_of(folder)] == ["checkpoint_model_000003"]
     (folder / ".nfs_1_metrics.jsonl").write_text("")
     done = train(folder, "--no-auto-resume", "train.max_iters=1", faults={"nfs": 1}, on=folder)

@@ -1,8 +1,8 @@
-"""A small network under FSDP2 with all that is saved of it; and, as a script, what two processes do with checkpoints.
+"""A small network under FSDP2 with all that is saved of it; and, as a script, what processes do with checkpoints.
 
-    torchrun --standalone --nproc_per_node=2 checkpoint_worker.py FOLDER
+    torchrun --standalone --nproc_per_node=2 checkpoint_worker.py FOLDER PART...
 
-FOLDER/one holds a checkpoint by one process. Ends in a save that never ends, to be killed in.
+FOLDER/one holds a checkpoint by one process. The part save_forever never ends, to be killed in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,18 +24,21 @@ from torch.distributed.tensor import DTensor
 from longsana.runtime.distributed import World
 from longsana.training import checkpoint
 from longsana.training.checkpoint import Checkpointer, SaveFailed, own_names, read_own, read_progress
+from longsana.weights.run_folder import TENSOR_FILES
 
 
 class Run:
     """Training, and its live tensors; one layer has fewer rows than there are processes."""
 
-    def __init__(self, seed: int, device: str = "cpu") -> None:
+    def __init__(self, seed: int, device: str = "cpu", *, replicas: bool = False) -> None:
         torch.manual_seed(seed)
         self.device = device
         self.model = nn.Sequential(nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 3), nn.SiLU(), nn.Linear(3, 1))
         self.model.register_buffer("table", torch.randn(4, 3))
         self.model.to(device)
-        mesh = init_device_mesh(device, (dist.get_world_size(),))
+        size = dist.get_world_size()
+        names = ("replicate", "shard") if replicas else ("shard",)
+        mesh = init_device_mesh(device, (size, 1) if replicas else (size,), mesh_dim_names=names)
         for layer in (self.model[0], self.model[2], self.model):
             fully_shard(layer, mesh=mesh)
         self.weights = dict(self.model.named_parameters())
@@ -94,14 +97,34 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def reshard(folder: Path, world: World) -> None:
-    """What one process saved."""
-    run = Run(seed=1)
-    Checkpointer(folder / "one", world, keep=1, asynchronous=False).load(
-        folder / "one/checkpoint_model_000002", run.tensors()
-    )
-    found = run.whole()
-    if world.is_main:
-        torch.save(found, folder / "one_by_two.pt")
+    """Read what other numbers of processes saved."""
+    for name in ("one", "two", "async"):
+        path = folder / name / "checkpoint_model_000002"
+        if path.exists():
+            run = Run(seed=1)
+            Checkpointer(path.parent, world, keep=1, asynchronous=False).load(path, run.tensors())
+            found = run.whole()
+            if world.is_main:
+                torch.save(found, folder / f"{name}_by_{world.size}.pt")
+
+
+def replicas(folder: Path, world: World) -> None:
+    """Each part is on both processes: one of the two writes it, and both write about as much."""
+    checkpointer = Checkpointer(folder / "replicas", world, keep=2, asynchronous=False)
+    whole = Run(seed=0).train(0, 1).whole()
+    run = Run(seed=0, replicas=True)
+    for group, named in run.tensors().items():
+        for name, value in named.items():
+            local = value.to_local() if isinstance(value, DTensor) else value
+            local.detach().copy_(whole[f"{group}/{name}"])
+    save(checkpointer, 2, run)
+    path = folder / "replicas/checkpoint_model_000002"
+    sizes = [sum(tensor.numel() for tensor in load_file(file).values()) for file in sorted(path.glob(TENSOR_FILES))]
+    assert len(sizes) == 2 and sum(sizes) == sum(value.numel() for value in whole.values())
+    assert max(sizes) < 1.5 * min(sizes), sizes
+    for other in (Run(seed=1, replicas=True), Run(seed=1)):
+        checkpointer.load(path, other.tensors())
+        assert_equal(other.whole(), whole)
 
 
 def resume(folder: Path, world: World) -> None:
@@ -126,9 +149,12 @@ def resume(folder: Path, world: World) -> None:
 
 def asynchronous(folder: Path, world: World) -> None:
     """What is written is what was there when `save` returned, also while the processes exchange messages."""
-    checkpointer = Checkpointer(folder / "async", world, keep=2, asynchronous=True)
+    name = "async" if world.size == 2 else f"async{world.size}"
+    checkpointer = Checkpointer(folder / name, world, keep=2, asynchronous=True)
     run = Run(seed=0).train(0, 1)
     expected = run.whole()
+    if world.is_main:
+        torch.save(expected, folder / f"{name}.pt")
     save(checkpointer, 2, run)
     run.train(2, 3, 4)
     save(checkpointer, 5, run)
@@ -137,7 +163,7 @@ def asynchronous(folder: Path, world: World) -> None:
     checkpointer.wait()
     for step, tensors in ((2, expected), (5, later)):
         run = Run(seed=1)
-        checkpointer.load(folder / f"async/checkpoint_model_{step:06d}", run.tensors())
+        checkpointer.load(folder / f"{name}/checkpoint_model_{step:06d}", run.tensors())
         assert_equal(run.whole(), tensors)
 
 
@@ -165,26 +191,28 @@ def fail_on_one(folder: Path, world: World) -> None:
 
 def save_forever(folder: Path, world: World) -> None:
     checkpointer = Checkpointer(folder / "two", world, keep=2, asynchronous=False)
-    genuine = dcp.FileSystemWriter.write_data
+    genuine = checkpoint.write_parts
 
-    def stuck(self: Any, *arguments: Any) -> Any:
-        result = genuine(self, *arguments)
+    def stuck(*arguments: Any, **options: Any) -> Any:
+        result = genuine(*arguments, **options)
         if world.rank == 1:
             time.sleep(1000)
         return result
 
-    dcp.FileSystemWriter.write_data = stuck  # type: ignore[method-assign]
+    checkpoint.write_parts = stuck
     save(checkpointer, 4, Run(seed=0))
+
+
+PARTS = (reshard, resume, asynchronous, replicas, fail_on_one, save_forever)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     folder, world = Path(sys.argv[1]), World.from_environment()
     world.connect(alone=True)
-    for part in (reshard, resume, asynchronous, fail_on_one):
-        part(folder, world)
-        print(f"{part.__name__} ok")
-    save_forever(folder, world)
+    for part in sys.argv[2:]:
+        {part.__name__: part for part in PARTS}[part](folder, world)
+        print(f"{part} ok")
 
 
 if __name__ == "__main__":

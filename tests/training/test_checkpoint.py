@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -19,16 +18,18 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import disk_failure, remove
-from longsana.training import checkpoint
+from longsana.training import checkpoint, parts
 from longsana.training.checkpoint import Checkpointer, SaveFailed, own_names, read_own, read_progress
+from longsana.weights.run_folder import MANIFEST, TENSOR_FILES, Stored, open_tensors
 from tests.training.checkpoint_worker import Run, assert_equal, save
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -67,25 +68,32 @@ def loaded(checkpointer: Checkpointer, path: Path) -> dict[str, Tensor]:
     return run.whole()
 
 
-def test_two_processes(world: World, tmp_path: Path) -> None:
-    """Resharding both ways, resume, asynchronous writing, a failure of one; and kill -9 in the middle of a save."""
-    one = Run(seed=0).train(0, 1)
-    save(Checkpointer(tmp_path / "one", world, keep=1, asynchronous=False), 2, one)
-
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.Popen(
-        [*launcher, str(Path(__file__).with_name("checkpoint_worker.py")), str(tmp_path)],
+def launched(processes: int, folder: Path, *parts: str) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [*launcher, str(Path(__file__).with_name("checkpoint_worker.py")), str(folder), *parts],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def test_two_processes(world: World, tmp_path: Path) -> None:
+    """Resharding both ways, resume, asynchronous writing, a failure of one; and kill -9 in the middle of a save.
+
+    And three processes read what two and one have written, and write what one reads.
+    """
+    one = Run(seed=0).train(0, 1)
+    save(Checkpointer(tmp_path / "one", world, keep=1, asynchronous=False), 2, one)
+
+    process = launched(2, tmp_path, "reshard", "resume", "asynchronous", "replicas", "fail_on_one", "save_forever")
     deadline = time.monotonic() + 120
     unfinished = tmp_path / "two" / ".checkpoint_model_000004.partial"
     try:
-        while process.poll() is None and not list(unfinished.glob("__1_*.distcp")) and time.monotonic() < deadline:
+        while process.poll() is None and not list(unfinished.glob("shard-00002-*")) and time.monotonic() < deadline:
             time.sleep(0.05)
-        begun = process.poll() is None and list(unfinished.glob("__1_*.distcp"))
+        begun = process.poll() is None and list(unfinished.glob("shard-00002-*"))
     finally:
         # The launcher gives each of its processes a session: its group is not theirs.
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -94,11 +102,21 @@ def test_two_processes(world: World, tmp_path: Path) -> None:
         output = process.communicate()[0]
     assert begun, output
 
-    assert_equal(torch.load(tmp_path / "one_by_two.pt", weights_only=True), one.whole())
+    assert_equal(torch.load(tmp_path / "one_by_2.pt", weights_only=True), one.whole())
     two = Checkpointer(tmp_path / "two", world, keep=2, asynchronous=False)
     assert there(tmp_path / "two") == [2]
     assert two.latest() == at(tmp_path / "two", 2)
-    assert_equal(loaded(two, at(tmp_path / "two", 2)), torch.load(tmp_path / "two.pt", weights_only=True))
+    saved = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert_equal(loaded(two, at(tmp_path / "two", 2)), saved)
+    assert_equal(loaded(two, at(tmp_path / "replicas", 2)), saved)
+
+    process = launched(3, tmp_path, "reshard", "asynchronous")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    for name, expected in (("one", one.whole()), ("two", saved), ("async", saved)):
+        assert_equal(torch.load(tmp_path / f"{name}_by_3.pt", weights_only=True), expected)
+    assert len(list(at(tmp_path / "async3", 2).glob(TENSOR_FILES))) == 3
+    assert_equal(loaded(two, at(tmp_path / "async3", 2)), torch.load(tmp_path / "async3.pt", weights_only=True))
 
 
 def test_resume_is_uninterrupted(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
@@ -145,13 +163,13 @@ def test_asynchronous_saves_what_was_there(
     make: Callable[..., Checkpointer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
-    genuine = dcp.save
+    genuine = checkpoint.write_parts
 
     def held(*arguments: Any, **options: Any) -> Any:
         assert go.wait(20)
         return genuine(*arguments, **options)
 
-    monkeypatch.setattr(dcp, "save", held)
+    monkeypatch.setattr(checkpoint, "write_parts", held)
     checkpointer, run, own = make(asynchronous=True), Run(0).train(0, 1), torch.zeros(3)
     expected = run.whole()
     save(checkpointer, 2, run, own={"stream": {"state": own}})
@@ -217,7 +235,7 @@ def test_full_disk(
     checkpointer, run = make(keep=1, asynchronous=asynchronous), Run(0)
     save(checkpointer, 1, run)
     checkpointer.wait()
-    size = next(at(tmp_path, 1).glob("*.distcp")).stat().st_size
+    size = next(at(tmp_path, 1).glob(TENSOR_FILES)).stat().st_size
     with limited(size // 2):
         if asynchronous:
             save(checkpointer, 2, run)
@@ -253,12 +271,12 @@ def missing(folder: Path) -> None:
 
 
 def short(folder: Path) -> None:
-    file = folder / "__0_0.distcp"
+    file = folder / SHARD
     file.write_bytes(file.read_bytes()[:-1])
 
 
 def changed(folder: Path) -> None:
-    file = folder / "__0_0.distcp"
+    file = folder / SHARD
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -454,52 +472,85 @@ def test_what_does_not_fit_is_listed(make: Callable[..., Checkpointer], tmp_path
         make().load(at(tmp_path, 3), run.tensors())
 
 
-class Payload:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("ran",)
+def test_a_checkpoint_of_the_old_format_is_refused(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    """It is neither counted as damaged, nor is a run started anew beside it."""
+    run = Run(0)
+    save(make(), 2, run)
+    old = at(tmp_path, 4)
+    old.mkdir()
+    for name in ("__0_0.distcp", ".metadata", MANIFEST):
+        (old / name).write_bytes(b"{}")
+    for action in (make().latest, lambda: make().load(old, run.tensors()), lambda: open_tensors(old)):
+        with pytest.raises(InputError, match=r"4: a checkpoint with \.distcp files, .* commit 3377696: `git") as caught:
+            action()
+        assert "\n" not in str(caught.value)
 
 
-def test_metadata_with_code_is_refused(
-    make: Callable[..., Checkpointer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_pickle_and_nothing_hidden_is_in_it(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    """PyTorch's own reader of such files finds the tensors where ours does."""
+    run = Run(0).train(0)
+    save(make(), 2, run, own={})
+    assert {path.name for path in at(tmp_path, 2).iterdir()} == {SHARD, MANIFEST, "progress.json", "config.yaml"}
+    metadata = HuggingFaceStorageReader(str(at(tmp_path, 2))).read_metadata()
+    found = {name: (tuple(value.size), value.properties.dtype) for name, value in metadata.state_dict_metadata.items()}
+    assert found == {name: (value.shape, value.dtype) for name, value in open_tensors(at(tmp_path, 2)).items()}
+    assert_equal({name: value.read() for name, value in open_tensors(at(tmp_path, 2)).items()}, run.whole())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_tensors_of_every_kind_in_several_files(
+    asynchronous: bool, make: Callable[..., Checkpointer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DCP's own reader would run it. The manifest is right: whoever plants one plants the other."""
-    monkeypatch.chdir(tmp_path)
-    run = Run(0)
-    save(make(), 2, run)
-    metadata = pickle.loads((at(tmp_path, 2) / ".metadata").read_bytes())
-    metadata.planner_data = Payload()
-    plant(at(tmp_path, 2), pickle.dumps(metadata))
-    with pytest.raises(InputError, match=r"refused: .*mkdir.*could run code"):
-        make().load(at(tmp_path, 2), run.tensors())
-    with pytest.raises(InputError, match="damaged"):
-        make().latest()
-    assert not Path("ran").exists()
-    dcp.FileSystemReader(at(tmp_path, 2)).read_metadata()
-    assert Path("ran").exists(), "the planted code is none"
+    monkeypatch.setattr(parts, "SHARD_BYTES", 40)
+    base = torch.arange(24.0)
+    tensors = {
+        "step": torch.tensor(5.0),
+        "empty": torch.zeros(0, 3, dtype=torch.int64),
+        "transposed": base.view(4, 6).T,
+        "half": base[:7].half(),
+        "view": base[3:9],
+        "float8": base[:8].to(torch.float8_e4m3fn),
+        "flag": torch.tensor([True, False]),
+        "larger than a file": base.double(),
+    }
+    expected = {f"a/{name}": value.clone() for name, value in tensors.items()}
+    checkpointer = make(asynchronous=asynchronous)
+    checkpointer.save(1, {"a": tensors}, own={}, progress={}, texts={})
+    base.fill_(-1) if asynchronous else None
+    checkpointer.wait()
+    assert len(list(at(tmp_path, 1).glob(TENSOR_FILES))) == 5
+    assert own_names(at(tmp_path, 1)) == []
+    found = {name: torch.full_like(value, 1) for name, value in tensors.items()}
+    checkpointer.load(at(tmp_path, 1), {"a": found})
+    as_bytes = {name: value.view(torch.uint8) if "float8" in name else value for name, value in expected.items()}
+    assert_equal({f"a/{k}": v.view(torch.uint8) if k == "float8" else v for k, v in found.items()}, as_bytes)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x04", pickle.dumps({"a": 1}), pickle.dumps(7)])
-def test_metadata_of_another_kind(content: bytes, make: Callable[..., Checkpointer], tmp_path: Path) -> None:
-    run = Run(0)
-    save(make(), 2, run)
-    plant(at(tmp_path, 2), content)
-    with pytest.raises(InputError, match=r"\.metadata: (damaged|refused)"):
-        make().load(at(tmp_path, 2), run.tensors())
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
+def test_reading_holds_no_second_copy(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+    live = {"a": {f"{i}": torch.full((1 << 22,), float(i)) for i in range(8)}}
+    make().save(1, live, own={}, progress={}, texts={})
+    before, most = anonymous(), []
+    genuine = Stored.read_into
+
+    def measured(*arguments: Any) -> None:
+        genuine(*arguments)
+        most.append(anonymous())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stored, "read_into", measured)
+        make().load(at(tmp_path, 1), live)
+    assert max(most) - before < 3 << 24, "of eight tensors of 1 << 24 bytes"
 
 
 def test_a_file_damaged_since_the_check(make: Callable[..., Checkpointer], tmp_path: Path) -> None:
     run = Run(0)
     save(make(), 2, run)
-    file = at(tmp_path, 2) / "__0_0.distcp"
+    file = at(tmp_path, 2) / SHARD
     file.write_bytes(b"\0" * file.stat().st_size)
     with pytest.raises(InputError, match="damaged"):
         make().load(at(tmp_path, 2), run.tensors())
-
-
-def plant(folder: Path, metadata: bytes) -> None:
-    """Put other metadata in, with its size and digest in the manifest."""
-    (folder / ".metadata").write_bytes(metadata)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    digest = checkpoint.digests(folder, [".metadata"])[".metadata"]
-    manifest["files"][".metadata"] = {"size": len(metadata), "sha256": digest}
-    (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from longsana.models.embeddings import TextEmbedding
@@ -26,6 +25,7 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.logging import RunLog
 from longsana.runtime.stop import Stopped, caught
+from longsana.training import checkpoint
 from longsana.training.checkpoint import Checkpointer, SaveFailed, read_progress
 from longsana.training.config import AdamWConfig, TrainConfig
 from longsana.training.learner import Learner
@@ -283,7 +283,7 @@ def test_a_signal_ends_a_validation_between_its_videos_and_saves(make, tmp_path)
 
 def test_a_signal_while_the_last_checkpoint_is_being_written_does_not_lose_it(make, tmp_path, monkeypatch):
     """A scheduler's SIGTERM, on a slow disk that is written to in the background."""
-    save, killers = dcp.save, []
+    save, killers = checkpoint.write_parts, []
 
     def slow(*arguments: Any, **options: Any) -> Any:
         killers.append(threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)))
@@ -291,7 +291,7 @@ def test_a_signal_while_the_last_checkpoint_is_being_written_does_not_lose_it(ma
         time.sleep(0.5)
         return save(*arguments, **options)
 
-    monkeypatch.setattr(dcp, "save", slow)
+    monkeypatch.setattr(checkpoint, "write_parts", slow)
     # What would happen without a handler; as it is, pytest would die.
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the signal was not waited for"))
     try:
@@ -303,13 +303,13 @@ def test_a_signal_while_the_last_checkpoint_is_being_written_does_not_lose_it(ma
 
 
 def test_what_is_being_written_is_finished_when_a_run_fails(make, tmp_path, monkeypatch):
-    save = dcp.save
+    save = checkpoint.write_parts
 
     def slow(*arguments: Any, **options: Any) -> Any:
         time.sleep(0.3)
         return save(*arguments, **options)
 
-    monkeypatch.setattr(dcp, "save", slow)
+    monkeypatch.setattr(checkpoint, "write_parts", slow)
     loop = make(
         max_iters=99,
         save=True,
@@ -498,7 +498,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_loses_nothing(ru
     names = ["checkpoint_model_000004", "checkpoint_model_000005"]
     assert sorted(path.name for path in whole.glob("*checkpoint_*")) == names  # only so many are kept
     shutil.copytree(whole, damaged)
-    (file,) = (damaged / names[1]).glob("__0_*.distcp")
+    (file,) = (damaged / names[1]).glob("shard-00001-*")
     flip(file)
     caplog.clear()
     with caplog.at_level("INFO"):
@@ -510,7 +510,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_loses_nothing(ru
     assert lines(whole) == lines(damaged)
 
     for name in names:
-        (file,) = (damaged / name).glob("__0_*.distcp")
+        (file,) = (damaged / name).glob("shard-00001-*")
         flip(file)
     capfd.readouterr()
     assert run(damaged) == 2

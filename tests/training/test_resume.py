@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from longsana.training.checkpoint import own_names, read_own
 from longsana.weights.run_folder import open_tensors
 from tests.training.conftest import ROOT, SCRIPT
 
@@ -79,8 +79,8 @@ def start(*command: str | Path, processes: int = 1) -> subprocess.CompletedProce
 def contents(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by name: networks, averages, moments, generators of random numbers, streams."""
     tensors = {name: stored.read() for name, stored in open_tensors(checkpoint).items()}
-    for file in checkpoint.glob("*.safetensors"):
-        tensors |= {f"{file.stem}.{name}": tensor for name, tensor in load_file(file).items()}
+    for name in own_names(checkpoint):
+        tensors |= {f"{name}.{key}": tensor for key, tensor in (read_own(checkpoint, name) or {}).items()}
     return tensors
 
 

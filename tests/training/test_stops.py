@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from longsana import convert
@@ -30,12 +29,13 @@ from longsana.runtime.files import LOCK
 from longsana.runtime.logging import METRICS, RunLog
 from longsana.runtime.stop import SIGNALS
 from longsana.training import captions
+from longsana.training import checkpoint as saving
 from longsana.training import run as launch
 from longsana.training.build import StageBuilder
 from longsana.training.checkpoint import Checkpointer, checkpoints_of
 from longsana.training.learner import Learner
 from longsana.training.stages.ode import OdeInitialisation
-from longsana.weights.run_folder import METADATA, check_content
+from longsana.weights.run_folder import Stored, check_content
 from tests.runtime.test_stop import as_usual
 from tests.scripts import load_script
 from tests.training.conftest import ROOT, SCRIPT
@@ -173,7 +173,7 @@ def stop_at(moment: Moment, whole: Whole, folder: Path) -> Path:
         assert len(ends) == 1 or (finished and not ends), told
     assert launched.process.returncode != 0 or finished
     if launched.run.is_dir():
-        left = [path.name for path in launched.run.rglob(".*") if path.name not in (LOCK, METADATA)]
+        left = [path.name for path in launched.run.rglob(".*") if path.name != LOCK]
         assert not left, (left, told)
         check_saved(launched.run)
     return launched.run
@@ -235,8 +235,8 @@ MOMENTS = {
     "the first pass, with its compilation": During(OdeInitialisation, "loss"),
     "the first update": During(Learner, "update", (1,)),
     "a later pass": During(OdeInitialisation, "loss", (2, 3), count=3),
-    "a checkpoint is saved": During(dcp, "save", (2,)),
-    "the last one is saved": During(dcp, "save", (2, 4), count=2, status=0),
+    "a checkpoint is saved": During(saving, "write_parts", (2,)),
+    "the last one is saved": During(saving, "write_parts", (2, 4), count=2, status=0),
     "the log is closed": During(RunLog, "close", (2, 4)),
     "processes part": During(World, "disconnect", (2, 4)),
 }
@@ -278,7 +278,7 @@ def test_a_stop_while(
     told = [line for line in result.err.splitlines() if line.startswith("stopped by")]
     assert len(told) == (0 if result.status == 0 else 1) and all(number.name in line for line in told)
     assert tuple(sorted(int(path.name[-6:]) for path in checkpoints_of(tmp_path))) == during.saved
-    assert not [path for path in tmp_path.rglob(".*") if path.name != METADATA]
+    assert not list(tmp_path.rglob(".*"))
     check_saved(tmp_path)
     assert command("--config_path", config, "--logdir", tmp_path, "--threads", "1").status == 0
     check_saved(tmp_path)
@@ -290,7 +290,7 @@ def test_a_stop_while_a_checkpoint_is_read(
     """It is not taken for a damage of the checkpoint."""
     arguments = ("--config_path", config, "--logdir", tmp_path, "--threads", "1")
     assert command(*arguments, "--max_iters", "2").status == 0
-    for during in (During(dcp, "load"), During(dcp.FileSystemReader, "read_data"), During(Checkpointer, "load")):
+    for during in (During(saving, "read_parts"), During(Stored, "read_into"), During(Checkpointer, "load")):
         with monkeypatch.context() as patch:
             send_during(patch, during, signal.SIGHUP)
             result = command(*arguments)

@@ -4,21 +4,19 @@ import json
 import os
 import pickle
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import file_sha256
+from longsana.training.parts import Part, write_parts
 from longsana.weights.files import open_checkpoint
 from longsana.weights.network import save_checkpoint
-from longsana.weights.run_folder import MANIFEST, digests
+from longsana.weights.run_folder import MANIFEST, Stored, digests
 from tests.weights.checkpoints import TINY, assert_same, load, upstream, weights
 
 
@@ -128,19 +126,18 @@ def test_folders(tmp_path: Path) -> None:
         load(tmp_path / "c.pth")
 
 
-class Writer(dcp.FileSystemWriter):
-    def storage_meta(self) -> None:
-        return None
-
-
-def checkpoint_folder(path: Path, networks: dict[str, dict[str, torch.Tensor]]) -> Path:
-    """What training writes, by one process and without a process group."""
+def checkpoint_folder(path: Path, networks: dict[str, dict[str, torch.Tensor]], processes: int = 1) -> Path:
+    """What training writes, without a process group; of several processes, each has some rows of every matrix."""
     path.mkdir(parents=True)
     flat = {f"{group}/{name}": value for group, named in networks.items() for name, value in named.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group
-        planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
-        dcp.save(flat, storage_writer=Writer(path), planner=planner, no_dist=True)
+    for rank in range(processes):
+        own = {}
+        for name, value in flat.items():
+            rows = -(-len(value) // processes) if value.dim() > 1 else 0
+            part = value[rank * rows :][:rows] if rows else value
+            if part.numel() and (rows or rank == 0):
+                own[name] = Part(part, (rank * rows, *(0,) * value.dim())[: value.dim()])
+        write_parts(own, path, rank, copied=False)
     write_manifest(path)
     return path
 
@@ -167,67 +164,67 @@ def test_checkpoint_folders(tmp_path: Path) -> None:
 
 def test_a_run_names_its_newest_whole_checkpoint(tmp_path: Path) -> None:
     for step in (999_980, 1_000_000, 20):
-        checkpoint_folder(tmp_path / f"checkpoint_model_{step:06d}", {"generator": weights()})
+        checkpoint_folder(tmp_path / f"checkpoint_model_{step:06d}", {"generator": weights()}, processes=2)
     with pytest.raises(InputError, match=r"a run, .*: name one, such as .*checkpoint_model_1000000, the newest"):
         load(tmp_path)
-    (tmp_path / "checkpoint_model_1000000" / ".metadata").unlink()
+    next((tmp_path / "checkpoint_model_1000000").glob("shard-00002-*")).unlink()
     with pytest.raises(InputError, match=r"checkpoint_model_999980, the newest"):
         load(tmp_path)
-    with pytest.raises(InputError, match=r"\.metadata is missing .*hidden files too"):
+    with pytest.raises(InputError, match=r"shard-00002-\S+ is missing"):
         load(tmp_path / "checkpoint_model_1000000")
 
 
-def test_reading_holds_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = checkpoint_folder(tmp_path / "c", {"generator": weights()})
-    opened = []
-    genuine = torch.load
-    monkeypatch.setattr(torch, "load", lambda *args, **kw: opened.append(genuine(*args, **kw)) or opened[-1])
+@pytest.mark.parametrize("processes", [1, 3])
+def test_reading_holds_one_tensor_at_a_time(processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint_folder(tmp_path / "c", {"generator": weights()}, processes)
+    read = []
+    genuine = Stored.read
+    monkeypatch.setattr(Stored, "read", lambda self: read.append(genuine(self)) or read[-1])
     entries = open_checkpoint(path, "generator")
-    assert not opened
-    name = "blocks.1.attn.qkv.weight"
-    assert torch.equal(entries[name].read(), weights()[name])
-    assert len(opened) == 1 and opened[0].untyped_storage().nbytes() == weights()[name].nbytes
+    assert not read
+    for name, expected in weights().items():
+        read.clear()
+        assert torch.equal(entries[name].read(), expected)
+        assert len(read) == 1
 
 
 def test_damaged_checkpoint_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    path = checkpoint_folder(Path("c"), {"generator": weights()})
-    file, metadata = path / "__0_0.distcp", (path / ".metadata").read_bytes()
+    path = checkpoint_folder(Path("c"), {"generator": weights()}, processes=2)
+    file = path / "shard-00001-model-00001-of-00001.safetensors"
     content = file.read_bytes()
+    assert_same(load(path), weights())
     file.write_bytes(content[:-1])
-    with pytest.raises(InputError, match=r"c: __0_0\.distcp has \d+ bytes instead of"):
+    with pytest.raises(InputError, match=r"c: shard-\S+ has \d+ bytes instead of"):
         load(path)
     file.write_bytes(b"\0" * len(content))
-    with pytest.raises(InputError, match=r"c/__0_0\.distcp: has changed since it was written \(SHA-256\)"):
+    with pytest.raises(InputError, match=r"c/shard-\S+: has changed since it was written \(SHA-256\)"):
         load(path)
-    write_manifest(path)
-    with pytest.raises(InputError, match=r"__0_0\.distcp: generator/.* is damaged"):
-        load(path)
-    file.write_bytes(content)
-    write_manifest(path)
-
-    planted = pickle.loads(metadata)
-    planted.planner_data = Payload()
-    elsewhere = pickle.loads(metadata)
-    for place in elsewhere.storage_data.values():
-        place.relative_path = str(file.resolve())
-    lacking = pickle.loads(metadata)
-    lacking.storage_data.popitem()
-    objects = pickle.loads(metadata)
-    objects.state_dict_metadata["generator/x"] = BytesStorageMetadata()
-    for changed, message in (
-        (planted, "refused: .*mkdir.* could run code"),
-        (elsewhere, "damaged"),
-        (lacking, "damaged"),
-        (objects, "refused"),
-        (7, "refused"),
+    header = len(content) - content.index(b"}}", content.index(b"__metadata__"))
+    for changed in (
+        b"\0" * len(content),
+        content[:-1],
+        content[: len(content) - header],
+        content.replace(b"saved_offsets", b"other_offsets"),
+        content.replace(b"DCP_SHARDING_INFO", b"DCP_SHARDING_NONE"),
+        content.replace(b"[0, 0]}", b"[0, x]}"),
+        content.replace(b"[0, 0]}", b"[0,-1]}"),
+        content.replace(b"[0, 0]}", b"[0]   }"),
     ):
-        (path / ".metadata").write_bytes(pickle.dumps(changed))
+        assert changed != content
+        file.write_bytes(changed)
         write_manifest(path)
-        with pytest.raises(InputError, match=rf"c/\.metadata: {message}"):
+        with pytest.raises(InputError, match=r"^c/shard-00001\S+: damaged \(.*copy it again") as caught:
             load(path)
-    assert not Path("ran").exists()
-    (path / ".metadata").write_bytes(metadata)
+        assert "\n" not in str(caught.value)
+    file.write_bytes(content)
+    other = path / "shard-00002-model-00001-of-00001.safetensors"
+    held = other.read_bytes()
+    other.write_bytes(content)
+    write_manifest(path)
+    with pytest.raises(InputError, match=r"c: parts of generator/.* are missing, or are there twice"):
+        load(path)
+    other.write_bytes(held)
     write_manifest(path)
     assert_same(load(path), weights())
     (path / MANIFEST).unlink()
@@ -235,8 +232,19 @@ def test_damaged_checkpoint_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load(path)
 
 
+@pytest.mark.parametrize("names", [("__0_0.distcp", ".metadata", MANIFEST), ("__0_0.distcp",), (".metadata",)])
+def test_a_checkpoint_of_the_old_format_is_refused(names: tuple[str, ...], tmp_path: Path) -> None:
+    """By its files' names: nothing in it is opened."""
+    for name in names:
+        (tmp_path / name).write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(InputError) as caught:
+        load(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}: a checkpoint with .distcp files, which this version does not read")
+    assert "`git worktree add ../longsana-3377696 3377696`" in message and "\n" not in message
+
+
 def test_digest_of_a_checkpoint_folder_tells_its_weights(tmp_path: Path) -> None:
-    """Digests pass over the tensors' own files, whose suffix they do not know: the manifest speaks for them."""
     first, same, other = (
         file_sha256(checkpoint_folder(tmp_path / name, {"generator": weights(seed)}))
         for name, seed in (("a", 0), ("b", 0), ("c", 1))

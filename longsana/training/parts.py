@@ -1,0 +1,154 @@
+"""Tensors that lie on all processes, to safetensors shards and back; each process writes and reads its own parts.
+
+The number of processes may differ between the two sides. The files are those of torch.distributed.checkpoint's
+hf_storage, which itself serialises a shard a second time in memory, and writes its header in an order that varies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import naming
+from longsana.weights.run_folder import OFFSETS, SEPARATOR, Stored
+
+LISTED = 10
+SHARD_BYTES = 1 << 30  # of a file, unless one tensor is larger: the most that writing holds on the host beside a GPU
+
+
+class Part(NamedTuple):
+    """The box of a tensor that this process holds, and where in the tensor it begins."""
+
+    tensor: Tensor
+    offsets: tuple[int, ...]
+
+    def on_host(self) -> Part:
+        """A copy, also of what is on the host already."""
+        return Part(host_copy(self.tensor), self.offsets)
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the host, in memory of its own."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def flatten(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """By `group/name`, as a checkpoint names them."""
+    assert not [group for group in tensors if SEPARATOR in group], list(tensors)
+    return {
+        f"{group}{SEPARATOR}{name}": tensor.detach()
+        for group, named in tensors.items()
+        for name, tensor in named.items()
+    }
+
+
+def own_parts(flat: Mapping[str, Tensor], world: World) -> dict[str, Part]:
+    """Choose what this process writes: of the processes that hold the same part one does, and they share the bytes."""
+    parts = {}
+    written: dict[int, list[int]] = {}  # bytes by copy, for each number of copies
+    for name, tensor in flat.items():
+        part = _local(tensor)
+        copy, copies = _copy(tensor, world)
+        shares = written.setdefault(copies, [0] * copies)
+        turn = shares.index(min(shares))
+        shares[turn] += part.tensor.nbytes
+        if turn == copy and (part.tensor.numel() or not tensor.numel()):
+            parts[name] = part
+    return parts
+
+
+def write_parts(parts: Mapping[str, Part], folder: Path, rank: int, *, copied: bool) -> list[str]:
+    """Write the parts of process `rank`; gives the files' names, of which none is synced yet.
+
+    copied: the parts are copies on the host already; else those of one file are copied at a time.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    shards: list[dict[str, Part]] = []
+    room = 0
+    for name, part in parts.items():
+        if not shards or part.tensor.nbytes > room:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = part
+        room -= part.tensor.nbytes
+    names = []
+    for number, shard in enumerate(shards, start=1):
+        names.append(f"shard-{rank + 1:05d}-model-{number:05d}-of-{len(shards):05d}.safetensors")
+        places = {name: {"saved_offsets": list(part.offsets)} for name, part in shard.items()}
+        content = {name: (part if copied else part.on_host()).tensor for name, part in shard.items()}
+        with naming(folder / names[-1]):
+            save_file(content, folder / names[-1], metadata={OFFSETS: json.dumps(places)})
+    return names
+
+
+def check_match(path: Path, stored: Mapping[str, Stored], flat: Mapping[str, Tensor]) -> None:
+    """Names, shapes and dtypes are those of the checkpoint at `path`.
+
+    Raises:
+        InputError: they are not; all of them are listed.
+    """
+    saved = {name: _kind(value.shape, value.dtype) for name, value in stored.items()}
+    live = {name: _kind(tensor.shape, tensor.dtype) for name, tensor in flat.items()}
+    problems = {
+        "missing": [name for name in live if name not in saved],
+        "unexpected": [name for name in saved if name not in live],
+        "different": [
+            f"{name} {saved[name]} (here: {live[name]})" for name in live if saved.get(name, live[name]) != live[name]
+        ],
+    }
+    if any(problems.values()):
+        told = "; ".join(
+            f"{title} {len(names)}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
+            for title, names in problems.items()
+            if names
+        )
+        raise InputError(f"{path}: does not fit this run: {told}; resume with the config it was written with")
+
+
+@torch.no_grad()
+def read_parts(flat: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+    """Fill the parts of live tensors that this process holds, in place.
+
+    stored: what `check_match` has found to fit.
+
+    Raises:
+        InputError: a file is damaged; some tensors may be filled.
+    """
+    for name, tensor in flat.items():
+        part = _local(tensor)
+        stored[name].read_into(part.tensor, part.offsets)
+
+
+def _local(tensor: Tensor) -> Part:
+    if not isinstance(tensor, DTensor):
+        return Part(tensor, (0,) * tensor.dim())
+    (box,) = tensor.__create_chunk_list__()
+    return Part(tensor.to_local(), tuple(box.offsets))
+
+
+def _copy(tensor: Tensor, world: World) -> tuple[int, int]:
+    """Which of the copies of its part this process holds, and how many there are."""
+    if not isinstance(tensor, DTensor):
+        return world.rank, world.size
+    copy, copies = 0, 1
+    for placement, size, place in zip(
+        tensor.placements, tensor.device_mesh.shape, tensor.device_mesh.get_coordinate() or (), strict=True
+    ):
+        if isinstance(placement, Replicate):
+            copy, copies = copy * size + place, copies * size
+    return copy, copies
+
+
+def _kind(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
