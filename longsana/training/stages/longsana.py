@@ -66,8 +66,7 @@ class LongSana(SelfForcing):
         self._keep(micro_batch, stream, text, state, new.detach())
         if stream is not None:
             return self.window_of(stream.overlap, new, text, exits)
-        learned = torch.ones(new.shape[2], dtype=torch.bool, device=new.device)
-        return Window(new, learned, text, exits)
+        return Window(new, text, exits)
 
     def _stretch(self, stream: Stream | None) -> int:
         """Latent frames of the next stretch."""
