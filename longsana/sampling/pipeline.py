@@ -72,11 +72,7 @@ class VideoPipeline:
         self.config = config
         self.device = torch.device(device)
         self.geometry = geometry(config.vae)
-        self.schedule = FlowSchedule(
-            config.scheduler.inference_flow_shift,
-            config.scheduler.denoising_step_list,
-            config.scheduler.bf16_timesteps,
-        )
+        self.schedule = FlowSchedule.from_config(config.scheduler)
         self.plan = chunk_plan(config)
         self._negative: CompactEmbedding | None = None  # one for all captions
         self._loaded: LongSanaDiT | None = None

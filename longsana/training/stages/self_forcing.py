@@ -7,7 +7,7 @@ of two scores of it, the frozen teacher's and that of a critic, which learns to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import NamedTuple
 
@@ -80,7 +80,8 @@ class SelfForcing(Stage):
         self.generator, self.critic, self.teacher = generator.model, critic.model, teacher
         self.embed, self.negative, self.prompts = embed, negative, prompts
         self.vae, self.latent_shape = vae, latent_shape
-        self.schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
+        # Published training does not round timesteps, though its inference does.
+        self.schedule = replace(FlowSchedule.from_config(config.scheduler), bf16_timesteps=False)
         self.order = {
             learner.name: Shuffled(len(prompts), config.train.seed, learner.name) for learner in self.learners
         }
