@@ -1,7 +1,7 @@
 """Losses of training: flow matching, ODE regression and distribution matching (method.md 7.4 to 7.6).
 
-Videos are (B, C, T, H, W) in any dtype. All is computed in float32 or finer: the published code forms scores and
-gradient of distribution matching in bfloat16 (method.md 7.8).
+Videos are (B, C, T, H, W) in any dtype, without the frames that do not count. All is computed in float32 or finer: the
+published code forms scores and gradient of distribution matching in bfloat16 (method.md 7.8).
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 
-def flow_loss(velocity: Tensor, x0: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scalar: the mean of (velocity - (noise - x0))^2 over the frames of mask, (T,) bool; None: over all frames."""
+def flow_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    """Scalar: the mean of (velocity - (noise - x0))^2."""
     assert velocity.shape == x0.shape == noise.shape, (velocity.shape, x0.shape, noise.shape)
-    error = _wide(velocity) - (_wide(noise) - _wide(x0))
-    return _frames(error, mask).square().mean()
+    return (_wide(velocity) - (_wide(noise) - _wide(x0))).square().mean()
 
 
 def trajectory_loss(x0_predicted: Tensor, x0: Tensor, t: Tensor) -> Tensor:
@@ -41,15 +40,15 @@ def dmd_gradient(x: Tensor, fake: Tensor, real: Tensor) -> Tensor:
     return (fake - real) / (x - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
-def dmd_loss(x: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scalar: half the mean of (x - constant(x - gradient))^2 over the frames of mask, (T,) bool; None: over all.
+def dmd_loss(x: Tensor, gradient: Tensor) -> Tensor:
+    """Scalar: half the mean of (x - constant(x - gradient))^2.
 
-    Its derivative by x is gradient / (number of elements in these frames), and 0 in the other frames.
+    Its derivative by x is gradient / (number of elements).
     """
     assert x.shape == gradient.shape, (x.shape, gradient.shape)
     # In float64, where x - (x - gradient) is the gradient and not what rounding left of it.
     target = (x.double() - gradient.double()).detach()
-    loss = 0.5 * _frames(x.double() - target, mask).square().mean()
+    loss = 0.5 * (x.double() - target).square().mean()
     return loss.to(_wide(x).dtype)
 
 
@@ -60,12 +59,3 @@ def guided(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _frames(x: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return x
-    assert mask.dtype == torch.bool and mask.shape == x.shape[2:3], (mask.dtype, mask.shape, x.shape)
-    chosen = x[:, :, mask]
-    assert chosen.numel(), "a mask that leaves no frame"
-    return chosen

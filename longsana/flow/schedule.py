@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longsana.config import SchedulerConfig
+
 TIMESTEPS = 1000
 
 
@@ -24,6 +26,14 @@ class FlowSchedule:
     shift: float
     steps: tuple[int, ...] = (1000, 960, 889, 727)
     bf16_timesteps: bool = False
+
+    @classmethod
+    def from_config(cls, config: SchedulerConfig) -> FlowSchedule:
+        """
+        Raises:
+            ValueError: the steps do not fall, or the shift is not positive.
+        """
+        return cls(config.inference_flow_shift, config.denoising_step_list, config.bf16_timesteps)
 
     def __post_init__(self) -> None:
         # Published lists end in a 0 that is not a denoising step.

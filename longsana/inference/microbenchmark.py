@@ -279,8 +279,8 @@ def measure_float8(loaded: Loaded, size: tuple[int, int]) -> dict[str, float]:
     Raises:
         ValueError: this network or device cannot.
     """
-    model, work, scheduler = loaded.model, _work(loaded, size), loaded.engine.config.scheduler
-    schedule = FlowSchedule(scheduler.inference_flow_shift, scheduler.denoising_step_list, scheduler.bf16_timesteps)
+    model, work = loaded.model, _work(loaded, size)
+    schedule = FlowSchedule.from_config(loaded.engine.config.scheduler)
     shape = (work.x.shape[1], *work.x.shape[3:])
 
     def latents() -> list[Tensor]:

@@ -95,7 +95,7 @@ def check_config(config: InferenceConfig) -> None:
             f"use --cfg_scale=1, or a base model with --sampling_algo={', '.join(WHOLE_CLIP)} or chunk_flow_euler"
         )
     try:
-        FlowSchedule(scheduler.inference_flow_shift, scheduler.denoising_step_list)
+        FlowSchedule.from_config(scheduler)
     except ValueError as error:
         raise InputError(f"scheduler: {error}") from error
     empty_model(config.model)

@@ -188,7 +188,7 @@ class Engine:
         scheduler = self.config.scheduler
         shift, steps = scheduler.inference_flow_shift, scheduler.num_inference_steps
         if scheduler.sampling_algo == DISTILLED:
-            return FlowSchedule(shift, scheduler.denoising_step_list, scheduler.bf16_timesteps)
+            return FlowSchedule.from_config(scheduler)
         if scheduler.sampling_algo in WHOLE_CLIP:
             return (DPMSolver if scheduler.sampling_algo == DPM else Euler.shifted)(shift, steps)
         return Staggered(tuple(euler_sigmas(shift, steps).tolist()), scheduler.interval_k)

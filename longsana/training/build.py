@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from longsana.config import ModelConfig
-from longsana.data.clips import GENERATED, open_clips
+from longsana.data.clips import GENERATED, ClipSource, open_clips
 from longsana.data.prompts import training_prompts
-from longsana.data.trajectories import check_grid, open_trajectories
+from longsana.data.trajectories import Trajectories, check_grid, open_trajectories
 from longsana.encoders.vae import VideoVAE, load_vae
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, null_embedding
@@ -25,7 +24,7 @@ from longsana.training.checks import DISTILLED, clip_shape, student_sigmas
 from longsana.training.config import TrainingConfig
 from longsana.training.folder import CAPTIONS
 from longsana.training.graphs import replay_passes
-from longsana.training.learner import Learner
+from longsana.training.learner import Learner, compute_dtype
 from longsana.training.parallel import device_mesh, parallelise
 from longsana.training.stages.flow_matching import FlowMatching
 from longsana.training.stages.longsana import LongSana
@@ -54,7 +53,7 @@ class StageBuilder:
         Raises:
             InputError: the data or a checkpoint do not fit.
         """
-        self.world.on_main(self._check_checkpoints)  # before captions, which may take hours
+        self.world.on_main(self.check_checkpoints)  # before captions, which may take hours
         return {
             "flow_matching": self._flow_matching,
             "ode": self._ode,
@@ -62,11 +61,9 @@ class StageBuilder:
             "longsana": self._longsana,
         }[self.config.trainer]()
 
-    def _check_checkpoints(self) -> None:
+    def check_checkpoints(self) -> None:
         """Compare the checkpoints of runs that networks start from with their digests."""
-        config = self.config
-        scores = (config.real_score, config.fake_score) if config.trainer in DISTILLED else ()
-        for network in (config.model, *scores):
+        for network in self.config.networks.values():
             if not network.load_from.startswith(SEEDED):
                 check_digests(weights_file(locate(network.load_from, "load_from", PIPELINE_PART)))
 
@@ -91,10 +88,10 @@ class StageBuilder:
     def _mesh(self) -> DeviceMesh:
         return device_mesh(self.config.train.sharding_strategy, self.world, self.device)
 
-    def _flow_matching(self) -> Stage:
-        config, frames = self.config, self.config.rollout.num_training_frames
-        path = config.data.data_path
-        clips = open_clips(
+    def clips(self) -> ClipSource:
+        """What flow matching learns from."""
+        config, path = self.config, self.config.data.data_path
+        return open_clips(
             path if path.startswith(GENERATED) else str(locate(path, "data.data_path")),
             shape=clip_shape(config),
             seed=config.train.seed,
@@ -102,6 +99,38 @@ class StageBuilder:
             encoder=lambda: self.vae,
             digests=self.world.is_main,
         )
+
+    def trajectories(self) -> Trajectories:
+        """What ODE initialisation learns from, at the noise levels of the student's steps."""
+        path = locate(self.config.data.data_path, "data.data_path")
+        trajectories = open_trajectories(path, shape=clip_shape(self.config), digests=self.world.is_main)
+        check_grid(trajectories.sigmas, student_sigmas(self.config))
+        return trajectories
+
+    def prompts(self) -> Sequence[str]:
+        """The prompts of distillation's videos."""
+        return training_prompts(self.config.data.data_path)
+
+    def network(self, role: str) -> LongSanaDiT:
+        """A network that learns, with weights in float32, or the frozen teacher, in the dtype that it computes in.
+
+        Small steps vanish in bfloat16. Over all processes; or, where there is one GPU and one is enough, into graphs.
+        """
+        train, settings, trained = self.config.train, self.config.networks[role], role != "teacher"
+        compute = compute_dtype(self.config) if trained else resolve_dtype(settings.dtype, self.device)
+        model = build_model(settings, device=self.device, dtype=torch.float32 if trained else compute)
+        blocks = {}
+        if trained:
+            blocks = {"checkpointing": train.gradient_checkpointing, "compile_blocks": train.compile}
+        else:
+            model.requires_grad_(False)
+        if train.cuda_graphs and self.device.type == "cuda":
+            return replay_passes(model, compute, **blocks)
+        return parallelise(model, self._mesh, compute=compute, strategy=train.sharding_strategy, **blocks)
+
+    def _flow_matching(self) -> Stage:
+        config, frames = self.config, self.config.rollout.num_training_frames
+        clips = self.clips()
         self.captions.prepare(clips.prompts())
         generator, flow = self._generator(), config.flow_matching
         masked = flow.class_dropout_prob > 0 and flow.dropped_caption == "masked_null"
@@ -110,9 +139,7 @@ class StageBuilder:
 
     def _ode(self) -> Stage:
         config, frames = self.config, self.config.rollout.num_training_frames
-        path = locate(config.data.data_path, "data.data_path")
-        trajectories = open_trajectories(path, shape=clip_shape(config), digests=self.world.is_main)
-        check_grid(trajectories.sigmas, student_sigmas(config))
+        trajectories = self.trajectories()
         self.captions.prepare(trajectories.prompts())
         return OdeInitialisation(
             config, self._generator(), embed=self.captions.embed, trajectories=trajectories, frames=frames
@@ -133,7 +160,7 @@ class StageBuilder:
         )
 
     def _prompts(self) -> Sequence[str]:
-        prompts = training_prompts(self.config.data.data_path)
+        prompts = self.prompts()
         self.captions.prepare(prompts)
         return prompts
 
@@ -153,7 +180,7 @@ class StageBuilder:
         train, ratio = self.config.train, self.config.distillation.dfake_gen_update_ratio
         return Learner(
             "generator",
-            self._trained(self.config.model),
+            self.network("generator"),
             self.config.optimizer.generator,
             every=ratio if self.config.trainer in DISTILLED else 1,
             ema_weight=train.ema_weight,
@@ -161,29 +188,11 @@ class StageBuilder:
         )
 
     def _critic(self) -> Learner:
-        return Learner("critic", self._trained(self.config.fake_score), self.config.optimizer.critic)
+        return Learner("critic", self.network("critic"), self.config.optimizer.critic)
 
     @cached_property
     def _teacher(self) -> LongSanaDiT:
-        """Frozen, and so in the dtype that it computes in."""
-        settings = self.config.real_score
-        dtype = resolve_dtype(settings.dtype, self.device)
-        model = build_model(settings, device=self.device, dtype=dtype).requires_grad_(False)
-        return self._spread(model, dtype)
-
-    def _trained(self, settings: ModelConfig) -> LongSanaDiT:
-        """Weights in float32, whatever the network computes in: small steps vanish in bfloat16."""
-        train = self.config.train
-        model = build_model(settings, device=self.device, dtype=torch.float32)
-        compute = torch.bfloat16 if train.mixed_precision else torch.float32
-        return self._spread(model, compute, checkpointing=train.gradient_checkpointing, compile_blocks=train.compile)
-
-    def _spread(self, model: LongSanaDiT, compute: torch.dtype, **blocks: bool) -> LongSanaDiT:
-        """Over all processes; or, where there is one GPU and one is enough, into graphs."""
-        train = self.config.train
-        if train.cuda_graphs and self.device.type == "cuda":
-            return replay_passes(model, compute, **blocks)
-        return parallelise(model, self._mesh, compute=compute, strategy=train.sharding_strategy, **blocks)
+        return self.network("teacher")
 
     def _null(self, model: LongSanaDiT) -> TextEmbedding:
         """(1, L, C), what guidance moves away from: a caption that `model` was trained with for none."""

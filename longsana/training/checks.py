@@ -239,7 +239,7 @@ def clip_shape(config: TrainingConfig) -> tuple[int, int, int, int]:
 
 def student_sigmas(config: TrainingConfig) -> list[float]:
     """The noise level of each of the student's steps, then 0."""
-    schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
+    schedule = FlowSchedule.from_config(config.scheduler)
     return [*schedule.sigma(torch.tensor(schedule.steps, dtype=torch.int64, device="cpu")).tolist(), 0.0]
 
 

@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from longsana.config import InferenceConfig, ModelConfig
 from longsana.published import Published
 from longsana.runtime.settings import bounded
-from longsana.training.published import TRAINING
+from longsana.training.published import DISTILLED, TRAINING
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,12 @@ class TrainingConfig(InferenceConfig):
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     PUBLISHED: ClassVar[Published] = TRAINING
+
+    @property
+    def networks(self) -> dict[str, ModelConfig]:
+        """Settings of the networks that the trainer has, by their roles."""
+        scores = {"critic": self.fake_score, "teacher": self.real_score}
+        return {"generator": self.model} | (scores if self.trainer in DISTILLED else {})
 
 
 @dataclass(frozen=True)

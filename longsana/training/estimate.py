@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from longsana.config import ModelConfig
+from longsana.flow.schedule import FlowSchedule
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.distributed import World
-from longsana.training.checks import DISTILLED, micro_batches_of
+from longsana.sampling.pipeline import resolve_dtype
+from longsana.training.checks import DISTILLED, clip_shape, micro_batches_of
 from longsana.training.config import TrainingConfig
 from longsana.training.flops import forward_flops
-from longsana.training.rehearsal import (
-    Role,
-    Update,
-    compute_dtype,
-    kept_values,
-    latent_size,
-    on_gpu,
-    rehearse,
-    rollouts,
-    schedule,
-)
+from longsana.training.learner import compute_dtype
+from longsana.training.memory import LiveBytes
+from longsana.training.meta import GPU, PUBLISHED, Encoders, MetaBatch, MetaStage, Role, exiting, lengths_of
+from longsana.training.stages.stage import Stage
 from longsana.weights.build import empty_model
 
 FLOAT = torch.float32.itemsize
 
 
-class Encoders(NamedTuple):
-    """The frozen parts around the networks: Gemma 2 2B, and a VAE.
+class Update(NamedTuple):
+    """An update of one learner, in bytes.
 
-    For a pixel of a frame, cache_values: what the decoder remembers of a video; decode_values: held at the peak of
-        decoding one latent after another, with what it gives but without the workspaces of convolutions.
+    activations, gradients: at the fullest moment. Gradients are those that are kept, reduced and in float32; those that
+    backward passes still add up, whole and in the dtype that computes, are among the activations.
+    kept: activations when the backward pass begins.
+    stream: what lives on to the next update, of one micro-batch; not among the activations.
     """
 
-    vae_parameters: int
-    cache_values: float
-    decode_values: int
-    text_parameters: int = 2_614_341_888
-
-
-PUBLISHED = {
-    "WanVAE": Encoders(vae_parameters=126_892_531, cache_values=2364.5, decode_values=6370),
-    "LTX2VAE_diffusers": Encoders(vae_parameters=1_222_479_601, cache_values=330.25, decode_values=2280),
-}
-"""By the type of the VAE, as they are published."""
+    activations: int
+    gradients: int
+    kept: int
+    stream: int
 
 
 class Estimate(NamedTuple):
@@ -112,9 +104,9 @@ def estimate(
     """Memory of a GPU that trains as a checked config says, as one of `world_size`; local_size: of those on its host.
 
     Counted from names and shapes: `parameters`, `state`, and what lies there all the time: `weights`, `moments` and
-    `average` (float32 shards of the fullest process), `teacher`, encoders, `streams` (of live videos, the states and
-    the decoder's caches).
-    Rehearsed: `updates`. Known from how FSDP works: `gathered` (whole weights in the dtype that computes: what lies
+    `average` (float32 shards of the fullest process), `teacher`, encoders.
+    From the stage's own losses on the meta device: `updates`, and `streams` (of live videos, the states and the
+    decoder's caches). Known from how FSDP works: `gathered` (whole weights in the dtype that computes: what lies
     outside blocks, and the blocks in flight) and `reduced` (a block's gradients, whole, before and in their reduction).
 
     Not in it: what the allocator reserves beyond what is in use (5 to 8 GiB below), CUDA's context, workspaces of
@@ -134,43 +126,120 @@ def estimate(
     world = World(size=world_size, local_size=local_size or world_size)
     sharers = {"full": world.size, "no_shard": 1}.get(train.sharding_strategy, world.local_size)
     accumulation = micro_batches_of(config, world).accumulation
-    learners: dict[Role, LongSanaDiT] = {"generator": empty_model(config.model)}
-    networks: dict[str, LongSanaDiT] = {"generator": learners["generator"]}
-    if distilled:
-        networks["critic"] = learners["critic"] = empty_model(config.fake_score)
-        networks["teacher"] = empty_model(config.real_score)
+    networks = {role: empty_model(settings) for role, settings in config.networks.items()}
+    learners: tuple[Role, ...] = ("generator", "critic") if distilled else ("generator",)
     kept = {name: sum(kept_values(p, sharers) for p in model.parameters()) for name, model in networks.items()}
     trained = FLOAT * sum(kept[role] for role in learners)
-    compute, vae = compute_dtype(config).itemsize, on_gpu(config.vae.weight_dtype).itemsize
+    compute = compute_dtype(config).itemsize
     block = max(_count(model.blocks[0]) for model in networks.values())
-    state = learners["generator"].to(compute_dtype(config)).empty_state(train.batch_size, *latent_size(config))
-    pixels = train.batch_size * config.sampling.height * config.sampling.width
-    cache = 0 if config.rollout.overlap_latents else int(vae * encoders.cache_values * pixels)
+    state = networks["generator"].to(compute_dtype(config)).empty_state(train.batch_size, *clip_shape(config)[2:])
+    updates: dict[str, Update] = {
+        role: measure_update(config, role, processes=sharers, accumulates=accumulation > 1, encoders=encoders)
+        for role in learners
+    }
     return Estimate(
         parameters={name: _count(model) for name, model in networks.items()},
-        state=sum(part.nbytes for part in state[:3]),  # its own nbytes asks where the storages lie
+        state=_bytes(state[:3]),  # its own nbytes asks where the storages lie
         weights=trained,
         moments=2 * trained,
         average=FLOAT * kept["generator"] if train.ema_weight > 0 else 0,
-        teacher=on_gpu(config.real_score.dtype).itemsize * kept["teacher"] if distilled else 0,
-        text_encoder=on_gpu(config.text_encoder.dtype).itemsize * encoders.text_parameters
+        teacher=resolve_dtype(config.real_score.dtype, GPU).itemsize * kept["teacher"] if distilled else 0,
+        text_encoder=resolve_dtype(config.text_encoder.dtype, GPU).itemsize * encoders.text_parameters
         if train.text_encoder == "keep"
         else 0,
-        vae=vae * encoders.vae_parameters if distilled else 0,
-        streams=accumulation * (sum(part.nbytes for part in state[:3]) + cache) if config.trainer == "longsana" else 0,
+        vae=resolve_dtype(config.vae.weight_dtype, GPU).itemsize * encoders.vae_parameters if distilled else 0,
+        streams=accumulation * updates["generator"].stream,
         gathered=compute * _gathered(networks.values(), sharers, train.sharding_strategy == "hybrid_zero2"),
         reduced=block * (compute + FLOAT),
-        updates={
-            role: rehearse(
-                config,
-                role,
-                processes=sharers,
-                accumulates=accumulation > 1,
-                decoding=vae * encoders.decode_values * pixels,
-            )
-            for role in learners
-        },
+        updates=updates,
     )
+
+
+def measure_update(
+    config: TrainingConfig,
+    role: Role,
+    *,
+    processes: int = 1,
+    accumulates: bool = False,
+    encoders: Encoders | None = None,
+) -> Update:
+    """The fullest update of a learner on a GPU, by the stage's own loss on the meta device.
+
+    processes: that share a weight. accumulates: gradients of a micro-batch before are there from the start.
+    encoders: None are the published ones.
+    """
+    # The longest rollout is the fullest, and the first exit step as full as any: one pass of a chunk has a graph.
+    config, encoders = exiting(lengths_of(config)[-1], 0), encoders or PUBLISHED[config.vae.vae_type]
+    measure = partial(_measure, role=role, processes=processes, accumulates=accumulates, encoders=encoders)
+    stretches = range(2 if config.trainer == "longsana" else 1)
+    found = [phase for before in stretches for phase in _extrapolated(config, partial(measure, before=before))]
+    return max(found, key=lambda update: update.activations + update.gradients)
+
+
+def _extrapolated(config: TrainingConfig, measure: Callable[[TrainingConfig], list[Update]]) -> list[Update]:
+    """Extrapolate from two and three blocks to the networks' depth: what the third adds, every further one adds too."""
+    depths = {network.architecture().depth for network in config.networks.values()}
+    deepest = max(depths)
+    if len(depths) > 1 or deepest <= 3:
+        return measure(config)
+    two, three = (measure(_with_depth(config, depth)) for depth in (2, 3))
+    return [
+        Update(*(a + (deepest - 2) * (b - a) for a, b in zip(*pair, strict=True)))
+        for pair in zip(two, three, strict=True)
+    ]
+
+
+def _with_depth(config: TrainingConfig, depth: int) -> TrainingConfig:
+    sections = ("model", "fake_score", "real_score")
+    return replace(config, **{name: replace(getattr(config, name), depth=depth) for name in sections})
+
+
+def _measure(
+    config: TrainingConfig, *, role: Role, before: int, processes: int, accumulates: bool, encoders: Encoders
+) -> list[Update]:
+    """One update until its backward pass and from there on, after so many others of its stream.
+
+    They are apart since one may be the fullest with few blocks, as decoding is, and the other with many.
+    """
+    builder, batch = MetaStage(config, encoders), MetaBatch.first(config, role)
+    stage = builder.stage()
+    with LiveBytes():
+        for _ in range(before):
+            stage.loss(batch)
+    live = LiveBytes(
+        count=_streams(stage),
+        ignore=[tensor for model in builder.networks.values() for tensor in (*model.parameters(), *model.buffers())],
+    )
+
+    def reduce(weight: Tensor) -> None:
+        weight.grad = None  # what is whole of it is gone once it is reduced
+        if not accumulates:
+            live.hold(FLOAT * kept_values(weight, processes))
+
+    for weight in builder.networks[role].parameters():
+        weight.register_post_accumulate_grad_hook(reduce)
+        if accumulates:
+            live.hold(FLOAT * kept_values(weight, processes))
+    earlier = _bytes(_streams(stage))
+    with live:
+        value = stage.loss(batch).value
+        later = _bytes(_streams(stage))
+        kept = live.now - live.gradients - later
+        before_it = live.peak, live.gradients_at_peak
+        live.restart()
+        value.backward()
+    stream = max(earlier, later)  # there is none after its end, and none before its start
+    phases = before_it, (live.peak, live.gradients_at_peak)
+    return [Update(peak - gradients - stream, gradients, kept, stream) for peak, gradients in phases]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _streams(stage: Stage) -> list[Tensor]:
+    """What lives from one update to the next on the GPU."""
+    return [tensor for group in stage.state_tensors().values() for tensor in group.values() if tensor.is_meta]
 
 
 def model_flops(config: TrainingConfig, role: Role, *, exit_step: int | None = None) -> int:
@@ -180,27 +249,33 @@ def model_flops(config: TrainingConfig, role: Role, *, exit_step: int | None = N
     encoders do not count. exit_step: of every chunk of a rollout; None is the mean over the steps that training draws.
     Lengths of rollouts that are drawn enter by their mean, too. LongSANA: a stretch after the first.
     """
-    size = latent_size(config)
-
-    def forward(network: ModelConfig, *lengths: int) -> int:
-        return sum(forward_flops(network, frames, *size) for frames in lengths)
-
-    if config.trainer not in DISTILLED:
-        return 3 * forward(config.model, config.rollout.num_training_frames)
-    last = len(schedule(config).steps) - 1
-    drawn = [last] if config.rollout.last_step_only else list(range(last + 1))
-    totals = []
-    for rollout in rollouts(config)[-1:] if config.trainer == "longsana" else rollouts(config):
-        for step in drawn if exit_step is None else [exit_step]:
-            total = (step + 1) * forward(config.model, *rollout.plan.lengths)
-            total += forward(config.model, *rollout.absorbed)
-            if role == "generator":
-                total += 2 * forward(config.model, *rollout.learned)
-                total += forward(config.fake_score, rollout.window) + 2 * forward(config.real_score, rollout.window)
-            else:
-                total += 3 * forward(config.fake_score, rollout.window)
-            totals.append(total)
+    steps = range(len(FlowSchedule.from_config(config.scheduler).steps))
+    drawn = steps[-1:] if config.rollout.last_step_only else steps
+    totals = [
+        _count_flops(exiting(drawn_length, step), role)
+        for drawn_length in lengths_of(config)
+        for step in (drawn if exit_step is None else [exit_step])
+    ]
     return sum(totals) // len(totals)
+
+
+def _count_flops(config: TrainingConfig, role: Role) -> int:
+    """Operations of the networks' calls in one loss with batch 1."""
+    config = replace(config, train=replace(config.train, batch_size=1))
+    builder = MetaStage(_with_depth(config, 1), PUBLISHED[config.vae.vae_type])
+    stage, total = builder.stage(), 0
+
+    def count(settings: ModelConfig, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal total
+        total += (3 if torch.is_grad_enabled() else 1) * forward_flops(settings, *inputs[0].shape[2:])
+
+    for name, settings in config.networks.items():
+        builder.networks[name].register_forward_pre_hook(partial(count, settings))
+    with LiveBytes():  # answers what has no value
+        for _ in range(2 if config.trainer == "longsana" else 1):
+            total = 0
+            stage.loss(MetaBatch.first(config, role))
+    return total
 
 
 def _gathered(networks: Collection[LongSanaDiT], sharers: int, keeps: bool) -> int:
@@ -214,3 +289,8 @@ def _gathered(networks: Collection[LongSanaDiT], sharers: int, keeps: bool) -> i
 
 def _count(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
+
+
+def kept_values(weight: Tensor, processes: int) -> int:
+    """Numbers of a weight that the first of so many processes keeps: rows are dealt out whole."""
+    return -(-weight.shape[0] // processes) * (weight.numel() // weight.shape[0])

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from longsana.models.dit import LongSanaDiT
-from longsana.training.config import AdamWConfig
+from longsana.training.config import AdamWConfig, TrainingConfig
 
 
 class Learner:
@@ -132,6 +132,11 @@ class Learner:
         if self.average:
             groups[f"{self.name}_ema"] = self.average | buffers
         return groups
+
+
+def compute_dtype(config: TrainingConfig) -> torch.dtype:
+    """The dtype in which networks that learn compute; their weights are float32."""
+    return torch.bfloat16 if config.train.mixed_precision else torch.float32
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def kept_steps(config: OdePairsConfig) -> tuple[int, ...]:
     Raises:
         InputError: the teacher's grid does not pass through the student's noise levels.
     """
-    schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
+    schedule = FlowSchedule.from_config(config.scheduler)
     levels = schedule.sigma(torch.tensor(schedule.steps, dtype=torch.int64, device="cpu"))
     wanted = torch.cat([levels, levels.new_zeros(1)])
     grid = uniform_sigmas(config.pairs.shift, config.pairs.num_steps)

@@ -19,7 +19,7 @@ from longsana.evaluation.measures import boundaries, measure, seam_index
 from longsana.ops import FUSED
 from longsana.ops.dispatch import fused_twin
 from longsana.runtime.errors import InputError
-from longsana.training.rehearsal import LiveBytes
+from longsana.training.memory import LiveBytes
 from tests.encoders.streaming import assert_nothing_is_transposed, draw, psnr, stream
 
 SMALL: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longsana.config import SchedulerConfig
 from longsana.flow.schedule import FlowSchedule, euler_sigmas, shift_sigma, uniform_sigmas
 
 # Timestep: (index, sigma) for each shift; from the published table's definition, to six digits.
@@ -121,6 +122,11 @@ def test_seen_steps():
     rounded = FlowSchedule(7.0, published, bf16_timesteps=True)
     assert rounded.seen_steps == (1000, 960, 888, 728)
     assert rounded.steps == (1000, 960, 889, 727)
+
+
+def test_schedule_of_a_config():
+    config = SchedulerConfig(inference_flow_shift=5.0, denoising_step_list=(1000, 500, 0), bf16_timesteps=True)
+    assert FlowSchedule.from_config(config) == FlowSchedule(5.0, (1000, 500), bf16_timesteps=True)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 7.0, 8.0])

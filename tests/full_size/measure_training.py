@@ -93,7 +93,7 @@ def drawn(config: TrainingConfig, line: dict[str, Any], role: str) -> int | None
     if config.trainer not in DISTILLED:
         return None
     rng = MicroBatch(config.train.seed, line["step"], role, 0, range(1), torch.device("cpu")).shared_rng("exit")
-    steps = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list).steps
+    steps = FlowSchedule.from_config(config.scheduler).steps
     return int(torch.randint(len(steps), (2,), generator=rng)[0])
 
 

@@ -19,9 +19,10 @@ from longsana.config import ModelConfig
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.training.config import TrainingConfig
-from longsana.training.estimate import PUBLISHED, estimate, model_flops
+from longsana.training.estimate import Update, estimate, measure_update, model_flops
 from longsana.training.flops import forward_flops
-from longsana.training.rehearsal import LiveBytes, OnGPU, Update, rehearse, rollouts
+from longsana.training.memory import LiveBytes, as_on_gpu
+from longsana.training.meta import PUBLISHED
 from longsana.weights.build import build_model, empty_model
 
 DEEP = ("model.depth=4", "real_score.depth=4", "fake_score.depth=4", "train.gradient_checkpointing=true")
@@ -46,7 +47,7 @@ def everything(model: LongSanaDiT) -> list[Tensor]:
 
 
 def test_parameters_of_the_published_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longsana.training.estimate.rehearse", lambda *args, **options: Update(0, 0, 0))
+    monkeypatch.setattr("longsana.training.estimate.measure_update", lambda *args, **options: Update(0, 0, 0, 0))
     found = estimate(large("self_forcing"), 64)
     # Tables of six rows on 64 processes: the fullest has a row of each, hence not to the last digit.
     assert found.parameters == dict.fromkeys(("generator", "critic", "teacher"), 2_056_862_144)
@@ -57,17 +58,15 @@ def test_parameters_of_the_published_networks(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     "past", [(), ("model.state_decay=0.9",), ("model.num_cached_blocks=2", "model.num_sink_blocks=3")], ids=str
 )
-def test_state_is_what_a_network_keeps(
-    training_config: Any, monkeypatch: pytest.MonkeyPatch, past: tuple[str, ...]
-) -> None:
-    monkeypatch.setattr("longsana.training.estimate.rehearse", lambda *args, **options: Update(0, 0, 0))
+def test_state_is_what_a_network_keeps(training_config: Any, past: tuple[str, ...]) -> None:
     config = training_config("longsana", "train.batch_size=3", "train.gradient_accumulation_steps=2", *past)
     model = build_model(config.model, device="cpu", dtype=torch.float32)
     found = estimate(config, 1)
     assert found.state == model.empty_state(3, 4, 6).nbytes
-    assert found.streams == 2 * (found.state + int(2 * 2364.5 * 3 * 32 * 48))
+    overlap, caption = 3 * 16 * 4 * 6 * 4, 3 * 48 * (64 * 2 + 1)
+    assert found.streams == 2 * (found.state + overlap + caption + int(2 * 2364.5 * 3 * 32 * 48))
     cold = estimate(replace(config, rollout=replace(config.rollout, overlap_latents=1)), 1)
-    assert cold.streams == 2 * found.state
+    assert cold.streams == 2 * (cold.state + overlap + caption)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -81,10 +80,10 @@ def test_state_is_what_a_network_keeps(
         (3, {"state_decay": 0.9, "num_cached_blocks": 2}),
     ],
 )
-def test_a_rehearsal_keeps_what_a_forward_pass_saves(
+def test_kept_is_what_a_forward_pass_saves(
     small_config: Any, dtype: torch.dtype, chunks: int, past: dict[str, Any]
 ) -> None:
-    """Rehearsed on meta tensors; measured by torch's hooks around what a real network saves for its backward pass."""
+    """Counted on meta tensors; measured by torch's hooks around what a real network saves for its backward pass."""
     config = small_config(depth=3, **past)
     plan = ChunkPlan.split(7, 7 // chunks)
     saved: dict[int, Tensor] = {}
@@ -102,10 +101,10 @@ def test_a_rehearsal_keeps_what_a_forward_pass_saves(
     }
     measured = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in outside)
 
-    rehearsed = empty_model(config).to(dtype)
-    with LiveBytes(ignore=everything(rehearsed)) as live:
+    counted = empty_model(config).to(dtype)
+    with LiveBytes(ignore=everything(counted)) as live:
         x, t, text = inputs(config, "meta", 7, 8, 12)
-        velocity, state = rehearsed(x, t, text, plan=plan)
+        velocity, state = counted(x, t, text, plan=plan)
         rest = [x, t, *text, velocity, *state[:3]]
     assert live.now - sum(tensor.untyped_storage().nbytes() for tensor in rest) == pytest.approx(measured, rel=0.02)
 
@@ -124,7 +123,7 @@ def allocations() -> Iterator[Callable[[], int]]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_rehearsal_is_as_full_as_a_step(small_config: Any, checkpointing: bool) -> None:
+def test_peak_is_that_of_a_step(small_config: Any, checkpointing: bool) -> None:
     """Peak of a forward and backward pass; measured by the profiler, which knows what kernels allocate inside."""
     config = small_config(depth=3)
 
@@ -138,9 +137,9 @@ def test_a_rehearsal_is_as_full_as_a_step(small_config: Any, checkpointing: bool
     model = build_model(config, device="cpu", dtype=torch.float32)
     with sdpa_kernel(SDPBackend.MATH), allocations() as measured:
         step(model, "cpu")
-    rehearsed = empty_model(config)
-    with LiveBytes(ignore=everything(rehearsed)) as live:
-        step(rehearsed, "meta")
+    counted = empty_model(config)
+    with LiveBytes(ignore=everything(counted)) as live:
+        step(counted, "meta")
     assert live.peak == pytest.approx(measured(), rel=0.02)
 
 
@@ -168,7 +167,7 @@ def test_a_block_keeps_these(small_config: Any) -> None:
         config = small_config(depth=depth, hidden_size=448, linear_head_dim=112, caption_length=2)
         model = empty_model(config).to(torch.bfloat16)
         for block in model.blocks:
-            block.forward = partial(_on_gpu, block.forward)
+            block.forward = as_on_gpu(block.forward)
         with LiveBytes(ignore=everything(model)) as live:
             x, t, text = inputs(config, "meta", frames, 16, 24)
             output = model(x, t, text, plan=ChunkPlan.split(frames, frames // chunks))
@@ -177,27 +176,24 @@ def test_a_block_keeps_these(small_config: Any) -> None:
     assert (kept[3] - kept[2] - sums) / (frames * 8 * 12 * 448) == pytest.approx(listed, rel=0.03)
 
 
-def _on_gpu(forward: Callable[..., Any], *args: Any) -> Any:
-    with OnGPU():
-        return forward(*args)
-
-
 @pytest.mark.parametrize("role", ["generator", "critic"])
 def test_blocks_are_alike(training_config: Any, role: Any) -> None:
-    """Of a deep network two and three blocks are rehearsed: it is as if all had been."""
+    """Of a deep network two and three blocks are counted: it is as if all had been."""
     config = training_config("self_forcing", *DEEP)
-    # Networks of unlike depths are rehearsed whole; here the one that is unlike has no part in the fullest moment.
+    # Networks of unlike depths are counted whole; here the one that is unlike has no part in the fullest moment.
     other = "real_score" if role == "critic" else "fake_score"
-    assert rehearse(config, role) == rehearse(training_config("self_forcing", *DEEP, f"{other}.depth=2"), role)
+    assert measure_update(config, role) == measure_update(
+        training_config("self_forcing", *DEEP, f"{other}.depth=2"), role
+    )
 
 
 def test_parts_by_the_number_of_processes(training_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = training_config("self_forcing", *DEEP)
-    alone, shared = (rehearse(config, "critic", processes=processes) for processes in (1, 4))
+    alone, shared = (measure_update(config, "critic", processes=processes) for processes in (1, 4))
     assert shared.gradients < alone.gradients / 2
     assert shared.kept == alone.kept
 
-    monkeypatch.setattr("longsana.training.estimate.rehearse", lambda *args, **options: alone)
+    monkeypatch.setattr("longsana.training.estimate.measure_update", lambda *args, **options: alone)
     one, four = estimate(config, 1), estimate(config, 4)
     for part in ("weights", "moments", "average", "teacher"):
         whole, quarter = one._asdict()[part], four._asdict()[part]
@@ -221,14 +217,14 @@ def test_what_settings_cost(training_config: Any, monkeypatch: pytest.MonkeyPatc
     def changed(**changes: Any) -> TrainingConfig:
         return replace(config, train=replace(config.train, **changes))
 
-    plain = rehearse(config, "critic")
-    assert rehearse(changed(gradient_checkpointing=True, mixed_precision=True), "critic").kept < plain.kept / 4
-    assert 1.8 < rehearse(changed(batch_size=2), "critic").kept / plain.kept < 2.2
-    accumulated = rehearse(config, "critic", accumulates=True)
+    plain = measure_update(config, "critic")
+    assert measure_update(changed(gradient_checkpointing=True, mixed_precision=True), "critic").kept < plain.kept / 4
+    assert 1.8 < measure_update(changed(batch_size=2), "critic").kept / plain.kept < 2.2
+    accumulated = measure_update(config, "critic", accumulates=True)
     assert accumulated.gradients == estimate(config, 1).parameters["critic"] * 4
     assert accumulated.activations >= plain.activations
 
-    monkeypatch.setattr("longsana.training.estimate.rehearse", lambda *args, **options: plain)
+    monkeypatch.setattr("longsana.training.estimate.measure_update", lambda *args, **options: plain)
     found = estimate(config, 1)
     assert found.text_encoder == 2 * PUBLISHED["WanVAE"].text_parameters
     assert estimate(changed(text_encoder="free"), 1).text_encoder == 0
@@ -238,7 +234,7 @@ def test_what_settings_cost(training_config: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_stage_has_an_estimate(training_config: Any) -> None:
-    """None of the rehearsals asks the value of a tensor. Where a video goes on, the decoder is needed for a moment."""
+    """Losses of all run without values. Where a video goes on, the decoder is needed for a moment."""
     encoders = PUBLISHED["WanVAE"]._replace(decode_values=10**6)
     decoding = 2 * 10**6 * 32 * 48
     found = {
@@ -249,7 +245,8 @@ def test_every_stage_has_an_estimate(training_config: Any) -> None:
     assert list(flow.updates) == list(ode.updates) == ["generator"]
     assert ode.updates["generator"].kept == pytest.approx(flow.updates["generator"].kept, rel=0.1)
     assert max(flow.updates["generator"].activations, ode.updates["generator"].activations) < decoding
-    assert all(decoding < longsana.updates[role].activations < 1.01 * decoding for role in ("generator", "critic"))
+    for role in ("generator", "critic"):
+        assert longsana.updates[role].activations == pytest.approx(decoding, rel=0.01)
     assert flow.streams == ode.teacher == 0 < longsana.streams
 
 
@@ -317,17 +314,33 @@ def test_flops_of_an_update_counted_by_hand() -> None:
     assert model_flops(large("longsana"), "critic", exit_step=2) == stretch
 
 
-def test_long_rollouts_learn_from_their_end() -> None:
+def test_flops_of_lengths_that_are_drawn() -> None:
+    """The mean of 21, 31 and 41 latents: all are generated, and the loss sees the last 21."""
     config = large("self_forcing")
     config = replace(config, rollout=replace(config.rollout, num_training_frames=41))
-    short, middle, long = rollouts(config)
-    assert [(found.plan.lengths, found.window, found.late) for found in (short, middle, long)] == [
-        ((11, 10), 21, False),
-        ((11, 10, 10), 21, True),
-        ((11, 10, 10, 10), 21, True),
+    forward = partial(forward_flops, config.model, height=60, width=104)
+    rollouts = [2 * (forward(11) + chunks * forward(10)) - forward(10) for chunks in (1, 2, 3)]
+    critic = [rollout + 3 * forward(21) for rollout in rollouts]
+    assert model_flops(config, "critic", exit_step=0) == sum(critic) // 3
+    generator = [
+        total + 2 * (forward(length) + forward(10)) for total, length in zip(critic, (11, 10, 10), strict=True)
     ]
-    assert (short.learned, middle.learned, long.learned) == ([11, 10], [10, 10], [10, 10])
-    assert model_flops(config, "generator") > model_flops(large("self_forcing"), "generator")
+    assert model_flops(config, "generator", exit_step=0) == sum(generator) // 3
+
+
+def test_decoding_is_not_taken_for_blocks(training_config: Any) -> None:
+    """The fullest moment of few blocks, when the overlap latent is decoded, is not that of many."""
+    config = training_config("self_forcing", "sampling.height=16", "sampling.width=16", "rollout.num_training_frames=9")
+    encoders = PUBLISHED["WanVAE"]._replace(decode_values=240_000)
+
+    def measured(depth: int, others: int) -> Update:
+        model = replace(config.model, depth=depth, hidden_size=448)
+        critic = replace(model, depth=others)
+        changed = replace(config, model=model, real_score=model, fake_score=critic)
+        return measure_update(changed, "generator", encoders=encoders)
+
+    assert measured(3, 3).gradients == 0 < measured(9, 9).gradients
+    assert measured(9, 9) == measured(9, 8), "networks of unlike depths are counted whole"
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from longsana.chunks import ChunkPlan
 from longsana.encoders.vae import DecodeCache
 from longsana.models.embeddings import TextEmbedding
 from longsana.state import CausalState
+from longsana.training.learner import compute_dtype
 from longsana.training.stages.self_forcing import SelfForcing, Window
 from longsana.training.stages.stage import Loss, MicroBatch, MicroBatches
 from longsana.weights.build import empty_model
@@ -66,8 +67,7 @@ class LongSana(SelfForcing):
         self._keep(micro_batch, stream, text, state, new.detach())
         if stream is not None:
             return self.window_of(stream.overlap, new, text, exits)
-        learned = torch.ones(new.shape[2], dtype=torch.bool, device=new.device)
-        return Window(new, learned, text, exits)
+        return Window(new, text, exits)
 
     def _stretch(self, stream: Stream | None) -> int:
         """Latent frames of the next stretch."""
@@ -185,8 +185,7 @@ class LongSana(SelfForcing):
     def _kinds(self) -> dict[str, str]:
         """Shapes and dtypes of a stream of this run."""
         batch, (channels, height, width) = self.config.train.batch_size, self.latent_shape
-        compute = torch.bfloat16 if self.config.train.mixed_precision else torch.float32
-        state = empty_model(self.config.model).to(compute).empty_state(batch, height, width)
+        state = empty_model(self.config.model).to(compute_dtype(self.config)).empty_state(batch, height, width)
         text = self.embed([self.prompts[0]] * batch)
         overlap = torch.zeros(batch, channels, 1, height, width, dtype=torch.float32, device="cpu")
         parts = {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail, "lead": overlap}

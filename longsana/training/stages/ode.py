@@ -22,7 +22,7 @@ class OdeInitialisation(Stage):
     ) -> None:
         self.learners = (generator,)
         self.generator, self.embed, self.trajectories = generator.model, embed, trajectories
-        self.schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
+        self.schedule = FlowSchedule.from_config(config.scheduler)
         self.plan = ChunkPlan.split(frames, config.sampling.chunk_frames)
         self.order = Shuffled(len(trajectories), config.train.seed, generator.name)
 

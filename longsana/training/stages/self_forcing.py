@@ -7,7 +7,7 @@ of two scores of it, the frozen teacher's and that of a critic, which learns to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import NamedTuple
 
@@ -31,15 +31,15 @@ class Window(NamedTuple):
     """What a loss sees of a rollout.
 
     latents: (B, C, T, H, W); those of new frames carry the graph of their chunk's exit step, if there is one.
-    learned: (T,) bool, the frames that the loss counts.
     text: the caption of each sample.
     exit_steps: of each chunk, an index into the schedule's steps.
+    learned_from: the first frame that the loss counts: 1 after an overlap latent.
     """
 
     latents: Tensor
-    learned: Tensor
     text: TextEmbedding
     exit_steps: list[int]
+    learned_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class SelfForcing(Stage):
         self.generator, self.critic, self.teacher = generator.model, critic.model, teacher
         self.embed, self.negative, self.prompts = embed, negative, prompts
         self.vae, self.latent_shape = vae, latent_shape
-        self.schedule = FlowSchedule(config.scheduler.inference_flow_shift, config.scheduler.denoising_step_list)
+        # Published training does not round timesteps, though its inference does.
+        self.schedule = replace(FlowSchedule.from_config(config.scheduler), bf16_timesteps=False)
         self.order = {
             learner.name: Shuffled(len(prompts), config.train.seed, learner.name) for learner in self.learners
         }
@@ -101,7 +102,7 @@ class SelfForcing(Stage):
         surplus = plan.frames - settings.slice_last_frames
         latents, _ = self.generate(micro_batch, plan, text, None, exits, learned_from=surplus + 1 if surplus > 0 else 0)
         if surplus <= 0:
-            return Window(latents, torch.ones(plan.frames, dtype=torch.bool, device=micro_batch.device), text, exits)
+            return Window(latents, text, exits)
         overlap, _ = self.overlap(latents[:, :, : surplus + 1].detach(), None)
         return self.window_of(overlap, latents[:, :, surplus + 1 :], text, exits)
 
@@ -156,12 +157,10 @@ class SelfForcing(Stage):
 
         Only the new frames are learned.
         """
-        learned = torch.ones(1 + new.shape[2], dtype=torch.bool, device=new.device)
-        learned[0] = False
-        return Window(torch.cat([overlap, new], dim=2), learned, text, exits)
+        return Window(torch.cat([overlap, new], dim=2), text, exits, learned_from=1)
 
     def _generator_loss(self, window: Window, micro_batch: MicroBatch) -> Loss:
-        x = window.latents
+        x, learned = window.latents, slice(window.learned_from, None)
         with torch.no_grad():
             t = self._timesteps(micro_batch, window.exit_steps)
             noisy = self.schedule.add_noise(x, micro_batch.normal("score", x.shape), t)
@@ -176,16 +175,16 @@ class SelfForcing(Stage):
                 "generator_distance_to_real": (x - real).abs().mean(),
                 "dmdtrain_gradient_norm": gradient.abs().mean(),
             }
-        loss = dmd_loss(x, gradient, window.learned)
+        loss = dmd_loss(x[:, :, learned], gradient[:, :, learned])
         return Loss(loss, {"generator_loss": loss.detach(), **metrics})
 
     def _critic_loss(self, window: Window, micro_batch: MicroBatch) -> Loss:
-        x = window.latents
+        x, learned = window.latents, slice(window.learned_from, None)
         t = self._timesteps(micro_batch, window.exit_steps)
         noise = micro_batch.normal("score", x.shape)
         velocity, _ = self.critic(self.schedule.add_noise(x, noise, t), t, window.text)
         # The velocity itself: published code takes it from x0, which bfloat16 rounds and a small sigma magnifies.
-        loss = flow_loss(velocity, x, noise, window.learned)
+        loss = flow_loss(*(video[:, :, learned] for video in (velocity, x, noise)))
         return Loss(loss, {"critic_loss": loss.detach()})
 
     def _clean(self, network: Network, noisy: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
