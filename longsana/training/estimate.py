@@ -14,7 +14,6 @@ from longsana.config import ModelConfig
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.distributed import World
-from longsana.sampling.pipeline import resolve_dtype
 from longsana.training.checks import DISTILLED, clip_shape, micro_batches_of
 from longsana.training.config import TrainingConfig
 from longsana.training.flops import forward_flops
@@ -22,7 +21,7 @@ from longsana.training.learner import compute_dtype
 from longsana.training.memory import LiveBytes
 from longsana.training.meta import GPU, PUBLISHED, Encoders, MetaBatch, MetaStage, Role, exiting, lengths_of
 from longsana.training.stages.stage import Stage
-from longsana.weights.build import empty_model
+from longsana.weights.build import empty_model, resolve_dtype
 
 FLOAT = torch.float32.itemsize
 

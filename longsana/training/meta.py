@@ -19,7 +19,6 @@ from longsana.flow.schedule import FlowSchedule
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
-from longsana.sampling.pipeline import resolve_dtype
 from longsana.training.build import StageBuilder
 from longsana.training.captions import Captions
 from longsana.training.checks import clip_shape, student_sigmas
@@ -27,7 +26,7 @@ from longsana.training.config import TrainingConfig
 from longsana.training.learner import compute_dtype
 from longsana.training.memory import LiveBytes, as_on_gpu
 from longsana.training.stages.stage import MicroBatch, MicroBatches, Stage
-from longsana.weights.build import empty_model
+from longsana.weights.build import empty_model, resolve_dtype
 
 Role = Literal["generator", "critic"]
 GPU, META = torch.device("cuda"), torch.device("meta")
