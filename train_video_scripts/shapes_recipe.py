@@ -1,5 +1,6 @@
-"""Train everything of the shapes world, one step after another, and measure it.
+"""Train everything of the shapes world, one public command after another, and measure it.
 
+    python train_video_scripts/shapes_recipe.py --show                 # the commands, which can be typed as they are
     python train_video_scripts/shapes_recipe.py --out output/shapes
     python train_video_scripts/shapes_recipe.py --out output/remembered_shapes --world remembered_shapes
 
@@ -13,16 +14,13 @@ Exit status: 0 done, else that of the step that stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import shutil
+import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
@@ -31,34 +29,25 @@ if __name__ == "__main__":
 
     stop.catch()  # before the imports below, which take seconds
 
-import torch
-
-from longsana.config import InferenceConfig, load_config
-from longsana.data.prompts import training_prompts
+from longsana.commands import run_here
+from longsana.commands.shapes import note
+from longsana.config import load_config
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text, naming
+from longsana.runtime.hub import locate
 from longsana.runtime.stop import check as check_stop
 from longsana.shapes.remembered import WORLDS, WorldName
-from longsana.shapes.scenes import prompts
+from longsana.training.config import TrainingConfig
 
 log = logging.getLogger("longsana")
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs/sana_video_config/longsana/shapes"
-NETWORKS = ("base", "ode", "self_forcing", "longsana")
+CONFIGS = "configs/sana_video_config/longsana/shapes"
 BASE_PHASES = {"base_1": 10_000, "base_2": 3_500, "base_3": 5_500, "base_4": 8_000, "base": 2_000}
 """Iterations of the base model, in phases of at most 8 minutes on one H100. Each goes on from the one before, on clips
 of its own: the second on clips with turns, the last with a lower learning rate."""
-PHASES = {
-    **dict.fromkeys(BASE_PHASES, "base"),
-    "ode": "ode",
-    "self_forcing": "self_forcing",
-    "longsana": "streaming",
-}
-"""Training phases of networks, in order, each with its config."""
-TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
-
+PHASES = (*BASE_PHASES, "ode", "self_forcing", "longsana")
+"""Training phases of networks, in order."""
 TINY: dict[str, list[str]] = {
     "text": ["steps=2", "batch=4", "test_captions=4"],
     "vae": [
@@ -79,418 +68,162 @@ TINY: dict[str, list[str]] = {
         "rollout.overlap_latents=2", "streaming.streaming_min_new_frame=4", "streaming.streaming_max_length=13",
     ],
     "pairs": ["pairs.num_steps=4", "pairs.shard_size=2", "sampling.num_frames=17", "sampling.bs=2"],
-    "sample": ["scheduler.num_inference_steps=2"],
 }  # fmt: skip
 """Settings that make a step take seconds on two cores."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table. weights: of parts. settings: of the sampler. prompts and seeds: at most so many."""
+class Step(NamedTuple):
+    """What a step makes, in OUT/parts, and by which commands of `longsana`, in order."""
 
-    name: str
-    weights: str
-    settings: tuple[str, ...] = ()
-    lengths: tuple[int, ...] = (5, 30, 60)
-    prompts: int = HELD_OUT_PROMPTS
-    seeds: int = 3
-    steps: int = 4
-    absorbs: bool = True
+    product: Path
+    commands: list[list[str]]
 
 
-BASE_SETTINGS = (
-    "scheduler.sampling_algo=flow_euler",
-    "scheduler.inference_flow_shift=8.0",
-    "scheduler.num_inference_steps=30",
-    "sampling.cfg_scale=2.0",
-    "sampling.null_caption=learned",
-)
-TRUTH = "ground truth through the VAE"
-ROWS = (
-    Row(TRUTH, "", seeds=1, steps=0),
-    Row("base model", "base", BASE_SETTINGS, lengths=(5,), steps=30),
-    Row("ODE-initialised", "ode", seeds=1),
-    Row("Self-Forcing", "self_forcing"),
-    Row("LongSANA", "longsana"),
-    Row("LongSANA, num_cached_blocks 2", "longsana", ("model.num_cached_blocks=2",), prompts=32, seeds=1),
-    Row("LongSANA, no clean absorbing pass", "longsana", prompts=32, seeds=1, absorbs=False),
-)
+def recipe(out: Path, *, tiny: bool = False, world: WorldName = "shapes") -> dict[str, Step]:
+    """All steps, in order. tiny: on a CPU, in seconds. world: whose clips."""
+    parts, runs = out / "parts", out / "runs"
+    models = [f"vae.vae_pretrained={parts / 'vae'}", f"text_encoder.text_encoder_name={parts / 'text_encoder'}"]
+    given = [f"data.data_path={parts / 'prompts.txt'}", *_from(parts, real_score="base")]
+    clips = {name: f"data.data_path=generated:{'turning_' if name == 'base_2' else ''}{world}" for name in BASE_PHASES}
 
+    def shapes(tool: str, folder: Path, *more: str) -> list[str]:
+        return ["shapes", tool, str(folder), "--world", world, *more]
 
-CARD = """\
-# The models of the shapes world
+    def measure(tool: str) -> list[list[str]]:
+        return [shapes(tool, parts, *(["--tiny"] if tiny else []))]
 
-Text to videos of one or two moving shapes, 160x96 pixels, 16 frames a second, of any length. Made from nothing by
-`train_video_scripts/shapes_recipe.py` (its seeds; packaged at commit {commit}): no data but what
-`longsana/shapes/scenes.py` draws.
-
-* `vae`: a Wan 2.1 VAE of base width 12. `text_encoder`: a Gemma 2 of two layers, trained on the world's captions.
-* `base.safetensors`: the bidirectional base model. `ode`, `self_forcing`, `longsana`: the generator after each stage.
-
-Networks have 2.9 M parameters, in bfloat16. Combinations of kind, colour and motion in `HELD_OUT`
-(`longsana/shapes/scenes.py`) were never trained on; every prompt of the table has one.
-
-| step | seconds, or score | machine |
-|---|---|---|
-{steps}
-
-{table}
-
-Use: the world's grammar only. Other prompts give some video of shapes. Licence: Apache-2.0.
-"""
-
-
-class Recipe:
-    """The steps, in order; each makes one thing of `parts`. tiny: on a CPU, in seconds. world: whose clips."""
-
-    def __init__(self, out: Path, *, tiny: bool, device: torch.device, world: WorldName = "shapes") -> None:
-        self.parts, self.runs, self.tiny, self.world = out / "parts", out / "runs", tiny, world
-        self.device = device
-        self.parts.mkdir(parents=True, exist_ok=True)
-        self._write_prompts()
-        self.steps: dict[str, tuple[Path, Callable[[], int]]] = {
-            "text": (self.parts / "text_encoder", self.text),
-            "vae": (self.parts / "vae", self.vae),
-            **{name: (self.parts / f"{name}.safetensors", self._stage(name)) for name in PHASES},
-            "scores": (self.parts / "scores.json", self.scores),
-            "speed": (self.parts / "speed.json", self.speed),
-            "table": (self.parts / "table.md", self.table),
-            "plot": (self.parts / "plot.png", self.plot),
-            "strips": (self.parts / "strips.png", self.strips),
-            "package": (self.parts / "asset", self.package),
-        }
-
-    def run(self, names: Sequence[str]) -> int:
-        for name in names:
-            check_stop()  # a run that was asked in its last moment has ended well
-            _, make = self.steps[name]
-            # Of the base model's phases, a later one is all that is wanted of those before it.
-            phases = list(BASE_PHASES)
-            serve = phases[phases.index(name) :] if name in phases else [name]
-            if there := [product for product, _ in (self.steps[step] for step in serve) if product.exists()]:
-                log.info("== %s: %s is there", name, there[0])
-                continue
-            log.info("== %s", name)
-            started = time.perf_counter()
-            if status := make():
-                return status
-            self._note(name, time.perf_counter() - started)
-        return 0
-
-    # Parts that are not networks of ours
-
-    def text(self) -> int:
-        from longsana.shapes.train_text_encoder import TextTrainingConfig, train_text_encoder
-
-        config = load_config(CONFIGS / "text_encoder.yaml", self._small_world("text"), TextTrainingConfig)
-        return self._finished("text_encoder", lambda folder: train_text_encoder(config, folder, self.device))
-
-    def vae(self) -> int:
-        from longsana.shapes.train_vae import VAETrainingConfig, train_vae
-
-        config = load_config(CONFIGS / "vae.yaml", self._small_world("vae"), VAETrainingConfig)
-        return self._finished("vae", lambda folder: train_vae(config, folder, self.device))
-
-    def _finished(self, name: str, train: Callable[[Path], float]) -> int:
-        """A folder of parts that appears when it is whole."""
-        unfinished = self.runs / name
-        unfinished.mkdir(parents=True, exist_ok=True)
-        with naming(unfinished):
-            score = train(unfinished)
-        self._note(f"{name} score", score)
-        unfinished.rename(self.parts / name)
-        return 0
-
-    # Networks, by the commands that train the 2B ones
-
-    def _stage(self, name: str) -> Callable[[], int]:
-        def make() -> int:
-            from longsana.commands import train
-
-            if name == "ode" and (status := self._pairs()):
-                return status
-            critic = self.parts / "critic.safetensors"
-            if name == "longsana" and not critic.exists():
-                raise InputError(
-                    f"{critic}: not found; Self-Forcing makes it and it does not ship: remove self_forcing.safetensors "
-                    "there and run --steps self_forcing longsana"
-                )
-            given = [f"data.data_path={self.parts / 'prompts.txt'}", *self._from("real_score", "base")]
-            settings: list[str] = {
-                **{phase: self._base_phase(phase) for phase in BASE_PHASES},
-                "ode": [*self._from("model", "base"), f"data.data_path={self.runs / 'pairs'}"],
-                "self_forcing": [*given, *self._from("model", "ode"), *self._from("fake_score", "base")],
-                "longsana": [*given, *self._from("model", "self_forcing"), *self._from("fake_score", "critic")],
-            }[name]
-            run = self.runs / name
-            config = CONFIGS / f"{PHASES[name]}.yaml"
-            status = train.main(
-                [
-                    "--config_path", str(config), "--logdir", str(run), "--no_visualize", "--disable-wandb",
-                    *self._models(), *settings, *self._tiny("stage"), *self._tiny(PHASES[name]),
-                ]
-            )  # fmt: skip
-            if status:
-                return int(status)
-            if name == "self_forcing" and (status := self._export(run, "critic", "critic")):
-                return status
-            return self._export(run, "ema", name)
-
-        return make
-
-    def _base_phase(self, name: str) -> list[str]:
-        phases = list(BASE_PHASES)
-        number = phases.index(name)
-        settings = [f"train.seed={number}", f"train.max_iters={BASE_PHASES[name]}"]
-        settings += [f"data.data_path=generated:{'turning_' if name == 'base_2' else ''}{self.world}"]
-        if number > 0:
-            settings += self._from("model", phases[number - 1])
-        if name == "base_2":
-            # The sense of an orbit is decided at sigma 0.93 to 0.985, where these lie.
-            settings += ["flow_matching.logit_mean=0.5", "flow_matching.logit_std=1.0"]
-        if name == "base":
-            settings += ["optimizer.generator.lr=7.0e-4"]
-        return settings
-
-    def _pairs(self) -> int:
-        from longsana.commands import ode_pairs
-
-        _, text = self._models()  # no video is decoded
-        status: int = ode_pairs.main(
+    def train(name: str, config: str, *settings: str, also: str | None = None) -> Step:
+        own = [*settings, *_tiny(tiny, "stage", config)]
+        command = ["train", "--config_path", f"{CONFIGS}/{config}.yaml", "--logdir", str(runs / name)]
+        last = load_config(
+            locate(f"{CONFIGS}/{config}.yaml", "the config"), [*models, *own], TrainingConfig
+        ).train.max_iters
+        checkpoint = runs / name / f"checkpoint_model_{last:06d}"
+        exports = [_export(checkpoint, parts, also, also)] if also else []
+        return Step(
+            parts / f"{name}.safetensors",
             [
-                "--config_path", str(CONFIGS / "ode_pairs.yaml"), "--out", str(self.runs / "pairs"),
-                "--txt_file", str(self.parts / "prompts.txt"), "--end_index", "2" if self.tiny else "768",
-                text, *self._from("model", "base"), *self._tiny("pairs"),
-            ]
-        )  # fmt: skip
-        return status
-
-    def _export(self, run: Path, weights: str, name: str) -> int:
-        from longsana.commands import export
-
-        newest = max(run.glob("checkpoint_model_*"))
-        target = self.parts / f"{name}.safetensors"
-        status: int = export.main(
-            [
-                str(newest), "--out", str(target), "--layout", "safetensors", "--weights", weights,
-                "--dtype", "bfloat16", "--force",
-            ]
-        )  # fmt: skip
-        return status
-
-    def _models(self) -> list[str]:
-        return [
-            f"vae.vae_pretrained={self.parts / 'vae'}",
-            f"text_encoder.text_encoder_name={self.parts / 'text_encoder'}",
-        ]
-
-    def _from(self, section: str, name: str) -> list[str]:
-        return [f"{section}.load_from={self.parts / name}.safetensors"]
-
-    # Measurement
-
-    def scores(self) -> int:
-        from longsana.evaluation.score_model import Trial, try_model, try_truth
-
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        texts = training_prompts(self.parts / "held_out.txt")
-        scores: dict[str, Any] = {}
-        for row in ROWS:
-            path = self.parts / f"scores_{row.name.replace(' ', '_').replace(',', '')}.json"
-            if not path.exists():
-                started = time.perf_counter()
-                trial = Trial(
-                    texts[: row.prompts], tuple(range(row.seeds)), row.lengths, absorbs=row.absorbs, world=self.world
-                )
-                if self.tiny:
-                    trial = replace(trial, prompts=texts[:2], seeds=(0,), lengths=(1,), batch=2)
-                attempt = try_truth if row.name == TRUTH else try_model
-                result = attempt(self._sampler(row), trial, self.device)
-                result["seconds"] = round(time.perf_counter() - started, 1)
-                atomic_write_text(path, json.dumps(result) + "\n")
-                log.info("%s: %.0f s", row.name, result["seconds"])
-            scores[row.name] = json.loads(path.read_text(encoding="utf-8"))
-        atomic_write_text(self.parts / "scores.json", json.dumps(scores) + "\n")
-        return 0
-
-    def speed(self) -> int:
-        """Frames a second on two cores of this machine."""
-        from longsana.evaluation.score_model import measure_speed
-
-        threads = torch.get_num_threads()
-        torch.set_num_threads(2)
-        prompt = training_prompts(self.parts / "held_out.txt")[0]
-        speeds = {}
-        for row in ROWS:
-            if row.weights:
-                seconds = 1 if self.tiny else min(10, max(row.lengths))
-                speeds[row.name] = measure_speed(self._sampler(row), prompt, seconds, absorbs=row.absorbs)
-                log.info("%s: %.1f FPS", row.name, speeds[row.name])
-        torch.set_num_threads(threads)
-        atomic_write_text(self.parts / "speed.json", json.dumps(speeds) + "\n")
-        return 0
-
-    def table(self) -> int:
-        text = render_table(self._read("scores"), self._read("speed"))
-        atomic_write_text(self.parts / "table.md", text)
-        print(text)
-        return 0
-
-    def plot(self) -> int:
-        """The long videos of all models, second by second. Needs matplotlib."""
-        from longsana.evaluation.report import plot
-
-        scores = self._read("scores")
-        longest = max(len(score["curves"]["persistence"]) for score in scores.values())
-        curves = {name: score["curves"] for name, score in scores.items()}
-        plot({name: own for name, own in curves.items() if len(own["persistence"]) == longest}, self.parts / "plot.png")
-        return 0
-
-    def strips(self) -> int:
-        """LongSANA's pictures every quarter of a minute, a prompt a row."""
-        from longsana.evaluation.score_model import strips
-
-        config = self._sampler(next(row for row in ROWS if row.name == "LongSANA"))
-        texts = training_prompts(self.parts / "held_out.txt")
-        seconds = (0, 1) if self.tiny else (0, 15, 30, 45, 60)
-        strips(config, texts[:3], seconds, self.parts / "strips.png", self.device)
-        return 0
-
-    def package(self) -> int:
-        """What ships, and the model card."""
-        networks = [f"{name}.safetensors" for name in NETWORKS]
-        measured = ["scores.json", "speed.json", "times.json", "plot.png", "strips.png"]
-        wanted = ["vae", "text_encoder", *networks, "table.md", *measured]
-        if missing := [name for name in wanted if not (self.parts / name).exists()]:
-            raise InputError(f"{self.parts}: {', '.join(missing)} not found; run the steps that make them first")
-
-        def gather(folder: Path) -> float:
-            for part in ("vae", "text_encoder"):
-                shutil.copytree(self.parts / part, folder / part, dirs_exist_ok=True)
-            for name in networks + measured:
-                shutil.copy(self.parts / name, folder)
-            atomic_write_text(folder / "README.md", self._card())
-            return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-
-        return self._finished("asset", gather)
-
-    def _card(self) -> str:
-        from longsana.inference.sidecar import commit
-
-        noted = self._read("times")
-        lines = [f"| {name} | {entry['value']} | {entry['machine']} |" for name, entry in noted.items()]
-        return CARD.format(
-            commit=commit(),
-            steps="\n".join(lines),
-            table=(self.parts / "table.md").read_text(encoding="utf-8").strip(),
+                [*command, "--no_visualize", "--disable-wandb", *models, *own],
+                *exports,
+                _export(checkpoint, parts, "ema", name),
+            ],
         )
 
-    def _sampler(self, row: Row) -> InferenceConfig:
-        settings = [*self._models(), *row.settings]
-        if row.weights:
-            settings += self._from("model", row.weights)
-        if self.tiny and row.name == "base model":
-            settings += TINY["sample"]
-        return load_config(CONFIGS / "longsana.yaml", settings, InferenceConfig)
+    def base(name: str, before: str | None, *settings: str) -> Step:
+        number = list(BASE_PHASES).index(name)
+        start = _from(parts, model=before) if before else []
+        iterations = f"train.max_iters={BASE_PHASES[name]}"
+        return train(name, "base", f"train.seed={number}", iterations, clips[name], *start, *settings)
 
-    def _read(self, name: str) -> dict[str, Any]:
-        path = self.parts / f"{name}.json"
-        if not path.exists():
-            raise InputError(f"{path}: not found; run --steps {name} first")
-        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return read
-
-    # What else
-
-    def _tiny(self, step: str) -> list[str]:
-        return TINY[step] if self.tiny else []
-
-    def _small_world(self, step: str) -> list[str]:
-        return [f"world={self.world}", *self._tiny(step)]
-
-    def _write_prompts(self) -> None:
-        for name, seed, count, held_out in (
-            ("prompts.txt", 1, TRAINING_PROMPTS, False),
-            ("held_out.txt", 0, HELD_OUT_PROMPTS, True),
-        ):
-            path = self.parts / name
-            text = "\n".join(prompts(seed, count, held_out=held_out, draw=WORLDS[self.world])) + "\n"
-            if not path.exists():
-                atomic_write_text(path, text)
-            elif path.read_text(encoding="utf-8") != text:
-                raise InputError(f"{path}: not the prompts of --world {self.world}; give another --out")
-
-    def _note(self, name: str, value: float) -> None:
-        """times.json: seconds of each step, and scores of parts, with the machine."""
-        path = self.parts / "times.json"
-        noted = self._read("times") if path.exists() else {}
-        machine = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-        noted[name] = {"value": round(value, 2), "machine": machine, "torch": torch.__version__}
-        atomic_write_text(path, json.dumps(noted, indent=1) + "\n")
-        log.info("== %s: %.2f", name, value)
+    pairs = ["ode-pairs", "--config_path", f"{CONFIGS}/ode_pairs.yaml", "--out", str(runs / "pairs")]
+    pairs += ["--txt_file", str(parts / "prompts.txt"), "--end_index", "2" if tiny else "768", models[1]]
+    pairs += [*_from(parts, model="base"), *_tiny(tiny, "pairs")]
+    ode = train("ode", "ode", *_from(parts, model="base"), f"data.data_path={runs / 'pairs'}")
+    return {
+        "prompts": Step(parts / "held_out.txt", [shapes("prompts", parts)]),
+        "text": Step(parts / "text_encoder", [shapes("text-encoder", parts / "text_encoder", *_tiny(tiny, "text"))]),
+        "vae": Step(parts / "vae", [shapes("vae", parts / "vae", *_tiny(tiny, "vae"))]),
+        "base_1": base("base_1", None),
+        # The sense of an orbit is decided at sigma 0.93 to 0.985, where these lie.
+        "base_2": base("base_2", "base_1", "flow_matching.logit_mean=0.5", "flow_matching.logit_std=1.0"),
+        "base_3": base("base_3", "base_2"),
+        "base_4": base("base_4", "base_3"),
+        "base": base("base", "base_4", "optimizer.generator.lr=7.0e-4"),
+        "ode": ode._replace(commands=[pairs, *ode.commands]),
+        "self_forcing": train(
+            "self_forcing", "self_forcing", *given, *_from(parts, model="ode", fake_score="base"), also="critic"
+        ),
+        "longsana": train("longsana", "streaming", *given, *_from(parts, model="self_forcing", fake_score="critic")),
+        "scores": Step(parts / "scores.json", measure("scores")),
+        "speed": Step(parts / "speed.json", measure("speed")),
+        "table": Step(parts / "table.md", measure("table")),
+        "plot": Step(parts / "plot.png", measure("plot")),
+        "strips": Step(parts / "strips.png", measure("strips")),
+        "package": Step(parts / "asset", measure("package")),
+    }
 
 
-def render_table(scores: dict[str, Any], speeds: dict[str, float]) -> str:
-    """Markdown: a line a model and length."""
-    from longsana.evaluation.report import table
-    from longsana.evaluation.score_model import DRIFT, FIGURES
+def _from(parts: Path, **weights: str) -> list[str]:
+    """Settings by which a network, named as its section, starts from a part."""
+    return [f"{section}.load_from={parts / name}.safetensors" for section, name in weights.items()]
 
-    lines = []
-    steps = {row.name: row.steps for row in ROWS}
-    for name, score in scores.items():
-        for seconds, figures in score["figures"].items():
-            lines.append(
-                {
-                    "model": name,
-                    "seconds": int(seconds),
-                    **{figure: _percent(figures[figure]) for figure in FIGURES if figure in figures},
-                    "seam index": _number(figures["seam index"]),
-                    DRIFT: _percent(figures[DRIFT]),
-                    "steps": steps[name] or "",
-                    "FPS on two cores": f"{speeds[name]:.1f}" if name in speeds else "",
-                    "videos": f"{score['videos']} x {score['seeds']}",
-                }
+
+def _export(checkpoint: Path, parts: Path, weights: str, name: str) -> list[str]:
+    target = ["--out", str(parts / f"{name}.safetensors"), "--layout", "safetensors", "--weights", weights]
+    return ["export", str(checkpoint), *target, "--dtype", "bfloat16", "--force"]
+
+
+def _tiny(tiny: bool, *names: str) -> list[str]:
+    return [setting for name in names for setting in TINY[name]] if tiny else []
+
+
+def run(steps: dict[str, Step], names: Sequence[str], world: World) -> int:
+    """Make what is not there; returns the status of the command that stopped, or 0."""
+    for name in dict.fromkeys(["prompts", *names]):  # they are there at once, and tell whose world this is
+        check_stop()  # a run that was asked in its last moment has ended well
+        # Of the base model's phases, a later one is all that is wanted of those before it.
+        phases = list(BASE_PHASES)
+        serve = phases[phases.index(name) :] if name in phases else [name]
+        there = [steps[step].product for step in serve if steps[step].product.exists()]
+        if there and name != "prompts":
+            log.info("== %s: %s is there", name, there[0])
+            continue
+        parts = steps[name].product.parent
+        if name == "longsana" and not (critic := parts / "critic.safetensors").exists():
+            raise InputError(
+                f"{critic}: not found; Self-Forcing makes it and it does not ship: remove self_forcing.safetensors "
+                "there and run --steps self_forcing longsana"
             )
-    return table(lines)
+        started = time.perf_counter()
+        for command in steps[name].commands:
+            log.info("== %s: longsana %s", name, shlex.join(command))
+            if status := run_here(*command):
+                return status
+        note(parts, name, time.perf_counter() - started, world.device())
+    return 0
 
 
-def _percent(value: Sequence[float | None]) -> str:
-    mean, spread = value
-    if mean is None:
-        return ""
-    return f"{100 * mean:.1f} %" if spread is None else f"{100 * mean:.1f} ± {100 * spread:.1f} %"
+def show(steps: dict[str, Step], names: Sequence[str]) -> None:
+    """Print the commands, folded."""
+    for name in names:
+        print(f"\n# {name}")
+        for command in steps[name].commands:
+            lines = ["longsana"]
+            for word in command:
+                # A setting and an option have a line each, with what belongs to it.
+                if word.startswith("--") or "=" in word:
+                    lines.append(shlex.quote(word))
+                else:
+                    lines[-1] += f" {shlex.quote(word)}"
+            print(" \\\n    ".join(lines))
 
 
-def _number(value: Sequence[float | None]) -> str:
-    mean, spread = value
-    if mean is None:
-        return ""
-    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
+def prepare(arguments: Sequence[str]) -> tuple[dict[str, Step], list[str], bool]:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=typed_path, default=Path("output/shapes"), help="(default: %(default)s)")
     parser.add_argument("--steps", nargs="+", metavar="STEP", help="only these (default: all, in order)")
     parser.add_argument("--world", choices=list(WORLDS), default="shapes", help="whose clips (default: %(default)s)")
     parser.add_argument("--size", choices=["full", "tiny"], default="full")
-    return parser.parse_args(arguments)
-
-
-def prepare(arguments: Sequence[str], world: World) -> tuple[Recipe, list[str]]:
-    options = parse(arguments)
-    recipe = Recipe(options.out.resolve(), tiny=options.size == "tiny", world=options.world, device=world.device())
-    names = options.steps or list(recipe.steps)
-    if unknown := [name for name in names if name not in recipe.steps]:
-        raise InputError(f"--steps {unknown[0]}: no such step; there are {', '.join(recipe.steps)}")
-    return recipe, names
+    parser.add_argument("--show", action="store_true", help="print the commands instead of running them")
+    options: argparse.Namespace = parser.parse_args(arguments)
+    out = options.out if options.show else options.out.resolve()
+    steps = recipe(out, tiny=options.size == "tiny", world=options.world)
+    names = options.steps or list(steps)
+    if unknown := [name for name in names if name not in steps]:
+        raise InputError(f"--steps {unknown[0]}: no such step; there are {', '.join(steps)}")
+    return steps, names, options.show
 
 
 def main(arguments: Sequence[str]) -> int:
-    # The stages' commands meet their processes themselves.
-    return run_command(
-        lambda world: prepare(arguments, world), lambda asked, world: asked[0].run(asked[1]), connect=lambda world: None
-    )
+    def begin(asked: tuple[dict[str, Step], list[str], bool], world: World) -> int:
+        steps, names, shown = asked
+        if shown:
+            show(steps, names)
+            return 0
+        return run(steps, names, world)
+
+    # The commands meet their processes themselves.
+    return run_command(lambda world: prepare(arguments), begin, connect=lambda world: None)
 
 
 if __name__ == "__main__":

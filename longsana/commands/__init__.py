@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("longsana.commands.train", "train a stage, or go on where it was stopped"),
     "ode-pairs": ("longsana.commands.ode_pairs", "a teacher's trajectories, which the ODE stage learns from"),
     "export": ("longsana.commands.export", "a training checkpoint in a layout that others read"),
+    "shapes": ("longsana.commands.shapes", "tools of the small world: its parts, and scores of its models"),
     "convert": ("longsana.convert", "weights from one layout to another"),
 }
 """Module and purpose of each."""
@@ -33,9 +34,15 @@ def run(name: str, arguments: Sequence[str]) -> int:
     A process of a launch ends here.
     """
     stop.catch()
-    status: int = importlib.import_module(COMMANDS[name][0]).main(arguments)
+    status = run_here(name, *arguments)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _end(status)
+    return status
+
+
+def run_here(name: str, *arguments: str) -> int:
+    """Run a command in a process that is another command's; returns its exit status."""
+    status: int = importlib.import_module(COMMANDS[name][0]).main(arguments)
     return status
 
 

@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from longsana.commands.shapes import ROWS
 from longsana.config import InferenceConfig, load_config
 from longsana.data.clips import GENERATORS
 from longsana.sampling.checks import check_config
@@ -40,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_every_step_makes_its_part(made):
     table = (made / "table.md").read_text()
-    for row in recipe.ROWS:
+    for row in ROWS:
         assert table.count(f"| {row.name} ") == 1
     assert {"plot.png", "strips.png"} <= {path.name for path in made.iterdir()}
     noted = json.loads((made / "times.json").read_text())
@@ -126,7 +127,7 @@ def test_what_a_step_lacks_is_named(made, tmp_path, capsys):
 
 def test_a_wrong_step_is_refused(tmp_path, capsys):
     assert recipe.main(["--out", str(tmp_path), "--steps", "vea"]) == 2
-    assert "--steps vea: no such step; there are text, vae, base" in capsys.readouterr().err
+    assert "--steps vea: no such step; there are prompts, text, vae, base" in capsys.readouterr().err
 
 
 def test_another_world_has_its_own_prompts_clips_and_folder(tmp_path, capsys):
@@ -134,12 +135,14 @@ def test_another_world_has_its_own_prompts_clips_and_folder(tmp_path, capsys):
     other = [*tiny, "--world", "remembered_shapes"]
     assert recipe.main([*other, "--steps", "text"]) == 0
     assert "travels" in (tmp_path / "parts" / "held_out.txt").read_text()
-    phases = recipe.Recipe(tmp_path, tiny=True, world="remembered_shapes", device=torch.device("cpu"))
-    paths = {phase: next(s for s in phases._base_phase(phase) if "data_path" in s) for phase in recipe.BASE_PHASES}
+    steps = recipe.recipe(tmp_path, tiny=True, world="remembered_shapes")
+    paths = {
+        phase: next(word for word in steps[phase].commands[0] if "data_path" in word) for phase in recipe.BASE_PHASES
+    }
     turning = paths.pop("base_2")
     assert turning == "data.data_path=generated:turning_remembered_shapes"
     assert set(paths.values()) == {"data.data_path=generated:remembered_shapes"}
     assert all(setting.rpartition(":")[2] in GENERATORS for setting in (turning, *paths.values()))
     assert recipe.main([*tiny, "--steps", "text"]) == 2
-    assert "not the prompts of --world shapes; give another --out" in capsys.readouterr().err
+    assert "not the prompts of --world shapes; give another folder" in capsys.readouterr().err
     assert recipe.main([*other, "--steps", "text"]) == 0, "it is there"

@@ -1,0 +1,370 @@
+"""Tools of the shapes world: its parts that are no networks of ours, and what is measured of its models.
+
+    longsana shapes prompts output/shapes/parts                        # prompts.txt and held_out.txt
+    longsana shapes text-encoder output/shapes/parts/text_encoder      # trained, with settings such as steps=100
+    longsana shapes vae output/shapes/parts/vae
+    longsana shapes scores output/shapes/parts                         # of all models there; speed: on two cores
+    longsana shapes table output/shapes/parts                          # plot, strips: pictures; package: what ships
+
+`train_video_scripts/shapes_recipe.py` runs them in order, and the commands that train networks in between. Stopped at
+any moment, the same command goes on: training from where it was, scores after the last model.
+Exit status: 0 done, 1 a disk is full or broken, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longsana.config import InferenceConfig, load_config
+from longsana.data.prompts import training_prompts
+from longsana.runtime.commandline import Parser, run_command, typed_path
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import atomic_write_text, naming
+from longsana.runtime.hub import locate
+from longsana.shapes.remembered import WORLDS
+from longsana.shapes.scenes import prompts
+
+log = logging.getLogger("longsana")
+
+CONFIGS = "configs/sana_video_config/longsana/shapes"
+NETWORKS = ("base", "ode", "self_forcing", "longsana")
+TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
+TRUTH = "ground truth through the VAE"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. weights: of parts. settings: of the sampler. prompts and seeds: at most so many."""
+
+    name: str
+    weights: str
+    settings: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = (5, 30, 60)
+    prompts: int = HELD_OUT_PROMPTS
+    seeds: int = 3
+    steps: int = 4
+    absorbs: bool = True
+
+
+BASE_SETTINGS = (
+    "scheduler.sampling_algo=flow_euler",
+    "scheduler.inference_flow_shift=8.0",
+    "scheduler.num_inference_steps=30",
+    "sampling.cfg_scale=2.0",
+    "sampling.null_caption=learned",
+)
+ROWS = (
+    Row(TRUTH, "", seeds=1, steps=0),
+    Row("base model", "base", BASE_SETTINGS, lengths=(5,), steps=30),
+    Row("ODE-initialised", "ode", seeds=1),
+    Row("Self-Forcing", "self_forcing"),
+    Row("LongSANA", "longsana"),
+    Row("LongSANA, num_cached_blocks 2", "longsana", ("model.num_cached_blocks=2",), prompts=32, seeds=1),
+    Row("LongSANA, no clean absorbing pass", "longsana", prompts=32, seeds=1, absorbs=False),
+)
+CARD = """\
+# The models of the shapes world
+
+Text to videos of one or two moving shapes, 160x96 pixels, 16 frames a second, of any length. Made from nothing by
+`train_video_scripts/shapes_recipe.py` (its seeds; packaged at commit {commit}): no data but what
+`longsana/shapes/scenes.py` draws.
+
+* `vae`: a Wan 2.1 VAE of base width 12. `text_encoder`: a Gemma 2 of two layers, trained on the world's captions.
+* `base.safetensors`: the bidirectional base model. `ode`, `self_forcing`, `longsana`: the generator after each stage.
+
+Networks have 2.9 M parameters, in bfloat16. Combinations of kind, colour and motion in `HELD_OUT`
+(`longsana/shapes/scenes.py`) were never trained on; every prompt of the table has one.
+
+| step | seconds, or score | machine |
+|---|---|---|
+{steps}
+
+{table}
+
+Use: the world's grammar only. Other prompts give some video of shapes. Licence: Apache-2.0.
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A tool's arguments. folder: of the parts, or of the part that is trained. tiny: measure next to nothing."""
+
+    folder: Path
+    config_path: str
+    world: Any
+    tiny: bool
+    settings: list[str]
+    device: torch.device
+
+
+def write_prompts(request: Request) -> None:
+    """Prompts to train on, and held-out ones."""
+    request.folder.mkdir(parents=True, exist_ok=True)
+    for name, seed, count, held_out in (
+        ("prompts.txt", 1, TRAINING_PROMPTS, False),
+        ("held_out.txt", 0, HELD_OUT_PROMPTS, True),
+    ):
+        path = request.folder / name
+        text = "\n".join(prompts(seed, count, held_out=held_out, draw=WORLDS[request.world])) + "\n"
+        if not path.exists():
+            atomic_write_text(path, text)
+        elif path.read_text(encoding="utf-8") != text:
+            raise InputError(f"{path}: not the prompts of --world {request.world}; give another folder")
+
+
+def train_text(request: Request) -> None:
+    """The text encoder."""
+    from longsana.shapes.train_text_encoder import TextTrainingConfig, train_text_encoder
+
+    config = load_config(
+        locate(request.config_path or f"{CONFIGS}/text_encoder.yaml", "--config_path"),
+        [f"world={request.world}", *request.settings],
+        TextTrainingConfig,
+    )
+    _make(request.folder, request.device, lambda folder: train_text_encoder(config, folder, request.device))
+
+
+def train_vae(request: Request) -> None:
+    """The VAE."""
+    from longsana.shapes import train_vae
+
+    config = load_config(
+        locate(request.config_path or f"{CONFIGS}/vae.yaml", "--config_path"),
+        [f"world={request.world}", *request.settings],
+        train_vae.VAETrainingConfig,
+    )
+    _make(request.folder, request.device, lambda folder: train_vae.train_vae(config, folder, request.device))
+
+
+def _make(target: Path, device: torch.device, train: Callable[[Path], float]) -> None:
+    """A folder that appears when it is whole; until then what is there of it lies beside."""
+    if target.exists():
+        log.info("%s: is there", target)
+        return
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with naming(unfinished):
+        score = train(unfinished)
+    note(target.parent, f"{target.name} score", score, device)
+    unfinished.rename(target)
+
+
+def score_models(request: Request) -> None:
+    """Scores of all models, each in a file of its own and then all in scores.json."""
+    from longsana.evaluation.score_model import Trial, try_model, try_truth
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    texts = training_prompts(request.folder / "held_out.txt")
+    scores: dict[str, Any] = {}
+    for row in ROWS:
+        path = request.folder / f"scores_{row.name.replace(' ', '_').replace(',', '')}.json"
+        if not path.exists():
+            started = time.perf_counter()
+            trial = Trial(
+                texts[: row.prompts], tuple(range(row.seeds)), row.lengths, absorbs=row.absorbs, world=request.world
+            )
+            if request.tiny:
+                trial = replace(trial, prompts=texts[:2], seeds=(0,), lengths=(1,), batch=2)
+            attempt = try_truth if row.name == TRUTH else try_model
+            result = attempt(_sampler(request, row), trial, request.device)
+            result["seconds"] = round(time.perf_counter() - started, 1)
+            atomic_write_text(path, json.dumps(result) + "\n")
+            log.info("%s: %.0f s", row.name, result["seconds"])
+        scores[row.name] = json.loads(path.read_text(encoding="utf-8"))
+    atomic_write_text(request.folder / "scores.json", json.dumps(scores) + "\n")
+
+
+def measure_speeds(request: Request) -> None:
+    """Frames a second on two cores of this machine."""
+    from longsana.evaluation.score_model import measure_speed
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    prompt = training_prompts(request.folder / "held_out.txt")[0]
+    speeds = {}
+    for row in ROWS:
+        if row.weights:
+            seconds = 1 if request.tiny else min(10, max(row.lengths))
+            speeds[row.name] = measure_speed(_sampler(request, row), prompt, seconds, absorbs=row.absorbs)
+            log.info("%s: %.1f FPS", row.name, speeds[row.name])
+    torch.set_num_threads(threads)
+    atomic_write_text(request.folder / "speed.json", json.dumps(speeds) + "\n")
+
+
+def write_table(request: Request) -> None:
+    """The table of all scores, as Markdown."""
+    text = render_table(_read(request.folder, "scores"), _read(request.folder, "speed"))
+    atomic_write_text(request.folder / "table.md", text)
+    print(text)
+
+
+def write_plot(request: Request) -> None:
+    """The long videos of all models, second by second. Needs matplotlib."""
+    from longsana.evaluation.report import plot
+
+    scores = _read(request.folder, "scores")
+    longest = max(len(score["curves"]["persistence"]) for score in scores.values())
+    curves = {name: score["curves"] for name, score in scores.items()}
+    plot({name: own for name, own in curves.items() if len(own["persistence"]) == longest}, request.folder / "plot.png")
+
+
+def write_strips(request: Request) -> None:
+    """LongSANA's pictures every quarter of a minute, a prompt a row. Needs matplotlib."""
+    from longsana.evaluation.score_model import strips
+
+    config = _sampler(request, next(row for row in ROWS if row.name == "LongSANA"))
+    texts = training_prompts(request.folder / "held_out.txt")
+    seconds = (0, 1) if request.tiny else (0, 15, 30, 45, 60)
+    strips(config, texts[:3], seconds, request.folder / "strips.png", request.device)
+
+
+def package(request: Request) -> None:
+    """What ships, and the model card, in the folder `asset`."""
+    from longsana.inference.sidecar import commit
+
+    parts, noted = request.folder, _read(request.folder, "times")
+    networks = [f"{name}.safetensors" for name in NETWORKS]
+    measured = ["scores.json", "speed.json", "times.json", "plot.png", "strips.png"]
+    wanted = ["vae", "text_encoder", *networks, "table.md", *measured]
+    if missing := [name for name in wanted if not (parts / name).exists()]:
+        raise InputError(f"{parts}: {', '.join(missing)} not found; run the steps that make them first")
+    card = CARD.format(
+        commit=commit(),
+        steps="\n".join(f"| {name} | {entry['value']} | {entry['machine']} |" for name, entry in noted.items()),
+        table=(parts / "table.md").read_text(encoding="utf-8").strip(),
+    )
+
+    def gather(folder: Path) -> float:
+        for part in ("vae", "text_encoder"):
+            shutil.copytree(parts / part, folder / part, dirs_exist_ok=True)
+        for name in networks + measured:
+            shutil.copy(parts / name, folder)
+        atomic_write_text(folder / "README.md", card)
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+    _make(parts / "asset", request.device, gather)
+
+
+def note(parts: Path, name: str, value: float, device: torch.device) -> None:
+    """Add a number to times.json, seconds of a step or the score of a part, with the machine."""
+    path = parts / "times.json"
+    noted = _read(parts, "times") if path.exists() else {}
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    noted[name] = {"value": round(value, 2), "machine": machine, "torch": torch.__version__}
+    atomic_write_text(path, json.dumps(noted, indent=1) + "\n")
+    log.info("== %s: %.2f", name, value)
+
+
+def _sampler(request: Request, row: Row) -> InferenceConfig:
+    """The default config with a row's parts and settings."""
+    settings = [f"vae.vae_pretrained={request.folder / 'vae'}"]
+    settings += [f"text_encoder.text_encoder_name={request.folder / 'text_encoder'}", *row.settings]
+    if row.weights:
+        settings += [f"model.load_from={request.folder / row.weights}.safetensors"]
+    if request.tiny and row.name == "base model":
+        settings += ["scheduler.num_inference_steps=2"]
+    return load_config(locate(f"{CONFIGS}/longsana.yaml", "the config"), settings, InferenceConfig)
+
+
+def _read(parts: Path, name: str) -> dict[str, Any]:
+    path = parts / f"{name}.json"
+    if not path.exists():
+        raise InputError(f"{path}: not found; make it first (--steps {name} of the recipe)")
+    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return read
+
+
+def render_table(scores: dict[str, Any], speeds: dict[str, float]) -> str:
+    """Markdown: a line a model and length."""
+    from longsana.evaluation.report import table
+    from longsana.evaluation.score_model import DRIFT, FIGURES
+
+    lines = []
+    steps = {row.name: row.steps for row in ROWS}
+    for name, score in scores.items():
+        for seconds, figures in score["figures"].items():
+            lines.append(
+                {
+                    "model": name,
+                    "seconds": int(seconds),
+                    **{figure: _percent(figures[figure]) for figure in FIGURES if figure in figures},
+                    "seam index": _number(figures["seam index"]),
+                    DRIFT: _percent(figures[DRIFT]),
+                    "steps": steps[name] or "",
+                    "FPS on two cores": f"{speeds[name]:.1f}" if name in speeds else "",
+                    "videos": f"{score['videos']} x {score['seeds']}",
+                }
+            )
+    return table(lines)
+
+
+def _percent(value: Sequence[float | None]) -> str:
+    mean, spread = value
+    if mean is None:
+        return ""
+    return f"{100 * mean:.1f} %" if spread is None else f"{100 * mean:.1f} ± {100 * spread:.1f} %"
+
+
+def _number(value: Sequence[float | None]) -> str:
+    mean, spread = value
+    if mean is None:
+        return ""
+    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+
+
+TOOLS: dict[str, Callable[[Request], None]] = {
+    "prompts": write_prompts,
+    "text-encoder": train_text,
+    "vae": train_vae,
+    "scores": score_models,
+    "speed": measure_speeds,
+    "table": write_table,
+    "plot": write_plot,
+    "strips": write_strips,
+    "package": package,
+}
+TRAINING = ("text-encoder", "vae")
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = Parser(__doc__)
+    parser.add_argument("tool", choices=list(TOOLS))
+    parser.add_argument("folder", type=typed_path, help="of the parts; text-encoder and vae: of the part")
+    parser.add_argument("--world", choices=list(WORLDS), default="shapes", help="whose scenes (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="scores, speed and strips of next to nothing")
+    parser.add_argument("--config_path", help="text-encoder, vae: YAML file (default: the published one)")
+    options, settings = parser.parse_command(arguments, {}, ())
+    if options.tool not in TRAINING and (settings or options.config_path):
+        raise InputError(f"{(settings or ['--config_path'])[0]}: only {' and '.join(TRAINING)} take settings")
+    return options, settings
+
+
+def prepare(arguments: Sequence[str], world: World) -> tuple[str, Request]:
+    options, settings = parse(arguments)
+    if world.size > 1:
+        raise InputError("several processes: this is the work of one; start it without a launcher")
+    folder, device = options.folder.resolve(), world.device()
+    if options.tool not in (*TRAINING, "prompts") and not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give that of the parts")
+    return options.tool, Request(folder, options.config_path, options.world, options.tiny, settings, device)
+
+
+def main(arguments: Sequence[str]) -> int:
+    def run(asked: tuple[str, Request]) -> int:
+        tool, request = asked
+        TOOLS[tool](request)
+        return 0
+
+    return run_command(lambda world: prepare(arguments, world), lambda asked, world: run(asked))
