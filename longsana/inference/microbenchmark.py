@@ -22,7 +22,7 @@ from longsana.models.float8 import PRODUCTS, Float8Linear, to_float8
 from longsana.models.rope import rotary
 from longsana.ops import FUSED, reference
 from longsana.ops.dispatch import WITHOUT_GRADIENTS, can_fuse, fused_twin, inductor_options
-from longsana.sampling.graphs import Recording
+from longsana.sampling.graphs import RecordedPass
 from longsana.sampling.pipeline import VideoPipeline
 from longsana.sampling.sampler import generate
 from longsana.state import CausalState
@@ -252,7 +252,7 @@ def measure_passes(pipeline: VideoPipeline, size: tuple[int, int]) -> dict[str, 
     device, work = pipeline.device, _work(pipeline, size)
     passes = {"forward": 1000 * seconds(work.forward, device)}
     if device.type == "cuda":
-        recording = Recording(pipeline.model, work.x, work.t, work.read, work.state)
+        recording = RecordedPass(pipeline.model, work.x, work.t, work.read, work.state)
         passes["forward, replayed"] = 1000 * seconds(partial(recording.replay, work.x, work.t, work.state), device)
     frames = pipeline.geometry.pixel_frames(work.x.shape[2], first=False)
     return passes | {"decode a frame": 1000 * seconds(work.decode, device) / frames}
