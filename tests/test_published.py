@@ -16,13 +16,12 @@ import yaml
 from longsana.config import InferenceConfig, leaf_keys, load_config
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.encoders.text import complex_human_instruction, published_negative_prompt
-from longsana.published import DISTILLED as DISTILLED_SAMPLER
-from longsana.published import INFERENCE, STRIDES, Context, Refused
+from longsana.published import DISTILLED, INFERENCE, STRIDES, Context, Refused
 from longsana.runtime.errors import InputError
 from longsana.sampling.checks import check_config
 from longsana.training.checks import check_training, flat
 from longsana.training.config import TrainingConfig
-from longsana.training.published import DISTILLED, TRAINING
+from longsana.training.published import DISTILLING, TRAINING
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs/sana_video_config"
@@ -649,7 +648,7 @@ def test_null_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("base", "flow_dpm-solver"), ("chunk", "chunk_flow_euler"), ("longsana", DISTILLED_SAMPLER)]
+    ("kind", "expected"), [("base", "flow_dpm-solver"), ("chunk", "chunk_flow_euler"), ("longsana", DISTILLED)]
 )
 def test_a_yaml_that_names_no_sampler_has_its_attentions(kind: str, expected: str, tmp_path: Path) -> None:
     theirs = changed(kind, scheduler__vis_sampler=None, sampling_algo=None)
@@ -659,7 +658,7 @@ def test_a_yaml_that_names_no_sampler_has_its_attentions(kind: str, expected: st
 
 def test_another_sampler_on_the_command_line_has_its_guidance(theirs: Path) -> None:
     config = load_config(theirs / NAMES["base"], ["scheduler.vis_sampler=longlive_flow_euler"])
-    assert (config.scheduler.sampling_algo, config.sampling.cfg_scale) == (DISTILLED_SAMPLER, 1.0)
+    assert (config.scheduler.sampling_algo, config.sampling.cfg_scale) == (DISTILLED, 1.0)
 
 
 @pytest.mark.parametrize(("kind", "chunk", "frames"), [("longsana", 5, 81), ("chunk", 5, 81), ("base", 10, 21)])
@@ -740,7 +739,7 @@ def test_their_keys_are_no_misspelt_ones_of_ours(key: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("schema", "published", "trainers"),
-    [(InferenceConfig, INFERENCE, [None]), (TrainingConfig, TRAINING, ["ode", *DISTILLED, "flow_matching"])],
+    [(InferenceConfig, INFERENCE, [None]), (TrainingConfig, TRAINING, ["ode", *DISTILLING, "flow_matching"])],
 )
 def test_every_home_exists(schema: type, published: Any, trainers: list[str | None]) -> None:
     known, reached = set(leaf_keys(schema)), set()

@@ -26,7 +26,7 @@ from longsana.models.rope import rotary
 from longsana.ops import FUSED, reference
 from longsana.ops.dispatch import WITHOUT_GRADIENTS, can_fuse, fused_twin, inductor_options
 from longsana.sampling.engine import Engine
-from longsana.sampling.graphs import Recording
+from longsana.sampling.graphs import RecordedPass
 from longsana.sampling.sampler import generate
 from longsana.state import CausalState
 from longsana.weights.names import diffusers_config
@@ -263,7 +263,7 @@ def measure_passes(loaded: Loaded, size: tuple[int, int]) -> dict[str, float]:
     device, work = loaded.engine.device, _work(loaded, size)
     passes = {"forward": 1000 * seconds(work.forward, device)}
     if device.type == "cuda":
-        recording = Recording(loaded.model, work.x, work.t, work.read, work.state)
+        recording = RecordedPass(loaded.model, work.x, work.t, work.read, work.state)
         passes["forward, replayed"] = 1000 * seconds(partial(recording.replay, work.x, work.t, work.state), device)
     frames = loaded.engine.geometry.pixel_frames(work.x.shape[2], first=False)
     return passes | {"decode a frame": 1000 * seconds(work.decode, device) / frames}

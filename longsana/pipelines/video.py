@@ -72,8 +72,8 @@ class Defaults(NamedTuple):
     motion_score: int
 
 
-DISTILLED = Defaults(steps=4, guidance=1.0, shift=7.0, motion_score=10)
-BASE = Defaults(steps=50, guidance=6.0, shift=8.0, motion_score=30)
+OF_DISTILLED = Defaults(steps=4, guidance=1.0, shift=7.0, motion_score=10)
+OF_BASE = Defaults(steps=50, guidance=6.0, shift=8.0, motion_score=30)
 # The steps that it was distilled for, 1000, 960, 889 and 727, are an even grid of four, shifted by 8 (method.md 3.3).
 GRID_SHIFT = 8.0
 
@@ -257,6 +257,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """True if the model samples chunk by chunk in few steps, and not a clip at once in many."""
         # Not isinstance: torch.compile wraps it.
         return bool(self.config["transformer"][1] != BASE_CLASS)
+
+    @property
+    def _defaults(self) -> Defaults:
+        return OF_DISTILLED if self.distilled else OF_BASE
 
     @property
     def geometry(self) -> VAEGeometry:
@@ -725,7 +729,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     def _guidance(self, scale: float | None) -> float:
         if scale is None:
-            return DISTILLED.guidance if self.distilled else BASE.guidance
+            return self._defaults.guidance
         if self.distilled and scale > 1:
             raise InputError(
                 f"guidance_scale={scale:g}: the distilled model has learned its teacher's guidance, and a second pass "
@@ -736,7 +740,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     def _schedule(
         self, steps: int | None, timesteps: Sequence[int] | None, flow_shift: float | None
     ) -> FlowSchedule | Solver:
-        count = (DISTILLED if self.distilled else BASE).steps if steps is None else steps
+        count = self._defaults.steps if steps is None else steps
         shift = self._shift(flow_shift)
         if not self.distilled:
             if timesteps is not None:
@@ -757,7 +761,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     def _shift(self, given: float | None) -> float:
         if given is None and not self.distilled:
             given = scheduler_shift(self.scheduler)
-        return DISTILLED.shift if given is None else given
+        return self._defaults.shift if given is None else given
 
     def _vae(self, latents_per_call: int) -> VideoVAE:
         model = uncompiled(self.vae)
@@ -802,7 +806,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     def _worded(self, text: str, motion_score: int | None) -> str:
         """Return what the text encoder is given for a prompt, or a part of one."""
-        score = (DISTILLED if self.distilled else BASE).motion_score if motion_score is None else motion_score
+        score = self._defaults.motion_score if motion_score is None else motion_score
         return with_motion(text, score or None)
 
     def _unwanted(
@@ -931,5 +935,5 @@ def scheduler_shift(scheduler: Any) -> float:
     """
     own = inspect.signature(type(scheduler).__init__).parameters
     if "flow_shift" in own:
-        return float(scheduler.config["flow_shift"] or BASE.shift)
-    return float(scheduler.shift) if "shift" in own else BASE.shift
+        return float(scheduler.config["flow_shift"] or OF_BASE.shift)
+    return float(scheduler.shift) if "shift" in own else OF_BASE.shift

@@ -13,6 +13,7 @@ from longsana.data.prompts import Prompt, check_words, parts_per_chunk, place, r
 from longsana.encoders.geometry import geometry
 from longsana.encoders.headers import check_text_encoder, check_vae
 from longsana.flow.schedule import FlowSchedule
+from longsana.published import DISTILLED
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SCHEME, SEEDED, file_sha256, locate
 from longsana.runtime.settings import check_bounds
@@ -22,37 +23,33 @@ from longsana.weights.files import PIPELINE_PART, check_digests, weights_file
 from longsana.weights.names import PAST
 from longsana.weights.network import check_fit
 
-DISTILLED = "longlive_flow_euler"
 DPM = "flow_dpm-solver"
 WHOLE_CLIP = ("flow_euler", DPM)
+STAGGERED = "chunk_flow_euler"
 SOURCES = {"model": "load_from", "vae": "vae_pretrained", "text_encoder": "text_encoder_name"}
 """The setting of each section that says where weights come from."""
 
-
-_MANY_STEPS = {
-    "scheduler.denoising_step_list": "it takes scheduler.num_inference_steps steps",
-    "scheduler.bf16_timesteps": "its timesteps are never rounded",
-    "sampling.cuda_graphs": "its passes are not recorded",
+SAMPLERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "scheduler.denoising_step_list": ((DISTILLED,), "it takes scheduler.num_inference_steps steps"),
+    "scheduler.bf16_timesteps": ((DISTILLED,), "its timesteps are never rounded"),
+    "sampling.cuda_graphs": ((DISTILLED,), "its passes are not recorded"),
+    **{f"model.{name}": ((DISTILLED, STAGGERED), "it samples a clip as one chunk") for name in PAST},
+    "scheduler.interval_k": ((STAGGERED,), "only chunk_flow_euler's chunks are staggered"),
+    "scheduler.num_inference_steps": (
+        (STAGGERED, *WHOLE_CLIP),
+        "it takes the steps of scheduler.denoising_step_list",
+    ),
+    "sampling.negative_prompt": ((STAGGERED, *WHOLE_CLIP), "it has no guidance"),
+    "sampling.null_caption": ((STAGGERED, *WHOLE_CLIP), "it has no guidance"),
 }
-_NOT_STAGGERED = {"scheduler.interval_k": "only chunk_flow_euler's chunks are staggered"}
-_WHOLE = _MANY_STEPS | _NOT_STAGGERED | {f"model.{name}": "it samples a clip as one chunk" for name in PAST}
-MEANINGLESS: dict[str, dict[str, str]] = {
-    DISTILLED: _NOT_STAGGERED
-    | {
-        "scheduler.num_inference_steps": "it takes the steps of scheduler.denoising_step_list",
-        "sampling.negative_prompt": "it has no guidance",
-        "sampling.null_caption": "it has no guidance",
-    },
-    "chunk_flow_euler": _MANY_STEPS,
-    **dict.fromkeys(WHOLE_CLIP, _WHOLE),
-}
-"""Settings that change nothing with a sampler, and why."""
+"""Settings that mean something to some samplers only: to which, and why they change nothing with another."""
 
 
 def meaningless(config: InferenceConfig) -> dict[str, str]:
     """Settings that decide nothing about this config's videos, and why."""
     sampling = config.sampling
-    found = dict(MEANINGLESS[config.scheduler.sampling_algo])
+    sampler = config.scheduler.sampling_algo
+    found = {setting: reason for setting, (samplers, reason) in SAMPLERS.items() if sampler not in samplers}
     if sampling.cfg_scale == 1:
         reason = "with cfg_scale 1 nothing is guided away from it"
         found = {"sampling.negative_prompt": reason, "sampling.null_caption": reason} | found
@@ -92,7 +89,7 @@ def check_config(config: InferenceConfig) -> None:
     if scheduler.sampling_algo == DISTILLED and sampling.cfg_scale != 1:
         raise InputError(
             f"cfg_scale={sampling.cfg_scale:g}: the distilled model ({DISTILLED}) was trained without guidance; "
-            f"use --cfg_scale=1, or a base model with --sampling_algo={', '.join(WHOLE_CLIP)} or chunk_flow_euler"
+            f"use --cfg_scale=1, or a base model with --sampling_algo={', '.join(WHOLE_CLIP)} or {STAGGERED}"
         )
     try:
         FlowSchedule.from_config(scheduler)

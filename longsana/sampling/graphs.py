@@ -1,11 +1,13 @@
-"""CUDA graphs for inference: after its first chunks a video's passes are one launch each, without gaps between kernels.
+"""CUDA graphs: the recorder, and inference with it. See `training/graphs.py` for training.
 
-The kernels are those of the network itself, which is the slow twin. See `training/graphs.py` for training.
+After its first chunks a video's passes are one launch each, without gaps between kernels. The kernels are those of the
+network itself, which is the slow twin.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ class ReplayedNetwork:
         self.model = model
         self._kind: _Kind | None = None
         self._passes = 0
-        self._recording: Recording | None = None
+        self._recording: RecordedPass | None = None
 
     def __call__(
         self, x: Tensor, t: Tensor, text: Text, *, state: CausalState | None = None
@@ -56,39 +58,77 @@ class ReplayedNetwork:
         if self._passes <= PLAIN_PASSES:
             return self.model(x, t, text, state=state)
         if self._recording is None:
-            self._recording = Recording(self.model, x, t, text, state)
+            self._recording = RecordedPass(self.model, x, t, text, state)
         return self._recording.replay(x, t, state)
 
 
-class Recording:
+class RecordedPass:
     """One pass, recorded. It reads the network's weights and the caption where they lie."""
 
     def __init__(self, model: LongSanaDiT, x: Tensor, t: Tensor, text: Text, state: CausalState) -> None:
-        self._model, self._text = model, text
-        # The state's number of frames too: as a number, a graph would keep that of its first call.
-        self._frames = torch.full((), state.frames, dtype=torch.int64, device=x.device)
-        self._x, self._t = x.clone(), t.clone()
-        kv, k_sum, tail = (part.clone() for part in state[:3])
-        self._state = CausalState(kv, k_sum, tail, cast(int, self._frames), state.sinks)
+        def run(x: Tensor, t: Tensor, *past: Tensor) -> list[Tensor]:
+            velocity, after = model(x, t, text, state=state_of(past, state.sinks))
+            return [velocity, *after[:3]]
+
+        self._recording = Recording(run, [x, t, *tensors_of(state)], warm_up=run)
         self._sinks = model.past.sunk(state.sinks, 1)  # after the pass
-        side = torch.cuda.Stream()  # what a pass sets up on first use must not be part of the graph
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._run()
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # whatever other threads do
-            self._outputs = self._run()
 
     def replay(self, x: Tensor, t: Tensor, state: CausalState) -> tuple[Tensor, CausalState]:
-        self._x.copy_(x)
-        self._t.copy_(t)
-        torch._foreach_copy_(list(self._state[:3]), list(state[:3]))
-        self._frames.fill_(state.frames)
-        self._graph.replay()
-        velocity, kv, k_sum, tail = (output.clone() for output in self._outputs)
+        velocity, kv, k_sum, tail = self._recording.replay([x, t, *tensors_of(state)])
         return velocity, CausalState(kv, k_sum, tail, state.frames + x.shape[2], self._sinks)
 
-    def _run(self) -> tuple[Tensor, ...]:
-        velocity, after = self._model(self._x, self._t, self._text, state=self._state)
-        return velocity, after.kv, after.k_sum, after.tail
+
+def tensors_of(state: CausalState) -> list[Tensor]:
+    """kv, k_sum, tail, and frames as () int64: as a number, a graph would keep that of its first call."""
+    return [*state[:3], torch.full((), state.frames, dtype=torch.int64, device=state.kv.device)]
+
+
+def state_of(tensors: Sequence[Tensor], sinks: int) -> CausalState:
+    """The state for a pass that is recorded; see `tensors_of`."""
+    kv, k_sum, tail, frames = tensors
+    return CausalState(kv, k_sum, tail, cast(int, frames), sinks)
+
+
+class Recording:
+    """A function of tensors on a GPU, recorded as a CUDA graph and then replayed with one launch.
+
+    function: returns tensors; it may read others where they lie. inputs: of the shapes and dtypes of all later ones.
+    warm_up: is called before, as often as `warm_ups` says, with the same inputs on a side stream: what libraries and
+        kernels set up on first use must not be part of a graph.
+    pool: of a graph that this one shares its memory with.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        inputs: Sequence[Tensor],
+        *,
+        warm_up: Callable[..., object] | None = None,
+        warm_ups: int = 1,
+        pool: Any = None,
+    ) -> None:
+        self._inputs = [tensor.detach().clone() for tensor in inputs]
+        if warm_up is not None:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(warm_ups):
+                    warm_up(*self._inputs)
+            torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        # Whatever other threads do meanwhile.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            outputs = function(*self._inputs)
+        self._outputs = [output.detach() for output in outputs]
+
+    @property
+    def pool(self) -> Any:
+        """The graph's memory."""
+        return self._graph.pool()
+
+    def replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs for these inputs, the caller's own."""
+        torch._foreach_copy_(self._inputs, list(inputs))
+        self._graph.replay()
+        # In a few launches, where a clone of each would take one an output.
+        return list(torch._foreach_mul(self._outputs, 1.0))

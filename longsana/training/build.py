@@ -20,7 +20,7 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, locate
 from longsana.training.captions import Captions
-from longsana.training.checks import DISTILLED, clip_shape, student_sigmas
+from longsana.training.checks import DISTILLING, clip_shape, student_sigmas
 from longsana.training.config import TrainingConfig
 from longsana.training.folder import CAPTIONS
 from longsana.training.graphs import replay_passes
@@ -182,7 +182,7 @@ class StageBuilder:
             "generator",
             self.network("generator"),
             self.config.optimizer.generator,
-            every=ratio if self.config.trainer in DISTILLED else 1,
+            every=ratio if self.config.trainer in DISTILLING else 1,
             ema_weight=train.ema_weight,
             ema_start=train.ema_start_step,
         )

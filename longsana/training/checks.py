@@ -27,24 +27,12 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.sampling.checks import check_config, check_network, check_weights
 from longsana.training.config import TrainingConfig
-from longsana.training.published import DISTILLED
+from longsana.training.published import DISTILLING, SECTIONS, means_something, section_of
 from longsana.training.stages.stage import MicroBatches
 from longsana.weights.build import empty_model
 from longsana.weights.names import chosen_past
 
 log = logging.getLogger(__name__)
-
-SECTIONS = {
-    "flow_matching": ("flow_matching",),
-    "rollout": DISTILLED,
-    "streaming": ("longsana",),
-    "distillation": DISTILLED,
-    "real_score": DISTILLED,
-    "fake_score": DISTILLED,
-    "optimizer.critic": DISTILLED,
-}
-"""Sections that mean something to some trainers only. A clip's length is rollout.num_training_frames for all."""
-FOR_ALL = ("rollout.num_training_frames",)
 
 FREE = (
     *("train.max_iters", "train.log_iters", "train.max_checkpoints", "train.async_checkpoint", "train.text_encoder"),
@@ -64,7 +52,7 @@ def check_training(config: TrainingConfig) -> None:
     check_config(config)
     trainer = config.trainer
     for setting, value, default in _of_other_trainers(config):
-        section = next(name for name in SECTIONS if setting.startswith(f"{name}."))
+        section = section_of(setting)
         raise InputError(
             f"{setting}={value}: this is a config of the trainer {trainer}, and {section} belongs to "
             f"{' and '.join(SECTIONS[section])}; leave it out (default {default})"
@@ -78,7 +66,7 @@ def check_training(config: TrainingConfig) -> None:
             raise InputError(f"{name}.float8=true: weights in float8 cannot be trained; it is for inference")
     if config.validation.vis_ema and config.train.ema_weight == 0:
         raise InputError("validation.vis_ema=true: there is no average to sample with; set train.ema_weight above 0")
-    if trainer in DISTILLED:
+    if trainer in DISTILLING:
         _check_distillation(config)
     flow, sampling = config.flow_matching, config.sampling
     replaces = flow.class_dropout_prob > 0 and flow.dropped_caption == "null_caption"
@@ -181,14 +169,8 @@ def _of_other_trainers(config: TrainingConfig) -> Iterator[tuple[str, Any, Any]]
     """Settings of sections that this trainer has no use for, where they are not the default."""
     defaults = flat(dataclasses.asdict(TrainingConfig()))
     for setting, value in flat(dataclasses.asdict(config)).items():
-        if not _is_used(setting, config.trainer) and value != defaults[setting]:
+        if not means_something(setting, config.trainer) and value != defaults[setting]:
             yield setting, value, defaults[setting]
-
-
-def _is_used(setting: str, trainer: str) -> bool:
-    """Whether a setting means something to this trainer."""
-    trainers = next((owners for section, owners in SECTIONS.items() if setting.startswith(f"{section}.")), None)
-    return trainers is None or trainer in trainers or setting in FOR_ALL
 
 
 def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
@@ -202,10 +184,10 @@ def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
         InputError: one is not, by the setting that names it.
     """
     check_weights(config, fetch=True)
-    if config.trainer in DISTILLED:
+    if config.trainer in DISTILLING:
         check_network(config.real_score, "real_score.load_from", fetch=True)
         check_network(config.fake_score, "fake_score.load_from", fetch=True)
-    if config.trainer in DISTILLED:
+    if config.trainer in DISTILLING:
         training_prompts(config.data.data_path)
     elif not config.data.data_path.startswith(GENERATED):
         locate(config.data.data_path, "data.data_path")
@@ -221,7 +203,7 @@ def check_data(config: TrainingConfig) -> None:
     Raises:
         InputError: they are not.
     """
-    if config.trainer in DISTILLED or config.data.data_path.startswith(GENERATED):
+    if config.trainer in DISTILLING or config.data.data_path.startswith(GENERATED):
         return
     path = locate(config.data.data_path, "data.data_path")
     if config.trainer == "ode":
@@ -314,7 +296,7 @@ def check_same_run(config: TrainingConfig, saved: Path) -> list[str]:
     for setting, value in now.items():
         if setting.startswith(FREE):
             continue
-        if setting not in said and _is_used(setting, config.trainer):
+        if setting not in said and means_something(setting, config.trainer):
             changes.append(f"{setting}: not said -> {value}")
         elif before[setting] != value:
             changes.append(f"{setting}: {before[setting]} -> {value}")

@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from longsana.config import InferenceConfig, ModelConfig
 from longsana.published import Published
 from longsana.runtime.settings import bounded
-from longsana.training.published import DISTILLED, TRAINING
+from longsana.training.published import DISTILLING, TRAINING
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class TrainingConfig(InferenceConfig):
     def networks(self) -> dict[str, ModelConfig]:
         """Settings of the networks that the trainer has, by their roles."""
         scores = {"critic": self.fake_score, "teacher": self.real_score}
-        return {"generator": self.model} | (scores if self.trainer in DISTILLED else {})
+        return {"generator": self.model} | (scores if self.trainer in DISTILLING else {})
 
 
 @dataclass(frozen=True)

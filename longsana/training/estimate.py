@@ -14,7 +14,7 @@ from longsana.config import ModelConfig
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.distributed import World
-from longsana.training.checks import DISTILLED, clip_shape, micro_batches_of
+from longsana.training.checks import DISTILLING, clip_shape, micro_batches_of
 from longsana.training.config import TrainingConfig
 from longsana.training.flops import forward_flops
 from longsana.training.learner import compute_dtype
@@ -121,7 +121,7 @@ def estimate(
         InputError: the config makes no network, or the batch does not divide.
     """
     encoders = encoders or PUBLISHED[config.vae.vae_type]
-    train, distilled = config.train, config.trainer in DISTILLED
+    train, distilled = config.train, config.trainer in DISTILLING
     world = World(size=world_size, local_size=local_size or world_size)
     sharers = {"full": world.size, "no_shard": 1}.get(train.sharding_strategy, world.local_size)
     accumulation = micro_batches_of(config, world).accumulation

@@ -23,7 +23,7 @@ from longsana.runtime.files import LINGERING, LOCK, check_writable, hold_folder,
 from longsana.runtime.hub import SEEDED, file_sha256, locate
 from longsana.runtime.logging import METRICS, WANDB_ID
 from longsana.training.checkpoint import checkpoints_of
-from longsana.training.checks import DISTILLED, check_same_run
+from longsana.training.checks import DISTILLING, check_same_run
 from longsana.training.config import TrainingConfig
 from longsana.training.learner import Learner
 from longsana.training.parts import check_match, flatten
@@ -147,7 +147,7 @@ def check_shared(logdir: Path, world: World, *, patience: float = PATIENCE) -> N
 
 def sources(config: TrainingConfig) -> dict[str, str]:
     """What a run goes on reading once it has a checkpoint, by the setting that names it: data and frozen networks."""
-    distilled, data = config.trainer in DISTILLED, config.data.data_path
+    distilled, data = config.trainer in DISTILLING, config.data.data_path
     generated = data.startswith(GENERATED) and not distilled
     named = {"text_encoder.text_encoder_name": config.text_encoder.text_encoder_name}
     if distilled:
@@ -171,7 +171,7 @@ def check_fits(config: TrainingConfig, checkpoint: Path) -> None:
             "generator", empty_model(config.model).float(), optimizers.generator, ema_weight=config.train.ema_weight
         )
     ]
-    if config.trainer in DISTILLED:
+    if config.trainer in DISTILLING:
         learners.append(Learner("critic", empty_model(config.fake_score).float(), optimizers.critic))
     tensors = {name: group for learner in learners for name, group in learner.tensors().items()}
     check_match(checkpoint, open_tensors(checkpoint), flatten(tensors))

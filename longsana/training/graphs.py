@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from torch.autograd.function import once_differentiable
 from longsana.chunks import ChunkPlan
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import Text, TextEmbedding
+from longsana.sampling.graphs import Recording, state_of, tensors_of
 from longsana.state import CausalState
 from longsana.training.parallel import wrap_blocks
 
 WARM_UP = 3
-"""Passes before recording: what libraries set up on first use must not be part of a graph."""
+"""Passes before one is recorded."""
 
 
 def replay_passes(
@@ -41,19 +42,6 @@ def replay_passes(
     # The method, not a module around the network: names stay as they are.
     model.forward = _Passes(model, working)  # type: ignore[method-assign]
     return model
-
-
-class _Inputs(NamedTuple):
-    """What a pass reads. frames: () int64, of the state; as a number, a graph would keep that of its first call."""
-
-    x: Tensor
-    t: Tensor
-    tokens: Tensor
-    mask: Tensor
-    kv: Tensor
-    k_sum: Tensor
-    tail: Tensor
-    frames: Tensor
 
 
 class _Passes:
@@ -79,8 +67,7 @@ class _Passes:
         assert isinstance(text, TextEmbedding), "what was read with other weights"
         plan = plan or ChunkPlan((x.shape[2],))
         state = state or self.working.empty_state(x.shape[0], x.shape[3], x.shape[4])
-        frames = torch.full((), state.frames, dtype=torch.int64, device=x.device)
-        inputs = _Inputs(x, t, text.tokens, text.mask, state.kv, state.k_sum, state.tail, frames)
+        inputs = [x, t, *text, *tensors_of(state)]
         graph = torch.is_grad_enabled()
         learns = graph and any(weight.requires_grad for weight in self.weights)
         if graph and any(tensor.requires_grad for tensor in inputs):
@@ -90,7 +77,7 @@ class _Passes:
         sinks = self.working.past.sunk(state.sinks, len(plan))
         return velocity, CausalState(kv, k_sum, tail, state.frames + plan.frames, sinks)
 
-    def _pass(self, inputs: _Inputs, plan: ChunkPlan, sinks: int, learns: bool) -> _Pass:
+    def _pass(self, inputs: Sequence[Tensor], plan: ChunkPlan, sinks: int, learns: bool) -> _Pass:
         kind = (tuple((tensor.shape, tensor.dtype) for tensor in inputs), plan.lengths, sinks, learns)
         for one in self.recorded[kind]:
             if one.user() is None:
@@ -107,61 +94,47 @@ class _Pass:
     user: what holds the autograd graph of its last forward pass, until that is gone or its backward pass is over.
     """
 
-    def __init__(self, passes: _Passes, inputs: _Inputs, plan: ChunkPlan, sinks: int, learns: bool) -> None:
-        self.inputs = _Inputs(*(tensor.detach().clone() for tensor in inputs))
+    def __init__(self, passes: _Passes, inputs: Sequence[Tensor], plan: ChunkPlan, sinks: int, learns: bool) -> None:
         self.user: Callable[[], Any] = _nobody
-        self._passes, self._plan, self._sinks = passes, plan, sinks
-        self._forward = torch.cuda.CUDAGraph()
-        with torch.set_grad_enabled(learns):
-            self._warm_up(learns)
-            with torch.cuda.graph(self._forward, pool=None if learns else passes.pool):
-                outputs = self._run()
-        if learns:
-            self._backward = torch.cuda.CUDAGraph()
-            self._gradient = torch.empty_like(outputs[0])
-            with torch.cuda.graph(self._backward, pool=self._forward.pool()):
-                self._gradients = self._differentiate(outputs[0], self._gradient)
-        self._outputs = [output.detach() for output in outputs]
+        velocity: Tensor
+        used: list[bool] = []
 
-    def replay(self, inputs: _Inputs) -> list[Tensor]:
+        def forward(x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor, *past: Tensor) -> list[Tensor]:
+            nonlocal velocity
+            with torch.no_grad():
+                torch._foreach_copy_(passes.copies, passes.weights)
+            text = TextEmbedding(tokens, mask)
+            velocity, after = passes.working(x, t, text, plan=plan, state=state_of(past, sinks))
+            return [velocity, *after[:3]]
+
+        def backward(gradient: Tensor) -> list[Tensor]:
+            given = torch.autograd.grad(velocity, passes.copies, gradient, allow_unused=True)
+            used[:] = [value is not None for value in given]
+            pairs = zip(given, passes.weights, strict=True)
+            return [value.to(weight.dtype) for value, weight in pairs if value is not None]
+
+        def warm_up(*tensors: Tensor) -> None:
+            nonlocal velocity
+            forward(*tensors)
+            if learns:
+                backward(torch.zeros_like(velocity))
+            del velocity  # now, and not while the next is recorded
+
+        with torch.set_grad_enabled(learns):
+            pool = None if learns else passes.pool
+            self._forward = Recording(forward, inputs, warm_up=warm_up, warm_ups=WARM_UP, pool=pool)
+        if learns:
+            self._backward = Recording(backward, [velocity], pool=self._forward.pool)
+        self._used = used
+
+    def replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Velocity and the parts of the next state, the caller's own."""
-        torch._foreach_copy_(list(self.inputs), list(inputs))
-        self._forward.replay()
-        return [output.clone() for output in self._outputs]
+        return self._forward.replay(inputs)
 
     def replay_backward(self, gradient: Tensor) -> list[Tensor | None]:
         """The gradient of each weight, the caller's own; None of those that the pass does not use."""
-        self._gradient.copy_(gradient)
-        self._backward.replay()
-        # In a few launches, where a clone of each would take one a weight.
-        own = iter(torch._foreach_mul([value for value in self._gradients if value is not None], 1.0))
-        return [None if value is None else next(own) for value in self._gradients]
-
-    def _run(self) -> list[Tensor]:
-        passes, inputs = self._passes, self.inputs
-        with torch.no_grad():
-            torch._foreach_copy_(passes.copies, passes.weights)
-        state = CausalState(inputs.kv, inputs.k_sum, inputs.tail, cast(int, inputs.frames), self._sinks)
-        text = TextEmbedding(inputs.tokens, inputs.mask)
-        velocity, after = passes.working(inputs.x, inputs.t, text, plan=self._plan, state=state)
-        return [velocity, after.kv, after.k_sum, after.tail]
-
-    def _differentiate(self, velocity: Tensor, gradient: Tensor) -> list[Tensor | None]:
-        given = torch.autograd.grad(velocity, self._passes.copies, gradient, allow_unused=True)
-        return [
-            None if value is None else value.to(weight.dtype)
-            for value, weight in zip(given, self._passes.weights, strict=True)
-        ]
-
-    def _warm_up(self, learns: bool) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                velocity = self._run()[0]
-                if learns:
-                    self._differentiate(velocity, torch.zeros_like(velocity))
-        torch.cuda.current_stream().wait_stream(stream)
+        own = iter(self._backward.replay([gradient]))
+        return [next(own) if used else None for used in self._used]
 
 
 def _nobody() -> None:
@@ -170,7 +143,7 @@ def _nobody() -> None:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, one: _Pass, inputs: _Inputs, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, one: _Pass, inputs: Sequence[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.one, one.user = one, weakref.ref(ctx)
         ctx.weights, ctx.versions = weights, [weight._version for weight in weights]
         velocity, *state = one.replay(inputs)

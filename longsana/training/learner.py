@@ -17,7 +17,7 @@ from longsana.training.config import AdamWConfig, TrainingConfig
 class Learner:
     """A network, AdamW over all of its weights, and an exponential moving average of them.
 
-    every: iterations from one of its updates to the next; it plays in iterations 0, every, 2 every, ...
+    every: iterations from one of its updates to the next; it learns in iterations 0, every, 2 every, ...
     ema_weight: share of the old average that an update keeps; 0 keeps no average.
     ema_start: iterations before which the average is just the weights.
 
@@ -58,7 +58,7 @@ class Learner:
         if ema_weight > 0:
             self.average = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
-    def plays(self, step: int) -> bool:
+    def learns_in(self, step: int) -> bool:
         return step % self.every == 0
 
     def update(self, step: int) -> Tensor:

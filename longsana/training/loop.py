@@ -190,7 +190,7 @@ class Loop:
             torch.cuda.reset_peak_memory_stats(self.device)
         values: dict[str, float] = {}
         for learner in self.stage.learners:
-            if learner.plays(step):
+            if learner.learns_in(step):
                 values |= self._update(learner, step)
         values["skipped_updates"] = self.progress.skipped
         values["per iteration time"] = time.perf_counter() - started  # ends in a read: the GPU is done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from longsana import published
 from longsana.published import (
     CAUSAL,
     MODEL_YAML,
@@ -17,7 +18,6 @@ from longsana.published import (
     agreeing,
     attention,
     clip_frames,
-    home,
     negative_prompt,
     one_of,
     only,
@@ -29,9 +29,41 @@ from longsana.published import (
 from longsana.runtime.errors import InputError
 
 TRAINERS = ("flow_matching", "ode", "self_forcing", "longsana")
-DISTILLED = ("self_forcing", "longsana")
+DISTILLING = ("self_forcing", "longsana")
 BASE = ("flow_matching",)
 STREAMS = ("longsana",)
+SECTIONS = {
+    "flow_matching": BASE,
+    "rollout": DISTILLING,
+    "streaming": STREAMS,
+    "distillation": DISTILLING,
+    "real_score": DISTILLING,
+    "fake_score": DISTILLING,
+    "optimizer.critic": DISTILLING,
+}
+"""Sections of our settings that mean something to some trainers only."""
+FOR_ALL = ("rollout.num_training_frames",)
+"""Settings in them that mean something to all: a clip's length."""
+
+
+def section_of(setting: str) -> str:
+    """The section of `SECTIONS` that a setting is in; empty where it is in none."""
+    return next((section for section in SECTIONS if setting.startswith(f"{section}.")), "")
+
+
+def means_something(setting: str, trainer: str | None) -> bool:
+    """Whether a setting changes anything with this trainer."""
+    return setting in FOR_ALL or trainer in SECTIONS.get(section_of(setting), (trainer,))
+
+
+def home(*settings: str, null: bool = False) -> Rule:
+    """The key's value is that of those of these settings that mean something to the trainer; see `published.home`."""
+
+    def rule(key: str, value: Any, context: Context) -> Settings:
+        given = published.home(*settings, null=null)(key, value, context)
+        return {name: own for name, own in given.items() if means_something(name, context.get("trainer"))}
+
+    return rule
 
 
 def of(trainers: tuple[str, ...], rule: Rule, others: Rule = unused) -> Rule:
@@ -113,7 +145,7 @@ def fake_ckpt(key: str, value: Any, context: Context) -> Settings:
 
 def loss_of_trainer(key: str, value: Any, context: Context) -> Settings:
     """The key distribution_loss, which has to be the trainer's; the published ODE stage keeps no average."""
-    right = {"ode": "ode", **dict.fromkeys(DISTILLED, "dmd_sana")}.get(str(context.get("trainer")))
+    right = {"ode": "ode", **dict.fromkeys(DISTILLING, "dmd_sana")}.get(str(context.get("trainer")))
     if value is not None and value != right:
         raise Refused(f"trainer={context.get('trainer')} has the loss {right}")
     return {"train.ema_weight": 0} if right == "ode" and context.get("ema_weight") is None else {}
@@ -155,8 +187,8 @@ STAGE_YAML: dict[str, Rule] = {
     "data.num_frames": clip_and_rollout,
     "distribution_loss": loss_of_trainer,
     "generator_ckpt": weights("model.load_from"),
-    "fake_ckpt": of(DISTILLED, fake_ckpt),
-    "real_ckpt": of(DISTILLED, scores("real_score")),
+    "fake_ckpt": of(DISTILLING, fake_ckpt),
+    "real_ckpt": of(DISTILLING, scores("real_score")),
     **dict.fromkeys(
         (
             "generator_fsdp_wrap_strategy",
@@ -183,16 +215,16 @@ STAGE_YAML: dict[str, Rule] = {
     **dict.fromkeys(("real_name", "fake_name", "model_name"), only("SANA", instead=_SAME_SIZES)),
     "denoising_step_list": denoising_steps,
     "warp_denoising_step": only(False, instead="write the timesteps themselves into denoising_step_list"),
-    "ts_schedule": of(DISTILLED, home("distillation.ts_schedule")),
-    "ts_schedule_max": of(DISTILLED, home("distillation.ts_schedule_max")),
+    "ts_schedule": home("distillation.ts_schedule"),
+    "ts_schedule_max": home("distillation.ts_schedule_max"),
     "num_train_timestep": only(1000, instead="there are always 1000"),
-    "timestep_shift": of(DISTILLED, home("distillation.timestep_shift")),
+    "timestep_shift": home("distillation.timestep_shift"),
     "model_kwargs.timestep_shift": home("scheduler.inference_flow_shift"),
-    "guidance_scale": of(DISTILLED, unless("real_guidance_scale", rule=home("distillation.guidance_scale"))),
-    "real_guidance_scale": of(DISTILLED, home("distillation.guidance_scale")),
+    "guidance_scale": unless("real_guidance_scale", rule=home("distillation.guidance_scale")),
+    "real_guidance_scale": home("distillation.guidance_scale"),
     "fake_guidance_scale": only(0, instead="the critic is never guided"),
-    "min_score_timestep": of(DISTILLED, only(0, instead="distillation.min_timestep")),
-    "dfake_gen_update_ratio": of(DISTILLED, home("distillation.dfake_gen_update_ratio")),
+    "min_score_timestep": of(DISTILLING, only(0, instead="distillation.min_timestep")),
+    "dfake_gen_update_ratio": home("distillation.dfake_gen_update_ratio"),
     "denoising_loss_type": only("flow", instead="the critic learns the flow"),
     "discriminator_lr_multiplier": only(1, 1.0, instead="there is no discriminator"),
     "causal": only(True, instead="for the bidirectional model trainer: flow_matching"),
@@ -206,14 +238,12 @@ STAGE_YAML: dict[str, Rule] = {
     "lr": home("optimizer.generator.lr"),
     "beta1": home("optimizer.generator.beta1"),
     "beta2": home("optimizer.generator.beta2"),
-    "lr_critic": of(DISTILLED, home("optimizer.critic.lr")),
-    "beta1_critic": of(DISTILLED, home("optimizer.critic.beta1")),
-    "beta2_critic": of(DISTILLED, home("optimizer.critic.beta2")),
-    "weight_decay": both(
-        home("optimizer.generator.weight_decay"), of(DISTILLED, home("optimizer.critic.weight_decay"))
-    ),
+    "lr_critic": home("optimizer.critic.lr"),
+    "beta1_critic": home("optimizer.critic.beta1"),
+    "beta2_critic": home("optimizer.critic.beta2"),
+    "weight_decay": home("optimizer.generator.weight_decay", "optimizer.critic.weight_decay"),
     "max_grad_norm_generator": home("optimizer.generator.max_grad_norm"),
-    "max_grad_norm_critic": of(DISTILLED, home("optimizer.critic.max_grad_norm")),
+    "max_grad_norm_critic": home("optimizer.critic.max_grad_norm"),
     "data_path": home("data.data_path"),
     "val_data_path": home("validation.val_data_path"),
     "batch_size": home("train.batch_size"),
@@ -235,37 +265,37 @@ STAGE_YAML: dict[str, Rule] = {
     "vis_video_lengths": home("validation.vis_video_lengths"),
     "vis_ema": home("validation.vis_ema"),
     "num_training_frames": home("rollout.num_training_frames"),
-    "min_num_training_frames": of(DISTILLED, home("rollout.min_num_training_frames")),
+    "min_num_training_frames": home("rollout.min_num_training_frames"),
     "num_frame_per_block": home("sampling.chunk_frames"),
-    "slice_last_frames": of(DISTILLED, home("rollout.slice_last_frames")),
-    "same_step_across_blocks": of(DISTILLED, home("rollout.same_step_across_blocks")),
-    "last_step_only": of(DISTILLED, home("rollout.last_step_only")),
-    "update_kv_cache_by_end": of(DISTILLED, only(False, instead="what the exit step gives is absorbed")),
+    "slice_last_frames": home("rollout.slice_last_frames"),
+    "same_step_across_blocks": home("rollout.same_step_across_blocks"),
+    "last_step_only": home("rollout.last_step_only"),
+    "update_kv_cache_by_end": of(DISTILLING, only(False, instead="what the exit step gives is absorbed")),
     "context_noise": only(0, 0.0, instead="rollout.noisy_absorb=true absorbs with noise of the least sigma"),
     "streaming_training": of(STREAMS, only(True, instead="trainer: self_forcing")),
     "streaming_chunk_size": of(
         STREAMS, agreeing("it is num_training_frames,", lambda context: context.get("num_training_frames", 21))
     ),
-    "streaming_max_length": of(STREAMS, home("streaming.streaming_max_length")),
-    "streaming_min_new_frame": of(STREAMS, home("streaming.streaming_min_new_frame")),
-    "train_first_chunk": of(STREAMS, home("streaming.train_first_chunk")),
+    "streaming_max_length": home("streaming.streaming_max_length"),
+    "streaming_min_new_frame": home("streaming.streaming_min_new_frame"),
+    "train_first_chunk": home("streaming.train_first_chunk"),
     "independent_first_frame": only(False, instead="the remainder of a clip goes to its first chunk"),
     "i2v": only(False, instead="text to video only"),
     **dict.fromkeys(("switch_prompt_path", "switch_mode", "fixed_switch_index"), only(instead=_SWITCH)),
     "switch_choices": only([], instead=_SWITCH),
     # A model YAML as the base of trainer: flow_matching; the section train is its trainer's.
-    "scheduler.flow_shift": both(MODEL_YAML["scheduler.flow_shift"], of(BASE, home("flow_matching.flow_shift"))),
-    "scheduler.logit_mean": of(BASE, home("flow_matching.logit_mean")),
-    "scheduler.logit_std": of(BASE, home("flow_matching.logit_std")),
+    "scheduler.flow_shift": both(MODEL_YAML["scheduler.flow_shift"], home("flow_matching.flow_shift")),
+    "scheduler.logit_mean": home("flow_matching.logit_mean"),
+    "scheduler.logit_std": home("flow_matching.logit_std"),
     "scheduler.weighting_scheme": of(BASE, only("logit_normal", instead="timesteps are logit-normal")),
     "model.attn_type": of(BASE, causal_attention, others=attention),
     "model.mixed_precision": of(BASE, compute_dtype, others=MODEL_YAML["model.mixed_precision"]),
     "model_kwargs": only({}, instead="its keys are timestep_shift and local_attn_size"),
     "train.seed": of_its_trainer("train.seed"),
     "train.gradient_accumulation_steps": of_its_trainer("train.gradient_accumulation_steps"),
-    "model.class_dropout_prob": of(BASE, home("flow_matching.class_dropout_prob")),
-    "train.chunk_sampling_strategy": of(BASE, home("flow_matching.chunk_sampling_strategy")),
-    "train.same_timestep_prob": of(BASE, home("flow_matching.same_timestep_prob")),
+    "model.class_dropout_prob": home("flow_matching.class_dropout_prob"),
+    "train.chunk_sampling_strategy": home("flow_matching.chunk_sampling_strategy"),
+    "train.same_timestep_prob": home("flow_matching.same_timestep_prob"),
     "train.noise_multiplier": of(BASE, only(0, 0.0, instead="noise is standard normal")),
     "train.ltx_image_condition_prob": of(BASE, only(0, 0.0, instead="text to video only")),
     "train.use_fsdp": of(

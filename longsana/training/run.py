@@ -111,6 +111,26 @@ def _train(config: TrainingConfig, options: RunOptions, world: World, stack: Exi
         "from the start" if found is None else f"going on from {found.name}",
     )
     run_log = stack.enter_context(_open_log(config, options, world, progress.step))
+    loop = _loop(config, options, world, device, checkpointer, run_log, opened.record.text())
+    if found is not None:
+        loop.resume(found, streams=opened.streams)
+    if world.is_main:
+        # Not before: a start that fails must not claim the folder for its config.
+        save_config(config, options.logdir / CONFIG)
+        atomic_write_text(options.logdir / RECORD, opened.record.text())
+    return loop.run()
+
+
+def _loop(
+    config: TrainingConfig,
+    options: RunOptions,
+    world: World,
+    device: torch.device,
+    checkpointer: Checkpointer,
+    run_log: RunLog,
+    record: str,
+) -> Loop:
+    """Load all that the loop runs. record: what is kept of the run's data and networks."""
     # Only now: they bring libraries that take seconds.
     from longsana.training.build import StageBuilder
     from longsana.training.validation import Validation
@@ -119,9 +139,10 @@ def _train(config: TrainingConfig, options: RunOptions, world: World, stack: Exi
     validation = None  # first, so that its text encoder is gone before anything large comes
     if options.visualize and config.validation.vis_interval > 0:
         validation = Validation(config, options.logdir, device, world)
+    micro_batches = micro_batches_of(config, world)
     builder = StageBuilder(config, micro_batches=micro_batches, world=world, device=device, folder=options.logdir)
     stage = builder.stage()
-    loop = Loop(
+    return Loop(
         stage,
         config.train,
         micro_batches=micro_batches,
@@ -132,15 +153,8 @@ def _train(config: TrainingConfig, options: RunOptions, world: World, stack: Exi
         saves=options.save,
         validate=_validate(config, validation, builder, stage.learners[0], run_log) if validation else None,
         vis_interval=config.validation.vis_interval,
-        texts={CONFIG: render_config(config), RECORD: opened.record.text()},
+        texts={CONFIG: render_config(config), RECORD: record},
     )
-    if found is not None:
-        loop.resume(found, streams=opened.streams)
-    if world.is_main:
-        # Not before: a start that fails must not claim the folder for its config.
-        save_config(config, options.logdir / CONFIG)
-        atomic_write_text(options.logdir / RECORD, opened.record.text())
-    return loop.run()
 
 
 def _nothing_left(config: TrainingConfig, options: RunOptions, progress: Progress) -> bool:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from longsana.config import load_config  # noqa: E402
 from longsana.flow.schedule import FlowSchedule  # noqa: E402
-from longsana.training.checks import DISTILLED  # noqa: E402
+from longsana.training.checks import DISTILLING  # noqa: E402
 from longsana.training.config import TrainingConfig  # noqa: E402
 from longsana.training.estimate import estimate, model_flops  # noqa: E402
 from longsana.training.stages.stage import MicroBatch  # noqa: E402
@@ -90,7 +90,7 @@ def summary(stage: str, path: str, lines: list[dict[str, Any]], settings: list[s
 
 def drawn(config: TrainingConfig, line: dict[str, Any], role: str) -> int | None:
     """The exit step of an update, which decides how often the network ran; as `SelfForcing` draws it."""
-    if config.trainer not in DISTILLED:
+    if config.trainer not in DISTILLING:
         return None
     rng = MicroBatch(config.train.seed, line["step"], role, 0, range(1), torch.device("cpu")).shared_rng("exit")
     steps = FlowSchedule.from_config(config.scheduler).steps

@@ -44,7 +44,7 @@ class Counted:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
     Counted.made, Counted.replayed = [], 0
-    monkeypatch.setattr(replay, "Recording", Counted)
+    monkeypatch.setattr(replay, "RecordedPass", Counted)
     return Counted
 
 

@@ -98,6 +98,6 @@ def test_without_an_average_there_is_none_to_save(make):
 
 def test_warm_up_counts_the_learners_own_updates(make):
     learner = make(every=5, settings={"num_warmup_steps": 4})
-    assert [learner.plays(step) for step in range(6)] == [True, False, False, False, False, True]
+    assert [learner.learns_in(step) for step in range(6)] == [True, False, False, False, False, True]
     assert [learner.lr(step) for step in (0, 5, 10, 15, 20)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
     assert make().lr(0) == 0.01

@@ -120,8 +120,9 @@ class Stage(ABC):
         return {}
 
     def restore(self, names: Sequence[str], read: Callable[[str], Mapping[str, Tensor]], *, anew: bool = False) -> None:
-        """Go on from what `live` gave, on any number of processes. names: of all groups; read: a group's tensors.
+        """Go on from what `state_tensors` gave, on any number of processes.
 
+        names: of all groups. read: a group's tensors.
         anew: begin all that lives anew, and keep alone how far along the data it was.
         """
         assert not names, f"a stage without live tensors is given {names}"

@@ -88,7 +88,7 @@ def test_every_stretch_is_learned_or_the_config_is_refused(build, small_training
     stretches, learned = 1 + (longest - 5) // 4, set()
     for step in range(stretches * ratio):
         for learner in stage.learners:
-            if learner.plays(step):
+            if learner.learns_in(step):
                 if learner.name == "generator":
                     learned.add(stage.streams[0].state.frames if stage.streams else 0)
                 stage.rollout(micro_batch(learner.name, step))
