@@ -34,7 +34,8 @@ from longsana.training.stages.ode import OdeInitialisation
 from longsana.training.stages.self_forcing import SelfForcing
 from longsana.training.stages.stage import MicroBatches, Stage
 from longsana.weights.build import build_model
-from longsana.weights.files import PIPELINE_PART, check_digests, weights_file
+from longsana.weights.files import check_digests
+from longsana.weights.what_is import PIPELINE_PART
 
 DROPPED = "flow_matching.dropped_caption=masked_null (null_caption takes what sampling.null_caption names)"
 
@@ -69,7 +70,7 @@ class StageBuilder:
         scores = (config.real_score, config.fake_score) if config.trainer in DISTILLED else ()
         for network in (config.model, *scores):
             if not network.load_from.startswith(SEEDED):
-                check_digests(weights_file(locate(network.load_from, "load_from", PIPELINE_PART)))
+                check_digests(locate(network.load_from, "load_from", PIPELINE_PART))
 
     @cached_property
     def captions(self) -> Captions:
