@@ -114,7 +114,7 @@ class Conversion:
         """
         if found.kind == "checkpoint":
             return False
-        class_name = str(found.config.get("_class_name", ""))
+        class_name = str(found.config.get("_class_name", "")) if self.path.is_dir() else ""
         if class_name.startswith("Autoencoder") and class_name != VAE_CLASS:
             raise InputError(f"{self.source}: an {class_name}, which has no other layout; {VAE_CLASS} has")
         if class_name:
@@ -132,12 +132,8 @@ class Conversion:
             _check_same(configs[keys[0]], configs[key], key)
         first, *others = [self._read(found, configs[key], key) for key in keys]
         config, causal = configs[keys[0]], self.causal or found.config.get("_class_name") == CAUSAL_CLASS
-        card = ""
-        if self.card:
-            tensors = [tensor for network in (first, *others) for tensor in network.values()]
-            count = sum(tensor.numel() for tensor in tensors)
-            dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
-            card = self._card(_named(config, keys), count, dtypes)
+        count = sum(tensor.numel() for network in (first, *others) for tensor in network.values())
+        dtypes = {str(tensor.dtype)[6:] for network in (first, *others) for tensor in network.values()}
         write_weights(
             self.out.absolute(),
             self.layout,
@@ -151,7 +147,7 @@ class Conversion:
                 causal=causal,
                 consume=True,
             ),
-            card,
+            self._card(_named(config, keys), count, dtypes),
         )
         log.info("%s: %s, %s, from %s", self.out, ", ".join(keys), self.layout, self.source)
 
@@ -164,7 +160,7 @@ class Conversion:
             raise InputError(f"{self.source}: a VAE, whose tensors keep their dtype")
         entries = open_checkpoint(found.file, NETWORKS[0]).values()
         count = sum(torch.Size(entry.shape).numel() for entry in entries)
-        card = self._card("Wan 2.1 VAE", count, {entry.dtype for entry in entries}) if self.card else ""
+        card = self._card("Wan 2.1 VAE", count, {entry.dtype for entry in entries})
         shape = geometry(VAEConfig())
         source, out = str(self.path), self.out.absolute()
         write_weights(out, self.layout, lambda to: convert_model(source, shape, to, self.layout), card)
@@ -195,6 +191,8 @@ class Conversion:
         return replace(config, state_decay=LEARNED) if learned else config
 
     def _card(self, what: str, count: int, dtypes: set[str]) -> str:
+        if not self.card:
+            return ""
         return MODEL_CARD.format(
             title=self.out.absolute().name,
             what=what,
