@@ -21,13 +21,22 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import LINGERING, move_into_place, naming, partial_name, remove, sync_folder, unfinished
-from longsana.training.parts import Part, check_match, flatten, host_copy, own_parts, read_parts, write_parts
+from longsana.runtime.files import LINGERING, move_into_place, partial_name, remove, sync_folder, unfinished
+from longsana.training.parts import (
+    Part,
+    check_match,
+    flatten,
+    host_copy,
+    own_parts,
+    read_parts,
+    save_tensors,
+    write_parts,
+)
 from longsana.weights.run_folder import (
     CHECKPOINTS,
     MANIFEST,
@@ -198,8 +207,7 @@ class Checkpointer:
         names = write_parts(parts, folder, self.world.rank, copied=self._thread is not None)
         for name, group in own.items():
             names.append(f"{name}.safetensors")
-            with naming(folder / names[-1]):
-                save_file(group, folder / names[-1])
+            save_tensors(group, folder / names[-1])
         if self.world.is_main:
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf-8")

@@ -87,9 +87,21 @@ def write_parts(parts: Mapping[str, Part], folder: Path, rank: int, *, copied: b
         names.append(f"shard-{rank + 1:05d}-model-{number:05d}-of-{len(shards):05d}.safetensors")
         places = {name: {"saved_offsets": list(part.offsets)} for name, part in shard.items()}
         content = {name: (part if copied else part.on_host()).tensor for name, part in shard.items()}
-        with naming(folder / names[-1]):
-            save_file(content, folder / names[-1], metadata={OFFSETS: json.dumps(places)})
+        save_tensors(content, folder / names[-1], {OFFSETS: json.dumps(places)})
     return names
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous tensors on the host, of which none shares memory, to a new safetensors file.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    with naming(path):
+        path.write_bytes(b"")
+        mode = path.stat().st_mode  # as other files come out here; safetensors writes files for oneself alone
+        save_file(tensors, path, metadata)
+        path.chmod(mode)
 
 
 def check_match(path: Path, stored: Mapping[str, Stored], flat: Mapping[str, Tensor]) -> None:

@@ -217,7 +217,7 @@ def test_an_error_in_the_background_is_heard(
     save(checkpointer, 1, run)
     checkpointer.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full_disk)
+        patch.setattr(checkpoint, "save_tensors", full_disk)
         save(checkpointer, 2, run)
         with pytest.raises(OSError, match="No space left"):
             save(checkpointer, 3, run) if how == "save" else getattr(checkpointer, how)()
@@ -492,6 +492,7 @@ def test_no_pickle_and_nothing_hidden_is_in_it(make: Callable[..., Checkpointer]
     run = Run(0).train(0)
     save(make(), 2, run, own={})
     assert {path.name for path in at(tmp_path, 2).iterdir()} == {SHARD, MANIFEST, "progress.json", "config.yaml"}
+    assert len({path.stat().st_mode for path in at(tmp_path, 2).iterdir()}) == 1, "all can be read by the same people"
     metadata = HuggingFaceStorageReader(str(at(tmp_path, 2))).read_metadata()
     found = {name: (tuple(value.size), value.properties.dtype) for name, value in metadata.state_dict_metadata.items()}
     assert found == {name: (value.shape, value.dtype) for name, value in open_tensors(at(tmp_path, 2)).items()}
