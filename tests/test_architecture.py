@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_video_scripts", "inference_video_scripts")
 # A layer may import those after it, never one beside it.
 LAYERS = [
-    [*SCRIPTS],
-    ["commands", "convert"],
+    [*SCRIPTS, "convert"],
+    ["commands"],
     ["training", "evaluation", "pipelines", "inference"],
     ["sampling"],
     ["data"],

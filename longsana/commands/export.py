@@ -15,11 +15,15 @@ from collections.abc import Sequence
 
 import torch
 
+from longsana.commands.conversion import CONFIG, Conversion
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.training.export import GROUPS, export
+from longsana.weights.files import networks_in
 from longsana.weights.network import LAYOUTS
+from longsana.weights.what_is import what_is
+
+KEYS = {"raw": "generator", "ema": "generator_ema", "critic": "critic"}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -27,34 +31,42 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=typed_path, help="folder of a run, checkpoint_model_...")
     parser.add_argument("--out", type=typed_path, required=True, help="a folder for diffusers, else a file")
     parser.add_argument("--layout", choices=list(LAYOUTS), required=True)
-    parser.add_argument("--weights", choices=list(GROUPS), help="the network (default: raw; trainer: all of them)")
+    parser.add_argument("--weights", choices=list(KEYS), help="the network (default: raw; trainer: all of them)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     return parser.parse_args(arguments)
 
 
-def prepare(arguments: Sequence[str], world: World) -> argparse.Namespace:
+def prepare(arguments: Sequence[str], world: World) -> Conversion:
     options = parse(arguments)
     if world.size > 1:
         raise InputError("several processes: an export is the work of one; start it without a launcher")
-    return options
-
-
-def run(options: argparse.Namespace) -> int:
-    export(
-        options.checkpoint,
-        options.out,
-        options.layout,
-        weights=options.weights,
+    checkpoint, weights = options.checkpoint, options.weights
+    if what_is(checkpoint).kind != "checkpoint":
+        raise InputError(f"{checkpoint}: no checkpoint folder of training (checkpoint_model_..., with {CONFIG} in it)")
+    if options.layout == "trainer" and weights is not None:
+        raise InputError(f"--weights {weights}: --layout trainer holds all networks; leave it out")
+    conversion = Conversion(
+        source=str(checkpoint),
+        path=checkpoint,
+        out=options.out,
+        layout=options.layout,
+        option="--out",
+        key=KEYS[weights] if weights else None,
         dtype=getattr(torch, options.dtype),
         force=options.force,
     )
-    return 0
+    conversion.check()
+    there = networks_in(checkpoint)
+    if KEYS[weights or "raw"] not in there:
+        has = ", ".join(name for name, key in KEYS.items() if key in there)
+        raise InputError(f"--weights {weights or 'raw'}: {checkpoint} holds no such network; it has {has}")
+    return conversion
 
 
 def main(arguments: Sequence[str]) -> int:
     return run_command(
         lambda world: prepare(arguments, world),
-        lambda options, world: run(options),
+        lambda conversion, world: conversion.run(),
         after_stop="nothing was written; give the same command again",
     )

@@ -110,7 +110,7 @@ class Request:
 
 
 def write_prompts(request: Request) -> None:
-    """Prompts to train on, and held-out ones."""
+    """Write prompts to train on, and held-out ones."""
     request.folder.mkdir(parents=True, exist_ok=True)
     for name, seed, count, held_out in (
         ("prompts.txt", 1, TRAINING_PROMPTS, False),
@@ -125,7 +125,7 @@ def write_prompts(request: Request) -> None:
 
 
 def train_text(request: Request) -> None:
-    """The text encoder."""
+    """Train the text encoder."""
     from longsana.shapes.train_text_encoder import TextTrainingConfig, train_text_encoder
 
     config = load_config(
@@ -137,7 +137,7 @@ def train_text(request: Request) -> None:
 
 
 def train_vae(request: Request) -> None:
-    """The VAE."""
+    """Train the VAE."""
     from longsana.shapes import train_vae
 
     config = load_config(
@@ -149,7 +149,7 @@ def train_vae(request: Request) -> None:
 
 
 def _make(target: Path, device: torch.device, train: Callable[[Path], float]) -> None:
-    """A folder that appears when it is whole; until then what is there of it lies beside."""
+    """Make a folder that appears when it is whole; until then what is there of it lies beside."""
     if target.exists():
         log.info("%s: is there", target)
         return
@@ -162,7 +162,7 @@ def _make(target: Path, device: torch.device, train: Callable[[Path], float]) ->
 
 
 def score_models(request: Request) -> None:
-    """Scores of all models, each in a file of its own and then all in scores.json."""
+    """Score all models, each in a file of its own and then all in scores.json."""
     from longsana.evaluation.score_model import Trial, try_model, try_truth
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -187,7 +187,7 @@ def score_models(request: Request) -> None:
 
 
 def measure_speeds(request: Request) -> None:
-    """Frames a second on two cores of this machine."""
+    """Measure frames a second on two cores of this machine."""
     from longsana.evaluation.score_model import measure_speed
 
     threads = torch.get_num_threads()
@@ -204,14 +204,14 @@ def measure_speeds(request: Request) -> None:
 
 
 def write_table(request: Request) -> None:
-    """The table of all scores, as Markdown."""
+    """Write the table of all scores, as Markdown."""
     text = render_table(_read(request.folder, "scores"), _read(request.folder, "speed"))
     atomic_write_text(request.folder / "table.md", text)
     print(text)
 
 
 def write_plot(request: Request) -> None:
-    """The long videos of all models, second by second. Needs matplotlib."""
+    """Plot the long videos of all models, second by second. Needs matplotlib."""
     from longsana.evaluation.report import plot
 
     scores = _read(request.folder, "scores")
@@ -221,7 +221,7 @@ def write_plot(request: Request) -> None:
 
 
 def write_strips(request: Request) -> None:
-    """LongSANA's pictures every quarter of a minute, a prompt a row. Needs matplotlib."""
+    """Draw LongSANA's pictures every quarter of a minute, a prompt a row. Needs matplotlib."""
     from longsana.evaluation.score_model import strips
 
     config = _sampler(request, next(row for row in ROWS if row.name == "LongSANA"))
@@ -231,7 +231,7 @@ def write_strips(request: Request) -> None:
 
 
 def package(request: Request) -> None:
-    """What ships, and the model card, in the folder `asset`."""
+    """Gather what ships, with its model card, in the folder `asset`."""
     from longsana.inference.sidecar import commit
 
     parts, noted = request.folder, _read(request.folder, "times")

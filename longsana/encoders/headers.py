@@ -19,26 +19,18 @@ from longsana.encoders.layouts import (
     WAN_CLASS,
     WAN_DEFAULTS,
     WAN_WIDTH,
-    Misfit,
     Shape,
     gemma_tensors,
     ltx2_tensors,
-    misfit,
     wan_original_name,
     wan_tensors,
 )
 from longsana.runtime.errors import InputError
 from longsana.runtime.foreign import read_json, refuse_stand_in
 from longsana.runtime.hub import SEEDED
-from longsana.weights.files import (
-    DIFFUSERS_WEIGHTS,
-    SUFFIXES,
-    TRANSFORMERS_WEIGHTS,
-    Entry,
-    headers_tell,
-    open_weights,
-    weights_file,
-)
+from longsana.weights.files import Entry, open_weights
+from longsana.weights.fit import kind, misfit
+from longsana.weights.what_is import DIFFUSERS_WEIGHTS, SUFFIXES, TRANSFORMERS_WEIGHTS, Weights, what_is
 
 CLASSES = {"WanVAE": WAN_CLASS, "LTX2VAE_diffusers": LTX2_CLASS}
 """What diffusers calls the network of each vae.vae_type."""
@@ -73,13 +65,13 @@ def open_vae(source: str, path: Path, class_name: str, *, headers_only: bool = F
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         config = _vae_config(folder, class_name)
-        file = weights_file(folder, f"one must have the usual name, {DIFFUSERS_WEIGHTS}")
-        return VAEFiles(config, _open(file, headers_only), original=False)
+        found = what_is(folder, f"one must have the usual name, {DIFFUSERS_WEIGHTS}")
+        return VAEFiles(config, _open(found, headers_only), original=False)
     if class_name != WAN_CLASS:
         raise InputError(
             f"vae.vae_pretrained={source}: a file; an {class_name} is a diffusers folder with its config.json"
         )
-    entries = _open(path, headers_only)
+    entries = _open(what_is(path), headers_only)
     first = (entries or {}).get("encoder.conv1.bias")  # all but the width is as published
     width = first.shape[0] if first is not None and len(first.shape) == 1 and first.shape[0] else WAN_WIDTH
     return VAEFiles({"base_dim": width}, entries, original=True)
@@ -103,21 +95,20 @@ def check_vae(config: VAEConfig, path: Path) -> None:
     except Exception as error:  # whatever sizes that make no network raise
         raise InputError(f"{source}: its config makes no {class_name}: {type(error).__name__}: {error}") from error
     if needed is not None:
-        refuse_misfit(files.entries, {files.name(name): shape for name, shape in needed.items()}, source)
+        refuse_misfit(files.entries, {files.name(name): shape for name, shape in needed.items()}, source, "this VAE")
 
 
-def refuse_misfit(entries: Mapping[str, Entry], needed: Mapping[str, Shape], source: str) -> None:
-    """Refuse tensors that are not exactly those of a VAE; all that is wrong is listed.
+def refuse_misfit(entries: Mapping[str, Entry], needed: Mapping[str, Shape], source: str, whose: str) -> None:
+    """Refuse tensors that are not exactly those of a network; all that is wrong is told.
+
+    whose: what the network is called.
 
     Raises:
         InputError: they are not.
     """
-    complaints = _misfit(entries, needed)
-    if any(complaints):
-        listed = "; ".join(
-            f"{len(names)} {kind}: {_some(names)}" for kind, names in complaints._asdict().items() if names
-        )
-        raise InputError(f"{source}: not the weights of this VAE: {listed}")
+    found = {name: entry.kind for name, entry in entries.items()}
+    if told := misfit(found, {name: kind(shape) for name, shape in needed.items()}):
+        raise InputError(f"{source}: not the weights of {whose}: {told}")
 
 
 def check_vae_config(found: Mapping[str, Any], shape: VAEGeometry, source: str) -> None:
@@ -244,23 +235,12 @@ def open_text_weights(
         raise InputError(f"{folder}: quantised weights (quantization_config) cannot be used here; get the plain ones")
     if not any(file.suffix in SUFFIXES for file in folder.iterdir()):
         raise InputError(f"{folder}: no *.safetensors weights; for random ones use text_encoder_name=seeded:{folder}")
-    file = weights_file(folder, f"one must have the usual name, {TRANSFORMERS_WEIGHTS}")
-    entries = _open(file, headers_only)
+    entries = _open(what_is(folder, f"one must have the usual name, {TRANSFORMERS_WEIGHTS}"), headers_only)
     if entries is None:
         return None
     # A Gemma2ForCausalLM brings its head along.
-    by_name = {name.removeprefix("model."): name for name in entries if not name.startswith("lm_head.")}
-    found = {short: entries[name] for short, name in by_name.items()}
-    complaints = _misfit(found, _gemma(config, folder))
-    for problem, names in (
-        ("has tensors of other shapes than its config.json", complaints.misshapen),
-        ("lacks tensors", complaints.missing),
-        ("has unknown tensors", [by_name[name] for name in complaints.unknown]),
-    ):
-        if names:
-            raise InputError(
-                f"{folder}: the checkpoint {problem}: {', '.join(sorted(names)[:3])} ({len(names)} in all)"
-            )
+    found = {name.removeprefix("model."): entry for name, entry in entries.items() if not name.startswith("lm_head.")}
+    refuse_misfit(found, _gemma(config, folder), str(folder), "its config.json")
     return found
 
 
@@ -271,13 +251,5 @@ def _gemma(config: Mapping[str, Any], folder: Path) -> dict[str, Shape]:
         raise InputError(f"{folder / 'config.json'}: its sizes make no network: {error}") from error
 
 
-def _open(file: Path, headers_only: bool) -> dict[str, Entry] | None:
-    return None if headers_only and not headers_tell(file) else open_weights(file)
-
-
-def _misfit(entries: Mapping[str, Entry], needed: Mapping[str, Shape]) -> Misfit:
-    return misfit({name: (entry.shape, entry.floating) for name, entry in entries.items()}, needed)
-
-
-def _some(names: list[str], count: int = 8) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+def _open(found: Weights, headers_only: bool) -> dict[str, Entry] | None:
+    return None if headers_only and not found.headers_tell else open_weights(found.file)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 Shape: TypeAlias = tuple[int, ...]
 Tensors: TypeAlias = Iterator[tuple[str, Shape]]
@@ -61,27 +61,6 @@ MOST_LAYERS = 999
 """A network of more is none; a number in a config.json must not take minutes to be refused."""
 STRIDES = {"spatial": (1, 2), "temporal": (2, 1), "spatiotemporal": (2, 2), "conv": (2, 2)}
 """Strides of LTX-2's samplers, in time and in space."""
-
-
-class Misfit(NamedTuple):
-    """The report of what in a checkpoint is not what its network needs: names, and texts that begin with one."""
-
-    missing: list[str]
-    unknown: list[str]
-    misshapen: list[str]
-
-
-def misfit(found: Mapping[str, tuple[Shape, bool]], needed: Mapping[str, Shape]) -> Misfit:
-    """found: shape of each tensor of a file, and whether it holds floating-point numbers."""
-    return Misfit(
-        [name for name in needed if name not in found],
-        [name for name in found if name not in needed],
-        [
-            f"{name} {found[name][0]}{'' if found[name][1] else ', whole numbers,'} for {shape}"
-            for name, shape in needed.items()
-            if name in found and found[name] != (shape, True)
-        ],
-    )
 
 
 def gemma_tensors(config: Mapping[str, Any]) -> dict[str, Shape]:

@@ -81,7 +81,7 @@ def _read_model(source: str, shape: VAEGeometry, kind: Kind) -> tuple[Model, dic
     if (entries := files.entries) is None:
         return model, _seeded_weights(model)
     needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    refuse_misfit(entries, {files.name(name): size for name, size in needed.items()}, source)
+    refuse_misfit(entries, {files.name(name): size for name, size in needed.items()}, source, "this VAE")
     return model, {name: entries[files.name(name)].read() for name in needed}
 
 

@@ -17,8 +17,9 @@ from longsana.pipelines.arguments import FLOATS, Numbers, check_finite
 from longsana.runtime.arguments import Number
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.foreign import parse_json, reason_of
-from longsana.weights.files import SUFFIXES, open_weights, weights_file
+from longsana.weights.files import open_weights
 from longsana.weights.names import foreign
+from longsana.weights.what_is import SUFFIXES, what_is
 
 USUAL = "pytorch_lora_weights.safetensors"
 ALPHA = ".alpha"
@@ -225,7 +226,7 @@ def read_lora(path: Path, weight_name: str | None = None) -> tuple[dict[str, Ten
     file = path / weight_name if weight_name is not None else path
     if file.is_dir():
         usual = file / USUAL
-        file = usual if usual.is_file() else weights_file(file, "name it as weight_name")
+        file = usual if usual.is_file() else what_is(file, "name it as weight_name").file
     entries = open_weights(file)
     return {name: entry.read().clone() for name, entry in entries.items()}, _metadata(file)
 

@@ -19,9 +19,10 @@ from longsana.runtime.hub import SCHEME, SEEDED, file_sha256, locate
 from longsana.runtime.settings import check_bounds
 from longsana.runtime.video import MOST_PIXELS, check_preset
 from longsana.weights.build import empty_model, seed_of
-from longsana.weights.files import PIPELINE_PART, check_digests, weights_file
+from longsana.weights.files import check_digests
 from longsana.weights.names import PAST
 from longsana.weights.network import check_fit
+from longsana.weights.what_is import PIPELINE_PART
 
 DPM = "flow_dpm-solver"
 WHOLE_CLIP = ("flow_euler", DPM)
@@ -172,7 +173,7 @@ def source_digest(config: InferenceConfig, section: str) -> str:
     if not uri.startswith(SEEDED):
         path = locate(uri, f"{section}.{key}", part=PIPELINE_PART if section == "model" else "")
         if section == "model":
-            check_digests(weights_file(path))  # the digest of a run's checkpoint is its manifest's, which must be true
+            check_digests(path)  # the digest of a run's checkpoint is its manifest's, which must be true
         return file_sha256(path)
     if section == "model":
         return uri

@@ -21,7 +21,7 @@ PLAIN_PASSES = 5
 
 
 class _Kind(NamedTuple):
-    """What a recording is of: a caption, shapes and dtypes, and how many chunks have joined the sinks."""
+    """The kind of a recording: a caption, shapes and dtypes, and how many chunks have joined the sinks."""
 
     text: Text
     tensors: tuple[tuple[torch.Size, torch.dtype], ...]

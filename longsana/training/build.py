@@ -32,7 +32,8 @@ from longsana.training.stages.ode import OdeInitialisation
 from longsana.training.stages.self_forcing import SelfForcing
 from longsana.training.stages.stage import MicroBatches, Stage
 from longsana.weights.build import build_model, resolve_dtype
-from longsana.weights.files import PIPELINE_PART, check_digests, weights_file
+from longsana.weights.files import check_digests
+from longsana.weights.what_is import PIPELINE_PART
 
 DROPPED = "flow_matching.dropped_caption=masked_null (null_caption takes what sampling.null_caption names)"
 
@@ -65,7 +66,7 @@ class StageBuilder:
         """Compare the checkpoints of runs that networks start from with their digests."""
         for network in self.config.networks.values():
             if not network.load_from.startswith(SEEDED):
-                check_digests(weights_file(locate(network.load_from, "load_from", PIPELINE_PART)))
+                check_digests(locate(network.load_from, "load_from", PIPELINE_PART))
 
     @cached_property
     def captions(self) -> Captions:
@@ -89,7 +90,7 @@ class StageBuilder:
         return device_mesh(self.config.train.sharding_strategy, self.world, self.device)
 
     def clips(self) -> ClipSource:
-        """What flow matching learns from."""
+        """The clips that flow matching learns from."""
         config, path = self.config, self.config.data.data_path
         return open_clips(
             path if path.startswith(GENERATED) else str(locate(path, "data.data_path")),
@@ -101,7 +102,7 @@ class StageBuilder:
         )
 
     def trajectories(self) -> Trajectories:
-        """What ODE initialisation learns from, at the noise levels of the student's steps."""
+        """The trajectories that ODE initialisation learns from, at the noise levels of the student's steps."""
         path = locate(self.config.data.data_path, "data.data_path")
         trajectories = open_trajectories(path, shape=clip_shape(self.config), digests=self.world.is_main)
         check_grid(trajectories.sigmas, student_sigmas(self.config))

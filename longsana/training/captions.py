@@ -84,7 +84,7 @@ class Captions:
             )
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Before training, on all processes: every prompt that `embed` will be asked for.
+        """Take, before training and on all processes, every prompt that `embed` will be asked for.
 
         free encodes those that have no file yet, each process its share, and needs disk space: 4.6 kB a token with
         Gemma 2 2B in bfloat16, at most 1.4 MB a prompt. A run that is killed here goes on where it was.
@@ -109,14 +109,14 @@ class Captions:
 
 
 class _Text(NamedTuple):
-    """What the encoder is given."""
+    """An input of the encoder."""
 
     text: str
     instruction: bool
 
 
 class _Source(Protocol):
-    """Where embeddings come from, on the host, one caption each."""
+    """A source of embeddings, on the host, one caption each."""
 
     def prepare(self, negative: _Text, texts: Sequence[_Text]) -> None: ...
 
@@ -258,7 +258,7 @@ def _identity(config: InferenceConfig, device: torch.device, together: int) -> s
 
 
 def _key(identity: str, texts: Sequence[_Text]) -> str:
-    """How the name of a file begins that holds these texts' embeddings."""
+    """Return the beginning of the name of a file that holds these texts' embeddings."""
     return hashlib.sha256(json.dumps([identity, *texts]).encode()).hexdigest()
 
 
@@ -276,7 +276,7 @@ def _write(folder: Path, key: str, embeddings: Sequence[CompactEmbedding]) -> Pa
 
 
 def _whole_files(folder: Path, keys: Sequence[str]) -> list[Path | None]:
-    """For each key a file whose content is what its name says, or None; one that has changed is removed, and said."""
+    """Find for each key a file whose content is what its name says, or None; a changed one is removed, and said."""
     there: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("[!.]*-*.safetensors")):
         there.setdefault(path.name.partition("-")[0], []).append(path)

@@ -21,13 +21,22 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import LINGERING, move_into_place, naming, partial_name, remove, sync_folder, unfinished
-from longsana.training.parts import Part, check_match, flatten, host_copy, own_parts, read_parts, write_parts
+from longsana.runtime.files import LINGERING, move_into_place, partial_name, remove, sync_folder, unfinished
+from longsana.training.parts import (
+    Part,
+    check_match,
+    flatten,
+    host_copy,
+    own_parts,
+    read_parts,
+    save_tensors,
+    write_parts,
+)
 from longsana.weights.run_folder import (
     CHECKPOINTS,
     MANIFEST,
@@ -130,7 +139,7 @@ class Checkpointer:
 
     @property
     def failed(self) -> bool:
-        """Whether writing in the background has failed on this process, and so does on all: `wait` raises it."""
+        """True if writing in the background has failed on this process, and so does on all: `wait` raises it."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def latest(self) -> Path | None:
@@ -198,8 +207,7 @@ class Checkpointer:
         names = write_parts(parts, folder, self.world.rank, copied=self._thread is not None)
         for name, group in own.items():
             names.append(f"{name}.safetensors")
-            with naming(folder / names[-1]):
-                save_file(group, folder / names[-1])
+            save_tensors(group, folder / names[-1])
         if self.world.is_main:
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
@@ -291,12 +299,12 @@ class Checkpointer:
         return None
 
     def _on_main(self, action: Callable[[], T]) -> T:
-        """What `action` gives on the main process; it is not called elsewhere."""
+        """Run `action` on the main process alone; all get what it gives."""
         results = self._everywhere(action if self.world.is_main else lambda: None)
         return results[0]  # type: ignore[return-value]
 
     def _everywhere(self, action: Callable[[], T]) -> list[T]:
-        """What `action` gives on each process, in their order; if it fails on one, this raises on all."""
+        """Run `action` on each process; all get what it gives, in order. If it fails on one, this raises on all."""
         value: T | None = None
         failure: Exception | None = None
         try:
@@ -329,7 +337,7 @@ class _Told(NamedTuple):
         return cls(kind, str(error), number, str(reason), str(file))
 
     def error(self, rank: int) -> Exception:
-        """What the others raise: bad input and the disk's errors stay what they are."""
+        """Return what the others raise: bad input and the disk's errors stay what they are."""
         if self.kind == InputError.__name__:
             return InputError(self.message)
         if self.kind == "OSError":
@@ -346,7 +354,7 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """What `save` was given as `progress`.
+    """Read what `save` was given as `progress`.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -371,7 +379,7 @@ def own_names(path: Path) -> list[str]:
 
 
 def read_own(path: Path, name: str) -> dict[str, Tensor] | None:
-    """What a process saved as its own, on the host; None if there is nothing of this name.
+    """Read what a process saved as its own, with its shapes and dtypes, to the host; None if there is no such name.
 
     Raises:
         InputError: the checkpoint is not whole, or the file is damaged.
@@ -386,7 +394,7 @@ def read_own(path: Path, name: str) -> dict[str, Tensor] | None:
 
 
 def _hidden(path: Path, why: str) -> Path:
-    """Where a checkpoint goes before it is deleted: half a folder never has a checkpoint's name."""
+    """Name the place where a checkpoint goes before it is deleted: half a folder never has a checkpoint's name."""
     hidden = path.with_name(f".{path.name}.{why}")
     remove(hidden)
     return hidden

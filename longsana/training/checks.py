@@ -1,4 +1,4 @@
-"""What may be trained: every check that needs no network, made before anything is loaded."""
+"""Checks of what may be trained that need no network, made before anything is loaded."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ def micro_batches_of(config: TrainingConfig, world: World) -> MicroBatches:
 
 
 def check_same_run(config: TrainingConfig, saved: Path) -> list[str]:
-    """What a logdir's run was made with and this config changes, as `setting: old -> new`; settings in FREE may.
+    """List what this config changes of a logdir's run, as `setting: old -> new`; settings in FREE may.
 
     A setting that the saved file does not say is one that its version did not have. What it did then is not known, so
     it is listed too, unless this trainer has no use for it.

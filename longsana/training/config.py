@@ -46,7 +46,7 @@ class FlowMatchingConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """What the student generates in training, and the window of it that a loss sees."""
+    """The rollout: what the student generates in training, and the window of it that a loss sees."""
 
     num_training_frames: int = bounded(21, 1, 10**6)  # latent frames of a rollout, and of LongSANA's first stretch
     min_num_training_frames: int = bounded(

@@ -1,4 +1,4 @@
-"""What a training run needs, before it is started: memory of a process, and arithmetic of an update."""
+"""Estimates of a training run before it is started: memory of a process, and arithmetic of an update."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Estimate(NamedTuple):
 
     @property
     def parts(self) -> dict[str, int]:
-        """What `total` is the sum of."""
+        """The parts that `total` is the sum of."""
         peak = self.updates[self.fullest]
         return {
             "weights, float32": self.weights,
@@ -237,7 +237,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _streams(stage: Stage) -> list[Tensor]:
-    """What lives from one update to the next on the GPU."""
+    """List what lives from one update to the next on the GPU."""
     return [tensor for group in stage.state_tensors().values() for tensor in group.values() if tensor.is_meta]
 
 

@@ -1,4 +1,4 @@
-"""How much arithmetic a forward pass is: what an ideal machine could not leave out."""
+"""The arithmetic of a forward pass: what an ideal machine could not leave out."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ MEANING = ("vae.", "model.num_cached_blocks", "model.num_sink_blocks")
 
 
 class Record(NamedTuple):
-    """What a run was made with beside its config.
+    """The record of what a run was made with beside its config.
 
     processes: of the launch. samples: of an update. sha256: of what it reads as it goes on, by the setting that names
     it.
@@ -70,7 +70,7 @@ class Record(NamedTuple):
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:
-        """What stands in a folder; None if it is of a version that kept no record, or damaged, which is said."""
+        """Read a folder's record; None if it is of a version that kept none, or damaged, which is said."""
         path = folder / RECORD
         try:
             record = cls(**json.loads(path.read_text(encoding="utf-8")))
@@ -85,7 +85,7 @@ class Record(NamedTuple):
         return record
 
     def text(self) -> str:
-        """As a file has it."""
+        """Return the value as a file has it."""
         return json.dumps(self._asdict(), indent=2) + "\n"
 
 
@@ -146,7 +146,7 @@ def check_shared(logdir: Path, world: World, *, patience: float = PATIENCE) -> N
 
 
 def sources(config: TrainingConfig) -> dict[str, str]:
-    """What a run goes on reading once it has a checkpoint, by the setting that names it: data and frozen networks."""
+    """List what a run goes on reading once it has a checkpoint, by setting: data and frozen networks."""
     distilled, data = config.trainer in DISTILLING, config.data.data_path
     generated = data.startswith(GENERATED) and not distilled
     named = {"text_encoder.text_encoder_name": config.text_encoder.text_encoder_name}
@@ -178,7 +178,7 @@ def check_fits(config: TrainingConfig, checkpoint: Path) -> None:
 
 
 def _check_run(config: TrainingConfig, logdir: Path, micro_batches: MicroBatches, allowed: bool) -> Opened:
-    """What changes from the run that the folder holds to this one; the quickest checks come first."""
+    """Find what changes from the run that the folder holds to this one; the quickest checks come first."""
     newest = next((path for path in checkpoints_of(logdir) if _is_readable(path)), None)
     places = [place for place in (logdir, newest) if place is not None]
     saved = next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
@@ -222,7 +222,7 @@ def _refuse(logdir: Path, changes: list[str], allowed: bool) -> None:
 
 
 def _changes(config: TrainingConfig, saved: Path) -> dict[str, str]:
-    """By setting; all of them as one if the saved config cannot be read by this version."""
+    """List changes by setting; all of them as one if the saved config cannot be read by this version."""
     try:
         return {change.partition(": ")[0]: change for change in check_same_run(config, saved)}
     except InputError as error:
@@ -268,7 +268,7 @@ def _check_kinds(logdir: Path) -> None:
 
 
 def _move_aside(logdir: Path) -> None:
-    """What lies in the folder goes to superseded_N inside it, but for encoded captions, which any run can use."""
+    """Move what lies in the folder to superseded_N inside it, but for encoded captions, which any run can use."""
     found = [path for path in logdir.iterdir() if not path.name.startswith((ASIDE, CAPTIONS, LOCK, LINGERING))]
     if not found:
         return
@@ -292,7 +292,7 @@ def _move_aside(logdir: Path) -> None:
 
 
 def _write_probe(path: Path) -> str:
-    """What is wrong with writing there, or nothing."""
+    """Find what is wrong with writing there, or nothing."""
     try:
         path.write_text("", encoding="utf-8")
     except OSError as error:
@@ -301,7 +301,7 @@ def _write_probe(path: Path) -> str:
 
 
 def _wait_for(paths: list[Path], patience: float) -> bool:
-    """Whether files of other hosts appear in time: a client of NFS may know a folder as it was a moment ago."""
+    """Wait for files of other hosts to appear: a client of NFS may know a folder as it was a moment ago."""
     deadline = time.monotonic() + patience
     while not all(path.exists() for path in paths):
         if time.monotonic() > deadline:

@@ -45,7 +45,7 @@ def replay_passes(
 
 
 class _Passes:
-    """In place of a network's `forward`."""
+    """Run in place of a network's `forward`."""
 
     def __init__(self, model: LongSanaDiT, working: LongSanaDiT) -> None:
         self.working = working

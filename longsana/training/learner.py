@@ -118,7 +118,7 @@ class Learner:
                 module.reshard()  # forward passes without gradients may have left whole weights, of the old values
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint needs of this learner, as live tensors by group; buffers of the network included."""
+        """Gather all that a checkpoint needs of this learner, as live tensors by group, with the network's buffers."""
         optimizer = {
             f"{name}.{part}": value
             for name, weight in self.weights.items()

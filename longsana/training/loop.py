@@ -38,7 +38,7 @@ class TrainingFailed(Exception):
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     step: the next iteration. samples: of each learner, samples taken so far. skipped: updates that changed nothing
     because their loss or gradient was not finite; in_a_row: the same, since each learner's last good update.
@@ -53,7 +53,7 @@ class Progress:
 
     @classmethod
     def read(cls, path: Path) -> Progress:
-        """What a checkpoint says.
+        """The progress that a checkpoint holds.
 
         Raises:
             InputError: it cannot be read, or says what this version does not know.
@@ -73,7 +73,7 @@ class Progress:
         return progress
 
     def owes_validation(self, interval: int) -> bool:
-        """Whether one is due now and was not made; interval: iterations between them, 0 for none."""
+        """Tell whether one is due now and was not made; interval: iterations between them, 0 for none."""
         return interval > 0 and self.step % interval == 0 and self.step > self.validated
 
 
@@ -311,7 +311,7 @@ class Loop:
 
     @property
     def _skipping(self) -> bool:
-        """Whether the last update of some learner was skipped."""
+        """True if the last update of some learner was skipped."""
         return any(self.progress.in_a_row.values())
 
     def _save(self) -> None:

@@ -136,7 +136,7 @@ class _Maker:
             return error
 
     def _made_by(self, digests: dict[str, str]) -> dict[str, Any]:
-        """All that decides the states, by the settings' own names; where files lie and who makes them is no part."""
+        """List all that decides the states, by the settings' names; where files lie and who makes them is no part."""
         config, pairs, sampling = self.config, self.config.pairs, self.config.sampling
         model, text = dataclasses.asdict(config.model), dataclasses.asdict(config.text_encoder)
         model |= dataclasses.asdict(config.model.architecture())

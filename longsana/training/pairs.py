@@ -1,4 +1,4 @@
-"""What trajectories may be asked for: every check that needs no network, made before anything is loaded."""
+"""Checks of what trajectories may be asked for that need no network, made before anything is loaded."""
 
 from __future__ import annotations
 

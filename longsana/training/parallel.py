@@ -26,7 +26,7 @@ def connect(world: World, device: torch.device) -> None:
 
 
 def device_mesh(strategy: Strategy, world: World, device: torch.device) -> DeviceMesh:
-    """How weights lie on the processes.
+    """The layout of weights on the processes.
 
     full: sharded over all of them. hybrid: sharded within a host and copied across hosts. no_shard: copied.
     """

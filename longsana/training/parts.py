@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import naming
+from longsana.weights.fit import kind, misfit
 from longsana.weights.run_folder import OFFSETS, SEPARATOR, Stored
 
-LISTED = 10
 SHARD_BYTES = 1 << 30  # of a file, unless one tensor is larger: the most that writing holds on the host beside a GPU
 
 
@@ -42,7 +42,7 @@ def host_copy(tensor: Tensor) -> Tensor:
 
 
 def flatten(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """By `group/name`, as a checkpoint names them."""
+    """Name tensors `group/name`, as a checkpoint does."""
     assert not [group for group in tensors if SEPARATOR in group], list(tensors)
     return {
         f"{group}{SEPARATOR}{name}": tensor.detach()
@@ -87,32 +87,31 @@ def write_parts(parts: Mapping[str, Part], folder: Path, rank: int, *, copied: b
         names.append(f"shard-{rank + 1:05d}-model-{number:05d}-of-{len(shards):05d}.safetensors")
         places = {name: {"saved_offsets": list(part.offsets)} for name, part in shard.items()}
         content = {name: (part if copied else part.on_host()).tensor for name, part in shard.items()}
-        with naming(folder / names[-1]):
-            save_file(content, folder / names[-1], metadata={OFFSETS: json.dumps(places)})
+        save_tensors(content, folder / names[-1], {OFFSETS: json.dumps(places)})
     return names
 
 
-def check_match(path: Path, stored: Mapping[str, Stored], flat: Mapping[str, Tensor]) -> None:
-    """Names, shapes and dtypes are those of the checkpoint at `path`.
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous tensors on the host, of which none shares memory, to a new safetensors file.
 
     Raises:
-        InputError: they are not; all of them are listed.
+        OSError: the disk is full or broken.
+    """
+    with naming(path):
+        path.write_bytes(b"")
+        mode = path.stat().st_mode  # as other files come out here; safetensors writes files for oneself alone
+        save_file(tensors, path, metadata)
+        path.chmod(mode)
+
+
+def check_match(path: Path, stored: Mapping[str, Stored], flat: Mapping[str, Tensor]) -> None:
+    """Compare names, shapes and dtypes of live tensors with those of the checkpoint at `path`.
+
+    Raises:
+        InputError: they differ; all that differ are counted, and the first ones named.
     """
     saved = {name: _kind(value.shape, value.dtype) for name, value in stored.items()}
-    live = {name: _kind(tensor.shape, tensor.dtype) for name, tensor in flat.items()}
-    problems = {
-        "missing": [name for name in live if name not in saved],
-        "unexpected": [name for name in saved if name not in live],
-        "different": [
-            f"{name} {saved[name]} (here: {live[name]})" for name in live if saved.get(name, live[name]) != live[name]
-        ],
-    }
-    if any(problems.values()):
-        told = "; ".join(
-            f"{title} {len(names)}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
-            for title, names in problems.items()
-            if names
-        )
+    if told := misfit(saved, {name: _kind(tensor.shape, tensor.dtype) for name, tensor in flat.items()}):
         raise InputError(f"{path}: does not fit this run: {told}; resume with the config it was written with")
 
 
@@ -138,7 +137,7 @@ def _local(tensor: Tensor) -> Part:
 
 
 def _copy(tensor: Tensor, world: World) -> tuple[int, int]:
-    """Which of the copies of its part this process holds, and how many there are."""
+    """Number the copy of its part of a tensor that this process holds, and count the copies."""
     if not isinstance(tensor, DTensor):
         return world.rank, world.size
     copy, copies = 0, 1
@@ -151,4 +150,4 @@ def _copy(tensor: Tensor, world: World) -> tuple[int, int]:
 
 
 def _kind(shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
+    return kind(shape, str(dtype).removeprefix("torch."))

@@ -52,7 +52,7 @@ def section_of(setting: str) -> str:
 
 
 def means_something(setting: str, trainer: str | None) -> bool:
-    """Whether a setting changes anything with this trainer."""
+    """Tell whether a setting changes anything with this trainer."""
     return setting in FOR_ALL or trainer in SECTIONS.get(section_of(setting), (trainer,))
 
 
@@ -76,7 +76,7 @@ def of(trainers: tuple[str, ...], rule: Rule, others: Rule = unused) -> Rule:
 
 
 def both(*rules: Rule) -> Rule:
-    """What each of the rules gives."""
+    """Settings that rules give."""
 
     def rule(key: str, value: Any, context: Context) -> Settings:
         return {name: setting for one in rules for name, setting in one(key, value, context).items()}

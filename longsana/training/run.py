@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a launch decides and a config does not.
+    """Options that a launch decides and a config does not.
 
     name: of the run in wandb. auto_resume: go on from the newest checkpoint in logdir. allow_config_change: also with
     settings other than those it was made with.
@@ -158,7 +158,7 @@ def _loop(
 
 
 def _nothing_left(config: TrainingConfig, options: RunOptions, progress: Progress) -> bool:
-    """Whether all iterations are done, and the validation after the last one too."""
+    """Tell whether all iterations are done, and the validation after the last one too."""
     if options.visualize and progress.owes_validation(config.validation.vis_interval):
         return False
     return progress.step >= config.train.max_iters

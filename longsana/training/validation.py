@@ -34,7 +34,7 @@ LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 
 
 class Probe(NamedTuple):
-    """What a video looks like, in plain numbers: a model that collapses shows in them before it shows in the loss.
+    """The look of a video in plain numbers: a model that collapses shows in them before it shows in the loss.
 
     saturation: mean of HSV's saturation over all pixels, 0 (grey) to 1.
     motion: mean |difference| of neighbouring frames, 0 (still) to 1.
@@ -47,7 +47,7 @@ class Probe(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What came of a validation, the same on every process.
+    """The outcome of a validation, the same on every process.
 
     metrics: probe_{saturation,motion,contrast}_len_{latent frames}, means over the prompts. videos: every file of all
     processes, sorted. broken: videos whose numbers were not finite, which are in neither.

@@ -16,9 +16,9 @@ from longsana.runtime.arguments import Number, Whole, settled
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, locate
-from longsana.weights.files import PIPELINE_PART, weights_file
 from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS, chosen_past, written_past
-from longsana.weights.network import load_weights, written_config
+from longsana.weights.network import load_weights
+from longsana.weights.what_is import PIPELINE_PART, what_is
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def build_model(config: ModelConfig, *, device: torch.device | str, dtype: torch
 
 def _compare_past(path: Path, config: ModelConfig) -> None:
     """Say so if weights were written for another past than the config's, which is taken."""
-    written = written_config(weights_file(path))
+    written = what_is(path).config
     if written.get("_class_name") not in (BASE_CLASS, CAUSAL_CLASS):
         return
     there, here = chosen_past(ModelConfig(**written_past(written))), chosen_past(config)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,24 +23,15 @@ from torch import Tensor
 
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, whole_file
-from longsana.runtime.foreign import AGAIN, reason_of, stand_in
+from longsana.runtime.foreign import AGAIN, reason_of
 from longsana.runtime.hub import INDEX_SUFFIX, shards_of
-from longsana.weights.run_folder import (
-    SEPARATOR,
-    check_content,
-    checkpoints_in,
-    is_checkpoint,
-    open_tensors,
-    read_manifest,
-)
+from longsana.weights.fit import kind
+from longsana.weights.run_folder import SEPARATOR, check_content, open_tensors
+from longsana.weights.what_is import kind_of_file, what_is
 
 log = logging.getLogger(__name__)
 
 NETWORKS = ("generator", "generator_ema", "critic")
-PIPELINE_PART = "transformer"
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-TRANSFORMERS_WEIGHTS = "model.safetensors"
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module")
 """What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into the names of a network."""
 
@@ -53,6 +43,11 @@ class Entry(NamedTuple):
     dtype: str
     floating: bool
     read: Callable[[], Tensor]
+
+    @property
+    def kind(self) -> str:
+        """Name what `misfit` compares: floating-point numbers fit in any precision."""
+        return kind(self.shape, "" if self.floating else self.dtype)
 
 
 def open_weights(path: Path | Sequence[Path]) -> dict[str, Entry]:
@@ -69,7 +64,7 @@ def open_weights(path: Path | Sequence[Path]) -> dict[str, Entry]:
 def open_checkpoint(path: Path | Sequence[Path], key: str, *, digests: bool = True) -> dict[str, Entry]:
     """The tensors of one of our networks: see `open_weights`; and without `model.` in front of all.
 
-    path: also a checkpoint folder of training.
+    path: whatever `what_is` knows, or shards.
     key: the network to take from a training checkpoint; elsewhere there is one network to take.
     digests: compare a checkpoint folder's files with the SHA-256 that training wrote down; those of files that have
         not changed since are remembered.
@@ -77,67 +72,26 @@ def open_checkpoint(path: Path | Sequence[Path], key: str, *, digests: bool = Tr
     Raises:
         InputError: as there, or ambiguous, or without this network.
     """
-    if isinstance(path, Path) and path.is_dir():
-        return _open_folder(path, key, digests)
+    if isinstance(path, Path):
+        found = what_is(path)
+        if found.kind == "checkpoint":
+            return _open_folder(path, key, digests)
+        path = found.file
     entries = _opened(path, key)
     while entries and all(name.startswith("model.") for name in entries):
         entries = {name.removeprefix("model."): entry for name, entry in entries.items()}
     return entries
 
 
-def weights_file(path: Path, remedy: str = "name the file") -> Path:
-    """The file or the index of shards that a folder means; a file, and a checkpoint folder of training, is itself.
-
-    Of several the usual name (`diffusion_pytorch_model`, `model`) counts, not a variant's beside it.
-
-    remedy: what to do where none can be chosen, for the message.
-
-    Raises:
-        InputError: the folder holds none, or several and none with a usual name, or is a run with its checkpoints.
-    """
-    if not path.is_dir() or is_checkpoint(path):
-        return path
-    if checkpoints := checkpoints_in(path):
-        newest = next((folder for folder in checkpoints if not _damage(folder)), checkpoints[0])
-        raise InputError(f"{path}: a run, with {len(checkpoints)} checkpoints: name one, such as {newest}, the newest")
-    if (path / PIPELINE_PART).is_dir():
-        return weights_file(path / PIPELINE_PART, remedy)
-    for name in (DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS):
-        single, index = path / name, path / name.replace(".safetensors", INDEX_SUFFIX)
-        if single.is_file() or index.is_file():
-            return index if index.is_file() else single
-    files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
-    found = [file for file in files if file.name.endswith(INDEX_SUFFIX)]
-    found = found or [file for file in files if file.suffix in SUFFIXES]
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(file.name for file in found[:5])
-    if found and all(re.search(r"-\d+-of-\d+\.\w+$", file.name) for file in found):
-        raise InputError(f"{path}: shards ({names}) without their index, *{INDEX_SUFFIX}; download it too")
-    raise InputError(f"{path}: {f'several weights files ({names})' if found else 'no weights'} here; {remedy}")
-
-
 def check_digests(path: Path) -> None:
     """Compare a checkpoint folder of training with the SHA-256 that it was written with; other weights have none.
 
     Raises:
-        InputError: a file has changed.
+        InputError: a file has changed; or see `what_is`.
     """
-    if is_checkpoint(path):
+    if what_is(path).kind == "checkpoint":
         log.info("%s: comparing its files with their digests; those that are new or changed are read", path)
         check_content(path, remembered=True)
-
-
-def headers_tell(path: Path) -> bool:
-    """Whether names and shapes are known without reading all of a file: not in PyTorch's format before 1.6."""
-    if not path.is_file():
-        return True
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(9)
-    except OSError:
-        return True  # for the opener to explain
-    return head[:1] != b"\x80" or head[8:9] == b"{"
 
 
 @functools.cache
@@ -181,26 +135,33 @@ def _unwrapped(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
     return found
 
 
-def _damage(folder: Path) -> str:
-    """What is wrong with a checkpoint folder at first sight; nothing with other folders."""
-    try:
-        if is_checkpoint(folder):
-            read_manifest(folder)
-    except InputError as error:
-        return str(error)
-    return ""
-
-
 def _open_folder(path: Path, key: str, digests: bool) -> dict[str, Entry]:
     if digests:
         check_content(path, remembered=True)
-    groups: dict[str, dict[str, Entry]] = {}
-    for full_name, stored in open_tensors(path).items():
-        group, _, name = full_name.partition(SEPARATOR)
-        dtype = str(stored.dtype).removeprefix("torch.")
-        groups.setdefault(group, {})[name] = Entry(stored.shape, dtype, stored.dtype.is_floating_point, stored.read)
-    _check_key(path, key, [name for name in NETWORKS if name in groups])
-    return groups[key]
+    stored = open_tensors(path)
+    _check_key(path, key, _networks(stored))
+    start = f"{key}{SEPARATOR}"
+    return {
+        name.removeprefix(start): Entry(
+            it.shape, str(it.dtype).removeprefix("torch."), it.dtype.is_floating_point, it.read
+        )
+        for name, it in stored.items()
+        if name.startswith(start)
+    }
+
+
+def networks_in(folder: Path) -> list[str]:
+    """Those of NETWORKS that a checkpoint folder of training holds.
+
+    Raises:
+        InputError: it is not whole.
+    """
+    return _networks(open_tensors(folder))
+
+
+def _networks(names: Iterable[str]) -> list[str]:
+    groups = {name.partition(SEPARATOR)[0] for name in names}
+    return [name for name in NETWORKS if name in groups]
 
 
 def _check_key(path: Path, key: str, networks: list[str]) -> None:
@@ -212,22 +173,14 @@ def _check_key(path: Path, key: str, networks: list[str]) -> None:
 
 def _open_file(path: Path, key: str | None, *, shard: bool) -> dict[str, Entry]:
     """shard: an index of safetensors lists it, so it must be one."""
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(24)
-            size = os.fstat(stream.fileno()).st_size
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({reason_of(error)})") from error
-    if (instead := stand_in(head)) is not None:
-        raise InputError(f"{path}: {instead.what}, neither a PyTorch nor a safetensors file; {instead.remedy}")
-    # First: a header's length, in the eight bytes before it, may begin as a pickle does.
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+    is_a = kind_of_file(path)
+    if is_a == "safetensors":
         return _open_safetensors(path)
     if shard:
         raise InputError(f"{path}: cannot be read as safetensors, which its index says it is; {AGAIN}")
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        return _open_pickle(path, key, mapped=head.startswith(b"PK"))
-    raise InputError(f"{path}: neither a PyTorch nor a safetensors file, or damaged; {AGAIN}")
+    if is_a == "damaged":
+        raise InputError(f"{path}: neither a PyTorch nor a safetensors file, or damaged; {AGAIN}")
+    return _open_pickle(path, key, mapped=is_a == "pytorch")
 
 
 def _open_safetensors(path: Path) -> dict[str, Entry]:

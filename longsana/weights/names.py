@@ -160,7 +160,7 @@ def from_diffusers_config(values: Mapping[str, Any]) -> ModelConfig:
 def differences(written: Mapping[str, Any], config: ModelConfig) -> list[str]:
     """What a diffusers `config.json` says of a network that is not so of this one."""
     return [
-        f"{name} {written[name]} (this model: {value})"
+        f"{name} {written[name]} (needed: {value})"
         for name, value in diffusers_config(config).items()
         if name not in (*INFORMATIVE, *PAST) and written.get(name) is not None and _plain(written[name]) != value
     ]

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,17 @@ from torch import Tensor, nn
 from longsana.config import ModelConfig
 from longsana.models.dit import LongSanaDiT
 from longsana.models.past import LEARNED
-from longsana.runtime.errors import InputError, did_you_mean
+from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text
-from longsana.runtime.foreign import read_json
 from longsana.weights.files import (
-    DIFFUSERS_WEIGHTS,
     NETWORKS,
     Entry,
-    headers_tell,
     open_checkpoint,
     say_once,
-    weights_file,
     write_pickle,
     write_safetensors,
 )
+from longsana.weights.fit import LISTED, kind, listed, misfit
 from longsana.weights.names import (
     DECAY_LOGIT,
     NAMINGS,
@@ -42,6 +39,7 @@ from longsana.weights.names import (
     diffusers_config,
     foreign,
 )
+from longsana.weights.what_is import DIFFUSERS_WEIGHTS, what_is
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +52,6 @@ LAYOUTS: dict[Layout, Naming] = {
 }
 # Of image models and of training: the network has no use for them.
 IGNORED = ("pos_embed", "logvar_linear.*")
-LISTED = 10
 
 
 @torch.no_grad()
@@ -111,11 +108,11 @@ def check_fit(path: Path, config: ModelConfig, *, key: str = "generator") -> Non
     Raises:
         InputError: what `load_weights` would raise.
     """
-    file = weights_file(path)
-    if headers_tell(file):
+    found = what_is(path)
+    if found.headers_tell:
         with torch.device("meta"):
             expected = LongSanaDiT(config).state_dict()
-        _sources(open_checkpoint(file, key, digests=False), expected, file, config)
+        _sources(open_checkpoint(found.file, key, digests=False), expected, found.file, config)
 
 
 def save_checkpoint(
@@ -182,7 +179,7 @@ def _read(
 
     exact: refuse what would change when parts are joined.
     """
-    file = weights_file(path) if isinstance(path, Path) else path[0]
+    file = what_is(path).file if isinstance(path, Path) else path[0]
     entries = open_checkpoint(file if isinstance(path, Path) else path, key)
     sources = _sources(entries, expected, file, config)
     for name, parts in sources.items():
@@ -227,47 +224,15 @@ def _match(
             f"{config.state_decay}; set it to {LEARNED}"
         )
     optional = {part.name for name in OPTIONAL if name in table for part in table[name]}
-    missing = [name for name in needed if name not in entries and name not in optional]
-    unexpected = [
-        name + did_you_mean(name, missing or needed) if place < LISTED else name
-        for place, name in enumerate(name for name in entries if name not in needed)
-    ]
-    misshapen = [
-        f"{name} {_describe(entries[name])} (this model: {list(part.shape)})"
-        for name, part in needed.items()
-        if name in entries and (entries[name].shape != part.shape or not entries[name].floating)
-    ]
+    found = {name: entry.kind for name, entry in entries.items()}
+    settings = differences(what_is(file).config, config) if naming == "diffusers" else []
     problems = [
-        f"{title} {len(names)}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
-        for title, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("wrong shape", misshapen),
-            ("different in config.json", differences(written_config(file), config) if naming == "diffusers" else []),
-        )
-        if names
+        misfit(found, {name: kind(part.shape) for name, part in needed.items()}, optional),
+        listed("different in config.json", settings) if settings else "",
     ]
-    if problems:
-        raise InputError(f"{file}: does not fit {config.model} ({naming} names): {'; '.join(problems)}")
+    if any(problems):
+        raise InputError(f"{file}: does not fit {config.model} ({naming} names): {'; '.join(filter(None, problems))}")
     return {name: [part for part in parts if part.name in entries] for name, parts in table.items()}
-
-
-def _describe(entry: Entry) -> str:
-    return str(list(entry.shape)) if entry.floating else f"{entry.dtype} {list(entry.shape)}"
-
-
-def written_config(file: Path) -> dict[str, Any]:
-    """What the `config.json` beside a diffusers file says of its network; empty if there is none.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    if not (file.parent / "config.json").exists():
-        return {}
-    written = read_json(file.parent / "config.json")
-    if not isinstance(written, dict):
-        raise InputError(f"{file.parent / 'config.json'}: expected a mapping, found a {type(written).__name__}")
-    return written
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

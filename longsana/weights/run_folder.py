@@ -100,7 +100,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether this is a folder of training's, whole or not."""
+    """Tell whether this is a checkpoint folder of training, whole or not."""
     return any(path.glob(TENSOR_FILES)) or _is_old(path)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, check_writable, whole_folder
 from longsana.runtime.hub import INDEX_SUFFIX, SCHEME, SEEDED
-from longsana.weights.files import DIFFUSERS_WEIGHTS
 from longsana.weights.network import Layout
+from longsana.weights.what_is import DIFFUSERS_WEIGHTS
 
 CARD = "README.md"
 

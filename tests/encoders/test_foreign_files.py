@@ -384,4 +384,4 @@ def test_wans_own_layout_is_told_by_its_names(tmp_path: Path) -> None:
     check_weights(config_of("vae", tmp_path / "a.pth"))
     weights.pop("decoder.conv1.bias")
     torch.save(weights, tmp_path / "a.pth")
-    assert "1 missing: decoder.conv1.bias" in refusal("vae", tmp_path / "a.pth")
+    assert "missing 1: decoder.conv1.bias" in refusal("vae", tmp_path / "a.pth")

@@ -284,7 +284,7 @@ def save_folder(vae: WanVAE, folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base_dim": 24}, "misshapen"),
+        ({"base_dim": 24}, "wrong shape or dtype"),
         ({"num_res_blocks": 2}, "missing"),
         ({"z_dim": 48}, "not a Wan 2.1 VAE"),
         ({"temperal_downsample": [False, False, True]}, "not a Wan 2.1 VAE"),
@@ -319,15 +319,15 @@ def test_wrong_keys_are_listed_together(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load(tmp_path / "vae.pth")
     message = str(caught.value)
-    assert "1 missing: decoder.conv1.weight" in message
-    assert "1 unknown: decoder.upsamples.odd.thing" in message
-    assert "1 misshapen: conv2.bias (3,) for (16,)" in message
+    assert "missing 1: decoder.conv1.weight" in message
+    assert "unexpected 1: decoder.upsamples.odd.thing" in message
+    assert "wrong shape or dtype 1: conv2.bias [3] (needed: [16])" in message
     assert "\n" not in message
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"194 missing: .* and 186 more; 1 unknown: weight"):
+    with pytest.raises(InputError, match=r"missing 194: .*, \.\.\.; unexpected 1: weight"):
         load(tmp_path / "other.pth")
     torch.save({"state_dict": {}, "step": 3}, tmp_path / "trainer.pth")
     with pytest.raises(InputError, match="no network in this file: expected names and tensors"):

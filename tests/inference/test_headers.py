@@ -100,7 +100,7 @@ def test_full_size_is_looked_at_within_three_seconds(full_size: Path) -> None:
         "lacking.safetensors,vae.pth,te": "model.load_from: .*lacking.safetensors: does not fit .* missing 1: ",
         "cut.safetensors,vae.pth,te": "model.load_from: .*cut.safetensors: damaged or cut short",
         "vae.pth,vae.pth,te": "model.load_from: .*vae.pth: not a LongSANA or SANA-Video network",
-        "whole.pth,vae_lacking.pth,te": "vae.vae_pretrained: .* 1 missing: decoder.conv1.bias",
+        "whole.pth,vae_lacking.pth,te": "vae.vae_pretrained: .* missing 1: decoder.conv1.bias",
         "whole.pth,whole.pth,te": "vae.vae_pretrained: .*not the weights of this VAE",
         "whole.pth,vae.pth,vae.pth": "text_encoder.text_encoder_name: .*no config.json",
     }
@@ -153,7 +153,7 @@ def test_a_full_size_training_is_looked_at_within_three_seconds(full_size: Path)
         "fake_score.load_from={folder}/lacking.safetensors": "fake_score.load_from: .*does not fit .* missing 1: ",
         "real_score.load_from={folder}/cut.safetensors": "real_score.load_from: .*damaged or cut short",
         "model.load_from={folder}/vae.pth": "model.load_from: .*not a LongSANA or SANA-Video network",
-        "vae.vae_pretrained={folder}/vae_lacking.pth": "vae.vae_pretrained: .* 1 missing: decoder.conv1.bias",
+        "vae.vae_pretrained={folder}/vae_lacking.pth": "vae.vae_pretrained: .* missing 1: decoder.conv1.bias",
         "text_encoder.text_encoder_name={folder}/vae.pth": "text_encoder.text_encoder_name: .*no config.json",
         "data.data_path={folder}/damaged.txt": "damaged.txt, line 50001: ",
         "data.data_path={folder}/none.txt": "data.data_path: .*none.txt' not found",

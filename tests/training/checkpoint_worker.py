@@ -172,17 +172,17 @@ def fail_on_one(folder: Path, world: World) -> None:
     checkpointer = Checkpointer(folder / "failing", world, keep=2, asynchronous=False)
     run = Run(seed=0)
     save(checkpointer, 1, run)
-    genuine = checkpoint.save_file
+    genuine = checkpoint.save_tensors
 
     def full_disk(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     if world.rank == 1:
-        checkpoint.save_file = full_disk
+        checkpoint.save_tensors = full_disk
     with pytest.raises(SaveFailed, match="No space left") as caught:
         save(checkpointer, 2, run)
     assert caught.value.filename == str(folder / "failing/checkpoint_model_000002")
-    checkpoint.save_file = genuine
+    checkpoint.save_tensors = genuine
     if world.is_main:  # who tidies up, and goes on to the next save only then
         assert [path.name for path in (folder / "failing").iterdir()] == ["checkpoint_model_000001"]
     save(checkpointer, 2, run)

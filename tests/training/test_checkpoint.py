@@ -217,7 +217,7 @@ def test_an_error_in_the_background_is_heard(
     save(checkpointer, 1, run)
     checkpointer.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full_disk)
+        patch.setattr(checkpoint, "save_tensors", full_disk)
         save(checkpointer, 2, run)
         with pytest.raises(OSError, match="No space left"):
             save(checkpointer, 3, run) if how == "save" else getattr(checkpointer, how)()
@@ -464,8 +464,9 @@ def test_what_does_not_fit_is_listed(make: Callable[..., Checkpointer], tmp_path
     with pytest.raises(InputError) as caught:
         make().load(at(tmp_path, 2), tensors)
     message = str(caught.value)
-    assert "missing 1: generator/other; unexpected 1: generator_ema/2.bias; different 2: generator/table" in message
-    assert "[4, 3] float32 (here: [3, 4] float32), optimizer.generator/0.weight.step [] float32" in message
+    assert "missing 1: generator/other; unexpected 1: generator_ema/2.bias" in message
+    assert "wrong shape or dtype 2: generator/table" in message
+    assert "[4, 3] float32 (needed: [3, 4] float32), optimizer.generator/0.weight.step [] float32" in message
     assert "\n" not in message
     assert_equal(run.whole(), before)
     with pytest.raises(InputError, match="no manifest"):
@@ -491,6 +492,7 @@ def test_no_pickle_and_nothing_hidden_is_in_it(make: Callable[..., Checkpointer]
     run = Run(0).train(0)
     save(make(), 2, run, own={})
     assert {path.name for path in at(tmp_path, 2).iterdir()} == {SHARD, MANIFEST, "progress.json", "config.yaml"}
+    assert len({path.stat().st_mode for path in at(tmp_path, 2).iterdir()}) == 1, "all can be read by the same people"
     metadata = HuggingFaceStorageReader(str(at(tmp_path, 2))).read_metadata()
     found = {name: (tuple(value.size), value.properties.dtype) for name, value in metadata.state_dict_metadata.items()}
     assert found == {name: (value.shape, value.dtype) for name, value in open_tensors(at(tmp_path, 2)).items()}

@@ -23,10 +23,10 @@ from longsana.training.config import TrainingConfig
 from longsana.training.stages.stage import MicroBatches
 from longsana.weights.build import build_model
 from longsana.weights.network import load_weights
+from tests.commands.test_export import INFERENCE, ROOT, SHAPES, trained, write
 from tests.data.test_trajectories import write as write_shards
 from tests.data.test_trajectories import write_lmdb
 from tests.scripts import load_script
-from tests.training.test_export import INFERENCE, ROOT, SHAPES, trained, write
 from tests.weights.checkpoints import meta
 
 SAYS = "has changed since it was written (SHA-256)"

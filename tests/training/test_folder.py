@@ -272,7 +272,7 @@ CAPTIONS = tuple(f"{network}.caption_length=40" for network in ("model", "real_s
         (("train.ema_weight=0",), "generator_ema/"),
         (("fake_score.depth=2",), "missing"),
         pytest.param(("model.depth=1",), "unexpected", marks=pytest.mark.slow),
-        pytest.param(CAPTIONS, "different", marks=pytest.mark.slow),
+        pytest.param(CAPTIONS, "wrong shape or dtype", marks=pytest.mark.slow),
     ],
 )
 def test_networks_that_do_not_fit_are_refused_without_a_flag_that_would_not_help(changes, words, stream, streams):
@@ -284,6 +284,22 @@ def test_networks_that_do_not_fit_are_refused_without_a_flag_that_would_not_help
         assert changes[0].partition("=")[0] in result.error, "what was changed"
         assert "--allow-config-change" not in result.error and "--no-auto-resume" in result.error
     assert everything(streams) == before
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_run_with_checkpoints_of_the_old_format_is_refused_or_put_aside(anew, start, run):
+    (checkpoint,) = run.glob("checkpoint_model_*")
+    for file in checkpoint.glob("shard-*"):
+        file.rename(checkpoint / "__0_0.distcp")
+    (checkpoint / ".metadata").write_bytes(b"")
+    before = everything(run)
+    if anew:
+        assert start(run, "--no-auto-resume").status == 0
+        return
+    result = start(run, "--max_iters", "3", loads=False)
+    assert result.status == 2 and f"{checkpoint}: a checkpoint with .distcp files" in result.error
+    assert "commit 3377696" in result.error
+    assert everything(run) == before
 
 
 def test_a_stage_of_other_learners_is_refused_and_one_of_the_same_goes_on(start, quick, small_training, streams):

@@ -182,10 +182,10 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
     assert str(tmp_path / "a.pth") in message
     assert re.search(r"missing 2: t_block.1.bias, blocks.0.attn.proj.weight;", message)
     assert "unexpected 1: blocks.0.attn.pro.weight (did you mean 'blocks.0.attn.proj.weight'?);" in message
-    assert "wrong shape 3: " in message
-    assert "blocks.1.mlp.t_conv.weight [48, 48, 5, 1] (this model: [48, 48, 3, 1])" in message
-    assert "y_embedder.y_embedding [300, 20] (this model: [7, 20])" in message
-    assert "x_embedder.proj.bias int8 [48] (this model: [48])" in message
+    assert "wrong shape or dtype 3: " in message
+    assert "blocks.1.mlp.t_conv.weight [48, 48, 5, 1] (needed: [48, 48, 3, 1])" in message
+    assert "y_embedder.y_embedding [300, 20] (needed: [7, 20])" in message
+    assert "x_embedder.proj.bias [48] int8 (needed: [48])" in message
     after = dict(model.state_dict())
     assert all(after[name].data_ptr() == before[name].data_ptr() for name in before)
     assert torch.equal(after["final.linear.weight"], before["final.linear.weight"])
@@ -224,7 +224,7 @@ def test_only_two_names_are_ignored(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_config_of_a_diffusers_folder_must_agree(tmp_path: Path) -> None:
     save_checkpoint(weights(), tmp_path, "diffusers", TINY)
     other = meta(dataclasses.replace(TINY, num_heads=2))  # invisible in the shapes
-    with pytest.raises(InputError, match=r"config\.json 2: num_cross_attention_heads 4 \(this model: 2\), cross_att"):
+    with pytest.raises(InputError, match=r"config\.json 2: num_cross_attention_heads 4 \(needed: 2\), cross_att"):
         load_weights(other, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_cross_attention_heads": None}))

@@ -17,7 +17,7 @@ from longsana import convert
 from longsana.config import ModelConfig
 from longsana.runtime.errors import InputError
 from longsana.weights.build import build_model
-from longsana.weights.files import open_checkpoint, weights_file
+from longsana.weights.files import open_checkpoint
 from longsana.weights.names import DECAY_LOGIT, NULL_TOKENS, diffusers_config, from_diffusers_config
 from longsana.weights.network import LAYOUTS, Layout, load_weights, read_weights, save_checkpoint
 from tests.weights.checkpoints import PATHS, TINY, assert_same, meta, weights
@@ -74,7 +74,7 @@ def test_of_another_number_of_heads_they_are_refused(tmp_path: Path) -> None:
     content = torch.load(tmp_path / "a.pth", weights_only=True)
     content["state_dict"][DECAY_LOGIT] = torch.zeros(2, 5)
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(InputError, match=r"wrong shape 1: decay_logit \[2, 5\] \(this model: \[2, 6\]\)"):
+    with pytest.raises(InputError, match=r"wrong shape or dtype 1: decay_logit \[2, 5\] \(needed: \[2, 6\]\)"):
         load_weights(meta(LEARNED), tmp_path / "a.pth")
 
 
@@ -100,7 +100,7 @@ def test_conversions_keep_them(there: Layout, back: Layout, config: Path, tmp_pa
     save_checkpoint(expected, source / PATHS[back], back, LEARNED)
     for at, to, layout in ((source / PATHS[back], between, there), (between / PATHS[there], end, back)):
         assert convert.main([str(at), str(to / PATHS[layout]), "--to", layout, "--config", str(config)]) == 0
-        assert DECAY_LOGIT in open_checkpoint(weights_file(to / PATHS[layout]), "generator")
+        assert DECAY_LOGIT in open_checkpoint(to / PATHS[layout], "generator")
     if "diffusers" in (there, back):
         del expected[NULL_TOKENS]
     assert_same(read_weights(end / PATHS[back], LEARNED), expected)

@@ -172,7 +172,7 @@ class LongSana(SelfForcing):
         return ""
 
     def _misfit(self, frames: int, tensors: Mapping[str, Tensor]) -> str:
-        """What a stream has that this run's would not, or nothing."""
+        """Say what a stream has that this run's would not, or nothing."""
         if frames + self.config.streaming.streaming_min_new_frame > self.config.streaming.streaming_max_length:
             return f"{frames} latents, which leave no room for a stretch"
         saved = {name: _kind(name, tensor) for name, tensor in tensors.items() if tensor.dim()}

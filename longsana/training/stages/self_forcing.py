@@ -28,7 +28,7 @@ from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, St
 
 
 class Window(NamedTuple):
-    """What a loss sees of a rollout.
+    """The window of a rollout that a loss sees.
 
     latents: (B, C, T, H, W); those of new frames carry the graph of their chunk's exit step, if there is one.
     text: the caption of each sample.
@@ -50,7 +50,7 @@ class _RolloutNoise:
     first: int
 
     def draw(self, start: int, step: int, shape: Sequence[int], device: torch.device | str) -> Tensor:
-        """See `longsana.flow.noise.Noise`."""
+        """Draw noise of a micro-batch; see `longsana.flow.noise.Noise`."""
         name = f"chunk {start - self.first}, step {step}"
         return self.micro_batch.normal(name, (len(self.micro_batch.samples), *shape)).to(device)
 
@@ -211,7 +211,7 @@ class SelfForcing(Stage):
         ).to(micro_batch.device)
 
     def _exit_steps(self, micro_batch: MicroBatch, chunks: int) -> list[int]:
-        """For each chunk the denoising step whose x0 is its output, the same in all micro-batches; see `shared_rng`."""
+        """Draw for each chunk the step whose x0 is its output, the same in all micro-batches; see `shared_rng`."""
         settings, last = self.config.rollout, len(self.schedule.steps) - 1
         if settings.last_step_only:
             return [last] * chunks

@@ -1,4 +1,4 @@
-"""What the loop asks of a stage: its learners, and the loss of one of them on one micro-batch's samples.
+"""Stages as the loop sees them: their learners, and the loss of one of them on one micro-batch's samples.
 
 A micro-batch is a process and an accumulation step. What it draws is a function of (seed, step, role, micro-batch) and
 of nothing before it: a run that was stopped goes on as if it had not been, and two processes do what one does in two
@@ -116,7 +116,7 @@ class Stage(ABC):
         """The loss of the learner `micro_batch.role` on these samples, with a graph to that learner's weights alone."""
 
     def state_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """What lives across iterations beside the learners: named groups of tensors, each of one process alone."""
+        """Gather what lives across iterations beside the learners: groups of tensors, each of one process alone."""
         return {}
 
     def restore(self, names: Sequence[str], read: Callable[[str], Mapping[str, Tensor]], *, anew: bool = False) -> None:

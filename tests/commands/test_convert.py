@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from longsana import convert
-from longsana.weights.files import open_checkpoint, weights_file
+from longsana.weights.files import open_checkpoint
 from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS, NULL_TOKENS
 from longsana.weights.network import LAYOUTS, Layout, read_weights, save_checkpoint
 from tests.weights.checkpoints import PATHS, TINY, assert_same, weights
@@ -51,7 +51,7 @@ def test_there_and_back_is_the_same(there: Layout, back: Layout, command: Callab
     if "diffusers" in (there, back):
         del expected[NULL_TOKENS]  # it has no place for them
     assert_same(read_weights(end / PATHS[back], TINY), expected)
-    names = [dict.fromkeys(open_checkpoint(weights_file(at / PATHS[back]), "generator")) for at in (source, end)]
+    names = [dict.fromkeys(open_checkpoint(at / PATHS[back], "generator")) for at in (source, end)]
     if there != "diffusers":
         assert names[0] == names[1]
 
@@ -72,6 +72,7 @@ def test_a_diffusers_folder_says_its_size_and_class(tmp_path: Path) -> None:
 
 def test_a_vae_of_one_layout_is_told_apart(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"")
     (tmp_path / "vae/config.json").write_text('{"_class_name": "AutoencoderKLLTX2Video"}')
     assert convert.main([str(tmp_path / "vae"), str(tmp_path / "b.pth"), "--to", "upstream"]) == 2
     assert "an AutoencoderKLLTX2Video, which has no other layout" in capsys.readouterr().err
@@ -201,14 +202,14 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
     ("arguments", "message"),
     [
         (["{tmp}/none", "{tmp}/x", "--to", "upstream"], "SRC: '"),
-        (["{tmp}/model.pth", "{tmp}/model.pth", "--to", "upstream", "--force"], "is SRC"),
+        (["{tmp}/model.pth", "{tmp}/model.pth", "--to", "upstream", "--force"], "model.pth, or where it lies"),
         (["{tmp}/model.pth", "{tmp}", "--to", "upstream"], "a folder; the layout upstream is one file"),
         (["{tmp}/model.pth", "{tmp}/y.pth", "--to", "upstream"], "does not fit SanaMSVideo_2000M_P2_D20"),
         (["{tmp}/model.pth", "{tmp}/y.pth", "--to", "zip"], "invalid choice: 'zip'"),
         (["{tmp}/model.pth", "hf://me/model", "--to", "diffusers"], "on this machine"),
         (["{tmp}/model.pth", "{tmp}/y.safetensors", "--to", "upstream"], "readers would not expect"),
         (["{tmp}/model.pth", "{tmp}/y.safetensors.index.json", "--to", "safetensors"], "readers would not expect"),
-        (["{tmp}", "{tmp}/model.pth", "--to", "upstream", "--force"], "is SRC, or where it lies"),
+        (["{tmp}", "{tmp}/model.pth", "--to", "upstream", "--force"], ", or where it lies"),
         (["asset/shapes/vae", "{tmp}/y.pth", "--to", "trainer"], "this is a VAE"),
         (["asset/shapes/vae", "{tmp}/y.pth", "--to", "upstream"], "num_res_blocks"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +15,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from longsana import convert
 from longsana.config import ModelConfig, load_config, save_config
 from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
 from longsana.training.checkpoint import Checkpointer
 from longsana.training.config import TrainingConfig
 from longsana.weights.build import build_model
@@ -146,6 +149,41 @@ def test_the_whole_config_of_a_run(export: Callable[..., int], tmp_path: Path) -
     write_manifest(checkpoint)
     assert export(checkpoint, "--out", tmp_path / "m", "--layout", "upstream") == 0
     assert_same(read(tmp_path / "m"), trained(0))
+
+
+def test_convert_does_it_too(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """One body, two commands: a run's networks together or one of them, of the sizes that its config.yaml says."""
+    assert convert.main([str(run), str(tmp_path / "m.pt"), "--to", "trainer"]) == 0
+    for seed, key in enumerate(("generator", "generator_ema", "critic")):
+        assert_same(read(tmp_path / "m.pt", checkpoint_key=key), trained(seed))
+    assert torch.load(tmp_path / "m.pt", weights_only=True)["step"] == 20
+    assert "(generator, generator_ema, critic), 2 blocks" in (tmp_path / "m.pt.md").read_text()
+    assert convert.main([str(run), str(tmp_path / "one.pt"), "--to", "trainer", "--key", "critic"]) == 0
+    assert set(torch.load(tmp_path / "one.pt", weights_only=True)) == {"generator", "step"}
+    assert_same(read(tmp_path / "one.pt"), trained(2))
+    assert "Network LongSANA (critic)" in (tmp_path / "one.pt.md").read_text()
+
+
+def test_a_checkpoint_of_the_old_format_is_refused_by_all(
+    export: Callable[..., int], tmp_path: Path, capsys: Any
+) -> None:
+    old = tmp_path / "checkpoint_model_000200"
+    old.mkdir()
+    for name in ("__0_0.distcp", ".metadata", "manifest.json", "progress.json", "config.yaml"):
+        (old / name).write_text("{}")
+    says = f"{old}: a checkpoint with .distcp files"
+    inference = script("inference_video_scripts/inference_sana_video.py")
+    for command in (
+        lambda: export(old, "--out", tmp_path / "m", "--layout", "upstream"),
+        lambda: convert.main([str(old), str(tmp_path / "m"), "--to", "upstream"]),
+        lambda: inference.main(["--model_path", str(old), "--work_dir", str(tmp_path / "out")]),
+    ):
+        status = command()
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert status == 2 and says in line and "git worktree add ../longsana-3377696 3377696" in line
+    with pytest.raises(InputError, match=re.escape(says)):
+        read(old)
+    assert [path.name for path in tmp_path.iterdir()] == [old.name]
 
 
 def test_nothing_is_overwritten_unasked(run: Path, export: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
