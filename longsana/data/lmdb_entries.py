@@ -65,7 +65,7 @@ def problem_of(folder: Path) -> str | None:
 
 
 def cut_short(file: Path, *, whole_pages: bool = False) -> str | None:
-    """That a file is shorter than its newest meta page says, or None.
+    """Say that a file is shorter than its newest meta page says, or None.
 
     whole_pages: only where it does not end with a page. Such an end reads as zeros, without a signal; and where pages
         that nothing refers to are missing at its end, a file is whole.

@@ -2,22 +2,67 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import psutil
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
-from longsana.inference.sidecar import fingerprint, finished_videos, resolved_settings, source_digests, video_name
-from longsana.inference.worker import Failure, Job, Worker
+from longsana.encoders.vae import VideoVAE
+from longsana.inference.sidecar import (
+    fingerprint,
+    finished_videos,
+    is_finished,
+    resolved_settings,
+    source_digests,
+    versions,
+    video_name,
+)
+from longsana.models.dit import LongSanaDiT
+from longsana.runtime import stop
+from longsana.runtime.clock import Clock
 from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import atomic_write_text, disk_failure, partial_name
+from longsana.runtime.video import VideoWriter
+from longsana.sampling.captions import Caption, CaptionEncoder, caption_encoder
 from longsana.sampling.checks import check_weights, meaningless
-from longsana.sampling.engine import Engine
+from longsana.sampling.engine import Engine, Frames
 
 log = logging.getLogger(__name__)
+
+PAUSE = 1.0
+"""Seconds between two looks at videos that other commands are making."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make, at `path`, with what its sidecar says of it."""
+
+    prompt: Prompt
+    path: Path
+    record: dict[str, Any]
+
+
+class Failure(NamedTuple):
+    line: int
+    text: str
+    reason: str
 
 
 class Outcome(NamedTuple):
@@ -53,9 +98,9 @@ def run_batch(
     if world.is_main and skipped:
         log.info("%d of %d videos are in %s already", skipped, len(prompts), folder)
 
-    worker = Worker(engine, jobs, world)
-    worker.run()
-    results = world.gather((worker.written, worker.skipped, worker.failures, worker.disk))
+    share = _Share(engine, jobs, world)
+    share.run()
+    results = world.gather((share.written, share.skipped, share.failures, share.disk))
     return Outcome(
         written=sum(result[0] for result in results),
         skipped=skipped + sum(result[1] for result in results),
@@ -96,3 +141,261 @@ def _plan_jobs(
         elif kept.get(job.record["fingerprint"], name) != name:
             log.info("line %d is there as %s", job.prompt.line, kept[job.record["fingerprint"]])
     return [job for job in jobs if job.record["fingerprint"] not in kept]
+
+
+class _Elsewhere(Exception):
+    """Another command is making the video of `job`, or has just made it."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(str(job.path))
+        self.job = job
+
+
+def batches_of(jobs: Sequence[Job], size: int) -> list[list[Job]]:
+    """Jobs of one video size and length together, at most `size` at a time."""
+
+    def extent(job: Job) -> tuple[int, int, int]:
+        return job.prompt.height, job.prompt.width, job.record["frames"]
+
+    batches = []
+    for _, group in groupby(sorted(jobs, key=extent), key=extent):
+        same = list(group)
+        batches += [same[i : i + size] for i in range(0, len(same), size)]
+    return batches
+
+
+class _Share:
+    """Makes this process's share of `jobs`, the videos of all processes.
+
+    After `run`, `written` and `skipped` count the videos that it made and that another command made meanwhile,
+    `failures` lists those that failed, and `disk` says what a disk failed at, if that ended the work.
+    """
+
+    def __init__(self, engine: Engine, jobs: Sequence[Job], world: World) -> None:
+        self.engine = engine
+        self.jobs = jobs
+        self.world = world
+        self.failures: list[Failure] = []
+        self.written = self.skipped = 0
+        self.disk: str | None = None
+        self._waited = False
+        self._busy: set[Path] = set()  # seen in another command's hands
+        # tqdm's None: no bar where there is no terminal.
+        self.no_bar = None if world.is_main else True
+
+    def run(self) -> None:
+        """Make them, `sampling.bs` of one size at a time.
+
+        Those that another command is making come last: most are there by then, and the rest is waited for.
+        """
+        batches = batches_of(self.jobs, self.engine.config.sampling.bs)[self.world.rank :: self.world.size]
+        if not batches:
+            return
+        captions = self._encode([job for batch in batches for job in batch])
+        if not captions:
+            return
+        models = self.engine.load()
+        encoded = ([job for job in batch if job.path in captions] for batch in batches)
+        left = deque(batch for batch in encoded if batch)
+        elsewhere: list[Job] = []
+        with tqdm(total=len(captions), desc="prompts", unit="video", disable=self.no_bar) as bar:
+            while self.disk is None and (left or elsewhere):
+                stop.check()
+                if not left:
+                    self._wait(elsewhere)
+                    left.extend([job] for job in elsewhere)
+                    elsewhere.clear()
+                batch = [job for job in left.popleft() if not self._is_there(job, bar)]
+                if not batch:
+                    continue
+                try:
+                    self._make(batch, captions, *models)
+                except _Elsewhere as found:
+                    elsewhere.append(found.job)
+                    left.appendleft([job for job in batch if job is not found.job])
+                    continue
+                except Exception as error:
+                    _stop_if_out_of_memory(error, batch)
+                    if isinstance(error, OSError) and (disk := disk_failure(error)):
+                        self.disk = disk  # the next video would fail as this one did, when all of it has been made
+                        continue
+                    if len(batch) > 1:  # the fault of one is not the others': each on its own, with the same noise
+                        left.extendleft([job] for job in reversed(batch))
+                        continue
+                    self._fail(batch[0], error)
+                bar.update(len(batch))
+
+    def _wait(self, jobs: Sequence[Job]) -> None:
+        if not self._waited:
+            first = jobs[0].path
+            # Not info, which other processes than the main one keep to themselves.
+            log.error(
+                "waiting for %d videos that other commands are making, %s first; if there is no such command (a lock "
+                "may outlive its host), delete %s",
+                *(len(jobs), first, partial_name(first)),
+            )
+        self._waited = True
+        time.sleep(PAUSE)
+
+    def _is_there(self, job: Job, bar: Any) -> bool:
+        """Tell whether another command has made the video since the jobs were planned."""
+        if not is_finished(job.path, job.record["fingerprint"]):
+            return False
+        self.skipped += 1
+        bar.update()
+        return True
+
+    def _encode(self, jobs: Sequence[Job]) -> dict[Path, tuple[Caption, float]]:
+        """Captions by path, and the seconds each took."""
+        captions = {}
+        with caption_encoder(self.engine.config, self.engine.device) as encode:
+            if self.world.is_main:
+                self._warn_of_long_prompts(encode)
+            for job in tqdm(jobs, desc="captions", unit="prompt", disable=self.no_bar, leave=False):
+                stop.check()
+                clock = Clock()
+                try:
+                    with clock.part("text"):
+                        caption = encode(job.prompt)
+                    captions[job.path] = (caption, clock.seconds()["text"])
+                except Exception as error:
+                    _stop_if_out_of_memory(error, [job])
+                    self._fail(job, error)
+        return captions
+
+    def _warn_of_long_prompts(self, encode: CaptionEncoder) -> None:
+        for job in self.jobs:
+            for surplus in encode.overflow(job.prompt):
+                if surplus:
+                    log.warning("line %d: too long by %d tokens; its end is cut off", job.prompt.line, surplus)
+
+    def _writer(self, job: Job) -> VideoWriter:
+        """
+        Raises:
+            _Elsewhere: another command is making this video.
+        """
+        config, prompt = self.engine.config, job.prompt
+        try:
+            return VideoWriter(
+                job.path, fps=config.sampling.fps, height=prompt.height, width=prompt.width, **asdict(config.video)
+            )
+        except BlockingIOError as error:
+            self._busy.add(job.path)
+            raise _Elsewhere(job) from error
+
+    def _make(
+        self,
+        batch: Sequence[Job],
+        captions: dict[Path, tuple[Caption, float]],
+        network: LongSanaDiT,
+        decoder: VideoVAE,
+    ) -> None:
+        engine = self.engine
+        device_clock, host_clock = Clock(engine.device), Clock()
+        digests = [hashlib.sha256() for _ in batch]
+        _reset_peak_memory(engine.device)
+        started = time.perf_counter()
+        with ExitStack() as stack:
+            writers = [stack.enter_context(self._writer(job)) for job in batch]
+            for job in batch:
+                # A command whose video is there writes the sidecar last: it may be about to.
+                if is_finished(job.path, job.record["fingerprint"]) or job.path in self._busy:
+                    self._busy.discard(job.path)
+                    raise _Elsewhere(job)
+            prompts, own = [job.prompt for job in batch], [captions[job.path][0] for job in batch]
+            samples = engine.sample(network, decoder, prompts, own, device_clock)
+            thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="digests"))
+            for pixels in self._progress(samples, len(engine.plan_of(batch[0].prompt)), digests, thread):
+                with host_clock.part("write"):
+                    for writer, video in zip(writers, pixels, strict=True):
+                        writer.append(video)
+            for job in batch:
+                # An older video's: beside the new one it would lie, were this process killed in between.
+                job.path.with_suffix(".json").unlink(missing_ok=True)
+            with host_clock.part("write"):
+                stack.close()  # finishes the files
+        wall = time.perf_counter() - started
+        timings = {
+            "text": sum(captions[job.path][1] for job in batch),
+            **device_clock.seconds(),
+            **host_clock.seconds(),
+            "wall": wall,
+            "fps": sum(writer.frames for writer in writers) / wall,
+        }
+        for job, writer, digest in zip(batch, writers, digests, strict=True):
+            record = job.record | {
+                "bytes": writer.size,
+                "latents_sha256": digest.hexdigest(),
+                "timings": {name: round(seconds, 4) for name, seconds in timings.items()},
+                "batch": len(batch),
+                "memory": _memory(engine.device),
+                "machine": _machine(engine.device, self.world),
+                "versions": versions(),
+            }
+            atomic_write_text(job.path.with_suffix(".json"), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            self.written += 1
+            log.info("%s: %d frames in %.1f s, %.1f FPS", job.path, writer.frames, wall, timings["fps"])
+
+    def _progress(
+        self, samples: Iterator[Frames], chunks: int, digests: Sequence[Any], thread: Executor
+    ) -> Iterator[Tensor]:
+        """Pixels, with a bar over the chunks and a digest of the latents kept on the way, in another thread."""
+        digested = None
+        with tqdm(total=chunks, desc="chunks", unit="chunk", disable=self.no_bar, leave=False) as bar:
+            started, count = time.perf_counter(), 0
+            for frames in samples:
+                stop.check()
+                host = frames.latents.cpu()
+                if digested is not None:
+                    digested.result()
+                digested = thread.submit(_digest, host.numpy(), digests)
+                yield frames.pixels
+                count += frames.pixels.shape[0] * frames.pixels.shape[1]
+                bar.update(frames.chunk + 1 - bar.n)
+                bar.set_postfix_str(f"{count / (time.perf_counter() - started):.1f} FPS")
+            if digested is not None:
+                digested.result()
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        told = isinstance(error, FloatingPointError | InputError | OSError)
+        log.error("line %d failed: %s", job.prompt.line, error, exc_info=None if told else error)
+        self.failures.append(Failure(job.prompt.line, job.prompt.text, f"{type(error).__name__}: {error}"))
+
+
+def _digest(batch: np.ndarray, digests: Sequence[Any]) -> None:
+    """Add latents (B, ...) to the digests of their videos.
+
+    Not by PyTorch, whose operations in another thread start as many threads again: a third more time on two cores.
+    """
+    for digest, latents in zip(digests, batch, strict=True):
+        digest.update(np.ascontiguousarray(latents))
+
+
+def _stop_if_out_of_memory(error: Exception, batch: Sequence[Job]) -> None:
+    # The CPU's allocator raises a plain RuntimeError.
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        return
+    prompt = batch[0].prompt
+    raise InputError(
+        f"line {prompt.line}: {len(batch)} video{'s' if len(batch) > 1 else ''} of {prompt.height}x{prompt.width} "
+        "at a time do not fit in memory; lower --bs, --height and --width, or vae.latents_per_call"
+    ) from error
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _memory(device: torch.device) -> dict[str, int]:
+    """Bytes: this process's memory now, and the most that tensors took on the GPU during this video."""
+    memory = {"host_rss": psutil.Process().memory_info().rss}
+    if device.type == "cuda":
+        memory["gpu_peak_allocated"] = torch.cuda.max_memory_allocated(device)
+        memory["gpu_peak_reserved"] = torch.cuda.max_memory_reserved(device)
+    return memory
+
+
+def _machine(device: torch.device, world: World) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "threads": torch.get_num_threads(), "processes": world.size}
