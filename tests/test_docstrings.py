@@ -15,13 +15,13 @@ NEITHER_VERB_NOR_NOUN = {
     "Ahead", "All", "As", "At", "Before", "By", "For", "From", "How", "If", "In", "Of", "On", "See", "That", "To",
     "What", "When", "Where", "Whether", "Which", "Why", "With", "Without",
 }  # fmt: skip
-SHAPE = re.compile(r"\((\d+ )?[A-Z]\w*'?,|\((\w+, )+\w+\)|\(\.\.\.|\bshapes?\b|\bscalar\b")
-"""(B, T, D); (n, 3); (..., D); "of any shape"; or a number."""
+SHAPE = re.compile(r"\(\w+( [+*] \w+)?, ?[^)]*\)|\(\.\.\.|\bshapes?\b|[Ss]calar")
+"""(B, T, D); (n + 1,); (..., D); "of any shape"; or a scalar."""
 # What is passed on as it is, whatever it holds: state dicts, checkpoints, and a benchmark's inputs.
 PASSED_ON = {
     "Case.outputs", "Case.once", "Case.moved", "Checkpointer.save", "Learner.tensors", "LongSana.restore",
-    "LongSana.state_tensors", "SanaVideoCausalTransformer3DModel.load_lora_adapter", "Stage.restore",
-    "Stage.state_tensors", "read_lora", "read_weights", "write_safetensors",
+    "LongSana.state_tensors", "Numbers.settle", "SanaVideoCausalTransformer3DModel.load_lora_adapter", "Stage.restore",
+    "Stage.state_tensors", "plain_lora", "read_lora", "read_weights", "write_safetensors",
 }  # fmt: skip
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module

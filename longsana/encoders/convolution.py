@@ -77,6 +77,7 @@ class Memory:
         return past if past.stride(4) == 1 else past.contiguous()  # another layout may come from a checkpoint
 
     def remember(self, frames: Tensor) -> None:
+        """Keep frames (B, 2, H, W, C) for the next call, as features (B, C, 2, H, W)."""
         # Copied: a view would keep the whole buffer alive.
         own = frames.new_empty(frames.shape)
         if own.numel():
@@ -101,7 +102,10 @@ def mirror_border(buffer: Tensor) -> None:
 
 
 def biases_come_late(x: Tensor) -> bool:
-    """Tell whether what reads a convolution's result adds its bias: see ops/decoder.py. oneDNN adds it at no cost."""
+    """Tell whether what reads a convolution's result adds its bias: see ops/decoder.py. oneDNN adds it at no cost.
+
+    x: (B, T, H, W, C).
+    """
     return x.is_cuda
 
 

@@ -126,7 +126,7 @@ def save_model(model: Model, folder: Path) -> None:
 def to_original_layout(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename tensors to the key names of `Wan2.1_VAE.pth`, from diffusers' names (two residual blocks a level).
 
-    Shapes, dtypes and memory stay.
+    Each keeps its shape, dtype and memory.
     """
     return {wan_original_name(name): tensor for name, tensor in weights.items()}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def flow_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """Scalar: the mean of (velocity - (noise - x0))^2."""
+    """Scalar: the mean of (velocity - (noise - x0))^2; each (B, C, T, H, W)."""
     assert velocity.shape == x0.shape == noise.shape, (velocity.shape, x0.shape, noise.shape)
     return (_wide(velocity) - (_wide(noise) - _wide(x0))).square().mean()
 
@@ -41,7 +41,7 @@ def dmd_gradient(x: Tensor, fake: Tensor, real: Tensor) -> Tensor:
 
 
 def dmd_loss(x: Tensor, gradient: Tensor) -> Tensor:
-    """Scalar: half the mean of (x - constant(x - gradient))^2.
+    """Scalar: half the mean of (x - constant(x - gradient))^2; both (B, C, T, H, W).
 
     Its derivative by x is gradient / (number of elements).
     """

@@ -33,6 +33,7 @@ class Float8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in x's dtype; rows are quantised as they come."""
         rows, scale = quantise_rows(x.flatten(0, -2))
         out = torch._scaled_mm(
             rows, self.weight.t(), scale_a=scale, scale_b=self.scale, bias=self.bias, out_dtype=x.dtype,

@@ -53,6 +53,7 @@ class GivenNoise:
     later: Noise
 
     def draw(self, start: int, step: int, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        """Give (B, *shape), float32; see `Noise`."""
         if step > 0:
             return self.later.draw(start, step, shape, device)
         return self.latents[:, :, start : start + shape[1]].to(device, torch.float32)

@@ -74,17 +74,18 @@ class RecordedPass:
         self._sinks = model.past.sunk(state.sinks, 1)  # after the pass
 
     def replay(self, x: Tensor, t: Tensor, state: CausalState) -> tuple[Tensor, CausalState]:
+        """Velocity (B, C, T, H, W) and the state after x, of the shapes that were recorded; the caller's own."""
         velocity, kv, k_sum, tail = self._recording.replay([x, t, *tensors_of(state)])
         return velocity, CausalState(kv, k_sum, tail, state.frames + x.shape[2], self._sinks)
 
 
 def tensors_of(state: CausalState) -> list[Tensor]:
-    """kv, k_sum, tail, and frames as () int64: as a number, a graph would keep that of its first call."""
+    """List kv, k_sum, tail with the state's shapes, and frames as a scalar, int64: a graph would keep a number."""
     return [*state[:3], torch.full((), state.frames, dtype=torch.int64, device=state.kv.device)]
 
 
 def state_of(tensors: Sequence[Tensor], sinks: int) -> CausalState:
-    """The state for a pass that is recorded; see `tensors_of`."""
+    """The state for a pass that is recorded, of tensors with the shapes of `tensors_of`."""
     kv, k_sum, tail, frames = tensors
     return CausalState(kv, k_sum, tail, cast(int, frames), sinks)
 
@@ -127,7 +128,7 @@ class Recording:
         return self._graph.pool()
 
     def replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs for these inputs, the caller's own."""
+        """The outputs for inputs of the recorded shapes, the caller's own."""
         torch._foreach_copy_(self._inputs, list(inputs))
         self._graph.replay()
         # In a few launches, where a clone of each would take one an output.

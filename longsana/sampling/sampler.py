@@ -44,7 +44,7 @@ class StepEnd(Protocol):
 
 
 def go_on(step: int, x: Tensor) -> Tensor:
-    """The plain `StepEnd`."""
+    """Go on with x, of any shape: the plain `StepEnd`."""
     return x
 
 
@@ -345,4 +345,5 @@ def guided_velocity(
 
 
 def timestep(t: float, x: Tensor) -> Tensor:
+    """(B,), float32: t for each video of x (B, ...)."""
     return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)

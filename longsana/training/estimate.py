@@ -291,5 +291,5 @@ def _count(module: nn.Module) -> int:
 
 
 def kept_values(weight: Tensor, processes: int) -> int:
-    """Numbers of a weight that the first of so many processes keeps: rows are dealt out whole."""
+    """Count numbers of a weight, of any shape, that the first of so many processes keeps: rows are dealt out whole."""
     return -(-weight.shape[0] // processes) * (weight.numel() // weight.shape[0])

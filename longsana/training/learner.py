@@ -62,7 +62,7 @@ class Learner:
         return step % self.every == 0
 
     def update(self, step: int) -> Tensor:
-        """Clip the gradients, step, and update the average; returns the norm of the gradients before clipping.
+        """Clip the gradients, step, and update the average; returns their norm before clipping, a scalar on the host.
 
         A norm that is not finite changes nothing. The gradients are gone either way.
         """
@@ -78,7 +78,7 @@ class Learner:
         return norm
 
     def skip(self) -> Tensor:
-        """Throw the gradients away; the norm that says so."""
+        """Throw the gradients away; returns the norm that says so, a scalar NaN."""
         self.optimizer.zero_grad(set_to_none=True)
         return torch.tensor(float("nan"), dtype=torch.float32, device="cpu")
 

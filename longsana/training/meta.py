@@ -104,6 +104,7 @@ class MetaBatch(MicroBatch):
         return cls(config.train.seed, 0, role, 0, range(config.train.batch_size), META)
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Noise of this shape, float32, without memory."""
         return torch.empty(*shape, dtype=torch.float32, device=META)
 
 

@@ -37,12 +37,12 @@ class Part(NamedTuple):
 
 
 def host_copy(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the host, in memory of its own."""
+    """A contiguous copy of a tensor of any shape and dtype, on the host, in memory of its own."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def flatten(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Name tensors `group/name`, as a checkpoint does."""
+    """Name tensors `group/name`, as a checkpoint does; shapes, dtypes and memory stay."""
     assert not [group for group in tensors if SEPARATOR in group], list(tensors)
     return {
         f"{group}{SEPARATOR}{name}": tensor.detach()
@@ -52,7 +52,10 @@ def flatten(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def own_parts(flat: Mapping[str, Tensor], world: World) -> dict[str, Part]:
-    """Choose what this process writes: of the processes that hold the same part one does, and they share the bytes."""
+    """Choose what this process writes: of the processes that hold the same part one does, and they share the bytes.
+
+    flat: DTensors of any shape, or plain tensors that all processes have.
+    """
     parts = {}
     written: dict[int, list[int]] = {}  # bytes by copy, for each number of copies
     for name, tensor in flat.items():
@@ -92,7 +95,7 @@ def write_parts(parts: Mapping[str, Part], folder: Path, rank: int, *, copied: b
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write contiguous tensors on the host, of which none shares memory, to a new safetensors file.
+    """Write contiguous tensors of any shape on the host, of which none shares memory, to a new safetensors file.
 
     Raises:
         OSError: the disk is full or broken.
@@ -117,7 +120,7 @@ def check_match(path: Path, stored: Mapping[str, Stored], flat: Mapping[str, Ten
 
 @torch.no_grad()
 def read_parts(flat: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
-    """Fill the parts of live tensors that this process holds, in place.
+    """Fill the parts of live tensors that this process holds, in place; shapes are those of `stored`.
 
     stored: what `check_match` has found to fit.
 

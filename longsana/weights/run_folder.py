@@ -59,7 +59,7 @@ class Stored(NamedTuple):
     pieces: tuple[Piece, ...]
 
     def read(self) -> Tensor:
-        """The whole tensor on the host; it may be a view of a mapped file.
+        """The whole tensor, of its shape and dtype, on the host; it may be a view of a mapped file.
 
         Raises:
             InputError: a file is damaged.
@@ -71,7 +71,7 @@ class Stored(NamedTuple):
         return whole
 
     def read_into(self, target: Tensor, offsets: Sequence[int]) -> None:
-        """Fill `target`, which is the box of this tensor that begins at `offsets`, on any device.
+        """Fill `target`, whose shape is the box of this tensor that begins at `offsets`, on any device.
 
         Raises:
             InputError: a file is damaged.

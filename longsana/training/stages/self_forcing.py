@@ -155,7 +155,7 @@ class SelfForcing(Stage):
     def window_of(self, overlap: Tensor, new: Tensor, text: TextEmbedding, exits: list[int]) -> Window:
         """Frames from the middle of a video as a clip of its own, which is what the scores know.
 
-        Only the new frames are learned.
+        overlap: (B, C, 1, H, W), a picture of its own. new: (B, C, T, H, W), which alone are learned.
         """
         return Window(torch.cat([overlap, new], dim=2), text, exits, learned_from=1)
 

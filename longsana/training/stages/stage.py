@@ -80,8 +80,10 @@ class MicroBatch:
         return keyed_generator(self.seed, self.step, self.role, name)
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Gaussian noise on the device, float32; drawn on the CPU, so the same on every device, or with `device_noise`
-        there, which is faster."""
+        """Gaussian noise of this shape on the device, float32.
+
+        It is drawn on the CPU, so the same on every device, or with `device_noise` there, which is faster.
+        """
         where = self.device if self.device_noise else torch.device("cpu")
         rng = keyed_generator(self.seed, self.step, self.role, self.index, name, device=where)
         return to_device(torch.randn(*shape, generator=rng, dtype=torch.float32, device=where), self.device)
