@@ -25,7 +25,7 @@ from longsana.weights.names import (
     from_diffusers_config,
 )
 from longsana.weights.network import Layout, read_weights, save_checkpoint
-from longsana.weights.run_folder import check_content
+from longsana.weights.run_folder import check_content, read_progress
 from longsana.weights.what_is import Weights, what_is
 from longsana.weights.writing import check_target, write_weights
 
@@ -124,7 +124,7 @@ class Conversion:
     def _convert_network(self, found: Weights) -> None:
         keys, step = [self._first], 0
         if found.kind == "checkpoint":
-            step = _step(found.file)
+            step = int(read_progress(found.file)["step"])
             if self.layout == "trainer" and self.key is None:
                 keys += [key for key in networks_in(found.file) if key not in keys]
         configs = {key: self._config(found, key) for key in keys}
@@ -209,12 +209,6 @@ def _configs_of_run(folder: Path) -> dict[str, ModelConfig]:
 
     config = load_config(folder / CONFIG, schema=TrainingConfig)
     return {"generator": config.model, "generator_ema": config.model, "critic": config.fake_score}
-
-
-def _step(folder: Path) -> int:
-    from longsana.training.checkpoint import read_progress  # torch.distributed comes with it
-
-    return int(read_progress(folder)["step"])
 
 
 def _check_same(config: ModelConfig, other: ModelConfig, name: str) -> None:

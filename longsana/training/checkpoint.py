@@ -14,14 +14,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from datetime import timedelta
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from longsana.runtime.distributed import World
@@ -40,7 +37,7 @@ from longsana.training.parts import (
 from longsana.weights.run_folder import (
     CHECKPOINTS,
     MANIFEST,
-    TENSOR_FILES,
+    PROGRESS,
     FileRecord,
     Stored,
     check_content,
@@ -56,7 +53,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PROGRESS = "progress.json"
 # The longest that processes wait for the slowest one's writing, or for the main one's reading of every byte.
 PATIENCE = timedelta(hours=2)
 
@@ -351,46 +347,6 @@ def checkpoints_of(folder: Path) -> list[Path]:
     Names that are only like theirs, such as those of copies that somebody has put aside, are none.
     """
     return [path for path in checkpoints_in(folder) if path.name == folder_name(int(path.name.rpartition("_")[2]))]
-
-
-def read_progress(path: Path) -> dict[str, Any]:
-    """Read what `save` was given as `progress`.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    try:
-        progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path / PROGRESS}: cannot be read ({error}); use another checkpoint") from error
-    if not isinstance(progress, dict):
-        raise InputError(f"{path / PROGRESS}: expected a mapping, found a {type(progress).__name__}")
-    return progress
-
-
-def own_names(path: Path) -> list[str]:
-    """Sorted names of what the processes saved as their own.
-
-    Raises:
-        InputError: the checkpoint is not whole.
-    """
-    names = [name for name in read_manifest(path) if not fnmatchcase(name, TENSOR_FILES)]
-    return sorted(name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors"))
-
-
-def read_own(path: Path, name: str) -> dict[str, Tensor] | None:
-    """Read what a process saved as its own, with its shapes and dtypes, to the host; None if there is no such name.
-
-    Raises:
-        InputError: the checkpoint is not whole, or the file is damaged.
-    """
-    if name not in own_names(path):
-        return None
-    file = path / f"{name}.safetensors"
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise InputError(f"{file}: damaged ({error}); use another checkpoint") from error
 
 
 def _hidden(path: Path, why: str) -> Path:

@@ -21,10 +21,11 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.logging import RunLog
 from longsana.runtime.stop import Stopped, check, deferred, heed
-from longsana.training.checkpoint import PROGRESS, Checkpointer, own_names, read_own, read_progress
+from longsana.training.checkpoint import Checkpointer
 from longsana.training.config import TrainConfig
 from longsana.training.learner import Learner
 from longsana.training.stages.stage import MicroBatch, MicroBatches, Stage
+from longsana.weights.run_folder import PROGRESS, own_names, read_own, read_progress
 
 log = logging.getLogger(__name__)
 

@@ -89,8 +89,11 @@ def write_parts(parts: Mapping[str, Part], folder: Path, rank: int, *, copied: b
     for number, shard in enumerate(shards, start=1):
         names.append(f"shard-{rank + 1:05d}-model-{number:05d}-of-{len(shards):05d}.safetensors")
         places = {name: {"saved_offsets": list(part.offsets)} for name, part in shard.items()}
-        content = {name: (part if copied else part.on_host()).tensor for name, part in shard.items()}
-        save_tensors(content, folder / names[-1], {OFFSETS: json.dumps(places)})
+        save_tensors(
+            {name: (part if copied else part.on_host()).tensor for name, part in shard.items()},
+            folder / names[-1],
+            {OFFSETS: json.dumps(places)},
+        )
     return names
 
 
@@ -119,17 +122,17 @@ def check_match(path: Path, stored: Mapping[str, Stored], flat: Mapping[str, Ten
 
 
 @torch.no_grad()
-def read_parts(flat: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+def read_parts(flat: Mapping[str, Tensor], stored: dict[str, Stored]) -> None:
     """Fill the parts of live tensors that this process holds, in place; shapes are those of `stored`.
 
-    stored: what `check_match` has found to fit.
+    stored: what `check_match` has found to fit; emptied on the way, so that files that have been read are unmapped.
 
     Raises:
         InputError: a file is damaged; some tensors may be filled.
     """
     for name, tensor in flat.items():
         part = _local(tensor)
-        stored[name].read_into(part.tensor, part.offsets)
+        stored.pop(name).read_into(part.tensor, part.offsets)
 
 
 def _local(tensor: Tensor) -> Part:

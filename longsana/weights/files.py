@@ -120,7 +120,7 @@ def _opened(path: Path | Sequence[Path], key: str | None) -> dict[str, Entry]:
 
 
 def _unwrapped(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
-    """By names without WRAPPERS, wherever in them they stand: blocks are wrapped one by one, too."""
+    """Drop WRAPPERS from names, wherever they stand: blocks are wrapped one by one, too."""
     found: dict[str, Entry] = {}
     taken: dict[str, None] = {}
     for name, entry in entries.items():

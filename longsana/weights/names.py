@@ -64,7 +64,7 @@ class Foreign(NamedTuple):
 
 
 def foreign(name: str, shape: tuple[int, ...], naming: Naming) -> list[Foreign]:
-    """What our tensor `name` is elsewhere; stacked along the first axis and reshaped, the parts are ours.
+    """Name the parts elsewhere of our tensor `name`; stacked along the first axis and reshaped, they are it.
 
     Raises:
         KeyError: the network has no tensor of this name.
@@ -158,7 +158,7 @@ def from_diffusers_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def differences(written: Mapping[str, Any], config: ModelConfig) -> list[str]:
-    """What a diffusers `config.json` says of a network that is not so of this one."""
+    """List what a diffusers `config.json` says of a network that is not so of this one."""
     return [
         f"{name} {written[name]} (needed: {value})"
         for name, value in diffusers_config(config).items()

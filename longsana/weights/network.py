@@ -88,7 +88,7 @@ def load_weights(
 
 
 def read_weights(path: Path, config: ModelConfig, *, key: str = "generator") -> dict[str, Tensor]:
-    """What `load_weights` would load, each tensor in its own dtype, and of OPTIONAL ones those that the file has.
+    """Read what `load_weights` would load, each tensor in its own dtype, and of OPTIONAL ones those that the file has.
 
     The file is mapped as long as its tensors are used: it must not change.
 
@@ -197,7 +197,7 @@ def _read(
 def _sources(
     entries: dict[str, Entry], expected: Mapping[str, Tensor], file: Path, config: ModelConfig
 ) -> dict[str, list[Foreign]]:
-    """See `_match`; what the network has no use for is taken out of the entries."""
+    """Match entries as `_match` does; what the network has no use for is taken out of them."""
     for name in sorted(entries):
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED):
             say_once(f"{file}: {name} is not used")
@@ -208,7 +208,7 @@ def _sources(
 def _match(
     entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], file: Path, config: ModelConfig
 ) -> dict[str, list[Foreign]]:
-    """For each tensor of ours the entries that make it up; none for OPTIONAL ones that the file lacks."""
+    """Find for each tensor of ours the entries that make it up; none for OPTIONAL ones that the file lacks."""
     tables = {naming: {name: foreign(name, shape, naming) for name, shape in shapes.items()} for naming in NAMINGS}
     needs = {naming: {part.name: part for parts in tables[naming].values() for part in parts} for naming in NAMINGS}
     naming = max(NAMINGS, key=lambda naming: len(needs[naming].keys() & entries.keys()))

@@ -19,10 +19,11 @@ from fnmatch import fnmatchcase
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from longsana.runtime.errors import InputError
@@ -31,6 +32,7 @@ from longsana.runtime.hub import digests_of
 
 CHECKPOINTS = "checkpoint_model_*"  # in a run's folder
 MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
 TENSOR_FILES = "shard-*-model-*-of-*.safetensors"
 OFFSETS = "DCP_SHARDING_INFO"  # the key in a shard's header of {tensor: {"saved_offsets": [...]}}, in JSON
 SEPARATOR = "/"  # between a group and a tensor's name in it
@@ -200,6 +202,46 @@ def open_tensors(path: Path) -> dict[str, Stored]:
             raise InputError(f"{path}: parts of {tensor} are missing, or are there twice; {_AGAIN}")
         found[tensor] = Stored(shape, dtypes[tensor], tuple(parts))
     return found
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """Read how far the run was that wrote a checkpoint: what is no tensor.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path / PROGRESS}: cannot be read ({error}); use another checkpoint") from error
+    if not isinstance(progress, dict):
+        raise InputError(f"{path / PROGRESS}: expected a mapping, found a {type(progress).__name__}")
+    return progress
+
+
+def own_names(path: Path) -> list[str]:
+    """Name, sorted, what the processes saved as their own.
+
+    Raises:
+        InputError: the checkpoint is not whole.
+    """
+    names = [name for name in read_manifest(path) if not fnmatchcase(name, TENSOR_FILES)]
+    return sorted(name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors"))
+
+
+def read_own(path: Path, name: str) -> dict[str, Tensor] | None:
+    """Read what a process saved as its own, with its shapes and dtypes, to the host; None if there is no such name.
+
+    Raises:
+        InputError: the checkpoint is not whole, or the file is damaged.
+    """
+    if name not in own_names(path):
+        return None
+    file = path / f"{name}.safetensors"
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file}: damaged ({error}); use another checkpoint") from error
 
 
 def _pieces(file: Path) -> list[tuple[str, torch.dtype, Piece]]:

@@ -1,4 +1,4 @@
-"""What lies at a path that is to be read as weights: one place that looks, at names, first bytes and config.json."""
+"""Recognition of what lies at a path to be read as weights, by names, first bytes and config.json."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def what_is(path: Path, remedy: str = "name the file") -> Weights:
 
 
 def kind_of_file(path: Path) -> Kind:
-    """See from its first bytes what a file is, never from its suffix.
+    """Recognise a file by its first bytes, never by its suffix.
 
     Raises:
         InputError: it cannot be read, or is something that often lies in such a file's place, such as a web page.

@@ -1,4 +1,4 @@
-"""Where weights are written: nothing is replaced unasked, and what is there is whole."""
+"""Writing of weights: nothing is replaced unasked, and what is there is whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CARD = "README.md"
 
 
 def card_of(out: Path, layout: Layout) -> Path:
-    """Where the model card of weights lies."""
+    """Name the place of the model card of weights."""
     return out / CARD if layout == "diffusers" else out.with_name(f"{out.name}.md")
 
 

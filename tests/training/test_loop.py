@@ -26,13 +26,14 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.logging import RunLog
 from longsana.runtime.stop import Stopped, caught
 from longsana.training import checkpoint
-from longsana.training.checkpoint import Checkpointer, SaveFailed, read_progress
+from longsana.training.checkpoint import Checkpointer, SaveFailed
 from longsana.training.config import AdamWConfig, TrainConfig
 from longsana.training.learner import Learner
 from longsana.training.loop import SKIPS, Loop, Progress, Stop, TrainingFailed
 from longsana.training.parallel import connect
 from longsana.training.stages.ode import OdeInitialisation
 from longsana.training.stages.stage import Loss, MicroBatch, MicroBatches, Stage
+from longsana.weights.run_folder import read_progress
 from tests.training.conftest import ROOT, SCRIPT
 from tests.training.test_resume import assert_equal, contents, lines
 

@@ -20,8 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longsana.training.checkpoint import own_names, read_own
-from longsana.weights.run_folder import open_tensors
+from longsana.weights.run_folder import open_tensors, own_names, read_own
 from tests.training.conftest import ROOT, SCRIPT
 
 pytestmark = pytest.mark.timeout(600)
