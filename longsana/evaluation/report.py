@@ -94,8 +94,8 @@ def summarize(examined: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, a line a row; the columns are those of all rows, in order of appearance."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    """Markdown, a line a row; the columns are those of all rows, in order of appearance, but for empty ones."""
+    columns = list(dict.fromkeys(column for row in rows for column, value in row.items() if value != ""))
     cells = [columns, *([_cell(column, row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     aligned = [

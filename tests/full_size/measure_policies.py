@@ -96,8 +96,8 @@ POLICIES = (
 
 def sampler(policy: Policy) -> InferenceConfig:
     """The shipped model; on a GPU its passes are recorded, which changes no bit."""
-    settings = [f"sampling.chunk_frames={CHUNK}", "sampling.cuda_graphs=true", *policy.settings]
-    config: InferenceConfig = load_config(CONFIG, settings)
+    settings = [f"sampling.chunk_frames={CHUNK}", "sampling.cuda_graphs=true", "model.state_decay=1"]
+    config: InferenceConfig = load_config(CONFIG, [*settings, *policy.settings])
     return config
 
 
