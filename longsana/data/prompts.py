@@ -132,17 +132,18 @@ def read_prompts(
     return prompts
 
 
-def training_prompts(path: str | Path) -> list[str]:
+def training_prompts(path: str | Path, what: str = "data.data_path") -> list[str]:
     """The prompts of a file without blank ones; flags and `<split>` are words of theirs.
 
     path: tried from the working directory and then from the repository root; or hf://owner/repo/file.
+    what: the setting that names it, or what else it is, for errors.
 
     Raises:
         InputError: the file is missing, empty, of a kind that is not read, or a line of it is wrong, or has fields
             that mean nothing in training.
     """
     try:
-        file = locate(str(path), "data.data_path")
+        file = locate(str(path), what)
     except InputError as error:
         if Path(path).name == PUBLISHED_PROMPTS:
             raise InputError(f"{error}; the published prompts: `{DOWNLOAD}`") from error

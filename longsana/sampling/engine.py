@@ -180,7 +180,7 @@ class Engine:
         *,
         to_the_end: bool = False,
     ) -> Iterator[Frames]:
-        """Sample with the function `sample`. prompts: of one size and length, one for each caption."""
+        """Frames of the prompts' videos, of one size and length, as the config says; see the function `sample`."""
         videos, frames = self.videos(prompts), self.config.sampling.chunk_frames
         return sample(network, decoder, captions, videos, frames_per_call=frames, clock=clock, to_the_end=to_the_end)
 

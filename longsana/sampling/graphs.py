@@ -36,7 +36,7 @@ class ReplayedNetwork:
 
     Values in, values out, like the network: what it returns is the caller's own. One recording is kept until a video
     begins or another caption comes. Its memory, beside all else: a pass's activations, and two states. Passes without
-    a state, of guidance (whose captions alternate), and the first of each kind are the network's own.
+    a state, and the first of each kind, are the network's own.
     """
 
     def __init__(self, model: LongSanaDiT) -> None:

@@ -127,7 +127,7 @@ def generate(
         state: continues the video this state has absorbed.
         clock: is told the time of the parts "denoise" and "absorb".
         on_step: see `denoise_chunk`.
-        exits: index of the step at which each chunk ends; None is the last of all. See `denoise_chunk`.
+        exits: index of the step at which each chunk ends; None: all take all steps. See `denoise_chunk`.
         learned_from: chunks that end after this frame of the plan have a graph, of their exit step; None: none has.
             States never have one.
         absorb_last: False: the state of the last chunk is the one before it, for a video that nobody goes on with.
@@ -155,7 +155,7 @@ def generate(
         noise = None
         if not last:
             assert state is not None
-            # Now: whoever takes this chunk waits for the GPU, which noise that is drawn after that would leave idle.
+            # Before the chunk is given: whoever takes it waits for the GPU, which would idle while noise is drawn then.
             with clock.part("denoise"):
                 noise = draw(index + 1, state.frames, 0)
         yield Chunk(index, start, x0, state)

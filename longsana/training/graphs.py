@@ -64,7 +64,7 @@ class _Passes:
         plan: ChunkPlan | None = None,
         state: CausalState | None = None,
     ) -> tuple[Tensor, CausalState]:
-        assert isinstance(text, TextEmbedding), "what was read with other weights"
+        assert isinstance(text, TextEmbedding), "captions cached with other weights"
         plan = plan or ChunkPlan((x.shape[2],))
         state = state or self.working.empty_state(x.shape[0], x.shape[3], x.shape[4])
         inputs = [x, t, *text, *tensors_of(state)]

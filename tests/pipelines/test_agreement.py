@@ -157,10 +157,10 @@ def test_720p(tmp_path: Path) -> None:
     config = small_720p(tmp_path)
     engine, prompt = Engine(config, "cpu"), Prompt(1, PROMPT, (PROMPT,), 0, 64, 96)
     with caption_encoder(engine.config, engine.device) as encode:
-        caption, encoder = encode(prompt), encode.encoder
+        caption, text = encode(prompt), (encode.encoder.tokenizer, encode.encoder.model)
     network, decoder = engine.load()
     frames = list(engine.sample(network, decoder, [prompt], [caption]))
-    pipe = around(network, decoder, encoder, tmp_path)
+    pipe = around(network, decoder, *text, tmp_path)
     own = pipe(
         PROMPT, height=64, width=96, num_frames=41,
         chunk_frames=2, latents_per_call=config.vae.latents_per_call, output_type="np",
