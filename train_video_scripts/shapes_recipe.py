@@ -62,8 +62,8 @@ TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
 TINY: dict[str, list[str]] = {
     "text": ["steps=2", "batch=4", "test_captions=4"],
     "vae": [
-        "steps=[1,1]", "clips=[4,1]", "frames=[1,5]", "heights=[32,32]", "widths=[32,32]", "statistics_clips=1",
-        "test_clips=1", "test_frames=5",
+        "steps=[1,1]", "clips=[4,1]", "frames=[1,5]", "heights=[32,32]", "widths=[32,32]", "pool=[8,2]",
+        "statistics_clips=1", "test_clips=1", "test_frames=5",
     ],
     "stage": [
         "train.max_iters=2", "train.log_iters=2", "train.batch_size=1", "train.mixed_precision=false",
@@ -192,7 +192,8 @@ class Recipe:
     def vae(self) -> int:
         from longsana.shapes.train_vae import VAETrainingConfig, train_vae
 
-        config = load_config(CONFIGS / "vae.yaml", self._small_world("vae"), VAETrainingConfig)
+        name = "vae" if self.world == "shapes" else "vae_remembered"
+        config = load_config(CONFIGS / f"{name}.yaml", self._small_world("vae"), VAETrainingConfig)
         return self._finished("vae", lambda folder: train_vae(config, folder, self.device))
 
     def _finished(self, name: str, train: Callable[[Path], float]) -> int:
