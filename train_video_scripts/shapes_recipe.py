@@ -51,8 +51,8 @@ PHASES = (*BASE_PHASES, "ode", "self_forcing", "longsana")
 TINY: dict[str, list[str]] = {
     "text": ["steps=2", "batch=4", "test_captions=4"],
     "vae": [
-        "steps=[1,1]", "clips=[4,1]", "frames=[1,5]", "heights=[32,32]", "widths=[32,32]", "statistics_clips=1",
-        "test_clips=1", "test_frames=5",
+        "steps=[1,1]", "clips=[4,1]", "frames=[1,5]", "heights=[32,32]", "widths=[32,32]", "pool=[8,2]",
+        "statistics_clips=1", "test_clips=1", "test_frames=5",
     ],
     "stage": [
         "train.max_iters=2", "train.log_iters=2", "train.batch_size=1", "train.mixed_precision=false",

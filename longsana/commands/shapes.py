@@ -40,6 +40,7 @@ log = logging.getLogger("longsana")
 
 CONFIGS = "configs/sana_video_config/longsana/shapes"
 NETWORKS = ("base", "ode", "self_forcing", "longsana")
+VAES: dict[WorldName, str] = {"shapes": "vae.yaml", "remembered_shapes": "vae_remembered.yaml"}
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
 TRUTH = "ground truth through the VAE"
 
@@ -145,11 +146,11 @@ def train_text(request: Request) -> None:
 
 
 def train_vae(request: Request) -> None:
-    """Train the VAE."""
+    """Train the VAE, by the config of its world."""
     from longsana.shapes import train_vae
 
     config = load_config(
-        locate(request.config_path or f"{CONFIGS}/vae.yaml", "--config_path"),
+        locate(request.config_path or f"{CONFIGS}/{VAES[request.world]}", "--config_path"),
         [f"world={request.world}", *request.settings],
         train_vae.VAETrainingConfig,
     )

@@ -73,7 +73,9 @@ def what_is(path: Path, remedy: str = "name the file") -> Weights:
         return Weights("checkpoint", path)
     if checkpoints := checkpoints_in(path):
         newest = next((folder for folder in checkpoints if _looks_whole(folder)), checkpoints[0])
-        raise InputError(f"{path}: a run; name one of its checkpoints (there: {len(checkpoints)}), such as {newest}, the newest")
+        raise InputError(
+            f"{path}: a run; name one of its checkpoints (there: {len(checkpoints)}), such as {newest}, the newest"
+        )
     if (path / PIPELINE_PART).is_dir():
         return what_is(path / PIPELINE_PART, remedy)
     for name in (DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS):

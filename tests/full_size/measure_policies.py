@@ -3,9 +3,10 @@
     python tests/full_size/measure_policies.py --out output/policies
 
 Videos of held-out prompts, 300 seconds each, of which the first 60 are scored apart. A policy's figures are written to
-OUT when it is done, and a table of all so far: stopped at any moment, the same command goes on. With --minutes it
-begins no policy that would take longer than is left. Frames a second on two cores are for `--speed`, which needs no
-GPU. On a laptop: `--prompts 2 --seconds 5`.
+OUT when it is done, and a table of all so far: stopped at any moment, the same command goes on, and where all figures
+are there (asset/policies has them) it makes table and plot alone. Several at once share a GPU, each with policies of
+its own (--only). With --minutes it begins no policy that would take longer than is left. Frames a second on two cores
+are for `--speed`, which needs no GPU. On a laptop: `--prompts 2 --seconds 5`.
 
 Exit status: 0 all policies are there, 2 bad input, 3 the time was up before.
 """
@@ -92,6 +93,8 @@ POLICIES = (
     Policy("window 4", (window(4),)),
 )
 """Those that decide most first."""
+PLOTTED = ("everything", "everything, no absorbing pass", "decay 0.85 a chunk", "window 2", "decay 0.5 a chunk")
+"""Lines of the plot that can be told apart."""
 
 
 def sampler(policy: Policy) -> InferenceConfig:
@@ -104,6 +107,7 @@ def sampler(policy: Policy) -> InferenceConfig:
 def measure(options: argparse.Namespace, device: torch.device) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     texts = prompts(0, options.prompts, held_out=True)
+    write_table(options.out)
     started, longest = time.perf_counter(), 0.0
     for policy in options.policies:
         path = options.out / policy.file
@@ -172,7 +176,8 @@ def write_table(out: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         log.info("no plot: matplotlib is not installed")
         return
-    plot({name: score["curves"] for name, score in scores.items()}, out / "plot.png")
+    plotted = [name for name in scores if name in PLOTTED or len(scores) <= len(PLOTTED)]
+    plot({name: scores[name]["curves"] for name in plotted}, out / "plot.png", every=20, least=0.6)
 
 
 def shown(value: Sequence[float | None], *, percent: bool = False) -> str:
