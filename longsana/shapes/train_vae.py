@@ -171,7 +171,7 @@ def _losses(
 
 
 def _objects(pictures: Tensor) -> Tensor:
-    """Where shapes are, and two pixels around them: 1 of pictures (B, 3, F, H, W), else 0; (B, 1, F, H, W)."""
+    """Mask shapes and two pixels around them: 1 of pictures (B, 3, F, H, W), else 0; (B, 1, F, H, W)."""
     ground = pictures[..., ::4, ::4].flatten(2).median(dim=2).values  # shapes cover less than half
     differs = (pictures - ground[..., None, None, None]).abs().amax(1, keepdim=True) > DIFFERS
     return F.max_pool3d(differs.float(), (1, 5, 5), stride=1, padding=(0, 2, 2))
@@ -250,7 +250,7 @@ class _Recorded:
 
 
 class _Clips:
-    """What the steps of a phase learn from: clips of their own, or some of the phase's pool."""
+    """Clips that the steps of a phase learn from: clips of their own, or some of the phase's pool."""
 
     def __init__(self, config: VAETrainingConfig, phase: int, device: torch.device) -> None:
         self._config, self._device = config, device
