@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from longsana.config import VAEConfig
 from longsana.encoders.vae import WanVAE, decode_clip, encode_clip
 from longsana.encoders.vae_files import Model, new_model, save_model
 from longsana.flow.noise import keyed_generator
+from longsana.runtime.graphs import Recording
 from longsana.shapes.rate import warm_cosine
 from longsana.shapes.remembered import WORLDS, WorldName
 from longsana.shapes.scenes import render
@@ -89,25 +90,16 @@ def train_vae(config: VAETrainingConfig, folder: Path, device: torch.device) -> 
     with torch.no_grad():
         torch._foreach_copy_(working, weights)
 
-    def differentiate(pictures: Tensor, noise: Tensor) -> list[Any]:
-        error, divergence = _losses(network, pictures, noise, config.object_weight, config.edge_weight)
-        # Single frames use no temporal strides.
-        gradients = torch.autograd.grad(error + config.kl_weight * divergence, working, allow_unused=True)
-        own = [None if gradient is None else gradient.float() for gradient in gradients]
-        return [error.detach(), divergence.detach(), *own]
-
-    replays = device.type == "cuda" and config.cuda_graphs
     phase_of = [phase for phase, count in enumerate(config.steps) for _ in range(count)]
     phase, started = -1, time.perf_counter()
     for step in snapshot.steps(total, save_at=tuple(itertools.accumulate(config.steps))):
         if phase_of[step] != phase:
             phase = phase_of[step]
-            draw = _Clips(config, phase, device)
-            run: Callable[..., list[Any]] = _Recorded(differentiate) if replays else differentiate
+            draw, differentiate = _Clips(config, phase, device), _Gradients(network, config, replays(config, device))
         pictures = draw(step)
         rng = keyed_generator(config.seed, step, "vae", device=device)
         noise = torch.randn(_latents(network, pictures), generator=rng, dtype=torch.float32, device=device)
-        error, divergence, *gradients = run(pictures, noise)
+        error, divergence, gradients = differentiate(pictures, noise)
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -218,35 +210,36 @@ def _norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
     return F.silu(normal).to(x.dtype)
 
 
-class _Recorded:
-    """A function of tensors that is recorded as a CUDA graph after WARM_UP calls, and replayed from then on.
+def replays(config: VAETrainingConfig, device: torch.device) -> bool:
+    """Tell whether steps are recorded and replayed."""
+    return device.type == "cuda" and config.cuda_graphs
 
-    Shapes must not change. What it returns is overwritten by the next call.
-    """
 
-    def __init__(self, function: Callable[..., list[Any]]) -> None:
-        self._function, self._calls = function, 0
-        self._stream = torch.cuda.Stream()
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: Sequence[Tensor] = ()
-        self._outputs: list[Any] = []
+class _Gradients:
+    """Gradients of a phase's steps, whose shapes never change. recorded: as a CUDA graph."""
 
-    def __call__(self, *inputs: Tensor) -> list[Any]:
-        self._calls += 1
-        if self._calls <= WARM_UP:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                outputs = self._function(*inputs)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return outputs
-        if self._graph is None:
-            self._inputs = [tensor.clone() for tensor in inputs]
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):
-                self._outputs = self._function(*self._inputs)
-        torch._foreach_copy_(list(self._inputs), list(inputs))
-        self._graph.replay()
-        return self._outputs
+    def __init__(self, network: Model, config: VAETrainingConfig, recorded: bool) -> None:
+        self._network, self._config, self._recorded = network, config, recorded
+        self._weights = list(network.parameters())
+        self._learned = [True] * len(self._weights)
+        self._recording: Recording | None = None
+
+    def __call__(self, pictures: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Error, divergence, and the gradient of each weight, float32; None of one that pictures do not use."""
+        inputs = [pictures, noise]
+        if self._recorded and self._recording is None:
+            self._recording = Recording(self._differentiate, inputs, warm_up=self._differentiate, warm_ups=WARM_UP)
+        made = self._differentiate(*inputs) if self._recording is None else self._recording.replay(inputs)
+        error, divergence, *found = made
+        gradients = iter(found)
+        return error, divergence, [next(gradients) if learned else None for learned in self._learned]
+
+    def _differentiate(self, pictures: Tensor, noise: Tensor) -> list[Tensor]:
+        config = self._config
+        error, divergence = _losses(self._network, pictures, noise, config.object_weight, config.edge_weight)
+        gradients = torch.autograd.grad(error + config.kl_weight * divergence, self._weights, allow_unused=True)
+        self._learned = [gradient is not None for gradient in gradients]  # single frames use no temporal strides
+        return [error.detach(), divergence.detach(), *(part.float() for part in gradients if part is not None)]
 
 
 class _Clips:

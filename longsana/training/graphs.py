@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from longsana.chunks import ChunkPlan
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import Text, TextEmbedding
-from longsana.sampling.graphs import Recording, state_of, tensors_of
+from longsana.runtime.graphs import Recording
+from longsana.sampling.graphs import state_of, tensors_of
 from longsana.state import CausalState
 from longsana.training.parallel import wrap_blocks
 
