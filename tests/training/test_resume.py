@@ -35,9 +35,7 @@ STAGES: dict[str, tuple[str, list[str], int]] = {
     "longsana": ("longsana", [], 7),
     "past": ("longsana", ["model.state_decay=learned", "model.num_sink_blocks=1"], 7),
 }
-EVERY_DAY = [
-    pytest.param(name, marks=() if name in ("base", "longsana", "past") else pytest.mark.slow) for name in STAGES
-]
+EVERY_DAY = [pytest.param(name, marks=() if name in ("base", "longsana") else pytest.mark.slow) for name in STAGES]
 """One that trains one network, and of those that train two the one whose streams hold the most."""
 
 
@@ -141,7 +139,11 @@ def test_the_runs_differ_where_they_should(stage_config, run, tmp_path):
         pytest.param("base", ["train.sharding_strategy=no_shard"], marks=pytest.mark.slow),
         pytest.param("causal", ["train.sharding_strategy=hybrid_zero2"], marks=pytest.mark.slow),
         pytest.param("ode", [], marks=pytest.mark.slow),
-        ("self_forcing", ["train.mixed_precision=true", "train.gradient_checkpointing=true"]),
+        pytest.param(
+            "self_forcing",
+            ["train.mixed_precision=true", "train.gradient_checkpointing=true"],
+            marks=pytest.mark.slow,  # LongSANA, below, has its networks and losses
+        ),
         ("longsana", []),
         pytest.param("past", [], marks=pytest.mark.slow),
     ],
