@@ -90,6 +90,17 @@ def test_it_goes_on_where_it_was(
     assert "choose another --out" in capsys.readouterr().err
 
 
+def test_processes_share_the_policies(script: ModuleType, measured: Path, tmp_path: Path) -> None:
+    """What one has measured two find there; a fault of one is the command's."""
+    shutil.copytree(measured, tmp_path / "out")
+    (tmp_path / "out/table.md").unlink()
+    again = [str(tmp_path / "out") if word == str(measured) else word for word in arguments(measured)]
+    assert script.main([*again, "--only", *NAMES, "--processes", "2"]) == 0
+    assert (tmp_path / "out/table.md").exists()
+    other = [*again, "--prompts", "2"]
+    assert script.main([*other, "--only", *NAMES, "--processes", "2"]) == 2
+
+
 def test_speed_is_added_to_the_table(script: ModuleType, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "measure_speed", lambda config, text, seconds, absorbs=True: 12.5)
     assert script.main([*arguments(measured), "--speed", "--only", NAMES[0]]) == 0
