@@ -5,8 +5,8 @@
 Videos of held-out prompts, 300 seconds each, of which the first 60 are scored apart. A policy's figures are written to
 OUT when it is done, and a table of all so far: stopped at any moment, the same command goes on, and where all figures
 are there (asset/policies has them) it makes table and plot alone. With --processes 4 as many share a GPU, each with
-policies of its own. With --minutes it begins no policy that would take longer than is left. Frames a second on two cores
-are for `--speed`, which needs no GPU. On a laptop: `--prompts 2 --seconds 5`.
+policies of its own. With --minutes it begins no policy that would take longer than is left. Frames a second on two
+cores are for `--speed`, which needs no GPU. On a laptop: `--prompts 2 --seconds 5`.
 
 Exit status: 0 all policies are there, 2 bad input, 3 the time was up before.
 """
