@@ -1,0 +1,130 @@
+"""The last chunks of a video, from which its past is made again where its prompt changes.
+
+A state is a sum, which forgets nothing that was said under another prompt. What can be taken out of it again is what
+was kept beside it: the state from before, and the clean latents to absorb (see `longsana.data.story.Change`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longsana.data.story import Change
+from longsana.state import CausalState
+
+
+class Absorb(Protocol):
+    """Absorbs clean latents (B, C, T, H, W) under the prompt to come; returns the state after them."""
+
+    def __call__(self, x0: Tensor, *, state: CausalState | None) -> CausalState: ...
+
+
+class Recent:
+    """The last chunks of a video, as many as its changes reach back, and the state before each if one recaches.
+
+    Its memory is allocated with the first chunk and never grows; without a change that reaches back it is none.
+
+    changes: the chunk before which each happens.
+    frames: latent frames of the longest chunk.
+    """
+
+    def __init__(self, changes: Mapping[int, Change], frames: int) -> None:
+        self.changes = {chunk: change for chunk, change in changes.items() if change.kind != "keep"}
+        self._frames = frames
+        self._length = max((change.chunks for change in self.changes.values()), default=0)
+        self._with_states = any(change.kind == "recache" for change in self.changes.values())
+        self._held: deque[_Held] = deque()
+        self._spare: list[_Held] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held beside the video's own state: of K or W latents, and K states."""
+        return sum(held.nbytes for held in (*self._held, *self._spare))
+
+    def begin(self, chunk: int, state: CausalState | None, absorb: Absorb) -> CausalState | None:
+        """Return the state that a chunk begins with: the one after the last chunk, or what a change makes of it."""
+        change = self.changes.get(chunk)
+        if change is None or state is None:
+            return state
+        if change.kind == "cut":
+            self._forget(len(self._held))
+            return emptied(state, state.frames)
+        again = list(self._held)[-change.chunks :]
+        assert again, f"{change}: no chunk of this video is held yet"
+        if change.kind == "rebuild":
+            self._forget(len(self._held) - len(again))  # what an empty state has not absorbed is no past of it
+            state = emptied(state, again[0].start)
+        else:
+            state = again[0].before
+        for held in again:
+            assert state is not None
+            held.keep_state(state)
+            state = absorb(held.latents, state=state)
+        return state
+
+    def keep(self, x0: Tensor, before: CausalState | None, after: CausalState) -> CausalState:
+        """Hold a chunk, in place of the oldest: its clean latents x0 (B, C, T, H, W) and the state before it.
+
+        Returns the state after it, as it is.
+        """
+        if not self._length:
+            return after
+        if not self._held and not self._spare:
+            size = (*x0.shape[:2], self._frames, *x0.shape[3:])
+            self._spare = [_Held.empty(x0, size, after if self._with_states else None) for _ in range(self._length)]
+        held = self._spare.pop() if self._spare else self._held.popleft()
+        start = after.frames - x0.shape[2]
+        held.keep_latents(x0, start)
+        held.keep_state(emptied(after, start) if before is None else before)
+        self._held.append(held)
+        return after
+
+    def _forget(self, oldest: int) -> None:
+        self._spare += [self._held.popleft() for _ in range(oldest)]
+
+
+def emptied(state: CausalState, frames: int) -> CausalState:
+    """A state without a past, with the shapes of `state`, whose next frame is `frames`."""
+    kv, k_sum, tail = map(torch.zeros_like, state[:3])
+    return CausalState(kv, k_sum, tail, frames)
+
+
+@dataclass
+class _Held:
+    """A place for one chunk: its latents in a flat buffer, of their shape `shape`, and the state before it."""
+
+    buffer: Tensor
+    shape: tuple[int, ...]
+    before: CausalState | None
+    start: int = 0
+
+    @classmethod
+    def empty(cls, like: Tensor, shape: tuple[int, ...], state: CausalState | None) -> _Held:
+        """A place for latents like `like` of at most this shape, and for a state like `state`, if there is one."""
+        room = torch.Size(shape).numel()
+        return cls(like.new_empty(room), shape, None if state is None else emptied(state, 0))
+
+    @property
+    def latents(self) -> Tensor:
+        return self.buffer[: torch.Size(self.shape).numel()].view(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.nbytes + (0 if self.before is None else self.before.nbytes)
+
+    def keep_latents(self, x0: Tensor, start: int) -> None:
+        self.shape, self.start = tuple(x0.shape), start
+        self.latents.copy_(x0)
+
+    def keep_state(self, state: CausalState) -> None:
+        """Copy a state, if it has a place here and is not the one that lies here already."""
+        if self.before is None or state is self.before:
+            return
+        for place, values in zip(self.before[:3], state[:3], strict=True):
+            place.copy_(values)
+        self.before = self.before._replace(frames=state.frames, sinks=state.sinks)
