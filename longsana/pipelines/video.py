@@ -793,7 +793,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     ) -> tuple[Placed, ...]:
         """Place the parts of a prompt; InputError where they do not fit."""
         try:
-            change = Change.parse(prompt_change or "keep")
+            change = Change.parse("keep" if prompt_change is None else prompt_change)
         except InputError as error:
             raise InputError(f"prompt_change: {error}") from error
         try:
