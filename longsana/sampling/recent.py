@@ -17,6 +17,10 @@ from torch import Tensor
 from longsana.data.story import Change
 from longsana.state import CausalState
 
+NAME = "recent_"
+"""The beginning of the names of what is held, in checkpoints."""
+STATE = CausalState._fields[:3]
+
 
 class Absorb(Protocol):
     """Absorbs clean latents (B, C, T, H, W) under the prompt to come; returns the state after them."""
@@ -72,17 +76,43 @@ class Recent:
 
         Returns the state after it, as it is.
         """
-        if not self._length:
-            return after
+        if self._length:
+            start = after.frames - x0.shape[2]
+            self._hold(x0, start, (before or emptied(after, start)) if self._with_states else None)
+        return after
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is held, by name, the oldest chunk first; `take` takes it back. Numbers are scalars, on the CPU."""
+        found: dict[str, Tensor] = {}
+        for number, held in enumerate(self._held):
+            own, numbers = {"x0": held.latents}, {"start": held.start}
+            if held.before is not None:
+                own |= dict(zip(STATE, held.before[:3], strict=True))
+                numbers["sinks"] = held.before.sinks
+            own |= {name: torch.tensor(value, dtype=torch.int64, device="cpu") for name, value in numbers.items()}
+            found |= {f"{NAME}{number:03d}_{name}": tensor for name, tensor in own.items()}
+        return found
+
+    def take(self, tensors: Mapping[str, Tensor], device: torch.device | str) -> None:
+        """Hold what `tensors` gave, of the same shapes, on a device; others that it holds beside them are not read."""
+        count = sum(name.startswith(NAME) and name.endswith("_x0") for name in tensors) if self._length else 0
+        for number in range(count):
+            own = {name: tensors[f"{NAME}{number:03d}_{name}"] for name in ("x0", "start")}
+            before, start = None, int(own["start"])
+            if self._with_states:
+                kv, k_sum, tail = (tensors[f"{NAME}{number:03d}_{name}"].to(device) for name in STATE)
+                before = CausalState(kv, k_sum, tail, start, int(tensors[f"{NAME}{number:03d}_sinks"]))
+            self._hold(own["x0"].to(device), start, before)
+
+    def _hold(self, x0: Tensor, start: int, before: CausalState | None) -> None:
         if not self._held and not self._spare:
             size = (*x0.shape[:2], self._frames, *x0.shape[3:])
-            self._spare = [_Held.empty(x0, size, after if self._with_states else None) for _ in range(self._length)]
+            self._spare = [_Held.empty(x0, size, before) for _ in range(self._length)]
         held = self._spare.pop() if self._spare else self._held.popleft()
-        start = after.frames - x0.shape[2]
         held.keep_latents(x0, start)
-        held.keep_state(emptied(after, start) if before is None else before)
+        if before is not None:
+            held.keep_state(before)
         self._held.append(held)
-        return after
 
     def _forget(self, oldest: int) -> None:
         self._spare += [self._held.popleft() for _ in range(oldest)]
