@@ -82,7 +82,7 @@ class Recent:
         return after
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is held, by name, the oldest chunk first; `take` takes it back. Numbers are scalars, on the CPU."""
+        """Name what is held, the oldest chunk first, for `take`. Numbers are scalars, on the CPU."""
         found: dict[str, Tensor] = {}
         for number, held in enumerate(self._held):
             own, numbers = {"x0": held.latents}, {"start": held.start}

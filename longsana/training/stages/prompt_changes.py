@@ -61,7 +61,7 @@ class PromptChanges:
         return torch.randint(self._count, (batch,), generator=rng, dtype=torch.int64, device="cpu").tolist()
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str:
-        """Say what a saved stream lacks to change its prompt as this run's do, or nothing."""
+        """Say what a saved stream, of tensors of any shape by name, lacks to change its prompt as this run's do."""
         if not self._probability or not self.change.chunks:
             return ""
         needed = "recent_000_kv" if self.change.kind == "recache" else "recent_000_x0"
