@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import imageio.v3 as iio
 import pytest
 import torch
 
@@ -88,6 +89,15 @@ def test_figures_of_each_and_a_table(script: ModuleType, measured: Path) -> None
     columns = [cell.strip() for cell in header.strip("|").split("|")]
     assert columns == ["change", *script.ASPECTS, script.SHARED, "persistence", "seam index", "stories"]
     assert [line.strip("| ").split(" ")[0] for line in lines] == ["keep", "cut"]
+
+
+def test_strips_are_one_picture_an_aspect(script: ModuleType, tmp_path: Path) -> None:
+    """Rows of six frames of 96 x 160, with a rim, around the change of 97 pictures at the 49th."""
+    assert script.main([*arguments(tmp_path, changes=1), "--chunk_frames", "4", "--only", *NAMES, "--strips"]) == 0
+    (path,) = tmp_path.iterdir()
+    assert path.name == "strips_colour.png"
+    height, width = iio.imread(path).shape[:2]
+    assert (height, width) == (2 * 100, 6 * 164)
 
 
 def test_it_goes_on_where_it_was(

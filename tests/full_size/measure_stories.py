@@ -11,7 +11,8 @@ the picture at the joint against that within chunks (seam index, 1 is seamless; 
 
 A policy's figures are written to OUT when it is done, and a table of all so far: stopped at any moment, the same
 command goes on. With --minutes it begins no policy that would take longer than is left. On a laptop:
-`--changes 4 --seeds 0 --chunk_frames 4`.
+`--changes 4 --seeds 0 --chunk_frames 4`. `--strips` makes pictures instead: for each of the first stories, at most one
+an aspect, OUT/strips_ASPECT.png with the frames around the change, a policy a row.
 
 Exit status: 0 all policies are there, 2 bad input, 3 the time was up before.
 """
@@ -45,15 +46,15 @@ from torch import Tensor
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
 from longsana.evaluation.measures import measure_pieces, seam_index
-from longsana.evaluation.report import table
+from longsana.evaluation.report import load_matplotlib, table
 from longsana.inference.sidecar import commit, told_parts
 from longsana.runtime.commandline import Parser, run_command
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text
+from longsana.runtime.files import atomic_write_text, whole_file
 from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.engine import CaptionedNetwork, Engine
-from longsana.shapes.scenes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SPEEDS, Actor, describe, draw_scene
+from longsana.shapes.scenes import BACKGROUNDS, COLOURS, FPS, KINDS, MOTIONS, SPEEDS, Actor, describe, draw_scene
 from longsana.shapes.scenes import parse_caption as promise_of
 from longsana.shapes.sight import Seen, observe
 from longsana.shapes.verifier import judge
@@ -147,7 +148,7 @@ class Films:
     """Videos of stories, whose captions are encoded and whose model is loaded, under one policy after another."""
 
     def __init__(self, told: Sequence[Story], chunk_frames: int, device: torch.device) -> None:
-        self._told, self._chunk_frames, self._device = told, chunk_frames, device
+        self.told, self._chunk_frames, self._device = told, chunk_frames, device
         engine = self.engine(POLICIES[0])
         size = engine.config.sampling.height, engine.config.sampling.width
         self.prompts = [
@@ -186,7 +187,7 @@ class Films:
             looks = measure_pieces(self.sample(engine, some, seed), self._device, look)
             seam = seam_index(looks.change, [told["frame"]], stride).tolist()
             after = since(Seen.join(seen), told["frame"])
-            found = figures_of(after, self._told[some], stride * self._chunk_frames)
+            found = figures_of(after, self.told[some], stride * self._chunk_frames)
             scored += [figures | {"seam index": joint} for figures, joint in zip(found, seam, strict=True)]
         return scored
 
@@ -257,6 +258,29 @@ def measure(options: argparse.Namespace, device: torch.device) -> int:
     return 0
 
 
+def write_strips(options: argparse.Namespace, device: torch.device) -> int:
+    """Write a picture for each of the first stories: rows of the frames a second before the change until the end."""
+    load_matplotlib()
+    from matplotlib import pyplot
+
+    films = Films(stories(min(options.changes, len(ASPECTS))), options.chunk_frames, device)
+    rows: dict[str, list[Tensor]] = {story.aspect: [] for story in films.told}
+    for policy in options.policies:
+        engine = films.engine(policy)
+        video = torch.cat(list(films.sample(engine, slice(None), options.seeds[0])), dim=1)
+        change = told_parts(engine.config, films.prompts[0])[1]["frame"]
+        columns = [change - FPS, change - 1, change, *range(change + FPS // 2, video.shape[1], FPS)]
+        for story, pictures in zip(films.told, video[:, columns], strict=True):
+            rows[story.aspect].append(torch.nn.functional.pad(pictures, (0, 0, 2, 2, 2, 2), value=255))
+    for story in films.told:
+        picture = torch.stack(rows[story.aspect]).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
+        path = options.out / f"strips_{story.aspect}.png"
+        with whole_file(path) as unfinished:
+            pyplot.imsave(unfinished, picture.numpy(), format="png")
+        log.info("%s: %s; rows: %s", path, f"{story.first} | {story.second}", ", ".join(map(str, options.only or ())))
+    return 0
+
+
 def write_table(out: Path) -> None:
     """Write table.md of all that has been measured, the three chunks of a figure in one cell, in percent."""
     paths = {policy.name: out / policy.file for policy in POLICIES}
@@ -285,6 +309,7 @@ def prepare(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--chunk_frames", type=int, default=10, help="latent frames of a chunk (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="videos at a time (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="begin no policy that would end later (default: no limit)")
+    parser.add_argument("--strips", action="store_true", help="pictures of the first stories, and nothing else")
     parser.add_argument("--only", nargs="+", metavar="POLICY", help="these, by name (default: all)")
     options: Any = parser.parse_args(arguments)
     known = {policy.name: policy for policy in POLICIES}
@@ -300,7 +325,7 @@ def prepare(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     def run(options: argparse.Namespace, world: World) -> int:
-        return measure(options, world.device())
+        return (write_strips if options.strips else measure)(options, world.device())
 
     return run_command(lambda world: prepare(arguments), run, connect=lambda world: None)
 
