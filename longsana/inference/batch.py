@@ -30,6 +30,7 @@ from longsana.inference.sidecar import (
     is_finished,
     resolved_settings,
     source_digests,
+    told_parts,
     versions,
     video_name,
 )
@@ -115,9 +116,10 @@ def _plan_jobs(
     """The videos that are not in the folder yet, whatever their name there."""
     jobs = []
     for prompt in prompts:
-        settings = resolved_settings(config, prompt, device)
+        settings, parts = resolved_settings(config, prompt, device), told_parts(config, prompt)
         record = {
             "prompt": prompt.text,
+            "parts": parts,
             "line": prompt.line,
             "repetition": prompt.repetition,
             "seed": settings["sampling"]["seed"],
@@ -125,7 +127,7 @@ def _plan_jobs(
             "height": prompt.height,
             "width": prompt.width,
             "fps": config.sampling.fps,
-            "fingerprint": fingerprint(settings, prompt, digests, meaningless(config)),
+            "fingerprint": fingerprint(settings, prompt, digests, meaningless(config), parts),
             "sha256": digests,
             "config": settings,
         }
@@ -152,10 +154,11 @@ class _Elsewhere(Exception):
 
 
 def batches_of(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """Jobs of one video size and length together, at most `size` at a time."""
+    """Jobs of one video size, length and history of changes together, at most `size` at a time."""
 
-    def extent(job: Job) -> tuple[int, int, int]:
-        return job.prompt.height, job.prompt.width, job.record["frames"]
+    def extent(job: Job) -> tuple[Any, ...]:
+        changes = [(part["chunk"], part["change"]) for part in job.record["parts"] if part["change"] != "keep"]
+        return job.prompt.height, job.prompt.width, job.record["frames"], changes
 
     batches = []
     for _, group in groupby(sorted(jobs, key=extent), key=extent):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
-from longsana.data.prompts import Prompt, parts_per_chunk
+from longsana.data.prompts import Prompt
+from longsana.data.story import Placed, shared_changes
 from longsana.encoders.geometry import geometry
 from longsana.encoders.vae import DecodeCache, VideoVAE, load_vae
 from longsana.flow.noise import Noise, PromptNoise
@@ -30,7 +31,7 @@ from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import to_host
 from longsana.sampling.captions import Caption, stacked
-from longsana.sampling.checks import DISTILLED, DPM, WHOLE_CLIP, blame, check_config, chunk_plan
+from longsana.sampling.checks import DISTILLED, DPM, WHOLE_CLIP, blame, check_config, chunk_plan, placed_parts
 from longsana.sampling.graphs import ReplayedNetwork
 from longsana.sampling.sampler import (
     Chunk,
@@ -42,6 +43,7 @@ from longsana.sampling.sampler import (
     sample_chunks,
     sample_clip,
 )
+from longsana.sampling.transition import Shown, Way, embedding_of, shown_in
 from longsana.weights.build import build_model, resolve_dtype
 
 
@@ -72,6 +74,8 @@ class Videos:
     cfg_scale: of guidance, asked for at each step if it is a function; not used where there is no negative caption.
     recorded: the distilled model's passes are replayed as CUDA graphs (see `ReplayedNetwork`); it is on a GPU.
     null_caption: guidance leads away from the checkpoint's own null caption, and not from the captions' negative ones.
+    parts: of the distilled model, where the parts of each video's prompt begin; their changes of the past are the same.
+    transition_chunks, transition: the captions between two parts; see `shown_in` and `blend`.
     """
 
     method: FlowSchedule | Solver | Staggered
@@ -82,6 +86,9 @@ class Videos:
     cfg_scale: float | Callable[[], float] = 1.0
     recorded: bool = False
     null_caption: bool = False
+    parts: Sequence[Sequence[Placed]] = ()
+    transition_chunks: int = 0
+    transition: Way = "linear"
 
 
 class Frames(NamedTuple):
@@ -168,6 +175,9 @@ class Engine:
             sampling.cfg_scale,
             recorded=sampling.cuda_graphs and self.device.type == "cuda",
             null_caption=sampling.cfg_scale != 1 and sampling.null_caption == "learned",
+            parts=[placed_parts(self.config, prompt) for prompt in prompts],
+            transition_chunks=sampling.transition_chunks,
+            transition=sampling.transition,
         )
 
     def sample(
@@ -247,28 +257,32 @@ def sample_latents(
     clock, method, plan = clock or Clock(videos.device), videos.method, videos.plan
     where: dict[str, Any] = {"shape": videos.shape, "rng": videos.noise, "device": videos.device, "clock": clock}
     if isinstance(method, FlowSchedule):
-        parts = [parts_per_chunk(len(caption.parts), len(plan)) for caption in captions]
+        shown = [shown_in(parts, len(plan), videos.transition_chunks) for parts in videos.parts]
 
         @lru_cache(maxsize=1)  # most videos have one prompt
-        def text(chosen: tuple[int, ...]) -> Text:
+        def text(chosen: tuple[Shown, ...]) -> Text:
             with clock.part("denoise"):
-                shown = [caption.parts[part] for caption, part in zip(captions, chosen, strict=True)]
-                return network.cache_caption(stacked(shown, videos.device))
+                own = [
+                    embedding_of(caption.parts, one, videos.transition)
+                    for caption, one in zip(captions, chosen, strict=True)
+                ]
+                return network.cache_caption(stacked(own, videos.device))
 
         passes: Network = network
         if videos.recorded:
             assert isinstance(network, LongSanaDiT)
             passes = ReplayedNetwork(network)
-        return generate(passes, method, map(text, zip(*parts, strict=True)), plan, on_step=on_step, **where)
+        texts, changes = map(text, zip(*shown, strict=True)), shared_changes(videos.parts)
+        return generate(passes, method, texts, plan, changes=changes, on_step=on_step, **where)
     with clock.part("denoise"):
-        texts = guided_texts(network, captions, videos)
+        guided = guided_texts(network, captions, videos)
     if isinstance(method, Staggered):
         assert on_step is go_on and not callable(videos.cfg_scale)
-        return sample_chunks(network, texts, plan, **method._asdict(), cfg_scale=videos.cfg_scale, **where)
+        return sample_chunks(network, guided, plan, **method._asdict(), cfg_scale=videos.cfg_scale, **where)
     channels, *size = videos.shape
     return sample_clip(
         network,
-        *(texts if len(texts) > 1 else (*texts, None)),
+        *(guided if len(guided) > 1 else (*guided, None)),
         solver=method,
         cfg_scale=videos.cfg_scale,
         noise=videos.noise.draw(0, 0, (channels, plan.frames, *size), videos.device),

@@ -34,6 +34,7 @@ STAGES: dict[str, tuple[str, list[str], int]] = {
     "self_forcing": ("self_forcing", [], 7),
     "longsana": ("longsana", [], 7),
     "past": ("longsana", ["model.state_decay=learned", "model.num_sink_blocks=1"], 7),
+    "changing": ("longsana", ["streaming.prompt_change_prob=0.7", "streaming.prompt_change=recache=2"], 7),
 }
 EVERY_DAY = [pytest.param(name, marks=() if name in ("base", "longsana") else pytest.mark.slow) for name in STAGES]
 """One that trains one network, and of those that train two the one whose streams hold the most."""
@@ -146,6 +147,7 @@ def test_the_runs_differ_where_they_should(stage_config, run, tmp_path):
         ),
         ("longsana", []),
         pytest.param("past", [], marks=pytest.mark.slow),
+        pytest.param("changing", [], marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_do_what_one_does_in_two_steps(stage_config, run, tmp_path, name, overrides):
