@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise, repeat
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan, DPMSolverMultistepScheduler, SchedulerMixin
@@ -31,7 +32,7 @@ from longsana.flow.schedule import TIMESTEPS, FlowSchedule, uniform_sigmas
 from longsana.flow.solvers import DPMSolver, Euler, Solver
 from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
 from longsana.pipelines import transformer as networks
-from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, PARTS, Numbers, check_finite, refuse_ignored
+from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, PARTS, refuse_ignored
 from longsana.pipelines.files import check_repository, folder_of
 from longsana.pipelines.noise import batch_noise, check_generator, check_noise, take_seed
 from longsana.pipelines.pictures import as_output, joined
@@ -43,12 +44,20 @@ from longsana.pipelines.transformer import (
     onload,
     uncompiled,
 )
-from longsana.runtime.arguments import TEXT, Flag, Several, Whole, checked
+from longsana.runtime.arguments import OneOf, Whole, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite, to_host
 from longsana.sampling.captions import Caption, stacked
-from longsana.sampling.engine import Videos, decode, sample_latents
+from longsana.sampling.continuation import (
+    Continuation,
+    Memory,
+    latest,
+    mark_of,
+    restored,
+    vae_mark_of,
+)
+from longsana.sampling.engine import Videos, decode, sample_latents, stretches
 from longsana.sampling.sampler import generate
 from longsana.state import CausalState
 from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS
@@ -99,51 +108,11 @@ class LongSanaVideoOutput(BaseOutput):
     frames: Any
 
 
-class StreamState(NamedTuple):
-    """The state of a video: all that it needs to go on, of a size that does not depend on its length.
-
-    network: what the transformer remembers.
-    decoder: what the decoder remembers; None after latents that were not decoded.
-    seed: of the video's noise.
-    prompt: of its last chunk.
-    size: height and width in pixels.
-    """
-
-    network: CausalState
-    decoder: DecodeCache | None
-    seed: int
-    prompt: str
-    size: tuple[int, int]
-
-    def settled(self) -> StreamState:
-        """Look at the values of a state; it comes back with whole numbers where they were whole floats.
-
-        Raises:
-            InputError: one is another; the message begins with "state".
-        """
-        network, decoder = self.network, self.decoder
-        if not isinstance(network, CausalState):
-            raise InputError(f"state: its network is a {type(network).__name__}; must be a CausalState")
-        network = network.settled("state")
-        if decoder is not None:
-            if not isinstance(decoder, DecodeCache) or not isinstance(decoder.features, tuple) or not decoder.features:
-                raise InputError(f"state: its decoder is a {type(decoder).__name__}; must be a DecodeCache, or None")
-            for number, part in enumerate(decoder.features):
-                Numbers().settle(f"state: decoder {number}", part)
-            latents = Whole(0).settle("state: latents of its decoder", decoder.latents)
-            decoder = decoder._replace(latents=latents, ended=Flag().settle("state: end of its decoder", decoder.ended))
-            check_finite("state", {f"decoder {number}": part for number, part in enumerate(decoder.features)})
-        seed = Whole(-(2**63), 2**64 - 1).settle("state: its seed", self.seed)
-        check_words(TEXT.settle("state: its prompt", self.prompt), "state: its prompt")
-        height, width = Several(ARGUMENTS["height"], 2).settle("state: its size", self.size)
-        return StreamState(network, decoder, seed, self.prompt, (height, width))
-
-
 @dataclass
 class LongSanaVideoChunk(LongSanaVideoOutput):
     """A finished stretch of a video, and the state to go on after it."""
 
-    state: StreamState
+    state: Continuation
 
 
 class Interrupted(Exception):
@@ -415,7 +384,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             require_finite("video", {"latents": result})
         else:
             onload(self.vae)
-            result, _ = self._pictures(self._vae(latents_per_call), finished, None, chunk_frames, output_type)
+            result, *_ = self._pictures(self._vae(latents_per_call), finished, None, chunk_frames, output_type)
         self.maybe_free_model_hooks()
         return LongSanaVideoOutput(result) if return_dict else (result,)
 
@@ -424,7 +393,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self,
         prompt: str | Iterable[str] | None = None,
         num_frames: int | None = None,
-        state: StreamState | LongSanaVideoChunk | None = None,
+        state: Continuation | LongSanaVideoChunk | str | Path | None = None,
         *,
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
@@ -446,8 +415,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             prompt: a text; or one for each chunk, taken as it begins, of which the last one stays. None goes on with
                 that of the state. A chunk's noise is a function of the seed and its own prompt.
             num_frames: as there; after a state, how many more, 4 n (Wan) or 8 n (LTX-2). None never ends.
-            state: of the chunk (or the chunk itself) after which the video goes on, with its size, and its seed if no
-                generator is given.
+            state: of the chunk (or the chunk itself, or a file of it) after which the video goes on, with its size, and
+                its seed if no generator is given.
 
         The others are those of `__call__`. `interrupt` ends it without the chunk in progress.
 
@@ -465,7 +434,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             raise InputError("stream: the base model makes whole clips; use the pipeline itself, or a distilled model")
         if isinstance(state, LongSanaVideoChunk):
             state = state.state
-        if state is not None and not isinstance(state, StreamState):
+        if isinstance(state, str | Path):
+            state = Continuation.load(state, self._execution_device)
+        if state is not None and not isinstance(state, Continuation):
             raise InputError(f"state: a {type(state).__name__}; must be a chunk of a stream, or its state")
         state = None if state is None else state.settled()
         size = self._size(height, width) if state is None else state.size
@@ -527,7 +498,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         schedule: FlowSchedule,
         size: tuple[int, int],
         seed: int,
-        state: StreamState | None,
+        state: Continuation | None,
         output_type: str,
         motion_score: int | None,
         chunk_frames: int,
@@ -535,8 +506,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     ) -> Iterator[LongSanaVideoChunk]:
         """opening: the first prompt's embedding, where that is known already."""
         shape = (self.geometry.channels, *self.geometry.latent_size(*size))
-        cache = None if state is None else state.decoder
-        memory = None if state is None else state.network
+        memory: CausalState | None = None
+        cache, last, hidden, count, begun = None, None, 0, 0, ("", 0)
+        if state is not None:
+            memory, cache, last, hidden = state.moment
+            count, begun = state.chunk, (state.prompt, state.repetition)
         current, text, vae = None, None, None
         self._interrupt = False
         try:
@@ -545,13 +519,14 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                     embedded = opening or self._embedded([self._worded(prompt, motion_score)])
                     current, opening = prompt, None
                     text = self._passes.cache_caption(stacked(embedded, self._execution_device))
+                repetition = begun[1] if prompt == begun[0] else 0
                 (chunk,) = generate(
                     self._passes,
                     schedule,
                     [text],
                     ChunkPlan((length,)),
                     shape=shape,
-                    rng=PromptNoise(seed, [(prompt, 0)]),
+                    rng=PromptNoise(seed, [(prompt, repetition)]),
                     device=self._execution_device,
                     state=memory,
                     on_step=_Watch(self, schedule.steps),
@@ -564,10 +539,15 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 else:
                     onload(self.vae)
                     vae = vae or self._vae(latents_per_call)
-                    frames, cache = self._pictures(
-                        vae, [chunk.latents], cache, chunk_frames, output_type, more=following > 0
+                    if cache is None and state is not None:
+                        before = restored(state.moment, vae)
+                        cache, hidden = before.decoder, before.waiting
+                    frames, cache, hidden = self._pictures(
+                        vae, [chunk.latents], cache, chunk_frames, output_type, more=following > 0, hidden=hidden
                     )
-                yield LongSanaVideoChunk(frames, StreamState(memory, cache, seed, prompt, size))
+                last, count = latest(last, chunk.latents), count + 1
+                after = Continuation(memory, cache, seed, prompt, size, last, repetition, count, waiting=hidden)
+                yield LongSanaVideoChunk(frames, after)
         except Interrupted:
             return
         finally:
@@ -575,7 +555,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     @torch.no_grad()
     def _end(
-        self, state: StreamState, cache: DecodeCache, output_type: str, latents_per_call: int
+        self, state: Continuation, cache: DecodeCache, output_type: str, latents_per_call: int
     ) -> Iterator[LongSanaVideoChunk]:
         """Give the frames that wait in a decoder that looks ahead."""
         onload(self.vae)
@@ -583,6 +563,30 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         pictures = to_host(pictures, "end of the video", {"decoded frames": pictures})
         self.maybe_free_model_hooks()
         yield LongSanaVideoChunk(as_output(pictures, output_type), state._replace(decoder=cache))
+
+    @torch.no_grad()
+    def save_state(
+        self, state: Continuation | LongSanaVideoChunk, path: str | Path, memory: Memory = "latents"
+    ) -> None:
+        """Write what a video goes on from to a file, whole or not at all, for `stream` and the batch command.
+
+        Args:
+            state: of a chunk of a stream, or the chunk itself.
+            memory: full keeps all that the decoder remembers, for frames that are the same to the bit; latents keeps
+                the last 12 latents, from which it is rebuilt.
+
+        Raises:
+            InputError: no file can have this path, or the state is none.
+        """
+        state = state.state if isinstance(state, LongSanaVideoChunk) else state
+        if not isinstance(state, Continuation):
+            raise InputError(f"state: a {type(state).__name__}; must be a chunk of a stream, or its state")
+        OneOf(get_args(Memory)).settle("memory", memory)
+        state._replace(marks=self._marks()).save(path, memory)
+
+    def _marks(self) -> tuple[str, str]:
+        """Fingerprints of the transformer and the VAE."""
+        return mark_of(uncompiled(self.transformer).network), vae_mark_of(self._vae(1))
 
     @torch.no_grad()
     @checked(ARGUMENTS)
@@ -696,7 +700,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self.geometry.check_size(height, width, (patch[0], patch[1]))
         return self.geometry.latent_size(height, width)
 
-    def _gone_on_from(self, state: StreamState, output_type: str) -> StreamState:
+    def _gone_on_from(self, state: Continuation, output_type: str) -> Continuation:
         """A state for this output, without a decoder where latents are wanted; InputError if none can go on from it."""
         if state.network.tail.dtype != self.transformer.dtype:
             raise InputError(
@@ -713,10 +717,14 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                     f"state: its {name} has shape {tuple(given.shape)}: this transformer needs {tuple(like.shape)} for "
                     f"{state.size[0]}x{state.size[1]}"
                 )
+        if any(state.marks):
+            state.check_marks(*self._marks(), "state")
         if output_type == "latent":
             return state._replace(decoder=None)
         if state.decoder is None:
-            raise InputError("state: of latents that were not decoded; go on with output_type='latent'")
+            if state.latents is None:
+                raise InputError("state: of latents that were not decoded; go on with output_type='latent'")
+            return state
         if state.decoder.ended:
             raise InputError(
                 "state: its video has ended: this VAE's decoder looks ahead, and took this end for final. Go on from "
@@ -793,16 +801,26 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         output_type: str,
         *,
         more: bool = False,
-    ) -> tuple[Any, DecodeCache | None]:
-        """Stretches of latents, one after another, as `LongSanaVideoOutput` describes. more: of latents to come."""
+        hidden: int = 0,
+    ) -> tuple[Any, DecodeCache | None, int]:
+        """Stretches of latents, one after another, as `LongSanaVideoOutput` describes; the cache; and what of `hidden`
+        is left.
+
+        more: of latents to come. hidden: frames to come first that are not shown.
+        """
         # The batch command's cuts: the first chunk may be long, and the base model's is all of the clip.
-        pieces = [piece for stretch in latents for piece in stretch.split(chunk_frames, dim=2)]
-        stretches = []
+        pieces: list[Tensor] = []
+        start = 0 if cache is None else cache.latents
+        for stretch in latents:
+            pieces += stretches(stretch, start, chunk_frames)
+            start += stretch.shape[2]
+        shown = []
         for index, piece in enumerate(pieces, 1):
             last = index == len(pieces)
             frames, cache = decode(vae, piece, cache, "video", more=more or not last, finish=lambda frames: frames)
-            stretches.append(as_output(frames, output_type))
-        return joined(stretches), cache
+            shown.append(as_output(frames[:, :, hidden:], output_type))
+            hidden = max(hidden - frames.shape[2], 0)
+        return joined(shown), cache, hidden
 
     def _worded(self, text: str, motion_score: int | None) -> str:
         """Return what the text encoder is given for a prompt, or a part of one."""
