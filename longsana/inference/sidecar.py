@@ -8,7 +8,7 @@ import json
 import logging
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,17 @@ def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.dev
 
 
 def fingerprint(
-    settings: Mapping[str, Any], prompt: Prompt, digests: Mapping[str, str], without: Iterable[str] = ()
+    settings: Mapping[str, Any],
+    prompt: Prompt,
+    digests: Mapping[str, str],
+    without: Iterable[str] = (),
+    began: Mapping[str, Any] | None = None,
 ) -> str:
     """SHA-256 of all that decides what a video shows: prompt, seed, settings and weights.
 
     Where the weights lie, where the prompt stands and which prompts are sampled beside it decide nothing.
 
-    without: settings that decide nothing either; see `meaningless`.
+    without: settings that decide nothing either; see `meaningless`. began: what the video goes on from, if anything.
     """
     deciding = {section: dict(values) for section, values in settings.items()}
     for section, key in SOURCES.items():
@@ -69,21 +73,34 @@ def fingerprint(
     for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", *without}:
         section, _, key = setting.partition(".")
         del deciding[section][key]
-    identity = [prompt.text, prompt.repetition, deciding]
+    identity = [prompt.text, prompt.repetition, deciding, *([dict(began)] if began else [])]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def is_finished(video: Path, fingerprint: str) -> bool:
-    """Tell whether the video is there, whole, and the one of this fingerprint."""
+def is_finished(video: Path, fingerprint: str, saved: Sequence[Any] | None = None) -> bool:
+    """Tell whether the video is there, whole, and the one of this fingerprint.
+
+    saved: the states that are wanted beside it, as its sidecar says; None: any or none.
+    """
     try:
         record = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
-        return bool(record["fingerprint"] == fingerprint and record["bytes"] == video.stat().st_size)
+        whole = bool(record["fingerprint"] == fingerprint and record["bytes"] == video.stat().st_size)
+        return whole and _has_states(video, record, saved)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def finished_videos(folder: Path) -> dict[str, str]:
+def _has_states(video: Path, record: Mapping[str, Any], saved: Sequence[Any] | None) -> bool:
+    if saved is None:
+        return True
+    there = record.get("states", [])
+    return record.get("saved") == list(saved) and all((video.parent / name).is_file() for name in there)
+
+
+def finished_videos(folder: Path, saved: Sequence[Any] | None = None) -> dict[str, str]:
     """File names of the complete videos in a folder, and the fingerprint of each.
+
+    saved: see `is_finished`; a video without the states counts as unfinished.
 
     A sidecar that does not fit the video beside it is said; other JSON files are none of inference's.
     """
@@ -100,7 +117,9 @@ def finished_videos(folder: Path) -> dict[str, str]:
             continue
         if not isinstance(record, dict) or not isinstance(record.get("fingerprint"), str):
             continue
-        if size == record.get("bytes"):
+        if size == record.get("bytes") and not _has_states(video, record, saved):
+            log.info("%s: has no such states beside it; it counts as unfinished", video)
+        elif size == record.get("bytes"):
             finished[video.name] = record["fingerprint"]
         else:
             log.info(

@@ -60,6 +60,15 @@ class Moment(NamedTuple):
         latents = None if self.latents is None else self.latents[own]
         return Moment(self.network._replace(**tensors), decoder, latents, self.waiting)
 
+    def to(self, device: torch.device) -> Moment:
+        """The moment on a device."""
+        tensors = {name: getattr(self.network, name).to(device) for name in TENSORS}
+        decoder = self.decoder and self.decoder._replace(
+            features=tuple(part.to(device) for part in self.decoder.features)
+        )
+        latents = None if self.latents is None else self.latents.to(device)
+        return Moment(self.network._replace(**tensors), decoder, latents, self.waiting)
+
     def copies(self, count: int) -> Moment:
         """The memory of so many videos that all go on from this one."""
         if count == 1:
@@ -82,8 +91,8 @@ class Continuation(NamedTuple):
     seed, prompt, repetition: of the video's noise and, the prompt, of its last chunk's caption.
     size: height and width in pixels.
     latents, waiting: see `Moment`.
-    chunk: chunks absorbed so far, of a film too.
-    plan: latent frames of each chunk that the video was to have; empty for a video without an end.
+    chunk: chunks sampled so far under this plan, and after it.
+    plan: latent frames of each chunk that the video was to have; empty where nobody planned.
     marks: fingerprints of the network and the VAE; see `mark_of`. Empty where nobody looked.
     """
 

@@ -1,4 +1,4 @@
-"""Continuation: a video that goes on from a saved state is the uncut one; and files of states are whole, or refused in one line."""
+"""A video that goes on from a saved state is the uncut one; files of states are whole, or refused in one line."""
 
 from __future__ import annotations
 
@@ -331,7 +331,7 @@ def test_the_more_latents_are_kept_the_nearer_the_frames(
     for count in (1, 3, 6, KEPT):
         moment = restored(after._replace(decoder=None, latents=after.latents[:, :, -count:]), parts[1])
         found.append(psnr(*(joined(part)[1] for part in (gone_on(engine, parts, caption, moment, 1), uncut[3:]))))
-    assert found == sorted(found) and found[0] < 50 < found[-1], found
+    assert found == sorted(found) and found[0] < 70 < found[-1], found
 
 
 def test_its_memory_does_not_grow(uncut: list[Frames]) -> None:
