@@ -87,5 +87,7 @@ def _told(path: Path) -> Iterator[None]:
     except (OSError, av.FFmpegError, Image.DecompressionBombError, IndexError, ValueError, SyntaxError) as error:
         if isinstance(error, InputError):
             raise
-        reason = "it shows no video" if isinstance(error, IndexError) else reason_of(error)
+        # imageio looks for the first video of a file that has sound alone.
+        without = isinstance(error.__cause__ or error, IndexError)
+        reason = "it shows no video" if without else reason_of(error)
         raise InputError(f"{path}: cannot be read as a film or a picture ({reason}); give another") from error
