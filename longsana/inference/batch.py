@@ -152,7 +152,7 @@ def _plan_jobs(
             record["saved"] = beginning.saved
         jobs.append(Job(prompt, folder / video_name(prompt), record))
     wanted = {job.path.name: job.record["fingerprint"] for job in jobs}
-    finished = finished_videos(folder, wanted_states(beginning))
+    finished = finished_videos(folder, beginning.saved)
     # A finished video whose name another one is about to take will not be there in the end.
     kept = {mark: name for name, mark in finished.items() if wanted.get(name, mark) == mark}
     for job in jobs:
@@ -276,7 +276,7 @@ class _Share:
         time.sleep(PAUSE)
 
     def _is_finished(self, job: Job) -> bool:
-        return is_finished(job.path, job.record["fingerprint"], wanted_states(self.beginning))
+        return is_finished(job.path, job.record["fingerprint"], self.beginning.saved)
 
     def _is_there(self, job: Job, bar: Any) -> bool:
         """Tell whether another command has made the video since the jobs were planned."""
@@ -340,10 +340,7 @@ class _Share:
             writers = [stack.enter_context(self._writer(job)) for job in batch]
             for job in batch:
                 # A command whose video is there writes the sidecar last: it may be about to.
-                if (
-                    is_finished(job.path, job.record["fingerprint"], wanted_states(self.beginning))
-                    or job.path in self._busy
-                ):
+                if is_finished(job.path, job.record["fingerprint"], self.beginning.saved) or job.path in self._busy:
                     self._busy.discard(job.path)
                     raise _Elsewhere(job)
             prompts, own = [job.prompt for job in batch], [captions[job.path][0] for job in batch]
@@ -425,11 +422,6 @@ class _Share:
         told = isinstance(error, FloatingPointError | InputError | OSError)
         log.error("line %d failed: %s", job.prompt.line, error, exc_info=None if told else error)
         self.failures.append(Failure(job.prompt.line, job.prompt.text, f"{type(error).__name__}: {error}"))
-
-
-def wanted_states(beginning: Beginning) -> list[Any] | None:
-    """What the sidecar of a finished video must say of its states; None where nothing is asked for."""
-    return None if beginning.saves == NONE else beginning.saved
 
 
 def sample_from(

@@ -30,7 +30,7 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Beginning:
-    """What all videos of a command begin from, and what is saved of them to go on from.
+    """Describe what all videos of a command begin from, and what is saved of them to go on from.
 
     path: of the film or the state; None: they begin from nothing. sha256: of that file.
     state: that was saved; its tensors are on the host. film: frames of it that are used.
@@ -58,16 +58,16 @@ class Beginning:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a sidecar says; it is part of a video's fingerprint, but for where the file lies."""
+        """Say, as part of a video's fingerprint, what it begins from; where that lies decides nothing."""
         if self.path is None:
             return {}
         kind = {"film_frames": self.film, "shown": self.shown} if self.state is None else {}
         return {"sha256": self.sha256, **kind}
 
     @property
-    def saved(self) -> list[Any]:
-        """What a sidecar says of the states beside a video."""
-        return [self.saves, self.every]
+    def saved(self) -> list[Any] | None:
+        """Say, for sidecars, which states lie beside a video; None where none are asked for."""
+        return None if self.saves == NONE else [self.saves, self.every]
 
     def wants(self, chunk: int, count: int) -> bool:
         """Tell whether a state is saved after a chunk, from 0, of so many."""

@@ -79,11 +79,13 @@ ARGUMENTS: dict[str, Rule] = {
     "caption_length": Whole(1, MOST_LATENTS),
     "chi_prompt": TEXT,
     "softcap": Flag(),
+    "fps": Number(above=0, most=1000),
+    "new_frames_only": Flag(),
     "num_cached_blocks": Whole(-1, LONGEST),
     "num_sink_blocks": Whole(0, LONGEST),
 }
-"""The rule of each argument that a public method may have. Prompts, generators, states and decays have readers of
-their own."""
+"""The rule of each argument that a public method may have. Prompts, generators, states, films and decays have
+readers of their own."""
 
 
 def check_finite(name: str, values: Mapping[str, Tensor]) -> None:

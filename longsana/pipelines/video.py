@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
@@ -34,6 +34,7 @@ from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
 from longsana.pipelines import transformer as networks
 from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, PARTS, refuse_ignored
 from longsana.pipelines.files import check_repository, folder_of
+from longsana.pipelines.films import Film, FilmLike
 from longsana.pipelines.noise import batch_noise, check_generator, check_noise, take_seed
 from longsana.pipelines.pictures import as_output, joined
 from longsana.pipelines.prompts import given_embeddings, in_turn, negative_texts, one_for_each, parts_of, whole
@@ -52,13 +53,15 @@ from longsana.sampling.captions import Caption, stacked
 from longsana.sampling.continuation import (
     Continuation,
     Memory,
+    Moment,
     latest,
     mark_of,
     restored,
     vae_mark_of,
 )
 from longsana.sampling.engine import Videos, decode, sample_latents, stretches
-from longsana.sampling.sampler import generate
+from longsana.sampling.films import film_latents, frames_used
+from longsana.sampling.sampler import absorb, generate
 from longsana.state import CausalState
 from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS
 
@@ -282,6 +285,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         flow_shift: float | None = None,
         chunk_frames: int = 10,
         latents_per_call: int = 2,
+        video: FilmLike | None = None,
+        fps: float = 16.0,
+        new_frames_only: bool = False,
     ) -> LongSanaVideoOutput | tuple[Any]:
         """Videos of prompts.
 
@@ -308,6 +314,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             flow_shift: 7 (distilled); the scheduler's, or 8 (base).
             chunk_frames: latent frames of a chunk; what remains goes to the first.
             latents_per_call: latent frames decoded together; frames differ by rounding alone.
+            video: a film or picture that the videos go on from (distilled): a file, pictures of PIL, or an array
+                (F, H, W, 3) of uint8. It is fitted to their size, and absorbed under the first part of each prompt.
+                num_frames says then how many more, 4 n (Wan) or 8 n (LTX-2); 80 unless said otherwise.
+            fps: frames a second that are taken of a file.
+            new_frames_only: leave the film out of the result.
 
         Raises:
             InputError: what is asked for cannot be made, or part of it would be ignored; the message names the argument
@@ -318,7 +329,12 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if frames is not None and num_frames not in (frames, USUAL_FRAMES):
             raise InputError(f"frames={frames}: an older name of num_frames, which is {num_frames}; give one of them")
         num_frames = num_frames if frames is None else frames
-        length = self.geometry.latent_frames(num_frames)
+        film = self._film(video, fps, new_frames_only, height, width)
+        if film is None:
+            length = self.geometry.latent_frames(num_frames)
+        else:
+            refuse_ignored({"latents": latents}, "with video")
+            length = self._latents_more(num_frames - (num_frames == USUAL_FRAMES))
         if not self.distilled:
             # All at once.
             Whole(most=self.geometry.pixel_frames(MOST_LATENTS)).settle("num_frames", num_frames)
@@ -358,6 +374,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         shown = [tuple(islice(embedded, len(own))) for own in wanted]
         negative = [None] * len(shown) if unwanted is None else self._embedded(unwanted, instruction=False)
         captions = list(map(Caption, shown, negative))
+        filmed: list[Tensor] = []
+        begun: Moment | None = None
+        if film is not None:
+            filmed, begun = self._begun(film, captions, chunk_frames, latents_per_call)
         videos = Videos(
             schedule,
             plan,
@@ -365,11 +385,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             batch_noise(texts, generator, latents),
             self._execution_device,
             lambda: self._guidance_scale,
+            begun=begun,
         )
         steps = schedule.steps if isinstance(schedule, FlowSchedule) else [int(t) for t in schedule.timesteps]
         self._interrupt, self._num_timesteps = False, len(plan) * len(steps)
         self._guidance_scale = guidance
         finished: list[Tensor] = []
+        hidden = self.geometry.pixel_frames(sum(part.shape[2] for part in filmed)) if new_frames_only else 0
         with self.progress_bar(total=self._num_timesteps) as bar:
             given_to_callback = tuple(callback_on_step_end_tensor_inputs)
             on_step = _Watch(self, steps, self._num_timesteps, callback_on_step_end, given_to_callback, bar)
@@ -380,11 +402,12 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 finished.append(stop.latents)
 
         if output_type == "latent":
-            result: Any = torch.cat(finished, dim=2)
+            result: Any = torch.cat([*([] if new_frames_only else filmed), *finished], dim=2)
             require_finite("video", {"latents": result})
         else:
             onload(self.vae)
-            result, *_ = self._pictures(self._vae(latents_per_call), finished, None, chunk_frames, output_type)
+            vae = self._vae(latents_per_call)
+            result, *_ = self._pictures(vae, [*filmed, *finished], None, chunk_frames, output_type, hidden=hidden)
         self.maybe_free_model_hooks()
         return LongSanaVideoOutput(result) if return_dict else (result,)
 
@@ -405,6 +428,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         flow_shift: float | None = None,
         chunk_frames: int = 10,
         latents_per_call: int = 2,
+        video: FilmLike | None = None,
+        fps: float = 16.0,
+        new_frames_only: bool = False,
     ) -> Iterator[LongSanaVideoChunk]:
         """One video, chunk by chunk as it is sampled, in memory that does not grow.
 
@@ -418,7 +444,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             state: of the chunk (or the chunk itself, or a file of it) after which the video goes on, with its size, and
                 its seed if no generator is given.
 
-        The others are those of `__call__`. `interrupt` ends it without the chunk in progress.
+        The others are those of `__call__`; a film's chunks come first, each with a state. `interrupt` ends it without
+        the chunk in progress.
 
         A decoder that looks ahead (LTX-2's may) gives frames later: the first chunks have none, and the last of
         `num_frames` has all that waited. Such an end is final. Stopped anywhere else, frames wait in the state, and
@@ -432,6 +459,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """
         if not self.distilled:
             raise InputError("stream: the base model makes whole clips; use the pipeline itself, or a distilled model")
+        if state is not None and video is not None:
+            raise InputError("video: beside a state; a video goes on from one of them")
         if isinstance(state, LongSanaVideoChunk):
             state = state.state
         if isinstance(state, str | Path):
@@ -443,6 +472,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if state is not None and self._size(height, width, size) != size:
             raise InputError(f"height={height}, width={width}: the video that goes on has {size[0]} and {size[1]}")
         self._check(*size)
+        film = self._film(video, fps, new_frames_only, *size)
         if state is not None:
             state = self._gone_on_from(state, output_type)
             model = uncompiled(self.vae)
@@ -456,7 +486,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self._check_encoder([""])
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
-        lengths = self._lengths(num_frames, chunk_frames, begins=state is None)
+        lengths = self._lengths(num_frames, chunk_frames, begins=state is None and film is None)
         if isinstance(prompt, list | tuple) and isinstance(lengths, tuple) and len(prompt) > len(lengths):
             log.warning(
                 "prompt: %d for %d chunks, each of which takes one; the last are not shown", len(prompt), len(lengths)
@@ -482,6 +512,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             motion_score,
             chunk_frames,
             latents_per_call,
+            film,
+            new_frames_only,
         )
 
     @torch.no_grad()
@@ -503,17 +535,26 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         motion_score: int | None,
         chunk_frames: int,
         latents_per_call: int,
+        film: Film | None,
+        new_frames_only: bool,
     ) -> Iterator[LongSanaVideoChunk]:
-        """opening: the first prompt's embedding, where that is known already."""
+        """opening: the first prompt's embedding, where that is known already. film: that it goes on from."""
         shape = (self.geometry.channels, *self.geometry.latent_size(*size))
-        memory: CausalState | None = None
-        cache, last, hidden, count, begun = None, None, 0, 0, ("", 0)
-        if state is not None:
-            memory, cache, last, hidden = state.moment
-            count, begun = state.chunk, (state.prompt, state.repetition)
         current, text, vae = None, None, None
         self._interrupt = False
         try:
+            if film is not None:
+                first = next(prompts)
+                prompts, opening = chain([first], prompts), opening or self._opening(first, motion_score)
+                begins = Continuation(self._nothing(size), None, seed, first, size)
+                state = yield from self._absorbed(
+                    film, begins, opening, output_type, chunk_frames, latents_per_call, new_frames_only
+                )
+            memory: CausalState | None = None
+            cache, last, hidden, count, begun = None, None, 0, 0, ("", 0)
+            if state is not None:
+                memory, cache, last, hidden = state.moment
+                count, begun = state.chunk, (state.prompt, state.repetition)
             for (length, following), prompt in zip(pairwise(chain(lengths, [0])), prompts, strict=False):
                 if prompt != current or text is None:
                     embedded = opening or self._embedded([self._worded(prompt, motion_score)])
@@ -552,6 +593,76 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             return
         finally:
             self.maybe_free_model_hooks()
+
+    def _nothing(self, size: tuple[int, int]) -> CausalState:
+        """The network's state before the first frame of a video of this size."""
+        empty: CausalState = uncompiled(self.transformer).network.empty_state(1, *self.geometry.latent_size(*size))
+        return empty
+
+    def _absorbed(
+        self,
+        film: Film,
+        state: Continuation,
+        embedded: list[CompactEmbedding],
+        output_type: str,
+        chunk_frames: int,
+        latents_per_call: int,
+        new_frames_only: bool,
+    ) -> Generator[LongSanaVideoChunk, None, Continuation]:
+        """Absorb a film under one caption, chunk by chunk; returns the state after it. state: before it."""
+        onload(self.vae)
+        vae, hidden = self._vae(latents_per_call), 0
+        if new_frames_only and output_type != "latent":
+            hidden = frames_used(film.count, self.geometry)
+        latents = film_latents(vae, film.pictures(), chunk_frames=chunk_frames)
+        text = self._passes.cache_caption(stacked(embedded, self._execution_device))
+        onload(self.vae)
+        while (given := next(latents, None)) is not None:
+            frames, cache = given, None
+            if output_type != "latent":
+                frames, cache, hidden = self._pictures(
+                    vae, [given], state.decoder, chunk_frames, output_type, more=True, hidden=hidden
+                )
+            memory = absorb(self._passes, given, text, state.network)
+            state = state._replace(network=memory, decoder=cache, latents=latest(state.latents, given), waiting=hidden)
+            if not new_frames_only:
+                yield LongSanaVideoChunk(frames, state)
+            onload(self.vae)
+        return state
+
+    def _begun(
+        self, film: Film, captions: Sequence[Caption], chunk_frames: int, latents_per_call: int
+    ) -> tuple[list[Tensor], Moment]:
+        """Latents of a film for each caption, chunk by chunk, and what the videos go on from after it."""
+        onload(self.vae)
+        latents = film_latents(self._vae(latents_per_call), film.pictures(), chunk_frames=chunk_frames)
+        given = [own.expand(len(captions), -1, -1, -1, -1).contiguous() for own in latents]
+        text = self._passes.cache_caption(stacked([caption.parts[0] for caption in captions], self._execution_device))
+        state: CausalState | None = None
+        for own in given:
+            state = absorb(self._passes, own, text, state)
+        assert state is not None
+        return given, Moment(state, None, None)
+
+    def _film(
+        self, video: FilmLike | None, fps: float, new_frames_only: bool, height: int | None, width: int | None
+    ) -> Film | None:
+        """The film that videos go on from, if there is one, all of it looked at."""
+        if video is None:
+            refuse_ignored({"new_frames_only": new_frames_only or None}, "without video")
+            return None
+        if not self.distilled:
+            raise InputError("video: the base model makes whole clips; a distilled one goes on from a film")
+        return Film.of(video, fps, self._size(height, width))
+
+    def _latents_more(self, num_frames: int) -> int:
+        """Latents of so many more pixel frames."""
+        latents, rest = divmod(num_frames, self.geometry.time_stride)
+        if rest or latents < 1:
+            raise InputError(
+                f"num_frames={num_frames}: a video that goes on grows by multiples of {self.geometry.time_stride}"
+            )
+        return latents
 
     @torch.no_grad()
     def _end(
@@ -782,14 +893,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """Latent frames of each chunk of a video, or of what is added to one."""
         if num_frames is None:
             return chain([chunk_frames + 1] if begins else [], repeat(chunk_frames))
-        if begins:
-            latents = self.geometry.latent_frames(num_frames)
-        else:
-            latents, rest = divmod(num_frames, self.geometry.time_stride)
-            if rest or latents < 1:
-                raise InputError(
-                    f"num_frames={num_frames}: a video that goes on grows by multiples of {self.geometry.time_stride}"
-                )
+        latents = self.geometry.latent_frames(num_frames) if begins else self._latents_more(num_frames)
         return ChunkPlan.split(latents, chunk_frames).lengths
 
     def _pictures(

@@ -243,7 +243,9 @@ def mark_of(network: LongSanaDiT) -> str:
         dataclasses.astuple(network.past),
         [config.linear_head_dim, config.linear_attn_eps, config.cross_norm_eps],
     ]
-    return _mark(network.state_dict(), settings)
+    # Files without the null caption, which LongSANA is not sampled with, make no other network.
+    weights = {name: part for name, part in network.state_dict().items() if name != "text_embed.null_tokens"}
+    return _mark(weights, settings)
 
 
 def vae_mark_of(vae: VideoVAE) -> str:
