@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
-from longsana.inference.beginnings import Beginning, add_options, check_prompts, prepare_beginning, prompt_of
+from longsana.inference.beginnings import NONE, Beginning, check_prompts, prepare_beginning, prompt_of
 from longsana.inference.flags import check_settings, parse_flags
 from longsana.runtime.commandline import Parser, run_command, typed_path, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
@@ -47,7 +47,16 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--sample_nums", type=whole, help="prompts of the file, from its top (default: all)")
     parser.add_argument("--start_index", type=whole, default=0, help="first prompt, counted from 0")
     parser.add_argument("--end_index", type=whole, help="one past the last prompt")
-    add_options(parser)
+    parser.add_argument("--video", type=typed_path, help="a film or picture that the videos go on from")
+    parser.add_argument("--new_frames_only", action="store_true", help="leave the film out of the mp4s")
+    parser.add_argument("--from_state", type=typed_path, help="a saved state that the videos go on from")
+    parser.add_argument(
+        "--save_state",
+        default=NONE,
+        help="none; or beside each mp4 what it can be gone on from: latents (the network's state and the last latents) "
+        "or full (the decoder's memory too, which is large) (default: %(default)s)",
+    )
+    parser.add_argument("--save_every", type=whole, default=0, help="save a state after every so many chunks too")
     parser.add_threads()
     return parse_flags(parser, arguments)
 

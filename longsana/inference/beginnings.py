@@ -15,7 +15,6 @@ from longsana.data.films import count_frames
 from longsana.data.prompts import SPLIT, Prompt
 from longsana.encoders.geometry import geometry
 from longsana.published import DISTILLED
-from longsana.runtime.commandline import Parser, typed_path, whole
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded
 from longsana.runtime.hub import file_sha256
@@ -111,20 +110,6 @@ def states_of(video: Path) -> list[Path]:
     """The states beside a video."""
     own = re.compile(re.escape(video.stem) + r"(\.chunk\d{5,})?\.safetensors")
     return sorted(path for path in video.parent.glob("*.safetensors") if own.fullmatch(path.name))
-
-
-def add_options(parser: Parser) -> None:
-    """Declare the options of beginnings."""
-    parser.add_argument("--video", type=typed_path, help="a film or picture that the videos go on from")
-    parser.add_argument("--new_frames_only", action="store_true", help="leave the film out of the mp4s")
-    parser.add_argument("--from_state", type=typed_path, help="a saved state that the videos go on from")
-    parser.add_argument(
-        "--save_state",
-        default=NONE,
-        help="none, or beside each mp4 what it can be gone on from: latents (the network's state and the last "
-        "latents) or full (the decoder's memory too, which is large) (default: %(default)s)",
-    )
-    parser.add_argument("--save_every", type=whole, default=0, help="save a state after every so many chunks too")
 
 
 def prepare_beginning(

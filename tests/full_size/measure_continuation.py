@@ -30,8 +30,8 @@ from longsana.config import load_config
 from longsana.data.prompts import Prompt
 from longsana.evaluation.measures import measure, seam_index
 from longsana.sampling.captions import caption_encoder
-from longsana.sampling.continuation import KEPT, restored
-from longsana.sampling.engine import Engine
+from longsana.sampling.continuation import KEPT, Moment, restored
+from longsana.sampling.engine import Decoding, Engine
 from longsana.sampling.films import absorb_film, film_latents
 from longsana.shapes.scenes import draw_scene, render
 
@@ -66,9 +66,11 @@ def main() -> None:
     for scene, prompt, caption in zip(scenes, prompts, captions, strict=True):
         drawn = render([scene], range(FILM), size=(96, 160))
         pictures = ((drawn[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
+        film, begun = film_first(engine, parts, caption, pictures)
         for seed in range(options.seeds):
             own = dataclasses.replace(prompt, seed=seed, frames=2 * CHUNK + 1)
-            pixels = film_first(engine, parts, own, caption, pictures)
+            new = [part.pixels for part in engine.sample(*parts, [own], [caption], begun=begun)]
+            pixels = torch.cat([film, *new], dim=1)
             plain = dataclasses.replace(prompt, seed=seed)
             uncut = torch.cat([part.pixels for part in engine.sample(*parts, [plain], [caption])], dim=1)
             found["joint"].append(seam(pixels, FILM))
@@ -92,18 +94,15 @@ def main() -> None:
     print("\n".join(lines))
 
 
-def film_first(engine: Engine, parts: Any, prompt: Prompt, caption: Any, pictures: Any) -> Tensor:
-    """Pixels (1, F, H, W, 3) of a film, as the VAE gives it back, and of what follows it."""
+def film_first(engine: Engine, parts: Any, caption: Any, pictures: Any) -> tuple[Tensor, Moment]:
+    """Pixels (1, F, H, W, 3) of a film, as the VAE gives it back, and what videos go on from after it."""
     latents = film_latents(parts[1], pictures, chunk_frames=engine.config.sampling.chunk_frames)
     absorbing, shown = absorb_film(*parts, [caption], latents), []
     while True:
         try:
             shown.append(next(absorbing).pixels)
         except StopIteration as end:
-            begun = end.value
-            break
-    shown += [part.pixels for part in engine.sample(*parts, [prompt], [caption], begun=begun)]
-    return torch.cat(shown, dim=1)
+            return torch.cat(shown, dim=1), end.value
 
 
 def gone_on(engine: Engine, parts: Any, prompt: Prompt, caption: Any) -> dict[int, tuple[float, float]]:
@@ -113,12 +112,12 @@ def gone_on(engine: Engine, parts: Any, prompt: Prompt, caption: Any) -> dict[in
     after, found = uncut[1].after, {}
     assert after is not None and after.latents is not None and after.network.frames == 21
     for kept in (1, 3, 6, KEPT):
-        begun = restored(after._replace(decoder=None, latents=after.latents[:, :, -kept:]), parts[1])
-        rest = engine.sample(*parts, [dataclasses.replace(prompt, frames=4 * CHUNK + 1)], [caption], begun=begun)
-        values = []
-        for one, other in zip(rest, uncut[2:], strict=True):
-            assert torch.equal(one.latents, other.latents)
-            error = float((one.pixels.float() - other.pixels.float()).square().mean())
+        # Latents are those of the uncut video (tests/sampling/test_continuation.py), so that decoding them is enough.
+        moment = after._replace(decoder=None, latents=after.latents[:, :, -kept:])
+        decoding, values = Decoding(parts[1], restored(moment, parts[1])), []
+        for other in uncut[2:]:
+            pixels = decoding(other.latents, "what follows", more=True)
+            error = float((pixels.float() - other.pixels.float()).square().mean())
             values.append(10 * math.log10(255**2 / error) if error else math.inf)
         found[kept] = (values[0], min(values[1:]))
     return found
