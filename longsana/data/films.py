@@ -47,6 +47,11 @@ def count_frames(path: str | Path, fps: float) -> int:
     return count
 
 
+def frames_used(count: int, time_stride: int) -> int:
+    """Count the frames that fill latents of so many pixel frames, after a first one: all but the last few."""
+    return count - (count - 1) % time_stride
+
+
 def fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """Fit a picture (H, W, 3), uint8, to a size: (height, width, 3), the largest middle part of that shape, scaled."""
     scale = max(height / picture.shape[0], width / picture.shape[1])

@@ -8,23 +8,25 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from longsana.config import InferenceConfig
-from longsana.data.films import count_frames
+from longsana.data.films import count_frames, frames_used
 from longsana.data.prompts import SPLIT, Prompt
 from longsana.encoders.geometry import geometry
 from longsana.published import DISTILLED
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded
 from longsana.runtime.hub import file_sha256
-from longsana.sampling.captions import Caption
 from longsana.sampling.checks import check_size
-from longsana.sampling.continuation import Continuation, Memory, Moment, parts_after
-from longsana.sampling.films import frames_used
 from longsana.weights.build import empty_model
 
+if TYPE_CHECKING:  # they bring diffusers and transformers, which take seconds
+    from longsana.sampling.captions import Caption
+    from longsana.sampling.continuation import Continuation, Moment
+
 NONE = "none"
+SAVES = (NONE, "latents", "full")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Beginning:
 
     def caption(self, prompt: Prompt, caption: Caption, chunks: int) -> Caption:
         """The caption for so many chunks: that of the state itself goes on as it was planned."""
+        from longsana.sampling.continuation import parts_after
+
         state, parts = self.state, caption.parts
         if state is None or len(parts) == 1 or prompt.text != state.prompt:
             return caption
@@ -83,6 +87,8 @@ class Beginning:
         self, moment: Moment, prompt: Prompt, seed: int, chunk: int, plan: Sequence[int], marks: tuple[str, str]
     ) -> Continuation:
         """The state to save of a video after chunk `chunk` (from 0) of its plan. moment: of this video alone."""
+        from longsana.sampling.continuation import Continuation
+
         done, planned = 0, tuple(plan)
         if self.state is not None and prompt.text == self.state.prompt and self.state.plan:
             done, planned = self.state.chunk, self.state.plan
@@ -122,9 +128,8 @@ def prepare_beginning(
     Raises:
         InputError: an option has no such value or no meaning, a file is broken, or the state is of another network.
     """
-    known = (NONE, *get_args(Memory))
-    if options.save_state not in known:
-        raise InputError(f"--save_state {options.save_state}: must be one of {', '.join(known)}")
+    if options.save_state not in SAVES:
+        raise InputError(f"--save_state {options.save_state}: must be one of {', '.join(SAVES)}")
     if options.save_every < 0:
         raise InputError(f"--save_every {options.save_every}: must be 0 (at the end alone) or more")
     if options.save_every and options.save_state == NONE:
@@ -141,9 +146,11 @@ def prepare_beginning(
     if options.video is not None:
         path = expanded(options.video)
         count = count_frames(path, config.sampling.fps)
-        film = frames_used(count, geometry(config.vae))
+        film = frames_used(count, geometry(config.vae).time_stride)
         return dataclasses.replace(beginning, path=path, sha256=file_sha256(path), film=film), config
     if options.from_state is not None:
+        from longsana.sampling.continuation import Continuation
+
         path = expanded(options.from_state)
         state = Continuation.load(path)
         config = _of_state(state, path, settings, config)

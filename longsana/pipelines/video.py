@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan
 from longsana.config import check_chi_prompt
+from longsana.data.films import frames_used
 from longsana.data.prompts import check_words
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
 from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, with_motion
@@ -60,7 +61,7 @@ from longsana.sampling.continuation import (
     vae_mark_of,
 )
 from longsana.sampling.engine import Videos, decode, sample_latents, stretches
-from longsana.sampling.films import film_latents, frames_used
+from longsana.sampling.films import film_latents
 from longsana.sampling.sampler import absorb, generate
 from longsana.state import CausalState
 from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS
@@ -613,7 +614,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         onload(self.vae)
         vae, hidden = self._vae(latents_per_call), 0
         if new_frames_only and output_type != "latent":
-            hidden = frames_used(film.count, self.geometry)
+            hidden = frames_used(film.count, self.geometry.time_stride)
         latents = film_latents(vae, film.pictures(), chunk_frames=chunk_frames)
         text = self._passes.cache_caption(stacked(embedded, self._execution_device))
         onload(self.vae)

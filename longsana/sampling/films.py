@@ -48,11 +48,6 @@ def pieces(pictures: Iterable[np.ndarray], shape: VAEGeometry, chunk_frames: int
         first = False
 
 
-def frames_used(count: int, shape: VAEGeometry) -> int:
-    """Count the frames of a film of `count` that `film_latents` takes."""
-    return count - (count - 1) % shape.time_stride
-
-
 @torch.no_grad()
 def absorb_film(
     network: CaptionedNetwork,

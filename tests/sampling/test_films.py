@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
+from longsana.data.films import frames_used
 from longsana.data.prompts import Prompt
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.flow.noise import PromptNoise
@@ -18,7 +19,7 @@ from longsana.flow.schedule import FlowSchedule
 from longsana.sampling.captions import Caption, caption_encoder, stacked
 from longsana.sampling.continuation import Moment
 from longsana.sampling.engine import Engine, Frames
-from longsana.sampling.films import absorb_film, film_latents, frames_used, pieces
+from longsana.sampling.films import absorb_film, film_latents, pieces
 from longsana.sampling.sampler import absorb, generate
 
 from .test_continuation import PROMPT, engine, parts
@@ -58,7 +59,7 @@ def test_a_film_is_absorbed_chunk_by_chunk(engine: Engine, parts: Any, captions:
     network, vae = parts
     pictures = film(frames)
     found, moment = absorbed(network, vae, captions, pictures)
-    used = frames_used(frames, vae.geometry)
+    used = frames_used(frames, vae.geometry.time_stride)
     whole = torch.from_numpy(pictures[:used]).float().permute(3, 0, 1, 2)[None] / 127.5 - 1
     latents = vae.encode(whole)
     given = torch.cat([part.latents for part in found], dim=2)
@@ -139,7 +140,7 @@ def test_the_video_goes_on_from_it(engine: Engine, parts: Any, captions: list[Ca
 @pytest.mark.parametrize("count", [1, 2, 8, 9, 40, 41, 42, 100])
 def test_pieces_are_whole_latents(vae: Any, count: int) -> None:
     lengths = [len(piece) for piece in pieces(iter(np.zeros((count, 2, 2, 3), np.uint8)), vae, 3)]
-    used = frames_used(count, vae)
+    used = frames_used(count, vae.time_stride)
     assert sum(lengths) == used == vae.pixel_frames(vae.latent_frames(used)) and 0 <= count - used < vae.time_stride
     assert lengths[0] == min(vae.pixel_frames(4), used)
     assert all(length == 3 * vae.time_stride for length in lengths[1:-1])
