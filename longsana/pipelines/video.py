@@ -737,6 +737,17 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             raise InputError("load_lora_weights: LoRA needs peft: pip install 'longsana[lora]', and start Python again")
         super().load_lora_weights(*arguments, **options)
 
+    def save_lora_weights(  # type: ignore[override]
+        self, save_directory: str | Path, adapter_name: str = "default", *, weight_name: str | None = None
+    ) -> None:
+        """Write a LoRA that was loaded or added, by the names of diffusers' layers; see the transformer's
+        `save_lora_adapter`.
+
+        Raises:
+            InputError: see there.
+        """
+        uncompiled(self.transformer).save_lora_adapter(save_directory, adapter_name, weight_name=weight_name)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> LongSanaVideoPipeline:
         """Load as diffusers' own does, whatever PyTorch's default dtype and device, after a look at a folder's headers.
