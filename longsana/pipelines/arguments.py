@@ -74,7 +74,7 @@ ARGUMENTS: dict[str, Rule] = {
     "callback_on_step_end_tensor_inputs": Several(TEXT),
     "motion_score": Whole(0, 1000),
     "flow_shift": Number(above=0, most=1000),
-    "chunk_frames": Whole(1, MOST_LATENTS),
+    **dict.fromkeys(("chunk_frames", "base_chunk_frames"), Whole(1, MOST_LATENTS)),
     "latents_per_call": Whole(1, MOST_LATENTS),
     "caption_length": Whole(1, MOST_LATENTS),
     "chi_prompt": TEXT,

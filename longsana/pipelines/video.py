@@ -145,6 +145,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         num_cached_blocks, state_decay, num_sink_blocks: distilled: what is kept of the past (see
             `longsana.models.past`), from now on, whoever else has this transformer. None is what its files say, for
             published ones all; that is asked for with -1, 1.0 and 0.
+        base_chunk_frames: latent frames of a chunk where a call does not say it.
 
     Raises:
         InputError: the parts do not belong together, a setting of the past means nothing, or another argument has no
@@ -175,6 +176,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         num_cached_blocks: int | None = None,
         state_decay: float | list[float] | str | None = None,
         num_sink_blocks: int | None = None,
+        base_chunk_frames: int = 10,
     ) -> None:
         super().__init__()
         if not isinstance(uncompiled(transformer), SanaVideoCausalTransformer3DModel):
@@ -192,7 +194,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self.register_modules(
             vae=vae, transformer=transformer, tokenizer=tokenizer, text_encoder=text_encoder, scheduler=scheduler
         )
-        self.register_to_config(caption_length=caption_length, chi_prompt=chi_prompt, softcap=softcap)
+        self.register_to_config(
+            caption_length=caption_length, chi_prompt=chi_prompt, softcap=softcap, base_chunk_frames=base_chunk_frames
+        )
         past = {"num_cached_blocks": num_cached_blocks, "state_decay": state_decay, "num_sink_blocks": num_sink_blocks}
         if asked := [name for name, value in past.items() if value is not None]:
             if not self.distilled:
@@ -284,7 +288,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         motion_score: int | None = None,
         flow_shift: float | None = None,
-        chunk_frames: int = 10,
+        chunk_frames: int | None = None,
         latents_per_call: int = 2,
         video: FilmLike | None = None,
         fps: float = 16.0,
@@ -313,7 +317,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 progress; the `latents` it returns take their place. step counts through all chunks.
             motion_score: appended to every prompt; 10 (distilled), 30 (base); 0 appends nothing.
             flow_shift: 7 (distilled); the scheduler's, or 8 (base).
-            chunk_frames: latent frames of a chunk; what remains goes to the first.
+            chunk_frames: latent frames of a chunk, 10 unless the pipeline was made otherwise; what remains goes to the
+                first.
             latents_per_call: latent frames decoded together; frames differ by rounding alone.
             video: a film or picture that the videos go on from (distilled): a file, pictures of PIL, or an array
                 (F, H, W, 3) of uint8. It is fitted to their size, and absorbed under the first part of each prompt.
@@ -327,6 +332,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             FloatingPointError: captions, latents or decoded frames are not finite, as weights that are not make them.
         """
         size = self._check(*self._size(height, width))
+        chunk_frames = chunk_frames or self.config["base_chunk_frames"]
         if frames is not None and num_frames not in (frames, USUAL_FRAMES):
             raise InputError(f"frames={frames}: an older name of num_frames, which is {num_frames}; give one of them")
         num_frames = num_frames if frames is None else frames
@@ -427,7 +433,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         output_type: str = "pil",
         motion_score: int | None = None,
         flow_shift: float | None = None,
-        chunk_frames: int = 10,
+        chunk_frames: int | None = None,
         latents_per_call: int = 2,
         video: FilmLike | None = None,
         fps: float = 16.0,
@@ -458,6 +464,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             FloatingPointError: as there; of the first prompt, if it is known, at once and before a generator is
                 advanced.
         """
+        chunk_frames = chunk_frames or self.config["base_chunk_frames"]
         if not self.distilled:
             raise InputError("stream: the base model makes whole clips; use the pipeline itself, or a distilled model")
         if state is not None and video is not None:

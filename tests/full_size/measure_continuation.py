@@ -50,9 +50,9 @@ def seam(pixels: Tensor, *frames: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scenes", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cuts", type=int, default=8, help="videos that are gone on from by their last latents")
+    parser.add_argument("--scenes", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--cuts", type=int, default=3, help="videos that are gone on from by their last latents")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     engine = Engine(load_config(CONFIG, [f"sampling.num_frames={FILM + 2 * CHUNK}"]), "cpu")

@@ -25,7 +25,16 @@ NOT_NUMBERS = (True, np.bool_(True), "9", b"9", [9], {}, 9j, object(), math.nan,
 NOT_WHOLE = (*NOT_NUMBERS, 9.5, np.float32(0.5), 10**30, -(10**30), 10**5000)
 WHOLE = ("num_inference_steps", "num_videos_per_prompt", "height", "width", "num_frames", "frames")
 SETTINGS = ("motion_score", "chunk_frames", "latents_per_call")
-OPTIONAL = ("num_inference_steps", "height", "width", "frames", "motion_score", "flow_shift", "guidance_scale")
+OPTIONAL = (
+    "num_inference_steps",
+    "chunk_frames",
+    "height",
+    "width",
+    "frames",
+    "motion_score",
+    "flow_shift",
+    "guidance_scale",
+)
 
 
 def tensors(*shape: int) -> list[Any]:

@@ -166,3 +166,20 @@ def test_a_state_of_another_transformer(loaded: LongSanaVideoPipeline, tmp_path:
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-4])
     with pytest.raises(InputError, match=r"b\.safetensors: not a saved state of a video, or damaged"):
         loaded.stream(state=tmp_path / "b.safetensors", **CHUNKS)
+
+
+def test_the_length_of_a_chunk_is_the_pipelines(tmp_path: Path) -> None:
+    """As the published documentation loads it."""
+    repository = shapes_repository(tmp_path / "repository")
+    pipe = quiet(repository, base_chunk_frames=2, num_cached_blocks=2)
+    assert pipe.transformer.network.past.window == 2
+    call = {"num_inference_steps": 2, "output_type": "pt", **SIZE}
+    chunks = list(pipe.stream(PROMPT, 25, generator=seed(), **call))
+    assert [chunk.frames.shape[1] for chunk in chunks] == [9, 8, 8]
+    assert torch.equal(joined(chunks), pipe(PROMPT, num_frames=25, generator=seed(), **call).frames)
+    whole = pipe(PROMPT, num_frames=25, generator=seed(), chunk_frames=7, **call).frames
+    assert not torch.equal(joined(chunks), whole), "a call may say another"
+    pipe.save_pretrained(tmp_path / "saved")
+    assert quiet(tmp_path / "saved").config["base_chunk_frames"] == 2
+    with pytest.raises(InputError, match=r"^base_chunk_frames=0"):
+        quiet(repository, base_chunk_frames=0)
