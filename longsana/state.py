@@ -6,21 +6,15 @@ NamedTuples, because FSDP and checkpoint hooks walk outputs as pytrees.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from longsana.runtime.arguments import Whole
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import expanded, whole_file
 from longsana.runtime.finite import not_finite
-from longsana.runtime.foreign import reason_of, refuse_stand_in
 
 TAILS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes that a network computes in."""
@@ -142,66 +136,3 @@ class CausalState(NamedTuple):
         if sinks and self.kv.shape[2] < 2:
             raise InputError(f"{name}: {sinks} sinks without an entry of their own")
         return self._replace(frames=frames, sinks=sinks)
-
-    def save(self, path: str | Path) -> None:
-        """Write a file that is whole or not there. `~` is the home folder.
-
-        Raises:
-            InputError: no file can have this path, or the state is none that `load` takes.
-            OSError: it could not be written; `path` is as it was.
-        """
-        target = _path(path)
-        if target.is_dir():
-            raise InputError(f"{path or repr(path)}: a folder; name a file in it")
-        if not target.parent.is_dir():
-            raise InputError(f"{path}: no such folder as {target.parent}; make it first")
-        state = self.settled("state")
-        tensors = {name: getattr(state, name).contiguous() for name in self._fields[:3]}
-        try:
-            with whole_file(target) as partial:
-                save_file(tensors, partial, metadata={"frames": str(state.frames), "sinks": str(state.sinks)})
-        except OSError as error:  # by the name that was given, not that of the partial file
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-    @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CausalState:
-        """A state that was saved. `~` is the home folder.
-
-        Raises:
-            InputError: the file is none, or damaged; or there is no such device.
-        """
-        device = _device(device)
-        file = _path(path)
-        try:
-            with file.open("rb") as stream:
-                head = stream.read(24)
-        except OSError as error:
-            raise InputError(f"{path or repr(path)}: cannot be read ({reason_of(error)})") from error
-        refuse_stand_in(file, head)
-        if head[8:9] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):
-            raise InputError(f"{path}: a PyTorch file, or another pickle, which is not opened; states are safetensors")
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as opened:
-                parts = {name: opened.get_tensor(name) for name in cls._fields[:3]}
-                numbers = opened.metadata()  # of files from before there were sinks, frames alone
-                state = cls(**parts, frames=int(numbers["frames"]), sinks=int(numbers.get("sinks", 0)))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not a saved state of a video, or damaged ({reason_of(error)})") from error
-        return state.settled(str(path))
-
-
-def _path(path: str | Path) -> Path:
-    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes) or "\0" in os.fspath(path):
-        raise InputError(f"path={path!r:.60}: must be a path")
-    return expanded(path)
-
-
-def _device(device: torch.device | str) -> torch.device:
-    """A device on which there is room for numbers; InputError for others."""
-    try:
-        found = torch.empty(0, dtype=torch.float32, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise InputError(f"device={device!s:.60}: not to be had on this machine ({reason_of(error)})") from error
-    if found.type == "meta":
-        raise InputError("device=meta: holds no numbers; name a real one, such as cpu")
-    return found

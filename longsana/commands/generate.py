@@ -23,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
+from longsana.inference.beginnings import NONE, Beginning, check_prompts, prepare_beginning, prompt_of
 from longsana.inference.flags import check_settings, parse_flags
 from longsana.runtime.commandline import Parser, run_command, typed_path, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
@@ -46,6 +47,16 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--sample_nums", type=whole, help="prompts of the file, from its top (default: all)")
     parser.add_argument("--start_index", type=whole, default=0, help="first prompt, counted from 0")
     parser.add_argument("--end_index", type=whole, help="one past the last prompt")
+    parser.add_argument("--video", type=typed_path, help="a film or picture that the videos go on from")
+    parser.add_argument("--new_frames_only", action="store_true", help="leave the film out of the mp4s")
+    parser.add_argument("--from_state", type=typed_path, help="a saved state that the videos go on from")
+    parser.add_argument(
+        "--save_state",
+        default=NONE,
+        help="none; or beside each mp4 what it can be gone on from: latents (the network's state and the last latents) "
+        "or full (the decoder's memory too, which is large) (default: %(default)s)",
+    )
+    parser.add_argument("--save_every", type=whole, default=0, help="save a state after every so many chunks too")
     parser.add_threads()
     return parse_flags(parser, arguments)
 
@@ -58,6 +69,7 @@ class Request:
     prompts: list[Prompt]
     folder: Path
     threads: int | None
+    beginning: Beginning
 
 
 def prepare(arguments: Sequence[str]) -> Request:
@@ -71,12 +83,18 @@ def prepare(arguments: Sequence[str]) -> Request:
         raise InputError(f"--add_label {options.add_label}: must be part of a folder's name, without slashes")
     if options.dataset is not None and (options.dataset[:1] in ("/", "~") or ".." in Path(options.dataset).parts):
         raise InputError(f"--dataset {options.dataset}: must be a folder below --work_dir")
-    prompts = select_prompts(config, options.start_index, options.end_index, options.sample_nums)
+    beginning, config = prepare_beginning(options, settings, config)
+    if beginning.state is not None and not any(item.startswith("sampling.txt_file=") for item in settings):
+        prompts = [prompt_of(beginning.state, config)]
+    else:
+        prompts = select_prompts(config, options.start_index, options.end_index, options.sample_nums)
+    check_prompts(beginning, prompts, config)
     check_weights(config)
     work_dir = options.work_dir or Path("output/inference") / config_path.stem
-    folder = work_dir / ((options.dataset or Path(config.sampling.txt_file).stem) + options.add_label)
+    usual = (beginning.path or Path(config.sampling.txt_file)).stem
+    folder = work_dir / ((options.dataset or usual) + options.add_label)
     check_writable(folder)
-    return Request(config, prompts, folder, options.threads)
+    return Request(config, prompts, folder, options.threads, beginning)
 
 
 def run(request: Request, world: World) -> int:
@@ -98,7 +116,9 @@ def run(request: Request, world: World) -> int:
         log.warning("RANDOM WEIGHTS (%s): the videos show noise, not what the prompts say", ", ".join(seeded))
 
     with logging_redirect_tqdm():  # lines go above the bars, not through them
-        outcome = run_batch(config, request.prompts, request.folder, world=world, device=device)
+        outcome = run_batch(
+            config, request.prompts, request.folder, world=world, device=device, beginning=request.beginning
+        )
     written, there, failed = outcome.written, outcome.skipped, len(outcome.failures)
     log.info("%d videos written, %d there before, %d failed", written, there, failed)
     for failure in outcome.failures if world.is_main else ():

@@ -44,6 +44,19 @@ def ahead(model: Model) -> int:
     return math.ceil((frames + 1) / rate)
 
 
+def encoder_reach(model: Model) -> int:
+    """Latents before one that it depends on: how far the causal encoder looks into the past."""
+    encoder, frames, rate = model.encoder, 2, 1  # of conv_in
+    for block in encoder.down_blocks:
+        frames += 4 * rate * len(block.resnets)
+        for downsampler in block.downsamplers or ():
+            stride = getattr(downsampler, "stride", None) or downsampler.conv.stride
+            frames += 2 * rate
+            rate *= stride[0]
+    frames += 4 * rate * len(encoder.mid_block.resnets) + 2 * rate  # and of conv_out
+    return math.ceil(frames / rate) + 1
+
+
 def decode(
     model: Model, latents: Tensor, features: tuple[Tensor, ...] | None, *, seen: int = 0, last: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -45,6 +45,18 @@ class DecodeCache(NamedTuple):
         return sum(feature.untyped_storage().nbytes() for feature in self.features)
 
 
+class EncodeCache(NamedTuple):
+    """The encoder's memory of a film, of one size whatever its length. A value, as `DecodeCache` is.
+
+    features: of Wan the last input frames of each convolution over time, (B, C, 1 or 2, H, W) each; of LTX-2 the last
+        pixel frames, (B, 3, F, H, W), which are encoded again in front of the next.
+    latents: encoded so far.
+    """
+
+    features: tuple[Tensor, ...]
+    latents: int
+
+
 class VideoVAE(ABC):
     """Encoder and decoder with frozen weights; no call leaves anything behind on the object.
 
@@ -103,6 +115,10 @@ class VideoVAE(ABC):
         """(B, C, T, h, w), not normalised, of frames in the network's dtype."""
 
     @abstractmethod
+    def _encode_next(self, frames: Tensor, cache: EncodeCache | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Posterior mean (B, C, T, h, w), not normalised, of a film's next frames, and what is remembered of them."""
+
+    @abstractmethod
     def _decode_group(
         self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -135,7 +151,23 @@ class VideoVAE(ABC):
         """
         self.geometry.latent_frames(frames.shape[2])
         self.geometry.latent_size(*frames.shape[3:])
-        return (self._posterior_mean(frames.to(self.device, self.dtype)).float() - self._mean) / self._std
+        return self._normalise(self._posterior_mean(frames.to(self.device, self.dtype)))
+
+    @torch.no_grad()
+    def encode_stream(self, frames: Tensor, cache: EncodeCache | None = None) -> tuple[Tensor, EncodeCache]:
+        """Normalised latents (B, C, T, h, w), float32, of a film's next frames (B, 3, F, H, W) in [-1, 1].
+
+        F is `geometry.pixel_frames(T, first=cache is None)`. Cut anywhere, the latents are those of `encode` within
+        rounding.
+
+        Raises:
+            InputError: the VAE cannot cut this number of frames or this size evenly.
+        """
+        opening = 0 if cache is None else 1
+        self.geometry.latent_frames(frames.shape[2] + opening)
+        self.geometry.latent_size(*frames.shape[3:])
+        raw, features = self._encode_next(frames.to(self.device, self.dtype), cache)
+        return self._normalise(raw), EncodeCache(features, raw.shape[2] + (0 if cache is None else cache.latents))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -209,6 +241,9 @@ class VideoVAE(ABC):
         # Truncated, not rounded: what the published videos were written with.
         return (127.5 * frames + 127.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
 
+    def _normalise(self, raw: Tensor) -> Tensor:
+        return (raw.float() - self._mean) / self._std
+
     def _denormalise(self, latents: Tensor) -> Tensor:
         return (latents.to(self.device, torch.float32) * self._std + self._mean).to(self.dtype)
 
@@ -231,6 +266,11 @@ class WanVAE(VideoVAE):
     def _posterior_mean(self, frames: Tensor) -> Tensor:
         return encode_clip(self.model, frames, latents_per_call=self.latents_per_call).chunk(2, dim=1)[0]
 
+    def _encode_next(self, frames: Tensor, cache: EncodeCache | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        features, start = (None, 0) if cache is None else cache
+        both, features = encode_next(self.model, frames, features, seen=start, latents_per_call=self.latents_per_call)
+        return both.chunk(2, dim=1)[0], features
+
     def _decode_group(
         self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -249,6 +289,17 @@ class LTX2VAE(VideoVAE):
     def _posterior_mean(self, frames: Tensor) -> Tensor:
         mean: Tensor = self.model.encode(frames).latent_dist.mean
         return mean
+
+    def _encode_next(self, frames: Tensor, cache: EncodeCache | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        # The encoder is causal with a finite reach: latents whose whole reach is given are those of the whole film. A
+        # film may be taken up at any latent's last frame, which then passes for an opening one.
+        assert self.model.config.encoder_causal
+        stride = self.geometry.time_stride
+        before = frames[:, :, :0] if cache is None else cache.features[0]
+        whole = torch.cat([before, frames], dim=2)
+        new = (frames.shape[2] + (0 if cache else stride - 1)) // stride
+        kept = stride * ltx2_decoder.encoder_reach(self.model) + 1
+        return self._posterior_mean(whole)[:, :, -new:], (whole[:, :, -kept:].clone(),)
 
     @property
     def widest(self) -> tuple[int, int]:
@@ -301,13 +352,32 @@ def encode_clip(model: Model, frames: Tensor, *, latents_per_call: int) -> Tenso
     The first frame is encoded alone, the others in calls of 4 * latents_per_call; with 1 it is diffusers' loop. Unlike
     it this can be differentiated through.
     """
-    entries: list[Any] = [None] * len(list(model.encoder.modules()))
-    groups = _groups(0, 1 + (frames.shape[2] - 1) // 4, latents_per_call)
+    return encode_next(model, frames, None, seen=0, latents_per_call=latents_per_call)[0]
+
+
+def encode_next(
+    model: Model, frames: Tensor, features: tuple[Tensor, ...] | None, *, seen: int, latents_per_call: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Encode a clip's next frames (B, 3, F, H, W) as `encode_clip` does; returns their latents' (B, 2C, T, h, w), and
+    what the encoder remembers.
+
+    features: what the call before returned; None at the start. seen: latents before these; F is 4 T, or 4 T - 3 at the
+    start.
+    """
+    # diffusers replaces the entries of this list and never writes into their tensors: the caller's stay.
+    entries: list[Any] = [None] * len(list(model.encoder.modules())) if features is None else list(features)
+    first = max(4 * seen - 3, 0)
+    groups = _groups(seen, (frames.shape[2] + first + 3) // 4 - seen, latents_per_call)
     encoded = [
-        model.encoder(frames[:, :, max(4 * group.start - 3, 0) : 4 * group.stop - 3], feat_cache=entries, feat_idx=[0])
+        model.encoder(
+            frames[:, :, max(4 * group.start - 3, 0) - first : 4 * group.stop - 3 - first],
+            feat_cache=entries,
+            feat_idx=[0],
+        )
         for group in groups
     ]
-    return model.quant_conv(torch.cat(encoded, dim=2))
+    remembered = tuple(entry for entry in entries if entry is not None)
+    return model.quant_conv(torch.cat(encoded, dim=2)), remembered
 
 
 def decode_clip(model: Model, latents: Tensor, *, latents_per_call: int) -> Tensor:

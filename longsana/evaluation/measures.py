@@ -99,7 +99,8 @@ def seam_index(change: Tensor, boundaries: Sequence[int], time_stride: int) -> T
     """
     first = torch.zeros(change.shape[1], dtype=torch.bool, device=change.device)
     seam = first.clone()
-    first[1::time_stride] = True
+    # 1, or of a video that goes on from another, without an opening picture, `time_stride`.
+    first[1 + (boundaries[0] - 1) % time_stride if boundaries else 1 :: time_stride] = True
     seam[[frame for frame in boundaries if frame < len(seam)]] = True
     across, within = change[:, seam].mean(1), change[:, first & ~seam].mean(1)
     return (across + STILL) / (within + STILL)

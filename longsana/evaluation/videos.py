@@ -15,6 +15,7 @@ import torch
 from av.container import InputContainer
 from torch import Tensor
 
+from longsana.chunks import ChunkPlan
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.evaluation.measures import boundaries
 from longsana.runtime.errors import InputError
@@ -79,6 +80,13 @@ def _origin(record: dict[str, Any]) -> tuple[tuple[int, ...], int]:
     vae = GEOMETRIES[config["vae"]["vae_type"]]
     if config["scheduler"]["sampling_algo"] in WHOLE_CLIP:
         return (), vae.time_stride
+    if "began" in record:
+        given = int(record["began"]["given_frames"])
+        starts = ChunkPlan.split(
+            (record["frames"] - given) // vae.time_stride, config["sampling"]["chunk_frames"]
+        ).starts
+        # The first chunk begins a seam where the film that it goes on from is shown.
+        return tuple(given + vae.time_stride * start for start in starts if given or start), vae.time_stride
     latents = vae.latent_frames(record["frames"])
     return tuple(boundaries(latents, config["sampling"]["chunk_frames"], vae.time_stride)), vae.time_stride
 

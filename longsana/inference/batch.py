@@ -11,19 +11,22 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
+from longsana.data.films import fitted, read_film
 from longsana.data.prompts import Prompt
 from longsana.encoders.vae import VideoVAE
+from longsana.inference.beginnings import NONE, Beginning, state_path, states_of
 from longsana.inference.sidecar import (
     fingerprint,
     finished_videos,
@@ -43,7 +46,9 @@ from longsana.runtime.files import atomic_write_text, disk_failure, partial_name
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.captions import Caption, CaptionEncoder, caption_encoder
 from longsana.sampling.checks import check_weights, meaningless
+from longsana.sampling.continuation import Memory, Moment, mark_of, restored, vae_mark_of
 from longsana.sampling.engine import Engine, Frames
+from longsana.sampling.films import absorb_film, film_latents
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +82,13 @@ class Outcome(NamedTuple):
 
 
 def run_batch(
-    config: InferenceConfig, prompts: Sequence[Prompt], folder: Path, *, world: World, device: torch.device
+    config: InferenceConfig,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    *,
+    world: World,
+    device: torch.device,
+    beginning: Beginning | None = None,
 ) -> Outcome:
     """Make every video that is not there yet. What fails is listed and does not stop the rest; a full disk does.
 
@@ -87,11 +98,11 @@ def run_batch(
     Raises:
         InputError: weights are missing or do not fit.
     """
-    engine = Engine(config, device)
+    engine, beginning = Engine(config, device), beginning or Beginning()
 
     def plan() -> list[Job]:
         check_weights(config, fetch=True)
-        return _plan_jobs(config, prompts, folder, source_digests(config), device)
+        return _plan_jobs(config, prompts, folder, source_digests(config), device, beginning)
 
     # Decided once: a peer may finish a video before this process looks.
     jobs = world.broadcast(world.on_main(plan) or [])
@@ -99,7 +110,7 @@ def run_batch(
     if world.is_main and skipped:
         log.info("%d of %d videos are in %s already", skipped, len(prompts), folder)
 
-    share = _Share(engine, jobs, world)
+    share = _Share(engine, jobs, world, beginning)
     share.run()
     results = world.gather((share.written, share.skipped, share.failures, share.disk))
     return Outcome(
@@ -111,29 +122,39 @@ def run_batch(
 
 
 def _plan_jobs(
-    config: InferenceConfig, prompts: Sequence[Prompt], folder: Path, digests: dict[str, str], device: torch.device
+    config: InferenceConfig,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    digests: dict[str, str],
+    device: torch.device,
+    beginning: Beginning,
 ) -> list[Job]:
     """The videos that are not in the folder yet, whatever their name there."""
     jobs = []
     for prompt in prompts:
-        settings, parts = resolved_settings(config, prompt, device), told_parts(config, prompt)
+        settings, parts = resolved_settings(config, prompt, device), told_parts(config, prompt, beginning)
         record = {
             "prompt": prompt.text,
             "parts": parts,
             "line": prompt.line,
             "repetition": prompt.repetition,
             "seed": settings["sampling"]["seed"],
-            "frames": settings["sampling"]["num_frames"],
+            # A video that goes on has no opening picture of its own.
+            "frames": beginning.given_frames + settings["sampling"]["num_frames"] - beginning.goes_on,
             "height": prompt.height,
             "width": prompt.width,
             "fps": config.sampling.fps,
-            "fingerprint": fingerprint(settings, prompt, digests, meaningless(config), parts),
+            "fingerprint": fingerprint(settings, prompt, digests, meaningless(config), parts, beginning.record),
             "sha256": digests,
             "config": settings,
         }
+        if beginning.goes_on:
+            record["began"] = {"from": str(beginning.path), "given_frames": beginning.given_frames, **beginning.record}
+        if beginning.saves != NONE:
+            record["saved"] = beginning.saved
         jobs.append(Job(prompt, folder / video_name(prompt), record))
     wanted = {job.path.name: job.record["fingerprint"] for job in jobs}
-    finished = finished_videos(folder)
+    finished = finished_videos(folder, beginning.saved)
     # A finished video whose name another one is about to take will not be there in the end.
     kept = {mark: name for name, mark in finished.items() if wanted.get(name, mark) == mark}
     for job in jobs:
@@ -174,8 +195,9 @@ class _Share:
     `failures` lists those that failed, and `disk` says what a disk failed at, if that ended the work.
     """
 
-    def __init__(self, engine: Engine, jobs: Sequence[Job], world: World) -> None:
+    def __init__(self, engine: Engine, jobs: Sequence[Job], world: World, beginning: Beginning) -> None:
         self.engine = engine
+        self.beginning = beginning
         self.jobs = jobs
         self.world = world
         self.failures: list[Failure] = []
@@ -198,6 +220,7 @@ class _Share:
         if not captions:
             return
         models = self.engine.load()
+        self._marks = self._checked_marks(*models)
         encoded = ([job for job in batch if job.path in captions] for batch in batches)
         left = deque(batch for batch in encoded if batch)
         elsewhere: list[Job] = []
@@ -228,6 +251,21 @@ class _Share:
                     self._fail(batch[0], error)
                 bar.update(len(batch))
 
+    def _checked_marks(self, network: LongSanaDiT, decoder: VideoVAE) -> tuple[str, str]:
+        """Fingerprints of the models, where states need them; InputError for a state of others."""
+        beginning = self.beginning
+        if beginning.state is None and beginning.saves == NONE:
+            return "", ""
+        marks = mark_of(network), vae_mark_of(decoder)
+        if beginning.state is not None:
+            beginning.state.check_marks(*marks, str(beginning.path))
+            if beginning.state.network.tail.dtype != network.dtype:
+                raise InputError(
+                    f"{beginning.path}: of a network in {beginning.state.network.tail.dtype}, this one is in "
+                    f"{network.dtype}; set model.dtype"
+                )
+        return marks
+
     def _wait(self, jobs: Sequence[Job]) -> None:
         if not self._waited:
             first = jobs[0].path
@@ -240,9 +278,12 @@ class _Share:
         self._waited = True
         time.sleep(PAUSE)
 
+    def _is_finished(self, job: Job) -> bool:
+        return is_finished(job.path, job.record["fingerprint"], self.beginning.saved)
+
     def _is_there(self, job: Job, bar: Any) -> bool:
         """Tell whether another command has made the video since the jobs were planned."""
-        if not is_finished(job.path, job.record["fingerprint"]):
+        if not self._is_finished(job):
             return False
         self.skipped += 1
         bar.update()
@@ -302,19 +343,26 @@ class _Share:
             writers = [stack.enter_context(self._writer(job)) for job in batch]
             for job in batch:
                 # A command whose video is there writes the sidecar last: it may be about to.
-                if is_finished(job.path, job.record["fingerprint"]) or job.path in self._busy:
+                if is_finished(job.path, job.record["fingerprint"], self.beginning.saved) or job.path in self._busy:
                     self._busy.discard(job.path)
                     raise _Elsewhere(job)
             prompts, own = [job.prompt for job in batch], [captions[job.path][0] for job in batch]
-            samples = engine.sample(network, decoder, prompts, own, device_clock)
+            plan = engine.plan_of(batch[0].prompt, goes_on=self.beginning.goes_on)
+            samples = sample_from(self.beginning, engine, network, decoder, prompts, own, plan, device_clock)
             thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="digests"))
-            for pixels in self._progress(samples, len(engine.plan_of(batch[0].prompt)), digests, thread):
+            states: set[Path] = set()
+            for frames in self._progress(samples, len(plan), digests, thread):
                 with host_clock.part("write"):
-                    for writer, video in zip(writers, pixels, strict=True):
-                        writer.append(video)
+                    for writer, video in zip(writers, frames.pixels, strict=True):
+                        if len(video):  # a decoder that looks ahead may have none yet
+                            writer.append(video)
+                    if frames.after is not None:
+                        states |= self._save(batch, frames.chunk, frames.after, plan)
             for job in batch:
                 # An older video's: beside the new one it would lie, were this process killed in between.
                 job.path.with_suffix(".json").unlink(missing_ok=True)
+                for older in set(states_of(job.path)) - states:
+                    older.unlink()
             with host_clock.part("write"):
                 stack.close()  # finishes the files
         wall = time.perf_counter() - started
@@ -329,6 +377,7 @@ class _Share:
             record = job.record | {
                 "bytes": writer.size,
                 "latents_sha256": digest.hexdigest(),
+                **({"states": [path.name for path in states_of(job.path)]} if self.beginning.saves != NONE else {}),
                 "timings": {name: round(seconds, 4) for name, seconds in timings.items()},
                 "batch": len(batch),
                 "memory": _memory(engine.device),
@@ -339,10 +388,22 @@ class _Share:
             self.written += 1
             log.info("%s: %d frames in %.1f s, %.1f FPS", job.path, writer.frames, wall, timings["fps"])
 
+    def _save(self, batch: Sequence[Job], chunk: int, after: Moment, plan: ChunkPlan) -> set[Path]:
+        """Write the states after a chunk, from 0, of the plan; returns their files."""
+        files, last = set(), chunk + 1 == len(plan)
+        for index, job in enumerate(batch):
+            state = self.beginning.continuation(
+                after.of(index), job.prompt, job.record["seed"], chunk, plan.lengths, self._marks
+            )
+            file = state_path(job.path, None if last else state.chunk)
+            state.save(file, cast(Memory, self.beginning.saves))
+            files.add(file)
+        return files
+
     def _progress(
         self, samples: Iterator[Frames], chunks: int, digests: Sequence[Any], thread: Executor
-    ) -> Iterator[Tensor]:
-        """Pixels, with a bar over the chunks and a digest of the latents kept on the way, in another thread."""
+    ) -> Iterator[Frames]:
+        """Frames, with a bar over the chunks and a digest of the latents kept on the way, in another thread."""
         digested = None
         with tqdm(total=chunks, desc="chunks", unit="chunk", disable=self.no_bar, leave=False) as bar:
             started, count = time.perf_counter(), 0
@@ -352,10 +413,11 @@ class _Share:
                 if digested is not None:
                     digested.result()
                 digested = thread.submit(_digest, host.numpy(), digests)
-                yield frames.pixels
+                yield frames
                 count += frames.pixels.shape[0] * frames.pixels.shape[1]
                 bar.update(frames.chunk + 1 - bar.n)
                 bar.set_postfix_str(f"{count / (time.perf_counter() - started):.1f} FPS")
+                del frames  # with a state it may be large
             if digested is not None:
                 digested.result()
 
@@ -363,6 +425,35 @@ class _Share:
         told = isinstance(error, FloatingPointError | InputError | OSError)
         log.error("line %d failed: %s", job.prompt.line, error, exc_info=None if told else error)
         self.failures.append(Failure(job.prompt.line, job.prompt.text, f"{type(error).__name__}: {error}"))
+
+
+def sample_from(
+    beginning: Beginning,
+    engine: Engine,
+    network: LongSanaDiT,
+    decoder: VideoVAE,
+    prompts: Sequence[Prompt],
+    captions: Sequence[Caption],
+    plan: ChunkPlan,
+    clock: Clock,
+) -> Iterator[Frames]:
+    """Frames of a batch of videos of this plan that begin from nothing, a film or a state; see `Engine.sample`."""
+    chosen = [beginning.parts(prompt, engine.config) for prompt in prompts]
+    own = [caption._replace(parts=caption.parts[shown]) for caption, (shown, _) in zip(captions, chosen, strict=True)]
+    begun: Moment | None = None
+    if beginning.state is not None:
+        moment = beginning.state.moment.to(engine.device)
+        begun = restored(moment, decoder).copies(len(prompts))
+    elif beginning.path is not None:
+        height, width = prompts[0].height, prompts[0].width
+        sampling = engine.config.sampling
+        pictures = (fitted(picture, height, width) for picture in read_film(beginning.path, sampling.fps))
+        latents = film_latents(decoder, pictures, chunk_frames=sampling.chunk_frames, clock=clock)
+        begun = yield from absorb_film(network, decoder, own, latents, shown=beginning.shown, clock=clock)
+    wanted = partial(beginning.wants, count=len(plan))
+    yield from engine.sample(
+        network, decoder, prompts, own, clock, begun=begun, parts=[placed for _, placed in chosen], wanted=wanted
+    )
 
 
 def _digest(batch: np.ndarray, digests: Sequence[Any]) -> None:

@@ -20,8 +20,9 @@ from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.encoders.geometry import geometry
 from longsana.encoders.text import instruction_text, negative_text, text_sha256
+from longsana.inference.beginnings import Beginning
 from longsana.runtime.foreign import reason_of
-from longsana.sampling.checks import SOURCES, chunk_plan, placed_parts, source_digest
+from longsana.sampling.checks import SOURCES, chunk_plan, source_digest
 from longsana.weights.build import resolve_dtype
 
 log = logging.getLogger(__name__)
@@ -57,16 +58,20 @@ def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.dev
     return settings
 
 
-def told_parts(config: InferenceConfig, prompt: Prompt) -> list[dict[str, Any]]:
+def told_parts(config: InferenceConfig, prompt: Prompt, beginning: Beginning | None = None) -> list[dict[str, Any]]:
     """Tell where each part of a prompt really begins in its video (chunk, picture, second), and what the past becomes.
 
+    Pictures and seconds are those of the mp4.
+
     Raises:
-        InputError: see `placed_parts`.
+        InputError: see `Beginning.parts`.
     """
-    starts, vae = chunk_plan(config, prompt.frames).starts, geometry(config.vae)
+    beginning = beginning or Beginning()
+    goes_on, (shown, placed) = beginning.goes_on, beginning.parts(prompt, config)
+    starts, vae = chunk_plan(config, prompt.frames, goes_on=goes_on).starts, geometry(config.vae)
     told = []
-    for words, part in zip(prompt.parts, placed_parts(config, prompt), strict=True):
-        frame = vae.pixel_frames(starts[part.chunk])
+    for words, part in zip(prompt.parts[shown], placed, strict=True):
+        frame = beginning.given_frames + vae.pixel_frames(starts[part.chunk], first=not goes_on)
         second = round(frame / config.sampling.fps, 3)
         told.append({"text": words, "chunk": part.chunk, "frame": frame, "second": second, "change": str(part.change)})
     return told
@@ -78,13 +83,14 @@ def fingerprint(
     digests: Mapping[str, str],
     without: Iterable[str] = (),
     parts: Sequence[Mapping[str, Any]] = (),
+    began: Mapping[str, Any] | None = None,
 ) -> str:
     """SHA-256 of all that decides what a video shows: prompt, seed, settings and weights.
 
     Where the weights lie, where the prompt stands and which prompts are sampled beside it decide nothing.
 
     without: settings that decide nothing either; see `meaningless`.
-    parts: of the prompt, as `told_parts` has them.
+    parts: of the prompt, as `told_parts` has them. began: what the video goes on from, if anything.
     """
     deciding = {section: dict(values) for section, values in settings.items()}
     for section, key in SOURCES.items():
@@ -100,21 +106,35 @@ def fingerprint(
     for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", *PARTS, *without}:
         section, _, key = setting.partition(".")
         del deciding[section][key]
-    identity = [prompt.text, prompt.repetition, deciding, *([story] if story else [])]
+    identity = [prompt.text, prompt.repetition, deciding]
+    identity += [more for more in (story, dict(began or {})) if more]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def is_finished(video: Path, fingerprint: str) -> bool:
-    """Tell whether the video is there, whole, and the one of this fingerprint."""
+def is_finished(video: Path, fingerprint: str, saved: Sequence[Any] | None = None) -> bool:
+    """Tell whether the video is there, whole, and the one of this fingerprint.
+
+    saved: the states that are wanted beside it, as its sidecar says; None: any or none.
+    """
     try:
         record = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
-        return bool(record["fingerprint"] == fingerprint and record["bytes"] == video.stat().st_size)
+        whole = bool(record["fingerprint"] == fingerprint and record["bytes"] == video.stat().st_size)
+        return whole and _has_states(video, record, saved)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def finished_videos(folder: Path) -> dict[str, str]:
+def _has_states(video: Path, record: Mapping[str, Any], saved: Sequence[Any] | None) -> bool:
+    if saved is None:
+        return True
+    there = record.get("states", [])
+    return record.get("saved") == list(saved) and all((video.parent / name).is_file() for name in there)
+
+
+def finished_videos(folder: Path, saved: Sequence[Any] | None = None) -> dict[str, str]:
     """File names of the complete videos in a folder, and the fingerprint of each.
+
+    saved: see `is_finished`; a video without the states counts as unfinished.
 
     A sidecar that does not fit the video beside it is said; other JSON files are none of inference's.
     """
@@ -131,7 +151,9 @@ def finished_videos(folder: Path) -> dict[str, str]:
             continue
         if not isinstance(record, dict) or not isinstance(record.get("fingerprint"), str):
             continue
-        if size == record.get("bytes"):
+        if size == record.get("bytes") and not _has_states(video, record, saved):
+            log.info("%s: has no such states beside it; it counts as unfinished", video)
+        elif size == record.get("bytes"):
             finished[video.name] = record["fingerprint"]
         else:
             log.info(

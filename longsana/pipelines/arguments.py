@@ -74,7 +74,7 @@ ARGUMENTS: dict[str, Rule] = {
     "callback_on_step_end_tensor_inputs": Several(TEXT),
     "motion_score": Whole(0, 1000),
     "flow_shift": Number(above=0, most=1000),
-    "chunk_frames": Whole(1, MOST_LATENTS),
+    **dict.fromkeys(("chunk_frames", "base_chunk_frames"), Whole(1, MOST_LATENTS)),
     "latents_per_call": Whole(1, MOST_LATENTS),
     "fps": Number(above=0, most=1000),
     "prompt_change": TEXT,
@@ -83,11 +83,12 @@ ARGUMENTS: dict[str, Rule] = {
     "caption_length": Whole(1, MOST_LATENTS),
     "chi_prompt": TEXT,
     "softcap": Flag(),
+    "new_frames_only": Flag(),
     "num_cached_blocks": Whole(-1, LONGEST),
     "num_sink_blocks": Whole(0, LONGEST),
 }
-"""The rule of each argument that a public method may have. Prompts, generators, states and decays have readers of
-their own."""
+"""The rule of each argument that a public method may have. Prompts, generators, states, films and decays have
+readers of their own."""
 
 
 def check_finite(name: str, values: Mapping[str, Tensor]) -> None:

@@ -119,6 +119,31 @@ def fused_adapter(
     return fused, config
 
 
+def plain_factors(network: LongSanaDiT, adapter: str) -> dict[str, Tensor]:
+    """Factors of an adapter by the names of diffusers' layers, (rank, columns) and (rows, rank), alpha being the rank.
+
+    It undoes `fused_adapter`: of a layer that is several there each gets its rows of b, and those of a that they use.
+    """
+    found: dict[str, Tensor] = {}
+    for name in _layers(network):
+        module: Any = network.get_submodule(name)
+        if adapter not in getattr(module, "lora_A", {}):
+            continue
+        a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+        rank = module.r[adapter]
+        b = b * (module.lora_alpha[adapter] / (rank**0.5 if module.use_rslora[adapter] else rank))
+        pieces = foreign(f"{name}.weight", (len(b), a.shape[1]), "diffusers")
+        for piece, own in zip(pieces, b.split([piece.shape[0] for piece in pieces]), strict=True):
+            used = own.ne(0).any(dim=0)
+            if not used.any():
+                continue
+            layer, pixel = piece.name.removesuffix(".weight"), (1,) * (len(piece.shape) - 2)
+            own, other = own[:, used], a[used]
+            found[f"{layer}.lora_A.weight"] = other.reshape(*other.shape, *pixel).contiguous()
+            found[f"{layer}.lora_B.weight"] = own.reshape(*own.shape, *pixel).contiguous()
+    return found
+
+
 def _layers(network: LongSanaDiT) -> dict[str, dict[str, _Part]]:
     """Linear layers by name, and the layers of diffusers that each is made of, in order."""
     found = {}

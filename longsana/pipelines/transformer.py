@@ -19,6 +19,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_c
 from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longsana.models.dit import LongSanaDiT
@@ -26,10 +27,20 @@ from longsana.models.embeddings import Text, TextEmbedding, TextMemory
 from longsana.models.past import LEARNED, Past
 from longsana.ops import backend
 from longsana.pipelines.files import check_transformer, folder_of, on_this_machine
-from longsana.pipelines.lora import SCALE, fetch_lora, fused_adapter, plain_lora, read_lora, settled_scales
+from longsana.pipelines.lora import (
+    SCALE,
+    USUAL,
+    fetch_lora,
+    fused_adapter,
+    plain_factors,
+    plain_lora,
+    read_lora,
+    settled_scales,
+)
 from longsana.runtime.arguments import TEXT, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
+from longsana.runtime.files import check_writable, expanded, whole_file
 from longsana.state import CausalState
 from longsana.weights.names import PAST, chosen_past, from_diffusers_config
 from longsana.weights.network import load_weights, rename
@@ -262,13 +273,32 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         """
         super().fuse_lora(lora_scale, **options)
 
-    def save_lora_adapter(self, *arguments: Any, **options: Any) -> None:
-        """Not possible: layers that are several in the diffusers layout are one here, and so are their factors.
+    def save_lora_adapter(  # type: ignore[override]
+        self, save_directory: str | Path, adapter_name: str = "default", *, weight_name: str | None = None
+    ) -> None:
+        """Write a LoRA's factors by the names of diffusers' layers, whole or not at all, for `load_lora_weights`.
+
+        Args:
+            save_directory: a folder, made where it is missing.
+            adapter_name: of the LoRA, as it was loaded or added.
+            weight_name: the file; `pytorch_lora_weights.safetensors` unless said otherwise.
 
         Raises:
-            InputError: always.
+            InputError: there is no such LoRA, it changes nothing, or the folder cannot be written to.
         """
-        raise InputError("save_lora_adapter: keep the file it came from, or fuse_lora() and then save_pretrained()")
+        known = list(getattr(self, "peft_config", {}))
+        if adapter_name not in known:
+            raise InputError(
+                f"adapter_name={adapter_name!r:.60}: no such LoRA; loaded are: {', '.join(known) or 'none'}"
+            )
+        factors = plain_factors(self.network, adapter_name)
+        if not factors:
+            raise InputError(f"adapter_name={adapter_name}: all of its lora_B are zero, so that it changes nothing")
+        folder = expanded(save_directory)
+        check_writable(folder, "save_directory")
+        named = {f"transformer.{name}": factor.cpu() for name, factor in factors.items()}
+        with whole_file(folder / (weight_name or USUAL)) as partial:
+            save_file(named, partial, metadata={"format": "pt"})
 
 
 class SanaVideoTransformer3DModel(SanaVideoCausalTransformer3DModel):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise, repeat
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan, DPMSolverMultistepScheduler, SchedulerMixin
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan
 from longsana.config import check_chi_prompt
+from longsana.data.films import frames_used
 from longsana.data.prompts import check_words
 from longsana.data.story import Change, Mark, Placed, place_parts, shared_changes
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
@@ -32,8 +34,9 @@ from longsana.flow.schedule import TIMESTEPS, FlowSchedule, uniform_sigmas
 from longsana.flow.solvers import DPMSolver, Euler, Solver
 from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
 from longsana.pipelines import transformer as networks
-from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, PARTS, Numbers, check_finite, refuse_ignored
+from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, PARTS, refuse_ignored
 from longsana.pipelines.files import check_repository, folder_of
+from longsana.pipelines.films import Film, FilmLike
 from longsana.pipelines.noise import batch_noise, check_generator, check_noise, take_seed
 from longsana.pipelines.pictures import as_output, joined
 from longsana.pipelines.prompts import given_embeddings, in_turn, negative_texts, one_for_each, parts_of, whole
@@ -44,13 +47,23 @@ from longsana.pipelines.transformer import (
     onload,
     uncompiled,
 )
-from longsana.runtime.arguments import TEXT, Flag, Several, Whole, checked
+from longsana.runtime.arguments import OneOf, Whole, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite, to_host
 from longsana.sampling.captions import Caption, stacked
-from longsana.sampling.engine import Videos, decode, sample_latents
-from longsana.sampling.sampler import generate
+from longsana.sampling.continuation import (
+    Continuation,
+    Memory,
+    Moment,
+    latest,
+    mark_of,
+    restored,
+    vae_mark_of,
+)
+from longsana.sampling.engine import Videos, decode, sample_latents, stretches
+from longsana.sampling.films import film_latents
+from longsana.sampling.sampler import absorb, generate
 from longsana.sampling.transition import Way
 from longsana.state import CausalState
 from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS
@@ -102,51 +115,11 @@ class LongSanaVideoOutput(BaseOutput):
     frames: Any
 
 
-class StreamState(NamedTuple):
-    """The state of a video: all that it needs to go on, of a size that does not depend on its length.
-
-    network: what the transformer remembers.
-    decoder: what the decoder remembers; None after latents that were not decoded.
-    seed: of the video's noise.
-    prompt: of its last chunk.
-    size: height and width in pixels.
-    """
-
-    network: CausalState
-    decoder: DecodeCache | None
-    seed: int
-    prompt: str
-    size: tuple[int, int]
-
-    def settled(self) -> StreamState:
-        """Look at the values of a state; it comes back with whole numbers where they were whole floats.
-
-        Raises:
-            InputError: one is another; the message begins with "state".
-        """
-        network, decoder = self.network, self.decoder
-        if not isinstance(network, CausalState):
-            raise InputError(f"state: its network is a {type(network).__name__}; must be a CausalState")
-        network = network.settled("state")
-        if decoder is not None:
-            if not isinstance(decoder, DecodeCache) or not isinstance(decoder.features, tuple) or not decoder.features:
-                raise InputError(f"state: its decoder is a {type(decoder).__name__}; must be a DecodeCache, or None")
-            for number, part in enumerate(decoder.features):
-                Numbers().settle(f"state: decoder {number}", part)
-            latents = Whole(0).settle("state: latents of its decoder", decoder.latents)
-            decoder = decoder._replace(latents=latents, ended=Flag().settle("state: end of its decoder", decoder.ended))
-            check_finite("state", {f"decoder {number}": part for number, part in enumerate(decoder.features)})
-        seed = Whole(-(2**63), 2**64 - 1).settle("state: its seed", self.seed)
-        check_words(TEXT.settle("state: its prompt", self.prompt), "state: its prompt")
-        height, width = Several(ARGUMENTS["height"], 2).settle("state: its size", self.size)
-        return StreamState(network, decoder, seed, self.prompt, (height, width))
-
-
 @dataclass
 class LongSanaVideoChunk(LongSanaVideoOutput):
     """A finished stretch of a video, and the state to go on after it."""
 
-    state: StreamState
+    state: Continuation
 
 
 class Interrupted(Exception):
@@ -175,6 +148,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         num_cached_blocks, state_decay, num_sink_blocks: distilled: what is kept of the past (see
             `longsana.models.past`), from now on, whoever else has this transformer. None is what its files say, for
             published ones all; that is asked for with -1, 1.0 and 0.
+        base_chunk_frames: latent frames of a chunk where a call does not say it.
 
     Raises:
         InputError: the parts do not belong together, a setting of the past means nothing, or another argument has no
@@ -205,6 +179,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         num_cached_blocks: int | None = None,
         state_decay: float | list[float] | str | None = None,
         num_sink_blocks: int | None = None,
+        base_chunk_frames: int = 10,
     ) -> None:
         super().__init__()
         if not isinstance(uncompiled(transformer), SanaVideoCausalTransformer3DModel):
@@ -222,7 +197,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self.register_modules(
             vae=vae, transformer=transformer, tokenizer=tokenizer, text_encoder=text_encoder, scheduler=scheduler
         )
-        self.register_to_config(caption_length=caption_length, chi_prompt=chi_prompt, softcap=softcap)
+        self.register_to_config(
+            caption_length=caption_length, chi_prompt=chi_prompt, softcap=softcap, base_chunk_frames=base_chunk_frames
+        )
         past = {"num_cached_blocks": num_cached_blocks, "state_decay": state_decay, "num_sink_blocks": num_sink_blocks}
         if asked := [name for name, value in past.items() if value is not None]:
             if not self.distilled:
@@ -314,12 +291,14 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         motion_score: int | None = None,
         flow_shift: float | None = None,
-        chunk_frames: int = 10,
+        chunk_frames: int | None = None,
         latents_per_call: int = 2,
         fps: float | None = None,
         prompt_change: str | None = None,
         transition_chunks: int | None = None,
         transition: Way | None = None,
+        video: FilmLike | None = None,
+        new_frames_only: bool = False,
     ) -> LongSanaVideoOutput | tuple[Any]:
         """Videos of prompts.
 
@@ -345,13 +324,19 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 progress; the `latents` it returns take their place. step counts through all chunks.
             motion_score: appended to every prompt; 10 (distilled), 30 (base); 0 appends nothing.
             flow_shift: 7 (distilled); the scheduler's, or 8 (base).
-            chunk_frames: latent frames of a chunk; what remains goes to the first.
+            chunk_frames: latent frames of a chunk, 10 unless the pipeline was made otherwise; what remains goes to the
+                first.
             latents_per_call: latent frames decoded together; frames differ by rounding alone.
-            fps: distilled: pictures a second, by which the lengths of a story's parts are counted; 16.
+            fps: distilled: pictures a second: by which the lengths of a story's parts are counted, and that are taken
+                of a film's file; 16.
             prompt_change: distilled: what becomes of the past where a part begins that does not say it itself: keep
                 (None), recache=K, rebuild=W or cut. It must be the same for all videos of a call.
             transition_chunks: distilled: chunks over which one part's caption becomes the next one's; 0.
             transition: linear (None) or spherical, the way between the two.
+            video: a film or picture that the videos go on from (distilled): a file, pictures of PIL, or an array
+                (F, H, W, 3) of uint8. It is fitted to their size, and absorbed under the first part of each prompt.
+                num_frames says then how many more, 4 n (Wan) or 8 n (LTX-2); 80 unless said otherwise.
+            new_frames_only: leave the film out of the result.
 
         Raises:
             InputError: what is asked for cannot be made, or part of it would be ignored; the message names the argument
@@ -359,10 +344,16 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             FloatingPointError: captions, latents or decoded frames are not finite, as weights that are not make them.
         """
         size = self._check(*self._size(height, width))
+        chunk_frames = chunk_frames or self.config["base_chunk_frames"]
         if frames is not None and num_frames not in (frames, USUAL_FRAMES):
             raise InputError(f"frames={frames}: an older name of num_frames, which is {num_frames}; give one of them")
         num_frames = num_frames if frames is None else frames
-        length = self.geometry.latent_frames(num_frames)
+        film = self._film(video, fps or USUAL_FPS, new_frames_only, height, width)
+        if film is None:
+            length = self.geometry.latent_frames(num_frames)
+        else:
+            refuse_ignored({"latents": latents}, "with video")
+            length = self._latents_more(num_frames - (num_frames == USUAL_FRAMES))
         if not self.distilled:
             # All at once.
             Whole(most=self.geometry.pixel_frames(MOST_LATENTS)).settle("num_frames", num_frames)
@@ -387,7 +378,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if not self.distilled:
             refuse_ignored({"fps": fps, **telling}, "for the base model, whose prompts have one part")
         if prompt_embeds is not None:
-            refuse_ignored({"fps": fps, **telling}, "with prompt_embeds, which are of one part each")
+            refuse_ignored(telling | ({} if film else {"fps": fps}), "with prompt_embeds, which are of one part each")
         if not transition_chunks:
             refuse_ignored({"transition": transition}, "without transition_chunks")
         placed = [self._placed(len(own), marks, plan, fps, prompt_change) for own, marks in parts]
@@ -411,6 +402,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         shown = [tuple(islice(embedded, len(own))) for own in wanted]
         negative = [None] * len(shown) if unwanted is None else self._embedded(unwanted, instruction=False)
         captions = list(map(Caption, shown, negative))
+        filmed: list[Tensor] = []
+        begun: Moment | None = None
+        if film is not None:
+            filmed, begun = self._begun(film, captions, chunk_frames, latents_per_call)
         videos = Videos(
             schedule,
             plan,
@@ -421,11 +416,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             parts=placed,
             transition_chunks=transition_chunks or 0,
             transition=transition or "linear",
+            begun=begun,
         )
         steps = schedule.steps if isinstance(schedule, FlowSchedule) else [int(t) for t in schedule.timesteps]
         self._interrupt, self._num_timesteps = False, len(plan) * len(steps)
         self._guidance_scale = guidance
         finished: list[Tensor] = []
+        hidden = self.geometry.pixel_frames(sum(part.shape[2] for part in filmed)) if new_frames_only else 0
         with self.progress_bar(total=self._num_timesteps) as bar:
             given_to_callback = tuple(callback_on_step_end_tensor_inputs)
             on_step = _Watch(self, steps, self._num_timesteps, callback_on_step_end, given_to_callback, bar)
@@ -436,11 +433,12 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 finished.append(stop.latents)
 
         if output_type == "latent":
-            result: Any = torch.cat(finished, dim=2)
+            result: Any = torch.cat([*([] if new_frames_only else filmed), *finished], dim=2)
             require_finite("video", {"latents": result})
         else:
             onload(self.vae)
-            result, _ = self._pictures(self._vae(latents_per_call), finished, None, chunk_frames, output_type)
+            vae = self._vae(latents_per_call)
+            result, *_ = self._pictures(vae, [*filmed, *finished], None, chunk_frames, output_type, hidden=hidden)
         self.maybe_free_model_hooks()
         return LongSanaVideoOutput(result) if return_dict else (result,)
 
@@ -449,7 +447,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self,
         prompt: str | Iterable[str] | None = None,
         num_frames: int | None = None,
-        state: StreamState | LongSanaVideoChunk | None = None,
+        state: Continuation | LongSanaVideoChunk | str | Path | None = None,
         *,
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
@@ -459,8 +457,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         output_type: str = "pil",
         motion_score: int | None = None,
         flow_shift: float | None = None,
-        chunk_frames: int = 10,
+        chunk_frames: int | None = None,
         latents_per_call: int = 2,
+        video: FilmLike | None = None,
+        fps: float = USUAL_FPS,
+        new_frames_only: bool = False,
     ) -> Iterator[LongSanaVideoChunk]:
         """One video, chunk by chunk as it is sampled, in memory that does not grow.
 
@@ -471,10 +472,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             prompt: a text; or one for each chunk, taken as it begins, of which the last one stays. None goes on with
                 that of the state. A chunk's noise is a function of the seed and its own prompt.
             num_frames: as there; after a state, how many more, 4 n (Wan) or 8 n (LTX-2). None never ends.
-            state: of the chunk (or the chunk itself) after which the video goes on, with its size, and its seed if no
-                generator is given.
+            state: of the chunk (or the chunk itself, or a file of it) after which the video goes on, with its size, and
+                its seed if no generator is given.
 
-        The others are those of `__call__`. `interrupt` ends it without the chunk in progress.
+        The others are those of `__call__`; a film's chunks come first, each with a state. `interrupt` ends it without
+        the chunk in progress.
 
         A decoder that looks ahead (LTX-2's may) gives frames later: the first chunks have none, and the last of
         `num_frames` has all that waited. Such an end is final. Stopped anywhere else, frames wait in the state, and
@@ -486,17 +488,23 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             FloatingPointError: as there; of the first prompt, if it is known, at once and before a generator is
                 advanced.
         """
+        chunk_frames = chunk_frames or self.config["base_chunk_frames"]
         if not self.distilled:
             raise InputError("stream: the base model makes whole clips; use the pipeline itself, or a distilled model")
+        if state is not None and video is not None:
+            raise InputError("video: beside a state; a video goes on from one of them")
         if isinstance(state, LongSanaVideoChunk):
             state = state.state
-        if state is not None and not isinstance(state, StreamState):
+        if isinstance(state, str | Path):
+            state = Continuation.load(state, self._execution_device)
+        if state is not None and not isinstance(state, Continuation):
             raise InputError(f"state: a {type(state).__name__}; must be a chunk of a stream, or its state")
         state = None if state is None else state.settled()
         size = self._size(height, width) if state is None else state.size
         if state is not None and self._size(height, width, size) != size:
             raise InputError(f"height={height}, width={width}: the video that goes on has {size[0]} and {size[1]}")
         self._check(*size)
+        film = self._film(video, fps, new_frames_only, *size)
         if state is not None:
             state = self._gone_on_from(state, output_type)
             model = uncompiled(self.vae)
@@ -510,7 +518,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self._check_encoder([""])
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
-        lengths = self._lengths(num_frames, chunk_frames, begins=state is None)
+        lengths = self._lengths(num_frames, chunk_frames, begins=state is None and film is None)
         if isinstance(prompt, list | tuple) and isinstance(lengths, tuple) and len(prompt) > len(lengths):
             log.warning(
                 "prompt: %d for %d chunks, each of which takes one; the last are not shown", len(prompt), len(lengths)
@@ -536,6 +544,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             motion_score,
             chunk_frames,
             latents_per_call,
+            film,
+            new_frames_only,
         )
 
     @torch.no_grad()
@@ -552,31 +562,44 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         schedule: FlowSchedule,
         size: tuple[int, int],
         seed: int,
-        state: StreamState | None,
+        state: Continuation | None,
         output_type: str,
         motion_score: int | None,
         chunk_frames: int,
         latents_per_call: int,
+        film: Film | None,
+        new_frames_only: bool,
     ) -> Iterator[LongSanaVideoChunk]:
-        """opening: the first prompt's embedding, where that is known already."""
+        """opening: the first prompt's embedding, where that is known already. film: that it goes on from."""
         shape = (self.geometry.channels, *self.geometry.latent_size(*size))
-        cache = None if state is None else state.decoder
-        memory = None if state is None else state.network
         current, text, vae = None, None, None
         self._interrupt = False
         try:
+            if film is not None:
+                first = next(prompts)
+                prompts, opening = chain([first], prompts), opening or self._opening(first, motion_score)
+                begins = Continuation(self._nothing(size), None, seed, first, size)
+                state = yield from self._absorbed(
+                    film, begins, opening, output_type, chunk_frames, latents_per_call, new_frames_only
+                )
+            memory: CausalState | None = None
+            cache, last, hidden, count, begun = None, None, 0, 0, ("", 0)
+            if state is not None:
+                memory, cache, last, hidden = state.moment
+                count, begun = state.chunk, (state.prompt, state.repetition)
             for (length, following), prompt in zip(pairwise(chain(lengths, [0])), prompts, strict=False):
                 if prompt != current or text is None:
                     embedded = opening or self._embedded([self._worded(prompt, motion_score)])
                     current, opening = prompt, None
                     text = self._passes.cache_caption(stacked(embedded, self._execution_device))
+                repetition = begun[1] if prompt == begun[0] else 0
                 (chunk,) = generate(
                     self._passes,
                     schedule,
                     [text],
                     ChunkPlan((length,)),
                     shape=shape,
-                    rng=PromptNoise(seed, [(prompt, 0)]),
+                    rng=PromptNoise(seed, [(prompt, repetition)]),
                     device=self._execution_device,
                     state=memory,
                     on_step=_Watch(self, schedule.steps),
@@ -589,18 +612,93 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 else:
                     onload(self.vae)
                     vae = vae or self._vae(latents_per_call)
-                    frames, cache = self._pictures(
-                        vae, [chunk.latents], cache, chunk_frames, output_type, more=following > 0
+                    if cache is None and state is not None:
+                        before = restored(state.moment, vae)
+                        cache, hidden = before.decoder, before.waiting
+                    frames, cache, hidden = self._pictures(
+                        vae, [chunk.latents], cache, chunk_frames, output_type, more=following > 0, hidden=hidden
                     )
-                yield LongSanaVideoChunk(frames, StreamState(memory, cache, seed, prompt, size))
+                last, count = latest(last, chunk.latents), count + 1
+                after = Continuation(memory, cache, seed, prompt, size, last, repetition, count, waiting=hidden)
+                yield LongSanaVideoChunk(frames, after)
         except Interrupted:
             return
         finally:
             self.maybe_free_model_hooks()
 
+    def _nothing(self, size: tuple[int, int]) -> CausalState:
+        """The network's state before the first frame of a video of this size."""
+        empty: CausalState = uncompiled(self.transformer).network.empty_state(1, *self.geometry.latent_size(*size))
+        return empty
+
+    def _absorbed(
+        self,
+        film: Film,
+        state: Continuation,
+        embedded: list[CompactEmbedding],
+        output_type: str,
+        chunk_frames: int,
+        latents_per_call: int,
+        new_frames_only: bool,
+    ) -> Generator[LongSanaVideoChunk, None, Continuation]:
+        """Absorb a film under one caption, chunk by chunk; returns the state after it. state: before it."""
+        onload(self.vae)
+        vae, hidden = self._vae(latents_per_call), 0
+        if new_frames_only and output_type != "latent":
+            hidden = frames_used(film.count, self.geometry.time_stride)
+        latents = film_latents(vae, film.pictures(), chunk_frames=chunk_frames)
+        text = self._passes.cache_caption(stacked(embedded, self._execution_device))
+        onload(self.vae)
+        while (given := next(latents, None)) is not None:
+            frames, cache = given, None
+            if output_type != "latent":
+                frames, cache, hidden = self._pictures(
+                    vae, [given], state.decoder, chunk_frames, output_type, more=True, hidden=hidden
+                )
+            memory = absorb(self._passes, given, text, state.network)
+            state = state._replace(network=memory, decoder=cache, latents=latest(state.latents, given), waiting=hidden)
+            if not new_frames_only:
+                yield LongSanaVideoChunk(frames, state)
+            onload(self.vae)
+        return state
+
+    def _begun(
+        self, film: Film, captions: Sequence[Caption], chunk_frames: int, latents_per_call: int
+    ) -> tuple[list[Tensor], Moment]:
+        """Latents of a film for each caption, chunk by chunk, and what the videos go on from after it."""
+        onload(self.vae)
+        latents = film_latents(self._vae(latents_per_call), film.pictures(), chunk_frames=chunk_frames)
+        given = [own.expand(len(captions), -1, -1, -1, -1).contiguous() for own in latents]
+        text = self._passes.cache_caption(stacked([caption.parts[0] for caption in captions], self._execution_device))
+        state: CausalState | None = None
+        for own in given:
+            state = absorb(self._passes, own, text, state)
+        assert state is not None
+        return given, Moment(state, None, None)
+
+    def _film(
+        self, video: FilmLike | None, fps: float, new_frames_only: bool, height: int | None, width: int | None
+    ) -> Film | None:
+        """The film that videos go on from, if there is one, all of it looked at."""
+        if video is None:
+            refuse_ignored({"new_frames_only": new_frames_only or None}, "without video")
+            return None
+        if not self.distilled:
+            raise InputError("video: the base model makes whole clips; a distilled one goes on from a film")
+        return Film.of(video, fps, self._size(height, width))
+
+    def _latents_more(self, num_frames: int) -> int:
+        """Latents of so many more pixel frames."""
+        latents, rest = divmod(num_frames, self.geometry.time_stride)
+        if rest or latents < 1:
+            raise InputError(
+                f"num_frames={num_frames}: a video that goes on grows by multiples of {self.geometry.time_stride}"
+            )
+        return latents
+
     @torch.no_grad()
     def _end(
-        self, state: StreamState, cache: DecodeCache, output_type: str, latents_per_call: int
+        self, state: Continuation, cache: DecodeCache, output_type: str, latents_per_call: int
     ) -> Iterator[LongSanaVideoChunk]:
         """Give the frames that wait in a decoder that looks ahead."""
         onload(self.vae)
@@ -608,6 +706,30 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         pictures = to_host(pictures, "end of the video", {"decoded frames": pictures})
         self.maybe_free_model_hooks()
         yield LongSanaVideoChunk(as_output(pictures, output_type), state._replace(decoder=cache))
+
+    @torch.no_grad()
+    def save_state(
+        self, state: Continuation | LongSanaVideoChunk, path: str | Path, memory: Memory = "latents"
+    ) -> None:
+        """Write what a video goes on from to a file, whole or not at all, for `stream` and the batch command.
+
+        Args:
+            state: of a chunk of a stream, or the chunk itself.
+            memory: full keeps all that the decoder remembers, for frames that are the same to the bit; latents keeps
+                the last 12 latents, from which it is rebuilt.
+
+        Raises:
+            InputError: no file can have this path, or the state is none.
+        """
+        state = state.state if isinstance(state, LongSanaVideoChunk) else state
+        if not isinstance(state, Continuation):
+            raise InputError(f"state: a {type(state).__name__}; must be a chunk of a stream, or its state")
+        OneOf(get_args(Memory)).settle("memory", memory)
+        state._replace(marks=self._marks()).save(path, memory)
+
+    def _marks(self) -> tuple[str, str]:
+        """Fingerprints of the transformer and the VAE."""
+        return mark_of(uncompiled(self.transformer).network), vae_mark_of(self._vae(1))
 
     @torch.no_grad()
     @checked(ARGUMENTS)
@@ -645,6 +767,17 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if not is_peft_available():
             raise InputError("load_lora_weights: LoRA needs peft: pip install 'longsana[lora]', and start Python again")
         super().load_lora_weights(*arguments, **options)
+
+    def save_lora_weights(  # type: ignore[override]
+        self, save_directory: str | Path, adapter_name: str = "default", *, weight_name: str | None = None
+    ) -> None:
+        """Write a LoRA that was loaded or added, by the names of diffusers' layers; see the transformer's
+        `save_lora_adapter`.
+
+        Raises:
+            InputError: see there.
+        """
+        uncompiled(self.transformer).save_lora_adapter(save_directory, adapter_name, weight_name=weight_name)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> LongSanaVideoPipeline:
@@ -721,7 +854,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self.geometry.check_size(height, width, (patch[0], patch[1]))
         return self.geometry.latent_size(height, width)
 
-    def _gone_on_from(self, state: StreamState, output_type: str) -> StreamState:
+    def _gone_on_from(self, state: Continuation, output_type: str) -> Continuation:
         """A state for this output, without a decoder where latents are wanted; InputError if none can go on from it."""
         if state.network.tail.dtype != self.transformer.dtype:
             raise InputError(
@@ -738,10 +871,14 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                     f"state: its {name} has shape {tuple(given.shape)}: this transformer needs {tuple(like.shape)} for "
                     f"{state.size[0]}x{state.size[1]}"
                 )
+        if any(state.marks):
+            state.check_marks(*self._marks(), "state")
         if output_type == "latent":
             return state._replace(decoder=None)
         if state.decoder is None:
-            raise InputError("state: of latents that were not decoded; go on with output_type='latent'")
+            if state.latents is None:
+                raise InputError("state: of latents that were not decoded; go on with output_type='latent'")
+            return state
         if state.decoder.ended:
             raise InputError(
                 "state: its video has ended: this VAE's decoder looks ahead, and took this end for final. Go on from "
@@ -812,14 +949,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """Latent frames of each chunk of a video, or of what is added to one."""
         if num_frames is None:
             return chain([chunk_frames + 1] if begins else [], repeat(chunk_frames))
-        if begins:
-            latents = self.geometry.latent_frames(num_frames)
-        else:
-            latents, rest = divmod(num_frames, self.geometry.time_stride)
-            if rest or latents < 1:
-                raise InputError(
-                    f"num_frames={num_frames}: a video that goes on grows by multiples of {self.geometry.time_stride}"
-                )
+        latents = self.geometry.latent_frames(num_frames) if begins else self._latents_more(num_frames)
         return ChunkPlan.split(latents, chunk_frames).lengths
 
     def _pictures(
@@ -831,16 +961,26 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         output_type: str,
         *,
         more: bool = False,
-    ) -> tuple[Any, DecodeCache | None]:
-        """Stretches of latents, one after another, as `LongSanaVideoOutput` describes. more: of latents to come."""
+        hidden: int = 0,
+    ) -> tuple[Any, DecodeCache | None, int]:
+        """Stretches of latents, one after another, as `LongSanaVideoOutput` describes; the cache; and what of `hidden`
+        is left.
+
+        more: of latents to come. hidden: frames to come first that are not shown.
+        """
         # The batch command's cuts: the first chunk may be long, and the base model's is all of the clip.
-        pieces = [piece for stretch in latents for piece in stretch.split(chunk_frames, dim=2)]
-        stretches = []
+        pieces: list[Tensor] = []
+        start = 0 if cache is None else cache.latents
+        for stretch in latents:
+            pieces += stretches(stretch, start, chunk_frames)
+            start += stretch.shape[2]
+        shown = []
         for index, piece in enumerate(pieces, 1):
             last = index == len(pieces)
             frames, cache = decode(vae, piece, cache, "video", more=more or not last, finish=lambda frames: frames)
-            stretches.append(as_output(frames, output_type))
-        return joined(stretches), cache
+            shown.append(as_output(frames[:, :, hidden:], output_type))
+            hidden = max(hidden - frames.shape[2], 0)
+        return joined(shown), cache, hidden
 
     def _worded(self, text: str, motion_score: int | None) -> str:
         """Return what the text encoder is given for a prompt, or a part of one."""

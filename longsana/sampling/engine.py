@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -32,6 +33,7 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.finite import to_host
 from longsana.sampling.captions import Caption, stacked
 from longsana.sampling.checks import DISTILLED, DPM, WHOLE_CLIP, blame, check_config, chunk_plan, placed_parts
+from longsana.sampling.continuation import Moment, latest
 from longsana.sampling.graphs import ReplayedNetwork
 from longsana.sampling.sampler import (
     Chunk,
@@ -44,7 +46,13 @@ from longsana.sampling.sampler import (
     sample_clip,
 )
 from longsana.sampling.transition import Shown, Way, embedding_of, shown_in
+from longsana.state import CausalState
 from longsana.weights.build import build_model, resolve_dtype
+
+
+def never(chunk: int) -> bool:
+    """Want the state after no chunk."""
+    return False
 
 
 class CaptionedNetwork(ChunkedNetwork, Captioned, Protocol):
@@ -76,6 +84,7 @@ class Videos:
     null_caption: guidance leads away from the checkpoint's own null caption, and not from the captions' negative ones.
     parts: of the distilled model, where the parts of each video's prompt begin; their changes of the past are the same.
     transition_chunks, transition: the captions between two parts; see `shown_in` and `blend`.
+    begun: the videos go on from here, with the decoder's memory (see `restored`); the distilled model's alone do.
     """
 
     method: FlowSchedule | Solver | Staggered
@@ -89,19 +98,22 @@ class Videos:
     parts: Sequence[Sequence[Placed]] = ()
     transition_chunks: int = 0
     transition: Way = "linear"
+    begun: Moment | None = None
 
 
 class Frames(NamedTuple):
     """A finished stretch of the videos of a batch.
 
-    chunk: its index in the video, from 0.
+    chunk: its index in what is sampled of the video, from 0; -1 of a film that the video goes on from.
     latents: (B, C, T, H, W), float32, on the device.
     pixels: (B, F, H, W, 3), uint8, on the host; those that are settled, if the decoder looks into the future.
+    after: what the videos go on from after this chunk, where that was asked for and the chunk ends with this stretch.
     """
 
     chunk: int
     latents: Tensor
     pixels: Tensor
+    after: Moment | None = None
 
 
 class Engine:
@@ -157,27 +169,37 @@ class Engine:
                 ) from error
         return network
 
-    def plan_of(self, prompt: Prompt) -> ChunkPlan:
-        """The chunks of this prompt's video."""
-        return self.plan if prompt.frames is None else chunk_plan(self.config, prompt.frames)
+    def plan_of(self, prompt: Prompt, *, goes_on: bool = False) -> ChunkPlan:
+        """The chunks of this prompt's video, or of what is added to one that goes on.
 
-    def videos(self, prompts: Sequence[Prompt]) -> Videos:
-        """Describe a batch of videos, of one size and length."""
+        That has one latent less, the single picture that opens a video.
+        """
+        return chunk_plan(self.config, prompt.frames, goes_on=goes_on)
+
+    def videos(
+        self,
+        prompts: Sequence[Prompt],
+        begun: Moment | None = None,
+        parts: Sequence[Sequence[Placed]] | None = None,
+    ) -> Videos:
+        """Describe a batch of videos, of one size and length. begun, parts: see `Videos`; None: as the prompts say."""
+        parts = parts or [placed_parts(self.config, prompt, goes_on=begun is not None) for prompt in prompts]
         sampling, first = self.config.sampling, prompts[0]
         keys = [("", 0) if sampling.unified_noise else (prompt.text, prompt.repetition) for prompt in prompts]
         seeds = [sampling.seed if prompt.seed is None else prompt.seed for prompt in prompts]
         return Videos(
             self._method(),
-            self.plan_of(first),
+            self.plan_of(first, goes_on=begun is not None),
             (self.geometry.channels, *self.geometry.latent_size(first.height, first.width)),
             PromptNoise(seeds, keys),
             self.device,
             sampling.cfg_scale,
             recorded=sampling.cuda_graphs and self.device.type == "cuda",
             null_caption=sampling.cfg_scale != 1 and sampling.null_caption == "learned",
-            parts=[placed_parts(self.config, prompt) for prompt in prompts],
+            parts=parts,
             transition_chunks=sampling.transition_chunks,
             transition=sampling.transition,
+            begun=begun,
         )
 
     def sample(
@@ -189,10 +211,21 @@ class Engine:
         clock: Clock | None = None,
         *,
         to_the_end: bool = False,
+        begun: Moment | None = None,
+        parts: Sequence[Sequence[Placed]] | None = None,
+        wanted: Callable[[int], bool] = never,
     ) -> Iterator[Frames]:
         """Frames of the prompts' videos, of one size and length, as the config says; see the function `sample`."""
-        videos, frames = self.videos(prompts), self.config.sampling.chunk_frames
-        return sample(network, decoder, captions, videos, frames_per_call=frames, clock=clock, to_the_end=to_the_end)
+        return sample(
+            network,
+            decoder,
+            captions,
+            self.videos(prompts, begun, parts),
+            frames_per_call=self.config.sampling.chunk_frames,
+            clock=clock,
+            to_the_end=to_the_end,
+            wanted=wanted,
+        )
 
     def _method(self) -> FlowSchedule | Solver | Staggered:
         scheduler = self.config.scheduler
@@ -214,32 +247,91 @@ def sample(
     frames_per_call: int,
     clock: Clock | None = None,
     to_the_end: bool = False,
+    wanted: Callable[[int], bool] = never,
 ) -> Iterator[Frames]:
     """Frames of a batch of videos, one for each caption, stretch by stretch.
 
-    frames_per_call: latent frames that are decoded at once.
+    frames_per_call: latent frames that are decoded at once; see `stretches`.
     clock: is told the time of the parts "denoise", "absorb" and "decode".
     to_the_end: after numbers that are not finite nothing is given, but all passes of the network are made before that
         is raised, since other processes may take part in them.
+    wanted: tells of a chunk's index whether the state after it comes with its frames.
 
     Raises:
         FloatingPointError: latents or decoded frames are not finite.
     """
-    clock, cache, left = clock or Clock(videos.device), None, videos.plan.frames
+    clock, left = clock or Clock(videos.device), videos.plan.frames
+    decoding = Decoding(decoder, videos.begun)
     chunks = sample_latents(network, captions, videos, clock=clock)
     try:
         for chunk in chunks:
+            keep = wanted(chunk.index)
             # Memory grows with what is decoded at once, and the base model's clip is one chunk.
-            for latents in chunk.latents.split(frames_per_call, dim=2):
+            for latents in stretches(chunk.latents, chunk.start, frames_per_call):
                 left -= latents.shape[2]
                 with clock.part("decode"):
-                    pixels, cache = decode(decoder, latents, cache, f"chunk {chunk.index}", more=left > 0)
-                yield Frames(chunk.index, latents, pixels)
+                    pixels = decoding(latents, f"chunk {chunk.index}", more=left > 0, keep=keep)
+                ends = decoding.start == chunk.start + chunk.latents.shape[2]
+                after = decoding.moment(chunk.state) if keep and ends and chunk.state is not None else None
+                yield Frames(chunk.index, latents, pixels, after)
+                del after  # of the size of the decoder's memory
     except FloatingPointError:
         if to_the_end:
             for _ in chunks:
                 pass
         raise
+
+
+def stretches(latents: Tensor, start: int, size: int) -> Iterator[Tensor]:
+    """Cut latents (B, C, T, h, w), the video's `start` and after, into what is decoded at once: at most `size` + 1.
+
+    The cuts lie where 1 + n * size latents are before them, wherever a video's chunks begin and wherever it was cut.
+    """
+    stop = start + latents.shape[2]
+    cuts = range(1 + size * max(start // size, 1), stop, size)
+    edges = [start, *(cut for cut in cuts if cut > start), stop]
+    yield from latents.split([b - a for a, b in pairwise(edges)], dim=2)
+
+
+class Decoding:
+    """The decoder's side of a batch of videos, and what a video needs to go on from it.
+
+    begun: what they go on from; see `Videos`.
+    start: latents decoded so far.
+    """
+
+    def __init__(self, decoder: VideoVAE, begun: Moment | None = None) -> None:
+        self.decoder = decoder
+        self.start = 0 if begun is None else begun.network.frames
+        self._cache = None if begun is None else begun.decoder
+        self._latents = None if begun is None else begun.latents
+        self._hidden = self._waiting = 0 if begun is None else begun.waiting
+
+    def __call__(self, latents: Tensor, name: str, *, more: bool, keep: bool = False) -> Tensor:
+        """Decode the next latents (B, C, T, h, w) to pixels (B, F, H, W, 3), uint8, on the host.
+
+        more: whether latents follow. keep: others may, in a video that goes on from here.
+
+        Raises:
+            FloatingPointError: see `decode`.
+        """
+        before, count = self.start, latents.shape[2]
+        goes_on = more or (keep and self.decoder.ahead > 0)
+        pixels, self._cache = decode(self.decoder, latents, self._cache, name, more=goes_on)
+        self.start += count
+        self._waiting += self.decoder.geometry.pixel_frames(count, first=not before) - pixels.shape[1]
+        self._latents = latest(self._latents, latents)
+        if goes_on and not more:
+            end, _ = self.decoder.decode_end(self._cache)
+            shown = to_host(VideoVAE.to_uint8(end), name, {"decoded frames": end})
+            pixels = torch.cat([pixels, shown], dim=1)
+        hidden, self._hidden = self._hidden, max(self._hidden - pixels.shape[1], 0)
+        return pixels[:, hidden:] if hidden else pixels
+
+    def moment(self, state: CausalState) -> Moment:
+        """The moment after what was decoded. state: the network's, after the same latents."""
+        assert state.frames == self.start
+        return Moment(state, self._cache, self._latents, self._waiting)
 
 
 def sample_latents(
@@ -272,8 +364,10 @@ def sample_latents(
         if videos.recorded:
             assert isinstance(network, LongSanaDiT)
             passes = ReplayedNetwork(network)
+        state = None if videos.begun is None else videos.begun.network
         texts, changes = map(text, zip(*shown, strict=True)), shared_changes(videos.parts)
-        return generate(passes, method, texts, plan, changes=changes, on_step=on_step, **where)
+        return generate(passes, method, texts, plan, state=state, changes=changes, on_step=on_step, **where)
+    assert videos.begun is None, "the many-step samplers keep no state"
     with clock.part("denoise"):
         guided = guided_texts(network, captions, videos)
     if isinstance(method, Staggered):

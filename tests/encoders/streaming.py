@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from longsana.encoders.vae import DecodeCache, VideoVAE
+from longsana.encoders.vae import DecodeCache, EncodeCache, VideoVAE
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -22,6 +22,17 @@ def stream(vae: VideoVAE, latents: Tensor, lengths: Sequence[int]) -> tuple[Tens
         frames.append(pixels)
     assert cache is not None
     return torch.cat(frames, dim=2), cache
+
+
+def encoded_in_pieces(vae: VideoVAE, film: Tensor, lengths: Sequence[int]) -> tuple[Tensor, EncodeCache]:
+    """The latents of a film, so many at a time."""
+    cache, latents = None, []
+    counts = [vae.geometry.pixel_frames(length, first=not index) for index, length in enumerate(lengths)]
+    for piece in film.split(counts, dim=2):
+        encoded, cache = vae.encode_stream(piece, cache)
+        latents.append(encoded)
+    assert cache is not None
+    return torch.cat(latents, dim=2), cache
 
 
 def psnr(given: Tensor, expected: Tensor) -> float:

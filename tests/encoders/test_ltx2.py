@@ -20,7 +20,7 @@ from longsana.ops import FUSED
 from longsana.ops.dispatch import fused_twin
 from longsana.runtime.errors import InputError
 from longsana.training.memory import LiveBytes
-from tests.encoders.streaming import assert_nothing_is_transposed, draw, psnr, stream
+from tests.encoders.streaming import assert_nothing_is_transposed, draw, encoded_in_pieces, psnr, stream
 
 SMALL: dict[str, Any] = {
     "block_out_channels": (8, 8, 16, 16),
@@ -117,6 +117,26 @@ def test_encoding_is_causal_and_refuses_what_would_be_cut_off(vae: LTX2VAE) -> N
         vae.encode(clip(12))
     with pytest.raises(InputError, match="height=48: must be a multiple of 32 and at least 64; the nearest is 64"):
         vae.encode(clip(9, height=48))
+
+
+@pytest.mark.parametrize("lengths", [(30, 1, 9), (3, 2, 5, 20, 10), (1,) * 36])
+def test_a_film_is_encoded_as_a_stream(vae: LTX2VAE, lengths: tuple[int, ...]) -> None:
+    """Latents after 23 others, too, which is as far as this encoder looks back."""
+    film = clip(8 * sum(lengths) - 7)
+    latents, cache = encoded_in_pieces(vae, film, lengths)
+    torch.testing.assert_close(latents, vae.encode(film), **ROUNDING)
+    reach = ltx2_decoder.encoder_reach(vae.model)
+    assert reach < sum(lengths) - lengths[-1] and cache.features[0].shape[2] == 8 * reach + 1
+
+
+def test_as_far_as_the_encoder_looks_back(vae: LTX2VAE) -> None:
+    reach = ltx2_decoder.encoder_reach(vae.model)
+    film = clip(8 * (reach + 1) + 1)
+    film.requires_grad_(True)
+    vae._posterior_mean(film)[:, :, -1].sum().backward()
+    assert film.grad is not None
+    touched = film.grad.abs().amax(dim=(0, 1, 3, 4)).nonzero().min()
+    assert 8 < touched <= 24, "all frames that count, and few more than those"
 
 
 def test_the_frame_that_leads_a_stretch(vae: LTX2VAE) -> None:

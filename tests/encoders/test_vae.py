@@ -18,7 +18,7 @@ from longsana.encoders import wan_decoder
 from longsana.encoders.vae import WanVAE, decode_clip, encode_clip
 from longsana.encoders.vae_files import new_model, save_model, to_original_layout
 from longsana.runtime.errors import InputError
-from tests.encoders.streaming import draw, stream
+from tests.encoders.streaming import draw, encoded_in_pieces, stream
 
 SHAPE = Path(__file__).resolve().parents[2] / "asset/shapes/vae"
 CPU = torch.device("cpu")
@@ -400,6 +400,32 @@ def test_a_clip_is_decoded_as_diffusers_does(vae: WanVAE) -> None:
 def test_encoding_in_groups_differs_by_rounding(vae: WanVAE) -> None:
     clip = draw(1, 3, 29, 16, 24).clamp(-1, 1)
     torch.testing.assert_close(load(f"seeded:{SHAPE}", 5).encode(clip), vae.encode(clip), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(11, 10), (1, 1, 1), (2, 1, 4), (1, 6), (5,)])
+@pytest.mark.parametrize("latents_per_call", [1, 2, 5])
+def test_a_film_is_encoded_as_a_stream(latents_per_call: int, lengths: tuple[int, ...]) -> None:
+    vae = load(f"seeded:{SHAPE}", latents_per_call)
+    film = draw(1, 3, vae.geometry.pixel_frames(sum(lengths)), 16, 24).clamp(-1, 1)
+    latents, cache = encoded_in_pieces(vae, film, lengths)
+    torch.testing.assert_close(latents, vae.encode(film), atol=1e-5, rtol=1e-5)
+    assert cache.latents == sum(lengths)
+
+
+def test_the_encoders_memory_is_a_value_of_one_size(vae: WanVAE) -> None:
+    film = draw(1, 3, 33, 16, 24).clamp(-1, 1)
+    sizes, (_, cache) = [], vae.encode_stream(film[:, :, :9])
+    for first in (9, 17, 25):
+        before = [feature.clone() for feature in cache.features]
+        piece = film[:, :, first : first + 8]
+        latents, after = vae.encode_stream(piece, cache)
+        assert torch.equal(latents, vae.encode_stream(piece, cache)[0])
+        assert all(torch.equal(a, b) for a, b in zip(before, cache.features, strict=True))
+        sizes.append(sum(feature.untyped_storage().nbytes() for feature in after.features))
+        cache = after
+    assert len(set(sizes)) == 1
+    with pytest.raises(InputError, match="num_frames=8"):
+        vae.encode_stream(film[:, :, :7], cache)
 
 
 @pytest.mark.parametrize("latents_per_call", [1, WHOLE])

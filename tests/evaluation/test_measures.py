@@ -128,3 +128,13 @@ def test_seconds():
 
 def test_motion_is_change_a_second():
     assert motion(torch.tensor([[torch.nan, 0.1, 0.3]]), 10).item() == pytest.approx(2)
+
+
+def test_seams_of_a_video_without_an_opening_picture() -> None:
+    """What goes on from another video has its latents' first frames at multiples of the stride."""
+    change = torch.full((1, 40), 0.01)
+    change[:, ::4] = 0.02  # the VAE's rhythm
+    change[:, 0] = torch.nan
+    assert float(seam_index(change, [8, 24], 4)) == pytest.approx(1)
+    change[:, [8, 24]] = 0.06
+    assert float(seam_index(change, [8, 24], 4)) == pytest.approx(3, rel=0.05)

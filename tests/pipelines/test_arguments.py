@@ -25,7 +25,16 @@ NOT_NUMBERS = (True, np.bool_(True), "9", b"9", [9], {}, 9j, object(), math.nan,
 NOT_WHOLE = (*NOT_NUMBERS, 9.5, np.float32(0.5), 10**30, -(10**30), 10**5000)
 WHOLE = ("num_inference_steps", "num_videos_per_prompt", "height", "width", "num_frames", "frames")
 SETTINGS = ("motion_score", "chunk_frames", "latents_per_call")
-OPTIONAL = ("num_inference_steps", "height", "width", "frames", "motion_score", "flow_shift", "guidance_scale")
+OPTIONAL = (
+    "num_inference_steps",
+    "chunk_frames",
+    "height",
+    "width",
+    "frames",
+    "motion_score",
+    "flow_shift",
+    "guidance_scale",
+)
 
 
 def tensors(*shape: int) -> list[Any]:
@@ -55,6 +64,9 @@ BAD: dict[str, tuple[Any, ...]] = {
     "callback_on_step_end": (3, "print"),
     "callback_on_step_end_tensor_inputs": (None, "latents", [3], ["prompt_embeds"], 3),
 }
+BAD["video"] = (3, [], [3], "", "nowhere.mp4", b"film.mp4", np.zeros((1, 2, 2, 3)), np.zeros((2, 2, 3), np.uint8), {})
+BAD["fps"] = (*NOT_NUMBERS, 0, -1, 1e9)
+BAD["new_frames_only"] = (1, "yes", None, True)
 BAD |= {name: (*BAD[name], 0, -1) for name in (*WHOLE, *SETTINGS) if name != "motion_score"}
 BAD |= {name: (*BAD[name], None) for name in (*WHOLE, *SETTINGS) if name not in OPTIONAL}
 BAD["motion_score"] += (-1,)
@@ -106,7 +118,7 @@ def test_a_stream_refuses_at_once(name: str, loaded: LongSanaVideoPipeline) -> N
 @pytest.mark.parametrize("method", ["__init__", "__call__", "stream", "encode_prompt"])
 def test_every_argument_has_a_rule(method: str) -> None:
     """But those that have readers of their own."""
-    read = {"self", "prompt", "negative_prompt", "generator", "state", "state_decay"}
+    read = {"self", "prompt", "negative_prompt", "generator", "state", "state_decay", "video"}
     parts = {"vae", "transformer", "tokenizer", "text_encoder", "scheduler"} if method == "__init__" else set()
     assert signature(getattr(LongSanaVideoPipeline, method)).parameters.keys() - ARGUMENTS.keys() <= read | parts
 

@@ -156,7 +156,7 @@ def test_a_state_of_something_else(loaded: LongSanaVideoPipeline) -> None:
     for other in (state._replace(network=fewer), state._replace(size=(64, 64))):
         with pytest.raises(InputError, match=r"^state: its .* has shape"):
             loaded.stream(state=other, **call)
-    for other in ("state", network, (1, 2)):
+    for other in (b"state", network, (1, 2)):
         with pytest.raises(InputError, match=r"^state: a .*; must be a chunk of a stream, or its state"):
             loaded.stream(state=other, **call)  # type: ignore[arg-type]
 

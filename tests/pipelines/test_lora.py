@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longsana.models.dit import LongSanaDiT
@@ -132,6 +132,54 @@ def test_unload_restores_to_the_bit(pipe: LongSanaVideoPipeline, tmp_path: Path)
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert torch.equal(latents(pipe), plain)
     pipe.save_pretrained(tmp_path)
+
+
+@pytest.mark.usefixtures("with_peft")
+def test_saved_is_loaded(pipe: LongSanaVideoPipeline, tmp_path: Path) -> None:
+    """Of layers that are one here each gets its own factors back, of its own rank, to the bit."""
+    given = lora(pipe.transformer.network)
+    pipe.load_lora_weights(dict(given), adapter_name="own")
+    pipe.set_adapters("own", 0.5)  # how much of it is put on is not part of it
+    pipe.save_lora_weights(tmp_path / "saved", "own")
+    written = load_file(tmp_path / "saved/pytorch_lora_weights.safetensors")
+    assert written.keys() == given.keys()
+    for name, tensor in given.items():
+        assert written[name].shape == tensor.shape and torch.equal(written[name], tensor), name
+    pipe.set_adapters("own", 1.0)
+    expected = latents(pipe)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path / "saved")
+    assert torch.equal(latents(pipe), expected)
+
+
+@pytest.mark.usefixtures("with_peft")
+def test_a_lora_of_ones_own_is_saved(pipe: LongSanaVideoPipeline, tmp_path: Path) -> None:
+    """As a training script adds it: alpha is not the rank, and q, k and v share one a."""
+    from peft import LoraConfig
+
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["attn.qkv"], init_lora_weights=False)
+    pipe.transformer.add_adapter(settings, adapter_name="mine")
+    expected = latents(pipe)
+    pipe.save_lora_weights(tmp_path, "mine", weight_name="mine.safetensors")
+    assert "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight" in load_file(tmp_path / "mine.safetensors")
+    pipe.transformer.delete_adapters("mine")
+    pipe.load_lora_weights(tmp_path, weight_name="mine.safetensors")
+    torch.testing.assert_close(latents(pipe), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("with_peft")
+def test_what_cannot_be_saved(pipe: LongSanaVideoPipeline, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^adapter_name='own': no such LoRA; loaded are: none"):
+        pipe.save_lora_weights(tmp_path, "own")
+    given = lora(pipe.transformer.network)
+    pipe.load_lora_weights({name: 0 * part for name, part in given.items()}, adapter_name="none")
+    with pytest.raises(InputError, match=r"^adapter_name=none: all of its lora_B are zero"):
+        pipe.save_lora_weights(tmp_path, "none")
+    (tmp_path / "file").write_text("")
+    pipe.load_lora_weights(dict(given), adapter_name="own")
+    with pytest.raises(InputError, match="choose another save_directory"):
+        pipe.save_lora_weights(tmp_path / "file", "own")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.usefixtures("with_peft")

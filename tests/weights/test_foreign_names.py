@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longsana.runtime.errors import InputError
-from longsana.state import CausalState
+from longsana.sampling.continuation import Continuation
 from tests.weights.checkpoints import assert_same, load, upstream, weights
 
 
@@ -94,5 +94,5 @@ def test_a_file_that_is_no_state_is_refused_in_one_line(content: bytes | None, s
         path.write_bytes(content)
     for wrong, reason in ((path, says), (tmp_path / "nowhere", "cannot be read (No such file or directory)")):
         with pytest.raises(InputError, match=f"^{re.escape(f'{wrong}: {reason}')}") as caught:
-            CausalState.load(wrong)
+            Continuation.load(wrong)
         assert "\n" not in str(caught.value)

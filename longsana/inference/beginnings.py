@@ -1,0 +1,202 @@
+"""Beginnings of the inference command's videos: nothing, a film, or a saved state; and the states that it saves."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longsana.chunks import ChunkPlan
+from longsana.config import InferenceConfig
+from longsana.data.films import count_frames, frames_used
+from longsana.data.prompts import Prompt
+from longsana.data.story import Placed, parts_after, place_parts, read_parts
+from longsana.encoders.geometry import geometry
+from longsana.published import DISTILLED
+from longsana.runtime.errors import InputError
+from longsana.runtime.files import expanded
+from longsana.runtime.hub import file_sha256
+from longsana.sampling.checks import check_size, chunk_plan, default_change, placed_parts
+from longsana.weights.build import empty_model
+
+if TYPE_CHECKING:  # they bring diffusers and transformers, which take seconds
+    from longsana.sampling.continuation import Continuation, Moment
+
+NONE = "none"
+SAVES = (NONE, "latents", "full")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Describe what all videos of a command begin from, and what is saved of them to go on from.
+
+    path: of the film or the state; None: they begin from nothing. sha256: of that file.
+    state: that was saved; its tensors are on the host. film: frames of it that are used.
+    shown: an mp4 holds the film, too.
+    saves: what a saved state holds, or none. every: a state is saved after so many chunks too; 0: at the end alone.
+    """
+
+    path: Path | None = None
+    sha256: str = ""
+    state: Continuation | None = None
+    film: int = 0
+    shown: bool = True
+    saves: str = NONE
+    every: int = 0
+
+    @property
+    def goes_on(self) -> bool:
+        """True where something was before the videos' own chunks."""
+        return self.path is not None
+
+    @property
+    def given_frames(self) -> int:
+        """Pixel frames that an mp4 begins with and that were not sampled."""
+        return self.film if self.shown else 0
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Say, as part of a video's fingerprint, what it begins from; where that lies decides nothing."""
+        if self.path is None:
+            return {}
+        kind = {"film_frames": self.film, "shown": self.shown} if self.state is None else {}
+        return {"sha256": self.sha256, **kind}
+
+    @property
+    def saved(self) -> list[Any] | None:
+        """Say, for sidecars, which states lie beside a video; None where none are asked for."""
+        return None if self.saves == NONE else [self.saves, self.every]
+
+    def wants(self, chunk: int, count: int) -> bool:
+        """Tell whether a state is saved after a chunk, from 0, of so many."""
+        return self.saves != NONE and (chunk + 1 == count or (bool(self.every) and (chunk + 1) % self.every == 0))
+
+    def parts(self, prompt: Prompt, config: InferenceConfig) -> tuple[slice, tuple[Placed, ...]]:
+        """Choose the parts of a prompt that its video shows, and place them: a state's own prompt goes on as planned.
+
+        Raises:
+            InputError: they do not fit into the video, or reach back beyond the state.
+        """
+        state = self.state
+        if state is None or len(prompt.parts) == 1 or prompt.text != state.prompt:
+            return slice(None), placed_parts(config, prompt, goes_on=self.goes_on)
+        plan = ChunkPlan(state.plan or (1,) * len(prompt.parts))
+        shape, fps, change = geometry(config.vae), config.sampling.fps, default_change(config)
+        planned = place_parts(len(prompt.parts), prompt.marks, plan, shape, fps, change)
+        return parts_after(planned, state.chunk, len(chunk_plan(config, prompt.frames, goes_on=True)))
+
+    def continuation(
+        self, moment: Moment, prompt: Prompt, seed: int, chunk: int, plan: Sequence[int], marks: tuple[str, str]
+    ) -> Continuation:
+        """The state to save of a video after chunk `chunk` (from 0) of its plan. moment: of this video alone."""
+        from longsana.sampling.continuation import Continuation
+
+        done, planned = 0, tuple(plan)
+        if self.state is not None and prompt.text == self.state.prompt and self.state.plan:
+            done, planned = self.state.chunk, self.state.plan
+        return Continuation(
+            moment.network,
+            moment.decoder,
+            seed,
+            prompt.text,
+            (prompt.height, prompt.width),
+            moment.latents,
+            prompt.repetition,
+            done + chunk + 1,
+            planned,
+            moment.waiting,
+            marks,
+        )
+
+
+def state_path(video: Path, chunk: int | None = None) -> Path:
+    """Name the file beside a video for its state at the end, or after so many chunks."""
+    return video.with_suffix(".safetensors" if chunk is None else f".chunk{chunk:05d}.safetensors")
+
+
+def states_of(video: Path) -> list[Path]:
+    """The states beside a video."""
+    own = re.compile(re.escape(video.stem) + r"(\.chunk\d{5,})?\.safetensors")
+    return sorted(path for path in video.parent.glob("*.safetensors") if own.fullmatch(path.name))
+
+
+def prepare_beginning(
+    options: argparse.Namespace, settings: Sequence[str], config: InferenceConfig
+) -> tuple[Beginning, InferenceConfig]:
+    """Read what the options name, all of it, and the config with a state's seed and size where none were given.
+
+    settings: those of the command line, as `section.key=value`.
+
+    Raises:
+        InputError: an option has no such value or no meaning, a file is broken, or the state is of another network.
+    """
+    if options.save_state not in SAVES:
+        raise InputError(f"--save_state {options.save_state}: must be one of {', '.join(SAVES)}")
+    if options.save_every < 0:
+        raise InputError(f"--save_every {options.save_every}: must be 0 (at the end alone) or more")
+    if options.save_every and options.save_state == NONE:
+        raise InputError("--save_every: has no meaning without --save_state")
+    if options.new_frames_only and options.video is None:
+        raise InputError("--new_frames_only: has no meaning without --video")
+    if options.video is not None and options.from_state is not None:
+        raise InputError("--video and --from_state: a video begins from one of them; save a state after the film")
+    wanted = {"--video": options.video, "--from_state": options.from_state, "--save_state": options.save_state != NONE}
+    sampler = config.scheduler.sampling_algo
+    if sampler != DISTILLED and (given := [name for name, value in wanted.items() if value]):
+        raise InputError(f"{given[0]}: has no meaning for the sampler {sampler}, which keeps no state")
+    beginning = Beginning(saves=options.save_state, every=options.save_every, shown=not options.new_frames_only)
+    if options.video is not None:
+        path = expanded(options.video)
+        count = count_frames(path, config.sampling.fps)
+        film = frames_used(count, geometry(config.vae).time_stride)
+        return dataclasses.replace(beginning, path=path, sha256=file_sha256(path), film=film), config
+    if options.from_state is not None:
+        from longsana.sampling.continuation import Continuation
+
+        path = expanded(options.from_state)
+        state = Continuation.load(path)
+        config = _of_state(state, path, settings, config)
+        return dataclasses.replace(beginning, path=path, sha256=file_sha256(path), state=state), config
+    return beginning, config
+
+
+def prompt_of(state: Continuation, config: InferenceConfig) -> Prompt:
+    """The prompt of a state, for a command that names none."""
+    parts, marks = read_parts(state.prompt)
+    return Prompt(1, state.prompt, parts, state.repetition, *state.size, config.sampling.seed, marks=marks)
+
+
+def check_prompts(beginning: Beginning, prompts: Sequence[Prompt], config: InferenceConfig) -> None:
+    """Refuse (InputError) prompts for which what there is cannot go on."""
+    for prompt in prompts if beginning.goes_on else ():
+        if (config.sampling.num_frames if prompt.frames is None else prompt.frames) == 1:
+            raise InputError("num_frames=1: adds no frame to a video that goes on, which gets one frame less")
+        if beginning.state is not None and (prompt.height, prompt.width) != beginning.state.size:
+            raise InputError(
+                f"line {prompt.line}: {prompt.height}x{prompt.width}, and the state {beginning.path} is of "
+                f"{beginning.state.size[0]}x{beginning.state.size[1]}"
+            )
+
+
+def _of_state(state: Continuation, path: Path, settings: Sequence[str], config: InferenceConfig) -> InferenceConfig:
+    given = {setting.partition("=")[0] for setting in settings}
+    for side, own in zip(("height", "width"), state.size, strict=True):
+        asked = getattr(config.sampling, side)
+        if f"sampling.{side}" in given and asked != own:
+            raise InputError(f"--{side} {asked}: the video of the state {path} has {own}")
+    seed = config.sampling.seed if "sampling.seed" in given else state.seed
+    sampling = dataclasses.replace(config.sampling, height=state.size[0], width=state.size[1], seed=seed)
+    config = dataclasses.replace(config, sampling=sampling)
+    check_size(config, *state.size)
+    needed = empty_model(config.model).empty_state(1, *geometry(config.vae).latent_size(*state.size))
+    shapes = [tuple(getattr(one, name).shape) for name in ("kv", "k_sum", "tail") for one in (state.network, needed)]
+    if shapes[::2] != shapes[1::2]:
+        raise InputError(
+            f"{path}: of another network or num_cached_blocks: its tensors have shapes {shapes[::2]}, this network "
+            f"needs {shapes[1::2]}"
+        )
+    return config

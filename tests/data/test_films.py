@@ -1,0 +1,160 @@
+"""Films as streams: frames by time, pictures fitted, and what is broken refused in one line."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from longsana.data.films import count_frames, fitted, read_film
+from longsana.runtime.errors import InputError
+from longsana.runtime.video import VideoWriter
+
+
+def shot(path: Path, times: list[Fraction], *, sound: bool = False) -> Path:
+    """A film whose picture n, shown from times[n] on, is grey of 5 n."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=30, options={"crf": "0", "preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 600)
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), 5 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = int(time * 600), Fraction(1, 600)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return path
+
+
+def numbers(path: Path, fps: float) -> list[int]:
+    return [round(float(picture.mean()) / 5) for picture in read_film(path, fps)]
+
+
+def shown(times: list[Fraction], fps: float, count: int) -> list[int]:
+    """The naive rule: the last picture whose time has come at k / fps."""
+    return [max(n for n, time in enumerate(times) if time <= Fraction(k) / Fraction(fps)) for k in range(count)]
+
+
+@pytest.mark.parametrize("fps", [8.0, 16.0, 25.0, 30.0, 60.0])
+@pytest.mark.parametrize("rate", [10, 24, 30])
+def test_frames_are_chosen_by_time(tmp_path: Path, fps: float, rate: int) -> None:
+    times = [Fraction(n, rate) for n in range(40)]
+    found = numbers(shot(tmp_path / "film.mp4", times), fps)
+    assert found == shown(times, fps, len(found))
+    assert abs(len(found) / fps - 40 / rate) < 1 / rate + 1 / fps
+
+
+def test_uneven_times(tmp_path: Path) -> None:
+    """As phones film: pictures are as long as they are."""
+    rng = np.random.default_rng(0)
+    times = [Fraction(int(t), 100) for t in itertools.accumulate([0, *rng.integers(2, 12, 39).tolist()])]
+    found = numbers(shot(tmp_path / "film.mp4", times), 16.0)
+    assert found == shown(times, 16.0, len(found)) and len(found) >= times[-1] * 16
+
+
+def test_a_stream_holds_few_pictures(tmp_path: Path) -> None:
+    path = shot(tmp_path / "film.mp4", [Fraction(n, 30) for n in range(50)])
+    film = read_film(path, 30.0)
+    first = next(film)
+    assert first.shape == (16, 32, 3) and first.dtype == np.uint8
+    film.close()  # type: ignore[attr-defined]
+    assert count_frames(path, 30.0) == 50 and count_frames(path, 15.0) == 25
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (48, 32), (96, 160), (7, 100)])
+@pytest.mark.parametrize("shape", [(60, 80), (80, 60), (32, 48), (33, 1000)])
+def test_pictures_are_covered_and_cropped_in_the_middle(shape: tuple[int, int], height: int, width: int) -> None:
+    """A picture of its own coordinates shows which part of it is seen."""
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    picture = np.stack([255 * rows / (shape[0] - 1), 255 * columns / (shape[1] - 1), 0 * rows], axis=-1)
+    found = fitted(picture.round().astype(np.uint8), height, width).astype(float)
+    assert found.shape == (height, width, 3)
+    scale = max(height / shape[0], width / shape[1])
+    for axis, side in ((0, height), (1, width)):
+        # Centres of the new pixels in the old picture, around its middle.
+        place = (np.arange(side) - (side - 1) / 2) / scale + (shape[axis] - 1) / 2
+        expected = 255 * np.clip(place, 0, shape[axis] - 1) / (shape[axis] - 1)
+        seen = found[..., axis].mean(1 - axis)
+        step = 255 / (shape[axis] - 1)
+        assert np.abs(seen - expected).max() < 1.5 + step
+
+
+def test_a_picture_of_the_size_stays_as_it_is() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    assert np.array_equal(fitted(picture, 32, 48), picture)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.TIFF"])
+def test_a_picture_is_a_film_of_one_frame(tmp_path: Path, name: str) -> None:
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / name)
+    (picture,) = read_film(tmp_path / name, 16.0)
+    assert picture.shape == (30, 40, 3) and np.abs(picture.astype(int) - (200, 30, 30)).max() < 4
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "I;16", "CMYK"])
+def test_pictures_of_other_colours(tmp_path: Path, mode: str) -> None:
+    name = "a.jpg" if mode == "CMYK" else "a.png"
+    Image.new(mode, (40, 30)).save(tmp_path / name)
+    (picture,) = read_film(tmp_path / name, 16.0)
+    assert picture.shape == (30, 40, 3) and picture.dtype == np.uint8
+
+
+def test_a_picture_lies_as_its_camera_was_held(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=turned)
+    (picture,) = read_film(tmp_path / "a.jpg", 16.0)
+    assert picture.shape == (40, 30, 3)
+
+
+def spoil_middle(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = b"\xff" * (len(content) - len(content) // 2)
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "missing": (lambda path: path.unlink(), "No such file or directory"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read as a film or a picture"),
+    "text": (lambda path: path.write_bytes(b"no film" * 20), "cannot be read as a film or a picture"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), ""),
+    "spoilt": (spoil_middle, ""),
+    "pointer": (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "a git-lfs pointer"),
+}
+
+
+@pytest.mark.parametrize("name", ["film.mp4", "picture.png"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_broken_is_one_line(tmp_path: Path, name: str, damage: str) -> None:
+    path = tmp_path / name
+    noise = np.random.default_rng(0).integers(0, 256, (60, 64, 96, 3), dtype=np.uint8)
+    if name == "film.mp4":
+        with VideoWriter(path, 16.0, 64, 96, crf=10, preset="ultrafast", threads=1) as video:
+            video.append(noise)
+    else:
+        Image.fromarray(noise[0]).save(path)
+    spoil, message = DAMAGES[damage]
+    spoil(path)
+    with pytest.raises(InputError, match=f"^{path}: .*{message}") as caught:
+        count_frames(path, 16.0)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(path))
+
+
+def test_sound_alone_and_several_pictures(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "sound.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4410), np.float32), format="flt", layout="mono")
+        frame.rate = 44100
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    with pytest.raises(InputError, match="it shows no video"):
+        count_frames(tmp_path / "sound.mp4", 16.0)
+    still = Image.new("RGB", (40, 30))
+    still.save(tmp_path / "a.tiff", save_all=True, append_images=[Image.new("RGB", (40, 30), 9)])
+    with pytest.raises(InputError, match="2 pictures in one file, without a frame rate"):
+        count_frames(tmp_path / "a.tiff", 16.0)
