@@ -283,12 +283,12 @@ def sample(
 
 
 def stretches(latents: Tensor, start: int, size: int) -> Iterator[Tensor]:
-    """Cut latents (B, C, T, h, w), the video's `start` and after, into what is decoded at once: at most `size` + 1.
+    """Cut a chunk (B, C, T, h, w), the video's latents from `start`, into what is decoded at once: at most `size` + 1.
 
-    The cuts lie where 1 + n * size latents are before them, wherever a video's chunks begin and wherever it was cut.
+    A longer one is cut where 1 + n * size latents of the video are before: the places do not depend on where it begins.
     """
     stop = start + latents.shape[2]
-    cuts = range(1 + size * max(start // size, 1), stop, size)
+    cuts = range(1 + size * max(start // size, 1), stop, size) if latents.shape[2] > size + 1 else ()
     edges = [start, *(cut for cut in cuts if cut > start), stop]
     yield from latents.split([b - a for a, b in pairwise(edges)], dim=2)
 
