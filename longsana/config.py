@@ -156,6 +156,10 @@ class SamplingConfig:
     motion_score: int | None = bounded(10, -1000, 1000)
     high_motion: bool = False
     cuda_graphs: bool = False  # longlive_flow_euler on a GPU: record a pass of a long video and replay it
+    # What becomes of the past where a part of a prompt begins: keep, recache=K, rebuild=W or cut; see data/story.py
+    prompt_change: str = "keep"
+    transition_chunks: int = bounded(0, 0, 1000)  # over which one part's caption becomes the next one's
+    transition: Literal["linear", "spherical"] = "linear"  # the way between the two embeddings
 
     @property
     def has_negative_prompt(self) -> bool:

@@ -32,7 +32,6 @@ from longsana.weights.what_is import PIPELINE_PART
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.prog = "python -m longsana.convert"
     parser.add_argument("source", metavar="SRC", help="a checkpoint, a folder of one, or hf://OWNER/REPO/FILE")
     parser.add_argument("target", metavar="DST", type=typed_path, help="a folder for diffusers, else a file")
     parser.add_argument("--to", choices=list(LAYOUTS), required=True)
@@ -69,10 +68,15 @@ def prepare(arguments: Sequence[str], world: World) -> Conversion:
     return conversion
 
 
+def run(conversion: Conversion, world: World) -> int:
+    conversion.run()
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
     return run_command(
         lambda world: prepare(arguments, world),
-        lambda conversion, world: conversion.run(),
+        run,
         after_stop="nothing was written; give the same command again",
     )
 

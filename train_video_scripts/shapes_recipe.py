@@ -51,8 +51,8 @@ PHASES = (*BASE_PHASES, "ode", "self_forcing", "longsana")
 TINY: dict[str, list[str]] = {
     "text": ["steps=2", "batch=4", "test_captions=4"],
     "vae": [
-        "steps=[1,1]", "clips=[4,1]", "frames=[1,5]", "heights=[32,32]", "widths=[32,32]", "statistics_clips=1",
-        "test_clips=1", "test_frames=5",
+        "steps=[1,1]", "clips=[4,1]", "frames=[1,5]", "heights=[32,32]", "widths=[32,32]", "pool=[8,2]",
+        "statistics_clips=1", "test_clips=1", "test_frames=5",
     ],
     "stage": [
         "train.max_iters=2", "train.log_iters=2", "train.batch_size=1", "train.mixed_precision=false",
@@ -73,7 +73,7 @@ TINY: dict[str, list[str]] = {
 
 
 class Step(NamedTuple):
-    """What a step makes, in OUT/parts, and by which commands of `longsana`, in order."""
+    """A step: its product, in OUT/parts, and the commands of `longsana` that make it, in order."""
 
     product: Path
     commands: list[list[str]]
@@ -81,16 +81,15 @@ class Step(NamedTuple):
 
 def recipe(out: Path, *, tiny: bool = False, world: WorldName = "shapes") -> dict[str, Step]:
     """All steps, in order. tiny: on a CPU, in seconds. world: whose clips."""
-    parts, runs = out / "parts", out / "runs"
-    models = [f"vae.vae_pretrained={parts / 'vae'}", f"text_encoder.text_encoder_name={parts / 'text_encoder'}"]
+    parts, runs, text = out / "parts", out / "runs", out / "parts/text_encoder"
+    models = [f"vae.vae_pretrained={parts / 'vae'}", f"text_encoder.text_encoder_name={text}"]
     given = [f"data.data_path={parts / 'prompts.txt'}", *_from(parts, real_score="base")]
     clips = {name: f"data.data_path=generated:{'turning_' if name == 'base_2' else ''}{world}" for name in BASE_PHASES}
 
-    def shapes(tool: str, folder: Path, *more: str) -> list[str]:
-        return ["shapes", tool, str(folder), "--world", world, *more]
+    def shapes(tool: str, folder: Path, *more: str) -> list[list[str]]:
+        return [["shapes", tool, str(folder), *more]]
 
-    def measure(tool: str) -> list[list[str]]:
-        return [shapes(tool, parts, *(["--tiny"] if tiny else []))]
+    of_world, measured = ["--world", world], ["--tiny"] if tiny else []
 
     def train(name: str, config: str, *settings: str, also: str | None = None) -> Step:
         own = [*settings, *_tiny(tiny, "stage", config)]
@@ -120,9 +119,11 @@ def recipe(out: Path, *, tiny: bool = False, world: WorldName = "shapes") -> dic
     pairs += [*_from(parts, model="base"), *_tiny(tiny, "pairs")]
     ode = train("ode", "ode", *_from(parts, model="base"), f"data.data_path={runs / 'pairs'}")
     return {
-        "prompts": Step(parts / "held_out.txt", [shapes("prompts", parts)]),
-        "text": Step(parts / "text_encoder", [shapes("text-encoder", parts / "text_encoder", *_tiny(tiny, "text"))]),
-        "vae": Step(parts / "vae", [shapes("vae", parts / "vae", *_tiny(tiny, "vae"))]),
+        "prompts": Step(parts / "held_out.txt", shapes("prompts", parts, *of_world)),
+        "text": Step(
+            parts / "text_encoder", shapes("text-encoder", parts / "text_encoder", *of_world, *_tiny(tiny, "text"))
+        ),
+        "vae": Step(parts / "vae", shapes("vae", parts / "vae", *of_world, *_tiny(tiny, "vae"))),
         "base_1": base("base_1", None),
         # The sense of an orbit is decided at sigma 0.93 to 0.985, where these lie.
         "base_2": base("base_2", "base_1", "flow_matching.logit_mean=0.5", "flow_matching.logit_std=1.0"),
@@ -134,12 +135,12 @@ def recipe(out: Path, *, tiny: bool = False, world: WorldName = "shapes") -> dic
             "self_forcing", "self_forcing", *given, *_from(parts, model="ode", fake_score="base"), also="critic"
         ),
         "longsana": train("longsana", "streaming", *given, *_from(parts, model="self_forcing", fake_score="critic")),
-        "scores": Step(parts / "scores.json", measure("scores")),
-        "speed": Step(parts / "speed.json", measure("speed")),
-        "table": Step(parts / "table.md", measure("table")),
-        "plot": Step(parts / "plot.png", measure("plot")),
-        "strips": Step(parts / "strips.png", measure("strips")),
-        "package": Step(parts / "asset", measure("package")),
+        "scores": Step(parts / "scores.json", shapes("scores", parts, *of_world, *measured)),
+        "speed": Step(parts / "speed.json", shapes("speed", parts, *measured)),
+        "table": Step(parts / "table.md", shapes("table", parts)),
+        "plot": Step(parts / "plot.png", shapes("plot", parts)),
+        "strips": Step(parts / "strips.png", shapes("strips", parts, *measured)),
+        "package": Step(parts / "asset", shapes("package", parts)),
     }
 
 
@@ -171,15 +172,16 @@ def run(steps: dict[str, Step], names: Sequence[str], world: World) -> int:
         parts = steps[name].product.parent
         if name == "longsana" and not (critic := parts / "critic.safetensors").exists():
             raise InputError(
-                f"{critic}: not found; Self-Forcing makes it and it does not ship: remove self_forcing.safetensors "
-                "there and run --steps self_forcing longsana"
+                f"{critic}: not found; Self-Forcing makes it and it does not ship: run --steps self_forcing longsana, "
+                "without self_forcing.safetensors there"
             )
         started = time.perf_counter()
         for command in steps[name].commands:
             log.info("== %s: longsana %s", name, shlex.join(command))
             if status := run_here(*command):
                 return status
-        note(parts, name, time.perf_counter() - started, world.device())
+        if name != "prompts":
+            note(parts, name, time.perf_counter() - started, world.device())
     return 0
 
 

@@ -49,6 +49,8 @@ Backend = Literal["reference", "triton", "compile"]
 
 @dataclass(frozen=True)
 class Request:
+    """A command line that has been checked."""
+
     config: InferenceConfig
     prompt: Prompt
     out: Path
@@ -58,6 +60,7 @@ class Request:
 
 
 def prepare(arguments: Sequence[str], world: World) -> Request:
+    """Read the command line, and check it as far as that goes without loading anything large."""
     if world.size > 1:
         raise InputError(f"the benchmark is for one process, and here are {world.size}; start it without a launcher")
     parser = Parser(__doc__)

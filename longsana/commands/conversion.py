@@ -25,7 +25,7 @@ from longsana.weights.names import (
     from_diffusers_config,
 )
 from longsana.weights.network import Layout, read_weights, save_checkpoint
-from longsana.weights.run_folder import check_content, read_progress
+from longsana.weights.run_folder import PROGRESS, check_content, read_progress
 from longsana.weights.what_is import Weights, what_is
 from longsana.weights.writing import check_target, write_weights
 
@@ -49,8 +49,8 @@ Licence and use are those of the source.
 class Conversion:
     """Weights that are to be written in a layout.
 
-    source, option: what the user calls where they come from, and where they go to.
-    out: a folder for diffusers, else a file.
+    source, option: what the user calls where they come from, and where they go to. path: where they are.
+    out, layout: where they go to, and as what; out is a folder for diffusers, else a file.
     key: the network of a training checkpoint; None means the generator, and all that a run has for the layout trainer.
     dtype: what tensors become; None keeps each tensor's own.
     config: YAML of the network, if it is not the published one at 480p.
@@ -77,16 +77,37 @@ class Conversion:
             InputError: what is wrong.
         """
         found = what_is(self.path)
-        if self.layout not in VAE_LAYOUTS and self._is_vae(found):
-            raise InputError(f"--to {self.layout}: this is a VAE, for which there are {' and '.join(VAE_LAYOUTS)}")
+        if self._is_vae(found):
+            self._check_vae()
+        else:
+            self._check_network(found)
         check_target(self.out, self.layout, self.option, force=self.force, card=self.card)
-        if self.out.resolve() in (self.path.resolve(), found.file.resolve(), found.file.resolve().parent):
+        source, out = found.file.resolve(), self.out.resolve()
+        inside = found.kind == "checkpoint" and source in out.parents
+        if out in (self.path.resolve(), source, source.parent) or inside:
             raise InputError(f"{self.option} {self.out}: is {self.source}, or where it lies")
         if self.layout == "trainer" and found.kind != "checkpoint":
             log.warning("a trainer's file with one network, the %s; a run's checkpoint has the others too", self._first)
 
-    def run(self) -> int:
-        """Write the weights, whole or not at all; returns a command's exit status, 0.
+    def _check_vae(self) -> None:
+        if self.layout not in VAE_LAYOUTS:
+            raise InputError(f"--to {self.layout}: this is a VAE, for which there are {' and '.join(VAE_LAYOUTS)}")
+        given = {"--config": self.config, "--key": self.key, "--causal": self.causal, "--dtype": self.dtype}
+        if ignored := [option for option, value in given.items() if value]:
+            raise InputError(f"{ignored[0]}: has no meaning for a VAE, as {self.source} is; leave it out")
+
+    def _check_network(self, found: Weights) -> None:
+        if self.causal and self.layout != "diffusers":
+            raise InputError(f"--causal: only the layout diffusers says how a network samples, not {self.layout}")
+        if self.key not in (None, NETWORKS[0]) and found.kind in ("safetensors", "shards"):
+            raise InputError(f"--key {self.key}: {self.source} holds one network; leave it out")
+        if found.kind == "checkpoint":
+            _step(found.file)
+        if found.headers_tell:
+            self._config(found, self._first)
+
+    def run(self) -> None:
+        """Write the weights, whole or not at all.
 
         Raises:
             InputError: they cannot be read, or do not fit the network.
@@ -100,7 +121,6 @@ class Conversion:
                 log.info("%s: reading all of it, to compare its files with their digests", found.file)
                 check_content(found.file)
             self._convert_network(found)
-        return 0
 
     @property
     def _first(self) -> str:
@@ -124,7 +144,7 @@ class Conversion:
     def _convert_network(self, found: Weights) -> None:
         keys, step = [self._first], 0
         if found.kind == "checkpoint":
-            step = int(read_progress(found.file)["step"])
+            step = _step(found.file)
             if self.layout == "trainer" and self.key is None:
                 keys += [key for key in networks_in(found.file) if key not in keys]
         configs = {key: self._config(found, key) for key in keys}
@@ -156,8 +176,6 @@ class Conversion:
         from longsana.encoders.geometry import geometry
         from longsana.encoders.vae_files import convert_model  # brings diffusers, which takes seconds
 
-        if self.dtype is not None:
-            raise InputError(f"{self.source}: a VAE, whose tensors keep their dtype")
         entries = open_checkpoint(found.file, NETWORKS[0]).values()
         count = sum(torch.Size(entry.shape).numel() for entry in entries)
         card = self._card("Wan 2.1 VAE", count, {entry.dtype for entry in entries})
@@ -171,9 +189,8 @@ class Conversion:
             tensors = read_weights(found.file, config, key=key)
         except InputError as error:
             own = self.config or found.kind == "checkpoint" or found.config.get("_class_name") in CLASSES
-            raise InputError(
-                f"{error}{'' if own else '; a network of another size needs its YAML: --config'}"
-            ) from error
+            remedy = "" if own else "a network of another size than the published one needs its YAML (--config): "
+            raise InputError(f"{remedy}{error}") from error
         return {name: tensor.to(self.dtype or tensor.dtype) for name, tensor in tensors.items()}
 
     def _config(self, found: Weights, key: str) -> ModelConfig:
@@ -187,7 +204,7 @@ class Conversion:
             config = _configs_of_run(found.file)[key]
         elif written.get("_class_name") in CLASSES:
             config = from_diffusers_config(diffusers_config(ModelConfig()) | written)
-        learned = DECAY_LOGIT in open_checkpoint(found.file, key)
+        learned = DECAY_LOGIT in open_checkpoint(found.file, key, digests=False)
         return replace(config, state_decay=LEARNED) if learned else config
 
     def _card(self, what: str, count: int, dtypes: set[str]) -> str:
@@ -201,6 +218,18 @@ class Conversion:
             dtypes=", ".join(sorted(dtypes)),
             source=self.source,
         )
+
+
+def _step(folder: Path) -> int:
+    """Read the iteration of a run's checkpoint folder.
+
+    Raises:
+        InputError: its progress is damaged.
+    """
+    step = read_progress(folder).get("step")
+    if type(step) is not int:
+        raise InputError(f"{folder / PROGRESS}: damaged: its step is {step!r}; use another checkpoint")
+    return step
 
 
 def _configs_of_run(folder: Path) -> dict[str, ModelConfig]:

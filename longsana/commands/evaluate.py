@@ -30,7 +30,7 @@ log = logging.getLogger("longsana")
 
 @dataclass(frozen=True)
 class Request:
-    """Read the command line."""
+    """A command line that has been checked."""
 
     videos: list[Path]
     out: Path
@@ -38,6 +38,7 @@ class Request:
 
 
 def prepare(arguments: Sequence[str]) -> Request:
+    """Read the command line, and check it as far as that goes without loading anything large."""
     parser = Parser(__doc__)
     parser.add_argument("folder", type=typed_path, help="where the mp4s and their sidecars are")
     parser.add_argument("--out", type=typed_path, help="folder of the results (default: the folder of the videos)")

@@ -42,10 +42,14 @@ def prepare(arguments: Sequence[str], world: World) -> Conversion:
     if world.size > 1:
         raise InputError("several processes: an export is the work of one; start it without a launcher")
     checkpoint, weights = options.checkpoint, options.weights
-    if what_is(checkpoint).kind != "checkpoint":
+    if what_is(checkpoint, "name a checkpoint folder of training").kind != "checkpoint":
         raise InputError(f"{checkpoint}: no checkpoint folder of training (checkpoint_model_..., with {CONFIG} in it)")
     if options.layout == "trainer" and weights is not None:
         raise InputError(f"--weights {weights}: --layout trainer holds all networks; leave it out")
+    there = networks_in(checkpoint)
+    if KEYS[weights or "raw"] not in there:
+        has = ", ".join(name for name, key in KEYS.items() if key in there)
+        raise InputError(f"--weights {weights or 'raw'}: {checkpoint} holds no such network; it has {has}")
     conversion = Conversion(
         source=str(checkpoint),
         path=checkpoint,
@@ -57,16 +61,17 @@ def prepare(arguments: Sequence[str], world: World) -> Conversion:
         force=options.force,
     )
     conversion.check()
-    there = networks_in(checkpoint)
-    if KEYS[weights or "raw"] not in there:
-        has = ", ".join(name for name, key in KEYS.items() if key in there)
-        raise InputError(f"--weights {weights or 'raw'}: {checkpoint} holds no such network; it has {has}")
     return conversion
+
+
+def run(conversion: Conversion, world: World) -> int:
+    conversion.run()
+    return 0
 
 
 def main(arguments: Sequence[str]) -> int:
     return run_command(
         lambda world: prepare(arguments, world),
-        lambda conversion, world: conversion.run(),
+        run,
         after_stop="nothing was written; give the same command again",
     )

@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 @dataclass(frozen=True)
 class Request:
-    """Read the command line, and check it as far as that goes without loading anything large."""
+    """A command line that has been checked."""
 
     config: InferenceConfig
     prompts: list[Prompt]
@@ -73,6 +73,7 @@ class Request:
 
 
 def prepare(arguments: Sequence[str]) -> Request:
+    """Read the command line, and check it as far as that goes without loading anything large."""
     options, settings = parse(arguments)
     config_path = locate(options.config, "the config")
     config: InferenceConfig = load_config(config_path, settings)

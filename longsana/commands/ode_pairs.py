@@ -44,12 +44,15 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 @dataclass(frozen=True)
 class Request:
+    """A command line that has been checked."""
+
     config: OdePairsConfig
     prompts: list[Prompt]
     threads: int | None
 
 
 def prepare(arguments: Sequence[str]) -> Request:
+    """Read the command line, and check it as far as that goes without loading anything large."""
     options, settings = parse(arguments)
     config = load_config(locate(options.config_path, "the config"), settings, OdePairsConfig)
     check_settings([setting.partition("=")[0] for setting in settings], config)

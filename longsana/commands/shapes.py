@@ -33,20 +33,25 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, naming
 from longsana.runtime.hub import locate
-from longsana.shapes.remembered import WORLDS
+from longsana.shapes.remembered import WORLDS, WorldName
 from longsana.shapes.scenes import prompts
 
 log = logging.getLogger("longsana")
 
 CONFIGS = "configs/sana_video_config/longsana/shapes"
 NETWORKS = ("base", "ode", "self_forcing", "longsana")
+VAES: dict[WorldName, str] = {"shapes": "vae.yaml", "remembered_shapes": "vae_remembered.yaml"}
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
 TRUTH = "ground truth through the VAE"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. weights: of parts. settings: of the sampler. prompts and seeds: at most so many."""
+    """A line of the table.
+
+    weights: the part with the network; empty for the truth. settings: of the sampler. lengths: seconds from the start,
+    scored apart. prompts, seeds: at most so many. steps: what the table says of the sampler. absorbs: see `Trial`.
+    """
 
     name: str
     weights: str
@@ -65,14 +70,18 @@ BASE_SETTINGS = (
     "sampling.cfg_scale=2.0",
     "sampling.null_caption=learned",
 )
+WHOLE_PAST = ("model.state_decay=1",)
+"""The published sum of everything, with which all networks were trained; the default config forgets."""
 ROWS = (
     Row(TRUTH, "", seeds=1, steps=0),
     Row("base model", "base", BASE_SETTINGS, lengths=(5,), steps=30),
-    Row("ODE-initialised", "ode", seeds=1),
-    Row("Self-Forcing", "self_forcing"),
+    Row("ODE-initialised", "ode", WHOLE_PAST, seeds=1),
+    Row("Self-Forcing", "self_forcing", WHOLE_PAST),
     Row("LongSANA", "longsana"),
-    Row("LongSANA, num_cached_blocks 2", "longsana", ("model.num_cached_blocks=2",), prompts=32, seeds=1),
+    Row("LongSANA, the whole past", "longsana", WHOLE_PAST),
+    Row("LongSANA, num_cached_blocks 2", "longsana", (*WHOLE_PAST, "model.num_cached_blocks=2"), prompts=32, seeds=1),
     Row("LongSANA, no clean absorbing pass", "longsana", prompts=32, seeds=1, absorbs=False),
+    Row("Self-Forcing, state_decay 0.933", "self_forcing", prompts=32, seeds=1),
 )
 CARD = """\
 # The models of the shapes world
@@ -102,8 +111,8 @@ class Request:
     """A tool's arguments. folder: of the parts, or of the part that is trained. tiny: measure next to nothing."""
 
     folder: Path
-    config_path: str
-    world: Any
+    config_path: str | None
+    world: WorldName
     tiny: bool
     settings: list[str]
     device: torch.device
@@ -137,18 +146,18 @@ def train_text(request: Request) -> None:
 
 
 def train_vae(request: Request) -> None:
-    """Train the VAE."""
+    """Train the VAE, by the config of its world."""
     from longsana.shapes import train_vae
 
     config = load_config(
-        locate(request.config_path or f"{CONFIGS}/vae.yaml", "--config_path"),
+        locate(request.config_path or f"{CONFIGS}/{VAES[request.world]}", "--config_path"),
         [f"world={request.world}", *request.settings],
         train_vae.VAETrainingConfig,
     )
     _make(request.folder, request.device, lambda folder: train_vae.train_vae(config, folder, request.device))
 
 
-def _make(target: Path, device: torch.device, train: Callable[[Path], float]) -> None:
+def _make(target: Path, device: torch.device, fill: Callable[[Path], float | None]) -> None:
     """Make a folder that appears when it is whole; until then what is there of it lies beside."""
     if target.exists():
         log.info("%s: is there", target)
@@ -156,8 +165,9 @@ def _make(target: Path, device: torch.device, train: Callable[[Path], float]) ->
     unfinished = target.with_name(f"{target.name}.unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     with naming(unfinished):
-        score = train(unfinished)
-    note(target.parent, f"{target.name} score", score, device)
+        score = fill(unfinished)
+    if score is not None:
+        note(target.parent, f"{target.name} score", score, device)
     unfinished.rename(target)
 
 
@@ -166,7 +176,7 @@ def score_models(request: Request) -> None:
     from longsana.evaluation.score_model import Trial, try_model, try_truth
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    texts = training_prompts(request.folder / "held_out.txt")
+    texts = _held_out(request)
     scores: dict[str, Any] = {}
     for row in ROWS:
         path = request.folder / f"scores_{row.name.replace(' ', '_').replace(',', '')}.json"
@@ -190,22 +200,26 @@ def measure_speeds(request: Request) -> None:
     """Measure frames a second on two cores of this machine."""
     from longsana.evaluation.score_model import measure_speed
 
-    threads = torch.get_num_threads()
+    threads, speeds = torch.get_num_threads(), {}
     torch.set_num_threads(2)
-    prompt = training_prompts(request.folder / "held_out.txt")[0]
-    speeds = {}
-    for row in ROWS:
-        if row.weights:
-            seconds = 1 if request.tiny else min(10, max(row.lengths))
-            speeds[row.name] = measure_speed(_sampler(request, row), prompt, seconds, absorbs=row.absorbs)
-            log.info("%s: %.1f FPS", row.name, speeds[row.name])
-    torch.set_num_threads(threads)
+    try:
+        for row in ROWS:
+            if row.weights:
+                seconds = 1 if request.tiny else min(10, max(row.lengths))
+                speeds[row.name] = measure_speed(
+                    _sampler(request, row), _held_out(request)[0], seconds, absorbs=row.absorbs
+                )
+                log.info("%s: %.1f FPS", row.name, speeds[row.name])
+    finally:
+        torch.set_num_threads(threads)
     atomic_write_text(request.folder / "speed.json", json.dumps(speeds) + "\n")
 
 
 def write_table(request: Request) -> None:
     """Write the table of all scores, as Markdown."""
-    text = render_table(_read(request.folder, "scores"), _read(request.folder, "speed"))
+    text = render_table(
+        _scores(request), _read(request.folder, "speed", f"make it: longsana shapes speed {request.folder}")
+    )
     atomic_write_text(request.folder / "table.md", text)
     print(text)
 
@@ -214,7 +228,7 @@ def write_plot(request: Request) -> None:
     """Plot the long videos of all models, second by second. Needs matplotlib."""
     from longsana.evaluation.report import plot
 
-    scores = _read(request.folder, "scores")
+    scores = _scores(request)
     longest = max(len(score["curves"]["persistence"]) for score in scores.values())
     curves = {name: score["curves"] for name, score in scores.items()}
     plot({name: own for name, own in curves.items() if len(own["persistence"]) == longest}, request.folder / "plot.png")
@@ -225,7 +239,7 @@ def write_strips(request: Request) -> None:
     from longsana.evaluation.score_model import strips
 
     config = _sampler(request, next(row for row in ROWS if row.name == "LongSANA"))
-    texts = training_prompts(request.folder / "held_out.txt")
+    texts = _held_out(request)
     seconds = (0, 1) if request.tiny else (0, 15, 30, 45, 60)
     strips(config, texts[:3], seconds, request.folder / "strips.png", request.device)
 
@@ -234,7 +248,7 @@ def package(request: Request) -> None:
     """Gather what ships, with its model card, in the folder `asset`."""
     from longsana.inference.sidecar import commit
 
-    parts, noted = request.folder, _read(request.folder, "times")
+    parts, noted = request.folder, _read(request.folder, "times", "the recipe writes it")
     networks = [f"{name}.safetensors" for name in NETWORKS]
     measured = ["scores.json", "speed.json", "times.json", "plot.png", "strips.png"]
     wanted = ["vae", "text_encoder", *networks, "table.md", *measured]
@@ -246,13 +260,12 @@ def package(request: Request) -> None:
         table=(parts / "table.md").read_text(encoding="utf-8").strip(),
     )
 
-    def gather(folder: Path) -> float:
+    def gather(folder: Path) -> None:
         for part in ("vae", "text_encoder"):
             shutil.copytree(parts / part, folder / part, dirs_exist_ok=True)
         for name in networks + measured:
             shutil.copy(parts / name, folder)
         atomic_write_text(folder / "README.md", card)
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
     _make(parts / "asset", request.device, gather)
 
@@ -260,11 +273,15 @@ def package(request: Request) -> None:
 def note(parts: Path, name: str, value: float, device: torch.device) -> None:
     """Add a number to times.json, seconds of a step or the score of a part, with the machine."""
     path = parts / "times.json"
-    noted = _read(parts, "times") if path.exists() else {}
+    noted = _read(parts, "times", "") if path.exists() else {}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     noted[name] = {"value": round(value, 2), "machine": machine, "torch": torch.__version__}
     atomic_write_text(path, json.dumps(noted, indent=1) + "\n")
     log.info("== %s: %.2f", name, value)
+
+
+def _held_out(request: Request) -> list[str]:
+    return training_prompts(request.folder / "held_out.txt", f"made by longsana shapes prompts {request.folder}")
 
 
 def _sampler(request: Request, row: Row) -> InferenceConfig:
@@ -278,10 +295,14 @@ def _sampler(request: Request, row: Row) -> InferenceConfig:
     return load_config(locate(f"{CONFIGS}/longsana.yaml", "the config"), settings, InferenceConfig)
 
 
-def _read(parts: Path, name: str) -> dict[str, Any]:
+def _scores(request: Request) -> dict[str, Any]:
+    return _read(request.folder, "scores", f"make it: longsana shapes scores {request.folder}")
+
+
+def _read(parts: Path, name: str, remedy: str) -> dict[str, Any]:
     path = parts / f"{name}.json"
     if not path.exists():
-        raise InputError(f"{path}: not found; make it first (--steps {name} of the recipe)")
+        raise InputError(f"{path}: not found; {remedy}")
     read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return read
 
@@ -336,22 +357,39 @@ TOOLS: dict[str, Callable[[Request], None]] = {
     "package": package,
 }
 TRAINING = ("text-encoder", "vae")
+TAKES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(TOOLS, ()),
+    **dict.fromkeys(TRAINING, ("--world", "--config_path", "settings")),
+    "prompts": ("--world",),
+    "scores": ("--world", "--tiny"),
+    "speed": ("--tiny",),
+    "strips": ("--tiny",),
+}
+"""The options that mean something to each tool."""
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(__doc__)
     parser.add_argument("tool", choices=list(TOOLS))
     parser.add_argument("folder", type=typed_path, help="of the parts; text-encoder and vae: of the part")
-    parser.add_argument("--world", choices=list(WORLDS), default="shapes", help="whose scenes (default: %(default)s)")
+    parser.add_argument("--world", choices=list(WORLDS), help="whose scenes (default: shapes)")
     parser.add_argument("--tiny", action="store_true", help="scores, speed and strips of next to nothing")
     parser.add_argument("--config_path", help="text-encoder, vae: YAML file (default: the published one)")
     options, settings = parser.parse_command(arguments, {}, ())
-    if options.tool not in TRAINING and (settings or options.config_path):
-        raise InputError(f"{(settings or ['--config_path'])[0]}: only {' and '.join(TRAINING)} take settings")
+    given = {"--config_path": options.config_path, "--tiny": options.tiny, "--world": options.world}
+    given |= dict.fromkeys(settings, "a setting")
+    taken = TAKES[options.tool]
+    for option, value in given.items():
+        if value and option not in taken and not (value == "a setting" and "settings" in taken):
+            raise InputError(f"{option}: has no meaning for {options.tool}; leave it out")
+    if wrong := [setting for setting in settings if setting.startswith("world=")]:
+        raise InputError(f"{wrong[0]}: is --world {wrong[0].removeprefix('world=')} here")
+    options.world = options.world or "shapes"
     return options, settings
 
 
 def prepare(arguments: Sequence[str], world: World) -> tuple[str, Request]:
+    """Read the command line, and check it as far as that goes without loading anything large."""
     options, settings = parse(arguments)
     if world.size > 1:
         raise InputError("several processes: this is the work of one; start it without a launcher")

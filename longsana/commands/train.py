@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 @dataclass(frozen=True)
 class Request:
-    """Read the command line, and check it as far as that goes without loading anything large."""
+    """A command line that has been checked."""
 
     config: TrainingConfig
     options: argparse.Namespace
@@ -60,6 +60,7 @@ class Request:
 
 
 def prepare(arguments: Sequence[str], world: World) -> Request:
+    """Read the command line, and check it as far as that goes without loading anything large."""
     options, settings = parse(arguments)
     path = locate(options.config_path, "--config_path")
     config: TrainingConfig = load_config(path, settings, TrainingConfig)
@@ -103,12 +104,12 @@ def run(request: Request, world: World) -> int:
     except (torch.OutOfMemoryError, MemoryError) as error:
         detail = (str(error).splitlines() or ["on the host"])[0]
         print(
-            f"error (process {world.rank}): out of memory ({detail}); lower "
+            f"failed (process {world.rank}): out of memory ({detail}); lower "
             "train.batch_size, sampling.height and width or rollout.num_training_frames, set "
             "train.gradient_checkpointing=true and train.text_encoder=free, or use more processes",
             file=sys.stderr,
         )
-        return 2
+        return 1
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,7 +2,7 @@
 
 Three kinds, told apart by their suffix: text (any other suffix) with one prompt a line; `.jsonl`, one JSON object a
 line; `.json`, one object whose keys are the prompts, as the published command reads it, and whose values may be
-objects. A prompt may hold a size flag, and `<split>` between the parts of one video. Fields of the objects:
+objects. A prompt may hold a size flag, and be a story of several parts (`longsana.data.story`). Fields of the objects:
 
     prompt  the text (.jsonl)           size    [height, width] in pixels
     seed    a whole number              frames  pixel frames of the video
@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 
 from longsana.config import SamplingConfig
 from longsana.data.aspect import nearest_size
+from longsana.data.story import Mark, read_parts
 from longsana.runtime.errors import InputError, nearest
 from longsana.runtime.foreign import check_characters, parse_json, reason_of, refuse_stand_in
 from longsana.runtime.hub import locate
 
 log = logging.getLogger(__name__)
 
-SPLIT = "<split>"
 PICTURE = "<image>"
 PUBLISHED_PROMPTS = "vidprom_filtered_extended.txt"
 DOWNLOAD = f"hf download gdhe17/Self-Forcing {PUBLISHED_PROMPTS} --local-dir data/longsana"
@@ -65,12 +65,13 @@ class Prompt:
 
     line: int  # in the file, from 1; of a .json file the number of the key
     text: str  # the whole line without flags
-    parts: tuple[str, ...]  # the text split at '<split>'; one for a video with one prompt
+    parts: tuple[str, ...]  # the words of each part; one for a video with one prompt
     repetition: int  # 0 for the first line with this text and seed, 1 for the second, ...
     height: int  # pixels
     width: int
     seed: int | None = None  # None: what the config says
     frames: int | None = None  # pixel frames; None: as above
+    marks: tuple[Mark, ...] = ()  # of each part of a story; none between '<split>'
 
     @property
     def slug(self) -> str:
@@ -121,28 +122,31 @@ def read_prompts(
                     f"{where}: a size flag needs a table; set sampling.aspect_ratio_type or remove the flag"
                 )
             size = nearest_size(aspect_ratio_type, ratio)
-        parts = tuple(part.strip() for part in text.split(SPLIT))
-        if not all(parts):
-            reason = f"a part beside '{SPLIT}' is empty" if SPLIT in text else "a size flag without a prompt"
-            raise InputError(f"{where}: {reason}")
+        if not text:
+            raise InputError(f"{where}: a size flag without a prompt")
+        try:
+            parts, marks = read_parts(text)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
         own_seed = seed if entry.seed is None else entry.seed
         own_frames = frames if entry.frames is None else entry.frames
-        prompts.append(Prompt(entry.number, text, parts, seen[text, own_seed], *size, own_seed, own_frames))
+        prompts.append(Prompt(entry.number, text, parts, seen[text, own_seed], *size, own_seed, own_frames, marks))
         seen[text, own_seed] += 1
     return prompts
 
 
-def training_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file without blank ones; flags and `<split>` are words of theirs.
+def training_prompts(path: str | Path, what: str = "data.data_path") -> list[str]:
+    """The prompts of a file without blank ones; flags, `<split>` and a story's marks are words of theirs.
 
     path: tried from the working directory and then from the repository root; or hf://owner/repo/file.
+    what: the setting that names it, or what else it is, for errors.
 
     Raises:
         InputError: the file is missing, empty, of a kind that is not read, or a line of it is wrong, or has fields
             that mean nothing in training.
     """
     try:
-        file = locate(str(path), "data.data_path")
+        file = locate(str(path), what)
     except InputError as error:
         if Path(path).name == PUBLISHED_PROMPTS:
             raise InputError(f"{error}; the published prompts: `{DOWNLOAD}`") from error
@@ -172,20 +176,6 @@ def check_words(text: str, where: str) -> None:
     check_characters(text, where)
     if PICTURE in text:
         raise InputError(f"{where}: asks for a video that begins with a picture ('{PICTURE}'); remove it")
-
-
-def parts_per_chunk(parts: int, chunks: int) -> list[int]:
-    """Assign to each chunk of a video the part of its prompt (from 0) that it shows: even stretches, in order.
-
-    Raises:
-        InputError: there are more parts than chunks.
-    """
-    if parts > chunks:
-        raise InputError(
-            f"{parts} parts between '{SPLIT}' for a video of {chunks} chunk{'s' if chunks != 1 else ''}: "
-            "each part needs a chunk; use fewer parts or more frames"
-        )
-    return [chunk * parts // chunks for chunk in range(chunks)]
 
 
 class _Entry(NamedTuple):

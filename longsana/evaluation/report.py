@@ -94,8 +94,9 @@ def summarize(examined: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, a line a row; the columns are those of all rows, in order of appearance."""
+    """Markdown, a line a row; the columns are those of all rows, in order of appearance, but for empty ones."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = [column for column in columns if any(row.get(column, "") != "" for row in rows)]
     cells = [columns, *([_cell(column, row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     aligned = [
@@ -125,10 +126,11 @@ def load_matplotlib() -> None:
     mpl.use("Agg")
 
 
-def plot(curves: Mapping[str, Curves], path: Path) -> None:
+def plot(curves: Mapping[str, Curves], path: Path, *, every: int = 1, least: float = 0.0) -> None:
     """Write a PNG with a panel for each figure and a line for each name: of one model, or of several to compare.
 
-    curves: by the name of the line, then of the figure; values a second.
+    curves: by the name of the line, then of the figure; values a second. every: seconds whose mean is a point. least:
+    where the axes of shares begin.
     """
     load_matplotlib()
     from matplotlib import pyplot, ticker
@@ -141,15 +143,18 @@ def plot(curves: Mapping[str, Curves], path: Path) -> None:
     )
     for axis, panel in zip(axes.flat, panels, strict=False):
         for name, figures in curves.items():
-            values = [math.nan if value is None else value for value in figures.get(panel, ())]
-            axis.plot([second + 0.5 for second in range(len(values))], values, label=name)
+            own = figures.get(panel, ())
+            starts = range(0, len(own), every)
+            means = [_mean(own[start : start + every]) for start in starts]
+            values = [math.nan if value is None else value for value in means]
+            axis.plot([start + every / 2 for start in starts], values, label=name)
         if "drift" in panel:
             axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
             low, high = axis.get_ylim()  # what is less than a tenth shall not fill the panel
             axis.set_ylim(min(low, -0.1), max(high, 0.1))
             axis.yaxis.set_major_formatter(ticker.PercentFormatter(1))
         else:
-            axis.set_ylim(-0.03, 1.03)
+            axis.set_ylim(least - 0.03 * (1 - least), 1 + 0.03 * (1 - least))
         axis.set_title(panel)
         axis.set_xlabel("seconds")
         axis.grid(alpha=0.3)

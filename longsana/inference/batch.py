@@ -131,9 +131,10 @@ def _plan_jobs(
     """The videos that are not in the folder yet, whatever their name there."""
     jobs = []
     for prompt in prompts:
-        settings = resolved_settings(config, prompt, device)
+        settings, parts = resolved_settings(config, prompt, device), beginning.told_parts(config, prompt)
         record = {
             "prompt": prompt.text,
+            "parts": parts,
             "line": prompt.line,
             "repetition": prompt.repetition,
             "seed": settings["sampling"]["seed"],
@@ -142,7 +143,7 @@ def _plan_jobs(
             "height": prompt.height,
             "width": prompt.width,
             "fps": config.sampling.fps,
-            "fingerprint": fingerprint(settings, prompt, digests, meaningless(config), beginning.record),
+            "fingerprint": fingerprint(settings, prompt, digests, meaningless(config), parts, beginning.record),
             "sha256": digests,
             "config": settings,
         }
@@ -173,10 +174,11 @@ class _Elsewhere(Exception):
 
 
 def batches_of(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """Jobs of one video size and length together, at most `size` at a time."""
+    """Jobs of one video size, length and history of changes together, at most `size` at a time."""
 
-    def extent(job: Job) -> tuple[int, int, int]:
-        return job.prompt.height, job.prompt.width, job.record["frames"]
+    def extent(job: Job) -> tuple[Any, ...]:
+        changes = [(part["chunk"], part["change"]) for part in job.record["parts"] if part["change"] != "keep"]
+        return job.prompt.height, job.prompt.width, job.record["frames"], changes
 
     batches = []
     for _, group in groupby(sorted(jobs, key=extent), key=extent):
@@ -435,7 +437,11 @@ def sample_from(
     clock: Clock,
 ) -> Iterator[Frames]:
     """Frames of a batch of videos of this plan that begin from nothing, a film or a state; see `Engine.sample`."""
-    own = [beginning.caption(*pair, len(plan)) for pair in zip(prompts, captions, strict=True)]
+    own, parts = [], []
+    for prompt, caption in zip(prompts, captions, strict=True):
+        first, placed = beginning.placed(engine.config, prompt, plan)
+        own.append(caption._replace(parts=caption.parts[first : first + len(placed)]))
+        parts.append(placed)
     begun: Moment | None = None
     if beginning.state is not None:
         moment = beginning.state.moment.to(engine.device)
@@ -447,7 +453,7 @@ def sample_from(
         latents = film_latents(decoder, pictures, chunk_frames=sampling.chunk_frames, clock=clock)
         begun = yield from absorb_film(network, decoder, own, latents, shown=beginning.shown, clock=clock)
     wanted = partial(beginning.wants, count=len(plan))
-    yield from engine.sample(network, decoder, prompts, own, clock, begun=begun, wanted=wanted)
+    yield from engine.sample(network, decoder, prompts, own, clock, begun=begun, parts=parts, wanted=wanted)
 
 
 def _digest(batch: np.ndarray, digests: Sequence[Any]) -> None:

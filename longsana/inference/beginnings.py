@@ -10,19 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
 from longsana.data.films import count_frames, frames_used
-from longsana.data.prompts import SPLIT, Prompt
+from longsana.data.prompts import Prompt
+from longsana.data.story import Placed, read_parts
 from longsana.encoders.geometry import geometry
+from longsana.inference.sidecar import told_at, told_parts
 from longsana.published import DISTILLED
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded
 from longsana.runtime.hub import file_sha256
-from longsana.sampling.checks import check_size
+from longsana.sampling.checks import check_size, chunk_plan, placed_parts
 from longsana.weights.build import empty_model
 
 if TYPE_CHECKING:  # they bring diffusers and transformers, which take seconds
-    from longsana.sampling.captions import Caption
     from longsana.sampling.continuation import Continuation, Moment
 
 NONE = "none"
@@ -74,14 +76,26 @@ class Beginning:
         """Tell whether a state is saved after a chunk, from 0, of so many."""
         return self.saves != NONE and (chunk + 1 == count or (bool(self.every) and (chunk + 1) % self.every == 0))
 
-    def caption(self, prompt: Prompt, caption: Caption, chunks: int) -> Caption:
-        """The caption for so many chunks: that of the state itself goes on as it was planned."""
-        from longsana.sampling.continuation import parts_after
+    def placed(self, config: InferenceConfig, prompt: Prompt, plan: ChunkPlan) -> tuple[int, tuple[Placed, ...]]:
+        """The part of a prompt, from 0, that the chunks of a plan begin with, and where it and the later ones begin.
 
-        state, parts = self.state, caption.parts
-        if state is None or len(parts) == 1 or prompt.text != state.prompt:
-            return caption
-        return caption._replace(parts=tuple(parts[n] for n in parts_after(len(parts), state.plan, state.chunk, chunks)))
+        A state's own prompt goes on as it was planned.
+        """
+        from longsana.sampling.continuation import placed_after
+
+        state = self.state
+        if state is None or prompt.text != state.prompt or not state.plan:
+            return 0, placed_parts(config, prompt, plan)
+        return placed_after(placed_parts(config, prompt, ChunkPlan(state.plan)), state.chunk, len(plan))
+
+    def told_parts(self, config: InferenceConfig, prompt: Prompt) -> list[dict[str, Any]]:
+        """Tell where each part of a prompt begins in its mp4; see `sidecar.told_parts`."""
+        if not self.goes_on:
+            return told_parts(config, prompt)
+        plan = ChunkPlan.split(chunk_plan(config, prompt.frames).frames - 1, config.sampling.chunk_frames)
+        first, placed = self.placed(config, prompt, plan)
+        frames = [self.given_frames + geometry(config.vae).time_stride * start for start in plan.starts]
+        return told_at(config, prompt.parts[first : first + len(placed)], placed, frames)
 
     def continuation(
         self, moment: Moment, prompt: Prompt, seed: int, chunk: int, plan: Sequence[int], marks: tuple[str, str]
@@ -160,8 +174,8 @@ def prepare_beginning(
 
 def prompt_of(state: Continuation, config: InferenceConfig) -> Prompt:
     """The prompt of a state, for a command that names none."""
-    parts = tuple(part.strip() for part in state.prompt.split(SPLIT))
-    return Prompt(1, state.prompt, parts, state.repetition, *state.size, config.sampling.seed)
+    parts, marks = read_parts(state.prompt)
+    return Prompt(1, state.prompt, parts, state.repetition, *state.size, config.sampling.seed, marks=marks)
 
 
 def check_prompts(beginning: Beginning, prompts: Sequence[Prompt], config: InferenceConfig) -> None:

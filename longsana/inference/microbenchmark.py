@@ -99,7 +99,7 @@ class Case(NamedTuple):
 
 
 def seconds(call: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
-    """Milliseconds of one call: the median, after two that warm up."""
+    """Seconds of one call: the median, after two that warm up."""
     for _ in range(2):
         call()
     taken = []

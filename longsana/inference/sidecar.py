@@ -18,12 +18,17 @@ import torch
 import longsana
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
+from longsana.data.story import Placed
+from longsana.encoders.geometry import geometry
 from longsana.encoders.text import instruction_text, negative_text, text_sha256
 from longsana.runtime.foreign import reason_of
-from longsana.sampling.checks import SOURCES, source_digest
+from longsana.sampling.checks import SOURCES, chunk_plan, placed_parts, source_digest
 from longsana.weights.build import resolve_dtype
 
 log = logging.getLogger(__name__)
+
+PARTS = ("sampling.prompt_change", "sampling.transition_chunks", "sampling.transition")
+"""Settings that decide something about a prompt of several parts alone, and are told with these."""
 
 
 def video_name(prompt: Prompt) -> str:
@@ -53,27 +58,67 @@ def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.dev
     return settings
 
 
+def told_parts(config: InferenceConfig, prompt: Prompt) -> list[dict[str, Any]]:
+    """Tell where each part of a prompt really begins in its video, see `told_at`.
+
+    Raises:
+        InputError: see `placed_parts`.
+    """
+    starts, vae = chunk_plan(config, prompt.frames).starts, geometry(config.vae)
+    return told_at(config, prompt.parts, placed_parts(config, prompt), list(map(vae.pixel_frames, starts)))
+
+
+def told_at(
+    config: InferenceConfig, parts: Sequence[str], placed: Sequence[Placed], frames: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Tell where parts begin in a video (chunk, picture, second), and what the past becomes.
+
+    frames: the first picture of each chunk.
+    """
+    told = []
+    for words, part in zip(parts, placed, strict=True):
+        frame = frames[part.chunk]
+        second = round(frame / config.sampling.fps, 3)
+        told.append({"text": words, "chunk": part.chunk, "frame": frame, "second": second, "change": str(part.change)})
+    return told
+
+
 def fingerprint(
     settings: Mapping[str, Any],
     prompt: Prompt,
     digests: Mapping[str, str],
     without: Iterable[str] = (),
+    parts: Sequence[Mapping[str, Any]] = (),
     began: Mapping[str, Any] | None = None,
 ) -> str:
     """SHA-256 of all that decides what a video shows: prompt, seed, settings and weights.
 
     Where the weights lie, where the prompt stands and which prompts are sampled beside it decide nothing.
 
-    without: settings that decide nothing either; see `meaningless`. began: what the video goes on from, if anything.
+    without: settings that decide nothing either; see `meaningless`.
+    parts: of the prompt, as `told_parts` has them. began: what the video goes on from, if anything.
     """
     deciding = {section: dict(values) for section, values in settings.items()}
     for section, key in SOURCES.items():
         deciding[section][key] = digests[section]
     deciding["text_encoder"]["chi_prompt"] = text_sha256(instruction_text(deciding["text_encoder"]["chi_prompt"]))
-    for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", *without}:
+    sampling = deciding["sampling"]
+    # A prompt of one part, and even parts that keep the past, are the videos that they were before there were others.
+    story: list[Any] = [[part["chunk"], part["change"]] for part in parts]
+    if len(parts) > 1 and sampling["transition_chunks"]:
+        story.append([sampling["transition"], sampling["transition_chunks"]])
+    elif not prompt.marks and all(part["change"] == "keep" for part in parts):
+        story = []
+    for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", *PARTS, *without}:
         section, _, key = setting.partition(".")
         del deciding[section][key]
-    identity = [prompt.text, prompt.repetition, deciding, *([dict(began)] if began else [])]
+    identity = [
+        prompt.text,
+        prompt.repetition,
+        deciding,
+        *([story] if story else []),
+        *([dict(began)] if began else []),
+    ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

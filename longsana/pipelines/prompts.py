@@ -8,7 +8,8 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor
 
-from longsana.data.prompts import PICTURE, SPLIT, check_words, parts_per_chunk
+from longsana.data.prompts import PICTURE, check_words
+from longsana.data.story import SPLIT, Mark, read_parts
 from longsana.encoders.text import CompactEmbedding, compact, negative_text
 from longsana.models.embeddings import TextEmbedding
 from longsana.pipelines.arguments import FLOATS, check_numbers
@@ -88,17 +89,16 @@ def given_embeddings(
     return [row for row in rows for _ in range(copies)]
 
 
-def parts_of(text: str, chunks: int) -> list[str]:
-    """The parts of a prompt of the distilled model, for a video of so many chunks.
+def parts_of(text: str) -> tuple[tuple[str, ...], tuple[Mark, ...]]:
+    """The parts of a prompt of the distilled model; see `read_parts`.
 
     Raises:
-        InputError: one is empty, or there are more than chunks.
+        InputError: one is empty, or says what it cannot mean.
     """
-    parts = [part.strip() for part in text.split(SPLIT)]
-    if len(parts) > 1 and not all(parts):
-        raise InputError(f"prompt: a part beside '{SPLIT}' is empty")
-    parts_per_chunk(len(parts), chunks)
-    return parts
+    try:
+        return read_parts(text)
+    except InputError as error:
+        raise InputError(f"prompt: {error}") from error
 
 
 def _words(text: str) -> str:
@@ -143,9 +143,10 @@ def whole(text: str) -> str:
     """
     if not isinstance(text, str):
         raise InputError(f"prompt: a {type(text).__name__} where a text is needed")
-    if SPLIT in text:
+    words, marks = parts_of(_words(text).strip())
+    if len(words) > 1:
         raise InputError(
-            f"prompt: parts between '{SPLIT}' are for a video of the distilled model; a stream takes several "
-            "prompts as they are, encode_prompt each part by itself"
+            f"prompt: parts between '{' | ' if marks else SPLIT}' are for a video of the distilled model; a stream "
+            "takes several prompts as they are, encode_prompt each part by itself"
         )
-    return _words(text).strip()
+    return words[0]

@@ -24,6 +24,7 @@ from longsana.chunks import ChunkPlan
 from longsana.config import check_chi_prompt
 from longsana.data.films import frames_used
 from longsana.data.prompts import check_words
+from longsana.data.story import Change, Mark, Placed, place_parts, shared_changes
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
 from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, with_motion
 from longsana.encoders.vae import DecodeCache, VideoVAE, kind_of
@@ -63,6 +64,7 @@ from longsana.sampling.continuation import (
 from longsana.sampling.engine import Videos, decode, sample_latents, stretches
 from longsana.sampling.films import film_latents
 from longsana.sampling.sampler import absorb, generate
+from longsana.sampling.transition import Way
 from longsana.state import CausalState
 from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS
 
@@ -72,6 +74,7 @@ Words = str | CompactEmbedding
 """What is encoded, or what a user gives in its place."""
 Callback = Callable[[Any, int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 USUAL_FRAMES = 81
+USUAL_FPS = 16.0
 KEPT_DTYPE: Any = object()
 """Asks `to`, in place of a dtype, to leave each part in its own."""
 
@@ -291,13 +294,17 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         chunk_frames: int | None = None,
         latents_per_call: int = 2,
         video: FilmLike | None = None,
-        fps: float = 16.0,
         new_frames_only: bool = False,
+        fps: float | None = None,
+        prompt_change: str | None = None,
+        transition_chunks: int | None = None,
+        transition: Way | None = None,
     ) -> LongSanaVideoOutput | tuple[Any]:
         """Videos of prompts.
 
         Args:
-            prompt: a text, or one for each video; `first<split>then` divides a video of the distilled model.
+            prompt: a text, or one for each video; `first<split>then`, or a story `first[5s] | [cut] then`, divides a
+                video of the distilled model (see `longsana.data.story`).
             negative_prompt: that of the base model's guidance, for all videos or each; None is the published
                 text, "" is empty.
             num_inference_steps: of a chunk; 4 (distilled), 50 (base).
@@ -323,8 +330,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             video: a film or picture that the videos go on from (distilled): a file, pictures of PIL, or an array
                 (F, H, W, 3) of uint8. It is fitted to their size, and absorbed under the first part of each prompt.
                 num_frames says then how many more, 4 n (Wan) or 8 n (LTX-2); 80 unless said otherwise.
-            fps: frames a second that are taken of a file.
             new_frames_only: leave the film out of the result.
+            fps: distilled: pictures a second, by which the lengths of a story's parts are counted, and a film's are
+                taken; 16.
+            prompt_change: distilled: what becomes of the past where a part begins that does not say it itself: keep
+                (None), recache=K, rebuild=W or cut. It must be the same for all videos of a call.
+            transition_chunks: distilled: chunks over which one part's caption becomes the next one's; 0.
+            transition: linear (None) or spherical, the way between the two.
 
         Raises:
             InputError: what is asked for cannot be made, or part of it would be ignored; the message names the argument
@@ -356,12 +368,21 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         wanted: Sequence[Sequence[Words]]  # the parts of each video's prompt
         if prompt_embeds is None:
             refuse_ignored({"prompt_attention_mask": prompt_attention_mask}, "without prompt_embeds")
-            parts = [parts_of(text, len(plan)) if self.distilled else [whole(text)] for text in texts]
-            wanted = [[self._worded(part, motion_score) for part in own] for own in parts]
+            parts = [parts_of(text) if self.distilled else ((whole(text),), ()) for text in texts]
+            wanted = [[self._worded(part, motion_score) for part in own] for own, _ in parts]
         else:
             refuse_ignored({"motion_score": motion_score}, "with prompt_embeds: it is words of a prompt")
             given = self._given("prompt", prompt_embeds, prompt_attention_mask, copies, len(texts))
-            wanted = [[embedding] for embedding in given]
+            wanted, parts = [[embedding] for embedding in given], [(("",), ())] * len(given)
+        telling = {"prompt_change": prompt_change, "transition_chunks": transition_chunks, "transition": transition}
+        if not self.distilled:
+            refuse_ignored({"fps": fps, **telling}, "for the base model, whose prompts have one part")
+        if prompt_embeds is not None:
+            refuse_ignored({"fps": fps, **telling}, "with prompt_embeds, which are of one part each")
+        if not transition_chunks:
+            refuse_ignored({"transition": transition}, "without transition_chunks")
+        placed = [self._placed(len(own), marks, plan, fps, prompt_change) for own, marks in parts]
+        shared_changes(placed)
         negatives = {
             "negative_prompt": negative_prompt,
             "negative_prompt_embeds": negative_prompt_embeds,
@@ -393,6 +414,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             self._execution_device,
             lambda: self._guidance_scale,
             begun=begun,
+            parts=placed,
+            transition_chunks=transition_chunks or 0,
+            transition=transition or "linear",
         )
         steps = schedule.steps if isinstance(schedule, FlowSchedule) else [int(t) for t in schedule.timesteps]
         self._interrupt, self._num_timesteps = False, len(plan) * len(steps)
@@ -436,7 +460,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         chunk_frames: int | None = None,
         latents_per_call: int = 2,
         video: FilmLike | None = None,
-        fps: float = 16.0,
+        fps: float | None = None,
         new_frames_only: bool = False,
     ) -> Iterator[LongSanaVideoChunk]:
         """One video, chunk by chunk as it is sampled, in memory that does not grow.
@@ -653,7 +677,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return given, Moment(state, None, None)
 
     def _film(
-        self, video: FilmLike | None, fps: float, new_frames_only: bool, height: int | None, width: int | None
+        self, video: FilmLike | None, fps: float | None, new_frames_only: bool, height: int | None, width: int | None
     ) -> Film | None:
         """The film that videos go on from, if there is one, all of it looked at."""
         if video is None:
@@ -661,7 +685,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             return None
         if not self.distilled:
             raise InputError("video: the base model makes whole clips; a distilled one goes on from a film")
-        return Film.of(video, fps, self._size(height, width))
+        return Film.of(video, fps or USUAL_FPS, self._size(height, width))
 
     def _latents_more(self, num_frames: int) -> int:
         """Latents of so many more pixel frames."""
@@ -900,6 +924,19 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if given is None and not self.distilled:
             given = scheduler_shift(self.scheduler)
         return self._defaults.shift if given is None else given
+
+    def _placed(
+        self, parts: int, marks: Sequence[Mark], plan: ChunkPlan, fps: float | None, prompt_change: str | None
+    ) -> tuple[Placed, ...]:
+        """Place the parts of a prompt; InputError where they do not fit."""
+        try:
+            change = Change.parse("keep" if prompt_change is None else prompt_change)
+        except InputError as error:
+            raise InputError(f"prompt_change: {error}") from error
+        try:
+            return place_parts(parts, marks, plan, self.geometry, fps or USUAL_FPS, change)
+        except InputError as error:
+            raise InputError(f"prompt: {error}") from error
 
     def _vae(self, latents_per_call: int) -> VideoVAE:
         model = uncompiled(self.vae)

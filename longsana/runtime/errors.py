@@ -15,9 +15,9 @@ class InputError(ValueError):
     """
 
 
-def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
-    """The `count` entries of `known` that look most like `name` (possibly none)."""
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """The entry of `known` that looks most like `name`, or none."""
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

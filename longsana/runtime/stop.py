@@ -111,6 +111,21 @@ def deferred() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Hold requests back inside the block, whose code cannot be unwound, and obey them after it.
+
+    Raises:
+        Stopped: there was one. Where no command runs, the signal is given to whoever has it.
+    """
+    with deferred() as asked:
+        before = asked()
+        yield
+    if (number := asked()) and not before:
+        check()
+        signal.raise_signal(number)
+
+
 def heed(number: int) -> None:
     """Say that this process obeys a request, of whichever process of the launch it was: those that come within AGAIN
     seconds from now, as of a launcher that sees another process end, are the same one."""

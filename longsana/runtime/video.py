@@ -16,6 +16,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
+from longsana.runtime import stop
 from longsana.runtime.arguments import Number, OneOf, Rule, Whole, checked
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.files import move_into_place, naming, open_exclusive, partial_name, unfinished
@@ -108,9 +109,10 @@ class VideoWriter:
             # Say what the conversion from RGB uses; players guess by the picture's size otherwise.
             self._stream.codec_context.colorspace = Colorspace.SMPTE170M
             self._stream.codec_context.color_range = ColorRange.MPEG
-            self._container.start_encoding()
+            with stop.held():  # FFmpeg calls `_Output`, out of which nothing can be raised but by a line on stderr
+                self._container.start_encoding()
         except BaseException:
-            self._partial.unlink()
+            self._partial.unlink(missing_ok=True)
             self._file.close()
             self._registered.close()
             raise
@@ -189,7 +191,7 @@ class VideoWriter:
         if not self._moved:
             self._partial.unlink(missing_ok=True)
         # A video that is given up cannot be closed properly, and the reason is being raised already.
-        with contextlib.suppress(Exception):
+        with stop.deferred(), contextlib.suppress(Exception):
             self._container.close()
         with contextlib.suppress(OSError):
             self._file.close()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, ModelConfig, check_chi_prompt
-from longsana.data.prompts import Prompt, check_words, parts_per_chunk, place, read_prompts
+from longsana.data.prompts import Prompt, check_words, place, read_prompts
+from longsana.data.story import Change, Placed, place_parts
 from longsana.encoders.geometry import geometry
 from longsana.encoders.headers import check_text_encoder, check_vae
 from longsana.flow.schedule import FlowSchedule
@@ -34,6 +35,10 @@ SAMPLERS: dict[str, tuple[tuple[str, ...], str]] = {
     "scheduler.denoising_step_list": ((DISTILLED,), "it takes scheduler.num_inference_steps steps"),
     "scheduler.bf16_timesteps": ((DISTILLED,), "its timesteps are never rounded"),
     "sampling.cuda_graphs": ((DISTILLED,), "its passes are not recorded"),
+    **dict.fromkeys(
+        ("sampling.prompt_change", "sampling.transition_chunks", "sampling.transition"),
+        ((DISTILLED,), "its prompts have one part"),
+    ),
     **{f"model.{name}": ((DISTILLED, STAGGERED), "it samples a clip as one chunk") for name in PAST},
     "scheduler.interval_k": ((STAGGERED,), "only chunk_flow_euler's chunks are staggered"),
     "scheduler.num_inference_steps": (
@@ -56,6 +61,8 @@ def meaningless(config: InferenceConfig) -> dict[str, str]:
         found = {"sampling.negative_prompt": reason, "sampling.null_caption": reason} | found
     elif sampling.null_caption == "learned" and sampling.negative_prompt:
         found["sampling.negative_prompt"] = "sampling.null_caption=learned takes its place"
+    if sampling.transition_chunks == 0:
+        found.setdefault("sampling.transition", "sampling.transition_chunks=0 leaves no way between two captions")
     if sampling.motion_score is None or sampling.motion_score > 0:
         found["sampling.high_motion"] = f"it counts with a motion_score of 0 or less, not {sampling.motion_score}"
     return found
@@ -87,6 +94,7 @@ def check_config(config: InferenceConfig) -> None:
     check_chi_prompt(config.text_encoder.chi_prompt)
     check_words(config.text_encoder.chi_prompt, "text_encoder.chi_prompt")
     check_words(sampling.negative_prompt or "", "sampling.negative_prompt")
+    default_change(config)
     if scheduler.sampling_algo == DISTILLED and sampling.cfg_scale != 1:
         raise InputError(
             f"cfg_scale={sampling.cfg_scale:g}: the distilled model ({DISTILLED}) was trained without guidance; "
@@ -150,16 +158,31 @@ def select_prompts(
         try:
             check_bounds(own)
             check_size(config, prompt.height, prompt.width)
-            _check_parts(config, prompt, len(chunk_plan(config, prompt.frames)))
+            placed_parts(config, prompt)
         except InputError as error:
             raise InputError(f"{place(path, prompt.line)}: {error}") from error
     return selected
 
 
-def _check_parts(config: InferenceConfig, prompt: Prompt, chunks: int) -> None:
+def placed_parts(config: InferenceConfig, prompt: Prompt, plan: ChunkPlan | None = None) -> tuple[Placed, ...]:
+    """Place the parts of a prompt in its video, or in the chunks of `plan`.
+
+    Raises:
+        InputError: they do not fit into it, or the sampler takes none.
+    """
     if len(prompt.parts) > 1 and config.scheduler.sampling_algo != DISTILLED:
-        raise InputError(f"parts between '<split>' need the streaming sampler ({DISTILLED})")
-    parts_per_chunk(len(prompt.parts), chunks)
+        between = " | " if prompt.marks else "<split>"
+        raise InputError(f"parts between '{between}' need the streaming sampler ({DISTILLED})")
+    plan, change = plan or chunk_plan(config, prompt.frames), default_change(config)
+    return place_parts(len(prompt.parts), prompt.marks, plan, geometry(config.vae), config.sampling.fps, change)
+
+
+def default_change(config: InferenceConfig) -> Change:
+    """Read what becomes of the past where a part begins that does not say it itself; InputError for what is none."""
+    try:
+        return Change.parse(config.sampling.prompt_change)
+    except InputError as error:
+        raise InputError(f"sampling.prompt_change: {error}") from error
 
 
 def source_digest(config: InferenceConfig, section: str) -> str:

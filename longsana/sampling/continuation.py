@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longsana.data.prompts import check_words, parts_per_chunk
+from longsana.data.prompts import check_words
+from longsana.data.story import Change, Placed
 from longsana.encoders.vae import DecodeCache, VideoVAE
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.arguments import TEXT, Flag, Is, Several, Whole
@@ -278,13 +279,18 @@ def restored(moment: Moment, vae: VideoVAE) -> Moment:
     return moment._replace(decoder=cache._replace(latents=moment.network.frames), waiting=waiting)
 
 
-def parts_after(parts: int, plan: Sequence[int], done: int, chunks: int) -> list[int]:
-    """Assign to each of the chunks to come the part of the caption, from 0, that it shows.
+def placed_after(placed: Sequence[Placed], done: int, chunks: int) -> tuple[int, tuple[Placed, ...]]:
+    """The part of a prompt, from 0, that a video shows after `done` of its chunks, and where in the chunks to come it
+    and the later ones begin.
 
-    A video goes on as it was planned; after its plan the last part stays. done: chunks that there are already.
+    After the plan the last part stays. A change of the past that would begin with the first chunk to come is a cut, or
+    none: what it would absorb again is not held.
     """
-    planned = parts_per_chunk(parts, max(len(plan), parts))
-    return [planned[min(chunk, len(planned) - 1)] for chunk in range(done, done + chunks)]
+    current = max(index for index, part in enumerate(placed) if part.chunk <= done)
+    here = placed[current]
+    cut = here.chunk == done and here.change.kind == "cut"
+    later = [Placed(part.chunk - done, part.change) for part in placed[current + 1 :] if part.chunk - done < chunks]
+    return current, (Placed(0, here.change if cut else Change()), *later)
 
 
 def _mark(tensors: Mapping[str, Any], settings: Any) -> str:

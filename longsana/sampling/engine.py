@@ -16,7 +16,8 @@ from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
-from longsana.data.prompts import Prompt, parts_per_chunk
+from longsana.data.prompts import Prompt
+from longsana.data.story import Placed, shared_changes
 from longsana.encoders.geometry import geometry
 from longsana.encoders.vae import DecodeCache, VideoVAE, load_vae
 from longsana.flow.noise import Noise, PromptNoise
@@ -31,7 +32,7 @@ from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import to_host
 from longsana.sampling.captions import Caption, stacked
-from longsana.sampling.checks import DISTILLED, DPM, WHOLE_CLIP, blame, check_config, chunk_plan
+from longsana.sampling.checks import DISTILLED, DPM, WHOLE_CLIP, blame, check_config, chunk_plan, placed_parts
 from longsana.sampling.continuation import Moment, latest
 from longsana.sampling.graphs import ReplayedNetwork
 from longsana.sampling.sampler import (
@@ -44,6 +45,7 @@ from longsana.sampling.sampler import (
     sample_chunks,
     sample_clip,
 )
+from longsana.sampling.transition import Shown, Way, embedding_of, shown_in
 from longsana.state import CausalState
 from longsana.weights.build import build_model, resolve_dtype
 
@@ -81,6 +83,8 @@ class Videos:
     recorded: the distilled model's passes are replayed as CUDA graphs (see `ReplayedNetwork`); it is on a GPU.
     null_caption: guidance leads away from the checkpoint's own null caption, and not from the captions' negative ones.
     begun: the videos go on from here, with the decoder's memory (see `restored`); the distilled model's alone do.
+    parts: of the distilled model, where the parts of each video's prompt begin; their changes of the past are the same.
+    transition_chunks, transition: the captions between two parts; see `shown_in` and `blend`.
     """
 
     method: FlowSchedule | Solver | Staggered
@@ -92,6 +96,9 @@ class Videos:
     recorded: bool = False
     null_caption: bool = False
     begun: Moment | None = None
+    parts: Sequence[Sequence[Placed]] = ()
+    transition_chunks: int = 0
+    transition: Way = "linear"
 
 
 class Frames(NamedTuple):
@@ -162,7 +169,7 @@ class Engine:
                 ) from error
         return network
 
-    def plan_of(self, prompt: Prompt, *, goes_on: bool = False) -> ChunkPlan:
+    def plan_of(self, prompt: Prompt, goes_on: bool = False) -> ChunkPlan:
         """The chunks of this prompt's video, or of what is added to one that goes on.
 
         That has one latent less, the single picture that opens a video.
@@ -170,14 +177,20 @@ class Engine:
         plan = self.plan if prompt.frames is None else chunk_plan(self.config, prompt.frames)
         return ChunkPlan.split(plan.frames - 1, self.config.sampling.chunk_frames) if goes_on else plan
 
-    def videos(self, prompts: Sequence[Prompt], begun: Moment | None = None) -> Videos:
-        """Describe a batch of videos, of one size and length. begun: see `Videos`."""
+    def videos(
+        self,
+        prompts: Sequence[Prompt],
+        begun: Moment | None = None,
+        parts: Sequence[Sequence[Placed]] | None = None,
+    ) -> Videos:
+        """Describe a batch of videos, of one size and length. begun, parts: see `sample`."""
+        goes_on = begun is not None
         sampling, first = self.config.sampling, prompts[0]
         keys = [("", 0) if sampling.unified_noise else (prompt.text, prompt.repetition) for prompt in prompts]
         seeds = [sampling.seed if prompt.seed is None else prompt.seed for prompt in prompts]
         return Videos(
             self._method(),
-            self.plan_of(first, goes_on=begun is not None),
+            self.plan_of(first, goes_on),
             (self.geometry.channels, *self.geometry.latent_size(first.height, first.width)),
             PromptNoise(seeds, keys),
             self.device,
@@ -185,6 +198,9 @@ class Engine:
             recorded=sampling.cuda_graphs and self.device.type == "cuda",
             null_caption=sampling.cfg_scale != 1 and sampling.null_caption == "learned",
             begun=begun,
+            parts=parts or [placed_parts(self.config, prompt, self.plan_of(prompt, goes_on)) for prompt in prompts],
+            transition_chunks=sampling.transition_chunks,
+            transition=sampling.transition,
         )
 
     def sample(
@@ -197,14 +213,18 @@ class Engine:
         *,
         to_the_end: bool = False,
         begun: Moment | None = None,
+        parts: Sequence[Sequence[Placed]] | None = None,
         wanted: Callable[[int], bool] = never,
     ) -> Iterator[Frames]:
-        """Sample with the function `sample`. prompts: of one size and length, one for each caption."""
+        """Frames of the prompts' videos, of one size and length, as the config says; see the function `sample`.
+
+        begun: see `Videos`. parts: where each prompt's parts begin, for those that do not begin with the video.
+        """
         return sample(
             network,
             decoder,
             captions,
-            self.videos(prompts, begun),
+            self.videos(prompts, begun, parts),
             frames_per_call=self.config.sampling.chunk_frames,
             clock=clock,
             to_the_end=to_the_end,
@@ -333,31 +353,34 @@ def sample_latents(
     clock, method, plan = clock or Clock(videos.device), videos.method, videos.plan
     where: dict[str, Any] = {"shape": videos.shape, "rng": videos.noise, "device": videos.device, "clock": clock}
     if isinstance(method, FlowSchedule):
-        parts = [parts_per_chunk(len(caption.parts), len(plan)) for caption in captions]
+        shown = [shown_in(parts, len(plan), videos.transition_chunks) for parts in videos.parts]
 
         @lru_cache(maxsize=1)  # most videos have one prompt
-        def text(chosen: tuple[int, ...]) -> Text:
+        def text(chosen: tuple[Shown, ...]) -> Text:
             with clock.part("denoise"):
-                shown = [caption.parts[part] for caption, part in zip(captions, chosen, strict=True)]
-                return network.cache_caption(stacked(shown, videos.device))
+                own = [
+                    embedding_of(caption.parts, one, videos.transition)
+                    for caption, one in zip(captions, chosen, strict=True)
+                ]
+                return network.cache_caption(stacked(own, videos.device))
 
         passes: Network = network
         if videos.recorded:
             assert isinstance(network, LongSanaDiT)
             passes = ReplayedNetwork(network)
+        texts, changes = map(text, zip(*shown, strict=True)), shared_changes(videos.parts)
         state = None if videos.begun is None else videos.begun.network
-        shown = map(text, zip(*parts, strict=True))
-        return generate(passes, method, shown, plan, state=state, on_step=on_step, **where)
+        return generate(passes, method, texts, plan, state=state, changes=changes, on_step=on_step, **where)
     assert videos.begun is None, "the many-step samplers keep no state"
     with clock.part("denoise"):
-        texts = guided_texts(network, captions, videos)
+        guided = guided_texts(network, captions, videos)
     if isinstance(method, Staggered):
         assert on_step is go_on and not callable(videos.cfg_scale)
-        return sample_chunks(network, texts, plan, **method._asdict(), cfg_scale=videos.cfg_scale, **where)
+        return sample_chunks(network, guided, plan, **method._asdict(), cfg_scale=videos.cfg_scale, **where)
     channels, *size = videos.shape
     return sample_clip(
         network,
-        *(texts if len(texts) > 1 else (*texts, None)),
+        *(guided if len(guided) > 1 else (*guided, None)),
         solver=method,
         cfg_scale=videos.cfg_scale,
         noise=videos.noise.draw(0, 0, (channels, plan.frames, *size), videos.device),

@@ -1,4 +1,4 @@
-"""CUDA graphs: the recorder, and inference with it. See `training/graphs.py` for training.
+"""CUDA graphs for inference. See `training/graphs.py` for training.
 
 After its first chunks a video's passes are one launch each, without gaps between kernels. The kernels are those of the
 network itself, which is the slow twin.
@@ -6,14 +6,15 @@ network itself, which is the slow twin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import Text
+from longsana.runtime.graphs import Recording
 from longsana.state import CausalState
 
 PLAIN_PASSES = 5
@@ -36,7 +37,7 @@ class ReplayedNetwork:
 
     Values in, values out, like the network: what it returns is the caller's own. One recording is kept until a video
     begins or another caption comes. Its memory, beside all else: a pass's activations, and two states. Passes without
-    a state, of guidance (whose captions alternate), and the first of each kind are the network's own.
+    a state, and the first of each kind, are the network's own.
     """
 
     def __init__(self, model: LongSanaDiT) -> None:
@@ -88,48 +89,3 @@ def state_of(tensors: Sequence[Tensor], sinks: int) -> CausalState:
     """The state for a pass that is recorded, of tensors with the shapes of `tensors_of`."""
     kv, k_sum, tail, frames = tensors
     return CausalState(kv, k_sum, tail, cast(int, frames), sinks)
-
-
-class Recording:
-    """A function of tensors on a GPU, recorded as a CUDA graph and then replayed with one launch.
-
-    function: returns tensors; it may read others where they lie. inputs: of the shapes and dtypes of all later ones.
-    warm_up: is called before, as often as `warm_ups` says, with the same inputs on a side stream: what libraries and
-        kernels set up on first use must not be part of a graph.
-    pool: of a graph that this one shares its memory with.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Sequence[Tensor]],
-        inputs: Sequence[Tensor],
-        *,
-        warm_up: Callable[..., object] | None = None,
-        warm_ups: int = 1,
-        pool: Any = None,
-    ) -> None:
-        self._inputs = [tensor.detach().clone() for tensor in inputs]
-        if warm_up is not None:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(warm_ups):
-                    warm_up(*self._inputs)
-            torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        # Whatever other threads do meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            outputs = function(*self._inputs)
-        self._outputs = [output.detach() for output in outputs]
-
-    @property
-    def pool(self) -> Any:
-        """The graph's memory."""
-        return self._graph.pool()
-
-    def replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs for inputs of the recorded shapes, the caller's own."""
-        torch._foreach_copy_(self._inputs, list(inputs))
-        self._graph.replay()
-        # In a few launches, where a clone of each would take one an output.
-        return list(torch._foreach_mul(self._outputs, 1.0))

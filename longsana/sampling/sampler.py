@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
+from longsana.data.story import Change
 from longsana.flow.noise import Noise
 from longsana.flow.schedule import FlowSchedule
 from longsana.flow.solvers import Euler, Solver
 from longsana.models.embeddings import Text
 from longsana.runtime.clock import Clock
+from longsana.sampling.recent import Recent
 from longsana.state import CausalState
 
 
@@ -110,6 +112,7 @@ def generate(
     rng: Noise,
     device: torch.device | str,
     state: CausalState | None = None,
+    changes: Mapping[int, Change] | None = None,
     clock: Clock | None = None,
     on_step: StepEnd = go_on,
     exits: Sequence[int] | None = None,
@@ -125,15 +128,16 @@ def generate(
         texts: the caption of each chunk.
         shape: (C, H, W) of a latent frame.
         state: continues the video this state has absorbed.
+        changes: of the past, by the chunk of the plan before which each happens.
         clock: is told the time of the parts "denoise" and "absorb".
         on_step: see `denoise_chunk`.
-        exits: index of the step at which each chunk ends; None is the last of all. See `denoise_chunk`.
+        exits: index of the step at which each chunk ends; None: all take all steps. See `denoise_chunk`.
         learned_from: chunks that end after this frame of the plan have a graph, of their exit step; None: none has.
             States never have one.
         absorb_last: False: the state of the last chunk is the one before it, for a video that nobody goes on with.
         noisy_absorb: absorb chunks with noise of the table's least sigma, 0.007, as published training did.
     """
-    clock = clock or Clock(device)
+    clock, recent = clock or Clock(device), Recent(changes or {}, max(plan.lengths))
 
     def draw(chunk: int, start: int, step: int) -> Tensor:
         return rng.draw(start, step, (shape[0], plan.lengths[chunk], *shape[1:]), device)
@@ -143,6 +147,8 @@ def generate(
         start, last = 0 if state is None else state.frames, index + 1 == len(plan)
         own, exit_at = partial(draw, index, start), None if exits is None else exits[index]
         learned = learned_from is not None and plan.starts[index] + plan.lengths[index] > learned_from
+        with clock.part("absorb"):
+            state = recent.begin(index, state, partial(absorb, model, text=text))
         with clock.part("denoise"), torch.set_grad_enabled(learned):
             noise = own(0) if noise is None else noise
             x0 = denoise_chunk(model, schedule, noise, text, state, rng=own, exit_at=exit_at, on_step=on_step)
@@ -151,13 +157,10 @@ def generate(
                 clean = x0.detach()
                 if noisy_absorb:
                     clean = schedule.add_noise(clean, own(len(schedule.steps)), timestep(0, clean))
-                state = absorb(model, clean, text, state)
-        noise = None
-        if not last:
-            assert state is not None
-            # Now: whoever takes this chunk waits for the GPU, which noise that is drawn after that would leave idle.
-            with clock.part("denoise"):
-                noise = draw(index + 1, state.frames, 0)
+                state = recent.keep(clean, state, absorb(model, clean, text, state))
+        # Before the chunk is given: whoever takes it waits for the GPU, which would idle while noise is drawn then.
+        with clock.part("denoise"):
+            noise = None if last or state is None else draw(index + 1, state.frames, 0)
         yield Chunk(index, start, x0, state)
 
 

@@ -28,6 +28,7 @@ from longsana.runtime.hub import locate
 from longsana.sampling.checks import check_config, check_network, check_weights
 from longsana.training.config import TrainingConfig
 from longsana.training.published import DISTILLING, SECTIONS, means_something, section_of
+from longsana.training.stages.prompt_changes import change_of
 from longsana.training.stages.stage import MicroBatches
 from longsana.weights.build import empty_model
 from longsana.weights.names import chosen_past
@@ -114,6 +115,7 @@ def _check_streams(config: TrainingConfig) -> None:
                 f"rollout.{name}={number}: must be {wanted} with streams: a window is the picture that leads it "
                 f"and the {new} new latents, and every first stretch has {first}"
             )
+    change_of(config)
     if longest < first:
         raise InputError(f"streaming.streaming_max_length={longest}: shorter than the first stretch, {first}")
     # In `ratio` iterations the learners take ratio + 1 stretches, one of them the generator.

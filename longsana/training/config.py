@@ -69,6 +69,9 @@ class StreamingConfig:
     streaming_max_length: int = bounded(261, 1, 10**9)  # latent frames of a stream
     streaming_min_new_frame: int = bounded(20, 1, 10**6)  # latent frames of a stretch after the first
     train_first_chunk: bool = True  # a loss on the first stretch too
+    prompt_change_prob: float = bounded(0.0, 0, 1)  # of another caption from a later stretch on
+    # What becomes of the past then: keep, recache=K or rebuild=W; see data/story.py
+    prompt_change: str = "keep"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from longsana.training.config import TrainingConfig
 from longsana.training.flops import forward_flops
 from longsana.training.learner import compute_dtype
 from longsana.training.memory import LiveBytes
-from longsana.training.meta import GPU, PUBLISHED, Encoders, MetaBatch, MetaStage, Role, exiting, lengths_of
+from longsana.training.meta import GPU, PUBLISHED, Encoders, MetaBatch, MetaBuilder, Role, exiting, lengths_of
 from longsana.training.stages.stage import Stage
 from longsana.weights.build import empty_model, resolve_dtype
 
@@ -71,11 +71,11 @@ class Estimate(NamedTuple):
             "Adam's moments": self.moments,
             "running average": self.average,
             "teacher": self.teacher,
-            "text encoder": self.text_encoder,
-            "VAE": self.vae,
+            "text encoder, Gemma 2 2B": self.text_encoder,
+            "VAE, as published": self.vae,
             "live streams": self.streams,
             "gathered weights": self.gathered,
-            "gradients on their way": self.reduced,
+            "a block's gradients, reduced": self.reduced,
             f"gradients ({self.fullest})": peak.gradients,
             f"activations ({self.fullest})": peak.activations,
         }
@@ -200,7 +200,7 @@ def _measure(
 
     They are apart since one may be the fullest with few blocks, as decoding is, and the other with many.
     """
-    builder, batch = MetaStage(config, encoders), MetaBatch.first(config, role)
+    builder, batch = MetaBuilder(config, encoders), MetaBatch.first(config, role)
     stage = builder.stage()
     with LiveBytes():
         for _ in range(before):
@@ -261,7 +261,7 @@ def model_flops(config: TrainingConfig, role: Role, *, exit_step: int | None = N
 def _count_flops(config: TrainingConfig, role: Role) -> int:
     """Operations of the networks' calls in one loss with batch 1."""
     config = replace(config, train=replace(config.train, batch_size=1))
-    builder = MetaStage(_with_depth(config, 1), PUBLISHED[config.vae.vae_type])
+    builder = MetaBuilder(_with_depth(config, 1), PUBLISHED[config.vae.vae_type])
     stage, total = builder.stage(), 0
 
     def count(settings: ModelConfig, _: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from longsana.chunks import ChunkPlan
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import Text, TextEmbedding
-from longsana.sampling.graphs import Recording, state_of, tensors_of
+from longsana.runtime.graphs import Recording
+from longsana.sampling.graphs import state_of, tensors_of
 from longsana.state import CausalState
 from longsana.training.parallel import wrap_blocks
 
@@ -64,7 +65,7 @@ class _Passes:
         plan: ChunkPlan | None = None,
         state: CausalState | None = None,
     ) -> tuple[Tensor, CausalState]:
-        assert isinstance(text, TextEmbedding), "what was read with other weights"
+        assert isinstance(text, TextEmbedding), "captions cached with other weights"
         plan = plan or ChunkPlan((x.shape[2],))
         state = state or self.working.empty_state(x.shape[0], x.shape[3], x.shape[4])
         inputs = [x, t, *text, *tensors_of(state)]

@@ -134,7 +134,7 @@ class Loop:
         """
         self.checkpointer.load(path, self._tensors())
         names = own_names(path)
-        read = partial(_read_own, path)
+        read = partial(read_own, path)
         live = [name for name in names if not name.startswith("rng_")]
         if self.stage.state_tensors():
             self.stage.restore(live, read, anew=not streams)
@@ -337,12 +337,6 @@ class Loop:
 def weights_for_sampling(learner: Learner, ema: bool) -> Any:
     """A context in which the learner's network samples: with its average, or as it is."""
     return learner.averaged() if ema and learner.average else nullcontext()
-
-
-def _read_own(path: Path, name: str) -> dict[str, Tensor]:
-    group = read_own(path, name)
-    assert group is not None, name
-    return group
 
 
 def _rng(device: torch.device) -> dict[str, Tensor]:

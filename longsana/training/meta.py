@@ -52,7 +52,7 @@ PUBLISHED = {
 """By the type of the VAE, as they are published."""
 
 
-class MetaStage(StageBuilder):
+class MetaBuilder(StageBuilder):
     """Builds a stage with networks on the meta device that allocate as on a GPU, and with stand-ins for its parts.
 
     networks: those that it has made, by role, with the settings of each.

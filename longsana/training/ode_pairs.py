@@ -64,9 +64,7 @@ class _Maker:
 
     def run(self) -> None:
         config = self.config
-        digests = self.world.broadcast(self._digests() if self.world.is_main else {})
-        if isinstance(digests, InputError):
-            raise digests
+        digests = self.world.broadcast(self.world.on_main(self._digests) or {})
         channels, height, width = self.shape
         contents = Contents(
             kind=KIND,
@@ -128,12 +126,9 @@ class _Maker:
         require_finite(f"line {batch[0].line}", {f"states in {self.config.pairs.dtype}": states})
         return states
 
-    def _digests(self) -> dict[str, str] | InputError:
-        try:
-            check_weights(teacher_config(self.config), fetch=True, sections=USED)
-            return {section: source_digest(self.config, section) for section in USED}
-        except InputError as error:
-            return error
+    def _digests(self) -> dict[str, str]:
+        check_weights(teacher_config(self.config), fetch=True, sections=USED)
+        return {section: source_digest(self.config, section) for section in USED}
 
     def _made_by(self, digests: dict[str, str]) -> dict[str, Any]:
         """List all that decides the states, by the settings' names; where files lie and who makes them is no part."""

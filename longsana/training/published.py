@@ -180,7 +180,7 @@ SHARED = ("train.seed", "train.gradient_accumulation_steps")
 
 
 _SAME_SIZES = "one network serves every role; its sizes are those of model, real_score and fake_score"
-_SWITCH = "prompts do not switch in training"
+_SWITCH = "prompts do not switch by a file; streams change theirs by streaming.prompt_change_prob and prompt_change"
 
 STAGE_YAML: dict[str, Rule] = {
     **MODEL_YAML,

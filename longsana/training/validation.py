@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longsana.data.prompts import Prompt, parts_per_chunk
+from longsana.data.prompts import Prompt
 from longsana.encoders.geometry import geometry
 from longsana.encoders.vae import VideoVAE
 from longsana.models.dit import LongSanaDiT
@@ -23,6 +23,7 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.files import naming
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.captions import Caption, caption_encoder
+from longsana.sampling.checks import placed_parts
 from longsana.sampling.engine import CaptionedNetwork, Engine
 from longsana.training.checks import validation_prompts
 from longsana.training.config import TrainingConfig
@@ -77,7 +78,12 @@ class Validation:
         for length, engine in self._engines.items():
             for prompt in prompts:
                 try:
-                    parts_per_chunk(len(prompt.parts), len(engine.plan))
+                    parts = placed_parts(engine.config, prompt)
+                    if world.size > 1 and any(part.change.chunks for part in parts):
+                        raise InputError(
+                            "a change of prompt that absorbs chunks again takes passes that other processes do not "
+                            "make; use keep or cut in validation"
+                        )
                 except InputError as error:
                     raise InputError(f"validation.vis_video_lengths={length}: line {prompt.line}: {error}") from error
         self._count = len(prompts)

@@ -229,14 +229,12 @@ def own_names(path: Path) -> list[str]:
     return sorted(name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors"))
 
 
-def read_own(path: Path, name: str) -> dict[str, Tensor] | None:
-    """Read what a process saved as its own, with its shapes and dtypes, to the host; None if there is no such name.
+def read_own(path: Path, name: str) -> dict[str, Tensor]:
+    """Read what a process saved as its own, with its shapes and dtypes, to the host. name: one of `own_names`.
 
     Raises:
-        InputError: the checkpoint is not whole, or the file is damaged.
+        InputError: the file is damaged.
     """
-    if name not in own_names(path):
-        return None
     file = path / f"{name}.safetensors"
     try:
         return load_file(file)

@@ -23,8 +23,9 @@ Kind = Literal["checkpoint", "shards", "safetensors", "pytorch", "old pytorch", 
 class Weights(NamedTuple):
     """The weights that a path means.
 
-    kind: a checkpoint folder of training; an index of shards; a file of safetensors; a file of PyTorch's, which may be
-        a trainer's with several networks, in its format before 1.6 (old) or since; something else; or nothing.
+    kind: "checkpoint" is a checkpoint folder of training; "shards" an index of them; "safetensors" such a file;
+        "pytorch" a file of PyTorch's, which may be a trainer's with several networks, and "old pytorch" one in its
+        format before 1.6; "damaged" is something else, and "missing" nothing.
     file: what is opened: the folder, the index or the file.
     """
 
@@ -72,7 +73,9 @@ def what_is(path: Path, remedy: str = "name the file") -> Weights:
         return Weights("checkpoint", path)
     if checkpoints := checkpoints_in(path):
         newest = next((folder for folder in checkpoints if _looks_whole(folder)), checkpoints[0])
-        raise InputError(f"{path}: a run, with {len(checkpoints)} checkpoints: name one, such as {newest}, the newest")
+        raise InputError(
+            f"{path}: a run; name one of its checkpoints (there: {len(checkpoints)}), such as {newest}, the newest"
+        )
     if (path / PIPELINE_PART).is_dir():
         return what_is(path / PIPELINE_PART, remedy)
     for name in (DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS):

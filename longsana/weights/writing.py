@@ -29,7 +29,7 @@ def check_target(out: Path, layout: Layout, option: str, *, force: bool, card: b
     if layout != "diffusers":
         pickled = layout in ("upstream", "trainer")
         if out.name.endswith(INDEX_SUFFIX) or (pickled and out.suffix == ".safetensors"):
-            raise InputError(f"{option} {out}: readers would not expect the layout {layout} under this name")
+            raise InputError(f"{option} {out}: readers would not expect the layout {layout} here; name it .pth")
         if card and card_of(out, layout).exists() and not force:
             raise InputError(f"{option} {out}: its card {card_of(out, layout).name} exists; replace it with --force")
         if out.is_dir():

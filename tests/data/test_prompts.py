@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longsana.data.prompts import Prompt, parts_per_chunk, read_prompts, training_prompts
+from longsana.data.prompts import Prompt, read_prompts, training_prompts
 from longsana.encoders.text import with_motion
 from longsana.runtime.errors import InputError
 
@@ -147,35 +147,6 @@ def test_motion_score() -> None:
     assert with_motion("a cat.", 0) == with_motion("a cat.", -1) == "a cat. low motion"
     assert with_motion("a cat.", 0, high=True) == "a cat. high motion"
     assert with_motion(" a cat. ", None) == " a cat. "
-
-
-@pytest.mark.parametrize(
-    ("parts", "chunks", "expected"),
-    [
-        (1, 3, [0, 0, 0]),
-        (2, 4, [0, 0, 1, 1]),
-        (3, 3, [0, 1, 2]),
-        (3, 7, [0, 0, 0, 1, 1, 2, 2]),
-        (2, 5, [0, 0, 0, 1, 1]),
-    ],
-)
-def test_parts_per_chunk(parts: int, chunks: int, expected: list[int]) -> None:
-    assert parts_per_chunk(parts, chunks) == expected
-
-
-def test_every_part_gets_an_even_stretch() -> None:
-    for chunks in range(1, 30):
-        for parts in range(1, chunks + 1):
-            plan = parts_per_chunk(parts, chunks)
-            counts = [plan.count(part) for part in range(parts)]
-            assert plan == sorted(plan)
-            assert sum(counts) == chunks
-            assert max(counts) - min(counts) <= 1
-
-
-def test_more_parts_than_chunks() -> None:
-    with pytest.raises(InputError, match=r"4 parts .* 3 chunks"):
-        parts_per_chunk(4, 3)
 
 
 @pytest.mark.parametrize(("name", "count"), [("video_prompts_samples.txt", 12), ("shapes_prompts.txt", 4)])

@@ -3,9 +3,10 @@
     python tests/full_size/measure_policies.py --out output/policies
 
 Videos of held-out prompts, 300 seconds each, of which the first 60 are scored apart. A policy's figures are written to
-OUT when it is done, and a table of all so far: stopped at any moment, the same command goes on. With --minutes it
-begins no policy that would take longer than is left. Frames a second on two cores are for `--speed`, which needs no
-GPU. On a laptop: `--prompts 2 --seconds 5`.
+OUT when it is done, and a table of all so far: stopped at any moment, the same command goes on, and where all figures
+are there (asset/policies has them) it makes table and plot alone. With --processes 4 as many share a GPU, each with
+policies of its own. With --minutes it begins no policy that would take longer than is left. Frames a second on two
+cores are for `--speed`, which needs no GPU. On a laptop: `--prompts 2 --seconds 5`.
 
 Exit status: 0 all policies are there, 2 bad input, 3 the time was up before.
 """
@@ -17,6 +18,7 @@ import importlib.util
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -92,18 +94,41 @@ POLICIES = (
     Policy("window 4", (window(4),)),
 )
 """Those that decide most first."""
+PLOTTED = ("everything", "everything, no absorbing pass", "decay 0.85 a chunk", "window 2", "decay 0.5 a chunk")
+"""Lines of the plot that can be told apart."""
 
 
 def sampler(policy: Policy) -> InferenceConfig:
     """The shipped model; on a GPU its passes are recorded, which changes no bit."""
-    settings = [f"sampling.chunk_frames={CHUNK}", "sampling.cuda_graphs=true", *policy.settings]
-    config: InferenceConfig = load_config(CONFIG, settings)
+    settings = [f"sampling.chunk_frames={CHUNK}", "sampling.cuda_graphs=true", "model.state_decay=1"]
+    config: InferenceConfig = load_config(CONFIG, [*settings, *policy.settings])
     return config
+
+
+def share_out(options: argparse.Namespace) -> int:
+    """Give the policies in turn to processes of this command: one leaves most of a GPU idle."""
+    common = ["--out", str(options.out), "--prompts", str(options.prompts), "--batch", str(options.batch)]
+    common += ["--seconds", *map(str, options.seconds)]
+    common += [] if options.minutes is None else ["--minutes", str(options.minutes)]
+    shares = [options.policies[first :: options.processes] for first in range(options.processes)]
+    running = [
+        subprocess.Popen([sys.executable, __file__, *common, "--only", *(policy.name for policy in share)])
+        for share in shares
+        if share
+    ]
+    try:
+        statuses = [process.wait() for process in running]
+    finally:
+        for process in running:
+            process.terminate()
+    write_table(options.out)
+    return max(statuses, key=abs)
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     texts = prompts(0, options.prompts, held_out=True)
+    write_table(options.out)
     started, longest = time.perf_counter(), 0.0
     for policy in options.policies:
         path = options.out / policy.file
@@ -172,7 +197,8 @@ def write_table(out: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         log.info("no plot: matplotlib is not installed")
         return
-    plot({name: score["curves"] for name, score in scores.items()}, out / "plot.png")
+    plotted = [name for name in scores if name in PLOTTED or len(scores) <= len(PLOTTED)]
+    plot({name: scores[name]["curves"] for name in plotted}, out / "plot.png", every=20, least=0.6)
 
 
 def shown(value: Sequence[float | None], *, percent: bool = False) -> str:
@@ -193,6 +219,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="videos at a time (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="begin no policy that would end later (default: no limit)")
     parser.add_argument("--only", nargs="+", metavar="POLICY", help="these, by name (default: all)")
+    parser.add_argument("--processes", type=int, default=1, help="that share the policies (default: %(default)s)")
     parser.add_argument("--speed", action="store_true", help="frames a second on two cores, and nothing else")
     return parser.parse_args(arguments)
 
@@ -203,7 +230,7 @@ def prepare(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown := [name for name in options.only or () if name not in known]:
         raise InputError(f"--only '{unknown[0]}': no such policy; there are: {'; '.join(known)}")
     options.policies = [known[name] for name in options.only or known]
-    for name in ("prompts", "batch"):
+    for name in ("prompts", "batch", "processes"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
     if min(options.seconds) < 1:
@@ -214,7 +241,9 @@ def prepare(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     def run(options: argparse.Namespace, world: World) -> int:
-        return measure_speeds(options) if options.speed else measure(options, world.device())
+        if options.speed:
+            return measure_speeds(options)
+        return share_out(options) if options.processes > 1 else measure(options, world.device())
 
     return run_command(lambda world: prepare(arguments), run, connect=lambda world: None)
 

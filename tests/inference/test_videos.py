@@ -121,7 +121,9 @@ def test_finished_videos_are_skipped_by_what_they_are(
     assert {record["seed"] for record in sidecars(videos)} == {5}
 
 
-@pytest.mark.parametrize("damage", ["truncated video", "no sidecar", "broken sidecar"])
+@pytest.mark.parametrize(
+    "damage", ["truncated video", pytest.param("no sidecar", marks=pytest.mark.slow), "broken sidecar"]
+)
 def test_what_is_damaged_is_made_again(damage: str, command: Command, prompts: Prompts, videos: Path) -> None:
     path = prompts("a red circle")
     assert command("--txt_file", path) == 0
@@ -263,7 +265,9 @@ def _same_noise(_: Any, start: int, step: int, shape: Any, device: Any) -> torch
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(100 * start + step))
 
 
-@pytest.mark.parametrize("sampler", ["flow_dpm-solver", "flow_euler", "chunk_flow_euler"])
+@pytest.mark.parametrize(
+    "sampler", ["flow_dpm-solver", pytest.param("flow_euler", marks=pytest.mark.slow), "chunk_flow_euler"]
+)
 def test_base_model(sampler: str, command: Command, prompts: Prompts, videos: Path) -> None:
     """The samplers of many steps with guidance; the picture depends on what is moved away from."""
     common = ["--txt_file", prompts("a red circle"), f"--sampling_algo={sampler}", "--step", "3", "--cfg_scale", "4"]

@@ -44,5 +44,5 @@ def looking_ahead(tmp_path_factory: pytest.TempPathFactory) -> LongSanaVideoPipe
     folder = tmp_path_factory.mktemp("ahead")
     engine = Engine(small_720p(folder, decoder_causal=False), "cpu")
     with caption_encoder(engine.config, engine.device) as encode:
-        encoder = encode.encoder
-    return around(*engine.load(), encoder, folder)
+        text = encode.encoder.tokenizer, encode.encoder.model
+    return around(*engine.load(), *text, folder)

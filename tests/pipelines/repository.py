@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from longsana.config import InferenceConfig, ModelConfig, load_config
-from longsana.encoders.text import GemmaTextEncoder
 from longsana.encoders.vae import VideoVAE
 from longsana.models.dit import LongSanaDiT
 from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel
@@ -85,15 +84,17 @@ def quiet(folder: Path, **options: Any) -> LongSanaVideoPipeline:
     return pipe
 
 
-def around(network: LongSanaDiT, decoder: VideoVAE, encoder: GemmaTextEncoder, folder: Path) -> LongSanaVideoPipeline:
+def around(
+    network: LongSanaDiT, decoder: VideoVAE, tokenizer: object, text_encoder: Any, folder: Path
+) -> LongSanaVideoPipeline:
     """A pipeline of the batch command's parts."""
     save_checkpoint(network.state_dict(), folder / "transformer", "diffusers", network.config)
     transformer = SanaVideoCausalTransformer3DModel.from_pretrained(folder / "transformer")
     pipe = LongSanaVideoPipeline(
         decoder.model,
         transformer,
-        encoder.tokenizer,
-        encoder.model,
+        tokenizer,
+        text_encoder,
         caption_length=48,
         chi_prompt="none",
         softcap=False,

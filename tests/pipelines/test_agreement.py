@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
+from longsana.data.story import read_parts
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.sampling.captions import caption_encoder
 from longsana.sampling.engine import Engine, Frames
@@ -23,8 +24,8 @@ def batch_command(config: InferenceConfig, *texts: str, device: str = "cpu") -> 
     """Latents and pictures of a batch of lines of a prompt file."""
     engine = Engine(config, device)
     prompts = [
-        Prompt(line, text, tuple(part.strip() for part in text.split("<split>")), texts[:line].count(text), 32, 48)
-        for line, text in enumerate(texts)
+        Prompt(line, text, words, texts[:line].count(text), 32, 48, marks=marks)
+        for line, (text, (words, marks)) in enumerate(zip(texts, map(read_parts, texts), strict=True))
     ]
     with caption_encoder(engine.config, engine.device) as encode:
         captions = [encode(prompt) for prompt in prompts]
@@ -69,6 +70,31 @@ def test_distilled_with_parts(loaded: LongSanaVideoPipeline) -> None:
     latents, _ = batch_command(config, text)
     own = loaded(text, output_type="latent", generator=seed(), num_frames=25, chunk_frames=3, **SIZE).frames
     assert torch.equal(own, latents)
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("{}[1s] | {}", {}),
+        ("{}[1s] | [cut] {} | [recache=2] {}", {}),
+        ("{} | [rebuild=1] {} | {}", {"prompt_change": "recache=1"}),
+        ("{}<split>{}", {"prompt_change": "rebuild=2", "transition_chunks": 1, "transition": "spherical"}),
+        ("{}[0.5s] | {}", {"fps": 8.0, "transition_chunks": 2}),
+        (r"{} \| {}[1s]", {}),
+    ],
+)
+def test_distilled_with_a_story(loaded: LongSanaVideoPipeline, text: str, settings: dict[str, Any]) -> None:
+    """Four chunks, to the bit; and two videos at once."""
+    text = text.format(PROMPT, OTHER, PROMPT)
+    config = shapes_config(
+        **{"sampling.num_frames": 33, "sampling.seed": 42, "sampling.chunk_frames": 2},
+        **{f"sampling.{name}": value for name, value in settings.items()},
+    )
+    call: dict[str, Any] = {"output_type": "latent", "num_frames": 33, "chunk_frames": 2, **settings, **SIZE}
+    latents, _ = batch_command(config, text)
+    assert torch.equal(loaded(text, generator=seed(), **call).frames, latents)
+    together, _ = batch_command(config, text, text)
+    assert torch.equal(loaded([text] * 2, generator=seed(), **call).frames, together)
 
 
 def test_base(loaded_base: LongSanaVideoPipeline) -> None:
@@ -157,10 +183,10 @@ def test_720p(tmp_path: Path) -> None:
     config = small_720p(tmp_path)
     engine, prompt = Engine(config, "cpu"), Prompt(1, PROMPT, (PROMPT,), 0, 64, 96)
     with caption_encoder(engine.config, engine.device) as encode:
-        caption, encoder = encode(prompt), encode.encoder
+        caption, text = encode(prompt), (encode.encoder.tokenizer, encode.encoder.model)
     network, decoder = engine.load()
     frames = list(engine.sample(network, decoder, [prompt], [caption]))
-    pipe = around(network, decoder, encoder, tmp_path)
+    pipe = around(network, decoder, *text, tmp_path)
     own = pipe(
         PROMPT, height=64, width=96, num_frames=41,
         chunk_frames=2, latents_per_call=config.vae.latents_per_call, output_type="np",

@@ -57,6 +57,10 @@ BAD: dict[str, tuple[Any, ...]] = {
     "negative_prompt": (3, [3], [], {}, b"text", [PROMPT, OTHER], ["a\ud800"], ["\udfffb", None]),
     "prompt_embeds": (3, "a", [[0.0]], torch.zeros(1, 7), torch.zeros(2, 7, 64), *tensors(1, 7, 64)),
     "prompt_attention_mask": (3, [1], torch.zeros(1, 7), torch.ones(1, 7, device="meta")),
+    "fps": (*NOT_NUMBERS, 0, -1.0, 1e308),
+    "prompt_change": (3, [], "", "recahe=2", "recache", "recache=0", "cut=1", "rebuild=1.5", b"keep"),
+    "transition_chunks": (*NOT_WHOLE, -1, 1001),
+    "transition": (3, "round", "", ["linear"], "linear"),  # the last is without transition_chunks
     "callback_on_step_end": (3, "print"),
     "callback_on_step_end_tensor_inputs": (None, "latents", [3], ["prompt_embeds"], 3),
 }

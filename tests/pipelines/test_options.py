@@ -237,6 +237,9 @@ def test_progress_bar(distilled_folder: Path, capfd: Any) -> None:
         ({"flow_shift": -1.0}, "flow_shift=-1: must be positive"),
         ({"chunk_frames": 0}, "chunk_frames=0"),
         ({"prompt": "a<split>b", "num_frames": 9}, "2 parts between '<split>' for a video of 1 chunk"),
+        ({"prompt": "a[1s] | b", "num_frames": 9, "chunk_frames": 1}, "prompt: its parts last 1 s and leave nothing"),
+        ({"prompt": "a | [recache] b"}, "prompt: 'recache' is no change of the past"),
+        ({"prompt": ["a | [cut] b", "a"], "chunk_frames": 1}, "stories whose past changes at different places"),
     ],
 )
 def test_bad_input(loaded: LongSanaVideoPipeline, changes: dict[str, Any], message: str) -> None:
@@ -249,6 +252,9 @@ def test_bad_input(loaded: LongSanaVideoPipeline, changes: dict[str, Any], messa
     [
         ({"timesteps": [1000]}, "timesteps: the base model's follow"),
         ({"prompt": "a<split>b"}, "parts between .* are for a video of the distilled model"),
+        ({"prompt": "a | [cut] b"}, "parts between ' | ' are for a video of the distilled model".replace("|", "[|]")),
+        ({"prompt_change": "cut"}, "prompt_change: has no meaning for the base model"),
+        ({"fps": 8.0}, "fps: has no meaning for the base model"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 for 1 prompts"),
     ],
 )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from longsana.runtime import files
+from longsana.runtime import files, stop
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text
 from longsana.runtime.video import THREADS, WAITING, VideoWriter
@@ -369,3 +370,37 @@ def test_two_writers_never_share_a_file(tmp_path: Path) -> None:
     with open_writer(tmp_path / "a.mp4") as second:
         second.append(smooth(4))
     assert len(read(tmp_path / "a.mp4")) == 4
+
+
+@pytest.mark.parametrize("runs", [True, False], ids=["a command", "others"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_the_header_is_written_is_obeyed_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int, runs: bool
+) -> None:
+    """FFmpeg's callback cannot be unwound: what is raised in it would be a traceback on stderr, and lost."""
+    write, asked = os.write, []
+
+    def interrupted(handle: int, data: Any) -> int:
+        if not asked:
+            asked.append(number)
+            signal.raise_signal(number)
+        return write(handle, data)
+
+    class Told(BaseException):
+        pass
+
+    def tell(signal_number: int, frame: Any) -> None:
+        raise Told
+
+    def make() -> None:
+        monkeypatch.setattr(os, "write", interrupted)
+        VideoWriter(tmp_path / "a.mp4", fps=16, height=32, width=48, crf=18, preset="veryfast")
+
+    before = signal.signal(number, tell)
+    try:
+        with pytest.raises(stop.Stopped if runs else Told), stop.caught() if runs else nullcontext():
+            make()
+    finally:
+        monkeypatch.undo()
+        signal.signal(number, before)
+    assert asked == [number] and capfd.readouterr().err == "" and not list(tmp_path.iterdir())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -49,3 +51,12 @@ def test_a_caption_is_cached_once_however_many_chunks_it_has(
     assert len(cached) == parts
     monkeypatch.setattr(network, "cache_caption", lambda text: text)
     torch.testing.assert_close(ahead, latents(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_text_encoder_is_gone_after_its_block(loaded: Loaded) -> None:
+    """Its memory, 5 GiB of Gemma 2 2B, is the network's; whoever encoded still holds the encoder."""
+    engine, *_ = loaded
+    with caption_encoder(engine.config, engine.device) as encode:
+        weights = weakref.ref(encode.encoder.model)
+        assert weights() is not None
+    assert weights() is None and encode is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
+from longsana.data.story import Change
 from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.dit import LongSanaDiT
@@ -54,9 +55,15 @@ def caption(model: LongSanaDiT, seed: int) -> TextMemory:
     return model.cache_caption(TextEmbedding(tokens, torch.ones(1, 48, dtype=torch.bool, device=device)))
 
 
-def video(network: Any, texts: list[TextMemory], device: str = "cpu", plan: ChunkPlan = PLAN) -> Tensor:
-    noise = PromptNoise(0, [("a red circle", 0)])
-    chunks = generate(network, FlowSchedule(7.0), texts, plan, shape=(16, 4, 6), rng=noise, device=device)
+def video(
+    network: Any,
+    texts: list[TextMemory],
+    device: str = "cpu",
+    plan: ChunkPlan = PLAN,
+    changes: dict[int, Change] | None = None,
+) -> Tensor:
+    noise, where = PromptNoise(0, [("a red circle", 0)]), {"shape": (16, 4, 6), "device": device}
+    chunks = generate(network, FlowSchedule(7.0), texts, plan, rng=noise, changes=changes, **where)  # type: ignore[arg-type]
     return torch.cat([chunk.latents for chunk in chunks], dim=2)
 
 
@@ -95,6 +102,17 @@ def test_another_caption_is_another_recording(counted: type[Counted]) -> None:
     assert torch.equal(video(network, texts), video(model, texts))
     assert counted.replayed == 10
     assert counted.made[0] is first and counted.made[1] is second
+
+
+@pytest.mark.parametrize("change", ["recache=2", "rebuild=2", "cut"])
+@torch.no_grad()
+def test_a_past_that_changes_is_replayed_too(counted: type[Counted], change: str) -> None:
+    """Its passes are the new caption's, beside those of the chunk."""
+    model = build_model(SHAPES, device="cpu", dtype=torch.float32)
+    network, first, second = ReplayedNetwork(model), caption(model, 0), caption(model, 1)
+    texts, changes = [first, first, second, second, second], {2: Change.parse(change)}
+    assert torch.equal(video(network, texts, changes=changes), video(model, texts, changes=changes))
+    assert [made is second for made in counted.made][-1]
 
 
 def past_of(settings: dict[str, Any], device: str, dtype: torch.dtype) -> LongSanaDiT:

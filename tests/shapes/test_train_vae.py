@@ -153,6 +153,82 @@ def test_steps_draw_their_own_clips(config: VAETrainingConfig) -> None:
     assert torch.equal(pictures[:4, :, 0], scene[0].transpose(0, 1))
 
 
+def test_a_pool_is_drawn_before_a_phase_and_each_step_takes_some_of_it(config: VAETrainingConfig) -> None:
+    pooled = replace(config, pool=(8, 6))
+    first, second = (training._Clips(pooled, phase, CPU) for phase in (0, 1))
+    assert torch.equal(first(3), training._Clips(pooled, 0, CPU)(3)), "a step's clips are its own"
+    assert not torch.equal(first(3), first(4))
+    assert first(0).shape == (4, 3, 1, *SIZE) and second(0).shape == (4, 3, 5, *SIZE)
+    taken = {clip.numpy().tobytes() for step in range(40) for clip in second(step)}
+    assert len(taken) == 6
+    clip = second(0)[0]
+    assert any((clip - drawn).abs().max() < 1 / 255 + 1e-6 for drawn in second._draw(4 + 8, 6)), (
+        "bytes, as every video has them"
+    )
+
+
+def test_a_run_with_a_pool_and_weights_is_the_same_twice(config: VAETrainingConfig, tmp_path: Path) -> None:
+    own = replace(config, pool=(8, 6), object_weight=8.0, edge_weight=0.5)
+    assert train_vae(own, tmp_path / "one", CPU) == train_vae(own, tmp_path / "two", CPU)
+    assert train_vae(replace(own, edge_weight=0.0), tmp_path / "three", CPU) != held_out_psnr(
+        tmp_path / "one", 1, 17, CPU
+    )
+
+
+def test_objects_are_where_shapes_are_and_two_pixels_around_them() -> None:
+    scene = draw_scene(3, 1, size=(64, 64))
+    pictures = render([scene], range(5), size=(64, 64))
+    ground = pictures[0, :, 0, 0, 0] if pictures[0, :, 0, 0, 0].equal(pictures[0, :, 0, -1, -1]) else None
+    assert ground is not None, "both corners of this scene are bare"
+    differs = (pictures - ground[:, None, None, None]).abs().amax(1) > training.DIFFERS
+    objects = training._objects(pictures)[:, 0] == 1
+    assert objects[differs].all()
+    assert objects.sum() > differs.sum()
+    for frame, near in zip(differs[0], objects[0], strict=True):
+        for y, x in near.nonzero().tolist():
+            assert frame[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3].any()
+
+
+def test_errors_on_shapes_and_of_edges_weigh_more(config: VAETrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder's pictures are given: the truth, but for one pixel."""
+    pictures = -torch.ones(1, 3, 1, *SIZE)
+    pictures[..., 4:12, 4:12] = 0.5
+    network = new_model(config.shape, 0)
+
+    def error(y: int, x: int, object_weight: float, edge_weight: float) -> float:
+        decoded = pictures.clone()
+        decoded[..., y, x] += 0.1
+        monkeypatch.setattr(training, "decode_clip", lambda *arguments, **options: decoded)
+        noise = torch.zeros(1, 16, 1, 4, 4)
+        return training._losses(network, pictures, noise, object_weight, edge_weight)[0].item()
+
+    assert error(8, 8, 1, 0) == pytest.approx(0.1 / SIZE[0] / SIZE[1])
+    assert error(8, 8, 8, 0) == pytest.approx(8 * error(20, 20, 8, 0), rel=1e-4)
+    # One pixel takes part in two differences to the right, and in two down.
+    assert error(20, 20, 1, 0.5) == pytest.approx((1 + 0.5 / 2 * 4 * 32 / 31) * error(20, 20, 1, 0), rel=1e-4)
+
+
+def test_fused_norms_compute_what_the_norms_and_activations_do(config: VAETrainingConfig) -> None:
+    # float64: in float32 a gradient that is a sum of many may be off by more than 1e-4 of itself.
+    rng, network = torch.Generator().manual_seed(0), new_model(config.shape, 0).double()
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if name.endswith("gamma"):
+                weight.copy_(torch.rand(weight.shape, generator=rng) + 0.5)
+    pictures, noise = clips(9, 1, 5), torch.randn(1, 16, 2, 4, 4, generator=rng)
+    names = network.state_dict().keys()
+    results = []
+    for fused in (False, True):
+        if fused:
+            training.fuse_norms(network)
+        with torch.compiler.set_stance("force_eager"):
+            losses = training._losses(network, pictures, noise, 8, 0.5)
+            results.append([*losses, *torch.autograd.grad(sum(losses), list(network.parameters()))])
+    assert network.state_dict().keys() == names
+    for plain, own in zip(*results, strict=True):
+        assert (plain - own).norm() <= 1e-4 * plain.norm() + 1e-7
+
+
 def test_it_trains_on_the_world_that_is_asked_for(config: VAETrainingConfig, tmp_path: Path) -> None:
     clips = training._clips(0, 3, 2, 5, SIZE, CPU, "remembered_shapes")
     scenes = [draw_remembered(1, 3 * 1024 + number, size=SIZE) for number in range(2)]
@@ -187,3 +263,26 @@ def test_a_stop_saves_and_the_same_call_goes_on(
     assert {path.name: path.read_bytes() for path in broken.iterdir()} == whole
     train_vae(replace(config, seed=1), tmp_path / "other", CPU)
     assert next(calls) == 10
+
+
+class _Standin:
+    """A recording that calls the function again, as replaying it does on a GPU."""
+
+    replayed = 0
+
+    def __init__(self, function: Any, inputs: Any, *, warm_up: Any, warm_ups: int) -> None:
+        self.function, self.warm = function, [warm_up(*inputs) for _ in range(warm_ups)]
+
+    def replay(self, inputs: Any) -> Any:
+        _Standin.replayed += 1
+        return self.function(*inputs)
+
+
+def test_recorded_steps_are_the_steps_themselves(
+    config: VAETrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train_vae(config, tmp_path / "plain", CPU)
+    monkeypatch.setattr(training, "Recording", _Standin)
+    monkeypatch.setattr(training, "replays", lambda config, device: True)
+    assert train_vae(config, tmp_path / "recorded", CPU) == plain
+    assert _Standin.replayed == sum(config.steps)

@@ -322,8 +322,8 @@ def test_out_of_memory_says_what_to_lower(command, config, tmp_path, monkeypatch
 
     monkeypatch.setattr(Learner, "update", full)
     result = command("--config_path", config, "--logdir", tmp_path, "--no_visualize", "--threads", "1")
-    assert result.status == 2
-    (line,) = [line for line in result.err.splitlines() if line.startswith("error")]
+    assert result.status == 1
+    (line,) = [line for line in result.err.splitlines() if line.startswith("failed")]
     assert "out of memory (CUDA out of memory. Tried to allocate 3.00 GiB.)" in line
     known = leaf_keys(TrainingConfig)
     named = [word.strip(",;").partition("=")[0] for word in line.partition("lower ")[2].split() if "." in word]

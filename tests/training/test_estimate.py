@@ -176,7 +176,7 @@ def test_a_block_keeps_these(small_config: Any) -> None:
     assert (kept[3] - kept[2] - sums) / (frames * 8 * 12 * 448) == pytest.approx(listed, rel=0.03)
 
 
-@pytest.mark.parametrize("role", ["generator", "critic"])
+@pytest.mark.parametrize("role", ["generator", pytest.param("critic", marks=pytest.mark.slow)])
 def test_blocks_are_alike(training_config: Any, role: Any) -> None:
     """Of a deep network two and three blocks are counted: it is as if all had been."""
     config = training_config("self_forcing", *DEEP)
@@ -250,6 +250,7 @@ def test_every_stage_has_an_estimate(training_config: Any) -> None:
     assert flow.streams == ode.teacher == 0 < longsana.streams
 
 
+@pytest.mark.slow
 def test_learned_factors_are_in_the_estimate(training_config: Any) -> None:
     """A number for each block and head of the generator, and what chunks keep for the gradients of these."""
     found = {
@@ -328,6 +329,7 @@ def test_flops_of_lengths_that_are_drawn() -> None:
     assert model_flops(config, "generator", exit_step=0) == sum(generator) // 3
 
 
+@pytest.mark.slow
 def test_decoding_is_not_taken_for_blocks(training_config: Any) -> None:
     """The fullest moment of few blocks, when the overlap latent is decoded, is not that of many."""
     config = training_config("self_forcing", "sampling.height=16", "sampling.width=16", "rollout.num_training_frames=9")

@@ -41,7 +41,7 @@ def run(path: Path, logdir: Path) -> list[dict[str, float]]:
     return lines
 
 
-@pytest.mark.parametrize("trainer", ["self_forcing", "longsana"])
+@pytest.mark.parametrize("trainer", [pytest.param("self_forcing", marks=pytest.mark.slow), "longsana"])
 def test_distillation(trainer: str, small_training: Callable[..., Path], overrides: list[str], tmp_path: Path) -> None:
     lines = run(small_training(trainer, *overrides), tmp_path)
     assert sum("generator_loss" in line for line in lines) >= 1

@@ -34,10 +34,9 @@ STAGES: dict[str, tuple[str, list[str], int]] = {
     "self_forcing": ("self_forcing", [], 7),
     "longsana": ("longsana", [], 7),
     "past": ("longsana", ["model.state_decay=learned", "model.num_sink_blocks=1"], 7),
+    "changing": ("longsana", ["streaming.prompt_change_prob=0.7", "streaming.prompt_change=recache=2"], 7),
 }
-EVERY_DAY = [
-    pytest.param(name, marks=() if name in ("base", "longsana", "past") else pytest.mark.slow) for name in STAGES
-]
+EVERY_DAY = [pytest.param(name, marks=() if name in ("base", "longsana") else pytest.mark.slow) for name in STAGES]
 """One that trains one network, and of those that train two the one whose streams hold the most."""
 
 
@@ -141,9 +140,14 @@ def test_the_runs_differ_where_they_should(stage_config, run, tmp_path):
         pytest.param("base", ["train.sharding_strategy=no_shard"], marks=pytest.mark.slow),
         pytest.param("causal", ["train.sharding_strategy=hybrid_zero2"], marks=pytest.mark.slow),
         pytest.param("ode", [], marks=pytest.mark.slow),
-        ("self_forcing", ["train.mixed_precision=true", "train.gradient_checkpointing=true"]),
+        pytest.param(
+            "self_forcing",
+            ["train.mixed_precision=true", "train.gradient_checkpointing=true"],
+            marks=pytest.mark.slow,  # LongSANA, below, has its networks and losses
+        ),
         ("longsana", []),
         pytest.param("past", [], marks=pytest.mark.slow),
+        pytest.param("changing", [], marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_do_what_one_does_in_two_steps(stage_config, run, tmp_path, name, overrides):

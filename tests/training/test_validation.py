@@ -372,6 +372,10 @@ def test_lines_of_the_prompt_file(training_config: Callable[..., Any], tmp_path:
     one_chunk = training_config("longsana", setting, "validation.vis_video_lengths=[5,2]")
     with pytest.raises(InputError, match=r"vis_video_lengths=2: line 3: 2 parts"):
         Validation(one_chunk, tmp_path, "cpu", World())
+    path.write_text("a red ball | [recache=1] a blue box\n" * 2)
+    Validation(two_chunks, tmp_path, "cpu", World())
+    with pytest.raises(InputError, match=r"line 1: .* takes passes that other processes do not make"):
+        Validation(two_chunks, tmp_path, "cpu", World(size=2))
     path.write_text("a red ball --ar 9:16\n")
     with pytest.raises(InputError, match="line 1: a size flag"):
         Validation(two_chunks, tmp_path, "cpu", World())

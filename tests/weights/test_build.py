@@ -124,7 +124,9 @@ def measure(config: ModelConfig, dtype: str) -> tuple[float, ...]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(
+    "layout", [layout if layout == "upstream" else pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS]
+)
 def test_loading_holds_one_copy(layout: Layout, tmp_path: Path) -> None:
     wide = ModelConfig(depth=3, hidden_size=1120, num_heads=10, caption_channels=64, caption_length=8)
     state = {name: torch.full(tensor.shape, 0.5) for name, tensor in meta(wide).state_dict().items()}

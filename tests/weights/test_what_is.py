@@ -61,7 +61,7 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     checkpoint_folder(run / "checkpoint_model_000001", {"generator": weights()})
     (run / "checkpoint_model_000002").mkdir()
     (run / "checkpoint_model_000002/.metadata").write_bytes(b"")
-    with pytest.raises(InputError, match=r"a run, with 2 checkpoints: name one, such as .*000001, the newest"):
+    with pytest.raises(InputError, match=r"a run; name one of its checkpoints .*000001, the newest"):
         what_is(run)
     with pytest.raises(InputError, match=r"000002: a checkpoint with \.distcp files"):
         what_is(run / "checkpoint_model_000002")

@@ -13,8 +13,11 @@ from torch import Tensor
 from longsana.chunks import ChunkPlan
 from longsana.encoders.vae import DecodeCache
 from longsana.models.embeddings import TextEmbedding
+from longsana.sampling.recent import NAME, Recent
+from longsana.sampling.sampler import absorb, timestep
 from longsana.state import CausalState
 from longsana.training.learner import compute_dtype
+from longsana.training.stages.prompt_changes import PromptChanges
 from longsana.training.stages.self_forcing import SelfForcing, Window
 from longsana.training.stages.stage import Loss, MicroBatch, MicroBatches
 from longsana.weights.build import empty_model
@@ -27,6 +30,7 @@ class Stream(NamedTuple):
 
     serial: how many videos this micro-batch has begun before it.
     overlap: (B, C, 1, H, W), what begins the next window; cache: the decoder's memory of all so far, if it is carried.
+    recent: the last chunks, as far as a change of prompt reaches back.
     """
 
     serial: int
@@ -34,6 +38,7 @@ class Stream(NamedTuple):
     state: CausalState
     overlap: Tensor
     cache: DecodeCache | None
+    recent: Recent
 
 
 class LongSana(SelfForcing):
@@ -47,6 +52,7 @@ class LongSana(SelfForcing):
         self.micro_batches = micro_batches
         self.streams: dict[int, Stream] = {}
         self._serials: dict[int, int] = {}  # of the next stream of a micro-batch
+        self.changes = PromptChanges(self.config, len(self.prompts))
 
     def loss(self, micro_batch: MicroBatch) -> Loss:
         fresh = micro_batch.index not in self.streams
@@ -59,15 +65,46 @@ class LongSana(SelfForcing):
     def rollout(self, micro_batch: MicroBatch) -> Window:
         stream = self.streams.pop(micro_batch.index, None)
         text = self._next_text(micro_batch) if stream is None else stream.text
-        state = None if stream is None else stream.state
+        state, recent = (None, self.changes.recent()) if stream is None else (stream.state, stream.recent)
+        if self.changes.happens(micro_batch):
+            state, text = self._changed(micro_batch, stream, text)
         plan = ChunkPlan.split(self._stretch(stream), self.config.sampling.chunk_frames)
         exits = self._exit_steps(micro_batch, len(plan))
-        new, state = self.generate(micro_batch, plan, text, state, exits, keep_state=True)
+        new, state = self.generate(micro_batch, plan, text, state, exits, keep_state=True, recent=recent)
         assert state is not None
-        self._keep(micro_batch, stream, text, state, new.detach())
+        self._keep(micro_batch, stream, text, state, new.detach(), recent)
         if stream is not None:
             return self.window_of(stream.overlap, new, text, exits)
         return Window(new, text, exits)
+
+    @torch.no_grad()
+    def _changed(
+        self, micro_batch: MicroBatch, stream: Stream | None, text: TextEmbedding
+    ) -> tuple[CausalState | None, TextEmbedding]:
+        """Change the prompt of a stream: the state and the caption to go on with. One that begins has its own."""
+        passes = 0
+
+        def again(x0: Tensor, *, state: CausalState | None) -> CausalState:
+            nonlocal passes
+            if self.config.rollout.noisy_absorb:
+                noise = micro_batch.normal(f"absorbed again {passes}", x0.shape)
+                x0 = self.schedule.add_noise(x0, noise, timestep(0, x0))
+            passes += 1
+            return absorb(self.generator, x0, text, state)
+
+        state = None
+        if stream is not None:
+            numbers = self.changes.prompts(
+                micro_batch.index, stream.serial, stream.state.frames, len(micro_batch.samples)
+            )
+            text = self.embed([self.prompts[number] for number in numbers])
+            state = stream.recent.begin(0, stream.state, again)
+        if self.micro_batches.processes > 1:
+            # Processes whose streams are at other places run the network as often.
+            like = torch.zeros(len(micro_batch.samples), *self.latent_shape, device=micro_batch.device)
+            while passes < self.changes.change.chunks:
+                again(like[:, :, None].repeat(1, 1, self.config.sampling.chunk_frames, 1, 1), state=None)
+        return state, text
 
     def _stretch(self, stream: Stream | None) -> int:
         """Latent frames of the next stretch."""
@@ -87,7 +124,13 @@ class LongSana(SelfForcing):
         return self.embed([self.prompts[order[first + i]] for i in range(batch)])
 
     def _keep(
-        self, micro_batch: MicroBatch, stream: Stream | None, text: TextEmbedding, state: CausalState, new: Tensor
+        self,
+        micro_batch: MicroBatch,
+        stream: Stream | None,
+        text: TextEmbedding,
+        state: CausalState,
+        new: Tensor,
+        recent: Recent,
     ) -> None:
         """Put the stream back, unless it has come to its end."""
         serial = self._serials.get(micro_batch.index, 0) if stream is None else stream.serial
@@ -103,7 +146,7 @@ class LongSana(SelfForcing):
             # In the order of memory that a checkpoint gives back: convolutions round differently for another one.
             if cache is not None:
                 cache = cache._replace(features=tuple(feature.contiguous() for feature in cache.features))
-            self.streams[micro_batch.index] = Stream(serial, text, state, overlap.contiguous(), cache)
+            self.streams[micro_batch.index] = Stream(serial, text, state, overlap.contiguous(), cache, recent)
 
     def state_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         groups = {}
@@ -118,6 +161,7 @@ class LongSana(SelfForcing):
                 tensors |= {"lead": stream.overlap}
                 tensors |= {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail}
                 tensors |= {"tokens": stream.text.tokens, "mask": stream.text.mask}
+                tensors |= stream.recent.tensors()
                 if stream.cache is not None:
                     tensors |= {f"cache_{i:03d}": feature for i, feature in enumerate(stream.cache.features)}
             groups[f"stream_{index:05d}"] = tensors
@@ -168,14 +212,20 @@ class LongSana(SelfForcing):
         text = TextEmbedding(parts["tokens"], parts["mask"])
         features = tuple(parts[name] for name in sorted(parts) if name.startswith("cache_"))
         cache = DecodeCache(features, state.frames) if features else None
-        self.streams[index] = Stream(self._serials[index] - 1, text, state, parts["lead"], cache)
+        recent = self.changes.recent()
+        recent.take(tensors, self.vae.device)
+        self.streams[index] = Stream(self._serials[index] - 1, text, state, parts["lead"], cache, recent)
         return ""
 
     def _misfit(self, frames: int, tensors: Mapping[str, Tensor]) -> str:
         """Say what a stream has that this run's would not, or nothing."""
         if frames + self.config.streaming.streaming_min_new_frame > self.config.streaming.streaming_max_length:
             return f"{frames} latents, which leave no room for a stretch"
-        saved = {name: _kind(name, tensor) for name, tensor in tensors.items() if tensor.dim()}
+        if problem := self.changes.misfit(tensors):
+            return problem
+        saved = {
+            name: _kind(name, tensor) for name, tensor in tensors.items() if tensor.dim() and not name.startswith(NAME)
+        }
         for name in self._kinds | saved:
             if saved.get(name) != self._kinds.get(name):
                 return f"{name} {saved.get(name, 'missing')} (here: {self._kinds.get(name, 'none')})"

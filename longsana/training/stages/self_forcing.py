@@ -20,6 +20,7 @@ from longsana.flow.losses import dmd_gradient, dmd_loss, flow_loss, guided
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule
 from longsana.flow.timesteps import score_timesteps
 from longsana.models.embeddings import TextEmbedding
+from longsana.sampling.recent import Recent
 from longsana.sampling.sampler import Network, generate
 from longsana.state import CausalState
 from longsana.training.config import TrainingConfig
@@ -116,12 +117,14 @@ class SelfForcing(Stage):
         *,
         learned_from: int = 0,
         keep_state: bool = False,
+        recent: Recent | None = None,
     ) -> tuple[Tensor, CausalState | None]:
         """New latents (B, C, plan.frames, H, W) after `state`, and the state after them.
 
         Each chunk's latents are the x0 of its exit step, which alone builds a graph; states never carry one.
         learned_from: chunks that end before this frame build none.
         keep_state: absorb the last chunk too; nothing reads its state otherwise.
+        recent: is given every chunk to hold; with `keep_state` alone.
         """
         latents = []
         for chunk in generate(
@@ -139,6 +142,9 @@ class SelfForcing(Stage):
             noisy_absorb=self.config.rollout.noisy_absorb,
         ):
             latents.append(chunk.latents)
+            if recent is not None:
+                assert chunk.state is not None
+                recent.keep(chunk.latents.detach(), state, chunk.state)
             state = chunk.state  # a list of chunks would keep the state of each
         return torch.cat(latents, dim=2), state
 

@@ -1,0 +1,272 @@
+"""A past that changes with the prompt, held to its definition: a history that is absorbed from scratch every time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+from longsana.data.story import Change
+from longsana.flow.noise import PromptNoise
+from longsana.flow.schedule import FlowSchedule
+from longsana.models.dit import LongSanaDiT
+from longsana.models.embeddings import TextEmbedding
+from longsana.sampling.recent import Recent
+from longsana.sampling.sampler import Chunk, absorb, denoise_chunk, generate
+from longsana.state import CausalState
+from tests.models import naive
+from tests.models.test_past import POLICIES, weight
+
+SHAPE = (4, 4, 6)
+SCHEDULE = FlowSchedule(7.0, (1000, 889))
+PROMPTS = (("a red ball", 0), ("a blue box", 0))
+LENGTHS = (3, 2, 2, 2, 2, 2)
+STORIES: dict[str, dict[int, str]] = {
+    "keep": {2: "keep"},
+    "recache": {3: "recache=1"},
+    "recache two": {3: "recache=2"},
+    "recache more than there is": {2: "recache=4"},
+    "rebuild": {3: "rebuild=1"},
+    "rebuild two": {4: "rebuild=2"},
+    "rebuild all": {2: "rebuild=9"},
+    "cut": {3: "cut"},
+    "recache twice": {2: "recache=2", 3: "recache=2"},
+    "recache after a cut": {2: "cut", 3: "recache=3"},
+    "recache after a rebuild": {3: "rebuild=1", 4: "recache=3"},
+    "rebuild after all": {1: "cut", 3: "recache=1", 5: "rebuild=3"},
+}
+
+
+class Exact(PromptNoise):
+    """Noise in float64, so that a float64 network is not rounded in between."""
+
+    def draw(self, *arguments: Any, **options: Any) -> Tensor:
+        return super().draw(*arguments, **options).double()
+
+
+RNG = Exact(3, PROMPTS)
+
+
+class Past(NamedTuple):
+    """A chunk that a state has absorbed, and the caption that it heard."""
+
+    x0: Tensor
+    text: TextEmbedding
+    start: int
+
+
+def changed(history: Sequence[Past], change: Change, text: TextEmbedding) -> list[Past]:
+    """The definition of each change."""
+    heard = [past._replace(text=text) for past in history]
+    return {
+        "keep": lambda: list(history),
+        "recache": lambda: [*history[: -change.chunks], *heard[-change.chunks :]],
+        "rebuild": lambda: heard[-change.chunks :],
+        "cut": list,
+    }[change.kind]()
+
+
+def by_definition(
+    denoise: Callable[[Tensor, TextEmbedding, list[Past], int], Tensor],
+    texts: Sequence[TextEmbedding],
+    changes: Mapping[int, Change],
+    lengths: Sequence[int] = LENGTHS,
+) -> list[Tensor]:
+    """Latents of each chunk; `denoise` absorbs the whole history for each of them."""
+    history: list[Past] = []
+    latents, start = [], 0
+    for index, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        if index in changes:
+            history = changed(history, changes[index], text)
+        noise = RNG.draw(start, 0, (SHAPE[0], length, *SHAPE[1:]), "cpu")
+        latents.append(denoise(noise, text, history, start))
+        history = [*history, Past(latents[-1], text, start)]
+        start += length
+    return latents
+
+
+def fresh_noise(start: int, like: Tensor) -> Callable[[int], Tensor]:
+    return lambda step: RNG.draw(start, step, like.shape[1:], "cpu")
+
+
+def from_scratch(model: LongSanaDiT) -> Callable[[Tensor, TextEmbedding, list[Past], int], Tensor]:
+    """The network itself: the same arithmetic, over and over."""
+
+    def denoise(noise: Tensor, text: TextEmbedding, history: list[Past], start: int) -> Tensor:
+        state = model.empty_state(2, *SHAPE[1:], frames=history[0].start if history else start)
+        for past in history:
+            state = absorb(model, past.x0, past.text, state)
+        return denoise_chunk(model, SCHEDULE, noise, text, state, rng=fresh_noise(start, noise))
+
+    return denoise
+
+
+def parts(random_text: Callable[..., TextEmbedding], changes: Mapping[int, Any]) -> list[TextEmbedding]:
+    """A caption for each chunk, another one after every change."""
+    return [random_text(2, seed=sum(first <= chunk for first in changes)) for chunk in range(len(LENGTHS))]
+
+
+def sampled(model: Any, texts: Sequence[TextEmbedding], changes: Mapping[int, Change], **options: Any) -> list[Chunk]:
+    plan = ChunkPlan(LENGTHS)
+    return list(generate(model, SCHEDULE, texts, plan, shape=SHAPE, rng=RNG, device="cpu", changes=changes, **options))
+
+
+def parsed(story: str) -> dict[int, Change]:
+    return {chunk: Change.parse(text) for chunk, text in STORIES[story].items()}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("story", STORIES)
+@pytest.mark.parametrize("policy", ["whole", "window", "sink and window", "sinks and decay", "all"])
+def test_a_change_is_a_history_that_is_absorbed_again(
+    small_config: Any, random_model: Any, random_text: Any, policy: str, story: str
+) -> None:
+    """To the bit."""
+    model, changes = random_model(small_config(**POLICIES[policy])), parsed(story)
+    texts = parts(random_text, changes)
+    expected = by_definition(from_scratch(model), texts, changes)
+    chunks = sampled(model, texts, changes)
+    for chunk, latents in zip(chunks, expected, strict=True):
+        assert torch.equal(chunk.latents, latents), chunk.index
+    assert [chunk.start for chunk in chunks] == list(ChunkPlan(LENGTHS).starts)
+    assert chunks[-1].state is not None and chunks[-1].state.frames == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("story", ["recache two", "rebuild two", "cut", "recache after a rebuild"])
+@pytest.mark.parametrize("policy", ["whole", "window", "sinks and decay", "all"])
+def test_it_is_that_of_the_naive_network(
+    small_config: Any, random_model: Any, random_text: Any, renamed: Any, policy: str, story: str
+) -> None:
+    """In float64 to rounding, with a cache that is a list of entries and shares no code."""
+    model, changes = random_model(small_config(**POLICIES[policy])), parsed(story)
+    weights, texts = renamed(model, "upstream"), parts(random_text, changes)
+
+    def denoise(noise: Tensor, text: TextEmbedding, history: list[Past], start: int) -> Tensor:
+        lengths = [past.x0.shape[2] for past in history] + [noise.shape[2]]
+        entries: list[naive.Entry] = []
+
+        def run(x: Tensor, t: Tensor, text: TextEmbedding, start: int) -> tuple[Tensor, naive.Entry]:
+            cache = naive.weighted(entries, lambda c, i: list(weight(model, lengths, c, i)))
+            return naive.forward(
+                weights, x, t, text.tokens, text.mask, head_dim=28, cross_heads=4, start=start, cache=cache
+            )
+
+        for past in history:
+            entries.append(run(past.x0, torch.zeros(2), past.text, past.start)[1])
+        return denoise_chunk(
+            lambda x, t, text, *, state=None: (run(x, t, text, start)[0], state),  # type: ignore[arg-type, return-value]
+            *(SCHEDULE, noise, text, None),
+            rng=fresh_noise(start, noise),
+        )
+
+    for chunk, latents in zip(sampled(model, texts, changes), by_definition(denoise, texts, changes), strict=True):
+        assert float((chunk.latents - latents).abs().max()) < 1e-8, chunk.index
+
+
+def test_a_cut_begins_a_video_of_its_own(small_config: Any, random_model: Any, random_text: Any) -> None:
+    """At later positions, which are relative, with the noise that the chunks have anyway."""
+    model = random_model(small_config())
+    texts = parts(random_text, {3: None})
+    film = sampled(model, texts, {3: Change("cut")})
+
+    class Later(Exact):
+        def draw(self, start: int, *arguments: Any, **options: Any) -> Tensor:
+            return super().draw(start + 7, *arguments, **options)
+
+    alone = generate(
+        model, SCHEDULE, texts[3:], ChunkPlan(LENGTHS[3:]), shape=SHAPE, rng=Later(3, PROMPTS), device="cpu"
+    )
+    for chunk, own in zip(film[3:], alone, strict=True):
+        assert float((chunk.latents - own.latents).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("change", ["recache=1", "recache=3", "rebuild=6", "keep"])
+def test_under_the_same_caption_nothing_changes(
+    small_config: Any, random_model: Any, random_text: Any, change: str
+) -> None:
+    model, texts = random_model(small_config(num_cached_blocks=2)), [random_text(2)] * len(LENGTHS)
+    plain, own = sampled(model, texts, {}), sampled(model, texts, {3: Change.parse(change)})
+    for a, b in zip(plain, own, strict=True):
+        assert torch.equal(a.latents, b.latents)
+        assert a.state is not None and b.state is not None and a.state.sinks == b.state.sinks
+        assert all(torch.equal(x, y) for x, y in zip(a.state[:3], b.state[:3], strict=True))
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_what_is_absorbed_again_is_what_was_absorbed(
+    small_config: Any, random_model: Any, random_text: Any, noisy: bool
+) -> None:
+    """Training's noise on it, too."""
+    model, absorbed = random_model(small_config()), []
+
+    def network(x: Tensor, t: Tensor, text: TextEmbedding, *, state: CausalState | None = None) -> Any:
+        if int(t[0]) == 0:
+            absorbed.append(x.clone())  # a place that is used again
+        return model(x, t, text, state=state)
+
+    changes = {3: Change("recache", 2)}
+    sampled(network, parts(random_text, changes), changes, noisy_absorb=noisy)
+    assert len(absorbed) == len(LENGTHS) + 2
+    assert torch.equal(absorbed[3], absorbed[1]) and torch.equal(absorbed[4], absorbed[2])
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def states(model: LongSanaDiT, count: int) -> list[CausalState]:
+    return [model.empty_state(2, *SHAPE[1:], frames=sum(LENGTHS[:chunk])) for chunk in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "latents", "with_states"),
+    [
+        ({}, 0, 0),
+        ({2: Change("cut")}, 0, 0),
+        ({2: Change("rebuild", 3)}, 3, 0),
+        ({2: Change("recache", 2)}, 2, 2),
+        ({2: Change("recache", 2), 4: Change("rebuild", 3)}, 3, 3),
+    ],
+)
+def test_what_is_held_is_allocated_once(
+    small_config: Any, random_model: Any, random_latents: Any, changes: Any, latents: int, with_states: int
+) -> None:
+    model = random_model(small_config(num_cached_blocks=2))
+    recent, before = Recent(changes, max(LENGTHS)), states(model, 7)
+    assert recent.nbytes == 0
+    places = set()
+    for chunk, length in enumerate(LENGTHS):
+        x0 = random_latents(2, length, seed=chunk)
+        assert recent.keep(x0, before[chunk], before[chunk + 1]) is before[chunk + 1]
+        assert recent.nbytes == latents * 2 * 4 * 3 * 24 * 8 + with_states * before[0].nbytes
+        assert len(recent._held) == min(chunk + 1, latents)
+        places |= {held.buffer.data_ptr() for held in recent._held}
+        for held, own in zip(reversed(recent._held), range(chunk, -1, -1), strict=False):
+            assert torch.equal(held.latents, random_latents(2, LENGTHS[own], seed=own))
+            assert held.latents.is_contiguous() and held.start == before[own].frames
+            assert held.before is None or held.before.frames == before[own].frames
+    assert len(places) == latents
+
+
+def test_generate_holds_no_more_in_a_long_video(small_config: Any, random_model: Any, random_text: Any) -> None:
+    """Tensors that are alive between two chunks, by number and bytes, once the first chunks are there."""
+    model, text = random_model(small_config(depth=1)), [random_text(2, seed=seed) for seed in (1, 2)]
+    changes = {chunk: Change("recache", 2) if chunk % 4 else Change("rebuild", 2) for chunk in range(3, 24, 2)}
+    texts, plan = [text[chunk // 2 % 2] for chunk in range(24)], ChunkPlan((2,) * 24)
+    alive = []
+    for chunk in generate(model, SCHEDULE, texts, plan, shape=SHAPE, rng=RNG, device="cpu", changes=changes):
+        del chunk
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+        alive.append((len(tensors), sum({one.data_ptr(): one.nbytes for one in tensors}.values())))
+        del tensors
+    assert len(set(alive[2:-1])) == 1, alive
