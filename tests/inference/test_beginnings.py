@@ -14,6 +14,7 @@ from PIL import Image
 
 from longsana.evaluation.videos import describe
 from longsana.runtime.video import VideoWriter
+from longsana.sampling.continuation import Continuation
 
 from .conftest import assert_whole, frames_of, latents, sidecars
 
@@ -73,8 +74,6 @@ def test_a_chain_of_states_is_the_uncut_video(command: Command, prompts: Prompts
     assert command("--txt_file", path, "--num_frames", "17", "--dataset", "a", *FULL) == 0
     assert command("--from_state", state_in(out / "a"), "--num_frames", "9", "--dataset", "b", *FULL) == 0
     assert command("--from_state", state_in(out / "b"), "--num_frames", "9", "--dataset", "c", *FULL) == 0
-    from longsana.sampling.continuation import Continuation
-
     uncut, chained = (Continuation.load(state_in(out / name)) for name in ("uncut", "c"))
     assert all((one == other).all() for one, other in zip(uncut.network[:3], chained.network[:3], strict=True))
     assert uncut.decoder is not None and chained.decoder is not None
@@ -82,6 +81,32 @@ def test_a_chain_of_states_is_the_uncut_video(command: Command, prompts: Prompts
         (one == other).all() for one, other in zip(uncut.decoder.features, chained.decoder.features, strict=True)
     )
     assert uncut.network.frames == chained.network.frames == 9
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+@pytest.mark.parametrize("change", ["cut", "keep"])
+def test_a_story_goes_on_where_it_was(command: Command, prompts: Prompts, out: Path, change: str, done: int) -> None:
+    """Before its change, at it, and after it: the state in the end is the uncut video's."""
+    path = prompts(f"a red circle[2s] | [{change}] a blue square")
+    assert command("--txt_file", path, *LONG, "--dataset", "uncut", "--save_every", "1", *FULL) == 0
+    (whole,) = sidecars(out / "uncut")
+    assert [part["chunk"] for part in whole["parts"]] == [0, 2]
+    after = state_in(out / "uncut", f"*.chunk0000{done}.safetensors")
+    left = str(8 * (4 - done) + 1)
+    assert command("--from_state", after, "--num_frames", left, "--dataset", "rest", *FULL) == 0
+    (rest,) = sidecars(out / "rest")
+    told = [(part["text"], part["chunk"], part["frame"]) for part in rest["parts"]]
+    assert (
+        told
+        == {
+            1: [("a red circle", 0, 0), ("a blue square", 1, 8)],
+            2: [("a blue square", 0, 0)],
+            3: [("a blue square", 0, 0)],
+        }[done]
+    )
+    uncut, gone_on = (Continuation.load(state_in(out / name, "*[!0-9].safetensors")) for name in ("uncut", "rest"))
+    assert uncut.network.frames == gone_on.network.frames == 9
+    assert all((one == other).all() for one, other in zip(uncut.network[:3], gone_on.network[:3], strict=True))
 
 
 def test_forks_by_seed_and_caption(command: Command, prompts: Prompts, out: Path, tmp_path: Path) -> None:
@@ -148,8 +173,6 @@ def test_a_state_after_a_film(command: Command, prompts: Prompts, out: Path, tmp
     assert command(*call, *LONG, "--dataset", "uncut", *FULL) == 0
     assert command(*call, "--dataset", "a", *FULL) == 0
     assert command("--from_state", state_in(out / "a"), "--dataset", "b", *FULL) == 0
-    from longsana.sampling.continuation import Continuation
-
     uncut, gone_on = (Continuation.load(state_in(out / name)) for name in ("uncut", "b"))
     assert uncut.network.frames == gone_on.network.frames == 6 + 8
     assert all((one == other).all() for one, other in zip(uncut.network[:3], gone_on.network[:3], strict=True))
