@@ -122,6 +122,15 @@ class LongSanaVideoChunk(LongSanaVideoOutput):
     state: Continuation
 
 
+class _Shown(NamedTuple):
+    """The arguments of a stream that say how its chunks are shown."""
+
+    output_type: str
+    chunk_frames: int
+    latents_per_call: int
+    new_frames_only: bool
+
+
 class Interrupted(Exception):
     """Somebody set `interrupt`: `latents` is what the chunk in progress had become."""
 
@@ -438,7 +447,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         else:
             onload(self.vae)
             vae = self._vae(latents_per_call)
-            result, *_ = self._pictures(vae, [*filmed, *finished], None, chunk_frames, output_type, hidden=hidden)
+            result, *_ = self._pictures(vae, [*filmed, *finished], None, output_type, chunk_frames, hidden=hidden)
         self.maybe_free_model_hooks()
         return LongSanaVideoOutput(result) if return_dict else (result,)
 
@@ -540,12 +549,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             size,
             seed,
             state,
-            output_type,
             motion_score,
-            chunk_frames,
-            latents_per_call,
             film,
-            new_frames_only,
+            _Shown(output_type, chunk_frames, latents_per_call, new_frames_only),
         )
 
     @torch.no_grad()
@@ -563,15 +569,12 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         size: tuple[int, int],
         seed: int,
         state: Continuation | None,
-        output_type: str,
         motion_score: int | None,
-        chunk_frames: int,
-        latents_per_call: int,
         film: Film | None,
-        new_frames_only: bool,
+        shown: _Shown,
     ) -> Iterator[LongSanaVideoChunk]:
         """opening: the first prompt's embedding, where that is known already. film: that it goes on from."""
-        shape = (self.geometry.channels, *self.geometry.latent_size(*size))
+        shape, device = (self.geometry.channels, *self.geometry.latent_size(*size)), self._execution_device
         current, text, vae = None, None, None
         self._interrupt = False
         try:
@@ -579,9 +582,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 first = next(prompts)
                 prompts, opening = chain([first], prompts), opening or self._opening(first, motion_score)
                 begins = Continuation(self._nothing(size), None, seed, first, size)
-                state = yield from self._absorbed(
-                    film, begins, opening, output_type, chunk_frames, latents_per_call, new_frames_only
-                )
+                state = yield from self._absorbed(film, begins, opening, shown)
             memory: CausalState | None = None
             cache, last, hidden, count, begun = None, None, 0, 0, ("", 0)
             if state is not None:
@@ -591,32 +592,24 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 if prompt != current or text is None:
                     embedded = opening or self._embedded([self._worded(prompt, motion_score)])
                     current, opening = prompt, None
-                    text = self._passes.cache_caption(stacked(embedded, self._execution_device))
+                    text = self._passes.cache_caption(stacked(embedded, device))
                 repetition = begun[1] if prompt == begun[0] else 0
-                (chunk,) = generate(
-                    self._passes,
-                    schedule,
-                    [text],
-                    ChunkPlan((length,)),
-                    shape=shape,
-                    rng=PromptNoise(seed, [(prompt, repetition)]),
-                    device=self._execution_device,
-                    state=memory,
-                    on_step=_Watch(self, schedule.steps),
-                )
+                where: dict[str, Any] = {"shape": shape, "device": device, "on_step": _Watch(self, schedule.steps)}
+                rng, plan = PromptNoise(seed, [(prompt, repetition)]), ChunkPlan((length,))
+                (chunk,) = generate(self._passes, schedule, [text], plan, rng=rng, state=memory, **where)
                 memory = chunk.state
                 frames: Any = chunk.latents
                 assert memory is not None
-                if output_type == "latent":
+                if shown.output_type == "latent":
                     require_finite("chunk", {"latents": frames})
                 else:
                     onload(self.vae)
-                    vae = vae or self._vae(latents_per_call)
+                    vae = vae or self._vae(shown.latents_per_call)
                     if cache is None and state is not None:
                         before = restored(state.moment, vae)
                         cache, hidden = before.decoder, before.waiting
                     frames, cache, hidden = self._pictures(
-                        vae, [chunk.latents], cache, chunk_frames, output_type, more=following > 0, hidden=hidden
+                        vae, [chunk.latents], cache, *shown[:2], more=following > 0, hidden=hidden
                     )
                 last, count = latest(last, chunk.latents), count + 1
                 after = Continuation(memory, cache, seed, prompt, size, last, repetition, count, waiting=hidden)
@@ -636,28 +629,25 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         film: Film,
         state: Continuation,
         embedded: list[CompactEmbedding],
-        output_type: str,
-        chunk_frames: int,
-        latents_per_call: int,
-        new_frames_only: bool,
+        shown: _Shown,
     ) -> Generator[LongSanaVideoChunk, None, Continuation]:
         """Absorb a film under one caption, chunk by chunk; returns the state after it. state: before it."""
         onload(self.vae)
-        vae, hidden = self._vae(latents_per_call), 0
-        if new_frames_only and output_type != "latent":
+        vae, hidden = self._vae(shown.latents_per_call), 0
+        if shown.new_frames_only and shown.output_type != "latent":
             hidden = frames_used(film.count, self.geometry.time_stride)
-        latents = film_latents(vae, film.pictures(), chunk_frames=chunk_frames)
+        latents = film_latents(vae, film.pictures(), chunk_frames=shown.chunk_frames)
         text = self._passes.cache_caption(stacked(embedded, self._execution_device))
         onload(self.vae)
         while (given := next(latents, None)) is not None:
             frames, cache = given, None
-            if output_type != "latent":
+            if shown.output_type != "latent":
                 frames, cache, hidden = self._pictures(
-                    vae, [given], state.decoder, chunk_frames, output_type, more=True, hidden=hidden
+                    vae, [given], state.decoder, *shown[:2], more=True, hidden=hidden
                 )
             memory = absorb(self._passes, given, text, state.network)
             state = state._replace(network=memory, decoder=cache, latents=latest(state.latents, given), waiting=hidden)
-            if not new_frames_only:
+            if not shown.new_frames_only:
                 yield LongSanaVideoChunk(frames, state)
             onload(self.vae)
         return state
@@ -957,8 +947,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         vae: VideoVAE,
         latents: Sequence[Tensor],
         cache: DecodeCache | None,
-        chunk_frames: int,
         output_type: str,
+        chunk_frames: int,
         *,
         more: bool = False,
         hidden: int = 0,
