@@ -392,7 +392,7 @@ def test_host_memory_does_not_grow_with_length(
     monkeypatch.setattr(Engine, "sample", spy)
     long = ["--num_frames", "441", "--height", "64", "--width", "96", "--sampling.chunk_frames", "10"]
     assert command("--txt_file", prompts("a red circle"), *long) == 0
-    assert len(rss) == 12  # the first chunk, of 11 latents, is decoded in two pieces
+    assert len(rss) == 11
     assert rss[-1] - rss[6] < 2e6, rss
 
 
