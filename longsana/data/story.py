@@ -147,6 +147,28 @@ def place_parts(
     return tuple(map(Placed, firsts, [Change(), *own[1:]]))
 
 
+def parts_after(parts: Sequence[Placed], done: int, chunks: int) -> tuple[slice, tuple[Placed, ...]]:
+    """Choose the parts that a video shows in `chunks` chunks after its first `done`, and place them there.
+
+    The part that is shown at the cut begins the stretch; after the video's plan the last part stays.
+
+    Raises:
+        InputError: a change reaches back beyond the cut, to chunks that a state does not hold.
+    """
+    first = max(number for number, part in enumerate(parts) if part.chunk <= done)
+    stop = 1 + max(number for number, part in enumerate(parts) if part.chunk < done + chunks or number == first)
+    own = [Placed(max(part.chunk - done, 0), part.change) for part in parts[first:stop]]
+    if parts[first].chunk < done:
+        own[0] = Placed(0)
+    for part in own:
+        if part.change.chunks > part.chunk:
+            raise InputError(
+                f"{part.change}: reaches back {part.change.chunks} chunks, where the saved state has {part.chunk} "
+                "after it; go on from a state that was saved earlier, or keep the past"
+            )
+    return slice(first, stop), tuple(own)
+
+
 def changes_of(parts: Sequence[Placed]) -> dict[int, Change]:
     """The changes of a video's past by the chunk before which they happen, without those that keep it."""
     return {part.chunk: part.change for part in parts if part.change.kind != "keep"}

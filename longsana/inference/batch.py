@@ -33,6 +33,7 @@ from longsana.inference.sidecar import (
     is_finished,
     resolved_settings,
     source_digests,
+    told_parts,
     versions,
     video_name,
 )
@@ -131,7 +132,7 @@ def _plan_jobs(
     """The videos that are not in the folder yet, whatever their name there."""
     jobs = []
     for prompt in prompts:
-        settings, parts = resolved_settings(config, prompt, device), beginning.told_parts(config, prompt)
+        settings, parts = resolved_settings(config, prompt, device), told_parts(config, prompt, beginning)
         record = {
             "prompt": prompt.text,
             "parts": parts,
@@ -437,11 +438,8 @@ def sample_from(
     clock: Clock,
 ) -> Iterator[Frames]:
     """Frames of a batch of videos of this plan that begin from nothing, a film or a state; see `Engine.sample`."""
-    own, parts = [], []
-    for prompt, caption in zip(prompts, captions, strict=True):
-        first, placed = beginning.placed(engine.config, prompt, plan)
-        own.append(caption._replace(parts=caption.parts[first : first + len(placed)]))
-        parts.append(placed)
+    chosen = [beginning.parts(prompt, engine.config) for prompt in prompts]
+    own = [caption._replace(parts=caption.parts[shown]) for caption, (shown, _) in zip(captions, chosen, strict=True)]
     begun: Moment | None = None
     if beginning.state is not None:
         moment = beginning.state.moment.to(engine.device)
@@ -453,7 +451,9 @@ def sample_from(
         latents = film_latents(decoder, pictures, chunk_frames=sampling.chunk_frames, clock=clock)
         begun = yield from absorb_film(network, decoder, own, latents, shown=beginning.shown, clock=clock)
     wanted = partial(beginning.wants, count=len(plan))
-    yield from engine.sample(network, decoder, prompts, own, clock, begun=begun, parts=parts, wanted=wanted)
+    yield from engine.sample(
+        network, decoder, prompts, own, clock, begun=begun, parts=[placed for _, placed in chosen], wanted=wanted
+    )
 
 
 def _digest(batch: np.ndarray, digests: Sequence[Any]) -> None:

@@ -14,14 +14,13 @@ from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
 from longsana.data.films import count_frames, frames_used
 from longsana.data.prompts import Prompt
-from longsana.data.story import Placed, read_parts
+from longsana.data.story import Placed, parts_after, place_parts, read_parts
 from longsana.encoders.geometry import geometry
-from longsana.inference.sidecar import told_at, told_parts
 from longsana.published import DISTILLED
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded
 from longsana.runtime.hub import file_sha256
-from longsana.sampling.checks import check_size, chunk_plan, placed_parts
+from longsana.sampling.checks import check_size, chunk_plan, default_change, placed_parts
 from longsana.weights.build import empty_model
 
 if TYPE_CHECKING:  # they bring diffusers and transformers, which take seconds
@@ -76,26 +75,19 @@ class Beginning:
         """Tell whether a state is saved after a chunk, from 0, of so many."""
         return self.saves != NONE and (chunk + 1 == count or (bool(self.every) and (chunk + 1) % self.every == 0))
 
-    def placed(self, config: InferenceConfig, prompt: Prompt, plan: ChunkPlan) -> tuple[int, tuple[Placed, ...]]:
-        """The part of a prompt, from 0, that the chunks of a plan begin with, and where it and the later ones begin.
+    def parts(self, prompt: Prompt, config: InferenceConfig) -> tuple[slice, tuple[Placed, ...]]:
+        """Choose the parts of a prompt that its video shows, and place them: a state's own prompt goes on as planned.
 
-        A state's own prompt goes on as it was planned.
+        Raises:
+            InputError: they do not fit into the video, or reach back beyond the state.
         """
-        from longsana.sampling.continuation import placed_after
-
         state = self.state
-        if state is None or prompt.text != state.prompt or not state.plan:
-            return 0, placed_parts(config, prompt, plan)
-        return placed_after(placed_parts(config, prompt, ChunkPlan(state.plan)), state.chunk, len(plan))
-
-    def told_parts(self, config: InferenceConfig, prompt: Prompt) -> list[dict[str, Any]]:
-        """Tell where each part of a prompt begins in its mp4; see `sidecar.told_parts`."""
-        if not self.goes_on:
-            return told_parts(config, prompt)
-        plan = ChunkPlan.split(chunk_plan(config, prompt.frames).frames - 1, config.sampling.chunk_frames)
-        first, placed = self.placed(config, prompt, plan)
-        frames = [self.given_frames + geometry(config.vae).time_stride * start for start in plan.starts]
-        return told_at(config, prompt.parts[first : first + len(placed)], placed, frames)
+        if state is None or len(prompt.parts) == 1 or prompt.text != state.prompt:
+            return slice(None), placed_parts(config, prompt, goes_on=self.goes_on)
+        plan = ChunkPlan(state.plan or (1,) * len(prompt.parts))
+        shape, fps, change = geometry(config.vae), config.sampling.fps, default_change(config)
+        planned = place_parts(len(prompt.parts), prompt.marks, plan, shape, fps, change)
+        return parts_after(planned, state.chunk, len(chunk_plan(config, prompt.frames, goes_on=True)))
 
     def continuation(
         self, moment: Moment, prompt: Prompt, seed: int, chunk: int, plan: Sequence[int], marks: tuple[str, str]

@@ -18,11 +18,11 @@ import torch
 import longsana
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
-from longsana.data.story import Placed
 from longsana.encoders.geometry import geometry
 from longsana.encoders.text import instruction_text, negative_text, text_sha256
+from longsana.inference.beginnings import Beginning
 from longsana.runtime.foreign import reason_of
-from longsana.sampling.checks import SOURCES, chunk_plan, placed_parts, source_digest
+from longsana.sampling.checks import SOURCES, chunk_plan, source_digest
 from longsana.weights.build import resolve_dtype
 
 log = logging.getLogger(__name__)
@@ -58,26 +58,20 @@ def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.dev
     return settings
 
 
-def told_parts(config: InferenceConfig, prompt: Prompt) -> list[dict[str, Any]]:
-    """Tell where each part of a prompt really begins in its video, see `told_at`.
+def told_parts(config: InferenceConfig, prompt: Prompt, beginning: Beginning | None = None) -> list[dict[str, Any]]:
+    """Tell where each part of a prompt really begins in its video (chunk, picture, second), and what the past becomes.
+
+    Pictures and seconds are those of the mp4.
 
     Raises:
-        InputError: see `placed_parts`.
+        InputError: see `Beginning.parts`.
     """
-    starts, vae = chunk_plan(config, prompt.frames).starts, geometry(config.vae)
-    return told_at(config, prompt.parts, placed_parts(config, prompt), list(map(vae.pixel_frames, starts)))
-
-
-def told_at(
-    config: InferenceConfig, parts: Sequence[str], placed: Sequence[Placed], frames: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Tell where parts begin in a video (chunk, picture, second), and what the past becomes.
-
-    frames: the first picture of each chunk.
-    """
+    beginning = beginning or Beginning()
+    goes_on, (shown, placed) = beginning.goes_on, beginning.parts(prompt, config)
+    starts, vae = chunk_plan(config, prompt.frames, goes_on=goes_on).starts, geometry(config.vae)
     told = []
-    for words, part in zip(parts, placed, strict=True):
-        frame = frames[part.chunk]
+    for words, part in zip(prompt.parts[shown], placed, strict=True):
+        frame = beginning.given_frames + vae.pixel_frames(starts[part.chunk], first=not goes_on)
         second = round(frame / config.sampling.fps, 3)
         told.append({"text": words, "chunk": part.chunk, "frame": frame, "second": second, "change": str(part.change)})
     return told
@@ -112,13 +106,8 @@ def fingerprint(
     for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", *PARTS, *without}:
         section, _, key = setting.partition(".")
         del deciding[section][key]
-    identity = [
-        prompt.text,
-        prompt.repetition,
-        deciding,
-        *([story] if story else []),
-        *([dict(began)] if began else []),
-    ]
+    identity = [prompt.text, prompt.repetition, deciding]
+    identity += [more for more in (story, dict(began or {})) if more]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

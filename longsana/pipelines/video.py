@@ -293,12 +293,12 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         flow_shift: float | None = None,
         chunk_frames: int | None = None,
         latents_per_call: int = 2,
-        video: FilmLike | None = None,
-        new_frames_only: bool = False,
         fps: float | None = None,
         prompt_change: str | None = None,
         transition_chunks: int | None = None,
         transition: Way | None = None,
+        video: FilmLike | None = None,
+        new_frames_only: bool = False,
     ) -> LongSanaVideoOutput | tuple[Any]:
         """Videos of prompts.
 
@@ -327,16 +327,16 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             chunk_frames: latent frames of a chunk, 10 unless the pipeline was made otherwise; what remains goes to the
                 first.
             latents_per_call: latent frames decoded together; frames differ by rounding alone.
-            video: a film or picture that the videos go on from (distilled): a file, pictures of PIL, or an array
-                (F, H, W, 3) of uint8. It is fitted to their size, and absorbed under the first part of each prompt.
-                num_frames says then how many more, 4 n (Wan) or 8 n (LTX-2); 80 unless said otherwise.
-            new_frames_only: leave the film out of the result.
-            fps: distilled: pictures a second, by which the lengths of a story's parts are counted, and a film's are
-                taken; 16.
+            fps: distilled: pictures a second: by which the lengths of a story's parts are counted, and that are taken
+                of a film's file; 16.
             prompt_change: distilled: what becomes of the past where a part begins that does not say it itself: keep
                 (None), recache=K, rebuild=W or cut. It must be the same for all videos of a call.
             transition_chunks: distilled: chunks over which one part's caption becomes the next one's; 0.
             transition: linear (None) or spherical, the way between the two.
+            video: a film or picture that the videos go on from (distilled): a file, pictures of PIL, or an array
+                (F, H, W, 3) of uint8. It is fitted to their size, and absorbed under the first part of each prompt.
+                num_frames says then how many more, 4 n (Wan) or 8 n (LTX-2); 80 unless said otherwise.
+            new_frames_only: leave the film out of the result.
 
         Raises:
             InputError: what is asked for cannot be made, or part of it would be ignored; the message names the argument
@@ -348,7 +348,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if frames is not None and num_frames not in (frames, USUAL_FRAMES):
             raise InputError(f"frames={frames}: an older name of num_frames, which is {num_frames}; give one of them")
         num_frames = num_frames if frames is None else frames
-        film = self._film(video, fps, new_frames_only, height, width)
+        film = self._film(video, fps or USUAL_FPS, new_frames_only, height, width)
         if film is None:
             length = self.geometry.latent_frames(num_frames)
         else:
@@ -378,7 +378,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if not self.distilled:
             refuse_ignored({"fps": fps, **telling}, "for the base model, whose prompts have one part")
         if prompt_embeds is not None:
-            refuse_ignored({"fps": fps, **telling}, "with prompt_embeds, which are of one part each")
+            refuse_ignored(telling | ({} if film else {"fps": fps}), "with prompt_embeds, which are of one part each")
         if not transition_chunks:
             refuse_ignored({"transition": transition}, "without transition_chunks")
         placed = [self._placed(len(own), marks, plan, fps, prompt_change) for own, marks in parts]
@@ -413,10 +413,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             batch_noise(texts, generator, latents),
             self._execution_device,
             lambda: self._guidance_scale,
-            begun=begun,
             parts=placed,
             transition_chunks=transition_chunks or 0,
             transition=transition or "linear",
+            begun=begun,
         )
         steps = schedule.steps if isinstance(schedule, FlowSchedule) else [int(t) for t in schedule.timesteps]
         self._interrupt, self._num_timesteps = False, len(plan) * len(steps)
@@ -460,7 +460,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         chunk_frames: int | None = None,
         latents_per_call: int = 2,
         video: FilmLike | None = None,
-        fps: float | None = None,
+        fps: float = USUAL_FPS,
         new_frames_only: bool = False,
     ) -> Iterator[LongSanaVideoChunk]:
         """One video, chunk by chunk as it is sampled, in memory that does not grow.
@@ -677,7 +677,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return given, Moment(state, None, None)
 
     def _film(
-        self, video: FilmLike | None, fps: float | None, new_frames_only: bool, height: int | None, width: int | None
+        self, video: FilmLike | None, fps: float, new_frames_only: bool, height: int | None, width: int | None
     ) -> Film | None:
         """The film that videos go on from, if there is one, all of it looked at."""
         if video is None:
@@ -685,7 +685,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             return None
         if not self.distilled:
             raise InputError("video: the base model makes whole clips; a distilled one goes on from a film")
-        return Film.of(video, fps or USUAL_FPS, self._size(height, width))
+        return Film.of(video, fps, self._size(height, width))
 
     def _latents_more(self, num_frames: int) -> int:
         """Latents of so many more pixel frames."""

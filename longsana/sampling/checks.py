@@ -68,17 +68,18 @@ def meaningless(config: InferenceConfig) -> dict[str, str]:
     return found
 
 
-def chunk_plan(config: InferenceConfig, num_frames: int | None = None) -> ChunkPlan:
+def chunk_plan(config: InferenceConfig, num_frames: int | None = None, *, goes_on: bool = False) -> ChunkPlan:
     """The chunks of a video; the bidirectional base model samples its clip as one.
 
     num_frames: pixel frames of a video whose prompt says so; None: as many as the config says.
+    goes_on: of what is added to a video, one latent less: it lacks the single picture that opens a video.
 
     Raises:
         InputError: no whole number of latents has so many frames.
     """
     frames = geometry(config.vae).latent_frames(config.sampling.num_frames if num_frames is None else num_frames)
     whole = config.scheduler.sampling_algo in WHOLE_CLIP
-    return ChunkPlan.split(frames, frames if whole else config.sampling.chunk_frames)
+    return ChunkPlan.split(frames - goes_on, frames if whole else config.sampling.chunk_frames)
 
 
 def check_config(config: InferenceConfig) -> None:
@@ -164,8 +165,8 @@ def select_prompts(
     return selected
 
 
-def placed_parts(config: InferenceConfig, prompt: Prompt, plan: ChunkPlan | None = None) -> tuple[Placed, ...]:
-    """Place the parts of a prompt in its video, or in the chunks of `plan`.
+def placed_parts(config: InferenceConfig, prompt: Prompt, *, goes_on: bool = False) -> tuple[Placed, ...]:
+    """Place the parts of a prompt in its video. goes_on: see `chunk_plan`.
 
     Raises:
         InputError: they do not fit into it, or the sampler takes none.
@@ -173,7 +174,7 @@ def placed_parts(config: InferenceConfig, prompt: Prompt, plan: ChunkPlan | None
     if len(prompt.parts) > 1 and config.scheduler.sampling_algo != DISTILLED:
         between = " | " if prompt.marks else "<split>"
         raise InputError(f"parts between '{between}' need the streaming sampler ({DISTILLED})")
-    plan, change = plan or chunk_plan(config, prompt.frames), default_change(config)
+    plan, change = chunk_plan(config, prompt.frames, goes_on=goes_on), default_change(config)
     return place_parts(len(prompt.parts), prompt.marks, plan, geometry(config.vae), config.sampling.fps, change)
 
 

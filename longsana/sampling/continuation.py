@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longsana.data.prompts import check_words
-from longsana.data.story import Change, Placed
 from longsana.encoders.vae import DecodeCache, VideoVAE
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.arguments import TEXT, Flag, Is, Several, Whole
@@ -277,20 +276,6 @@ def restored(moment: Moment, vae: VideoVAE) -> Moment:
     frames, cache = vae.decode_stream(moment.latents, more=True)
     waiting = vae.geometry.pixel_frames(moment.latents.shape[2]) - frames.shape[2]
     return moment._replace(decoder=cache._replace(latents=moment.network.frames), waiting=waiting)
-
-
-def placed_after(placed: Sequence[Placed], done: int, chunks: int) -> tuple[int, tuple[Placed, ...]]:
-    """The part of a prompt, from 0, that a video shows after `done` of its chunks, and where in the chunks to come it
-    and the later ones begin.
-
-    After the plan the last part stays. A change of the past that would begin with the first chunk to come is a cut, or
-    none: what it would absorb again is not held.
-    """
-    current = max(index for index, part in enumerate(placed) if part.chunk <= done)
-    here = placed[current]
-    cut = here.chunk == done and here.change.kind == "cut"
-    later = [Placed(part.chunk - done, part.change) for part in placed[current + 1 :] if part.chunk - done < chunks]
-    return current, (Placed(0, here.change if cut else Change()), *later)
 
 
 def _mark(tensors: Mapping[str, Any], settings: Any) -> str:

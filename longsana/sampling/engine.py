@@ -82,9 +82,9 @@ class Videos:
     cfg_scale: of guidance, asked for at each step if it is a function; not used where there is no negative caption.
     recorded: the distilled model's passes are replayed as CUDA graphs (see `ReplayedNetwork`); it is on a GPU.
     null_caption: guidance leads away from the checkpoint's own null caption, and not from the captions' negative ones.
-    begun: the videos go on from here, with the decoder's memory (see `restored`); the distilled model's alone do.
     parts: of the distilled model, where the parts of each video's prompt begin; their changes of the past are the same.
     transition_chunks, transition: the captions between two parts; see `shown_in` and `blend`.
+    begun: the videos go on from here, with the decoder's memory (see `restored`); the distilled model's alone do.
     """
 
     method: FlowSchedule | Solver | Staggered
@@ -95,10 +95,10 @@ class Videos:
     cfg_scale: float | Callable[[], float] = 1.0
     recorded: bool = False
     null_caption: bool = False
-    begun: Moment | None = None
     parts: Sequence[Sequence[Placed]] = ()
     transition_chunks: int = 0
     transition: Way = "linear"
+    begun: Moment | None = None
 
 
 class Frames(NamedTuple):
@@ -169,13 +169,12 @@ class Engine:
                 ) from error
         return network
 
-    def plan_of(self, prompt: Prompt, goes_on: bool = False) -> ChunkPlan:
+    def plan_of(self, prompt: Prompt, *, goes_on: bool = False) -> ChunkPlan:
         """The chunks of this prompt's video, or of what is added to one that goes on.
 
         That has one latent less, the single picture that opens a video.
         """
-        plan = self.plan if prompt.frames is None else chunk_plan(self.config, prompt.frames)
-        return ChunkPlan.split(plan.frames - 1, self.config.sampling.chunk_frames) if goes_on else plan
+        return chunk_plan(self.config, prompt.frames, goes_on=goes_on)
 
     def videos(
         self,
@@ -183,24 +182,24 @@ class Engine:
         begun: Moment | None = None,
         parts: Sequence[Sequence[Placed]] | None = None,
     ) -> Videos:
-        """Describe a batch of videos, of one size and length. begun, parts: see `sample`."""
-        goes_on = begun is not None
+        """Describe a batch of videos, of one size and length. begun, parts: see `Videos`; None: as the prompts say."""
+        parts = parts or [placed_parts(self.config, prompt, goes_on=begun is not None) for prompt in prompts]
         sampling, first = self.config.sampling, prompts[0]
         keys = [("", 0) if sampling.unified_noise else (prompt.text, prompt.repetition) for prompt in prompts]
         seeds = [sampling.seed if prompt.seed is None else prompt.seed for prompt in prompts]
         return Videos(
             self._method(),
-            self.plan_of(first, goes_on),
+            self.plan_of(first, goes_on=begun is not None),
             (self.geometry.channels, *self.geometry.latent_size(first.height, first.width)),
             PromptNoise(seeds, keys),
             self.device,
             sampling.cfg_scale,
             recorded=sampling.cuda_graphs and self.device.type == "cuda",
             null_caption=sampling.cfg_scale != 1 and sampling.null_caption == "learned",
-            begun=begun,
-            parts=parts or [placed_parts(self.config, prompt, self.plan_of(prompt, goes_on)) for prompt in prompts],
+            parts=parts,
             transition_chunks=sampling.transition_chunks,
             transition=sampling.transition,
+            begun=begun,
         )
 
     def sample(
@@ -216,10 +215,7 @@ class Engine:
         parts: Sequence[Sequence[Placed]] | None = None,
         wanted: Callable[[int], bool] = never,
     ) -> Iterator[Frames]:
-        """Frames of the prompts' videos, of one size and length, as the config says; see the function `sample`.
-
-        begun: see `Videos`. parts: where each prompt's parts begin, for those that do not begin with the video.
-        """
+        """Frames of the prompts' videos, of one size and length, as the config says; see the function `sample`."""
         return sample(
             network,
             decoder,
@@ -368,8 +364,8 @@ def sample_latents(
         if videos.recorded:
             assert isinstance(network, LongSanaDiT)
             passes = ReplayedNetwork(network)
-        texts, changes = map(text, zip(*shown, strict=True)), shared_changes(videos.parts)
         state = None if videos.begun is None else videos.begun.network
+        texts, changes = map(text, zip(*shown, strict=True)), shared_changes(videos.parts)
         return generate(passes, method, texts, plan, state=state, changes=changes, on_step=on_step, **where)
     assert videos.begun is None, "the many-step samplers keep no state"
     with clock.part("denoise"):

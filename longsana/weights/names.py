@@ -113,8 +113,10 @@ def diffusers_config(config: ModelConfig, *, causal: bool = False) -> dict[str, 
 
 
 def chosen_past(config: ModelConfig) -> dict[str, Any]:
-    """The settings of PAST that are not the published ones, as JSON has them."""
+    """The settings of PAST that are not the published ones, as JSON has them; a decay of 1 is none."""
     published, own = ModelConfig(), {name: getattr(config, name) for name in PAST}
+    if own["state_decay"] == 1:
+        own["state_decay"] = published.state_decay
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in own.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
-from longsana.data.story import Change, Placed
+from longsana.data.story import Change, Placed, parts_after
 from longsana.encoders.vae import DecodeCache
 from longsana.runtime.errors import InputError
 from longsana.sampling.captions import Caption, caption_encoder
@@ -27,7 +26,6 @@ from longsana.sampling.continuation import (
     Moment,
     latest,
     mark_of,
-    placed_after,
     restored,
     vae_mark_of,
 )
@@ -281,7 +279,8 @@ def uncut(engine: Engine, parts: Any, caption: Caption) -> list[Frames]:
 
 
 def gone_on(engine: Engine, parts: Any, caption: Caption, moment: Moment, chunks: int) -> list[Frames]:
-    prompt = dataclasses.replace(PROMPT, frames=16 * chunks + 1)
+    prompt = Prompt(*vars(PROMPT).values())
+    object.__setattr__(prompt, "frames", 16 * chunks + 1)
     return list(engine.sample(*parts, [prompt], [caption], begun=moment, wanted=always))
 
 
@@ -394,15 +393,22 @@ def test_cuts_are_a_function_of_the_absolute_index(size: int) -> None:
     assert max(piece.shape[2] for piece in stretches(torch.zeros(1, 1, 61, 1, 1), 0, size)) == size + 1
 
 
-def test_parts_of_a_prompt_go_on_as_planned() -> None:
-    cut, again = Change("cut"), Change("recache", 1)
-    placed = (Placed(0), Placed(2, cut), Placed(4, again), Placed(6))
-    assert placed_after(placed, 0, 8) == (0, placed)
-    assert placed_after(placed, 1, 3) == (0, (Placed(0), Placed(1, cut)))
-    assert placed_after(placed, 2, 8) == (1, (Placed(0, cut), Placed(2, again), Placed(4)))
-    assert placed_after(placed, 3, 8) == (1, (Placed(0), Placed(1, again), Placed(3)))
-    assert placed_after(placed, 4, 2) == (2, (Placed(0),)), "what it would absorb again is not held"
-    assert placed_after(placed, 9, 2) == (3, (Placed(0),)), "after the plan the last part stays"
+def test_parts_of_a_caption_go_on_as_planned() -> None:
+    parts = (Placed(0), Placed(2, Change("cut")), Placed(3, Change("recache", 1)))
+
+    def shown(done: int, chunks: int) -> list[int]:
+        some, placed = parts_after(parts, done, chunks)
+        numbers = range(len(parts))[some]
+        assert placed[0].chunk == 0 and len(placed) == len(numbers)
+        return [numbers[max(n for n, part in enumerate(placed) if part.chunk <= chunk)] for chunk in range(chunks)]
+
+    for done in range(3):
+        assert shown(done, 5 - done) == [0, 0, 1, 2, 2][done:]
+    assert shown(9, 2) == [2, 2], "after the plan the last part stays"
+    assert parts_after(parts, 1, 1) == (slice(0, 1), (Placed(0),))
+    assert parts_after(parts, 2, 2)[1] == (Placed(0, Change("cut")), Placed(1, Change("recache", 1)))
+    with pytest.raises(InputError, match="recache=1: reaches back 1 chunks, where the saved state has 0 after it"):
+        parts_after(parts, 3, 1)
 
 
 def test_marks_of_the_shipped_parts(parts: Any) -> None:

@@ -165,7 +165,9 @@ def test_checkpoint_folders(tmp_path: Path) -> None:
 def test_a_run_names_its_newest_whole_checkpoint(tmp_path: Path) -> None:
     for step in (999_980, 1_000_000, 20):
         checkpoint_folder(tmp_path / f"checkpoint_model_{step:06d}", {"generator": weights()}, processes=2)
-    with pytest.raises(InputError, match=r"a run, .*: name one, such as .*checkpoint_model_1000000, the newest"):
+    with pytest.raises(
+        InputError, match=r"a run; name one of its checkpoints .*, such as .*checkpoint_model_1000000, the newest"
+    ):
         load(tmp_path)
     next((tmp_path / "checkpoint_model_1000000").glob("shard-00002-*")).unlink()
     with pytest.raises(InputError, match=r"checkpoint_model_999980, the newest"):
