@@ -24,7 +24,6 @@ from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.hub import locate
 from longsana.training.checks import check_data, check_sources, check_training, micro_batches_of
 from longsana.training.config import TrainingConfig
-from longsana.training.estimate import estimate
 from longsana.training.published import TRAINING
 
 FLAGS = {"max_iters": "train.max_iters"}
@@ -77,6 +76,8 @@ def run(request: Request, world: World) -> int:
     if options.dry_run:
         if world.is_main:
             print(render_config(config))
+            from longsana.training.estimate import estimate  # diffusers comes with it, which takes seconds
+
             print(estimate(config, world.size, local_size=world.local_size).table())
         return 0
 

@@ -230,7 +230,7 @@ def test_the_published_launches(command, train_script, stage, monkeypatch):
         return SimpleNamespace(table=lambda: "an estimate")
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(train_script, "estimate", estimate)
+    monkeypatch.setattr("longsana.training.estimate.estimate", estimate)
     monkeypatch.setattr(launch, "train", forbidden)
     for name, value in {"RANK": 0, "WORLD_SIZE": 64, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 8}.items():
         monkeypatch.setenv(name, str(value))
