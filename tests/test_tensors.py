@@ -17,7 +17,7 @@ ELSEWHERE = (
     # The shapes world and its measures, which are made and looked at under PyTorch's own defaults.
     *("longsana/shapes/", "longsana/evaluation/"),
     # Called within `plain_defaults`.
-    *("longsana/encoders/vae_files.py", "longsana/weights/run_folder.py", "longsana/pipelines/lora.py"),
+    *("longsana/encoders/vae_files.py", "longsana/weights/checkpoint_folder.py", "longsana/pipelines/lora.py"),
     # A command's process has PyTorch's own defaults.
     "longsana/training/loop.py",
 )

@@ -14,6 +14,7 @@ from longsana.models.past import LEARNED
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.weights.build import empty_model
+from longsana.weights.checkpoint_folder import PROGRESS, check_content, read_progress
 from longsana.weights.files import NETWORKS, networks_in, open_checkpoint
 from longsana.weights.names import (
     BASE_CLASS,
@@ -25,7 +26,6 @@ from longsana.weights.names import (
     from_diffusers_config,
 )
 from longsana.weights.network import Layout, read_weights, save_checkpoint
-from longsana.weights.run_folder import PROGRESS, check_content, read_progress
 from longsana.weights.what_is import Weights, what_is
 from longsana.weights.writing import check_target, write_weights
 

@@ -22,10 +22,10 @@ from longsana.runtime.hub import SEEDED, locate
 from longsana.training.captions import Captions
 from longsana.training.checks import DISTILLING, clip_shape, student_sigmas
 from longsana.training.config import TrainingConfig
-from longsana.training.folder import CAPTIONS
 from longsana.training.graphs import replay_passes
 from longsana.training.learner import Learner, compute_dtype
 from longsana.training.parallel import device_mesh, parallelise
+from longsana.training.run_folder import CAPTIONS
 from longsana.training.stages.flow_matching import FlowMatching
 from longsana.training.stages.longsana import LongSana
 from longsana.training.stages.ode import OdeInitialisation

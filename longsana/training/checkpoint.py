@@ -34,7 +34,7 @@ from longsana.training.parts import (
     save_tensors,
     write_parts,
 )
-from longsana.weights.run_folder import (
+from longsana.weights.checkpoint_folder import (
     CHECKPOINTS,
     MANIFEST,
     PROGRESS,

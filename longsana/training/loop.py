@@ -25,7 +25,7 @@ from longsana.training.checkpoint import Checkpointer
 from longsana.training.config import TrainConfig
 from longsana.training.learner import Learner
 from longsana.training.stages.stage import MicroBatch, MicroBatches, Stage
-from longsana.weights.run_folder import PROGRESS, own_names, read_own, read_progress
+from longsana.weights.checkpoint_folder import PROGRESS, own_names, read_own, read_progress
 
 log = logging.getLogger(__name__)
 

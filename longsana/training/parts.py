@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import naming
+from longsana.weights.checkpoint_folder import OFFSETS, SEPARATOR, Stored
 from longsana.weights.fit import kind, misfit
-from longsana.weights.run_folder import OFFSETS, SEPARATOR, Stored
 
 SHARD_BYTES = 1 << 30  # of a file, unless one tensor is larger: the most that writing holds on the host beside a GPU
 

@@ -20,10 +20,10 @@ from longsana.runtime.stop import check as check_stop
 from longsana.training.checkpoint import Checkpointer, SaveFailed
 from longsana.training.checks import check_device, flat, micro_batches_of
 from longsana.training.config import TrainingConfig
-from longsana.training.folder import CONFIG, RECORD, check_shared, open_folder
 from longsana.training.learner import Learner
 from longsana.training.loop import Loop, Progress, Stop, TrainingFailed, Validate, weights_for_sampling
 from longsana.training.parallel import connect
+from longsana.training.run_folder import CONFIG, RECORD, check_shared, open_folder
 
 if TYPE_CHECKING:
     from longsana.training.build import StageBuilder

@@ -25,8 +25,8 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, whole_file
 from longsana.runtime.foreign import AGAIN, reason_of
 from longsana.runtime.hub import INDEX_SUFFIX, shards_of
+from longsana.weights.checkpoint_folder import SEPARATOR, check_content, open_tensors
 from longsana.weights.fit import kind
-from longsana.weights.run_folder import SEPARATOR, check_content, open_tensors
 from longsana.weights.what_is import kind_of_file, what_is
 
 log = logging.getLogger(__name__)

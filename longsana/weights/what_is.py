@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from longsana.runtime.errors import InputError
 from longsana.runtime.foreign import read_json, reason_of, stand_in
 from longsana.runtime.hub import INDEX_SUFFIX
-from longsana.weights.run_folder import checkpoints_in, is_checkpoint, read_manifest, refuse_old
+from longsana.weights.checkpoint_folder import checkpoints_in, is_checkpoint, read_manifest, refuse_old
 
 PIPELINE_PART = "transformer"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"

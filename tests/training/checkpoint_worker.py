@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from longsana.runtime.distributed import World
 from longsana.training import checkpoint
 from longsana.training.checkpoint import Checkpointer, SaveFailed
-from longsana.weights.run_folder import TENSOR_FILES, own_names, read_own, read_progress
+from longsana.weights.checkpoint_folder import TENSOR_FILES, own_names, read_own, read_progress
 
 
 class Run:

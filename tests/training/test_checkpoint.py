@@ -26,7 +26,15 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.files import disk_failure, remove
 from longsana.training import checkpoint, parts
 from longsana.training.checkpoint import Checkpointer, SaveFailed
-from longsana.weights.run_folder import MANIFEST, TENSOR_FILES, Stored, open_tensors, own_names, read_own, read_progress
+from longsana.weights.checkpoint_folder import (
+    MANIFEST,
+    TENSOR_FILES,
+    Stored,
+    open_tensors,
+    own_names,
+    read_own,
+    read_progress,
+)
 from tests.training.checkpoint_worker import Run, assert_equal, save
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"

@@ -33,7 +33,7 @@ from longsana.training.loop import SKIPS, Loop, Progress, Stop, TrainingFailed
 from longsana.training.parallel import connect
 from longsana.training.stages.ode import OdeInitialisation
 from longsana.training.stages.stage import Loss, MicroBatch, MicroBatches, Stage
-from longsana.weights.run_folder import read_progress
+from longsana.weights.checkpoint_folder import read_progress
 from tests.training.conftest import ROOT, SCRIPT
 from tests.training.test_resume import assert_equal, contents, lines
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longsana.weights.run_folder import open_tensors, own_names, read_own
+from longsana.weights.checkpoint_folder import open_tensors, own_names, read_own
 from tests.training.conftest import ROOT, SCRIPT
 
 pytestmark = pytest.mark.timeout(600)

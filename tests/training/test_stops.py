@@ -35,7 +35,7 @@ from longsana.training.build import StageBuilder
 from longsana.training.checkpoint import Checkpointer, checkpoints_of
 from longsana.training.learner import Learner
 from longsana.training.stages.ode import OdeInitialisation
-from longsana.weights.run_folder import Stored, check_content
+from longsana.weights.checkpoint_folder import Stored, check_content
 from tests.runtime.test_stop import as_usual
 from tests.scripts import load_script
 from tests.training.conftest import ROOT, SCRIPT

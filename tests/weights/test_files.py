@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import file_sha256
 from longsana.training.parts import Part, write_parts
+from longsana.weights.checkpoint_folder import MANIFEST, Stored, digests
 from longsana.weights.files import open_checkpoint
 from longsana.weights.network import save_checkpoint
-from longsana.weights.run_folder import MANIFEST, Stored, digests
 from tests.weights.checkpoints import TINY, assert_same, load, upstream, weights
 
 

@@ -28,7 +28,7 @@ from longsana.training import build, folder
 from longsana.training.checkpoint import checkpoints_of
 from longsana.training.checks import check_same_run
 from longsana.training.config import TrainingConfig
-from longsana.training.folder import Record, check_fits, check_shared, sources
+from longsana.training.run_folder import Record, check_fits, check_shared, sources
 from longsana.training.stages.stage import MicroBatches
 from longsana.training.validation import Validation
 from tests.training.conftest import PROMPTS, ROOT, SCRIPT, forbidden
@@ -446,7 +446,7 @@ import os, sys, traceback
 from pathlib import Path
 from longsana.runtime.distributed import PeerError, World
 from longsana.runtime.errors import InputError
-from longsana.training.folder import check_shared
+from longsana.training.run_folder import check_shared
 
 def tell(line):
     os.write(1, f"{line}\\n".encode())  # at once: print may write the end of a line after the other process's line

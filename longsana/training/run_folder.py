@@ -29,7 +29,7 @@ from longsana.training.learner import Learner
 from longsana.training.parts import check_match, flatten
 from longsana.training.stages.stage import MicroBatches
 from longsana.weights.build import empty_model
-from longsana.weights.run_folder import CHECKPOINTS, open_tensors, refuse_old
+from longsana.weights.checkpoint_folder import CHECKPOINTS, open_tensors, refuse_old
 
 log = logging.getLogger(__name__)
 
