@@ -24,7 +24,7 @@ from longsana.runtime import files
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import LOCK, hold_folder
-from longsana.training import build, folder
+from longsana.training import build, run_folder
 from longsana.training.checkpoint import checkpoints_of
 from longsana.training.checks import check_same_run
 from longsana.training.config import TrainingConfig
@@ -384,7 +384,7 @@ def test_data_that_cannot_be_read_is_named(training_config, tmp_path, monkeypatc
     def broken(*_: Any) -> str:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(folder, "file_sha256", broken)
+    monkeypatch.setattr(run_folder, "file_sha256", broken)
     config = training_config("longsana")
     with pytest.raises(InputError, match=r"^text_encoder\.text_encoder_name: .*: cannot be read \(Input/output error"):
         Record.of(config, MicroBatches(0, 1, 1))

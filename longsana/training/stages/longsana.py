@@ -101,7 +101,8 @@ class LongSana(SelfForcing):
             state = stream.recent.begin(0, stream.state, again)
         if self.micro_batches.processes > 1:
             # Processes whose streams are at other places run the network as often.
-            like = torch.zeros(len(micro_batch.samples), *self.latent_shape, device=micro_batch.device)
+            shape = (len(micro_batch.samples), *self.latent_shape)
+            like = torch.zeros(shape, dtype=torch.float32, device=micro_batch.device)
             while passes < self.changes.change.chunks:
                 again(like[:, :, None].repeat(1, 1, self.config.sampling.chunk_frames, 1, 1), state=None)
         return state, text
