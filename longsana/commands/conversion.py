@@ -103,7 +103,9 @@ class Conversion:
             raise InputError(f"--key {self.key}: {self.source} holds one network; leave it out")
         if found.kind == "checkpoint":
             _step(found.file)
-        if found.headers_tell:
+        if found.headers_tell and (
+            self.config or found.kind != "checkpoint"
+        ):  # a run's is compared with its digest first
             self._config(found, self._first)
 
     def run(self) -> None:

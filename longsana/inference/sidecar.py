@@ -96,6 +96,8 @@ def fingerprint(
     for section, key in SOURCES.items():
         deciding[section][key] = digests[section]
     deciding["text_encoder"]["chi_prompt"] = text_sha256(instruction_text(deciding["text_encoder"]["chi_prompt"]))
+    if deciding["model"]["state_decay"] == 1:
+        deciding["model"]["state_decay"] = None  # one past
     sampling = deciding["sampling"]
     # A prompt of one part, and even parts that keep the past, are the videos that they were before there were others.
     story: list[Any] = [[part["chunk"], part["change"]] for part in parts]

@@ -46,6 +46,10 @@ class Reach(NamedTuple):
     sink: int | None = None
 
 
+MOST_CHUNKS = 1000
+"""The longest window: a state has the sums of each of its chunks, 19 MiB at 2B."""
+
+
 @dataclass(frozen=True)
 class Past:
     """The past that attention keeps of the chunks before.
@@ -67,12 +71,14 @@ class Past:
             InputError: one of them, by name, is out of its bounds or means nothing beside the others.
         """
         window, sinks = config.num_cached_blocks, config.num_sink_blocks
-        if window == 0 or window < -1:
-            raise InputError(f"num_cached_blocks={window}: must be -1 (all of the past) or at least 1")
+        if window == 0 or window < -1 or window > MOST_CHUNKS:
+            raise InputError(
+                f"num_cached_blocks={window}: must be -1 (all of the past) or 1 to {MOST_CHUNKS:,}, which a state holds"
+            )
         if sinks < 0:
             raise InputError(f"num_sink_blocks={sinks}: must be 0 (no sinks) or more")
         decay = _checked(config.state_decay)
-        if window > 0 and decay == 0:
+        if window > 0 and decay in (0, (0, 0)):
             raise InputError(
                 f"num_cached_blocks={window}: has no meaning with state_decay=0, which leaves nothing of other chunks "
                 "in the window; set one of them"

@@ -575,13 +575,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     ) -> Iterator[LongSanaVideoChunk]:
         """opening: the first prompt's embedding, where that is known already. film: that it goes on from."""
         shape, device = (self.geometry.channels, *self.geometry.latent_size(*size)), self._execution_device
-        current, text, vae = None, None, None
+        current, text, vae, past = None, None, None, uncompiled(self.transformer).network.past
         self._interrupt = False
         try:
             if film is not None:
                 first = next(prompts)
                 prompts, opening = chain([first], prompts), opening or self._opening(first, motion_score)
-                begins = Continuation(self._nothing(size), None, seed, first, size)
+                begins = Continuation(self._nothing(size), None, seed, first, size, past=past)
                 state = yield from self._absorbed(film, begins, opening, shown)
             memory: CausalState | None = None
             cache, last, hidden, count, begun = None, None, 0, 0, ("", 0)
@@ -612,7 +612,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                         vae, [chunk.latents], cache, *shown[:2], more=following > 0, hidden=hidden
                     )
                 last, count = latest(last, chunk.latents), count + 1
-                after = Continuation(memory, cache, seed, prompt, size, last, repetition, count, waiting=hidden)
+                moment = {"latents": last, "repetition": repetition, "chunk": count, "waiting": hidden, "past": past}
+                after = Continuation(memory, cache, seed, prompt, size, **moment)
                 yield LongSanaVideoChunk(frames, after)
         except Interrupted:
             return
@@ -853,6 +854,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         past, own = uncompiled(self.transformer).network.past, state.network
         if own.kv.shape[2] != past.entries or own.sinks > past.sinks:
             raise InputError("state: of another num_cached_blocks or num_sink_blocks than this transformer has")
+        if state.past not in (None, past):
+            raise InputError(f"state: its sums were made with {state.past}; this transformer has {past}")
         needed = uncompiled(self.transformer).network.empty_state(1, *self.geometry.latent_size(*state.size))
         for name in own._fields:
             given, like = getattr(own, name), getattr(needed, name)

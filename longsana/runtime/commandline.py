@@ -168,7 +168,11 @@ def run_command(
                     raise
                 print(f"failed{_of_process(world)}: {reason}", file=sys.stderr)
                 return 1
-        except stop.Stopped as stopped:  # also while something else was told, or the processes parted
+        except (stop.Stopped, SystemError) as error:  # also while something else was told, or the processes parted
+            # A second signal may come while C code has the first one's exception in hand: Python then says so of it.
+            stopped = error.__cause__ if isinstance(error, SystemError) else error
+            if not isinstance(stopped, stop.Stopped):
+                raise
             if world is None or world.is_main:
                 print(f"{stopped}; {after_stop}", file=sys.stderr)
             return stopped.status

@@ -17,6 +17,7 @@ from torch import Tensor
 from longsana.data.prompts import check_words
 from longsana.encoders.vae import DecodeCache, VideoVAE
 from longsana.models.dit import LongSanaDiT
+from longsana.models.past import Past
 from longsana.runtime.arguments import TEXT, Flag, Is, Several, Whole
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded, whole_file
@@ -94,6 +95,7 @@ class Continuation(NamedTuple):
     chunk: chunks sampled so far under this plan, and after it.
     plan: latent frames of each chunk that the video was to have; empty where nobody planned.
     marks: fingerprints of the network and the VAE; see `mark_of`. Empty where nobody looked.
+    past: the memory of the past that its sums were made with; None in a file, where `marks` say it.
     """
 
     network: CausalState
@@ -107,6 +109,7 @@ class Continuation(NamedTuple):
     plan: tuple[int, ...] = ()
     waiting: int = 0
     marks: tuple[str, str] = ("", "")
+    past: Past | None = None
 
     @property
     def moment(self) -> Moment:
@@ -139,12 +142,12 @@ class Continuation(NamedTuple):
         check_words(TEXT.settle(f"{name}: its prompt", self.prompt), f"{name}: its prompt")
         height, width = Several(SIDE, 2).settle(f"{name}: its size", self.size)
         plan = tuple(Several(COUNT).settle(f"{name}: its plan", self.plan)) if self.plan else ()
-        counts = {
+        counts: dict[str, Any] = {
             part: COUNT.settle(f"{name}: its {part}", getattr(self, part))
             for part in ("repetition", "chunk", "waiting")
         }
-        return Continuation(
-            network, decoder, seed, self.prompt, (height, width), latents, plan=plan, marks=self.marks, **counts
+        return self._replace(
+            network=network, decoder=decoder, seed=seed, size=(height, width), latents=latents, plan=plan, **counts
         )
 
     def save(self, path: str | Path, memory: Memory = "full") -> None:

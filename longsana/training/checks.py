@@ -143,6 +143,9 @@ def _check_distillation(config: TrainingConfig) -> None:
             f"rollout.min_num_training_frames={shortest}: must be rollout.num_training_frames={longest} or less by a "
             f"multiple of sampling.chunk_frames={chunk}"
         )
+    whole = config.trainer == "flow_matching" and not config.flow_matching.causal
+    for key, value in chosen_past(config.model).items() if whole else ():
+        raise InputError(f"model.{key}={value}: has no meaning with flow_matching.causal=false; a clip is one chunk")
     for name, score in (("real_score", config.real_score), ("fake_score", config.fake_score)):
         empty_model(score)
         for key, value in chosen_past(score).items():

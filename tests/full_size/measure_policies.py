@@ -110,6 +110,7 @@ def share_out(options: argparse.Namespace) -> int:
     common = ["--out", str(options.out), "--prompts", str(options.prompts), "--batch", str(options.batch)]
     common += ["--seconds", *map(str, options.seconds)]
     common += [] if options.minutes is None else ["--minutes", str(options.minutes)]
+    common += ["--no_table"]  # which all would write at once
     shares = [options.policies[first :: options.processes] for first in range(options.processes)]
     running = [
         subprocess.Popen([sys.executable, __file__, *common, "--only", *(policy.name for policy in share)])
@@ -128,7 +129,8 @@ def share_out(options: argparse.Namespace) -> int:
 def measure(options: argparse.Namespace, device: torch.device) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     texts = prompts(0, options.prompts, held_out=True)
-    write_table(options.out)
+    finish = (lambda out: None) if options.no_table else write_table
+    finish(options.out)
     started, longest = time.perf_counter(), 0.0
     for policy in options.policies:
         path = options.out / policy.file
@@ -152,7 +154,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> int:
         result |= {"asked": asked, "seconds": round(time.perf_counter() - begun, 1), **made}
         atomic_write_text(path, json.dumps(result) + "\n")
         log.info("%s: %.0f s", policy.name, result["seconds"])
-        write_table(options.out)
+        finish(options.out)
     return 0
 
 
@@ -220,6 +222,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="begin no policy that would end later (default: no limit)")
     parser.add_argument("--only", nargs="+", metavar="POLICY", help="these, by name (default: all)")
     parser.add_argument("--processes", type=int, default=1, help="that share the policies (default: %(default)s)")
+    parser.add_argument(
+        "--no_table", action="store_true", help="figures alone, as processes of this command write them"
+    )
     parser.add_argument("--speed", action="store_true", help="frames a second on two cores, and nothing else")
     return parser.parse_args(arguments)
 

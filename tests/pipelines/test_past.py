@@ -73,6 +73,17 @@ def test_a_stream_goes_on_with_it(settings: dict[str, Any], distilled_folder: Pa
     assert torch.equal(torch.cat([chunk.frames for chunk in first + rest], dim=2), video(pipe))
 
 
+def test_a_state_in_memory_is_of_its_past(distilled_folder: Path) -> None:
+    """A decayed sum, a plain one and a window of one chunk have one shape."""
+    pipe = quiet(distilled_folder, state_decay=0.8)
+    options = {key: value for key, value in OPTIONS.items() if key != "num_frames"}
+    (chunk,) = islice(pipe.stream(PROMPT, generator=torch.Generator().manual_seed(11), **options), 1)
+    for settings in ({"state_decay": 0.7}, {}, {"num_cached_blocks": 1}):
+        with pytest.raises(InputError, match=r"state: its sums were made with Past\(window=-1, decay=0.8, sinks=0\)"):
+            quiet(distilled_folder, **settings).stream(num_frames=8, state=chunk.state, output_type="latent")
+    assert len(list(pipe.stream(num_frames=8, state=chunk.state, chunk_frames=2, output_type="latent"))) == 1
+
+
 def test_all_of_it_may_be_asked_for(distilled_folder: Path, whole: Tensor) -> None:
     pipe = quiet(distilled_folder, num_cached_blocks=-1, state_decay=1.0, num_sink_blocks=0)
     assert torch.equal(video(pipe), whole)

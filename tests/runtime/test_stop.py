@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from longsana.runtime import stop
+from longsana.runtime.commandline import run_command
+from longsana.runtime.distributed import World
 
 ROOT = Path(__file__).resolve().parents[2]
 INFERENCE = ROOT / "inference_video_scripts/inference_sana_video.py"
@@ -223,3 +225,19 @@ def test_one_of_two_processes_is_stopped(tmp_path: Path) -> None:
     _, err = both[0].communicate(timeout=200)
     assert both[0].returncode == 1, err
     assert "failed: another process of this launch has ended" in err and "Traceback" not in err, err
+
+
+def test_a_second_signal_in_the_middle_of_the_first_is_no_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    """C code that meets it while the first one's exception is set makes a SystemError of both."""
+
+    def run(asked: None, world: World) -> int:
+        raise SystemError("returned a result with an exception set") from stop.Stopped(signal.SIGINT)
+
+    assert run_command(lambda world: None, run, after_stop="again") == 130
+    assert capsys.readouterr().err == "stopped by SIGINT; again\n"
+
+    def fault(asked: None, world: World) -> int:
+        raise SystemError("a real one")
+
+    with pytest.raises(SystemError, match="a real one"):
+        run_command(lambda world: None, fault)
