@@ -363,12 +363,20 @@ class _Share:
                 job.path.with_suffix(".json").unlink(missing_ok=True)
                 for older in set(states_of(job.path)) - states:
                     older.unlink()
+            # All that takes time, before: who finds a video without its sidecar makes it again.
+            told = {
+                "batch": len(batch),
+                "memory": _memory(engine.device),
+                "machine": _machine(engine.device, self.world),
+                "versions": versions(),
+            }
+            spent = device_clock.seconds()
             with host_clock.part("write"):
                 stack.close()  # finishes the files
         wall = time.perf_counter() - started
         timings = {
             "text": sum(captions[job.path][1] for job in batch),
-            **device_clock.seconds(),
+            **spent,
             **host_clock.seconds(),
             "wall": wall,
             "fps": sum(writer.frames for writer in writers) / wall,
@@ -379,10 +387,7 @@ class _Share:
                 "latents_sha256": digest.hexdigest(),
                 **({"states": [path.name for path in states_of(job.path)]} if self.beginning.saves != NONE else {}),
                 "timings": {name: round(seconds, 4) for name, seconds in timings.items()},
-                "batch": len(batch),
-                "memory": _memory(engine.device),
-                "machine": _machine(engine.device, self.world),
-                "versions": versions(),
+                **told,
             }
             atomic_write_text(job.path.with_suffix(".json"), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
             self.written += 1

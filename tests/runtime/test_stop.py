@@ -158,9 +158,10 @@ def finished(folder: Path) -> list[Path]:
     return list((folder / "v").glob("[!.]*.json"))
 
 
-def assert_stopped(process: subprocess.Popen[str], number: int, folder: Path) -> None:
+def assert_stopped(process: subprocess.Popen[str], number: int, folder: Path, *, second: int | None = None) -> None:
+    """second: another signal that was sent in the same moment; Python may give it to the handler first."""
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
+    assert process.returncode in (128 + number, 128 + (second or number)), err
     assert "Traceback" not in err and "Exception ignored" not in err, err
     assert len(re.findall(r"^stopped by SIG\w+", err, flags=re.MULTILINE)) == 1, err
     left = {path.name for path in (folder / "v").glob("*")} | {path.name for path in (folder / "v").glob(".*")}
@@ -188,7 +189,7 @@ def test_the_inference_command_stops_at_any_moment(moment: int, tmp_path: Path) 
     process.send_signal(number)
     process.send_signal(signal.SIGTERM)  # as schedulers do
     try:
-        assert_stopped(process, number, tmp_path)
+        assert_stopped(process, number, tmp_path, second=signal.SIGTERM)
     except AssertionError:
         if process.returncode != 0:  # it was as good as done
             raise
