@@ -103,9 +103,8 @@ class Conversion:
             raise InputError(f"--key {self.key}: {self.source} holds one network; leave it out")
         if found.kind == "checkpoint":
             _step(found.file)
-        if found.headers_tell and (
-            self.config or found.kind != "checkpoint"
-        ):  # a run's is compared with its digest first
+        # Without --config a run's checkpoint is first compared with its digest.
+        if found.headers_tell and (self.config or found.kind != "checkpoint"):
             self._config(found, self._first)
 
     def run(self) -> None:

@@ -343,7 +343,7 @@ class _Share:
             writers = [stack.enter_context(self._writer(job)) for job in batch]
             for job in batch:
                 # A command whose video is there writes the sidecar last: it may be about to.
-                if is_finished(job.path, job.record["fingerprint"], self.beginning.saved) or job.path in self._busy:
+                if self._is_finished(job) or job.path in self._busy:
                     self._busy.discard(job.path)
                     raise _Elsewhere(job)
             prompts, own = [job.prompt for job in batch], [captions[job.path][0] for job in batch]

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 WHOLE = 1 << 20  # latents a call: all of a clip but its first
 DIFFERS = 0.04
-"""Of a range of 2: what is farther from the ground's colour in any channel belongs to a shape or its edge."""
+"""Distance, in a range of 2, from the ground's colour beyond which a pixel belongs to a shape or its edge."""
 WARM_UP = 3
 """Steps before recording: what libraries set up on first use must not be part of a graph."""
 
