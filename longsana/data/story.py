@@ -88,6 +88,35 @@ class Placed(NamedTuple):
     change: Change = Change()
 
 
+class Outline(NamedTuple):
+    """The parts of a prompt over the chunks of its video.
+
+    chunks: that the parts were placed for; after them the last one goes on.
+    """
+
+    parts: tuple[Placed, ...]
+    chunks: int
+
+    def after(self, done: int) -> Outline:
+        """The outline counted from chunk `done` on: parts that began before it have negative places."""
+        parts = tuple(part._replace(chunk=part.chunk - done) for part in self.parts)
+        return Outline(parts, self.chunks - done)
+
+    @property
+    def changes(self) -> dict[int, Change]:
+        """The changes of the past from chunk 0 on, without those that keep it, by the chunk that they precede."""
+        return {part.chunk: part.change for part in self.parts if part.chunk >= 0 and part.change.kind != "keep"}
+
+    def shown(self, chunks: int) -> dict[int, Placed]:
+        """The parts that chunks 0 to `chunks` - 1 show, by number, and where each begins of them.
+
+        One that began before has nothing left to change.
+        """
+        stops = [part.chunk for part in self.parts[1:]]
+        begun = {n: part for n, part in enumerate(self.parts) if part.chunk < chunks and (stops[n:] or [1])[0] > 0}
+        return {n: part if part.chunk >= 0 else Placed(0) for n, part in begun.items()}
+
+
 def read_parts(text: str) -> tuple[tuple[str, ...], tuple[Mark, ...]]:
     """The words of each part of a prompt, and the marks of each if it is a story; none if it is not.
 
@@ -112,6 +141,23 @@ def read_parts(text: str) -> tuple[tuple[str, ...], tuple[Mark, ...]]:
         raise InputError(f"{pieces[0]:.40}: the first part has no past that could change; remove its bracket")
     words, marks = zip(*map(_mark, pieces), strict=True)
     return tuple(_ESCAPED.sub(r"\1", part) for part in words), marks
+
+
+def read_part(text: str) -> tuple[str, Change | None]:
+    """The words of a prompt that is given by itself, after others, and the change of the past that it begins with.
+
+    As in a story: `[cut] a lighthouse`; a backslash before the bracket makes it a plain one.
+
+    Raises:
+        InputError: its mark is wrong, or it has no words; the message does not say where.
+    """
+    plain, first = _ESCAPED.sub(r"\1", text), _FIRST.match(text)
+    if first is None or not difflib.get_close_matches(_word(first), KINDS, n=1, cutoff=0.75):
+        return (plain if text.startswith("\\[") else text), None
+    words = text[first.end() :].strip()
+    if not words:
+        raise InputError(f"{text:.40}: a change of the past without words")
+    return words, Change.parse(first[1])
 
 
 def place_parts(
@@ -147,40 +193,13 @@ def place_parts(
     return tuple(map(Placed, firsts, [Change(), *own[1:]]))
 
 
-def parts_after(parts: Sequence[Placed], done: int, chunks: int) -> tuple[slice, tuple[Placed, ...]]:
-    """Choose the parts that a video shows in `chunks` chunks after its first `done`, and place them there.
-
-    The part that is shown at the cut begins the stretch; after the video's plan the last part stays.
-
-    Raises:
-        InputError: a change reaches back beyond the cut, to chunks that a state does not hold.
-    """
-    first = max(number for number, part in enumerate(parts) if part.chunk <= done)
-    stop = 1 + max(number for number, part in enumerate(parts) if part.chunk < done + chunks or number == first)
-    own = [Placed(max(part.chunk - done, 0), part.change) for part in parts[first:stop]]
-    if parts[first].chunk < done:
-        own[0] = Placed(0)
-    for part in own:
-        if part.change.chunks > part.chunk:
-            raise InputError(
-                f"{part.change}: reaches back {part.change.chunks} chunks, where the saved state has {part.chunk} "
-                "after it; go on from a state that was saved earlier, or keep the past"
-            )
-    return slice(first, stop), tuple(own)
-
-
-def changes_of(parts: Sequence[Placed]) -> dict[int, Change]:
-    """The changes of a video's past by the chunk before which they happen, without those that keep it."""
-    return {part.chunk: part.change for part in parts if part.change.kind != "keep"}
-
-
-def shared_changes(videos: Sequence[Sequence[Placed]]) -> dict[int, Change]:
+def shared_changes(videos: Sequence[Outline]) -> dict[int, Change]:
     """The changes of the past of videos that are sampled together: they have one state, and so one history.
 
     Raises:
         InputError: they differ.
     """
-    first, *others = map(changes_of, videos)
+    first, *others = (video.changes for video in videos)
     if any(changes != first for changes in others):
         raise InputError(
             "stories whose past changes at different places, or in different ways, cannot be sampled together; give "

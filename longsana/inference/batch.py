@@ -443,8 +443,7 @@ def sample_from(
     clock: Clock,
 ) -> Iterator[Frames]:
     """Frames of a batch of videos of this plan that begin from nothing, a film or a state; see `Engine.sample`."""
-    chosen = [beginning.parts(prompt, engine.config) for prompt in prompts]
-    own = [caption._replace(parts=caption.parts[shown]) for caption, (shown, _) in zip(captions, chosen, strict=True)]
+    outlines = [beginning.outline(prompt, engine.config) for prompt in prompts]
     begun: Moment | None = None
     if beginning.state is not None:
         moment = beginning.state.moment.to(engine.device)
@@ -454,11 +453,10 @@ def sample_from(
         sampling = engine.config.sampling
         pictures = (fitted(picture, height, width) for picture in read_film(beginning.path, sampling.fps))
         latents = film_latents(decoder, pictures, chunk_frames=sampling.chunk_frames, clock=clock)
-        begun = yield from absorb_film(network, decoder, own, latents, shown=beginning.shown, clock=clock)
+        recent = engine.videos(prompts, outlines=outlines).recent(sampling.chunk_frames + 1)
+        begun = yield from absorb_film(network, decoder, captions, latents, recent, shown=beginning.shown, clock=clock)
     wanted = partial(beginning.wants, count=len(plan))
-    yield from engine.sample(
-        network, decoder, prompts, own, clock, begun=begun, parts=[placed for _, placed in chosen], wanted=wanted
-    )
+    yield from engine.sample(network, decoder, prompts, captions, clock, begun=begun, outlines=outlines, wanted=wanted)
 
 
 def _digest(batch: np.ndarray, digests: Sequence[Any]) -> None:

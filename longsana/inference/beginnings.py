@@ -14,7 +14,7 @@ from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
 from longsana.data.films import count_frames, frames_used
 from longsana.data.prompts import Prompt
-from longsana.data.story import Placed, parts_after, place_parts, read_parts
+from longsana.data.story import Outline, place_parts, read_parts
 from longsana.encoders.geometry import geometry
 from longsana.published import DISTILLED
 from longsana.runtime.errors import InputError
@@ -75,19 +75,27 @@ class Beginning:
         """Tell whether a state is saved after a chunk, from 0, of so many."""
         return self.saves != NONE and (chunk + 1 == count or (bool(self.every) and (chunk + 1) % self.every == 0))
 
-    def parts(self, prompt: Prompt, config: InferenceConfig) -> tuple[slice, tuple[Placed, ...]]:
-        """Choose the parts of a prompt that its video shows, and place them: a state's own prompt goes on as planned.
+    def outline(self, prompt: Prompt, config: InferenceConfig) -> Outline:
+        """Place the parts of a prompt in its video: a state's own prompt goes on as planned.
 
         Raises:
-            InputError: they do not fit into the video, or reach back beyond the state.
+            InputError: they do not fit into the video, or reach back to chunks that the state does not hold.
         """
         state = self.state
         if state is None or len(prompt.parts) == 1 or prompt.text != state.prompt:
-            return slice(None), placed_parts(config, prompt, goes_on=self.goes_on)
+            return placed_parts(config, prompt, goes_on=self.goes_on)
         plan = ChunkPlan(state.plan or (1,) * len(prompt.parts))
         shape, fps, change = geometry(config.vae), config.sampling.fps, default_change(config)
-        planned = place_parts(len(prompt.parts), prompt.marks, plan, shape, fps, change)
-        return parts_after(planned, state.chunk, len(chunk_plan(config, prompt.frames, goes_on=True)))
+        parts = place_parts(len(prompt.parts), prompt.marks, plan, shape, fps, change)
+        outline = Outline(parts, len(plan)).after(state.chunk)
+        for chunk, change in outline.changes.items():
+            sampled = chunk < len(chunk_plan(config, prompt.frames, goes_on=True))
+            if sampled and not state.recent.reaches(change, chunk):
+                raise InputError(
+                    f"{change}: reaches back {change.chunks} chunks, where the state holds {len(state.recent.chunks)} "
+                    f"and {chunk} come after it; go on from a state that was saved with this setting, or keep the past"
+                )
+        return outline
 
     def continuation(
         self, moment: Moment, prompt: Prompt, seed: int, chunk: int, plan: Sequence[int], marks: tuple[str, str]
@@ -110,6 +118,7 @@ class Beginning:
             planned,
             moment.waiting,
             marks,
+            recent=moment.recent,
         )
 
 

@@ -64,16 +64,24 @@ def told_parts(config: InferenceConfig, prompt: Prompt, beginning: Beginning | N
     Pictures and seconds are those of the mp4.
 
     Raises:
-        InputError: see `Beginning.parts`.
+        InputError: see `Beginning.outline`.
     """
     beginning = beginning or Beginning()
-    goes_on, (shown, placed) = beginning.goes_on, beginning.parts(prompt, config)
+    goes_on = beginning.goes_on
     starts, vae = chunk_plan(config, prompt.frames, goes_on=goes_on).starts, geometry(config.vae)
     told = []
-    for words, part in zip(prompt.parts[shown], placed, strict=True):
+    for number, part in beginning.outline(prompt, config).shown(len(starts)).items():
         frame = beginning.given_frames + vae.pixel_frames(starts[part.chunk], first=not goes_on)
         second = round(frame / config.sampling.fps, 3)
-        told.append({"text": words, "chunk": part.chunk, "frame": frame, "second": second, "change": str(part.change)})
+        told.append(
+            {
+                "text": prompt.parts[number],
+                "chunk": part.chunk,
+                "frame": frame,
+                "second": second,
+                "change": str(part.change),
+            }
+        )
     return told
 
 
@@ -101,7 +109,7 @@ def fingerprint(
     sampling = deciding["sampling"]
     # A prompt of one part, and even parts that keep the past, are the videos that they were before there were others.
     story: list[Any] = [[part["chunk"], part["change"]] for part in parts]
-    if len(parts) > 1 and sampling["transition_chunks"]:
+    if len(prompt.parts) > 1 and sampling["transition_chunks"]:
         story.append([sampling["transition"], sampling["transition_chunks"]])
     elif not prompt.marks and all(part["change"] == "keep" for part in parts):
         story = []

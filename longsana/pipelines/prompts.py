@@ -34,7 +34,7 @@ def one_for_each(prompt: str | list[str] | None, embeds: Tensor | None, copies: 
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise InputError("prompt: must be a text or a list of texts")
-    return [_words(text).strip() for text in prompts for _ in range(copies)]
+    return [only_words(text).strip() for text in prompts for _ in range(copies)]
 
 
 def negative_texts(prompt: str | Sequence[str | None] | None, count: int) -> list[str]:
@@ -101,7 +101,8 @@ def parts_of(text: str) -> tuple[tuple[str, ...], tuple[Mark, ...]]:
         raise InputError(f"prompt: {error}") from error
 
 
-def _words(text: str) -> str:
+def only_words(text: str) -> str:
+    """A prompt, as it is; InputError where it names a picture or has no words."""
     if PICTURE in text:
         raise InputError(f"prompt: '{PICTURE}' names a picture to begin with, which this pipeline does not take")
     check_words(text, "prompt")
@@ -143,7 +144,7 @@ def whole(text: str) -> str:
     """
     if not isinstance(text, str):
         raise InputError(f"prompt: a {type(text).__name__} where a text is needed")
-    words, marks = parts_of(_words(text).strip())
+    words, marks = parts_of(only_words(text).strip())
     if len(words) > 1:
         raise InputError(
             f"prompt: parts between '{' | ' if marks else SPLIT}' are for a video of the distilled model; a stream "

@@ -10,7 +10,8 @@ import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise, repeat
+from functools import lru_cache, partial
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -24,7 +25,7 @@ from longsana.chunks import ChunkPlan
 from longsana.config import check_chi_prompt
 from longsana.data.films import frames_used
 from longsana.data.prompts import check_words
-from longsana.data.story import Change, Mark, Placed, place_parts, shared_changes
+from longsana.data.story import Change, Mark, Outline, place_parts, shared_changes
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
 from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, with_motion
 from longsana.encoders.vae import DecodeCache, VideoVAE, kind_of
@@ -39,7 +40,7 @@ from longsana.pipelines.files import check_repository, folder_of
 from longsana.pipelines.films import Film, FilmLike
 from longsana.pipelines.noise import batch_noise, check_generator, check_noise, take_seed
 from longsana.pipelines.pictures import as_output, joined
-from longsana.pipelines.prompts import given_embeddings, in_turn, negative_texts, one_for_each, parts_of, whole
+from longsana.pipelines.prompts import given_embeddings, negative_texts, one_for_each, parts_of, whole
 from longsana.pipelines.transformer import (
     LoraLoaderMixin,
     SanaVideoCausalTransformer3DModel,
@@ -47,6 +48,7 @@ from longsana.pipelines.transformer import (
     onload,
     uncompiled,
 )
+from longsana.pipelines.turns import Told, Turn, told_by
 from longsana.runtime.arguments import OneOf, Whole, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
@@ -62,9 +64,10 @@ from longsana.sampling.continuation import (
     vae_mark_of,
 )
 from longsana.sampling.engine import Videos, decode, sample_latents, stretches
-from longsana.sampling.films import film_latents
-from longsana.sampling.sampler import absorb, generate
-from longsana.sampling.transition import Way
+from longsana.sampling.films import absorbed, film_latents
+from longsana.sampling.recent import Held, Recent
+from longsana.sampling.sampler import generate
+from longsana.sampling.transition import Way, blend
 from longsana.state import CausalState
 from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS
 
@@ -390,7 +393,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             refuse_ignored(telling | ({} if film else {"fps": fps}), "with prompt_embeds, which are of one part each")
         if not transition_chunks:
             refuse_ignored({"transition": transition}, "without transition_chunks")
-        placed = [self._placed(len(own), marks, plan, fps, prompt_change) for own, marks in parts]
+        place = partial(self._placed, fps=fps or USUAL_FPS, change=self._change(prompt_change))
+        placed = [place(len(own), marks, plan) for own, marks in parts]
         shared_changes(placed)
         negatives = {
             "negative_prompt": negative_prompt,
@@ -414,7 +418,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         filmed: list[Tensor] = []
         begun: Moment | None = None
         if film is not None:
-            filmed, begun = self._begun(film, captions, chunk_frames, latents_per_call)
+            recent = Recent(shared_changes(placed).values(), max(chunk_frames + 1, *plan.lengths))
+            filmed, begun = self._begun(film, captions, chunk_frames, latents_per_call, recent)
         videos = Videos(
             schedule,
             plan,
@@ -422,7 +427,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             batch_noise(texts, generator, latents),
             self._execution_device,
             lambda: self._guidance_scale,
-            parts=placed,
+            outlines=placed,
             transition_chunks=transition_chunks or 0,
             transition=transition or "linear",
             begun=begun,
@@ -471,6 +476,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         video: FilmLike | None = None,
         fps: float = USUAL_FPS,
         new_frames_only: bool = False,
+        prompt_change: str | None = None,
+        transition_chunks: int | None = None,
+        transition: Way | None = None,
     ) -> Iterator[LongSanaVideoChunk]:
         """One video, chunk by chunk as it is sampled, in memory that does not grow.
 
@@ -478,11 +486,16 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         where the chunks are the same: of an endless one the first has a latent more.
 
         Args:
-            prompt: a text; or one for each chunk, taken as it begins, of which the last one stays. None goes on with
-                that of the state. A chunk's noise is a function of the seed and its own prompt.
+            prompt: a text or a story; or a text for each chunk, taken as it begins, of which the last one stays. None
+                goes on with that of the state, a story as it was planned. A text that is another one than that of the
+                chunk before may begin with what becomes of the past there: `[cut] a lighthouse`. A chunk's noise is a
+                function of the seed and its own prompt.
             num_frames: as there; after a state, how many more, 4 n (Wan) or 8 n (LTX-2). None never ends.
             state: of the chunk (or the chunk itself, or a file of it) after which the video goes on, with its size, and
                 its seed if no generator is given.
+            prompt_change: what becomes of the past where the prompt changes and does not say it itself. The stream and
+                its states hold as much as this reaches back to, and no text can reach back farther.
+            transition_chunks: as there; a transition that another change interrupts ends with it.
 
         The others are those of `__call__`; a film's chunks come first, each with a state. `interrupt` ends it without
         the chunk in progress.
@@ -524,6 +537,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             if state is None:
                 raise InputError("prompt: missing; without a state there is none to go on with")
             prompt = state.prompt
+        if not transition_chunks:
+            refuse_ignored({"transition": transition}, "without transition_chunks")
         self._check_encoder([""])
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
@@ -532,71 +547,90 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             log.warning(
                 "prompt: %d for %d chunks, each of which takes one; the last are not shown", len(prompt), len(lengths)
             )
-        prompts, opening = in_turn(prompt), None
+        change, plan = self._change(prompt_change), lengths if isinstance(lengths, tuple) else None
+        place = partial(self._placed, fps=fps, change=change)
+        told = told_by(prompt, state, plan, place, change, transition_chunks or 0)
         if generator is not None:
             check_generator(generator)
+
+        @lru_cache(maxsize=2)
+        def embedding(words: str) -> CompactEmbedding:
+            return self._embed(self._worded(words, motion_score))
+
+        def caption(turn: Turn) -> CompactEmbedding:
+            if turn.share == 1:
+                return embedding(turn.words)
+            return blend(embedding(turn.before), embedding(turn.words), turn.share, transition or "linear")
+
         if isinstance(prompt, str | list | tuple):  # others say what the first is when it begins
-            first = next(prompts)
-            prompts = chain([first], prompts)
-            opening = self._opening(first, motion_score)
+            first = next(told.turns)
+            if state is not None and not state.recent.reaches(first.change, 0):
+                raise InputError(
+                    f"{first.change}: reaches back {first.change.chunks} chunks, where the state holds "
+                    f"{len(state.recent.chunks)}; go on from one of a stream with this prompt_change, or keep the past"
+                )
+            told = told._replace(turns=chain([first], told.turns))
+            with torch.no_grad():
+                caption(first)
         # Last of all that may be refused: a generator is advanced.
         seed = state.seed if state is not None and generator is None else take_seed(generator)
         return self._stream(
-            prompts,
-            opening,
+            told,
+            caption,
             lengths,
             schedule,
             size,
             seed,
             state,
-            motion_score,
             film,
             _Shown(output_type, chunk_frames, latents_per_call, new_frames_only),
         )
 
     @torch.no_grad()
-    def _opening(self, prompt: str, motion_score: int | None) -> list[CompactEmbedding]:
-        """The first prompt's embedding."""
-        return self._embedded([self._worded(prompt, motion_score)])
-
-    @torch.no_grad()
     def _stream(
         self,
-        prompts: Iterator[str],
-        opening: list[CompactEmbedding] | None,
+        told: Told,
+        caption: Callable[[Turn], CompactEmbedding],
         lengths: Iterable[int],
         schedule: FlowSchedule,
         size: tuple[int, int],
         seed: int,
         state: Continuation | None,
-        motion_score: int | None,
         film: Film | None,
         shown: _Shown,
     ) -> Iterator[LongSanaVideoChunk]:
-        """opening: the first prompt's embedding, where that is known already. film: that it goes on from."""
+        """film: that it goes on from."""
         shape, device = (self.geometry.channels, *self.geometry.latent_size(*size)), self._execution_device
-        current, text, vae, past = None, None, None, uncompiled(self.transformer).network.past
+        known, text, vae, past = None, None, None, uncompiled(self.transformer).network.past
+        turns, begun = told.turns, ("", 0) if state is None else (state.prompt, state.repetition)
+        sizes = [kept.latents.shape[2] for kept in state.recent.chunks] if state is not None else []
+        longest = max([shown.chunk_frames + 1, *sizes, *(lengths if isinstance(lengths, tuple) else ())])
+        recent, last, hidden, cache = Recent(told.changes, longest), None, 0, None
         self._interrupt = False
         try:
             if film is not None:
-                first = next(prompts)
-                prompts, opening = chain([first], prompts), opening or self._opening(first, motion_score)
-                begins = Continuation(self._nothing(size), None, seed, first, size, past=past)
-                state = yield from self._absorbed(film, begins, opening, shown)
+                first = next(turns)
+                turns = chain([first], turns)
+                begins = Continuation(self._nothing(size), None, seed, first.prompt, size, past=past)
+                state = yield from self._absorbed(film, begins, caption(first), recent, shown)
             memory: CausalState | None = None
-            cache, last, hidden, count, begun = None, None, 0, 0, ("", 0)
             if state is not None:
-                memory, cache, last, hidden = state.moment
-                count, begun = state.chunk, (state.prompt, state.repetition)
-            for (length, following), prompt in zip(pairwise(chain(lengths, [0])), prompts, strict=False):
-                if prompt != current or text is None:
-                    embedded = opening or self._embedded([self._worded(prompt, motion_score)])
-                    current, opening = prompt, None
-                    text = self._passes.cache_caption(stacked(embedded, device))
-                repetition = begun[1] if prompt == begun[0] else 0
+                memory, cache, last, hidden, held = state.moment
+                if film is None:
+                    recent.take(held)
+            following = chain(islice(lengths, 1, None), [0]) if isinstance(lengths, tuple) else repeat(1)
+            for count, (length, more, turn) in enumerate(zip(lengths, following, turns, strict=False), 1):
+                if known != (turn.before, turn.words, turn.share):
+                    known = turn.before, turn.words, turn.share
+                    text = self._passes.cache_caption(stacked([caption(turn)], device))
+                assert text is not None
+                repetition = begun[1] if turn.prompt == begun[0] else 0
                 where: dict[str, Any] = {"shape": shape, "device": device, "on_step": _Watch(self, schedule.steps)}
-                rng, plan = PromptNoise(seed, [(prompt, repetition)]), ChunkPlan((length,))
-                (chunk,) = generate(self._passes, schedule, [text], plan, rng=rng, state=memory, **where)
+                where |= {"rng": PromptNoise(seed, [(turn.prompt, repetition)]), "recent": recent}
+                changes = {0: turn.change}
+                (chunk,) = generate(
+                    self._passes, schedule, [text], ChunkPlan((length,)), state=memory, changes=changes, **where
+                )
                 memory = chunk.state
                 frames: Any = chunk.latents
                 assert memory is not None
@@ -609,11 +643,25 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                         before = restored(state.moment, vae)
                         cache, hidden = before.decoder, before.waiting
                     frames, cache, hidden = self._pictures(
-                        vae, [chunk.latents], cache, *shown[:2], more=following > 0, hidden=hidden
+                        vae, [chunk.latents], cache, *shown[:2], more=more > 0, hidden=hidden
                     )
-                last, count = latest(last, chunk.latents), count + 1
-                moment = {"latents": last, "repetition": repetition, "chunk": count, "waiting": hidden, "past": past}
-                after = Continuation(memory, cache, seed, prompt, size, **moment)
+                last = latest(last, chunk.latents)
+                after = Continuation(
+                    memory,
+                    cache,
+                    seed,
+                    turn.prompt,
+                    size,
+                    last,
+                    repetition,
+                    told.done + count,
+                    told.plan,
+                    hidden,
+                    past=past,
+                    recent=recent.copy() if turn.later else Held(),
+                    before=turn.before if turn.faded else "",
+                    faded=turn.faded,
+                )
                 yield LongSanaVideoChunk(frames, after)
         except Interrupted:
             return
@@ -629,7 +677,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self,
         film: Film,
         state: Continuation,
-        embedded: list[CompactEmbedding],
+        caption: CompactEmbedding,
+        recent: Recent,
         shown: _Shown,
     ) -> Generator[LongSanaVideoChunk, None, Continuation]:
         """Absorb a film under one caption, chunk by chunk; returns the state after it. state: before it."""
@@ -638,34 +687,32 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if shown.new_frames_only and shown.output_type != "latent":
             hidden = frames_used(film.count, self.geometry.time_stride)
         latents = film_latents(vae, film.pictures(), chunk_frames=shown.chunk_frames)
-        text = self._passes.cache_caption(stacked(embedded, self._execution_device))
+        text = self._passes.cache_caption(stacked([caption], self._execution_device))
         onload(self.vae)
-        while (given := next(latents, None)) is not None:
+        for given, memory in absorbed(self._passes, text, 1, latents, recent, state=state.network):
             frames, cache = given, None
             if shown.output_type != "latent":
+                onload(self.vae)
                 frames, cache, hidden = self._pictures(
                     vae, [given], state.decoder, *shown[:2], more=True, hidden=hidden
                 )
-            memory = absorb(self._passes, given, text, state.network)
-            state = state._replace(network=memory, decoder=cache, latents=latest(state.latents, given), waiting=hidden)
+            kept: dict[str, Any] = {"latents": latest(state.latents, given), "waiting": hidden, "recent": recent.copy()}
+            state = state._replace(network=memory, decoder=cache, **kept)
             if not shown.new_frames_only:
                 yield LongSanaVideoChunk(frames, state)
             onload(self.vae)
         return state
 
     def _begun(
-        self, film: Film, captions: Sequence[Caption], chunk_frames: int, latents_per_call: int
+        self, film: Film, captions: Sequence[Caption], chunk_frames: int, latents_per_call: int, recent: Recent
     ) -> tuple[list[Tensor], Moment]:
         """Latents of a film for each caption, chunk by chunk, and what the videos go on from after it."""
         onload(self.vae)
-        latents = film_latents(self._vae(latents_per_call), film.pictures(), chunk_frames=chunk_frames)
-        given = [own.expand(len(captions), -1, -1, -1, -1).contiguous() for own in latents]
+        # All at first: where parts take turns on the GPU, they take two.
+        latents = list(film_latents(self._vae(latents_per_call), film.pictures(), chunk_frames=chunk_frames))
         text = self._passes.cache_caption(stacked([caption.parts[0] for caption in captions], self._execution_device))
-        state: CausalState | None = None
-        for own in given:
-            state = absorb(self._passes, own, text, state)
-        assert state is not None
-        return given, Moment(state, None, None)
+        given, states = zip(*absorbed(self._passes, text, len(captions), latents, recent), strict=True)
+        return list(given), Moment(states[-1], None, None, recent=recent.copy())
 
     def _film(
         self, video: FilmLike | None, fps: float, new_frames_only: bool, height: int | None, width: int | None
@@ -918,16 +965,17 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             given = scheduler_shift(self.scheduler)
         return self._defaults.shift if given is None else given
 
-    def _placed(
-        self, parts: int, marks: Sequence[Mark], plan: ChunkPlan, fps: float | None, prompt_change: str | None
-    ) -> tuple[Placed, ...]:
-        """Place the parts of a prompt; InputError where they do not fit."""
+    def _change(self, prompt_change: str | None) -> Change:
+        """Read what becomes of the past where a prompt changes; InputError for what is none."""
         try:
-            change = Change.parse("keep" if prompt_change is None else prompt_change)
+            return Change.parse("keep" if prompt_change is None else prompt_change)
         except InputError as error:
             raise InputError(f"prompt_change: {error}") from error
+
+    def _placed(self, parts: int, marks: Sequence[Mark], plan: ChunkPlan, *, fps: float, change: Change) -> Outline:
+        """Place the parts of a prompt; InputError where they do not fit."""
         try:
-            return place_parts(parts, marks, plan, self.geometry, fps or USUAL_FPS, change)
+            return Outline(place_parts(parts, marks, plan, self.geometry, fps, change), len(plan))
         except InputError as error:
             raise InputError(f"prompt: {error}") from error
 

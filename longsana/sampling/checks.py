@@ -10,7 +10,7 @@ from pathlib import Path
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, ModelConfig, check_chi_prompt
 from longsana.data.prompts import Prompt, check_words, place, read_prompts
-from longsana.data.story import Change, Placed, place_parts
+from longsana.data.story import Change, Outline, place_parts
 from longsana.encoders.geometry import geometry
 from longsana.encoders.headers import check_text_encoder, check_vae
 from longsana.flow.schedule import FlowSchedule
@@ -165,7 +165,7 @@ def select_prompts(
     return selected
 
 
-def placed_parts(config: InferenceConfig, prompt: Prompt, *, goes_on: bool = False) -> tuple[Placed, ...]:
+def placed_parts(config: InferenceConfig, prompt: Prompt, *, goes_on: bool = False) -> Outline:
     """Place the parts of a prompt in its video. goes_on: see `chunk_plan`.
 
     Raises:
@@ -175,7 +175,8 @@ def placed_parts(config: InferenceConfig, prompt: Prompt, *, goes_on: bool = Fal
         between = " | " if prompt.marks else "<split>"
         raise InputError(f"parts between '{between}' need the streaming sampler ({DISTILLED})")
     plan, change = chunk_plan(config, prompt.frames, goes_on=goes_on), default_change(config)
-    return place_parts(len(prompt.parts), prompt.marks, plan, geometry(config.vae), config.sampling.fps, change)
+    shape, fps = geometry(config.vae), config.sampling.fps
+    return Outline(place_parts(len(prompt.parts), prompt.marks, plan, shape, fps, change), len(plan))
 
 
 def default_change(config: InferenceConfig) -> Change:

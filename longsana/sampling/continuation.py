@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -23,6 +23,7 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded, whole_file
 from longsana.runtime.finite import not_finite
 from longsana.runtime.foreign import reason_of, refuse_stand_in
+from longsana.sampling.recent import TENSORS, Held, each_of_state
 from longsana.state import CausalState
 
 SCHEMA = 1
@@ -31,7 +32,6 @@ KEPT = 12
 """Last latents of a video, from which the decoder's memory is rebuilt where it was not saved itself."""
 SAMPLED = 256
 """Numbers of a tensor, at most, that tell it from another network's."""
-TENSORS = ("kv", "k_sum", "tail")
 WORDS = ("seed", "prompt", "repetition", "chunk", "waiting")
 SEED, COUNT, SIDE = Whole(-(2**63), 2**64 - 1), Whole(0, 10**9), Whole(1, 2**14)
 
@@ -46,42 +46,37 @@ class Moment(NamedTuple):
     latents: (B, C, T, h, w), float32, the last ones, at most `KEPT`; None where they are not known.
     waiting: pixel frames of these latents that a decoder that looks ahead has not given. They are not shown after it:
         a video that goes on begins with the frames of its own latents.
+    recent: the last chunks, as far as changes of the past reach back; see `Recent`.
     """
 
     network: CausalState
     decoder: DecodeCache | None
     latents: Tensor | None
     waiting: int = 0
+    recent: Held = Held()
+
+    def each(self, change: Callable[[Tensor, int], Tensor]) -> Moment:
+        """Change every tensor, of any shape; `change` is told which of its dimensions is the batch."""
+        return Moment(
+            each_of_state(self.network, change),
+            self.decoder
+            and self.decoder._replace(features=tuple(change(feature, 0) for feature in self.decoder.features)),
+            None if self.latents is None else change(self.latents, 0),
+            self.waiting,
+            self.recent.each(change),
+        )
 
     def of(self, index: int) -> Moment:
         """The memory of one video of the batch."""
-        own = slice(index, index + 1)
-        tensors = {name: getattr(self.network, name)[:, own] for name in TENSORS}
-        decoder = self.decoder and self.decoder._replace(features=tuple(part[own] for part in self.decoder.features))
-        latents = None if self.latents is None else self.latents[own]
-        return Moment(self.network._replace(**tensors), decoder, latents, self.waiting)
+        return self.each(lambda tensor, batch: tensor.narrow(batch, index, 1))
 
     def to(self, device: torch.device) -> Moment:
         """The moment on a device."""
-        tensors = {name: getattr(self.network, name).to(device) for name in TENSORS}
-        decoder = self.decoder and self.decoder._replace(
-            features=tuple(part.to(device) for part in self.decoder.features)
-        )
-        latents = None if self.latents is None else self.latents.to(device)
-        return Moment(self.network._replace(**tensors), decoder, latents, self.waiting)
+        return self.each(lambda tensor, batch: tensor.to(device))
 
     def copies(self, count: int) -> Moment:
         """The memory of so many videos that all go on from this one."""
-        if count == 1:
-            return self
-        tensors = {
-            name: getattr(self.network, name).repeat_interleave(count, dim=1) for name in ("kv", "k_sum", "tail")
-        }
-        decoder = self.decoder and self.decoder._replace(
-            features=tuple(part.repeat_interleave(count, dim=0) for part in self.decoder.features)
-        )
-        latents = None if self.latents is None else self.latents.repeat_interleave(count, dim=0)
-        return Moment(self.network._replace(**tensors), decoder, latents, self.waiting)
+        return self if count == 1 else self.each(lambda tensor, batch: tensor.repeat_interleave(count, dim=batch))
 
 
 class Continuation(NamedTuple):
@@ -96,6 +91,9 @@ class Continuation(NamedTuple):
     plan: latent frames of each chunk that the video was to have; empty where nobody planned.
     marks: fingerprints of the network and the VAE; see `mark_of`. Empty where nobody looked.
     past: the memory of the past that its sums were made with; None in a file, where `marks` say it.
+    recent: see `Moment`.
+    before, faded: of a stream, the prompt that was before the last change while its caption becomes the new one's, and
+        chunks since that change; "" and 0 where none does.
     """
 
     network: CausalState
@@ -110,10 +108,13 @@ class Continuation(NamedTuple):
     waiting: int = 0
     marks: tuple[str, str] = ("", "")
     past: Past | None = None
+    recent: Held = Held()
+    before: str = ""
+    faded: int = 0
 
     @property
     def moment(self) -> Moment:
-        return Moment(self.network, self.decoder, self.latents, self.waiting)
+        return Moment(self.network, self.decoder, self.latents, self.waiting, self.recent)
 
     def settled(self, name: str = "state") -> Continuation:
         """Look at the values of a state; it comes back with whole numbers where they were whole floats.
@@ -144,11 +145,34 @@ class Continuation(NamedTuple):
         plan = tuple(Several(COUNT).settle(f"{name}: its plan", self.plan)) if self.plan else ()
         counts: dict[str, Any] = {
             part: COUNT.settle(f"{name}: its {part}", getattr(self, part))
-            for part in ("repetition", "chunk", "waiting")
+            for part in ("repetition", "chunk", "waiting", "faded")
         }
-        return self._replace(
-            network=network, decoder=decoder, seed=seed, size=(height, width), latents=latents, plan=plan, **counts
-        )
+        check_words(TEXT.settle(f"{name}: its prompt before", self.before), f"{name}: its prompt before")
+        recent = self._settled_recent(name)
+        settled = self._replace(network=network, decoder=decoder, latents=latents, recent=recent)
+        return settled._replace(seed=seed, size=(height, width), plan=plan, **counts)
+
+    def _settled_recent(self, name: str) -> Held:
+        if not isinstance(self.recent, Held) or not isinstance(self.recent.chunks, tuple):
+            raise InputError(f"{name}: its last chunks are a {type(self.recent).__name__}; must be a Held")
+        reach = COUNT.settle(f"{name}: reach of its last chunks", self.recent.reach)
+        if len(self.recent.chunks) > reach:
+            raise InputError(f"{name}: holds {len(self.recent.chunks)} last chunks, where changes reach back {reach}")
+        chunks, like = [], self.network.tail.shape
+        for number, kept in enumerate(self.recent.chunks):
+            place = f"{name}: last chunk {number}"
+            _check_numbers(place, {"latents": kept.latents})
+            start, before = COUNT.settle(f"{place}: its start", kept.start), kept.before
+            if before is not None:
+                before = before.settled(place)
+                if before.tail.shape != like or before.kv.shape != self.network.kv.shape:
+                    raise InputError(f"{place}: the state before it has other shapes than the one after it")
+            batch, channels, frames, *size = kept.latents.shape if kept.latents.dim() == 5 else (0,) * 5
+            known = None if self.latents is None else [self.latents.shape[1], *self.latents.shape[3:]]
+            if batch != like[1] or not frames or known not in (None, [channels, *size]):
+                raise InputError(f"{place}: its latents have shape {list(kept.latents.shape)}")
+            chunks.append(kept._replace(start=start, before=before))
+        return Held(reach, tuple(chunks))
 
     def save(self, path: str | Path, memory: Memory = "full") -> None:
         """Write a file that is whole or not there: tensors as safetensors, and all else as one JSON text in its header.
@@ -298,7 +322,7 @@ def _tensors(state: Continuation) -> dict[str, Tensor]:
         found["latents"] = state.latents
     if state.decoder is not None:
         found |= {f"decoder.{number}": part for number, part in enumerate(state.decoder.features)}
-    return found
+    return found | state.recent.tensors()
 
 
 def _numbers(state: Continuation) -> dict[str, Any]:
@@ -309,7 +333,8 @@ def _numbers(state: Continuation) -> dict[str, Any]:
         "frames": state.network.frames,
         "sinks": state.network.sinks,
         "decoder": None if decoder is None else [len(decoder.features), decoder.latents, decoder.ended],
-        **{name: getattr(state, name) for name in WORDS},
+        "reach": state.recent.reach,
+        **{name: getattr(state, name) for name in (*WORDS, "before", "faded")},
         **{name: list(getattr(state, name)) for name in ("size", "plan", "marks")},
     }
 
@@ -333,6 +358,10 @@ def _restored(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Conti
         latents=tensors.get("latents"),
         plan=tuple(record["plan"]),
         marks=(str(network_mark), str(vae_mark)),
+        # Files from before a state held its last chunks say nothing of them, nor of a caption that becomes another.
+        recent=Held.named(tensors, record.get("reach", 0)),
+        before=record.get("before", ""),
+        faded=record.get("faded", 0),
         **{name: record[name] for name in WORDS},
     )
 

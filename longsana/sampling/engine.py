@@ -17,7 +17,7 @@ from torch import Tensor
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
-from longsana.data.story import Placed, shared_changes
+from longsana.data.story import Outline, shared_changes
 from longsana.encoders.geometry import geometry
 from longsana.encoders.vae import DecodeCache, VideoVAE, load_vae
 from longsana.flow.noise import Noise, PromptNoise
@@ -35,6 +35,7 @@ from longsana.sampling.captions import Caption, stacked
 from longsana.sampling.checks import DISTILLED, DPM, WHOLE_CLIP, blame, check_config, chunk_plan, placed_parts
 from longsana.sampling.continuation import Moment, latest
 from longsana.sampling.graphs import ReplayedNetwork
+from longsana.sampling.recent import Held, Recent
 from longsana.sampling.sampler import (
     Chunk,
     ChunkedNetwork,
@@ -82,7 +83,8 @@ class Videos:
     cfg_scale: of guidance, asked for at each step if it is a function; not used where there is no negative caption.
     recorded: the distilled model's passes are replayed as CUDA graphs (see `ReplayedNetwork`); it is on a GPU.
     null_caption: guidance leads away from the checkpoint's own null caption, and not from the captions' negative ones.
-    parts: of the distilled model, where the parts of each video's prompt begin; their changes of the past are the same.
+    outlines: of the distilled model, where the parts of each video's prompt begin, from the first of these chunks on;
+        their changes of the past are the same.
     transition_chunks, transition: the captions between two parts; see `shown_in` and `blend`.
     begun: the videos go on from here, with the decoder's memory (see `restored`); the distilled model's alone do.
     """
@@ -95,10 +97,25 @@ class Videos:
     cfg_scale: float | Callable[[], float] = 1.0
     recorded: bool = False
     null_caption: bool = False
-    parts: Sequence[Sequence[Placed]] = ()
+    outlines: Sequence[Outline] = ()
     transition_chunks: int = 0
     transition: Way = "linear"
     begun: Moment | None = None
+
+    def recent(self, film_frames: int = 0) -> Recent:
+        """Make room for the last chunks that changes of the past reach back to, and take those of the beginning.
+
+        film_frames: latent frames of the longest chunk of a film that comes first.
+        """
+        longest = max(*self.plan.lengths, film_frames, *(kept.latents.shape[2] for kept in self._begun_with.chunks))
+        recent = Recent(shared_changes(self.outlines).values(), longest)
+        if self.begun is not None:
+            recent.take(self._begun_with)
+        return recent
+
+    @property
+    def _begun_with(self) -> Held:
+        return Held() if self.begun is None else self.begun.recent
 
 
 class Frames(NamedTuple):
@@ -180,10 +197,13 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         begun: Moment | None = None,
-        parts: Sequence[Sequence[Placed]] | None = None,
+        outlines: Sequence[Outline] | None = None,
     ) -> Videos:
-        """Describe a batch of videos, of one size and length. begun, parts: see `Videos`; None: as the prompts say."""
-        parts = parts or [placed_parts(self.config, prompt, goes_on=begun is not None) for prompt in prompts]
+        """Describe a batch of videos, of one size and length.
+
+        begun, outlines: see `Videos`; None: as the prompts say.
+        """
+        outlines = outlines or [placed_parts(self.config, prompt, goes_on=begun is not None) for prompt in prompts]
         sampling, first = self.config.sampling, prompts[0]
         keys = [("", 0) if sampling.unified_noise else (prompt.text, prompt.repetition) for prompt in prompts]
         seeds = [sampling.seed if prompt.seed is None else prompt.seed for prompt in prompts]
@@ -196,7 +216,7 @@ class Engine:
             sampling.cfg_scale,
             recorded=sampling.cuda_graphs and self.device.type == "cuda",
             null_caption=sampling.cfg_scale != 1 and sampling.null_caption == "learned",
-            parts=parts,
+            outlines=outlines,
             transition_chunks=sampling.transition_chunks,
             transition=sampling.transition,
             begun=begun,
@@ -212,7 +232,7 @@ class Engine:
         *,
         to_the_end: bool = False,
         begun: Moment | None = None,
-        parts: Sequence[Sequence[Placed]] | None = None,
+        outlines: Sequence[Outline] | None = None,
         wanted: Callable[[int], bool] = never,
     ) -> Iterator[Frames]:
         """Frames of the prompts' videos, of one size and length, as the config says; see the function `sample`."""
@@ -220,7 +240,7 @@ class Engine:
             network,
             decoder,
             captions,
-            self.videos(prompts, begun, parts),
+            self.videos(prompts, begun, outlines),
             frames_per_call=self.config.sampling.chunk_frames,
             clock=clock,
             to_the_end=to_the_end,
@@ -261,8 +281,8 @@ def sample(
         FloatingPointError: latents or decoded frames are not finite.
     """
     clock, left = clock or Clock(videos.device), videos.plan.frames
-    decoding = Decoding(decoder, videos.begun)
-    chunks = sample_latents(network, captions, videos, clock=clock)
+    decoding, recent = Decoding(decoder, videos.begun), videos.recent()
+    chunks = sample_latents(network, captions, videos, recent=recent, clock=clock)
     try:
         for chunk in chunks:
             keep = wanted(chunk.index)
@@ -272,7 +292,10 @@ def sample(
                 with clock.part("decode"):
                     pixels = decoding(latents, f"chunk {chunk.index}", more=left > 0, keep=keep)
                 ends = decoding.start == chunk.start + chunk.latents.shape[2]
-                after = decoding.moment(chunk.state) if keep and ends and chunk.state is not None else None
+                after = None
+                if keep and ends and chunk.state is not None:
+                    later = any(chunk.index < index for index in shared_changes(videos.outlines))
+                    after = decoding.moment(chunk.state, recent.copy() if later else Held())
                 yield Frames(chunk.index, latents, pixels, after)
                 del after  # of the size of the decoder's memory
     except FloatingPointError:
@@ -328,10 +351,10 @@ class Decoding:
         hidden, self._hidden = self._hidden, max(self._hidden - pixels.shape[1], 0)
         return pixels[:, hidden:] if hidden else pixels
 
-    def moment(self, state: CausalState) -> Moment:
-        """The moment after what was decoded. state: the network's, after the same latents."""
+    def moment(self, state: CausalState, recent: Held) -> Moment:
+        """The moment after what was decoded. state, recent: the network's, after the same latents."""
         assert state.frames == self.start
-        return Moment(state, self._cache, self._latents, self._waiting)
+        return Moment(state, self._cache, self._latents, self._waiting, recent)
 
 
 def sample_latents(
@@ -339,17 +362,19 @@ def sample_latents(
     captions: Sequence[Caption],
     videos: Videos,
     *,
+    recent: Recent | None = None,
     clock: Clock | None = None,
     on_step: StepEnd = go_on,
 ) -> Iterator[Chunk]:
     """Latents of a batch of videos, one for each caption, chunk by chunk.
 
+    recent: holds the last chunks of the distilled model's, as `videos.recent()` does; None: nobody else looks at it.
     on_step: see `StepEnd`; staggered chunks have none.
     """
     clock, method, plan = clock or Clock(videos.device), videos.method, videos.plan
     where: dict[str, Any] = {"shape": videos.shape, "rng": videos.noise, "device": videos.device, "clock": clock}
     if isinstance(method, FlowSchedule):
-        shown = [shown_in(parts, len(plan), videos.transition_chunks) for parts in videos.parts]
+        shown = [shown_in(outline, len(plan), videos.transition_chunks) for outline in videos.outlines]
 
         @lru_cache(maxsize=1)  # most videos have one prompt
         def text(chosen: tuple[Shown, ...]) -> Text:
@@ -365,8 +390,10 @@ def sample_latents(
             assert isinstance(network, LongSanaDiT)
             passes = ReplayedNetwork(network)
         state = None if videos.begun is None else videos.begun.network
-        texts, changes = map(text, zip(*shown, strict=True)), shared_changes(videos.parts)
-        return generate(passes, method, texts, plan, state=state, changes=changes, on_step=on_step, **where)
+        texts, changes = map(text, zip(*shown, strict=True)), shared_changes(videos.outlines)
+        recent = recent or videos.recent()
+        where |= {"changes": changes, "recent": recent, "on_step": on_step}
+        return generate(passes, method, texts, plan, state=state, **where)
     assert videos.begun is None, "the many-step samplers keep no state"
     with clock.part("denoise"):
         guided = guided_texts(network, captions, videos)

@@ -17,7 +17,9 @@ from longsana.runtime.finite import require_finite
 from longsana.sampling.captions import Caption, stacked
 from longsana.sampling.continuation import Moment
 from longsana.sampling.engine import CaptionedNetwork, Decoding, Frames
-from longsana.sampling.sampler import absorb
+from longsana.sampling.recent import Recent
+from longsana.sampling.sampler import Network, absorb
+from longsana.state import CausalState
 
 
 def film_latents(
@@ -49,35 +51,59 @@ def pieces(pictures: Iterable[np.ndarray], shape: VAEGeometry, chunk_frames: int
 
 
 @torch.no_grad()
+def absorbed(
+    network: Network,
+    text: Text,
+    count: int,
+    latents: Iterable[Tensor],
+    recent: Recent,
+    *,
+    state: CausalState | None = None,
+    clock: Clock | None = None,
+) -> Iterator[tuple[Tensor, CausalState]]:
+    """Absorb a film's latents (1, C, T, h, w), chunk by chunk, for `count` videos with a caption each.
+
+    Yields the chunk for each video, (B, C, T, h, w), and the state after it. recent: is given every chunk to hold.
+    """
+    for own in latents:
+        clock = clock or Clock(own.device)
+        given = own.expand(count, -1, -1, -1, -1).contiguous()
+        with clock.part("absorb"):
+            state = recent.keep(given, state, absorb(network, given, text, state))
+        yield given, state
+
+
+@torch.no_grad()
 def absorb_film(
     network: CaptionedNetwork,
     decoder: VideoVAE,
     captions: Sequence[Caption],
     latents: Iterable[Tensor],
+    recent: Recent | None = None,
     *,
     shown: bool = True,
     clock: Clock | None = None,
 ) -> Generator[Frames, None, Moment]:
-    """Absorb a film's latents (1, C, T, h, w), chunk by chunk, under the first part of each video's caption.
+    """Absorb a film's latents (1, C, T, h, w) under the first part of each video's caption, and decode them.
 
     Yields the film's frames as the decoder gives them back, for each video, with chunk -1, if they are `shown`; returns
-    the moment that the videos go on from.
+    the moment that the videos go on from. recent: is given every chunk to hold; None: no change will reach back to it.
 
     Raises:
         FloatingPointError: latents or decoded frames are not finite.
     """
-    clock, decoding, state = clock or Clock(decoder.device), Decoding(decoder), None
+    clock, decoding = clock or Clock(decoder.device), Decoding(decoder)
+    state: CausalState | None = None
+    recent = recent or Recent((), 0)
     with clock.part("denoise"):
         text: Text = network.cache_caption(stacked([caption.parts[0] for caption in captions], decoder.device))
-    for own in latents:
-        given = own.expand(len(captions), -1, -1, -1, -1).contiguous()
-        with clock.part("absorb"):
-            state = absorb(network, given, text, state)
+    for given, after in absorbed(network, text, len(captions), latents, recent, clock=clock):
+        state = after
         with clock.part("decode"):
             pixels = decoding(given, "the film", more=True)
         if shown:
             yield Frames(-1, given, pixels)
     assert state is not None, "a film without a frame"
-    moment = decoding.moment(state)
+    moment = decoding.moment(state, recent.copy())
     # What a decoder that looks ahead keeps back of the film comes with the first new frames, or not at all.
     return moment._replace(waiting=0) if shown else moment

@@ -7,19 +7,21 @@ was kept beside it: the state from before, and the clean latents to absorb (see 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from longsana.data.story import Change
+from longsana.runtime.errors import InputError
 from longsana.state import CausalState
 
 NAME = "recent_"
-"""The beginning of the names of what is held, in checkpoints."""
-STATE = CausalState._fields[:3]
+"""The beginning of the names of what is held, in files."""
+TENSORS = CausalState._fields[:3]
+"""The tensors of a state, in files too."""
 
 
 class Absorb(Protocol):
@@ -28,47 +30,139 @@ class Absorb(Protocol):
     def __call__(self, x0: Tensor, *, state: CausalState | None) -> CausalState: ...
 
 
+class Kept(NamedTuple):
+    """A chunk that is kept: its clean latents (B, C, T, H, W), its first latent frame in the video, and the state
+    before it where somebody may recache."""
+
+    latents: Tensor
+    start: int
+    before: CausalState | None
+
+
+class Held(NamedTuple):
+    """The last chunks of a video, as a value.
+
+    reach: chunks that a change may reach back. chunks: the oldest first; fewer where the video, or what is left of it
+    after a cut, has fewer.
+    """
+
+    reach: int = 0
+    chunks: tuple[Kept, ...] = ()
+
+    def each(self, change: Callable[[Tensor, int], Tensor]) -> Held:
+        """Change every tensor, of any shape; `change` is told which of its dimensions is the batch."""
+        return self._replace(
+            chunks=tuple(
+                kept._replace(
+                    latents=change(kept.latents, 0), before=kept.before and each_of_state(kept.before, change)
+                )
+                for kept in self.chunks
+            )
+        )
+
+    def reaches(self, change: Change, done: int) -> bool:
+        """Tell whether a change can be made `done` chunks after these."""
+        if change.chunks <= done:
+            return True
+        with_states = all(kept.before is not None for kept in self.chunks)
+        return change.chunks <= self.reach and (change.kind != "recache" or with_states)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name all that is held, the oldest chunk first, for `named`. Numbers are scalars, on the CPU."""
+        found: dict[str, Tensor] = {}
+        for number, kept in enumerate(self.chunks):
+            own, numbers = {"x0": kept.latents}, {"start": kept.start}
+            if kept.before is not None:
+                own |= dict(zip(TENSORS, kept.before[:3], strict=True))
+                numbers["sinks"] = kept.before.sinks
+            own |= {name: torch.tensor(value, dtype=torch.int64, device="cpu") for name, value in numbers.items()}
+            found |= {f"{NAME}{number:03d}_{name}": tensor for name, tensor in own.items()}
+        return found
+
+    @classmethod
+    def named(cls, tensors: Mapping[str, Tensor], reach: int, device: torch.device | str | None = None) -> Held:
+        """Read what `tensors` named, of any shape; others beside them are not read.
+
+        device: to put them on; None: where they are.
+
+        Raises:
+            KeyError: one of them is missing.
+        """
+        chunks = []
+        for number in range(sum(name.startswith(NAME) and name.endswith("_x0") for name in tensors)):
+            own = {
+                name: tensors[full].to(device or tensors[full].device)
+                for name in ("x0", *TENSORS)
+                if (full := f"{NAME}{number:03d}_{name}") in tensors
+            }
+            start, before = int(tensors[f"{NAME}{number:03d}_start"]), None
+            if "kv" in own:
+                sinks = int(tensors[f"{NAME}{number:03d}_sinks"])
+                before = CausalState(own["kv"], own["k_sum"], own["tail"], start, sinks)
+            chunks.append(Kept(own["x0"], start, before))
+        return cls(reach, tuple(chunks))
+
+
 class Recent:
     """The last chunks of a video, as many as its changes reach back, and the state before each if one recaches.
 
     Its memory is allocated with the first chunk and never grows; without a change that reaches back it is none.
 
-    changes: the chunk before which each happens.
+    changes: all that may happen.
     frames: latent frames of the longest chunk.
     """
 
-    def __init__(self, changes: Mapping[int, Change], frames: int) -> None:
-        self.changes = {chunk: change for chunk, change in changes.items() if change.kind != "keep"}
+    def __init__(self, changes: Iterable[Change], frames: int) -> None:
+        changes = tuple(changes)
         self._frames = frames
-        self._length = max((change.chunks for change in self.changes.values()), default=0)
-        self._with_states = any(change.kind == "recache" for change in self.changes.values())
-        self._held: deque[_Held] = deque()
-        self._spare: list[_Held] = []
+        self._reach = max((change.chunks for change in changes), default=0)
+        self._with_states = any(change.kind == "recache" for change in changes)
+        self._places: deque[_Place] = deque()
+        self._spare: list[_Place] = []
+        self._whole = True  # False: the video has chunks before those held that a change may reach back to
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held beside the video's own state: of K or W latents, and K states."""
-        return sum(held.nbytes for held in (*self._held, *self._spare))
+        return sum(place.nbytes for place in (*self._places, *self._spare))
 
-    def begin(self, chunk: int, state: CausalState | None, absorb: Absorb) -> CausalState | None:
-        """Return the state that a chunk begins with: the one after the last chunk, or what a change makes of it."""
-        change = self.changes.get(chunk)
-        if change is None or state is None:
+    @property
+    def held(self) -> Held:
+        """The chunks that are held, in place: the next one overwrites them."""
+        return Held(self._reach, tuple(Kept(place.latents, place.start, place.before) for place in self._places))
+
+    def copy(self) -> Held:
+        """The chunks that are held, as a value of its own."""
+        return self.held.each(lambda tensor, batch: tensor.clone())
+
+    def begin(self, change: Change | None, state: CausalState | None, absorb: Absorb) -> CausalState | None:
+        """Return the state that a chunk begins with: the one after the last chunk, or what a change makes of it.
+
+        Raises:
+            InputError: the change reaches back to chunks that are not held.
+        """
+        if change is None or change.kind == "keep" or state is None:
             return state
         if change.kind == "cut":
-            self._forget(len(self._held))
+            self._forget(len(self._places))
+            self._whole = True
             return emptied(state, state.frames)
-        again = list(self._held)[-change.chunks :]
-        assert again, f"{change}: no chunk of this video is held yet"
+        if change.chunks > (self._reach if self._whole else len(self._places)):
+            raise InputError(
+                f"{change}: reaches back to chunks that are not held; {len(self._places)} of this video are"
+            )
+        again = list(self._places)[-change.chunks :]
         if change.kind == "rebuild":
-            self._forget(len(self._held) - len(again))  # what an empty state has not absorbed is no past of it
+            self._forget(len(self._places) - len(again))  # what an empty state has not absorbed is no past of it
+            self._whole = True
             state = emptied(state, again[0].start)
         else:
+            assert again[0].before is not None, f"{change}: these chunks are held for rebuilds alone"
             state = again[0].before
-        for held in again:
+        for place in again:
             assert state is not None
-            held.keep_state(state)
-            state = absorb(held.latents, state=state)
+            place.keep_state(state)
+            state = absorb(place.latents, state=state)
         return state
 
     def keep(self, x0: Tensor, before: CausalState | None, after: CausalState) -> CausalState:
@@ -76,46 +170,33 @@ class Recent:
 
         Returns the state after it, as it is.
         """
-        if self._length:
+        if self._reach:
             start = after.frames - x0.shape[2]
             self._hold(x0, start, (before or emptied(after, start)) if self._with_states else None)
         return after
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Name what is held, the oldest chunk first, for `take`. Numbers are scalars, on the CPU."""
-        found: dict[str, Tensor] = {}
-        for number, held in enumerate(self._held):
-            own, numbers = {"x0": held.latents}, {"start": held.start}
-            if held.before is not None:
-                own |= dict(zip(STATE, held.before[:3], strict=True))
-                numbers["sinks"] = held.before.sinks
-            own |= {name: torch.tensor(value, dtype=torch.int64, device="cpu") for name, value in numbers.items()}
-            found |= {f"{NAME}{number:03d}_{name}": tensor for name, tensor in own.items()}
-        return found
-
-    def take(self, tensors: Mapping[str, Tensor], device: torch.device | str) -> None:
-        """Hold what `tensors` gave, of the same shapes, on a device; others that it holds beside them are not read."""
-        count = sum(name.startswith(NAME) and name.endswith("_x0") for name in tensors) if self._length else 0
-        for number in range(count):
-            own = {name: tensors[f"{NAME}{number:03d}_{name}"] for name in ("x0", "start")}
-            before, start = None, int(own["start"])
-            if self._with_states:
-                kv, k_sum, tail = (tensors[f"{NAME}{number:03d}_{name}"].to(device) for name in STATE)
-                before = CausalState(kv, k_sum, tail, start, int(tensors[f"{NAME}{number:03d}_sinks"]))
-            self._hold(own["x0"].to(device), start, before)
+    def take(self, held: Held) -> None:
+        """Hold what a video held that goes on; what it did not hold, no change can reach back to."""
+        chunks = held.chunks[-self._reach :] if self._reach else ()
+        if self._with_states and any(kept.before is None for kept in chunks):
+            chunks, held = (), Held()
+        self._whole = held.reach >= self._reach
+        for kept in chunks:
+            self._hold(kept.latents, kept.start, kept.before if self._with_states else None)
 
     def _hold(self, x0: Tensor, start: int, before: CausalState | None) -> None:
-        if not self._held and not self._spare:
+        if not self._places and not self._spare:
             size = (*x0.shape[:2], self._frames, *x0.shape[3:])
-            self._spare = [_Held.empty(x0, size, before) for _ in range(self._length)]
-        held = self._spare.pop() if self._spare else self._held.popleft()
-        held.keep_latents(x0, start)
+            self._spare = [_Place.empty(x0, size, before) for _ in range(self._reach)]
+        place = self._spare.pop() if self._spare else self._places.popleft()
+        place.keep_latents(x0, start)
         if before is not None:
-            held.keep_state(before)
-        self._held.append(held)
+            place.keep_state(before)
+        self._places.append(place)
+        self._whole = self._whole or len(self._places) == self._reach
 
     def _forget(self, oldest: int) -> None:
-        self._spare += [self._held.popleft() for _ in range(oldest)]
+        self._spare += [self._places.popleft() for _ in range(oldest)]
 
 
 def emptied(state: CausalState, frames: int) -> CausalState:
@@ -124,8 +205,14 @@ def emptied(state: CausalState, frames: int) -> CausalState:
     return CausalState(kv, k_sum, tail, frames)
 
 
+def each_of_state(state: CausalState, change: Callable[[Tensor, int], Tensor]) -> CausalState:
+    """Change every tensor of a state, of any shape; `change` is told which of its dimensions is the batch."""
+    kv, k_sum, tail = (change(tensor, 1) for tensor in state[:3])
+    return state._replace(kv=kv, k_sum=k_sum, tail=tail)
+
+
 @dataclass
-class _Held:
+class _Place:
     """A place for one chunk: its latents in a flat buffer, of their shape `shape`, and the state before it."""
 
     buffer: Tensor
@@ -134,7 +221,7 @@ class _Held:
     start: int = 0
 
     @classmethod
-    def empty(cls, like: Tensor, shape: tuple[int, ...], state: CausalState | None) -> _Held:
+    def empty(cls, like: Tensor, shape: tuple[int, ...], state: CausalState | None) -> _Place:
         """A place for latents like `like` of at most this shape, and for a state like `state`, if there is one."""
         room = torch.Size(shape).numel()
         return cls(like.new_empty(room), shape, None if state is None else emptied(state, 0))

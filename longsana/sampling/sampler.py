@@ -113,6 +113,7 @@ def generate(
     device: torch.device | str,
     state: CausalState | None = None,
     changes: Mapping[int, Change] | None = None,
+    recent: Recent | None = None,
     clock: Clock | None = None,
     on_step: StepEnd = go_on,
     exits: Sequence[int] | None = None,
@@ -129,6 +130,7 @@ def generate(
         shape: (C, H, W) of a latent frame.
         state: continues the video this state has absorbed.
         changes: of the past, by the chunk of the plan before which each happens.
+        recent: holds the video's last chunks, and what was held of those before this plan's; None: what `changes` need.
         clock: is told the time of the parts "denoise" and "absorb".
         on_step: see `denoise_chunk`.
         exits: index of the step at which each chunk ends; None: all take all steps. See `denoise_chunk`.
@@ -137,7 +139,8 @@ def generate(
         absorb_last: False: the state of the last chunk is the one before it, for a video that nobody goes on with.
         noisy_absorb: absorb chunks with noise of the table's least sigma, 0.007, as published training did.
     """
-    clock, recent = clock or Clock(device), Recent(changes or {}, max(plan.lengths))
+    clock, changes = clock or Clock(device), changes or {}
+    recent = recent or Recent(changes.values(), max(plan.lengths))
 
     def draw(chunk: int, start: int, step: int) -> Tensor:
         return rng.draw(start, step, (shape[0], plan.lengths[chunk], *shape[1:]), device)
@@ -148,7 +151,7 @@ def generate(
         own, exit_at = partial(draw, index, start), None if exits is None else exits[index]
         learned = learned_from is not None and plan.starts[index] + plan.lengths[index] > learned_from
         with clock.part("absorb"):
-            state = recent.begin(index, state, partial(absorb, model, text=text))
+            state = recent.begin(changes.get(index), state, partial(absorb, model, text=text))
         with clock.part("denoise"), torch.set_grad_enabled(learned):
             noise = own(0) if noise is None else noise
             x0 = denoise_chunk(model, schedule, noise, text, state, rng=own, exit_at=exit_at, on_step=on_step)

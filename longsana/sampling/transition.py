@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from longsana.data.story import Placed
+from longsana.data.story import Outline
 from longsana.encoders.text import CompactEmbedding
 
 Way = Literal["linear", "spherical"]
@@ -22,13 +22,14 @@ class Shown(NamedTuple):
     share: float
 
 
-def shown_in(parts: Sequence[Placed], chunks: int, transition_chunks: int) -> list[Shown]:
-    """List what each chunk of a video shows.
+def shown_in(outline: Outline, chunks: int, transition_chunks: int) -> list[Shown]:
+    """List what each of so many chunks of a video shows.
 
     After a change of prompt the share of the new part rises evenly over n chunks, 1 / (n + 1), ..., n / (n + 1). The
     last chunk of each part shows it alone, for which a short part's transition is shortened. After a cut there is none.
     """
-    ends = [part.chunk for part in parts[1:]] + [chunks]
+    parts = outline.parts
+    ends = [part.chunk for part in parts[1:]] + [outline.chunks]
     shown = []
     for index, (part, end) in enumerate(zip(parts, ends, strict=True)):
         length = end - part.chunk
@@ -36,7 +37,8 @@ def shown_in(parts: Sequence[Placed], chunks: int, transition_chunks: int) -> li
         shares = [(step + 1) / (steps + 1) for step in range(steps)]
         shown += [Shown(index, index - 1, share) for share in shares]
         shown += [Shown(index, index, 1.0)] * (length - steps)
-    return shown
+    last = len(parts) - 1
+    return [*shown[-parts[0].chunk :], *[Shown(last, last, 1.0)] * chunks][:chunks]
 
 
 def embedding_of(parts: Sequence[CompactEmbedding], shown: Shown, way: Way) -> CompactEmbedding:

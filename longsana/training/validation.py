@@ -78,8 +78,8 @@ class Validation:
         for length, engine in self._engines.items():
             for prompt in prompts:
                 try:
-                    parts = placed_parts(engine.config, prompt)
-                    if world.size > 1 and any(part.change.chunks for part in parts):
+                    outline = placed_parts(engine.config, prompt)
+                    if world.size > 1 and any(change.chunks for change in outline.changes.values()):
                         raise InputError(
                             "a change of prompt that absorbs chunks again takes passes that other processes do not "
                             "make; use keep or cut in validation"

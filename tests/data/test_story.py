@@ -9,7 +9,7 @@ import pytest
 
 from longsana.chunks import ChunkPlan
 from longsana.data.prompts import read_prompts
-from longsana.data.story import Change, Mark, Placed, changes_of, place_parts, read_parts, shared_changes
+from longsana.data.story import Change, Mark, Outline, Placed, place_parts, read_parts, shared_changes
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.runtime.errors import InputError
 
@@ -219,13 +219,13 @@ def test_a_part_says_its_change_itself_or_the_setting_does() -> None:
     marks = marked((None, None), (None, "cut"), (None, None), (None, "keep"))
     found = place_parts(4, marks, ChunkPlan((10,) * 4), WAN, 16, Change("recache", 2))
     assert found == (Placed(0, KEEP), Placed(1, CUT), Placed(2, Change("recache", 2)), Placed(3, KEEP))
-    assert changes_of(found) == {1: CUT, 2: Change("recache", 2)}
+    assert Outline(found, 4).changes == {1: CUT, 2: Change("recache", 2)}
     even = place_parts(2, (), ChunkPlan((10,) * 4), WAN, 16, CUT)
-    assert changes_of(even) == {2: CUT}
+    assert Outline(even, 4).changes == {2: CUT}
 
 
 def test_videos_that_are_sampled_together_have_one_history() -> None:
-    first, second = (Placed(0), Placed(2, CUT)), (Placed(0), Placed(1), Placed(2, CUT))
+    first, second = (Outline(own, 4) for own in ((Placed(0), Placed(2, CUT)), (Placed(0), Placed(1), Placed(2, CUT))))
     assert shared_changes([first, second]) == {2: CUT}
     with pytest.raises(InputError, match="cannot be sampled together"):
-        shared_changes([first, (Placed(0),)])
+        shared_changes([first, Outline((Placed(0),), 4)])

@@ -84,16 +84,16 @@ def test_a_chain_of_states_is_the_uncut_video(command: Command, prompts: Prompts
 
 
 @pytest.mark.parametrize("done", [1, 2, 3])
-@pytest.mark.parametrize("change", ["cut", "keep"])
+@pytest.mark.parametrize("change", ["cut", "keep", "recache=2", "rebuild=1"])
 def test_a_story_goes_on_where_it_was(command: Command, prompts: Prompts, out: Path, change: str, done: int) -> None:
     """Before its change, at it, and after it: the state in the end is the uncut video's."""
-    path = prompts(f"a red circle[2s] | [{change}] a blue square")
-    assert command("--txt_file", path, *LONG, "--dataset", "uncut", "--save_every", "1", *FULL) == 0
+    path, blended = prompts(f"a red circle[2s] | [{change}] a blue square"), ("--sampling.transition_chunks", "1")
+    assert command("--txt_file", path, *LONG, "--dataset", "uncut", "--save_every", "1", *FULL, *blended) == 0
     (whole,) = sidecars(out / "uncut")
     assert [part["chunk"] for part in whole["parts"]] == [0, 2]
     after = state_in(out / "uncut", f"*.chunk0000{done}.safetensors")
     left = str(8 * (4 - done) + 1)
-    assert command("--from_state", after, "--num_frames", left, "--dataset", "rest", *FULL) == 0
+    assert command("--from_state", after, "--num_frames", left, "--dataset", "rest", *FULL, *blended) == 0
     (rest,) = sidecars(out / "rest")
     told = [(part["text"], part["chunk"], part["frame"]) for part in rest["parts"]]
     assert (

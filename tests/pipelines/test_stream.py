@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from longsana.encoders.vae import LTX2VAE
+from longsana.flow import noise
+from longsana.flow.noise import keyed_generator
 from longsana.pipelines import pictures
 from longsana.pipelines.video import LongSanaVideoChunk, LongSanaVideoPipeline
 from longsana.runtime.errors import InputError
+from longsana.sampling.continuation import Continuation
 from tests.pipelines.repository import OTHER, PROMPT, SIZE
 
 # Chunks of 3, 2, 2 latents: 9, 8, 8 frames.
@@ -69,6 +73,125 @@ def test_prompts_change_between_chunks(loaded: LongSanaVideoPipeline, one_shot: 
     assert torch.equal(joined(rest), joined(chunks[1:]))
 
 
+# Changes of the past --------------------------------------------------------------------------------------------------
+
+LATENTS = SIZE | CHUNKS | {"output_type": "latent"}
+CHANGES = ("keep", "recache=1", "recache=2", "rebuild=1", "rebuild=2", "cut")
+
+
+def same_state(one: Continuation, other: Continuation) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.network[:3], other.network[:3], strict=True))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_story_is_that_of_the_call_however_it_is_cut(loaded: LongSanaVideoPipeline, change: str) -> None:
+    """To the bit, with a transition that the cuts fall into; each state is gone on from by itself."""
+    story = f"{PROMPT} | [{change}] {OTHER}[1.5s]"
+    options: dict[str, Any] = LATENTS | {"fps": 16.0, "transition_chunks": 2, "transition": "spherical"}
+    whole = loaded(story, num_frames=49, generator=seed(), **options).frames
+    chunks = list(loaded.stream(story, 49, generator=seed(), **options))
+    assert torch.equal(torch.cat([chunk.frames for chunk in chunks], dim=2), whole)
+    assert [chunk.state.chunk for chunk in chunks] == [1, 2, 3, 4, 5, 6]
+    for cut in range(1, 6):
+        (chunk, *_) = loaded.stream(state=chunks[cut - 1], num_frames=8, **options)
+        assert torch.equal(chunk.frames, chunks[cut].frames) and same_state(chunk.state, chunks[cut].state)
+    beyond = list(islice(loaded.stream(state=chunks[3], **options), 4))
+    assert torch.equal(beyond[1].frames, chunks[5].frames) and beyond[3].state.prompt == story
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_prompt_that_is_asked_for_changes_the_past(
+    loaded: LongSanaVideoPipeline, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a story does, on equal noise; and cut anywhere it is the same to the bit, the changed chunk's seam too."""
+    monkeypatch.setattr(noise, "keyed_generator", lambda seed, text, *key: keyed_generator(seed, "", *key))
+    story = loaded(f"{PROMPT}[1s] | [{change}] {OTHER}", num_frames=49, generator=seed(), **LATENTS).frames
+    options = LATENTS | {"prompt_change": change}
+    prompts = [PROMPT] * 2 + [OTHER] * 4
+    chunks = list(loaded.stream(iter(prompts), 49, generator=seed(), **options))
+    assert torch.equal(torch.cat([chunk.frames for chunk in chunks], dim=2), story)
+    for cut in range(1, 6):
+        rest = list(loaded.stream(prompts[cut:], 8 * (6 - cut), state=chunks[cut - 1], **options))
+        assert same_state(rest[-1].state, chunks[-1].state)
+    marked = list(loaded.stream([PROMPT, PROMPT, f"[{change}] {OTHER}"], 25, generator=seed(), **options))
+    assert torch.equal(marked[2].frames, chunks[2].frames)
+
+
+def test_a_transition_is_cut_and_interrupted(loaded: LongSanaVideoPipeline, tmp_path: Path) -> None:
+    options: dict[str, Any] = LATENTS | {"transition_chunks": 2}
+    prompts = [PROMPT, OTHER, OTHER, OTHER, PROMPT, OTHER, OTHER, OTHER]
+    chunks = list(loaded.stream(prompts, 65, generator=seed(), **options))
+    assert [(chunk.state.before, chunk.state.faded) for chunk in chunks] == [
+        ("", 0),
+        *[(PROMPT, 1), (PROMPT, 2), ("", 0)],
+        *[(OTHER, 1), (PROMPT, 1), (PROMPT, 2), ("", 0)],
+    ]
+    for cut in range(1, 8):
+        loaded.save_state(chunks[cut - 1], tmp_path / "state")
+        (chunk,) = loaded.stream(prompts[cut], 8, state=tmp_path / "state", **options)
+        assert torch.equal(chunk.frames, chunks[cut].frames)
+    plain = list(loaded.stream(prompts, 33, generator=seed(), **LATENTS))
+    assert not torch.equal(plain[1].frames, chunks[1].frames)
+    cut_off = list(loaded.stream([PROMPT, f"[cut] {OTHER}"], 17, generator=seed(), **options))
+    assert cut_off[1].state.faded == 0, "there is none after a cut"
+
+
+def test_a_story_that_is_gone_on_from_by_another_prompt(loaded: LongSanaVideoPipeline) -> None:
+    """It changes from the words that the story showed last, not from all of it."""
+    chunks = list(loaded.stream(f"{PROMPT}<split>{OTHER}", 25, generator=seed(), **LATENTS))
+    options: dict[str, Any] = LATENTS | {"transition_chunks": 1}
+    (changed,) = loaded.stream(PROMPT, 8, state=chunks[2], **options)
+    assert changed.state.before == OTHER
+    (same,) = loaded.stream(OTHER, 8, state=chunks[2], **options)
+    assert same.state.before == "" and not torch.equal(changed.frames, same.frames)
+
+
+@pytest.mark.parametrize("change", ["recache=2", "rebuild=2"])
+def test_what_a_stream_holds_does_not_grow(loaded: LongSanaVideoPipeline, change: str) -> None:
+    prompts = ([PROMPT, PROMPT, OTHER, OTHER][chunk % 4] for chunk in count())
+    sizes = []
+    for chunk in islice(loaded.stream(prompts, generator=seed(), prompt_change=change, **LATENTS), 9):
+        recent = chunk.state.recent
+        assert recent.reach == 2 and chunk.state.latents is not None
+        states = [kept.before.nbytes for kept in recent.chunks if kept.before is not None]
+        sizes.append((len(recent.chunks), sum(kept.latents.nbytes for kept in recent.chunks), sum(states)))
+        assert bool(states) == (change == "recache=2")
+        if sizes[-1][0] == 2:
+            assert torch.equal(recent.chunks[1].latents, chunk.frames)
+    # A rebuild leaves what it has absorbed, and the chunk after it is held beside that.
+    assert sizes[3:] == [sizes[3]] * 6 and sizes[0][0] == 1
+
+
+def test_changes_that_a_stream_cannot_make(loaded: LongSanaVideoPipeline) -> None:
+    (chunk,) = loaded.stream(PROMPT, 9, generator=seed(), **LATENTS)
+    for arguments, message in [
+        ({"prompt": PROMPT, "prompt_change": "recache"}, "prompt_change: 'recache' is no change of the past"),
+        ({"prompt": f"[cut] {PROMPT}"}, r"prompt: \[cut\]: the first has no past that could change"),
+        ({"prompt": OTHER, "state": chunk, "prompt_change": "rebuild=1"}, "rebuild=1: .* the state holds 0; go on"),
+        ({"prompt": f"[rebuild=1] {OTHER}", "state": chunk}, r"does not hold; ask for it with prompt_change=rebuild=1"),
+        ({"prompt": f"[rebild=1] {OTHER}", "state": chunk}, "prompt: 'rebild=1' is no change of the past"),
+        ({"prompt": "[cut]", "state": chunk}, r"prompt: \[cut\]: a change of the past without words"),
+        ({"prompt": PROMPT, "transition": "linear"}, "transition: .*without transition_chunks"),
+        ({"prompt": f"{PROMPT} | [cut] {OTHER}"}, "a story in a stream without an end"),
+        ({"prompt": f"{PROMPT} | [cut] {OTHER}", "num_frames": 5}, "2 parts between .* for a video of 1 chunk"),
+    ]:
+        generator = seed()
+        before = generator.get_state()
+        with pytest.raises(InputError, match=message):
+            loaded.stream(generator=generator, **LATENTS | arguments)
+        assert torch.equal(generator.get_state(), before)
+    late = loaded.stream([PROMPT, f"[recache=2] {OTHER}"], generator=seed(), prompt_change="rebuild=2", **LATENTS)
+    next(late)
+    with pytest.raises(InputError, match=r"\[recache=2\] reaches back to what this stream does not hold"):
+        next(late)
+    # A chunk after a state that holds none there is one.
+    assert len(list(loaded.stream([PROMPT, OTHER], 16, state=chunk, prompt_change="rebuild=1", **LATENTS))) == 2
+    late = loaded.stream([PROMPT, OTHER], 16, state=chunk, prompt_change="rebuild=2", **LATENTS)
+    next(late)
+    with pytest.raises(InputError, match="rebuild=2: reaches back to chunks that are not held; 1 of this video are"):
+        next(late)
+
+
 def test_prompts_are_asked_for_as_chunks_begin(loaded: LongSanaVideoPipeline) -> None:
     asked = count()
 
@@ -122,7 +245,8 @@ def test_bad_input(loaded: LongSanaVideoPipeline, loaded_base: LongSanaVideoPipe
         ({"prompt": {PROMPT: OTHER}}, "prompt: a dict; must be a text"),
         ({"prompt": b"text"}, "prompt: a bytes; must be a text"),
         ({"prompt": torch.zeros(2)}, "prompt: a Tensor; must be a text"),
-        ({"prompt": f"{PROMPT}<split>{OTHER}"}, "a stream takes several prompts as they are"),
+        ({"prompt": [f"{PROMPT}<split>{OTHER}"]}, "a stream takes several prompts as they are"),
+        ({"prompt": f"{PROMPT}<split>{OTHER}"}, "a story in a stream without an end; say num_frames"),
     ]:
         generator = seed()
         before = generator.get_state()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
-from longsana.data.story import Change, Placed, parts_after
+from longsana.data.story import Change, Outline, Placed
 from longsana.encoders.vae import DecodeCache
 from longsana.runtime.errors import InputError
 from longsana.sampling.captions import Caption, caption_encoder
@@ -30,6 +30,8 @@ from longsana.sampling.continuation import (
     vae_mark_of,
 )
 from longsana.sampling.engine import Engine, Frames, stretches
+from longsana.sampling.recent import Held, Kept, each_of_state
+from longsana.sampling.transition import shown_in
 
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
 PROMPT = Prompt(1, "a red circle", ("a red circle",), 0, 32, 48)
@@ -45,6 +47,7 @@ def saved(small_config, random_model, random_text, random_latents) -> Continuati
         random_latents(1, 3), torch.zeros(1), random_text(1)
     )
     decoder = DecodeCache((torch.randn(1, 4, 2, 3, 3).bfloat16(), torch.randn(1, 8, 2, 6, 6)), 3)
+    before = [each_of_state(network, lambda tensor, batch: torch.randn_like(tensor))._replace(frames=n) for n in (0, 2)]
     return Continuation(
         network,
         decoder,
@@ -57,6 +60,9 @@ def saved(small_config, random_model, random_text, random_latents) -> Continuati
         (3, 4),
         8,
         ("a", "b"),
+        recent=Held(3, tuple(Kept(torch.randn(1, 4, 2, 4, 6), state.frames, state) for state in before)),
+        before="ein Quadrat",
+        faded=1,
     )
 
 
@@ -107,6 +113,15 @@ def network(**changes: Any) -> Any:
     return lambda state: {"network": state.network._replace(**{k: f(state.network) for k, f in changes.items()})}
 
 
+def last_chunk(**changes: Any) -> Any:
+    def change(state: Continuation) -> dict[str, Any]:
+        first, kept = state.recent.chunks
+        kept = kept._replace(**{name: value(kept) for name, value in changes.items()})
+        return {"recent": state.recent._replace(chunks=(first, kept))}
+
+    return change
+
+
 NO_STATES: dict[str, Any] = {
     r"holds numbers that are not finite \(kv\)": network(kv=lambda own: spoilt(own.kv, math.nan)),
     r"holds numbers that are not finite \(k_sum\)": network(k_sum=lambda own: spoilt(own.k_sum, math.inf)),
@@ -131,6 +146,20 @@ NO_STATES: dict[str, Any] = {
     r"its size": lambda state: {"size": (32, 0)},
     r"its chunk=-1": lambda state: {"chunk": -1},
     r"its prompt: a NUL": lambda state: {"prompt": "a\0"},
+    r"its prompt before: a NUL": lambda state: {"before": "a\0"},
+    r"its last chunks are a tuple": lambda state: {"recent": ()},
+    r"holds 2 last chunks, where changes reach back 1": lambda state: {"recent": state.recent._replace(reach=1)},
+    r"last chunk 1: its start=-1": last_chunk(start=lambda kept: -1),
+    r"last chunk 1: holds numbers that are not finite \(latents\)": last_chunk(
+        latents=lambda kept: spoilt(kept.latents, math.nan)
+    ),
+    r"last chunk 1: its latents have shape": last_chunk(latents=lambda kept: kept.latents[:, :, :0]),
+    r"last chunk 1: holds numbers that are not finite \(k_sum\)": last_chunk(
+        before=lambda kept: kept.before._replace(k_sum=spoilt(kept.before.k_sum, math.nan))
+    ),
+    r"last chunk 1: the state before it has other shapes": last_chunk(
+        before=lambda kept: each_of_state(kept.before, lambda tensor, batch: torch.cat([tensor] * 2, dim=batch))
+    ),
 }
 
 
@@ -393,22 +422,18 @@ def test_cuts_are_a_function_of_the_absolute_index(size: int) -> None:
     assert max(piece.shape[2] for piece in stretches(torch.zeros(1, 1, 61, 1, 1), 0, size)) == size + 1
 
 
-def test_parts_of_a_caption_go_on_as_planned() -> None:
-    parts = (Placed(0), Placed(2, Change("cut")), Placed(3, Change("recache", 1)))
-
-    def shown(done: int, chunks: int) -> list[int]:
-        some, placed = parts_after(parts, done, chunks)
-        numbers = range(len(parts))[some]
-        assert placed[0].chunk == 0 and len(placed) == len(numbers)
-        return [numbers[max(n for n, part in enumerate(placed) if part.chunk <= chunk)] for chunk in range(chunks)]
-
-    for done in range(3):
-        assert shown(done, 5 - done) == [0, 0, 1, 2, 2][done:]
-    assert shown(9, 2) == [2, 2], "after the plan the last part stays"
-    assert parts_after(parts, 1, 1) == (slice(0, 1), (Placed(0),))
-    assert parts_after(parts, 2, 2)[1] == (Placed(0, Change("cut")), Placed(1, Change("recache", 1)))
-    with pytest.raises(InputError, match="recache=1: reaches back 1 chunks, where the saved state has 0 after it"):
-        parts_after(parts, 3, 1)
+@pytest.mark.parametrize("done", range(7))
+def test_parts_of_a_caption_go_on_as_planned(done: int) -> None:
+    """Within a transition, too; after the plan the last part stays."""
+    parts = (Placed(0), Placed(1, Change("rebuild", 1)), Placed(4, Change("recache", 1)))
+    whole = Outline(parts, 6)
+    for chunks in range(1, 5):
+        rest, uncut = whole.after(done), shown_in(whole, done + chunks, 2)
+        assert shown_in(rest, chunks, 2) == uncut[done:]
+        assert list(rest.shown(chunks)) == sorted({one.part for one in uncut[done:]})
+        assert rest.changes == {chunk - done: change for chunk, change in whole.changes.items() if chunk >= done}
+    assert whole.after(2).shown(9) == {1: Placed(0), 2: Placed(2, Change("recache", 1))}
+    assert whole.after(1).shown(3) == {1: Placed(0, Change("rebuild", 1))}
 
 
 def test_marks_of_the_shipped_parts(parts: Any) -> None:

@@ -241,16 +241,16 @@ def test_what_is_held_is_allocated_once(
     small_config: Any, random_model: Any, random_latents: Any, changes: Any, latents: int, with_states: int
 ) -> None:
     model = random_model(small_config(num_cached_blocks=2))
-    recent, before = Recent(changes, max(LENGTHS)), states(model, 7)
+    recent, before = Recent(changes.values(), max(LENGTHS)), states(model, 7)
     assert recent.nbytes == 0
     places = set()
     for chunk, length in enumerate(LENGTHS):
         x0 = random_latents(2, length, seed=chunk)
         assert recent.keep(x0, before[chunk], before[chunk + 1]) is before[chunk + 1]
         assert recent.nbytes == latents * 2 * 4 * 3 * 24 * 8 + with_states * before[0].nbytes
-        assert len(recent._held) == min(chunk + 1, latents)
-        places |= {held.buffer.data_ptr() for held in recent._held}
-        for held, own in zip(reversed(recent._held), range(chunk, -1, -1), strict=False):
+        assert len(recent._places) == min(chunk + 1, latents)
+        places |= {held.buffer.data_ptr() for held in recent._places}
+        for held, own in zip(reversed(recent._places), range(chunk, -1, -1), strict=False):
             assert torch.equal(held.latents, random_latents(2, LENGTHS[own], seed=own))
             assert held.latents.is_contiguous() and held.start == before[own].frames
             assert held.before is None or held.before.frames == before[own].frames

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from longsana.data.story import Change, Placed
+from longsana.data.story import Change, Outline, Placed
 from longsana.encoders.text import CompactEmbedding, expand
 from longsana.sampling.transition import Shown, Way, blend, embedding_of, shown_in
 
@@ -20,8 +20,8 @@ def caption(tokens: int, seed: int, length: int = 8) -> CompactEmbedding:
 
 
 def shares(*chunks: int, over: int, transition: int, change: str = "keep") -> list[tuple[int, int, float]]:
-    parts = [Placed(chunk, Change.parse(change) if index else Change()) for index, chunk in enumerate(chunks)]
-    return [(one.part, one.before, round(one.share, 6)) for one in shown_in(parts, over, transition)]
+    parts = tuple(Placed(chunk, Change.parse(change) if index else Change()) for index, chunk in enumerate(chunks))
+    return [(one.part, one.before, round(one.share, 6)) for one in shown_in(Outline(parts, over), over, transition)]
 
 
 def test_without_a_transition_each_chunk_shows_its_part() -> None:
@@ -47,7 +47,7 @@ def test_every_chunk_shows_something_in_order() -> None:
     for chunks in range(1, 9):
         for transition in range(4):
             for second in range(1, chunks):
-                shown = shown_in([Placed(0), Placed(second)], chunks, transition)
+                shown = shown_in(Outline((Placed(0), Placed(second)), chunks), chunks, transition)
                 assert [one.part for one in shown] == [int(chunk >= second) for chunk in range(chunks)]
                 assert [one.share for one in shown[second:]] == sorted(one.share for one in shown[second:])
                 assert shown[-1] == Shown(1, 1, 1.0)

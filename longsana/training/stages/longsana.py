@@ -13,7 +13,7 @@ from torch import Tensor
 from longsana.chunks import ChunkPlan
 from longsana.encoders.vae import DecodeCache
 from longsana.models.embeddings import TextEmbedding
-from longsana.sampling.recent import NAME, Recent
+from longsana.sampling.recent import NAME, Held, Recent
 from longsana.sampling.sampler import absorb, timestep
 from longsana.state import CausalState
 from longsana.training.learner import compute_dtype
@@ -98,7 +98,7 @@ class LongSana(SelfForcing):
                 micro_batch.index, stream.serial, stream.state.frames, len(micro_batch.samples)
             )
             text = self.embed([self.prompts[number] for number in numbers])
-            state = stream.recent.begin(0, stream.state, again)
+            state = stream.recent.begin(self.changes.change, stream.state, again)
         if self.micro_batches.processes > 1:
             # Processes whose streams are at other places run the network as often.
             shape = (len(micro_batch.samples), *self.latent_shape)
@@ -162,7 +162,7 @@ class LongSana(SelfForcing):
                 tensors |= {"lead": stream.overlap}
                 tensors |= {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail}
                 tensors |= {"tokens": stream.text.tokens, "mask": stream.text.mask}
-                tensors |= stream.recent.tensors()
+                tensors |= stream.recent.held.tensors()
                 if stream.cache is not None:
                     tensors |= {f"cache_{i:03d}": feature for i, feature in enumerate(stream.cache.features)}
             groups[f"stream_{index:05d}"] = tensors
@@ -214,7 +214,7 @@ class LongSana(SelfForcing):
         features = tuple(parts[name] for name in sorted(parts) if name.startswith("cache_"))
         cache = DecodeCache(features, state.frames) if features else None
         recent = self.changes.recent()
-        recent.take(tensors, self.vae.device)
+        recent.take(Held.named(tensors, self.changes.change.chunks, self.vae.device))
         self.streams[index] = Stream(self._serials[index] - 1, text, state, parts["lead"], cache, recent)
         return ""
 

@@ -46,7 +46,7 @@ class PromptChanges:
 
     def recent(self) -> Recent:
         """Make room for what the changes of a new stream will reach back to."""
-        return Recent({0: self.change} if self._probability else {}, self._frames)
+        return Recent([self.change] if self._probability else [], self._frames)
 
     def happens(self, micro_batch: MicroBatch) -> bool:
         """Tell whether streams change their prompt in this update, all micro-batches or none."""

@@ -154,7 +154,7 @@ def test_the_generator_learns_after_a_change(build: Callable[..., LongSana]) -> 
     gradients = torch.autograd.grad(loss.value, list(stage.generator.parameters()), allow_unused=True)
     assert any(gradient is not None and gradient.any() for gradient in gradients)
     stream = stage.streams[0]
-    assert not any(tensor.requires_grad for tensor in (*stream.state[:3], *stream.recent.tensors().values()))
+    assert not any(tensor.requires_grad for tensor in (*stream.state[:3], *stream.recent.held.tensors().values()))
 
 
 @pytest.mark.parametrize(
