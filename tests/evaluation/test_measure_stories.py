@@ -73,7 +73,7 @@ def test_a_world_that_changes_at_once_has_every_figure(script: ModuleType) -> No
     pictures = render(scenes, range(3 * 40)).permute(0, 2, 3, 4, 1)
     seen = observe(((pictures + 1) * 127.5).round().to(torch.uint8))
     for figures, story in zip(script.figures_of(seen, told, 40), told, strict=True):
-        assert figures.keys() == {story.aspect, script.SHARED, "persistence"}
+        assert figures.keys() == {story.aspect, script.NEW, script.SHARED, "persistence"}
         for values in figures.values():
             assert len(values) == 3 and all(math.isnan(value) or value > 0.95 for value in values)
 
@@ -82,12 +82,12 @@ def test_figures_of_each_and_a_table(script: ModuleType, measured: Path) -> None
     scores = [json.loads(path.read_text()) for path in sorted(measured.glob("story_*.json"))]
     assert [score["asked"]["policy"] for score in scores] == ["cut", "keep"]
     cut, keep = scores
-    assert cut["figures"].keys() == {*script.ASPECTS, script.SHARED, "persistence"}
+    assert cut["figures"].keys() == {*script.ASPECTS, script.NEW, script.SHARED, "persistence"}
     assert all(len(chunks) == 3 for chunks in cut["figures"].values())
     assert cut["figures"] != keep["figures"] or cut["seam index"] != keep["seam index"]
     header, _, *lines = (measured / "table.md").read_text().splitlines()
     columns = [cell.strip() for cell in header.strip("|").split("|")]
-    assert columns == ["change", *script.ASPECTS, script.SHARED, "persistence", "seam index", "stories"]
+    assert columns == ["change", *script.ASPECTS, script.NEW, script.SHARED, "persistence", "seam index", "stories"]
     assert [line.strip("| ").split(" ")[0] for line in lines] == ["keep", "cut"]
 
 
@@ -114,6 +114,14 @@ def test_it_goes_on_where_it_was(
     assert script.main([*arguments(measured), "--minutes=-1", "--only", "recache=1"]) == script.UNFINISHED
     assert script.main([*arguments(measured, changes=5), "--only", *NAMES]) == 2
     assert "choose another --out" in capsys.readouterr().err
+
+
+def test_standard_errors_are_of_stories(script: ModuleType) -> None:
+    """By hand: seeds are averaged first, and a story without a figure in one of them has the others'."""
+    mean, error = script.over_stories([[0.0, 1.0, math.nan], [0.5, 1.0, 0.0]])
+    assert mean == pytest.approx((0.25 + 1 + 0) / 3)
+    assert error == pytest.approx((((0.25 - mean) ** 2 + (1 - mean) ** 2 + mean**2) / 2 / 3) ** 0.5)
+    assert script.over_stories([[0.5]]) == (0.5, None) and script.over_stories([[math.nan]]) == (None, None)
 
 
 @pytest.mark.parametrize(

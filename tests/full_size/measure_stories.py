@@ -4,10 +4,11 @@
 
 Stories of two parts, three chunks each. The second caption is the first one, held out of training, with another colour,
 kind, background or motion, in turn: 64 changes, three seeds. Each policy has the same noise. Judged is the new caption
-in the first, second and third chunk after the change: what changed (in those stories where it did), what both captions
-say (but of an object whose colour changed nothing is found under the new one before it is there: of those stories the
-background alone), whether all that the new caption says is in view and nothing else (persistence), and the change of
-the picture at the joint against that within chunks (seam index, 1 is seamless; a cut is no seam to be hidden).
+in the first, second and third chunk after the change: what changed (in those stories where it did, and over all of
+them as "the new caption"), what both captions say (but of an object whose colour changed nothing is found under the new
+one before it is there: of those stories the background alone), whether all that the new caption says is in view and
+nothing else (persistence), and the change of the picture at the joint against that within chunks (seam index, 1 is
+seamless; a cut is no seam to be hidden). After a ± stands the largest standard error of a cell, over stories.
 
 A policy's figures are written to OUT when it is done, and a table of all so far: stopped at any moment, the same
 command goes on. With --minutes it begins no policy that would take longer than is left. On a laptop:
@@ -27,7 +28,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ CHUNKS = 3
 """Chunks of each part."""
 UNFINISHED = 3
 ASPECTS = ("colour", "kind", "background", "motion")
-SHARED = "what both say"
+NEW, SHARED = "the new caption", "what both say"
 
 
 @dataclass(frozen=True)
@@ -209,25 +210,37 @@ def figures_of(after: Seen, told: Sequence[Story], chunk: int) -> list[dict[str,
     for row, story in enumerate(told):
         both = ["background"] if story.aspect == "colour" else [name for name in ASPECTS if name != story.aspect]
         figures = {story.aspect: means[story.aspect][row], "persistence": means["persistence"][row]}
+        figures[NEW] = means[story.aspect][row]
         figures[SHARED] = torch.stack([means[name][row] for name in both]).nanmean(0)
         found.append({name: values.tolist() for name, values in figures.items()})
     return found
 
 
 def summarise(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Means over the stories that have a figure, and over seeds. runs: a list of stories for each seed."""
-    everything = [story for run in runs for story in run]
-    names = (*ASPECTS, SHARED, "persistence")
-    figures: dict[str, Any] = {
-        name: [_mean(story[name][chunk] for story in everything if name in story) for chunk in range(CHUNKS)]
-        for name in names
-    }
-    return {"figures": figures, "seam index": _mean(story["seam index"] for story in everything)}
+    """Means over the stories that have a figure, and over seeds, and their standard errors over stories.
+
+    runs: a list of stories for each seed.
+    """
+    names = (*ASPECTS, NEW, SHARED, "persistence")
+    figures: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    for name in names:
+        found = [
+            over_stories([[story[name][chunk] for story in run if name in story] for run in runs])
+            for chunk in range(CHUNKS)
+        ]
+        figures[name], errors[name] = map(list, zip(*found, strict=True))
+    seam, error = over_stories([[story["seam index"] for story in run] for run in runs])
+    return {"figures": figures, "standard errors": errors, "seam index": seam, "seam index's standard error": error}
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    numbers = [value for value in values if value == value]
-    return statistics.fmean(numbers) if numbers else None
+def over_stories(runs: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
+    """Mean over stories of their mean over seeds, and its standard error; stories without a figure are left out."""
+    stories = [[value for value in values if value == value] for values in zip(*runs, strict=True)]
+    means = [statistics.fmean(values) for values in stories if values]
+    if len(means) < 2:
+        return (means[0] if means else None), None
+    return statistics.fmean(means), statistics.stdev(means) / len(means) ** 0.5
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> int:
@@ -288,8 +301,8 @@ def write_table(out: Path) -> None:
     lines = [
         {
             "change": name,
-            **{figure: " / ".join(map(_percent, chunks)) for figure, chunks in score["figures"].items()},
-            "seam index": "" if score["seam index"] is None else f"{score['seam index']:.2f}",
+            **{figure: _cell(score, figure) for figure in score["figures"]},
+            "seam index": _seam(score["seam index"], score["seam index's standard error"]),
             "stories": f"{score['asked']['changes']} x {len(score['asked']['seeds'])}",
         }
         for name, score in scores.items()
@@ -297,8 +310,19 @@ def write_table(out: Path) -> None:
     atomic_write_text(out / "table.md", table(lines))
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f}"
+def _cell(score: dict[str, Any], figure: str) -> str:
+    """A figure in its three chunks, and where all stories have it the largest standard error of them."""
+    cell = " / ".join("-" if share is None else f"{100 * share:.0f}" for share in score["figures"][figure])
+    errors = [100 * error for error in score["standard errors"][figure] if error is not None]
+    return cell if figure in ASPECTS else cell + _margin(max(errors, default=None), "{:.0f}")
+
+
+def _seam(index: float | None, error: float | None) -> str:
+    return "" if index is None else f"{index:.2f}" + _margin(error, "{:.2f}")
+
+
+def _margin(error: float | None, form: str) -> str:
+    return "" if error is None else " ± " + form.format(error)
 
 
 def prepare(arguments: Sequence[str]) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,23 @@ def test_distilled_on_a_gpu(distilled_folder: Path) -> None:
     latents, _ = batch_command(config, PROMPT, device="cuda")
     pipe = quiet(distilled_folder, torch_dtype=torch.bfloat16).to("cuda")
     assert torch.equal(pipe(PROMPT, output_type="latent", generator=seed(), num_frames=81, **SIZE).frames, latents)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", ["keep", "recache=2", "rebuild=1", "cut"])
+def test_a_story_and_its_stream_on_a_gpu(distilled_folder: Path, change: str) -> None:
+    """Recorded passes of the batch command, the call, and streams that go on from every chunk: the same to the bit."""
+    story = f"{PROMPT}[2s] | [{change}] {OTHER}"
+    config = shapes_config(**{"sampling.num_frames": 97, "sampling.seed": 42, "sampling.chunk_frames": 4})
+    latents, _ = batch_command(config, story, device="cuda")
+    pipe = quiet(distilled_folder, torch_dtype=torch.bfloat16).to("cuda")
+    options: dict[str, Any] = {"output_type": "latent", "chunk_frames": 4, **SIZE}
+    assert torch.equal(pipe(story, generator=seed(), num_frames=97, **options).frames, latents)
+    chunks = list(pipe.stream(story, 97, generator=seed(), **options))
+    assert torch.equal(torch.cat([chunk.frames for chunk in chunks], dim=2), latents)
+    for before, chunk in pairwise(chunks):
+        (again,) = pipe.stream(num_frames=16, state=before, **options)
+        assert torch.equal(again.frames, chunk.frames)
 
 
 def test_distilled_batch_of_prompts(loaded: LongSanaVideoPipeline) -> None:
