@@ -186,6 +186,7 @@ class StageBuilder:
             every=ratio if self.config.trainer in DISTILLING else 1,
             ema_weight=train.ema_weight,
             ema_start=train.ema_start_step,
+            ema_relative_width=train.ema_relative_width,
         )
 
     def _critic(self) -> Learner:

@@ -67,6 +67,10 @@ def check_training(config: TrainingConfig) -> None:
             raise InputError(f"{name}.float8=true: weights in float8 cannot be trained; it is for inference")
     if config.validation.vis_ema and config.train.ema_weight == 0:
         raise InputError("validation.vis_ema=true: there is no average to sample with; set train.ema_weight above 0")
+    if (width := config.train.ema_relative_width) is not None and config.train.ema_weight == 0:
+        raise InputError(
+            f"train.ema_relative_width={width}: train.ema_weight=0 keeps no average; leave one of them out"
+        )
     if trainer in DISTILLING:
         _check_distillation(config)
     flow, sampling = config.flow_matching, config.sampling
@@ -88,6 +92,12 @@ def check_device(config: TrainingConfig, world: World, device: torch.device) -> 
         InputError: the setting, and why.
     """
     train = config.train
+    for role, settings in (("generator", config.optimizer.generator), ("critic", config.optimizer.critic)):
+        if settings.muon_lr is not None and world.size > 1:
+            raise InputError(
+                f"optimizer.{role}.muon_lr={settings.muon_lr}: Muon needs whole matrices, and the {world.size} "
+                "processes of this run share them; leave it out, or train on one"
+            )
     if train.cuda_graphs and device.type == "cuda" and world.size > 1:
         raise InputError(
             f"train.cuda_graphs=true: graphs are for one process, and this run has {world.size}; set it to false"

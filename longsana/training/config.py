@@ -90,12 +90,16 @@ class DistillationConfig:
 @dataclass(frozen=True)
 class AdamWConfig:
     lr: float = bounded(1e-5, above=0, most=1000)
+    # The matrices of the blocks' linear layers learn by Muon at this rate (its steps as large as AdamW's), all else by
+    # AdamW; None: all of it by AdamW
+    muon_lr: float | None = bounded(None, above=0, most=1000)
     beta1: float = bounded(0.0, 0, below=1)
     beta2: float = bounded(0.999, 0, below=1)
     eps: float = bounded(1e-8, 0, 1)
     weight_decay: float = bounded(0.01, 0, 1000)
     max_grad_norm: float = bounded(10.0, above=0, most=1e9)
     num_warmup_steps: int = bounded(0, 0, 10**9)
+    decay_after: int | None = bounded(None, 1, 10**9)  # updates after which rates fall as 1 / sqrt(update); None: never
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ class TrainConfig:
     async_checkpoint: bool = False  # write while training goes on, from a copy on the host
     ema_weight: float = bounded(0.99, 0, below=1)  # 0: no average
     ema_start_step: int = bounded(200, 0, 10**9)
+    # Width of the average over the updates since its start, as a share of them, instead of ema_weight; None: ema_weight
+    ema_relative_width: float | None = bounded(None, 0.001, 0.28)
     mixed_precision: bool = True  # compute in bfloat16, reduce and keep weights in float32
     gradient_checkpointing: bool = True
     sharding_strategy: Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"] = "full"

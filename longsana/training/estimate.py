@@ -17,7 +17,7 @@ from longsana.runtime.distributed import World
 from longsana.training.checks import DISTILLING, clip_shape, micro_batches_of
 from longsana.training.config import TrainingConfig
 from longsana.training.flops import forward_flops
-from longsana.training.learner import compute_dtype
+from longsana.training.learner import compute_dtype, learns_by_muon
 from longsana.training.memory import LiveBytes
 from longsana.training.meta import GPU, PUBLISHED, Encoders, MetaBatch, MetaBuilder, Role, exiting, lengths_of
 from longsana.training.stages.stage import Stage
@@ -68,7 +68,7 @@ class Estimate(NamedTuple):
         peak = self.updates[self.fullest]
         return {
             "weights, float32": self.weights,
-            "Adam's moments": self.moments,
+            "the optimizer's moments": self.moments,
             "running average": self.average,
             "teacher": self.teacher,
             "text encoder, Gemma 2 2B": self.text_encoder,
@@ -129,6 +129,13 @@ def estimate(
     learners: tuple[Role, ...] = ("generator", "critic") if distilled else ("generator",)
     kept = {name: sum(kept_values(p, sharers) for p in model.parameters()) for name, model in networks.items()}
     trained = FLOAT * sum(kept[role] for role in learners)
+    # Muon keeps one moment, AdamW two.
+    by_muon = FLOAT * sum(
+        kept_values(weight, sharers)
+        for role in learners
+        for name, weight in networks[role].named_parameters()
+        if learns_by_muon(getattr(config.optimizer, role), name, weight)
+    )
     compute = compute_dtype(config).itemsize
     block = max(_count(model.blocks[0]) for model in networks.values())
     state = networks["generator"].to(compute_dtype(config)).empty_state(train.batch_size, *clip_shape(config)[2:])
@@ -140,7 +147,7 @@ def estimate(
         parameters={name: _count(model) for name, model in networks.items()},
         state=_bytes(state[:3]),  # its own nbytes asks where the storages lie
         weights=trained,
-        moments=2 * trained,
+        moments=2 * trained - by_muon,
         average=FLOAT * kept["generator"] if train.ema_weight > 0 else 0,
         teacher=resolve_dtype(config.real_score.dtype, GPU).itemsize * kept["teacher"] if distilled else 0,
         text_encoder=resolve_dtype(config.text_encoder.dtype, GPU).itemsize * encoders.text_parameters

@@ -308,7 +308,9 @@ STAGE_YAML: dict[str, Rule] = {
     "train.optimizer.eps": of(BASE, home("optimizer.generator.eps")),
     "train.optimizer.weight_decay": of(BASE, home("optimizer.generator.weight_decay")),
     "train.gradient_clip": of(BASE, home("optimizer.generator.max_grad_norm")),
-    "train.lr_schedule": of(BASE, only("constant", instead="the rate is constant after its warm-up")),
+    "train.lr_schedule": of(
+        BASE, only("constant", instead="the rate is constant; optimizer.generator.decay_after lets it fall")
+    ),
     "train.lr_schedule_args.num_warmup_steps": of(BASE, home("optimizer.generator.num_warmup_steps")),
     "train.num_warmup_steps": of(BASE, home("optimizer.generator.num_warmup_steps")),
     "train.grad_checkpointing": of(BASE, home("train.gradient_checkpointing")),

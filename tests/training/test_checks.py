@@ -86,6 +86,10 @@ def test_the_published_stages_are_as_published():
         ("ode", "train.gradient_accumulation_steps=0", "must be at least 1"),
         ("ode", "optimizer.generator.lr=0", "optimizer.generator.lr=0.0: must be above 0"),
         ("ode", "train.ema_weight=0 validation.vis_ema=true", "no average"),
+        ("ode", "train.ema_weight=0 train.ema_relative_width=0.1", "train.ema_relative_width=0.1: train.ema_weight=0"),
+        ("ode", "train.ema_relative_width=0.3", "train.ema_relative_width=0.3: must be"),
+        ("ode", "optimizer.generator.decay_after=0", "optimizer.generator.decay_after=0: must be at least 1"),
+        ("ode", "optimizer.generator.muon_lr=0", "optimizer.generator.muon_lr=0.0: must be above 0"),
         ("ode", "sampling.height=33", "multiple of 16"),
         (
             "flow_matching",
@@ -178,3 +182,13 @@ def test_what_a_gpu_cannot_do_is_refused_before_anything_is_loaded():
     check_device(config, World(size=1), torch.device("cuda"))
     with pytest.raises(InputError, match="cuda_graphs"):
         check_device(config, World(size=2), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("role", ["generator", "critic"])
+def test_muon_is_for_one_process(small_training, role):
+    config = load(small_training("self_forcing", f"optimizer.{role}.muon_lr=1e-3"))
+    check_device(config, World(size=1), torch.device("cpu"))
+    with pytest.raises(
+        InputError, match=rf"^optimizer\.{role}\.muon_lr=0\.001: Muon .* the 2 processes .*; leave it out"
+    ):
+        check_device(config, World(size=2), torch.device("cpu"))

@@ -21,6 +21,7 @@ from longsana.models.embeddings import TextEmbedding
 from longsana.training.config import TrainingConfig
 from longsana.training.estimate import Update, estimate, measure_update, model_flops
 from longsana.training.flops import forward_flops
+from longsana.training.learner import learns_by_muon
 from longsana.training.memory import LiveBytes, as_on_gpu
 from longsana.training.meta import PUBLISHED
 from longsana.weights.build import build_model, empty_model
@@ -229,6 +230,10 @@ def test_what_settings_cost(training_config: Any, monkeypatch: pytest.MonkeyPatc
     assert found.text_encoder == 2 * PUBLISHED["WanVAE"].text_parameters
     assert estimate(changed(text_encoder="free"), 1).text_encoder == 0
     assert found.average > estimate(changed(ema_weight=0.0), 1).average == 0
+    muon = replace(config.optimizer, critic=replace(config.optimizer.critic, muon_lr=1e-3))
+    critic = empty_model(config.fake_score).named_parameters()
+    matrices = sum(4 * weight.numel() for name, weight in critic if learns_by_muon(muon.critic, name, weight))
+    assert found.moments - estimate(replace(config, optimizer=muon), 1).moments == matrices > 0
     assert found.total == sum(found.parts.values()) > plain.activations + found.text_encoder
     assert f"{found.total / 2**30:.2f} GiB" in found.table()
 

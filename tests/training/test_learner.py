@@ -1,4 +1,4 @@
-"""A learner steps like AdamW, averages like a moving average, and leaves no trace of numbers that are not finite."""
+"""A learner steps like AdamW and Muon, averages, and leaves no trace of numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longsana.training.config import AdamWConfig
-from longsana.training.learner import Learner
+from longsana.training.learner import Learner, learns_by_muon, power
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_clipping_limits_the_norm_and_reports_it_before(make):
     torch.testing.assert_close(free.update(0), norm)
     torch.testing.assert_close(clipped.update(0), norm)
     name = "blocks.0.attn.qkv.weight"
-    moments = [p.optimizer.state[p.weights[name]]["exp_avg"] for p in (free, clipped)]
+    moments = [p.tensors()["optimizer.generator"][f"{name}.exp_avg"] for p in (free, clipped)]
     torch.testing.assert_close(moments[1], moments[0] * 0.5 / norm)
 
 
@@ -99,5 +99,62 @@ def test_without_an_average_there_is_none_to_save(make):
 def test_warm_up_counts_the_learners_own_updates(make):
     learner = make(every=5, settings={"num_warmup_steps": 4})
     assert [learner.learns_in(step) for step in range(6)] == [True, False, False, False, False, True]
-    assert [learner.lr(step) for step in (0, 5, 10, 15, 20)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
-    assert make().lr(0) == 0.01
+    assert [learner.pace(step) for step in (0, 5, 10, 15, 20)] == [0.25, 0.5, 0.75, 1, 1]
+    assert make().pace(0) == 1
+
+
+def test_rates_fall_with_the_root_of_the_learners_own_updates(make):
+    learner = make(every=5, settings={"num_warmup_steps": 2, "decay_after": 4})
+    assert [learner.pace(5 * update - 5) for update in (1, 2, 4, 16, 64)] == [0.5, 1, 1, 0.5, 0.25]
+
+
+def test_muon_steps_the_matrices_of_blocks_and_adamw_the_rest(make):
+    """Rates of both warm up; what is no matrix of a block's linear layer steps as without Muon."""
+    options = {"max_grad_norm": 1e9, "num_warmup_steps": 2}
+    mixed, plain = make(settings={**options, "muon_lr": 3e-2}), make(settings=options)
+    twin = make()
+    matrices = {name for name in twin.weights if learns_by_muon(mixed.settings, name, twin.weights[name])}
+    assert {name.split(".", 2)[2] for name in matrices} == {
+        *(f"attn.{name}.weight" for name in ("qkv", "out")),
+        *(f"cross_attn.{name}.weight" for name in ("q", "kv", "out")),
+        *(f"feed_forward.{name}.weight" for name in ("expand", "project")),
+    }
+    muon = torch.optim.Muon([twin.weights[name] for name in matrices], weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step, lr in enumerate((1.5e-2, 3e-2, 3e-2)):
+        for learner in (mixed, plain, twin):
+            fill(learner, step)
+        mixed.update(step)
+        plain.update(step)
+        muon.param_groups[0]["lr"] = lr
+        muon.step()
+    for name, weight in mixed.weights.items():
+        assert torch.equal(weight, (twin if name in matrices else plain).weights[name]), name
+    moments = {name.rpartition(".")[0] for name in mixed.tensors()["optimizer.generator"] if "momentum" in name}
+    assert moments == matrices
+
+
+@pytest.mark.parametrize("width", [0.01, 0.05, 0.1, 0.25])
+def test_an_average_by_a_power_has_its_relative_width_at_any_length(width):
+    g = power(width)
+    for updates in (2_000, 20_000):
+        number = torch.arange(1, updates + 1, dtype=torch.float64)
+        counts = (number / updates) ** g
+        counts /= counts.sum()
+        spread = (counts * (number - (counts * number).sum()) ** 2).sum().sqrt()
+        assert float(spread / updates) == pytest.approx(width, rel=0.02)
+
+
+@pytest.mark.parametrize(("every", "start"), [(1, 0), (1, 3), (2, 5)])
+def test_updates_of_an_average_by_a_power_count_by_their_number_since_its_start(make, every, start):
+    learner = make(every=every, ema_weight=0.5, ema_start=start, ema_relative_width=0.2)
+    name, history = "blocks.1.feed_forward.expand.weight", []
+    history.append(learner.weights[name].detach().clone())
+    for step in range(0, 12, every):
+        fill(learner, step)
+        learner.update(step)
+        if step < start:
+            history.clear()
+        history.append(learner.weights[name].detach().clone())
+    number = torch.arange(len(history) + 1, dtype=torch.float64) ** (power(0.2) + 1)
+    expected = sum(float(count / number[-1]) * weight for count, weight in zip(number.diff(), history, strict=True))
+    torch.testing.assert_close(learner.average[name], expected)

@@ -28,6 +28,11 @@ KILLED = Path(__file__).with_name("killed.py")
 # (trainer, overrides, updates before the kill): in iteration 4 of 6, after a checkpoint at 4 of all iterations.
 STAGES: dict[str, tuple[str, list[str], int]] = {
     "base": ("flow_matching", [], 4),
+    "base_muon": (
+        "flow_matching",
+        ["optimizer.generator.muon_lr=1e-3", "optimizer.generator.decay_after=2", "train.ema_relative_width=0.1"],
+        4,
+    ),
     "causal": ("flow_matching", ["flow_matching.causal=true", "scheduler.sampling_algo=chunk_flow_euler"], 5),
     "ode": ("ode", [], 5),
     # Generator and critic play in iterations 0, 2, 4, the critic alone in 1, 3, 5: the kill is between the two of 4.
