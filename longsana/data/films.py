@@ -1,8 +1,8 @@
 """Films and pictures that a video goes on from, read as a stream and fitted to a video's size and frame rate.
 
-Frame k is the picture that the film shows at k / fps seconds. Of each, the largest part in the middle with the video's
-shape is scaled to its size. Films are read through imageio's PyAV plugin, pictures (by their suffix) through its Pillow
-plugin: a picture is a film of one frame.
+Frame k is the picture that the film shows at k / fps seconds, upright as the file says. Of each, the largest part in
+the middle with the video's shape is scaled to its size. Films are read through imageio's PyAV plugin, pictures (by
+their suffix) through its Pillow plugin: a picture is a film of one frame.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LATE = 1.0
 
 
 def read_film(path: str | Path, fps: float) -> Iterator[np.ndarray]:
-    """Pictures (H, W, 3), uint8, of a film, `fps` of them a second; its own size.
+    """Pictures (H, W, 3), uint8, of a film, `fps` of them a second; its own size, upright.
 
     Raises:
         InputError: the file cannot be read, is no film or picture, is broken, or ends before its time.
@@ -65,16 +65,37 @@ def _frames(path: Path, fps: float) -> Iterator[np.ndarray]:
     # FFmpeg's filter goes by the frames' times, which need not be evenly spaced. Each is shown from its own time on.
     rate = Fraction(fps).limit_denominator(1001)
     by_time: list[Any] = [("fps", {"fps": f"{rate.numerator}/{rate.denominator}", "round": "up"})]
-    count = 0
+    count, matrix = 0, _display_matrix(path)
     with iio.imopen(path, "r", plugin="pyav") as film:
         promised = film.metadata().get("duration")
         for picture in film.iter(format="rgb24", filter_sequence=by_time):
             count += 1
-            yield picture
+            yield picture if matrix is None else _upright(picture, matrix)
     if promised is not None and count / fps < promised - LATE:
         raise InputError(
             f"{path}: cut short: {count / fps:.1f} of {promised:.1f} seconds can be read; repair it or give another"
         )
+
+
+def _display_matrix(path: Path) -> np.ndarray | None:
+    """Read the note beside a film, of its first picture, that says how it is turned or mirrored for display."""
+    with av.open(str(path)) as film:
+        frame = next(film.decode(film.streams.video[0]), None)
+        for note in () if frame is None else frame.side_data:
+            if note.type.name == "DISPLAYMATRIX":
+                return np.frombuffer(bytes(note), np.int32).reshape(3, 3)
+    return None
+
+
+def _upright(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Turn a picture (H, W, 3) for display: (column, row) goes to (column, row) @ matrix[:2, :2], by quarter turns.
+
+    A turn that is no quarter goes to the nearest one.
+    """
+    (a, b), (c, d) = matrix[:2, :2].tolist()
+    if abs(b) > abs(a):
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 def _pictures(path: Path) -> Iterator[np.ndarray]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import struct
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,13 @@ from longsana.runtime.video import VideoWriter
 
 
 def shot(path: Path, times: list[Fraction], *, sound: bool = False) -> Path:
-    """A film whose picture n, shown from times[n] on, is grey of 5 n."""
+    """A film whose picture n, shown from times[n] on, is grey of 5 n, for n below 51."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=30, options={"crf": "0", "preset": "ultrafast"})
         stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
         stream.codec_context.time_base = stream.time_base = Fraction(1, 600)
         for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), 5 * number, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), 5 * (number % 51), np.uint8), format="rgb24")
             frame.pts, frame.time_base = int(time * 600), Fraction(1, 600)
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
@@ -104,12 +106,67 @@ def test_pictures_of_other_colours(tmp_path: Path, mode: str) -> None:
     assert picture.shape == (30, 40, 3) and picture.dtype == np.uint8
 
 
-def test_a_picture_lies_as_its_camera_was_held(tmp_path: Path) -> None:
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=turned)
+CORNERS = np.array([[0, 80], [160, 240]], np.uint8)
+TURNS: dict[str, tuple[int, tuple[int, int, int, int], Any]] = {
+    "none": (1, (1, 0, 0, 1), lambda picture: picture),
+    "mirrored": (2, (-1, 0, 0, 1), np.fliplr),
+    "half": (3, (-1, 0, 0, -1), lambda picture: np.rot90(picture, 2)),
+    "upside down": (4, (1, 0, 0, -1), np.flipud),
+    "transposed": (5, (0, 1, 1, 0), lambda picture: picture.swapaxes(0, 1)),
+    "clockwise": (6, (0, 1, -1, 0), lambda picture: np.rot90(picture, -1)),
+    "transposed the other way": (7, (0, -1, -1, 0), lambda picture: picture.swapaxes(0, 1)[::-1, ::-1]),
+    "anticlockwise": (8, (0, -1, 1, 0), lambda picture: np.rot90(picture, 1)),
+}
+"""For each turn its EXIF orientation, its display matrix a, b, c, d and the naive rule."""
+
+
+def note_turn(path: Path, turn: tuple[int, int, int, int]) -> Path:
+    """Write a turn into an mp4 as phones do: the display matrix in the header of its track."""
+    content = bytearray(path.read_bytes())
+    header = content.index(b"tkhd") + 4
+    a, b, c, d = turn
+    struct.pack_into(">9i", content, header + 40, a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    return path
+
+
+def corners(picture: np.ndarray) -> list[int]:
+    """Grey of the corners, to the nearest 80."""
+    return [80 * round(float(picture[row, column].mean()) / 80) for row in (0, -1) for column in (0, -1)]
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_a_picture_lies_as_its_camera_was_held(tmp_path: Path, turn: str) -> None:
+    orientation, _, upright = TURNS[turn]
+    noted = Image.Exif()
+    noted[0x0112] = orientation
+    wide = CORNERS.repeat(16, 0).repeat(32, 1)
+    Image.fromarray(wide).convert("RGB").save(tmp_path / "a.jpg", exif=noted)
     (picture,) = read_film(tmp_path / "a.jpg", 16.0)
-    assert picture.shape == (40, 30, 3)
+    assert picture.shape == (*upright(wide).shape, 3)
+    assert corners(picture) == upright(CORNERS).ravel().tolist()
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_a_film_lies_as_its_camera_was_held(tmp_path: Path, turn: str) -> None:
+    _, matrix, upright = TURNS[turn]
+    wide = np.repeat(CORNERS.repeat(16, 0).repeat(32, 1)[:, :, None], 3, 2)
+    with VideoWriter(tmp_path / "a.mp4", 16.0, 32, 64, crf=1, preset="ultrafast", threads=1) as video:
+        video.append(np.stack(20 * [wide]))
+    film = read_film(note_turn(tmp_path / "a.mp4", matrix), 16.0)
+    picture = next(film)
+    assert picture.shape == upright(wide).shape and picture.flags["C_CONTIGUOUS"]
+    assert corners(picture) == upright(CORNERS).ravel().tolist()
+    assert sum(1 for _ in film) == 19
+
+
+def test_a_film_of_many_pictures_is_turned_in_constant_memory(tmp_path: Path) -> None:
+    path = note_turn(shot(tmp_path / "film.mp4", [Fraction(n, 30) for n in range(300)]), TURNS["clockwise"][1])
+    tracemalloc.start()
+    assert count_frames(path, 30.0) == 300
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 150 * 16 * 32 * 3
 
 
 def spoil_middle(path: Path) -> None:
