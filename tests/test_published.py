@@ -480,7 +480,6 @@ def test_what_cannot_be_honoured_is_said_all_at_once(tmp_path: Path) -> None:
         ({"streaming_chunk_size": 31}, "it is num_training_frames, 21"),
         ({"image_or_video_shape": [1, 99, 16, 60, 104]}, "streaming_max_length is 261, and the shape says 99"),
         ({"context_noise": 10}, "rollout.noisy_absorb=true"),
-        ({"switch_prompt_path": "a.txt"}, "prompts do not switch"),
         ({"fake_name": "Wan"}, "one network serves every role"),
         ({"generator_ckpt": None}, "there are no weights; give model.load_from"),
         ({"update_kv_cache_by_end": True}, "what the exit step gives is absorbed"),
@@ -492,6 +491,80 @@ def test_a_stage_that_cannot_be_honoured(changes: dict[str, Any], says: str, tmp
         load_config(path, (), TrainingConfig)
     message = str(caught.value)
     assert says in message and next(iter(changes)) in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"switch_prompt_path": "b.txt"}, {"switch_prompt_path": "b.txt", "prompt_change": "recache=1"}),
+        (
+            {
+                "switch_prompt_path": "b.txt",
+                "switch_mode": "fixed",
+                "fixed_switch_index": 41,
+                "switch_choices": [21, 41],
+            },
+            {"switch_prompt_path": "b.txt", "fixed_switch_index": 41, "prompt_change": "recache=1"},
+        ),
+        (
+            {"switch_prompt_path": "b.txt", "switch_mode": "random", "fixed_switch_index": 41},
+            {"switch_prompt_path": "b.txt", "switch_mode": "random", "prompt_change": "recache=1"},
+        ),
+        (
+            {"switch_prompt_path": "b.txt", "switch_mode": "random_choice", "switch_choices": [21, 101]},
+            {
+                "switch_prompt_path": "b.txt",
+                "switch_mode": "random_choice",
+                "switch_choices": (21, 101),
+                "prompt_change": "recache=1",
+            },
+        ),
+        (
+            {"switch_prompt_path": "b.txt", "streaming": {"prompt_change": "rebuild=2"}},
+            {"switch_prompt_path": "b.txt", "prompt_change": "rebuild=2"},
+        ),
+        ({"switch_prompt_path": None, "switch_mode": "random", "fixed_switch_index": 21, "switch_choices": []}, {}),
+        ({"switch_mode": "random", "switch_choices": [21]}, {}),
+    ],
+)
+def test_the_switch_file(keys: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+    """Without a file the keys change nothing; those of another mode neither."""
+    path = write(tmp_path / "stage.yaml", stage_yaml("longsana") | keys)
+    config = load_config(path, (), TrainingConfig)
+    check_training(config)
+    plain = load_config(write(tmp_path / "plain.yaml", stage_yaml("longsana")), (), TrainingConfig)
+    assert config.streaming == dataclasses.replace(plain.streaming, **expected)
+    without = load_config(path, ["streaming.switch_prompt_path=null"], TrainingConfig)
+    check_training(without)
+    change = keys.get("streaming", {}).get("prompt_change", "keep")
+    assert without.streaming == dataclasses.replace(plain.streaming, prompt_change=change)
+
+
+def test_a_switch_file_may_lie_beside_its_yaml(tmp_path: Path) -> None:
+    path = write(tmp_path / "stage.yaml", stage_yaml("longsana") | {"switch_prompt_path": "b.txt"})
+    (tmp_path / "b.txt").write_text("a\n")
+    assert load_config(path, (), TrainingConfig).streaming.switch_prompt_path == str(tmp_path / "b.txt")
+    command = load_config(path, ["switch_mode=random_choice", "switch_choices=[41]"], TrainingConfig).streaming
+    assert (command.switch_mode, command.switch_choices) == ("random_choice", (41,))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("switch_prompt_path", "b.txt"),
+        ("switch_mode", "random"),
+        ("fixed_switch_index", 21),
+        ("switch_choices", [21]),
+    ],
+)
+@pytest.mark.parametrize("trainer", ["ode", "self_forcing"])
+def test_prompts_switch_in_one_stage_alone(trainer: str, key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(write(tmp_path / "stage.yaml", stage_yaml(trainer) | {key: value}), (), TrainingConfig)
+    assert f"{key}={value}: prompts switch in LongSANA's stage alone" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    nothing = write(tmp_path / "nothing.yaml", stage_yaml(trainer) | {key: [] if key == "switch_choices" else None})
+    load_config(nothing, (), TrainingConfig)
 
 
 def test_no_weights_are_filled_on_the_command_line(tmp_path: Path) -> None:

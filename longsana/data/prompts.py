@@ -151,15 +151,44 @@ def training_prompts(path: str | Path, what: str = "data.data_path") -> list[str
         if Path(path).name == PUBLISHED_PROMPTS:
             raise InputError(f"{error}; the published prompts: `{DOWNLOAD}`") from error
         raise
-    texts = []
-    for entry in _entries(file):
+    return [entry.text for entry in _training_entries(file)]
+
+
+def aligned_prompts(path: str | Path, what: str, others: str | Path) -> list[str]:
+    """The prompts of a file of which line i belongs to line i of the run's, `others`; see `training_prompts`.
+
+    what: the setting that names the file, for errors.
+
+    Raises:
+        InputError: they have other numbers of prompts, or one is blank where the other is not; or see
+            `training_prompts`.
+    """
+    own = _training_entries(locate(str(path), what))
+    beside = _training_entries(locate(str(others), "data.data_path"))
+    if len(own) != len(beside):
+        raise InputError(
+            f"{what}={path}: {len(own)} prompts, where data.data_path={others} has {len(beside)}; write line i of the "
+            "one for line i of the other"
+        )
+    for entry, other in zip(own, beside, strict=True):
+        if entry.number != other.number:
+            raise InputError(
+                f"{what}={path}: line {min(entry.number, other.number)} is blank here or in data.data_path={others}, "
+                "and not in both; write line i of the one for line i of the other"
+            )
+    return [entry.text for entry in own]
+
+
+def _training_entries(file: Path) -> list[_Entry]:
+    """The prompts of a file, none of which has fields that mean nothing in training."""
+    entries = _entries(file)
+    for entry in entries:
         if own := [name for name in FIELDS[1:] if getattr(entry, name) is not None]:
             raise InputError(
                 f"{place(file, entry.number)}: the field {own[0]} has no meaning in training, which draws its noise "
                 "by train.seed and has one size and length; remove it"
             )
-        texts.append(entry.text)
-    return texts
+    return entries
 
 
 def place(path: Path, number: int) -> str:

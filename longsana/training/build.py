@@ -20,7 +20,7 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import SEEDED, locate
 from longsana.training.captions import Captions
-from longsana.training.checks import DISTILLING, clip_shape, student_sigmas
+from longsana.training.checks import DISTILLING, clip_shape, student_sigmas, switch_prompts
 from longsana.training.config import TrainingConfig
 from longsana.training.graphs import replay_passes
 from longsana.training.learner import Learner, compute_dtype
@@ -112,6 +112,10 @@ class StageBuilder:
         """The prompts of distillation's videos."""
         return training_prompts(self.config.data.data_path)
 
+    def switch_prompts(self) -> Sequence[str]:
+        """The prompts that streams switch to, one for each of `prompts`; none without a switch file."""
+        return switch_prompts(self.config)
+
     def network(self, role: str) -> LongSanaDiT:
         """A network that learns, with weights in float32, or the frozen teacher, in the dtype that it computes in.
 
@@ -147,23 +151,22 @@ class StageBuilder:
         )
 
     def _self_forcing(self) -> Stage:
-        prompts = self._prompts()
+        prompts = self.prompts()
+        self.captions.prepare(prompts)
         return SelfForcing(self.config, *self._networks(), prompts=prompts, **self._distillation_parts())
 
     def _longsana(self) -> Stage:
-        prompts = self._prompts()
+        prompts, switch = self.prompts(), self.switch_prompts()
+        self.captions.prepare([*prompts, *switch])
         return LongSana(
             self.config,
             *self._networks(),
             prompts=prompts,
+            switch_prompts=switch,
             micro_batches=self.micro_batches,
+            any_process=lambda here: any(self.world.gather(here)),
             **self._distillation_parts(),
         )
-
-    def _prompts(self) -> Sequence[str]:
-        prompts = self.prompts()
-        self.captions.prepare(prompts)
-        return prompts
 
     def _networks(self) -> tuple[Learner, Learner, LongSanaDiT]:
         """Generator, critic and teacher."""

@@ -17,7 +17,7 @@ from longsana.chunks import ChunkPlan
 from longsana.config import load_config
 from longsana.data.clips import GENERATED, open_clips
 from longsana.data.lmdb_entries import DATA
-from longsana.data.prompts import Prompt, place, read_prompts, training_prompts
+from longsana.data.prompts import Prompt, aligned_prompts, place, read_prompts, training_prompts
 from longsana.data.trajectories import check_grid, open_trajectories
 from longsana.encoders.geometry import geometry
 from longsana.flow.schedule import FlowSchedule
@@ -28,7 +28,7 @@ from longsana.runtime.hub import locate
 from longsana.sampling.checks import check_config, check_network, check_weights
 from longsana.training.config import TrainingConfig
 from longsana.training.published import DISTILLING, SECTIONS, means_something, section_of
-from longsana.training.stages.prompt_changes import change_of
+from longsana.training.stages.prompt_changes import change_of, switch_places
 from longsana.training.stages.stage import MicroBatches
 from longsana.weights.build import empty_model
 from longsana.weights.names import chosen_past
@@ -128,6 +128,7 @@ def _check_streams(config: TrainingConfig) -> None:
     change_of(config)
     if longest < first:
         raise InputError(f"streaming.streaming_max_length={longest}: shorter than the first stretch, {first}")
+    switch_places(config)
     # In `ratio` iterations the learners take ratio + 1 stretches, one of them the generator.
     stretches = 1 + (longest - first) // new
     if gcd(stretches, ratio + 1) > 1:
@@ -204,6 +205,7 @@ def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
         check_network(config.fake_score, "fake_score.load_from", fetch=True)
     if config.trainer in DISTILLING:
         training_prompts(config.data.data_path)
+        switch_prompts(config)
     elif not config.data.data_path.startswith(GENERATED):
         locate(config.data.data_path, "data.data_path")
     if visualize and config.validation.vis_interval:
@@ -238,6 +240,18 @@ def student_sigmas(config: TrainingConfig) -> list[float]:
     """The noise level of each of the student's steps, then 0."""
     schedule = FlowSchedule.from_config(config.scheduler)
     return [*schedule.sigma(torch.tensor(schedule.steps, dtype=torch.int64, device="cpu")).tolist(), 0.0]
+
+
+def switch_prompts(config: TrainingConfig) -> list[str]:
+    """The prompts that streams switch to, one for each of the run's; none without a switch file.
+
+    Raises:
+        InputError: the file cannot be read, or its lines are not those of the run's prompts.
+    """
+    path = config.streaming.switch_prompt_path
+    if path is None:
+        return []
+    return aligned_prompts(path, "streaming.switch_prompt_path", config.data.data_path)
 
 
 def validation_prompts(config: TrainingConfig) -> list[Prompt]:

@@ -70,7 +70,13 @@ class StreamingConfig:
     streaming_min_new_frame: int = bounded(20, 1, 10**6)  # latent frames of a stretch after the first
     train_first_chunk: bool = True  # a loss on the first stretch too
     prompt_change_prob: float = bounded(0.0, 0, 1)  # of another caption from a later stretch on
-    # What becomes of the past then: keep, recache=K or rebuild=W; see data/story.py
+    # Or once in each stream: a file with a prompt for each of data.data_path, line by line, that it goes on with
+    switch_prompt_path: str | None = None
+    # Where: at fixed_switch_index, at the beginning of any stretch, or at one of switch_choices, drawn for each stream
+    switch_mode: Literal["fixed", "random", "random_choice"] = "fixed"
+    fixed_switch_index: int = bounded(21, 1, 10**9)  # latent frames, rounded up to the beginning of a stretch
+    switch_choices: tuple[int, ...] = bounded((), 1, 10**9)  # as above
+    # What becomes of the past where a prompt changes: keep, recache=K or rebuild=W; see data/story.py
     prompt_change: str = "keep"
 
 

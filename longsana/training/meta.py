@@ -81,6 +81,9 @@ class MetaBuilder(StageBuilder):
     def prompts(self) -> Sequence[str]:
         return [""]
 
+    def switch_prompts(self) -> Sequence[str]:
+        return [] if self.config.streaming.switch_prompt_path is None else [""]
+
     def network(self, role: str) -> LongSanaDiT:
         trained, settings = role != "teacher", self.config.networks[role]
         # As FSDP gathers them: whole, in the dtype that computes.

@@ -118,6 +118,32 @@ def latent_shape(key: str, value: Any, context: Context) -> Settings:
     return {"sampling.height": side * height, "sampling.width": side * width}
 
 
+def switch(setting: str, *modes: str) -> Rule:
+    """A key of the switch to other prompts, which LongSANA's stage makes. modes: in which the key means something."""
+
+    def rule(key: str, value: Any, context: Context) -> Settings:
+        if context.get("trainer") not in STREAMS:
+            if value is not None and value != []:
+                raise Refused("prompts switch in LongSANA's stage alone; leave it out, or trainer: longsana")
+            return {}
+        path, mode = (
+            context.given.get(f"streaming.{name}", context.given.get(name))
+            for name in ("switch_prompt_path", "switch_mode")
+        )
+        means_nothing = path is None or (modes and (mode or "fixed") not in modes)
+        return {} if value is None or means_nothing else {setting: value}
+
+    return rule
+
+
+def switch_prompt_path(key: str, value: Any, context: Context) -> Settings:
+    """The key switch_prompt_path: the last chunk's past is made again there, unless it is said otherwise."""
+    settings = switch("streaming.switch_prompt_path")(key, value, context)
+    if settings and context.get("streaming.prompt_change") is None:
+        settings["streaming.prompt_change"] = "recache=1"
+    return settings
+
+
 def pair(*settings: str) -> Rule:
     """A list of two, one for each setting."""
 
@@ -180,7 +206,6 @@ SHARED = ("train.seed", "train.gradient_accumulation_steps")
 
 
 _SAME_SIZES = "one network serves every role; its sizes are those of model, real_score and fake_score"
-_SWITCH = "prompts do not switch by a file; streams change theirs by streaming.prompt_change_prob and prompt_change"
 
 STAGE_YAML: dict[str, Rule] = {
     **MODEL_YAML,
@@ -281,8 +306,10 @@ STAGE_YAML: dict[str, Rule] = {
     "train_first_chunk": home("streaming.train_first_chunk"),
     "independent_first_frame": only(False, instead="the remainder of a clip goes to its first chunk"),
     "i2v": only(False, instead="text to video only"),
-    **dict.fromkeys(("switch_prompt_path", "switch_mode", "fixed_switch_index"), only(instead=_SWITCH)),
-    "switch_choices": only([], instead=_SWITCH),
+    "switch_prompt_path": switch_prompt_path,
+    "switch_mode": switch("streaming.switch_mode"),
+    "fixed_switch_index": switch("streaming.fixed_switch_index", "fixed"),
+    "switch_choices": switch("streaming.switch_choices", "random_choice"),
     # A model YAML as the base of trainer: flow_matching; the section train is its trainer's.
     "scheduler.flow_shift": both(MODEL_YAML["scheduler.flow_shift"], home("flow_matching.flow_shift")),
     "scheduler.logit_mean": home("flow_matching.logit_mean"),

@@ -156,6 +156,8 @@ def sources(config: TrainingConfig) -> dict[str, str]:
         named["vae.vae_pretrained"] = config.vae.vae_pretrained
     if not generated:
         named["data.data_path"] = data
+    if config.streaming.switch_prompt_path is not None:
+        named["streaming.switch_prompt_path"] = config.streaming.switch_prompt_path
     return named
 
 

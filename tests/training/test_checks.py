@@ -65,6 +65,12 @@ def test_the_published_stages_are_as_published():
     [
         ("longsana", "trainer=longsama", "longsama"),
         ("ode", "streaming.streaming_max_length=41", "belongs to longsana"),
+        (
+            "self_forcing",
+            "streaming.switch_prompt_path=a.txt",
+            "streaming.switch_prompt_path=a.txt: this is a config of",
+        ),
+        ("ode", "streaming.switch_mode=random", "streaming.switch_mode=random: this is a config of"),
         ("ode", "optimizer.critic.lr=3e-6", "belongs to self_forcing and longsana"),
         ("self_forcing", "flow_matching.causal=true", "belongs to flow_matching"),
         ("self_forcing", "real_score.caption_channels=32", "must be that of the generator"),

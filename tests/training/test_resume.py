@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from longsana.weights.checkpoint_folder import open_tensors, own_names, read_own
-from tests.training.conftest import ROOT, SCRIPT
+from tests.training.conftest import PROMPTS, ROOT, SCRIPT
 
 pytestmark = pytest.mark.timeout(600)
 KILLED = Path(__file__).with_name("killed.py")
+FREE = "train.text_encoder=free"
 # (trainer, overrides, updates before the kill): in iteration 4 of 6, after a checkpoint at 4 of all iterations.
 STAGES: dict[str, tuple[str, list[str], int]] = {
     "base": ("flow_matching", [], 4),
@@ -39,6 +40,8 @@ STAGES: dict[str, tuple[str, list[str], int]] = {
     "self_forcing": ("self_forcing", [], 7),
     "longsana": ("longsana", [], 7),
     "past": ("longsana", ["model.state_decay=learned", "model.num_sink_blocks=1"], 7),
+    # Streams of up to 17 latents; their captions are encoded ahead, those of the switch file too.
+    "switching": ("longsana", ["streaming.switch_mode=random", "streaming.streaming_max_length=17", FREE], 7),
     "changing": ("longsana", ["streaming.prompt_change_prob=0.7", "streaming.prompt_change=recache=2"], 7),
 }
 EVERY_DAY = [pytest.param(name, marks=() if name in ("base", "longsana") else pytest.mark.slow) for name in STAGES]
@@ -58,10 +61,15 @@ def run(train_script) -> Callable[..., int]:
 
 
 @pytest.fixture(scope="module")
-def stage_config(small_training, trajectories) -> Callable[..., Path]:
+def stage_config(small_training, trajectories, tmp_path_factory) -> Callable[..., Path]:
+    second = tmp_path_factory.mktemp("switch") / "second.txt"
+    second.write_text("".join(f"{prompt}, and then it rains\n" for prompt in PROMPTS), encoding="utf-8")
+
     def write(name: str, *overrides: str) -> Path:
         trainer, own, _ = STAGES[name]
         data = [f"data.data_path={trajectories}"] if trainer == "ode" else []
+        if name == "switching":
+            data += [f"streaming.switch_prompt_path={second}", "streaming.prompt_change=recache=1"]
         return small_training(trainer, *own, *data, *overrides)
 
     return write
@@ -153,6 +161,7 @@ def test_the_runs_differ_where_they_should(stage_config, run, tmp_path):
         ("longsana", []),
         pytest.param("past", [], marks=pytest.mark.slow),
         pytest.param("changing", [], marks=pytest.mark.slow),
+        pytest.param("switching", [], marks=pytest.mark.slow),  # at other places in the two
     ],
 )
 def test_two_processes_do_what_one_does_in_two_steps(stage_config, run, tmp_path, name, overrides):

@@ -378,6 +378,8 @@ def test_what_a_trainer_reads(training_config, trajectories):
     assert read("flow_matching") == {"text_encoder", "vae"}  # its clips are made with it
     assert read("flow_matching", "data.data_path=clips") == {"text_encoder", "data"}
     assert read("self_forcing") == read("longsana") == {"text_encoder", "data", "vae", "real_score"}
+    switching = read("longsana", "streaming.switch_prompt_path=second.txt")
+    assert switching == read("longsana") | {"streaming"}
 
 
 def test_data_that_cannot_be_read_is_named(training_config, tmp_path, monkeypatch):

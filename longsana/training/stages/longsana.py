@@ -17,7 +17,7 @@ from longsana.sampling.recent import NAME, Held, Recent
 from longsana.sampling.sampler import absorb, timestep
 from longsana.state import CausalState
 from longsana.training.learner import compute_dtype
-from longsana.training.stages.prompt_changes import PromptChanges
+from longsana.training.stages.prompt_changes import NUMBERS, DrawnChanges, Progress, PromptChanges, Switches
 from longsana.training.stages.self_forcing import SelfForcing, Window
 from longsana.training.stages.stage import Loss, MicroBatch, MicroBatches
 from longsana.weights.build import empty_model
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 class Stream(NamedTuple):
     """The video of one micro-batch, as far as it has come; detached values.
 
-    serial: how many videos this micro-batch has begun before it.
+    progress: how far it has come.
     overlap: (B, C, 1, H, W), what begins the next window; cache: the decoder's memory of all so far, if it is carried.
     recent: the last chunks, as far as a change of prompt reaches back.
     """
 
-    serial: int
+    progress: Progress
     text: TextEmbedding
     state: CausalState
     overlap: Tensor
@@ -45,14 +45,26 @@ class LongSana(SelfForcing):
     """Generator and critic share the streams: every loss, of either, takes the next stretch of its own stream.
 
     Early parts of a state come from older weights; they are not computed again.
+
+    switch_prompts: what streams go on with where they switch, one for each prompt; none without a switch file.
+    any_process: see `Switches`.
     """
 
-    def __init__(self, *arguments: Any, micro_batches: MicroBatches, **parts: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        micro_batches: MicroBatches,
+        switch_prompts: Sequence[str] = (),
+        any_process: Callable[[bool], bool] = bool,
+        **parts: Any,
+    ) -> None:
         super().__init__(*arguments, **parts)
         self.micro_batches = micro_batches
         self.streams: dict[int, Stream] = {}
         self._serials: dict[int, int] = {}  # of the next stream of a micro-batch
-        self.changes = PromptChanges(self.config, len(self.prompts))
+        self.changes: PromptChanges = DrawnChanges(self.config, self.prompts)
+        if switch_prompts:
+            self.changes = Switches(self.config, switch_prompts, any_process)
 
     def loss(self, micro_batch: MicroBatch) -> Loss:
         fresh = micro_batch.index not in self.streams
@@ -64,15 +76,18 @@ class LongSana(SelfForcing):
 
     def rollout(self, micro_batch: MicroBatch) -> Window:
         stream = self.streams.pop(micro_batch.index, None)
-        text = self._next_text(micro_batch) if stream is None else stream.text
-        state, recent = (None, self.changes.recent()) if stream is None else (stream.state, stream.recent)
-        if self.changes.happens(micro_batch):
+        if stream is None:
+            progress, state, recent = self._next_video(micro_batch), None, self.changes.recent()
+            text = self.embed([self.prompts[number] for number in progress.numbers])
+        else:
+            progress, text, state, recent = stream.progress, stream.text, stream.state, stream.recent
+        if self.changes.happens(micro_batch, None if stream is None else progress):
             state, text = self._changed(micro_batch, stream, text)
         plan = ChunkPlan.split(self._stretch(stream), self.config.sampling.chunk_frames)
         exits = self._exit_steps(micro_batch, len(plan))
         new, state = self.generate(micro_batch, plan, text, state, exits, keep_state=True, recent=recent)
         assert state is not None
-        self._keep(micro_batch, stream, text, state, new.detach(), recent)
+        self._keep(micro_batch, stream, progress, text, state, new.detach(), recent)
         if stream is not None:
             return self.window_of(stream.overlap, new, text, exits)
         return Window(new, text, exits)
@@ -81,7 +96,7 @@ class LongSana(SelfForcing):
     def _changed(
         self, micro_batch: MicroBatch, stream: Stream | None, text: TextEmbedding
     ) -> tuple[CausalState | None, TextEmbedding]:
-        """Change the prompt of a stream: the state and the caption to go on with. One that begins has its own."""
+        """Change the prompt of a stream, if it is its turn: the state and the caption to go on with."""
         passes = 0
 
         def again(x0: Tensor, *, state: CausalState | None) -> CausalState:
@@ -92,15 +107,13 @@ class LongSana(SelfForcing):
             passes += 1
             return absorb(self.generator, x0, text, state)
 
-        state = None
-        if stream is not None:
-            numbers = self.changes.prompts(
-                micro_batch.index, stream.serial, stream.state.frames, len(micro_batch.samples)
-            )
-            text = self.embed([self.prompts[number] for number in numbers])
+        state = None if stream is None else stream.state
+        prompts = None if stream is None else self.changes.prompts(micro_batch, stream.progress)
+        if stream is not None and prompts is not None:
+            text = self.embed(prompts)
             state = stream.recent.begin(self.changes.change, stream.state, again)
         if self.micro_batches.processes > 1:
-            # Processes whose streams are at other places run the network as often.
+            # Processes whose streams are at other places, or do not change, run the network as often.
             shape = (len(micro_batch.samples), *self.latent_shape)
             like = torch.zeros(shape, dtype=torch.float32, device=micro_batch.device)
             while passes < self.changes.change.chunks:
@@ -113,29 +126,30 @@ class LongSana(SelfForcing):
             return self.config.rollout.num_training_frames
         return self.config.streaming.streaming_min_new_frame
 
-    def _next_text(self, micro_batch: MicroBatch) -> TextEmbedding:
-        """Captions of the micro-batch's next stream.
+    def _next_video(self, micro_batch: MicroBatch) -> Progress:
+        """The micro-batch's next stream, before its first frame.
 
-        Its number decides, not the iteration: with as many micro-batches as before, no prompt is left out or taken
-        twice.
+        Its number decides its prompts, not the iteration: with as many micro-batches as before, no prompt is left out
+        or taken twice.
         """
         serial, batch = self._serials.get(micro_batch.index, 0), len(micro_batch.samples)
         first = (serial * self.micro_batches.count + micro_batch.index) * batch
         order = self.order["generator"]
-        return self.embed([self.prompts[order[first + i]] for i in range(batch)])
+        return Progress(serial, 0, tuple(order[first + i] for i in range(batch)))
 
     def _keep(
         self,
         micro_batch: MicroBatch,
         stream: Stream | None,
+        progress: Progress,
         text: TextEmbedding,
         state: CausalState,
         new: Tensor,
         recent: Recent,
     ) -> None:
         """Put the stream back, unless it has come to its end."""
-        serial = self._serials.get(micro_batch.index, 0) if stream is None else stream.serial
-        self._serials[micro_batch.index] = serial + 1
+        self._serials[micro_batch.index] = progress.serial + 1
+        progress = progress._replace(frames=state.frames)
         if not new.isfinite().all():
             log.warning(
                 "micro-batch %d: a stretch that is not finite; its stream ends at frame %d",
@@ -147,7 +161,7 @@ class LongSana(SelfForcing):
             # In the order of memory that a checkpoint gives back: convolutions round differently for another one.
             if cache is not None:
                 cache = cache._replace(features=tuple(feature.contiguous() for feature in cache.features))
-            self.streams[micro_batch.index] = Stream(serial, text, state, overlap.contiguous(), cache, recent)
+            self.streams[micro_batch.index] = Stream(progress, text, state, overlap.contiguous(), cache, recent)
 
     def state_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         groups = {}
@@ -162,7 +176,7 @@ class LongSana(SelfForcing):
                 tensors |= {"lead": stream.overlap}
                 tensors |= {"kv": state.kv, "k_sum": state.k_sum, "tail": state.tail}
                 tensors |= {"tokens": stream.text.tokens, "mask": stream.text.mask}
-                tensors |= stream.recent.held.tensors()
+                tensors |= stream.recent.held.tensors() | self.changes.tensors(stream.progress)
                 if stream.cache is not None:
                     tensors |= {f"cache_{i:03d}": feature for i, feature in enumerate(stream.cache.features)}
             groups[f"stream_{index:05d}"] = tensors
@@ -215,7 +229,9 @@ class LongSana(SelfForcing):
         cache = DecodeCache(features, state.frames) if features else None
         recent = self.changes.recent()
         recent.take(Held.named(tensors, self.changes.change.chunks, self.vae.device))
-        self.streams[index] = Stream(self._serials[index] - 1, text, state, parts["lead"], cache, recent)
+        numbers = tuple(tensors[NUMBERS].tolist()) if NUMBERS in tensors else ()
+        progress = Progress(self._serials[index] - 1, frames, numbers)
+        self.streams[index] = Stream(progress, text, state, parts["lead"], cache, recent)
         return ""
 
     def _misfit(self, frames: int, tensors: Mapping[str, Tensor]) -> str:
@@ -225,7 +241,9 @@ class LongSana(SelfForcing):
         if problem := self.changes.misfit(tensors):
             return problem
         saved = {
-            name: _kind(name, tensor) for name, tensor in tensors.items() if tensor.dim() and not name.startswith(NAME)
+            name: _kind(name, tensor)
+            for name, tensor in tensors.items()
+            if tensor.dim() and name != NUMBERS and not name.startswith(NAME)
         }
         for name in self._kinds | saved:
             if saved.get(name) != self._kinds.get(name):
