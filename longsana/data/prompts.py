@@ -167,8 +167,8 @@ def aligned_prompts(path: str | Path, what: str, others: str | Path) -> list[str
     beside = _training_entries(locate(str(others), "data.data_path"))
     if len(own) != len(beside):
         raise InputError(
-            f"{what}={path}: {len(own)} prompts, where data.data_path={others} has {len(beside)}; write line i of the "
-            "one for line i of the other"
+            f"{what}={path}: {len(own)} prompt{'s' if len(own) != 1 else ''}, where data.data_path={others} has "
+            f"{len(beside)}; write line i of the one for line i of the other"
         )
     for entry, other in zip(own, beside, strict=True):
         if entry.number != other.number:

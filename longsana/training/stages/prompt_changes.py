@@ -117,7 +117,7 @@ class PromptChanges(ABC):
 
     @property
     @abstractmethod
-    def any(self) -> bool:
+    def may_happen(self) -> bool:
         """Whether a prompt may change in this run."""
 
     @abstractmethod
@@ -133,7 +133,7 @@ class PromptChanges(ABC):
 
     def recent(self) -> Recent:
         """Make room for what the changes of a new stream will reach back to."""
-        return Recent([self.change] if self.any else [], self._frames)
+        return Recent([self.change] if self.may_happen else [], self._frames)
 
     def tensors(self, progress: Progress) -> dict[str, Tensor]:
         """Name what a checkpoint holds of a stream's progress for its changes alone."""
@@ -141,7 +141,7 @@ class PromptChanges(ABC):
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str:
         """Say what a saved stream, of tensors of any shape by name, lacks to change its prompt as this run's do."""
-        if not self.any or not self.change.chunks:
+        if not self.may_happen or not self.change.chunks:
             return ""
         needed = "recent_000_kv" if self.change.kind == "recache" else "recent_000_x0"
         return "" if needed in tensors else f"no {needed.rpartition('_')[2]} of its last chunks"
@@ -155,7 +155,7 @@ class DrawnChanges(PromptChanges):
         self._probability, self._prompts = config.streaming.prompt_change_prob, prompts
 
     @property
-    def any(self) -> bool:
+    def may_happen(self) -> bool:
         return self._probability > 0
 
     def happens(self, micro_batch: MicroBatch, progress: Progress | None) -> bool:
@@ -185,7 +185,7 @@ class Switches(PromptChanges):
         self._first, self._new = config.rollout.num_training_frames, config.streaming.streaming_min_new_frame
 
     @property
-    def any(self) -> bool:
+    def may_happen(self) -> bool:
         return True
 
     def place(self, index: int, serial: int) -> int:

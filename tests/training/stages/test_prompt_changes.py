@@ -13,8 +13,10 @@ from torch import Tensor
 from longsana.chunks import ChunkPlan
 from longsana.config import load_config
 from longsana.models.embeddings import TextEmbedding
+from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.sampling.sampler import absorb
+from longsana.training.build import StageBuilder
 from longsana.training.checks import check_sources, check_training
 from longsana.training.config import TrainingConfig
 from longsana.training.stages.longsana import LongSana
@@ -333,6 +335,43 @@ def test_the_file_is_aligned_with_the_prompts(small_training: Callable[..., Path
     assert f"{second}: line 2 is blank here or in data.data_path={first}, and not in both" in refusal()
     second.unlink()
     assert "streaming.switch_prompt_path: " in refusal() and "not found" in refusal()
+
+
+def test_all_prompts_are_encoded_ahead(
+    small_training: Callable[..., Path], embed: Callable[..., TextEmbedding], tmp_path: Path
+) -> None:
+    """Those of the switch file too, for text encoders that leave before training."""
+
+    class Recorded:
+        asked: tuple[str, ...] = ()
+
+        def prepare(self, prompts: Sequence[str]) -> None:
+            self.asked += tuple(prompts)
+
+        def embed(self, prompts: Sequence[str]) -> TextEmbedding:
+            return embed(prompts)
+
+        def negative(self) -> TextEmbedding:
+            return embed(["blurred"])
+
+    (tmp_path / "second.txt").write_text("\n".join(SECOND))
+    settings = (f"streaming.switch_prompt_path={tmp_path / 'second.txt'}", "streaming.fixed_switch_index=5")
+    config = load_config(small_training("longsana"), settings, TrainingConfig)
+    world, captions = World(), Recorded()
+    world.connect(alone=True)
+    try:
+        parts = {"world": world, "device": torch.device("cpu"), "folder": tmp_path}
+        builder = StageBuilder(config, micro_batches=MicroBatches(0, 1, 1), **parts)  # type: ignore[arg-type]
+        builder.captions = captions  # type: ignore[assignment]
+        stage = builder.stage()
+    finally:
+        world.disconnect()
+    assert captions.asked == (*PROMPTS, *SECOND)
+    assert isinstance(stage, LongSana)
+    windows = [stage.rollout(micro_batch("critic", step)) for step in range(2)]
+    number = stage.order["generator"][0]
+    for window, prompts in zip(windows, (PROMPTS, SECOND), strict=True):
+        assert torch.equal(window.text.tokens, embed([prompts[number]]).tokens)
 
 
 FILE = "streaming.switch_prompt_path=second.txt"
