@@ -93,6 +93,11 @@ def check_device(config: TrainingConfig, world: World, device: torch.device) -> 
     """
     train = config.train
     for role, settings in (("generator", config.optimizer.generator), ("critic", config.optimizer.critic)):
+        if settings.muon_lr is not None and not hasattr(torch.optim, "Muon"):
+            raise InputError(
+                f"optimizer.{role}.muon_lr={settings.muon_lr}: Muon is in torch 2.9 and later, this is "
+                f"{torch.__version__}; leave it out, or upgrade"
+            )
         if settings.muon_lr is not None and world.size > 1:
             raise InputError(
                 f"optimizer.{role}.muon_lr={settings.muon_lr}: Muon needs whole matrices, and the {world.size} "

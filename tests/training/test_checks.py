@@ -198,3 +198,7 @@ def test_muon_is_for_one_process(small_training, role):
         InputError, match=rf"^optimizer\.{role}\.muon_lr=0\.001: Muon .* the 2 processes .*; leave it out"
     ):
         check_device(config, World(size=2), torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(torch.optim, "Muon")
+        with pytest.raises(InputError, match=r"Muon is in torch 2\.9 and later"):
+            check_device(config, World(size=1), torch.device("cpu"))
