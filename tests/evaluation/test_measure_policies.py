@@ -13,6 +13,7 @@ import pytest
 from longsana.config import InferenceConfig, load_config
 from longsana.evaluation.score_model import FIGURES
 from longsana.models.past import Past
+from tests.full_size import tables
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ def test_it_goes_on_where_it_was(
     assert script.main([*arguments(measured), "--only", *NAMES, "window 1"]) == 0
     assert [config.model.num_cached_blocks for config in made] == [1]
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert script.main([*arguments(measured), "--minutes", "0", "--only", *NAMES, "window 2"]) == script.UNFINISHED
+    assert script.main([*arguments(measured), "--minutes", "0", "--only", *NAMES, "window 2"]) == tables.UNFINISHED
     assert len(made) == 1
     assert script.main([*arguments(measured, prompts=2), "--only", *NAMES]) == 2
     assert "choose another --out" in capsys.readouterr().err

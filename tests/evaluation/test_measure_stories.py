@@ -15,6 +15,7 @@ import torch
 from longsana.sampling.checks import default_change
 from longsana.shapes.scenes import draw_scene, parse_caption, render
 from longsana.shapes.sight import observe
+from tests.full_size import tables
 from tests.scripts import load_script
 
 NAMES = ("keep", "cut")
@@ -111,7 +112,7 @@ def test_it_goes_on_where_it_was(
     monkeypatch.setattr(script, "Films", refuse)
     assert script.main([*arguments(measured), "--only", *NAMES]) == 0
     assert {path: path.read_bytes() for path in measured.glob("story_*.json")} == before
-    assert script.main([*arguments(measured), "--minutes=-1", "--only", "recache=1"]) == script.UNFINISHED
+    assert script.main([*arguments(measured), "--minutes=-1", "--only", "recache=1"]) == tables.UNFINISHED
     assert script.main([*arguments(measured, changes=5), "--only", *NAMES]) == 2
     assert "choose another --out" in capsys.readouterr().err
 

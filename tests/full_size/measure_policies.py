@@ -17,10 +17,8 @@ import argparse
 import importlib.util
 import json
 import logging
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +36,12 @@ import torch
 from longsana.config import InferenceConfig, load_config
 from longsana.evaluation.report import plot, table
 from longsana.evaluation.score_model import DRIFT, FIGURES, Trial, measure_speed, try_model
-from longsana.inference.sidecar import commit
 from longsana.runtime.commandline import Parser, run_command
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text
 from longsana.shapes.scenes import prompts
+from tests.full_size.tables import chosen, measure_each, scores_of
 
 log = logging.getLogger("longsana")
 
@@ -51,7 +49,6 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs/sana_video_config/longsa
 CHUNK = 10
 """Latent frames of a chunk, for which the decays below are told."""
 STEPS = 4
-UNFINISHED = 3
 
 
 @dataclass(frozen=True)
@@ -128,34 +125,28 @@ def share_out(options: argparse.Namespace) -> int:
 
 def measure(options: argparse.Namespace, device: torch.device) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    texts = prompts(0, options.prompts, held_out=True)
+    texts, common = prompts(0, options.prompts, held_out=True), {"prompts": options.prompts, "seconds": options.seconds}
     finish = (lambda out: None) if options.no_table else write_table
     finish(options.out)
-    started, longest = time.perf_counter(), 0.0
-    for policy in options.policies:
-        path = options.out / policy.file
-        asked = {"policy": policy.name, "settings": list(policy.settings), "absorbs": policy.absorbs}
-        asked |= {"prompts": options.prompts, "seconds": options.seconds}
-        if path.exists():
-            if (there := json.loads(path.read_text(encoding="utf-8"))["asked"]) != asked:
-                raise InputError(f"{path}: was made with {there}, asked is {asked}; choose another --out")
-            continue
-        begun = time.perf_counter()
-        if options.minutes is not None and begun - started + longest > 60 * options.minutes:
-            log.info(
-                "%s: not begun, %.0f s have gone by; the same command goes on from here", policy.name, begun - started
-            )
-            return UNFINISHED
+
+    def measured(policy: Policy) -> dict[str, Any]:
         trial = Trial(texts, (0,), tuple(options.seconds), batch=options.batch, absorbs=policy.absorbs)
-        result = try_model(sampler(policy), trial, device)
-        longest = max(longest, time.perf_counter() - begun)
-        machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-        made = {"machine": machine, "torch": torch.__version__, "commit": commit()}
-        result |= {"asked": asked, "seconds": round(time.perf_counter() - begun, 1), **made}
-        atomic_write_text(path, json.dumps(result) + "\n")
-        log.info("%s: %.0f s", policy.name, result["seconds"])
-        finish(options.out)
-    return 0
+        return try_model(sampler(policy), trial, device)
+
+    return measure_each(
+        options.out,
+        options.policies,
+        lambda policy: {
+            "policy": policy.name,
+            "settings": list(policy.settings),
+            "absorbs": policy.absorbs,
+            **common,
+        },
+        measured,
+        device,
+        minutes=options.minutes,
+        finish=finish,
+    )
 
 
 def measure_speeds(options: argparse.Namespace) -> int:
@@ -177,8 +168,7 @@ def measure_speeds(options: argparse.Namespace) -> int:
 def write_table(out: Path) -> None:
     """Write table.md, and plot.png where matplotlib is installed, of all that has been measured."""
     speeds = json.loads((out / "speed.json").read_text(encoding="utf-8")) if (out / "speed.json").exists() else {}
-    paths = {policy.name: out / policy.file for policy in POLICIES}
-    scores = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+    scores = scores_of(out, POLICIES)
     lines = [
         {
             "past": name,
@@ -231,10 +221,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def prepare(arguments: Sequence[str]) -> argparse.Namespace:
     options: Any = parse(arguments)
-    known = {policy.name: policy for policy in POLICIES}
-    if unknown := [name for name in options.only or () if name not in known]:
-        raise InputError(f"--only '{unknown[0]}': no such policy; there are: {'; '.join(known)}")
-    options.policies = [known[name] for name in options.only or known]
+    options.policies = chosen(POLICIES, options.only)
     for name in ("prompts", "batch", "processes"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")

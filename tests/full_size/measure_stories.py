@@ -22,14 +22,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
-import os
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +46,7 @@ from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
 from longsana.evaluation.measures import measure_pieces, seam_index
 from longsana.evaluation.report import load_matplotlib, table
-from longsana.inference.sidecar import commit, told_parts
+from longsana.inference.sidecar import told_parts
 from longsana.runtime.commandline import Parser, run_command
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -59,13 +57,13 @@ from longsana.shapes.scenes import BACKGROUNDS, COLOURS, FPS, KINDS, MOTIONS, SP
 from longsana.shapes.scenes import parse_caption as promise_of
 from longsana.shapes.sight import Seen, observe
 from longsana.shapes.verifier import judge
+from tests.full_size.tables import chosen, measure_each, scores_of
 
 log = logging.getLogger("longsana")
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs/sana_video_config/longsana/shapes/longsana.yaml"
 CHUNKS = 3
 """Chunks of each part."""
-UNFINISHED = 3
 ASPECTS = ("colour", "kind", "background", "motion")
 NEW, SHARED = "the new caption", "what both say"
 
@@ -245,30 +243,24 @@ def over_stories(runs: Sequence[Sequence[float]]) -> tuple[float | None, float |
 
 def measure(options: argparse.Namespace, device: torch.device) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    films: Films | None = None
-    started, longest = time.perf_counter(), 0.0
-    for policy in options.policies:
-        path = options.out / policy.file
-        asked = {"policy": policy.name, "settings": list(policy.settings), "changes": options.changes}
-        asked |= {"seeds": options.seeds, "chunk_frames": options.chunk_frames}
-        if path.exists():
-            if (there := json.loads(path.read_text(encoding="utf-8"))["asked"]) != asked:
-                raise InputError(f"{path}: was made with {there}, asked is {asked}; choose another --out")
-            continue
-        begun = time.perf_counter()
-        if options.minutes is not None and begun - started + longest > 60 * options.minutes:
-            log.info("%s: not begun; the same command goes on from here", policy.name)
-            return UNFINISHED
-        films = films or Films(stories(options.changes), options.chunk_frames, device)
-        result = summarise([films.score(policy, seed, options.batch) for seed in options.seeds])
-        longest = max(longest, time.perf_counter() - begun)
-        machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-        made = {"machine": machine, "torch": torch.__version__, "commit": commit()}
-        result |= {"asked": asked, "seconds": round(time.perf_counter() - begun, 1), **made}
-        atomic_write_text(path, json.dumps(result) + "\n")
-        log.info("%s: %.0f s", policy.name, result["seconds"])
-        write_table(options.out)
-    return 0
+    common = {"changes": options.changes, "seeds": options.seeds, "chunk_frames": options.chunk_frames}
+
+    @cache
+    def films() -> Films:
+        return Films(stories(options.changes), options.chunk_frames, device)
+
+    def measured(policy: Policy) -> dict[str, Any]:
+        return summarise([films().score(policy, seed, options.batch) for seed in options.seeds])
+
+    return measure_each(
+        options.out,
+        options.policies,
+        lambda policy: {"policy": policy.name, "settings": list(policy.settings), **common},
+        measured,
+        device,
+        minutes=options.minutes,
+        finish=write_table,
+    )
 
 
 def write_strips(options: argparse.Namespace, device: torch.device) -> int:
@@ -296,8 +288,7 @@ def write_strips(options: argparse.Namespace, device: torch.device) -> int:
 
 def write_table(out: Path) -> None:
     """Write table.md of all that has been measured, the three chunks of a figure in one cell, in percent."""
-    paths = {policy.name: out / policy.file for policy in POLICIES}
-    scores = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+    scores = scores_of(out, POLICIES)
     lines = [
         {
             "change": name,
@@ -336,10 +327,7 @@ def prepare(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--strips", action="store_true", help="pictures of the first stories, and nothing else")
     parser.add_argument("--only", nargs="+", metavar="POLICY", help="these, by name (default: all)")
     options: Any = parser.parse_args(arguments)
-    known = {policy.name: policy for policy in POLICIES}
-    if unknown := [name for name in options.only or () if name not in known]:
-        raise InputError(f"--only '{unknown[0]}': no such policy; there are: {'; '.join(known)}")
-    options.policies = [known[name] for name in options.only or known]
+    options.policies = chosen(POLICIES, options.only)
     for name in ("changes", "batch", "chunk_frames"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
