@@ -32,15 +32,9 @@ def send(number):
 """
 
 
-def as_usual() -> None:
-    """Undo what this test's own launcher may have ignored, which a child inherits."""
-    for number in stop.SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-
-
 def program(body: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", PROGRAM.format(body=body)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=as_usual)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("number", stop.SIGNALS)
@@ -150,7 +144,6 @@ def start(folder: Path, prompts: int = 6, **environment: str) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | environment,
-        preexec_fn=as_usual,
     )
 
 

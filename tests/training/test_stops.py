@@ -36,7 +36,6 @@ from longsana.training.checkpoint import Checkpointer, checkpoints_of
 from longsana.training.learner import Learner
 from longsana.training.stages.ode import OdeInitialisation
 from longsana.weights.checkpoint_folder import Stored, check_content
-from tests.runtime.test_stop import as_usual
 from tests.scripts import load_script
 from tests.training.conftest import ROOT, SCRIPT
 from tests.training.test_ode_pairs import SMALL
@@ -80,7 +79,6 @@ class Launch:
             env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=as_usual,
         )
 
     def workers(self) -> list[psutil.Process]:
