@@ -22,6 +22,7 @@ from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.stop import SIGNALS
 from longsana.weights.names import Naming, foreign
+from tests.forks import Forks
 
 _module: list[Path] = []
 """The module of the test that was set up last."""
@@ -142,6 +143,14 @@ def renamed() -> Callable[..., dict[str, torch.Tensor]]:
         return result
 
     return build
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """`forks.start("train", arguments)`: a process without the seconds of its imports."""
+    server = Forks()
+    yield server
+    server.close()
 
 
 @pytest.fixture
