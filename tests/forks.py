@@ -126,6 +126,9 @@ class Fork:
         if self.returncode is None:
             os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
 
 class Asked(NamedTuple):
     """What a process is to do."""
