@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,17 +20,44 @@ if not torch.cuda.is_available():
 from longsana.config import ModelConfig
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
+from longsana.runtime.stop import SIGNALS
 from longsana.weights.names import Naming, foreign
+from tests.forks import Forks
+
+_module: list[Path] = []
+"""The module of the test that was set up last."""
+
+
+def pytest_configure() -> None:
+    """Take the signals that this process was told to ignore (nohup, a shell's `&`), and do nothing.
+
+    A child inherits that a signal is ignored, and a command rightly leaves such a signal alone; it does not inherit a
+    handler, and so tests of signals do not depend on how pytest was started.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """One thread, whatever the commands that earlier tests called have set.
 
     Networks this small only wait for each other's threads: minutes on a busy machine, seconds with one. And sums of
     other numbers of threads are rounded otherwise. A hook, as a module's fixtures are made before a test's own.
+
+    What earlier modules and their imports have left is no longer looked at by the garbage collector: going through
+    these millions of objects took half of the time of a small command, which collects before it loads its network.
     """
     torch.set_num_threads(1)
+    if _module != [item.path]:
+        _module[:] = [item.path]
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 CAPTION_CHANNELS, CAPTION_LENGTH = 32, 8
@@ -113,6 +143,14 @@ def renamed() -> Callable[..., dict[str, torch.Tensor]]:
         return result
 
     return build
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """`forks.start("train", arguments)`: a process without the seconds of its imports."""
+    server = Forks()
+    yield server
+    server.close()
 
 
 @pytest.fixture

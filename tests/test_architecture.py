@@ -98,21 +98,21 @@ def test_imports_that_point_up_are_seen(path, source):
     assert len(violations({path: source})) == 1
 
 
-def seconds(code: str) -> float:
-    """Of `code` in a fresh interpreter after torch, best of three."""
+def takes(code: str, limit: float) -> bool:
+    """Whether `code` takes at most so many seconds in a fresh interpreter after torch, in the best of three."""
     program = f"import time, torch, sys\nstart = time.perf_counter()\n{code}\nprint(time.perf_counter() - start)"
     program += f"\nassert not {set(OWNERS)!r} & set(sys.modules), sorted({set(OWNERS)!r} & set(sys.modules))"
-    runs = [
-        subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-        for _ in range(3)
-    ]
-    assert all(run.returncode == 0 for run in runs), runs[0].stderr
-    return min(float(run.stdout) for run in runs)
+    for _ in range(3):
+        run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        if float(run.stdout) <= limit:
+            return True
+    return False
 
 
 def test_import_is_light():
-    assert seconds("import longsana") <= 0.5
+    assert takes("import longsana", 0.5)
 
 
 def test_the_network_and_its_sampler_need_no_heavy_library():
-    assert seconds("import longsana.weights.build, longsana.sampling.sampler, longsana.sampling.checks") <= 2
+    assert takes("import longsana.weights.build, longsana.sampling.sampler, longsana.sampling.checks", 2)

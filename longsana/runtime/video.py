@@ -93,11 +93,15 @@ class VideoWriter:
         self.size = 0  # bytes of the finished file
         self._shape = (height, width, 3)
         self._partial = partial_name(self.path)
-        # A Python file: av's own do not report a write error of the last buffer when they close.
-        self._file = open_exclusive(self._partial)
         self._registered = contextlib.ExitStack()
-        self._registered.enter_context(unfinished(self._partial))
-        try:
+        with contextlib.ExitStack() as undo:
+            with stop.held():  # in the middle of it, a stop would leave a file that nobody knows of
+                # A Python file: av's own do not report a write error of the last buffer when they close.
+                self._file = open_exclusive(self._partial)
+                undo.callback(self._registered.close)
+                undo.callback(self._file.close)
+                undo.callback(self._partial.unlink, missing_ok=True)
+                self._registered.enter_context(unfinished(self._partial))
             self._container = av.open(_Output(self._file, self._partial), "w", format="mp4", options=MUXER)
             options = {"crf": str(crf), "preset": preset, "x264-params": X264}
             rate = Fraction(fps).limit_denominator(1001)
@@ -111,17 +115,14 @@ class VideoWriter:
             self._stream.codec_context.color_range = ColorRange.MPEG
             with stop.held():  # FFmpeg calls `_Output`, out of which nothing can be raised but by a line on stderr
                 self._container.start_encoding()
-        except BaseException:
-            self._partial.unlink(missing_ok=True)
-            self._file.close()
-            self._registered.close()
-            raise
-        self._queue: queue.Queue[np.ndarray | None] = queue.Queue(WAITING)
-        self._error: BaseException | None = None
-        self._stopped = False
-        self._moved = False
-        self._thread = threading.Thread(target=self._encode, name="video encoder", daemon=True)
-        self._thread.start()
+            self._queue: queue.Queue[np.ndarray | None] = queue.Queue(WAITING)
+            self._error: BaseException | None = None
+            self._stopped = False
+            self._moved = False
+            self._thread = threading.Thread(target=self._encode, name="video encoder", daemon=True)
+            undo.callback(self._queue.put, None)  # a thread that has begun ends
+            self._thread.start()
+            undo.pop_all()
 
     def append(self, frames: Tensor | np.ndarray) -> None:
         """Queue (F, H, W, 3) uint8 frames, which must stay as they are. Waits while the encoder is behind.

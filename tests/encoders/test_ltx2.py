@@ -119,10 +119,10 @@ def test_encoding_is_causal_and_refuses_what_would_be_cut_off(vae: LTX2VAE) -> N
         vae.encode(clip(9, height=48))
 
 
-@pytest.mark.parametrize("lengths", [(30, 1, 9), (3, 2, 5, 20, 10), (1,) * 36])
+@pytest.mark.parametrize("lengths", [(25, 1, 2), (1, 1, 1, 3, 18, 2), pytest.param((1,) * 26, marks=pytest.mark.slow)])
 def test_a_film_is_encoded_as_a_stream(vae: LTX2VAE, lengths: tuple[int, ...]) -> None:
     """Latents after 23 others, too, which is as far as this encoder looks back."""
-    film = clip(8 * sum(lengths) - 7)
+    film = clip(8 * sum(lengths) - 7, width=64)
     latents, cache = encoded_in_pieces(vae, film, lengths)
     torch.testing.assert_close(latents, vae.encode(film), **ROUNDING)
     reach = ltx2_decoder.encoder_reach(vae.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from longsana.config import InferenceConfig, load_config
 from longsana.evaluation.score_model import FIGURES
 from longsana.models.past import Past
+from tests.forks import Fork, Forks
 from tests.full_size import tables
 from tests.scripts import load_script
 
@@ -91,8 +93,16 @@ def test_it_goes_on_where_it_was(
     assert "choose another --out" in capsys.readouterr().err
 
 
-def test_processes_share_the_policies(script: ModuleType, measured: Path, tmp_path: Path) -> None:
+def test_processes_share_the_policies(
+    script: ModuleType, measured: Path, forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What one has measured two find there; a fault of one is the command's."""
+
+    def start(command: list[str]) -> Fork:
+        assert command[:2] == [sys.executable, script.__file__]
+        return forks.start("tests.full_size.measure_policies", command[2:])
+
+    monkeypatch.setattr(script.subprocess, "Popen", start)
     shutil.copytree(measured, tmp_path / "out")
     (tmp_path / "out/table.md").unlink()
     next((tmp_path / "out").glob("policy_sink*")).unlink()  # one finds its policy there, and one measures its own

@@ -28,14 +28,14 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def measured(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two policies, of four stories of six chunks of two latents."""
+    """Two policies, of four stories of six chunks of a latent."""
     out = tmp_path_factory.mktemp("stories")
     assert script.main([*arguments(out), "--only", *NAMES]) == 0
     return out
 
 
 def arguments(out: Path, changes: int = 4) -> list[str]:
-    return ["--out", str(out), "--changes", str(changes), "--seeds", "0", "--chunk_frames", "2", "--batch", "3"]
+    return ["--out", str(out), "--changes", str(changes), "--seeds", "0", "--chunk_frames", "1", "--batch", "3"]
 
 
 def test_a_story_changes_one_thing(script: ModuleType) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
+import signal
 import sys
 import wave
 from io import BytesIO
@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from longsana.commands import evaluate
+from longsana.evaluation import report
 from longsana.evaluation.measures import measure_pieces, seam_index
 from longsana.evaluation.report import plot, table
 from longsana.evaluation.videos import describe, find_videos, read_pieces
@@ -213,24 +215,23 @@ def test_results_that_cannot_be_written_leave_those_that_were_there(folder, comm
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name or path.suffix == ".png"]
 
 
-STOPPED_WHILE_IT_WRITES = """
-import os, signal, sys
-import longsana.evaluation.report as report
-write = report.atomic_write_text
-def signalled(path, text):
-    os.kill(os.getpid(), signal.SIGTERM)
-    write(path, text)
-report.atomic_write_text = signalled
-from longsana.commands.evaluate import main
-sys.exit(main(sys.argv[1:]))
-"""
+def main(arguments):
+    """The command, which a signal meets while it writes each of its results."""
+    write = report.atomic_write_text
+
+    def signalled(path, text):
+        signal.raise_signal(signal.SIGTERM)
+        write(path, text)
+
+    report.atomic_write_text = signalled
+    return evaluate.main(arguments)
 
 
-def test_a_signal_while_results_are_written_leaves_all_of_them(folder, tmp_path):
+def test_a_signal_while_results_are_written_leaves_all_of_them(folder, forks, tmp_path):
     shutil.copy(folder / "00007-a.mp4", tmp_path)
-    command = [sys.executable, "-c", STOPPED_WHILE_IT_WRITES, str(tmp_path), "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = forks.start("tests.evaluation.test_report", [tmp_path, "--device", "cpu"])
+    told = process.finish()
+    assert process.returncode == 0, told
     names = ["00007-a.mp4", *(f"evaluation.{suffix}" for suffix in ("json", "md", "png"))]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 

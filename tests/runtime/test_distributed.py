@@ -10,13 +10,17 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from longsana.runtime import distributed
+from longsana.runtime.commandline import run_command
 from longsana.runtime.distributed import OWN_WISHES, PeerLost, World, losing_peers
 from longsana.runtime.errors import InputError
+from tests.forks import Forks
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +127,13 @@ def test_every_command_refuses_a_broken_launch(
     )
 
 
+def main(arguments: list[str]) -> int:
+    """A command of a process that waits for the others, and to whom time passes fifty times as fast."""
+    tell = distributed._Waiting.tell
+    distributed._Waiting.tell = lambda waiting, seconds, what: tell(waiting, 50 * seconds, what)  # type: ignore[method-assign]
+    return run_command(lambda world: None, lambda request, world: 0)
+
+
 @pytest.mark.parametrize(
     ("rank", "says"),
     [
@@ -130,18 +141,13 @@ def test_every_command_refuses_a_broken_launch(
         ("1", "process 1: waiting for the main process at 127.0.0.1:29577"),
     ],
 )
-def test_who_is_waited_for_is_said(rank: str, says: str) -> None:
-    code = "import sys\nfrom longsana.runtime.commandline import run_command\n"
-    code += "sys.exit(run_command(lambda world: None, lambda request, world: 0))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | TWO | {"RANK": rank}
-    )
-    assert process.stderr is not None
-    assert process.stderr.readline() == f"{says}\n"
+def test_who_is_waited_for_is_said(rank: str, says: str, forks: Forks) -> None:
+    process = forks.start("tests.runtime.test_distributed", [], **TWO | {"RANK": rank})
+    assert process.output.readline() == f"{says}\n"
     process.terminate()
-    _, err = process.communicate(timeout=20)
+    told = process.finish()
     assert process.returncode == 143
-    assert err == ("" if rank == "1" else "stopped by SIGTERM; the same command goes on from here\n")
+    assert told == ("" if rank == "1" else "stopped by SIGTERM; the same command goes on from here\n")
 
 
 def test_nobody_comes(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., World]) -> None:
@@ -151,7 +157,13 @@ def test_nobody_comes(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., Wor
         world.connect()
 
 
-def test_an_address_that_cannot_be_listened_at(launch: Callable[..., World]) -> None:
+def test_an_address_that_cannot_be_listened_at(launch: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore
+
+    def impatient(*where: Any, **options: Any) -> dist.TCPStore:
+        return store(*where[:-1], timedelta(seconds=0.5), **options)
+
+    monkeypatch.setattr(dist, "TCPStore", impatient)
     world = launch(**TWO | {"MASTER_ADDR": "192.0.2.1"})
     with pytest.raises(InputError, match=r"MASTER_ADDR=192\.0\.2\.1, MASTER_PORT=29577: cannot be listened at"):
         world.connect()

@@ -349,7 +349,10 @@ def test_what_a_yaml_may_say(tmp_path: Path) -> None:
     assert config.sampling.unified_noise is True
 
 
-@pytest.mark.parametrize("value", ["???", "${x}", "${oc.env:HOME}", "{a: 1}", "{}"])
+@pytest.mark.parametrize(
+    "value",
+    ["???", "${oc.env:HOME}", "{a: 1}", *(pytest.param(value, marks=pytest.mark.slow) for value in ("${x}", "{}"))],
+)
 def test_only_texts_may_look_special_on_a_command_line(value: str) -> None:
     """A setting of every type that is no text: it is refused at once, in one line."""
     for schema, path in ((InferenceConfig, SHAPES), (TrainingConfig, SHAPES.with_name("ode.yaml"))):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ import pytest
 from longsana.runtime import stop
 from longsana.runtime.commandline import run_command
 from longsana.runtime.distributed import World
+from tests.forks import Forks
 
 ROOT = Path(__file__).resolve().parents[2]
 INFERENCE = ROOT / "inference_video_scripts/inference_sana_video.py"
@@ -32,15 +31,9 @@ def send(number):
 """
 
 
-def as_usual() -> None:
-    """Undo what this test's own launcher may have ignored, which a child inherits."""
-    for number in stop.SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-
-
 def program(body: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", PROGRAM.format(body=body)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=as_usual)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("number", stop.SIGNALS)
@@ -140,32 +133,25 @@ for _ in range(2):
 # The inference command -----------------------------------------------------------------------------------------------
 
 
-def start(folder: Path, prompts: int = 6, **environment: str) -> subprocess.Popen[str]:
+def arguments(folder: Path, prompts: int = 6) -> list[str]:
+    """Of the command that makes so many videos in folder/v."""
     file = folder / "prompts.txt"
     file.write_text("".join(f"a red circle number {i}\n" for i in range(prompts)))
-    where = ["--txt_file", str(file), "--work_dir", str(folder), "--dataset", "v"]
-    return subprocess.Popen(
-        [sys.executable, str(INFERENCE), *SMALL, *where],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
-        preexec_fn=as_usual,
-    )
+    return [*SMALL, "--txt_file", str(file), "--work_dir", str(folder), "--dataset", "v"]
 
 
 def finished(folder: Path) -> list[Path]:
     return list((folder / "v").glob("[!.]*.json"))
 
 
-def assert_stopped(process: subprocess.Popen[str], number: int, folder: Path, *, second: int | None = None) -> None:
-    """second: another signal that was sent in the same moment; Python may give it to the handler first."""
-    _, err = process.communicate(timeout=60)
-    assert process.returncode in (128 + number, 128 + (second or number)), err
+def assert_stopped(returncode: int | None, err: str, folder: Path, *numbers: int) -> None:
+    """numbers: signals that were sent in the same moment; Python may give any of them to the handler first."""
+    assert returncode in [128 + number for number in numbers], err
     assert "Traceback" not in err and "Exception ignored" not in err, err
     assert len(re.findall(r"^stopped by SIG\w+", err, flags=re.MULTILINE)) == 1, err
     left = {path.name for path in (folder / "v").glob("*")} | {path.name for path in (folder / "v").glob(".*")}
-    assert {Path(name).suffix for name in left} <= {".mp4", ".json"} and not any("partial" in name for name in left)
+    assert not any("partial" in name for name in left), (left, err)
+    assert {Path(name).suffix for name in left} <= {".mp4", ".json"}
     # A video without its sidecar may be there: it is made again.
     assert {Path(name).stem for name in left if name.endswith(".json")} <= {
         Path(name).stem for name in left if name.endswith(".mp4")
@@ -181,49 +167,49 @@ MOMENTS = random.Random(4).sample(range(20, 900), 23)
 )
 def test_the_inference_command_stops_at_any_moment(moment: int, tmp_path: Path) -> None:
     number = stop.SIGNALS[moment % 3]
-    process = start(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, str(INFERENCE), *arguments(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     time.sleep(moment / 100)
     if process.poll() is not None:
         assert process.returncode == 0
         return
     process.send_signal(number)
     process.send_signal(signal.SIGTERM)  # as schedulers do
+    _, err = process.communicate(timeout=60)
     try:
-        assert_stopped(process, number, tmp_path, second=signal.SIGTERM)
+        assert_stopped(process.returncode, err, tmp_path, number, signal.SIGTERM)
     except AssertionError:
         if process.returncode != 0:  # it was as good as done
             raise
 
 
-def test_it_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    process = start(tmp_path, prompts=40)
+def test_it_goes_on_where_it_was_stopped(forks: Forks, tmp_path: Path) -> None:
+    process = forks.start("generate", arguments(tmp_path, prompts=40))
     while not finished(tmp_path):
-        assert process.poll() is None
+        assert process.returncode is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert_stopped(process, signal.SIGINT, tmp_path)
+    err = process.finish()
+    assert_stopped(process.returncode, err, tmp_path, signal.SIGINT)
     made = {path: path.stat().st_mtime_ns for path in finished(tmp_path)}
     assert 0 < len(made) < 40
-    again = start(tmp_path, prompts=len(made) + 1)
-    again.communicate(timeout=100)
-    assert again.returncode == 0
+    again = forks.start("generate", arguments(tmp_path, prompts=len(made) + 1))
+    assert again.wait() == 0
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert len(finished(tmp_path)) == len(made) + 1
 
 
-def test_one_of_two_processes_is_stopped(tmp_path: Path) -> None:
+def test_one_of_two_processes_is_stopped(forks: Forks, tmp_path: Path) -> None:
     """By itself, without a launcher: the other one ends too, and says why."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    both = [start(tmp_path, 60, RANK=str(rank), **launch) for rank in range(2)]
+    both = forks.launch(2, "generate", arguments(tmp_path, prompts=24))
     while not finished(tmp_path):
-        assert all(process.poll() is None for process in both)
+        assert all(process.returncode is None for process in both)
         time.sleep(0.02)
     both[1].send_signal(signal.SIGTERM)
-    _, err = both[1].communicate(timeout=60)
+    err = both[1].finish()
     assert both[1].returncode == 143 and "Traceback" not in err, err
-    _, err = both[0].communicate(timeout=200)
+    err = both[0].finish()
     assert both[0].returncode == 1, err
     assert "failed: another process of this launch has ended" in err and "Traceback" not in err, err
 

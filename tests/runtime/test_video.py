@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 from longsana.runtime import files, stop
+from longsana.runtime import video as writing
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text
 from longsana.runtime.video import THREADS, WAITING, VideoWriter
@@ -249,42 +251,32 @@ def test_an_encoder_error_reaches_a_producer_that_is_ahead(
     assert os.listdir(tmp_path) == []
 
 
-DISK_FULL = """
-import resource, signal, sys
-from pathlib import Path
-import numpy as np
-from longsana.runtime.video import VideoWriter
-limit, path = int(sys.argv[1]), Path(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-rng = np.random.default_rng(0)
-appended = 0
-try:
-    with VideoWriter(path, fps=16, height=96, width=160, crf=18, preset="ultrafast") as video:
-        for _ in range(12):
-            video.append(rng.integers(0, 256, (5, 96, 160, 3), dtype=np.uint8))
-            appended += 1
-except OSError as error:
-    sys.exit(f"errno {error.errno} after {appended}")
-"""
-
-
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_a_full_disk_is_an_error_wherever_it_happens(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_wherever_it_happens(
+    tmp_path: Path, limited: Callable[[int], AbstractContextManager[None]]
+) -> None:
     path = tmp_path / "a.mp4"
-    assert run(DISK_FULL, 10**9, path).returncode == 0
-    size = path.stat().st_size
+
+    def write() -> int:
+        rng = np.random.default_rng(0)
+        with VideoWriter(path, fps=16, height=96, width=160, crf=18, preset="ultrafast") as video:
+            for _ in range(12):
+                video.append(rng.integers(0, 256, (5, 96, 160, 3), dtype=np.uint8))
+        return video.size
+
+    size = write()
     path.unlink()
     # At once, midway, and in the very last byte, which is written when the file is closed.
     for limit in (100, size // 2, size - 1):
-        done = run(DISK_FULL, limit, path)
-        assert done.returncode == 1, (limit, done)
-        assert done.stderr.startswith("errno 27 after "), (limit, done.stderr)
+        with limited(limit), pytest.raises(OSError, match="File too large"):
+            write()
         assert os.listdir(tmp_path) == [], limit
-    assert run(DISK_FULL, size, path).returncode == 0
+    with limited(size):
+        assert write() == size
     assert len(read(path)) == 60
 
 
@@ -404,3 +396,25 @@ def test_a_stop_while_the_header_is_written_is_obeyed_after_it(
         monkeypatch.undo()
         signal.signal(number, before)
     assert asked == [number] and capfd.readouterr().err == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("owner", "name"), [(writing, "open_exclusive"), (threading.Thread, "start")])
+def test_a_stop_while_a_file_is_begun_leaves_none(
+    owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right after its name is there, and right after its thread is: nobody else knows of either yet."""
+    begin, threads = getattr(owner, name), threading.active_count()
+
+    def interrupted(*arguments: Any) -> Any:
+        begun = begin(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+        return begun
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(stop.Stopped), stop.caught():
+        open_writer(tmp_path / "a.mp4")
+    assert os.listdir(tmp_path) == []
+    deadline = time.monotonic() + 20
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert threading.active_count() == threads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -120,6 +121,10 @@ def parsed(story: str) -> dict[int, Change]:
     return {chunk: Change.parse(text) for chunk, text in STORIES[story].items()}
 
 
+NAIVE_POLICIES = ("whole", "window", "sinks and decay", "all")
+NAIVE_STORIES = ("rebuild two", "cut", "recache after a rebuild")
+
+
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():
@@ -142,8 +147,18 @@ def test_a_change_is_a_history_that_is_absorbed_again(
     assert chunks[-1].state is not None and chunks[-1].state.frames == sum(LENGTHS)
 
 
-@pytest.mark.parametrize("story", ["recache two", "rebuild two", "cut", "recache after a rebuild"])
-@pytest.mark.parametrize("policy", ["whole", "window", "sinks and decay", "all"])
+@pytest.mark.parametrize(
+    ("policy", "story"),
+    [
+        *((policy, "recache two") for policy in NAIVE_POLICIES),
+        *(("all", story) for story in NAIVE_STORIES),
+        *(
+            pytest.param(policy, story, marks=pytest.mark.slow)
+            for policy, story in itertools.product(NAIVE_POLICIES, NAIVE_STORIES)
+            if policy != "all"
+        ),
+    ],
+)
 def test_it_is_that_of_the_naive_network(
     small_config: Any, random_model: Any, random_text: Any, renamed: Any, policy: str, story: str
 ) -> None:

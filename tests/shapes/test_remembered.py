@@ -187,7 +187,7 @@ def test_all_can_be_seen_for_a_second_before_any_of_it_leaves(scenes: list[Scene
 
 
 def test_it_is_out_of_view_for_as_long_as_the_scene_says(travellers: list[Track]) -> None:
-    for track in travellers[:60]:
+    for track in travellers[:24]:
         seen, whole = in_view(track, np.arange(1200))
         absences = [len(list(group)) for there, group in itertools.groupby(seen) if not there]
         # Its margin is wider than it is: up to 2.6 pixels on either side, and a frame more or less.

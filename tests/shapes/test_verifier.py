@@ -56,7 +56,7 @@ def test_the_truth_keeps_its_promises(truth):
 
 
 def test_a_vae_does_not_break_promises():
-    drawn = scenes(16, seed=6)
+    drawn = scenes(8, seed=6)
     result = score(judge(watch(drawn, vae=True), promises(drawn))).as_dict()
     assert min(result.values()) >= 0.97, result
 

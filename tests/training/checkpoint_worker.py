@@ -1,13 +1,10 @@
-"""A small network under FSDP2 with all that is saved of it; and, as a script, what processes do with checkpoints.
-
-    torchrun --standalone --nproc_per_node=2 checkpoint_worker.py FOLDER PART...
+"""A small network under FSDP2 with all that is saved of it; and `main([FOLDER, *PARTS])`, what processes do with that.
 
 FOLDER/one holds a checkpoint by one process. The part save_forever never ends, to be killed in.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -206,14 +203,11 @@ def save_forever(folder: Path, world: World) -> None:
 PARTS = (reshard, resume, asynchronous, replicas, fail_on_one, save_forever)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
-    folder, world = Path(sys.argv[1]), World.from_environment()
+    folder, world = Path(arguments[0]), World.from_environment()
     world.connect(alone=True)
-    for part in sys.argv[2:]:
+    for part in arguments[1:]:
         {part.__name__: part for part in PARTS}[part](folder, world)
         print(f"{part} ok")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,4 +1,4 @@
-"""The training command in a process that kills itself without warning: python killed.py UPDATES ARGUMENTS...
+"""The training command in a process that kills itself without warning: `main([UPDATES, *ARGUMENTS])`.
 
 The process is gone (SIGKILL) just before update number UPDATES + 1 of any learner, in the middle of an iteration.
 """
@@ -6,29 +6,22 @@ The process is gone (SIGKILL) just before update number UPDATES + 1 of any learn
 from __future__ import annotations
 
 import os
-import runpy
 import signal
-import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from longsana.training.learner import Learner  # noqa: E402
-
-left = int(sys.argv[1])
-update = Learner.update
+from longsana import commands
+from longsana.training.learner import Learner
 
 
-def update_or_die(self: Learner, step: int) -> Any:
-    global left
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return update(self, step)
+def main(arguments: list[str]) -> int:
+    left, update = int(arguments[0]), Learner.update
 
+    def update_or_die(self: Learner, step: int) -> Any:
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return update(self, step)
 
-Learner.update = update_or_die  # type: ignore[method-assign]
-sys.argv = ["train_longsana.py", *sys.argv[2:]]
-runpy.run_path(str(ROOT / "train_video_scripts" / "train_longsana.py"), run_name="__main__")
+    Learner.update = update_or_die  # type: ignore[method-assign]
+    return commands.run("train", arguments[1:])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from longsana.encoders.text import GemmaTextEncoder, published_negative_prompt
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.training.captions import Captions
+from tests.forks import Forks
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
@@ -274,62 +275,40 @@ def test_a_full_disk_leaves_nothing_half(
     assert done > 0 and len(encoded) < 12
 
 
-PROGRAM = """
-import os, signal, socket, sys, time, traceback
-from pathlib import Path
-import torch
-from longsana.config import load_config
-from longsana.encoders.text import GemmaTextEncoder, published_negative_prompt
-from longsana.runtime.distributed import World
-from longsana.training.captions import Captions
-
-def work(folder, count, rank, size):
+def main(arguments: list[str]) -> int:
+    """What the processes do: encode so many prompts, and keep the captions in a folder."""
+    folder, count = Path(arguments[0]), int(arguments[1])
     encode, encoded = GemmaTextEncoder.encode_together, []
-    GemmaTextEncoder.encode_together = lambda self, texts, **rest: encoded.extend(texts) or encode(self, texts, **rest)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+
+    def noted(self: GemmaTextEncoder, texts: list[str], **rest: Any) -> Any:
+        encoded.extend(texts)
+        return encode(self, texts, **rest)
+
+    GemmaTextEncoder.encode_together = noted  # type: ignore[method-assign]
+    torch.set_num_threads(1)
     world = World.from_environment()
     world.connect()
-    captions = Captions(config, "cpu", world, "free", folder, prompts_per_file=4)
+    made = Captions(load_config(CONFIG, OVERRIDES), "cpu", world, "free", folder, prompts_per_file=4)
     prompts = [f"{n} small red circles fall on a blue background" for n in range(count)]
-    captions.prepare(prompts)
-    torch.save((*captions.embed(prompts), encoded), folder.parent / f"rank{rank}.pt")
+    made.prepare(prompts)
+    torch.save((*made.embed(prompts), encoded), folder.parent / f"rank{world.rank}.pt")
     world.disconnect()
-
-def fork(*arguments):
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work(*arguments)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        os._exit(status)
-    return child
-
-torch.set_num_threads(1)
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-folder, config = Path(sys.argv[1]), load_config("CONFIG", ["OVERRIDE"])
-Captions(config, "cpu", World(), "keep", folder)  # imports what the forks will need
-for child in [fork(folder / "two", 11, rank, 2) for rank in range(2)]:
-    assert os.waitpid(child, 0)[1] == 0
-
-child = fork(folder / "killed", 2000, 0, 1)
-deadline = time.monotonic() + 60
-while len(list((folder / "killed").glob("[!.]*"))) < 5 and time.monotonic() < deadline:
-    time.sleep(0.005)
-os.kill(child, signal.SIGKILL)
-assert os.waitpid(child, 0)[1] == signal.SIGKILL
-""".replace("CONFIG", CONFIG).replace("OVERRIDE", OVERRIDES[0])
+    return 0
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes, and one that was killed, have left. They are forks: imports take seconds."""
+def processes(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes, and one that was killed, have left."""
     folder = tmp_path_factory.mktemp("processes")
-    subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], cwd=ROOT, check=True, timeout=200)
+    here = "tests.training.test_captions"
+    for process in forks.launch(2, here, [folder / "two", 11]):
+        told = process.finish()
+        assert process.returncode == 0, told
+    process, deadline = forks.start(here, [folder / "killed", 2000]), time.monotonic() + 60
+    while len(list((folder / "killed").glob("[!.]*"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     return folder
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -35,6 +32,7 @@ from longsana.weights.checkpoint_folder import (
     read_own,
     read_progress,
 )
+from tests.forks import Forks
 from tests.training.checkpoint_worker import Run, assert_equal, save
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -76,18 +74,10 @@ def loaded(checkpointer: Checkpointer, path: Path) -> dict[str, Tensor]:
     return run.whole()
 
 
-def launched(processes: int, folder: Path, *parts: str) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen(
-        [*launcher, str(Path(__file__).with_name("checkpoint_worker.py")), str(folder), *parts],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+WORKER = "tests.training.checkpoint_worker"
 
 
-def test_two_processes(world: World, tmp_path: Path) -> None:
+def test_two_processes(world: World, forks: Forks, tmp_path: Path) -> None:
     """Resharding both ways, resume, asynchronous writing, a failure of one; and kill -9 in the middle of a save.
 
     And three processes read what two and one have written, and write what one reads.
@@ -95,19 +85,20 @@ def test_two_processes(world: World, tmp_path: Path) -> None:
     one = Run(seed=0).train(0, 1)
     save(Checkpointer(tmp_path / "one", world, keep=1, asynchronous=False), 2, one)
 
-    process = launched(2, tmp_path, "reshard", "resume", "asynchronous", "replicas", "fail_on_one", "save_forever")
+    parts = ("reshard", "resume", "asynchronous", "replicas", "fail_on_one", "save_forever")
+    processes = forks.launch(2, WORKER, [tmp_path, *parts])
     deadline = time.monotonic() + 120
     unfinished = tmp_path / "two" / ".checkpoint_model_000004.partial"
-    try:
-        while process.poll() is None and not list(unfinished.glob("shard-00002-*")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        begun = process.poll() is None and list(unfinished.glob("shard-00002-*"))
-    finally:
-        # The launcher gives each of its processes a session: its group is not theirs.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                child.kill()
-        output = process.communicate()[0]
+
+    def running() -> bool:
+        return all(process.returncode is None for process in processes)
+
+    while running() and not list(unfinished.glob("shard-00002-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    begun = running() and list(unfinished.glob("shard-00002-*"))
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    output = "".join(process.finish() for process in processes)
     assert begun, output
 
     assert_equal(torch.load(tmp_path / "one_by_2.pt", weights_only=True), one.whole())
@@ -118,9 +109,9 @@ def test_two_processes(world: World, tmp_path: Path) -> None:
     assert_equal(loaded(two, at(tmp_path / "two", 2)), saved)
     assert_equal(loaded(two, at(tmp_path / "replicas", 2)), saved)
 
-    process = launched(3, tmp_path, "reshard", "asynchronous")
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
+    for process in forks.launch(3, WORKER, [tmp_path, "reshard", "asynchronous"]):
+        output = process.finish()
+        assert process.returncode == 0, output
     for name, expected in (("one", one.whole()), ("two", saved), ("async", saved)):
         assert_equal(torch.load(tmp_path / f"{name}_by_3.pt", weights_only=True), expected)
     assert len(list(at(tmp_path / "async3", 2).glob(TENSOR_FILES))) == 3

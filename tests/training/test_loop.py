@@ -536,15 +536,16 @@ def test_a_run_of_bad_numbers_ends_with_status_1_and_says_why(run, tmp_path, cap
     assert [line["skipped_updates"] for line in logged] == list(range(SKIPS))
 
 
-def start(*command: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
+def test_a_run_that_crashes_is_no_success(run, tmp_path, monkeypatch):
+    """Its exception leaves the command, of which Python makes a traceback and status 1; nothing is saved."""
+
+    def fail(self: Learner, step: int) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(Learner, "update", fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        run(tmp_path)
+    assert not list(tmp_path.glob("checkpoint_*"))
 
 
 CRASH = """
@@ -558,28 +559,33 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-def test_a_process_that_crashes_does_not_exit_with_0_and_one_that_is_told_to_stop_saves(run, config, tmp_path):
-    """Both at once, since most of their time is that of imports."""
-    crashed, stopped = tmp_path / "crashed", tmp_path / "stopped"
-    common = ("--config_path", config, "--disable-wandb", "--threads", "1")
-    crash = start("-c", CRASH.format(root=str(ROOT), script=str(SCRIPT)), *common, "--logdir", crashed)
-    stop = start(SCRIPT, *common, "--logdir", stopped, "--max_iters", "100000", "train.log_iters=100000")
-    try:
-        metrics, deadline = stopped / "metrics.jsonl", time.monotonic() + 120
-        while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
-            assert stop.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        stop.send_signal(signal.SIGTERM)
-        _, err = stop.communicate(timeout=60)
-        assert stop.returncode == 128 + signal.SIGTERM, err
-        _, err = crash.communicate(timeout=60)
-        assert crash.returncode == 1, err
-        assert "RuntimeError: planted" in err and "Traceback" in err
-    finally:
-        for process in (crash, stop):
-            process.kill()
-            process.wait()
-    assert not list(crashed.glob("checkpoint_*"))
+@pytest.mark.slow
+def test_a_process_that_crashes_does_not_exit_with_0(config, tmp_path):
+    command = [sys.executable, "-c", CRASH.format(root=str(ROOT), script=str(SCRIPT)), "--config_path", str(config)]
+    crash = subprocess.run(
+        [*command, "--disable-wandb", "--threads", "1", "--logdir", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert crash.returncode == 1, crash.stderr
+    assert "RuntimeError: planted" in crash.stderr and "Traceback" in crash.stderr
+    assert not list(tmp_path.glob("checkpoint_*"))
+
+
+def test_a_process_that_is_told_to_stop_saves(run, forks, config, tmp_path):
+    stopped = tmp_path / "stopped"
+    arguments = ["--config_path", config, "--disable-wandb", "--threads", "1", "--logdir", stopped]
+    stop = forks.start("train", [*arguments, "--max_iters", "100000", "train.log_iters=100000"])
+    metrics, deadline = stopped / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
+        assert stop.returncode is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    stop.send_signal(signal.SIGTERM)
+    told = stop.finish()
+    assert stop.returncode == 128 + signal.SIGTERM, told
     steps = [line["step"] for line in lines(stopped)]
     assert steps == list(range(len(steps)))
     assert [path.name for path in stopped.glob("checkpoint_*")] == [f"checkpoint_model_{len(steps):06d}"]

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +27,7 @@ from longsana.sampling.engine import Engine, guided_texts
 from longsana.sampling.sampler import sample_chunks
 from longsana.training.config import OdePairsConfig
 from longsana.training.pairs import kept_steps, teacher_config
+from tests.forks import Forks
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,28 +115,26 @@ def test_states_lead_from_the_prompts_noise_to_what_inference_samples(
 
 
 def test_killed_and_gone_on_by_two_processes_is_the_same(
-    command: Callable[..., int], prompts: Path, tmp_path: Path
+    command: Callable[..., int], forks: Forks, prompts: Path, tmp_path: Path
 ) -> None:
     arguments = [*SMALL, "--txt_file", str(prompts), "--out", str(tmp_path / "killed"), "--pairs.shard_size", "1"]
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = forks.start("ode-pairs", arguments)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed").glob("shard-*")) and time.monotonic() < deadline:
-        assert process.poll() is None
+        assert process.returncode is None
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     process.wait()
     there = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("shard-*")}
     assert 1 <= len(there) < len(DISTINCT)
     with pytest.raises(InputError, match="unfinished"):
         Trajectories.open(tmp_path / "killed")
 
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    again = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 0, again.stderr
-    assert f"{len(there)} of 5 shards are there already" in again.stderr
-    assert again.stderr.count("5 trajectories in 5 shards") == 1
+    both = forks.launch(2, "ode-pairs", arguments)
+    told = "".join(process.finish() for process in both)
+    assert [process.returncode for process in both] == [0, 0], told
+    assert f"{len(there)} of 5 shards are there already" in told
+    assert told.count("5 trajectories in 5 shards") == 1
     assert there.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").iterdir()}.items()
     assert command("--pairs.shard_size", "1") == 0
     assert content(tmp_path / "killed") == content(tmp_path / "out")

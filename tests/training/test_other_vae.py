@@ -35,7 +35,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def run(path: Path, logdir: Path) -> list[dict[str, float]]:
-    assert train.main(["--config_path", str(path), "--logdir", str(logdir), "--disable-wandb"]) == 0
+    assert train.main(["--config_path", str(path), "--logdir", str(logdir), "--disable-wandb", "--threads", "1"]) == 0
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(value) for line in lines for name, value in line.items() if "loss" in name)
     return lines
@@ -63,8 +63,6 @@ def test_trajectories_and_what_is_learned_of_them(
         "pairs": {"num_steps": 4, "shard_size": 2},
     }
     OmegaConf.save(OmegaConf.merge(OmegaConf.load(shapes / "ode_pairs.yaml"), teacher), tmp_path / "pairs.yaml")
-    status = pairs.main(
-        ["--config_path", str(tmp_path / "pairs.yaml"), "--out", str(tmp_path / "pairs"), "--end_index", "2"]
-    )
-    assert status == 0
+    teach = ["--config_path", str(tmp_path / "pairs.yaml"), "--out", str(tmp_path / "pairs"), "--end_index", "2"]
+    assert pairs.main([*teach, "--threads", "1"]) == 0
     run(path, tmp_path / "ode")

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from longsana.weights.checkpoint_folder import open_tensors, own_names, read_own
+from tests.forks import Fork, Forks
 from tests.training.conftest import PROMPTS, ROOT, SCRIPT
 
 pytestmark = pytest.mark.timeout(600)
-KILLED = Path(__file__).with_name("killed.py")
 FREE = "train.text_encoder=free"
 # (trainer, overrides, updates before the kill): in iteration 4 of 6, after a checkpoint at 4 of all iterations.
 STAGES: dict[str, tuple[str, list[str], int]] = {
@@ -75,16 +75,14 @@ def stage_config(small_training, trajectories, tmp_path_factory) -> Callable[...
     return write
 
 
-def start(*command: str | Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.run(
-        [sys.executable, *launcher, *map(str, command)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def launch(forks: Forks) -> Callable[..., list[Fork]]:
+    def start(processes: int, config: Path, logdir: Path) -> list[Fork]:
+        """The training command in so many processes."""
+        arguments = ["--config_path", config, "--logdir", logdir, "--disable-wandb", "--threads", "1"]
+        return forks.launch(processes, "train", arguments)
+
+    return start
 
 
 def contents(checkpoint: Path) -> dict[str, Tensor]:
@@ -109,13 +107,13 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY_DAY)
-def test_kill_9_loses_nothing(stage_config, run, tmp_path, name):
+def test_kill_9_loses_nothing(stage_config, run, forks, tmp_path, name):
     config, whole, broken = stage_config(name), tmp_path / "whole", tmp_path / "broken"
     assert run(config, whole) == 0
-    killed = start(
-        KILLED, str(STAGES[name][2]), "--config_path", config, "--logdir", broken, "--disable-wandb", "--threads", "1"
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    arguments = ["--config_path", config, "--logdir", broken, "--disable-wandb", "--threads", "1"]
+    killed = forks.start("tests.training.killed", [STAGES[name][2], *arguments])
+    told = killed.finish()
+    assert killed.returncode == -signal.SIGKILL, told
     assert [path.name for path in sorted(broken.glob("checkpoint_*"))] == [
         "checkpoint_model_000002",
         "checkpoint_model_000004",
@@ -165,14 +163,13 @@ def test_the_runs_differ_where_they_should(stage_config, run, tmp_path):
         pytest.param("switching", ["train.seed=2"], marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_do_what_one_does_in_two_steps(stage_config, run, tmp_path, name, overrides):
+def test_two_processes_do_what_one_does_in_two_steps(stage_config, run, launch, tmp_path, name, overrides):
     """Equal within 2e-5 of each tensor's size after four iterations: float32 sums are taken in another order."""
     config = stage_config(name, "train.max_iters=4", "train.total_batch_size=2", *overrides)
     assert run(config, tmp_path / "one") == 0
-    both = start(
-        SCRIPT, "--config_path", config, "--logdir", tmp_path / "two", "--disable-wandb", "--threads", "1", processes=2
-    )
-    assert both.returncode == 0, both.stderr
+    for process in launch(2, config, tmp_path / "two"):
+        told = process.finish()
+        assert process.returncode == 0, told
     one, two = (contents(tmp_path / folder / "checkpoint_model_000004") for folder in ("one", "two"))
     names = [key for key in one if not key.startswith("rng_")]
     assert set(names) == {key for key in two if not key.startswith("rng_")}
@@ -240,20 +237,19 @@ def test_a_signal_during_validation_ends_it_for_all(stage_config, tmp_path):
     assert 0 < len(videos) < 20 and not [path for path in videos if path.name.startswith(".")]
 
 
-def test_a_run_of_two_processes_goes_on_with_one(stage_config, run, tmp_path, capfd):
+def test_a_run_of_two_processes_goes_on_with_one(stage_config, run, launch, tmp_path):
     """Resharding: weights and moments are the same, streams of surplus micro-batches end, and the log says so."""
     config = stage_config("longsana", "train.max_iters=2", "streaming.streaming_max_length=41")
-    both = start(
-        SCRIPT, "--config_path", config, "--logdir", tmp_path, "--disable-wandb", "--threads", "1", processes=2
-    )
-    assert both.returncode == 0, both.stderr
+    for process in launch(2, config, tmp_path):
+        told = process.finish()
+        assert process.returncode == 0, told
     # What the main process alone finds is told once, also where others wait for it.
     other = stage_config("longsana", "train.max_iters=2", "train.seed=1")
-    refused = start(SCRIPT, "--config_path", other, "--logdir", tmp_path, "--disable-wandb", processes=2)
-    told = [line for line in refused.stderr.splitlines() if "belongs to a run with another config" in line]
-    assert refused.returncode != 0
-    assert len(told) == 1 and told[0].startswith("error: ") and "train.seed: 0 -> 1" in told[0]
-    assert "[rank" not in refused.stderr, "a traceback of a process; torchrun's own is without a rank"
+    refused = launch(2, other, tmp_path)
+    told = "".join(process.finish() for process in refused)
+    assert [process.returncode for process in refused] == [2, 2], told
+    assert told.count("belongs to a run with another config") == told.count("error: ") == 1
+    assert told.startswith("error: ") and "train.seed: 0 -> 1" in told and "Traceback" not in told
     before = contents(tmp_path / "checkpoint_model_000002")
     assert run(config, tmp_path, "train.max_iters=3", "train.log_iters=1") == 0
     after = contents(tmp_path / "checkpoint_model_000003")

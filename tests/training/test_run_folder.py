@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from longsana.config import load_config, save_config
 from longsana.runtime import files
-from longsana.runtime.distributed import World
+from longsana.runtime.distributed import PeerError, World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import LOCK, hold_folder
 from longsana.training import build, run_folder
@@ -443,62 +442,36 @@ def test_an_update_of_other_samples_is_warned_of(start, run, caplog):
 
 # --- all hosts -------------------------------------------------------------------------------------------------------
 
-SHARED = """
-import os, sys, traceback
-from pathlib import Path
-from longsana.runtime.distributed import PeerError, World
-from longsana.runtime.errors import InputError
-from longsana.training.run_folder import check_shared
 
-def tell(line):
-    os.write(1, f"{line}\\n".encode())  # at once: print may write the end of a line after the other process's line
-
-def work(rank):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+def main(folders: list[str]) -> int:
+    """What two processes tell of the first two folders, of which each sees one, and then of the others."""
     world = World.from_environment()
     world.connect()
-    for folders in (sys.argv[2:4], sys.argv[4:6]):
-        folder = Path(folders[rank])
+    for seen in (folders[:2], folders[2:]):
+        folder = Path(seen[world.rank])
         try:
             check_shared(folder, world, patience=0.5)
-            tell(f"{rank} shared")
+            print("shared")
         except PeerError:
-            tell(f"{rank} told")
+            print("told")
         except InputError as error:
-            tell(f"{rank} {error}")
+            print(error)
         world.gather(None)
         assert not list(folder.iterdir())
     world.disconnect()
-
-os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
-children = []
-for rank in range(2):
-    children.append(os.fork())
-    if children[-1] == 0:
-        try:
-            work(rank)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-"""
+    return 0
 
 
-def test_a_folder_that_not_all_hosts_see_is_found_at_the_start(tmp_path):
+def test_a_folder_that_not_all_hosts_see_is_found_at_the_start(forks, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir()
     other.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", SHARED, port, *map(str, (one, one, one, other))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
-    assert done.returncode == 0, done.stderr
-    told = sorted(done.stdout.splitlines())
-    (message,) = [line for line in told if str(one) in line]
-    assert [line for line in told if line != message] == ["0 shared", "1 shared", "1 told"]
-    assert message.startswith(f"0 {one}: --logdir must be in a file system that all hosts share: process 1 on ")
+    both = forks.launch(2, "tests.training.test_run_folder", [one, one, one, other])
+    first, second = (process.finish() for process in both)
+    assert [process.returncode for process in both] == [0, 0], (first, second)
+    shared, message = first.splitlines()
+    assert (shared, second) == ("shared", "shared\ntold\n")
+    assert message.startswith(f"{one}: --logdir must be in a file system that all hosts share: process 1 on ")
     assert "does not see what the main process writes" in message
 
 
@@ -565,23 +538,16 @@ def test_a_small_disk(quick, tmp_path):
     assert "Traceback" not in done.stderr and "unexpected pos" not in done.stderr
 
 
-@pytest.mark.slow
-def test_a_full_disk_of_two_processes_is_one_line(quick, run):
-    """Both know of it, and one says it; files may not grow beyond a megabyte here."""
-    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 {SCRIPT}"
-    arguments = f"--config_path {quick.config} --logdir {run} --disable-wandb --threads 1 --max_iters 4"
-    done = subprocess.run(
-        ["bash", "-c", f"ulimit -f 1024; exec {launcher} {arguments} train.total_batch_size=2 --allow-config-change"],
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+def test_a_full_disk_of_two_processes_is_one_line(quick, run, forks):
+    """Both know of it, and one says it."""
+    arguments = ["--config_path", quick.config, "--logdir", run, "--disable-wandb", "--threads", "1"]
+    more = ["--max_iters", "4", "train.total_batch_size=2", "--allow-config-change"]
+    both = forks.launch(2, "train", [*arguments, *more], file_size=1 << 20)
+    told = "".join(process.finish() for process in both)
+    assert 1 in [process.returncode for process in both] and 0 not in [process.returncode for process in both], told
+    (line,) = [line for line in told.splitlines() if line.startswith("failed: ")]
     assert f"{run / 'checkpoint_model_000004'}: File too large (it takes 0.00" in line
-    assert "[rank" not in done.stderr, "a traceback of a process; torchrun's own is without a rank"
+    assert "Traceback" not in told
     assert [path.name for path in checkpoints_of(run)] == ["checkpoint_model_000002"]
 
 

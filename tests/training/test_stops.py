@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from longsana.training.checkpoint import Checkpointer, checkpoints_of
 from longsana.training.learner import Learner
 from longsana.training.stages.ode import OdeInitialisation
 from longsana.weights.checkpoint_folder import Stored, check_content
-from tests.runtime.test_stop import as_usual
+from tests.forks import Forks
 from tests.scripts import load_script
 from tests.training.conftest import ROOT, SCRIPT
 from tests.training.test_ode_pairs import SMALL
@@ -46,7 +47,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 # Two processes under torchrun ----------------------------------------------------------------------------------------
 
-ITERATIONS, LAST = 7, "checkpoint_model_000007"
+ITERATIONS, LAST = 5, "checkpoint_model_000005"
 RECIPIENTS = ("launcher", "worker", "all", "all twice")
 
 
@@ -66,22 +67,27 @@ def moments(seed: int, count: int) -> list[Moment]:
     return [Moment(rng.random(), rng.choice(SIGNALS), rng.choice(RECIPIENTS), rng.randrange(2)) for _ in range(count)]
 
 
-class Launch:
+def arguments(config: Path, run: Path) -> list[str]:
+    return ["--config_path", str(config), "--logdir", str(run), "--disable-wandb", "--threads", "1"]
+
+
+class Torchrun:
     """`torchrun` with the training command; what its processes tell is kept apart from what torchrun does."""
 
     def __init__(self, config: Path, folder: Path) -> None:
         self.run, self._logs = folder / "run", folder / "logs"
         folder.mkdir()
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        arguments = ["--config_path", config, "--logdir", self.run, "--disable-wandb", "--threads", "1"]
         self.process = subprocess.Popen(
-            [*launcher, "--redirects", "3", "--log-dir", str(self._logs), str(SCRIPT), *map(str, arguments)],
+            [*launcher, "--redirects", "3", "--log-dir", str(self._logs), str(SCRIPT), *arguments(config, self.run)],
             cwd=ROOT,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=as_usual,
         )
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
 
     def workers(self) -> list[psutil.Process]:
         """Those that are running, by their ranks."""
@@ -90,28 +96,81 @@ class Launch:
         except psutil.NoSuchProcess:
             return []
 
-    def wait_for(self, iterations: int) -> None:
-        """Until so many are logged, or all has ended."""
-        while self.process.poll() is None and logged(self.run) < iterations:
-            time.sleep(0.02)
+    def wait(self, timeout: float) -> int:
+        return self.process.wait(timeout)
 
     def told(self) -> str:
         """All that the processes wrote to stderr."""
         return "\n".join(path.read_text() for path in sorted(self._logs.rglob("stderr.log")))
 
-    def send(self, moment: Moment) -> None:
-        workers = self.workers()
-        launcher = psutil.Process(self.process.pid)
-        to = {
-            "launcher": [launcher],
-            "worker": [workers[min(moment.rank, len(workers) - 1)]] if workers else [launcher],
-        }.get(moment.recipient, [launcher, *workers])
-        for time_of in range(2 if moment.recipient == "all twice" else 1):
-            if time_of:
-                time.sleep(2)
-            for process in to:
-                with suppress(psutil.NoSuchProcess):  # ended by a signal before
-                    process.send_signal(moment.number)
+    def signal(self, number: int) -> None:
+        """To the launcher."""
+        psutil.Process(self.process.pid).send_signal(number)
+
+    def kill(self) -> None:
+        for process in [*self.workers(), self.process]:
+            process.kill()
+
+
+class Forked:
+    """The training command in two processes; like torchrun it passes signals on, and ends all when one has ended."""
+
+    def __init__(self, forks: Forks, config: Path, folder: Path) -> None:
+        self.run = folder / "run"
+        folder.mkdir()
+        self._forks = forks.launch(2, "train", arguments(config, self.run))
+
+    def ended(self) -> bool:
+        return all(fork.returncode is not None for fork in self._forks)
+
+    def workers(self) -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):
+            return [psutil.Process(fork.pid) for fork in self._forks if fork.returncode is None]
+        return self.workers()
+
+    def wait(self, timeout: float) -> int:
+        """The worst status of the two."""
+        until = time.monotonic() + timeout
+        while not self.ended():
+            if any(fork.returncode for fork in self._forks):
+                self.signal(signal.SIGTERM)
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("two forks", timeout)
+            time.sleep(0.02)
+        return max((fork.wait() for fork in self._forks), key=abs)
+
+    @cache  # noqa: B019, which is read once
+    def told(self) -> str:
+        return "".join(fork.finish() for fork in self._forks)
+
+    def signal(self, number: int) -> None:
+        for fork in self._forks:
+            fork.send_signal(number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+
+
+Launch = Torchrun | Forked
+
+
+def wait_for(launch: Launch, iterations: int) -> None:
+    """Until so many are logged, or all has ended."""
+    while not launch.ended() and logged(launch.run) < iterations:
+        time.sleep(0.02)
+
+
+def send(launch: Launch, moment: Moment) -> None:
+    workers = launch.workers()
+    for time_of in range(2 if moment.recipient == "all twice" else 1):
+        if time_of:
+            time.sleep(2)
+        if moment.recipient != "worker" or not workers:
+            launch.signal(moment.number)
+        chosen = {"launcher": [], "worker": workers[min(moment.rank, len(workers) - 1) :][:1]}
+        for process in chosen.get(moment.recipient, workers):
+            with suppress(psutil.NoSuchProcess):  # ended by a signal before
+                process.send_signal(moment.number)
 
 
 def catches(process: psutil.Process) -> bool:
@@ -127,56 +186,45 @@ def catches(process: psutil.Process) -> bool:
 class Whole(NamedTuple):
     """A run that nobody stopped. start: seconds to its first iteration's end; iteration: of one."""
 
-    config: Path
     start: float
     iteration: float
     contents: dict[str, Tensor]
 
 
-@pytest.fixture(scope="module")
-def whole(small_training: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    config = small_training(
-        "longsana", f"train.max_iters={ITERATIONS}", "train.log_iters=2", "validation.vis_interval=3"
-    )
-    started = time.monotonic()
-    launched = Launch(config, tmp_path_factory.mktemp("launch") / "whole")
-    launched.wait_for(1)
+def undisturbed(launch: Launch, started: float) -> Whole:
+    wait_for(launch, 1)
     trains = time.monotonic()
-    assert launched.process.wait(300) == 0, launched.told()
-    return Whole(config, trains - started, (time.monotonic() - trains) / ITERATIONS, contents(launched.run / LAST))
+    assert launch.wait(300) == 0, launch.told()
+    return Whole(trains - started, (time.monotonic() - trains) / ITERATIONS, contents(launch.run / LAST))
 
 
-def stop_at(moment: Moment, whole: Whole, folder: Path) -> Path:
-    """Start a run, stop it, and look at what is left; returns its folder."""
-    launched = Launch(whole.config, folder)
+def stop_at(moment: Moment, whole: Whole, launch: Launch) -> None:
+    """Stop a run that has just been started, and look at what is left."""
     try:
         if moment.fraction < 0.5:
             time.sleep(2 * moment.fraction * whole.start)
         else:
             part, iterations = math.modf((2 * moment.fraction - 1) * (ITERATIONS + 1))
-            launched.wait_for(int(iterations))
+            wait_for(launch, int(iterations))
             time.sleep(part * whole.iteration)
-        workers = launched.workers()
+        workers = launch.workers()
         taken = [catches(worker) for worker in workers]
-        if launched.process.poll() is None:
-            launched.send(moment)
-        launched.process.wait(60)
+        if not launch.ended():
+            send(launch, moment)
+        status = launch.wait(60)
         psutil.wait_procs(workers, 60)
     finally:
-        for process in [*launched.workers(), launched.process]:
-            process.kill()
-    told = launched.told()
-    finished = (launched.run / LAST).is_dir()
+        launch.kill()
+    told, finished = launch.told(), (launch.run / LAST).is_dir()
     if taken == [True, True]:
         assert "Traceback" not in told and "Exception ignored" not in told, told
         ends = re.findall(r"^(?:stopped by SIG|failed: another process of this launch has ended)", told, re.MULTILINE)
         assert len(ends) == 1 or (finished and not ends), told
-    assert launched.process.returncode != 0 or finished
-    if launched.run.is_dir():
-        left = [path.name for path in launched.run.rglob(".*") if path.name != LOCK]
+    assert status != 0 or finished
+    if launch.run.is_dir():
+        left = [path.name for path in launch.run.rglob(".*") if path.name != LOCK]
         assert not left, (left, told)
-        check_saved(launched.run)
-    return launched.run
+        check_saved(launch.run)
 
 
 def logged(run: Path) -> int:
@@ -195,25 +243,34 @@ def check_saved(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "chosen", [pytest.param(moments(2000, 3), id="3"), pytest.param(moments(1, 20), id="20", marks=pytest.mark.slow)]
+    ("chosen", "launcher"),
+    [
+        pytest.param(moments(2000, 3), False, id="3"),
+        pytest.param(moments(1, 20), True, id="20 of torchrun", marks=pytest.mark.slow),
+    ],
 )
-def test_a_run_of_two_processes_stops_at_any_moment(chosen: list[Moment], whole: Whole, tmp_path: Path) -> None:
-    runs = []
+def test_a_run_of_two_processes_stops_at_any_moment(
+    chosen: list[Moment], launcher: bool, forks: Forks, small_training: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = small_training(
+        "longsana", f"train.max_iters={ITERATIONS}", "train.log_iters=2", "validation.vis_interval=3"
+    )
+
+    def launch(name: str) -> Launch:
+        return Torchrun(config, tmp_path / name) if launcher else Forked(forks, config, tmp_path / name)
+
+    started = time.monotonic()
+    whole = undisturbed(launch("whole"), started)
     for number, moment in enumerate(chosen):
+        stopped = launch(str(number))
         try:
-            runs.append(stop_at(moment, whole, tmp_path / str(number)))
+            stop_at(moment, whole, stopped)
         except (AssertionError, subprocess.TimeoutExpired) as error:
             raise AssertionError(f"{moment}, {whole.start:.1f} s and {whole.iteration:.2f} s an iteration") from error
-    again = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("twice.py")), str(whole.config), *map(str, runs)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert again.stdout.splitlines() == ["0 0"] * len(runs), again.stderr
-    for run in runs:
-        assert_equal(whole.contents, contents(run / LAST))
+        again = forks.launch(2, "train", arguments(config, stopped.run))
+        told = [process.finish() for process in again]
+        assert [process.returncode for process in again] == [0, 0], told
+        assert_equal(whole.contents, contents(stopped.run / LAST))
 
 
 # The moments that differ, in one process -----------------------------------------------------------------------------

@@ -5,8 +5,6 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longsana.config import save_config
+from longsana.config import load_config, save_config
 from longsana.data.prompts import read_prompts
 from longsana.encoders.vae import WanVAE
 from longsana.models.dit import LongSanaDiT
@@ -25,8 +23,10 @@ from longsana.runtime.errors import InputError
 from longsana.sampling.captions import caption_encoder
 from longsana.sampling.engine import Engine
 from longsana.training.config import TrainingConfig
+from longsana.training.parallel import connect, device_mesh, parallelise
 from longsana.training.validation import InTraining, Meter, Report, Validation, contrast, motion, saturation
 from longsana.weights.build import build_model
+from tests.forks import Forks
 
 ROOT = Path(__file__).parents[2]
 
@@ -280,57 +280,33 @@ def test_it_stops_between_videos(alone: Validation, model: LongSanaDiT, vae: Wan
         assert len(frames_of(path)) == 5
 
 
-PROGRAM = """
-import json, os, socket, sys, traceback
-from pathlib import Path
-import torch
-from longsana.config import load_config
-from longsana.encoders.vae import WanVAE
-from longsana.weights.build import build_model
-from longsana.runtime.distributed import World
-from longsana.training.config import TrainingConfig
-from longsana.training.parallel import connect, device_mesh, parallelise
-from longsana.training.validation import Validation
-
-def work(folder, config, vae, rank):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+def main(arguments: list[str]) -> int:
+    """What each of two processes does."""
+    torch.set_num_threads(1)
+    folder = Path(arguments[0])
+    config = load_config(folder / "config.yaml", (), TrainingConfig)
     world, device = World.from_environment(), torch.device("cpu")
     connect(world, device)
     model = build_model(config.model, device=device, dtype=torch.float32)
     model = parallelise(model, device_mesh("full", world, device), compute=torch.float32)
-    forwards = []
+    forwards: list[int] = []
     model.register_forward_hook(lambda *_: forwards.append(1))
+    vae = WanVAE.load(config.vae, "cpu", torch.float32)
     report = Validation(config, folder, device, world).run(40, model, vae)
     result = {"metrics": report.metrics, "videos": [path.name for path in report.videos], "forwards": len(forwards)}
-    (folder / f"rank{rank}.json").write_text(json.dumps(result))
+    (folder / f"rank{world.rank}.json").write_text(json.dumps(result))
     world.disconnect()
-
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-config = load_config(folder / "config.yaml", (), TrainingConfig)
-vae = WanVAE.load(config.vae, "cpu", torch.float32)
-Validation(config, folder, "cpu", World())  # imports what the forks will need
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-children = []
-for rank in range(2):
-    children.append(os.fork())
-    if children[-1] == 0:
-        try:
-            work(folder, config, vae, rank)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-"""
+    return 0
 
 
-def test_two_processes_with_a_sharded_network(config: TrainingConfig, report: Report, tmp_path: Path) -> None:
+def test_two_processes_with_a_sharded_network(
+    config: TrainingConfig, report: Report, forks: Forks, tmp_path: Path
+) -> None:
     """Three prompts for two: the second process samples one for company, which nobody writes or counts."""
     save_config(config, tmp_path / "config.yaml")
-    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT, check=True, timeout=200)
+    for process in forks.launch(2, "tests.training.test_validation", [tmp_path]):
+        told = process.finish()
+        assert process.returncode == 0, told
     one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert one == two
     assert one["forwards"] == 2 * 5 * (2 + 1)  # four steps and an absorbing pass for each chunk of two videos

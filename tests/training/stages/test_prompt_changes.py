@@ -23,7 +23,7 @@ from longsana.training.stages.longsana import LongSana
 from longsana.training.stages.prompt_changes import Progress, Switches
 from longsana.training.stages.stage import MicroBatch, MicroBatches
 from tests.training.conftest import PROMPTS
-from tests.training.stages.test_longsana import micro_batch, saved
+from tests.training.stages.test_longsana import assert_goes_on_to_the_bit, micro_batch, saved
 from tests.training.stages.test_self_forcing import Recorder
 
 SECOND = tuple(f"{prompt}, and then it rains" for prompt in PROMPTS)
@@ -89,26 +89,26 @@ def test_a_stream_is_a_story(build: Callable[..., LongSana], change: str, past: 
     assert not torch.equal(captions[0], captions[1]) or not torch.equal(captions[1], captions[2])
 
 
-@pytest.mark.parametrize("more", [(), ("rollout.noisy_absorb=true",)], ids=str)
-@pytest.mark.parametrize("change", CHANGES)
+NOISY = "rollout.noisy_absorb=true"
+
+
+@pytest.mark.parametrize(
+    ("change", "more"),
+    [
+        *((change, ()) for change in CHANGES),
+        *(
+            pytest.param(change, (NOISY,), marks=() if change == "recache=2" else pytest.mark.slow)
+            for change in CHANGES
+        ),
+    ],
+    ids=str,
+)
 def test_a_stage_that_was_stopped_goes_on_to_the_bit(
     build: Callable[..., LongSana], change: str, more: tuple[str, ...]
 ) -> None:
     past = ("model.state_decay=0.9", "model.num_sink_blocks=3")
-    stage, other = (build(f"streaming.prompt_change={change}", *past, *more, accumulation=2) for _ in range(2))
-    for step in range(2):
-        for index in (0, 1):
-            stage.rollout(micro_batch("critic", step, index))
-    groups = saved(stage)
-    other.restore(sorted(groups), groups.__getitem__)
-    for step in range(2, 6):  # to the end of the streams, and into the next ones
-        for index in (0, 1):
-            now = micro_batch("critic", step, index)
-            theirs, own = stage.rollout(now), other.rollout(now)
-            assert torch.equal(own.latents, theirs.latents) and torch.equal(own.text.tokens, theirs.text.tokens)
-    assert {name: sorted(group) for name, group in saved(stage).items()} == {
-        name: sorted(group) for name, group in saved(other).items()
-    }
+    settings = (f"streaming.prompt_change={change}", *past, *more)
+    assert_goes_on_to_the_bit(*(build(*settings, accumulation=2) for _ in range(2)))
 
 
 def test_a_stream_without_what_a_change_needs_ends(build: Callable[..., LongSana], caplog: Any) -> None:
