@@ -403,7 +403,7 @@ def sample_latents(
     channels, *size = videos.shape
     return sample_clip(
         network,
-        *(guided if len(guided) > 1 else (*guided, None)),
+        guided,
         solver=method,
         cfg_scale=videos.cfg_scale,
         noise=videos.noise.draw(0, 0, (channels, plan.frames, *size), videos.device),

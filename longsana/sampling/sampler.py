@@ -170,8 +170,7 @@ def generate(
 @torch.no_grad()
 def sample_clip(
     model: Network,
-    text: Text,
-    negative: Text | None,
+    captions: Sequence[Text],
     *,
     solver: Solver,
     cfg_scale: float | Callable[[], float],
@@ -181,10 +180,9 @@ def sample_clip(
 ) -> Iterator[Chunk]:
     """A whole clip at once with many steps and classifier-free guidance: the bidirectional base model.
 
-    noise: (B, C, T, H, W). negative: the negative caption; None (with cfg_scale 1) runs no second pass.
+    captions: the caption, and with guidance the negative one. noise: (B, C, T, H, W).
     """
     clock = clock or Clock(noise.device)
-    captions = [text] if negative is None else [text, negative]
     with clock.part("denoise"):
         for x in solve(model, captions, solver=solver, cfg_scale=cfg_scale, noise=noise, on_step=on_step):
             clean = x

@@ -267,7 +267,7 @@ def test_what_a_step_ends_with_goes_on(sampler, small_config, random_model, rand
     else:
         begin = noise.draw(0, 0, (SHAPE[0], 2, *SHAPE[1:]), "cpu")
         chunks = list(
-            sample_clip(network, text, None, solver=Euler.shifted(8, 4), cfg_scale=1, noise=begin, on_step=on_step)
+            sample_clip(network, [text], solver=Euler.shifted(8, 4), cfg_scale=1, noise=begin, on_step=on_step)
         )
     assert [step for step, _ in seen] == [0, 1, 2, 3] * len(chunks)
     for number, chunk in enumerate(chunks):
@@ -353,15 +353,16 @@ def test_sample_clip_is_that_of_diffusers_scheduler(model, random_text, name, sh
                 velocity = unconditional + cfg_scale * (velocity - unconditional)
             x = scheduler.step(velocity, t, x).prev_sample
 
-    (chunk,) = sample_clip(network, text, negative, solver=solver, cfg_scale=cfg_scale, noise=noise)
-    passes = 1 if negative is None else 2
+    captions = [text] if negative is None else [text, negative]
+    (chunk,) = sample_clip(network, captions, solver=solver, cfg_scale=cfg_scale, noise=noise)
+    passes = len(captions)
     seen = torch.stack([call.t[0] for call in network.calls[::passes]])
     assert len(network.calls) == 12 * passes
     assert all(call.frames == 0 for call in network.calls)
     torch.testing.assert_close(seen, scheduler.timesteps.float(), rtol=0, atol=2e-4)
     torch.testing.assert_close(chunk.latents, x, rtol=1e-4, atol=1e-4)
     assert (chunk.index, chunk.start, chunk.state) == (0, 0, None)
-    (again,) = sample_clip(network, text, negative, solver=solver, cfg_scale=cfg_scale, noise=noise)
+    (again,) = sample_clip(network, captions, solver=solver, cfg_scale=cfg_scale, noise=noise)
     assert torch.equal(again.latents, chunk.latents), "nothing is left of the clip before"
 
 
