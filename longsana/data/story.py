@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, islice
 from typing import Literal, NamedTuple, cast, get_args
 
 from longsana.chunks import ChunkPlan
@@ -32,6 +32,7 @@ _CHANGE = re.compile(r"(keep|cut)|(recache|rebuild)=([0-9]{1,9})")
 _LENGTH = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)s")
 _FIRST = re.compile(r"\[([^\[\]]*)\]")
 _LAST = re.compile(r"(?<!\\)\[([^\[\]]*)\]$")
+_MEANT = re.compile(r"(\w+)(\s*=.*)?")
 _ESCAPED = re.compile(r"\\([|\[])")
 
 
@@ -151,13 +152,20 @@ def read_part(text: str) -> tuple[str, Change | None]:
     Raises:
         InputError: its mark is wrong, or it has no words; the message does not say where.
     """
-    plain, first = _ESCAPED.sub(r"\1", text), _FIRST.match(text)
-    if first is None or not difflib.get_close_matches(_word(first), KINDS, n=1, cutoff=0.75):
-        return (plain if text.startswith("\\[") else text), None
+    plain = text.startswith("\\[")
+    first = _FIRST.match(text[plain:])
+    meant = first is not None and _MEANT.fullmatch(first[1])
+    if first is None or not meant or not difflib.get_close_matches(meant[1], KINDS, 1, 0.75 if meant[2] else 1.0):
+        return text, None
+    if plain:
+        return text[1:], None
     words = text[first.end() :].strip()
     if not words:
         raise InputError(f"{text:.40}: a change of the past without words")
-    return words, Change.parse(first[1])
+    try:
+        return words, Change.parse(first[1])
+    except InputError as error:
+        raise InputError(f"{error}; or \\[ for a plain bracket") from error
 
 
 def place_parts(
@@ -191,6 +199,19 @@ def place_parts(
             firsts[part] = min(possible, key=lambda chunk: abs(pictures[chunk] / fps - time))
     own = [mark.change or change for mark in marks or [Mark()] * parts]
     return tuple(map(Placed, firsts, [Change(), *own[1:]]))
+
+
+def check_lengths(outline: Outline, planned: Sequence[int], lengths: Iterable[int]) -> None:
+    """Refuse (InputError) chunks of other lengths than a story was planned in, where one of its parts is still to come.
+
+    outline: from the first of these chunks on. planned, lengths: their latent frames, by the plan and now.
+    """
+    own = list(islice(lengths, len(planned)))
+    if any(part.chunk >= 0 for part in outline.parts) and own != list(planned[: len(own)]):
+        raise InputError(
+            f"chunks of {', '.join(map(str, own[:3]))} latents, where the state's story was planned in chunks of "
+            f"{', '.join(map(str, planned[:3]))}; use its chunk_frames, and as many frames as whole chunks have"
+        )
 
 
 def shared_changes(videos: Sequence[Outline]) -> dict[int, Change]:
@@ -235,7 +256,9 @@ def _mark(part: str) -> tuple[str, Mark]:
     if first is not None and difflib.get_close_matches(_word(first), KINDS, n=1, cutoff=0.75):
         change, part = Change.parse(first[1]), part[first.end() :].strip()
     last = _LAST.search(part)
-    if last is not None and last[1].strip()[:1].isdigit():
+    if last is not None and _CHANGE.fullmatch(last[1]):
+        raise InputError(f"{part:.40}: what becomes of the past stands at the beginning of its part")
+    if last is not None and last[1].strip().lstrip("+-.")[:1].isdigit():
         length = _LENGTH.fullmatch(last[1])
         if length is None or float(length[1]) == 0:
             raise InputError(f"[{last[1]:.40}]: no length; write seconds above 0, as in [5s] or [2.5s]")

@@ -342,7 +342,7 @@ class _Share:
         with ExitStack() as stack:
             writers = [stack.enter_context(self._writer(job)) for job in batch]
             for job in batch:
-                # A command whose video is there writes the sidecar last: it may be about to.
+                _await_sidecar(job.path)
                 if self._is_finished(job) or job.path in self._busy:
                     self._busy.discard(job.path)
                     raise _Elsewhere(job)
@@ -398,7 +398,13 @@ class _Share:
         files, last = set(), chunk + 1 == len(plan)
         for index, job in enumerate(batch):
             state = self.beginning.continuation(
-                after.of(index), job.prompt, job.record["seed"], chunk, plan.lengths, self._marks
+                after.of(index),
+                job.prompt,
+                job.record["seed"],
+                chunk,
+                plan.lengths,
+                self._marks,
+                self.engine.config.sampling,
             )
             file = state_path(job.path, None if last else state.chunk)
             state.save(file, cast(Memory, self.beginning.saves))
@@ -457,6 +463,13 @@ def sample_from(
         begun = yield from absorb_film(network, decoder, captions, latents, recent, shown=beginning.shown, clock=clock)
     wanted = partial(beginning.wants, count=len(plan))
     yield from engine.sample(network, decoder, prompts, captions, clock, begun=begun, outlines=outlines, wanted=wanted)
+
+
+def _await_sidecar(video: Path) -> None:
+    """Wait a moment for the sidecar of a video that is there without it: who has just made it writes that last."""
+    until = time.monotonic() + PAUSE
+    while video.exists() and not video.with_suffix(".json").exists() and time.monotonic() < until:
+        time.sleep(PAUSE / 50)
 
 
 def _digest(batch: np.ndarray, digests: Sequence[Any]) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longsana.chunks import ChunkPlan
-from longsana.config import InferenceConfig
+from longsana.config import InferenceConfig, SamplingConfig
 from longsana.data.films import count_frames, frames_used
 from longsana.data.prompts import Prompt
-from longsana.data.story import Outline, place_parts, read_parts
+from longsana.data.story import Outline, check_lengths, place_parts, read_parts
 from longsana.encoders.geometry import geometry
 from longsana.published import DISTILLED
 from longsana.runtime.errors import InputError
@@ -76,35 +76,48 @@ class Beginning:
         return self.saves != NONE and (chunk + 1 == count or (bool(self.every) and (chunk + 1) % self.every == 0))
 
     def outline(self, prompt: Prompt, config: InferenceConfig) -> Outline:
-        """Place the parts of a prompt in its video: a state's own prompt goes on as planned.
+        """Place the parts of a prompt in its video: a state's own story goes on as planned.
 
         Raises:
-            InputError: they do not fit into the video, or reach back to chunks that the state does not hold.
+            InputError: they do not fit into the video, or reach back to chunks that the state does not hold, or the
+                state is in the middle of what this command does not make.
         """
         state = self.state
-        if state is None or len(prompt.parts) == 1 or prompt.text != state.prompt:
+        if state is None:
             return placed_parts(config, prompt, goes_on=self.goes_on)
-        plan = ChunkPlan(state.plan or (1,) * len(prompt.parts))
-        shape, fps, change = geometry(config.vae), config.sampling.fps, default_change(config)
-        parts = place_parts(len(prompt.parts), prompt.marks, plan, shape, fps, change)
-        outline = Outline(parts, len(plan)).after(state.chunk)
+        own, lengths = prompt.text == state.prompt, chunk_plan(config, prompt.frames, goes_on=True).lengths
+        if own and state.faded and state.faded < config.sampling.transition_chunks:
+            raise InputError(
+                f"{self.path}: of a stream, in the middle of a transition to this prompt; go on with the pipeline's "
+                "stream, from a later state, or with another prompt"
+            )
+        if own and len(prompt.parts) > 1 and state.plan and not state.words:
+            shape, fps, change = geometry(config.vae), config.sampling.fps, default_change(config)
+            parts = place_parts(len(prompt.parts), prompt.marks, ChunkPlan(state.plan), shape, fps, change)
+            outline = Outline(parts, len(state.plan)).after(state.chunk)
+            check_lengths(outline, state.plan[state.chunk :], lengths)
+        else:
+            outline = placed_parts(config, prompt, goes_on=True)
         for chunk, change in outline.changes.items():
-            sampled = chunk < len(chunk_plan(config, prompt.frames, goes_on=True))
-            if sampled and not state.recent.reaches(change, chunk):
-                raise InputError(
-                    f"{change}: reaches back {change.chunks} chunks, where the state holds {len(state.recent.chunks)} "
-                    f"and {chunk} come after it; go on from a state that was saved with this setting, or keep the past"
-                )
+            if chunk < len(lengths):
+                state.recent.check(change, chunk)
         return outline
 
     def continuation(
-        self, moment: Moment, prompt: Prompt, seed: int, chunk: int, plan: Sequence[int], marks: tuple[str, str]
+        self,
+        moment: Moment,
+        prompt: Prompt,
+        seed: int,
+        chunk: int,
+        plan: Sequence[int],
+        marks: tuple[str, str],
+        sampling: SamplingConfig,
     ) -> Continuation:
         """The state to save of a video after chunk `chunk` (from 0) of its plan. moment: of this video alone."""
-        from longsana.sampling.continuation import Continuation
+        from longsana.sampling.continuation import Continuation, Telling
 
         done, planned = 0, tuple(plan)
-        if self.state is not None and prompt.text == self.state.prompt and self.state.plan:
+        if self.state is not None and prompt.text == self.state.prompt and self.state.plan and not self.state.words:
             done, planned = self.state.chunk, self.state.plan
         return Continuation(
             moment.network,
@@ -119,6 +132,7 @@ class Beginning:
             moment.waiting,
             marks,
             recent=moment.recent,
+            telling=Telling(*(getattr(sampling, name) for name in Telling._fields)),
         )
 
 
@@ -175,7 +189,7 @@ def prepare_beginning(
 
 def prompt_of(state: Continuation, config: InferenceConfig) -> Prompt:
     """The prompt of a state, for a command that names none."""
-    parts, marks = read_parts(state.prompt)
+    parts, marks = ((state.words,), ()) if state.words else read_parts(state.prompt)
     return Prompt(1, state.prompt, parts, state.repetition, *state.size, config.sampling.seed, marks=marks)
 
 
@@ -197,11 +211,15 @@ def _of_state(state: Continuation, path: Path, settings: Sequence[str], config: 
         asked = getattr(config.sampling, side)
         if f"sampling.{side}" in given and asked != own:
             raise InputError(f"--{side} {asked}: the video of the state {path} has {own}")
-    seed = config.sampling.seed if "sampling.seed" in given else state.seed
-    sampling = dataclasses.replace(config.sampling, height=state.size[0], width=state.size[1], seed=seed)
+    told = {} if state.telling is None else state.telling._asdict()
+    kept = {name: value for name, value in ({"seed": state.seed} | told).items() if f"sampling.{name}" not in given}
+    sampling = dataclasses.replace(config.sampling, height=state.size[0], width=state.size[1], **kept)
     config = dataclasses.replace(config, sampling=sampling)
     check_size(config, *state.size)
-    needed = empty_model(config.model).empty_state(1, *geometry(config.vae).latent_size(*state.size))
+    size = geometry(config.vae).latent_size(*state.size)
+    if state.latents is not None and tuple(state.latents.shape[3:]) != size:
+        raise InputError(f"{path}: its latents have size {tuple(state.latents.shape[3:])}, its pictures need {size}")
+    needed = empty_model(config.model).empty_state(1, *size)
     shapes = [tuple(getattr(one, name).shape) for name in ("kv", "k_sum", "tail") for one in (state.network, needed)]
     if shapes[::2] != shapes[1::2]:
         raise InputError(

@@ -7,7 +7,7 @@ from itertools import chain, repeat
 from typing import NamedTuple
 
 from longsana.chunks import ChunkPlan
-from longsana.data.story import Change, Mark, Outline, read_part
+from longsana.data.story import Change, Mark, Outline, check_lengths, read_part
 from longsana.pipelines.prompts import in_turn, only_words, parts_of
 from longsana.runtime.errors import InputError
 from longsana.sampling.continuation import Continuation
@@ -46,9 +46,15 @@ def story_turns(text: str, parts: Sequence[str], outline: Outline, transition_ch
         yield Turn(text, parts[one.part], change, parts[one.before], one.share, later=later)
 
 
-def prompt_turns(
-    prompts: Iterable[str], last: Turn | None, change: Change, transition_chunks: int = 0
-) -> Iterator[Turn]:
+class Said(NamedTuple):
+    """A prompt that a stream is given for a chunk: its noise's, its caption, and the change that it asks for itself."""
+
+    prompt: str
+    words: str
+    change: Change | None = None
+
+
+def prompt_turns(said: Iterable[Said], last: Turn | None, change: Change, transition_chunks: int = 0) -> Iterator[Turn]:
     """Turns of prompts that are taken one by one, as chunks begin.
 
     After a change of prompt the share of the new one rises evenly over `transition_chunks` chunks, as in a story; a
@@ -58,19 +64,18 @@ def prompt_turns(
     change: of the past, where a prompt does not say it itself.
 
     Raises:
-        InputError: a prompt asks for a change that is none, that has nothing to change, or that reaches back farther
-            than `change` does.
+        InputError: a prompt asks for a change that has nothing to change, or that reaches back farther than `change`.
     """
-    for text in prompts:
-        try:
-            words, own = read_part(text)
-        except InputError as error:
-            raise InputError(f"prompt: {error}") from error
+    for prompt, words, own in said:
         if own is not None and last is None:
-            raise InputError(f"prompt: [{own}]: the first has no past that could change; remove its bracket")
+            raise InputError(
+                f"prompt: [{own}]: the first has no past that could change; remove its bracket, or write \\[ for a "
+                "plain one"
+            )
         if own is not None and (own.chunks > change.chunks or (own.kind == "recache" and change.kind != own.kind)):
             raise InputError(
-                f"prompt: [{own}] reaches back to what this stream does not hold; ask for it with prompt_change={own}"
+                f"prompt: [{own}] reaches back to what this stream does not hold; begin a stream with "
+                f"prompt_change={own}, which its states then hold too"
             )
         if last is None or words == last.words:
             told, before, faded = Change(), "" if last is None else last.before, 0 if last is None else last.faded
@@ -79,9 +84,9 @@ def prompt_turns(
             before, faded = "" if told.kind == "cut" else last.words, 0
         if before and faded < transition_chunks:
             faded += 1
-            last = Turn(words, words, told, before, faded / (transition_chunks + 1), faded)
+            last = Turn(prompt, words, told, before, faded / (transition_chunks + 1), faded)
         else:
-            last = Turn(words, words, told)
+            last = Turn(prompt, words, told)
         yield last
 
 
@@ -103,47 +108,73 @@ Place = Callable[[int, Sequence[Mark], ChunkPlan], Outline]
 
 
 def told_by(
-    prompt: str | Iterable[str],
+    prompt: str | Iterable[str] | None,
     state: Continuation | None,
-    plan: tuple[int, ...] | None,
+    lengths: Iterable[int],
     place: Place,
     change: Change,
     transition_chunks: int,
 ) -> Told:
-    """Read what a stream is told by a text, a story, or texts that are taken one by one.
+    """Read what a stream is told by a text, a story, or texts that are taken one by one; None: by its state's prompt.
 
-    state: that it goes on from. plan: latent frames of its chunks; None: it never ends.
+    state: that it goes on from. lengths: latent frames of its chunks, a tuple unless it never ends.
 
     Raises:
         InputError: it is none of these, a story has no end or does not fit, or what it changes is not held.
     """
-    own = None if state is None else _outlined(state, place)
+    begun = None if state is None else _Begun.of(state, place)
+    plan = lengths if isinstance(lengths, tuple) else None
     text = only_words(prompt).strip() if isinstance(prompt, str) else None
-    if text is not None and len((story := parts_of(text))[0]) > 1:
-        if state is not None and own is not None and text == state.prompt:
-            turns = story_turns(text, story[0], own, transition_chunks)
-            return Told(turns, tuple(own.changes.values()), state.plan, state.chunk)
+    parts, marks = ((), ()) if text is None else parts_of(text)
+    if begun is not None and begun.outline is not None and (prompt is None or text == begun.state.prompt):
+        own = begun.state
+        check_lengths(begun.outline, own.plan[own.chunk :], lengths)
+        turns = story_turns(own.prompt, begun.parts, begun.outline, transition_chunks)
+        return Told(turns, tuple(begun.outline.changes.values()), own.plan, own.chunk)
+    if len(parts) > 1:
         if plan is None:
             raise InputError(
                 "prompt: a story in a stream without an end; say num_frames, or give the parts' texts one by one"
             )
-        outline = place(len(story[0]), story[1], ChunkPlan(plan))
-        return Told(story_turns(text, story[0], outline, transition_chunks), tuple(outline.changes.values()), plan, 0)
-    last, done = (None, 0) if state is None else (_last(state, own), state.chunk)
-    return Told(prompt_turns(in_turn(prompt), last, change, transition_chunks), (change,), (), done)
+        outline = place(len(parts), marks, ChunkPlan(plan))
+        return Told(
+            story_turns(text or "", parts, outline, transition_chunks), tuple(outline.changes.values()), plan, 0
+        )
+    if prompt is None:
+        assert begun is not None
+        said: Iterable[Said] = repeat(Said(begun.state.prompt, begun.last.words))
+    elif text is None:
+        said = (Said(words, words, own_change) for words, own_change in map(_read, in_turn(prompt)))
+    else:
+        words, own_change = _read(text)
+        said = repeat(Said(text, parts[0]) if words == text else Said(words, words, own_change))
+    last, done = (None, 0) if begun is None else (begun.last, begun.state.chunk)
+    return Told(prompt_turns(said, last, change, transition_chunks), (change,), (), done)
 
 
-def _outlined(state: Continuation, place: Place) -> Outline | None:
-    """A state's own story from its next chunk on, if its prompt is one."""
-    parts, marks = parts_of(state.prompt)
-    if len(parts) == 1 or not state.plan:
-        return None
-    return place(len(parts), marks, ChunkPlan(state.plan)).after(state.chunk)
+class _Begun(NamedTuple):
+    """A state, the parts of its prompt, the turn of its last chunk, and its story's outline from its next chunk on."""
+
+    state: Continuation
+    parts: Sequence[str]
+    last: Turn
+    outline: Outline | None = None
+
+    @classmethod
+    def of(cls, state: Continuation, place: Place) -> _Begun:
+        if state.words:
+            last = Turn(state.prompt, state.words, before=state.before, faded=state.faded)
+            return cls(state, (state.words,), last)
+        parts, marks = parts_of(state.prompt)
+        if len(parts) == 1 or not state.plan:
+            return cls(state, parts, Turn(state.prompt, parts[-1]))
+        outline = place(len(parts), marks, ChunkPlan(state.plan)).after(state.chunk)
+        number = max((number for number, part in enumerate(outline.parts) if part.chunk < 0), default=0)
+        return cls(state, parts, Turn(state.prompt, parts[number]), outline)
 
 
-def _last(state: Continuation, outline: Outline | None) -> Turn:
-    """The turn of the chunk after which a state was made."""
-    if outline is None:
-        return Turn(state.prompt, state.prompt, before=state.before, faded=state.faded)
-    number = max((number for number, part in enumerate(outline.parts) if part.chunk < 0), default=0)
-    return Turn(state.prompt, parts_of(state.prompt)[0][number])
+def _read(text: str) -> tuple[str, Change | None]:
+    try:
+        return read_part(text)
+    except InputError as error:
+        raise InputError(f"prompt: {error}") from error

@@ -58,6 +58,7 @@ from longsana.sampling.continuation import (
     Continuation,
     Memory,
     Moment,
+    Telling,
     latest,
     mark_of,
     restored,
@@ -474,7 +475,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         chunk_frames: int | None = None,
         latents_per_call: int = 2,
         video: FilmLike | None = None,
-        fps: float = USUAL_FPS,
+        fps: float | None = None,
         new_frames_only: bool = False,
         prompt_change: str | None = None,
         transition_chunks: int | None = None,
@@ -497,8 +498,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 its states hold as much as this reaches back to, and no text can reach back farther.
             transition_chunks: as there; a transition that another change interrupts ends with it.
 
-        The others are those of `__call__`; a film's chunks come first, each with a state. `interrupt` ends it without
-        the chunk in progress.
+        `chunk_frames`, `fps`, `prompt_change`, `transition_chunks` and `transition` are the state's own where they are
+        not given. The others are those of `__call__`; a film's chunks come first, each with a state. `interrupt` ends
+        it without the chunk in progress.
 
         A decoder that looks ahead (LTX-2's may) gives frames later: the first chunks have none, and the last of
         `num_frames` has all that waited. Such an end is final. Stopped anywhere else, frames wait in the state, and
@@ -510,7 +512,6 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             FloatingPointError: as there; of the first prompt, if it is known, at once and before a generator is
                 advanced.
         """
-        chunk_frames = chunk_frames or self.config["base_chunk_frames"]
         if not self.distilled:
             raise InputError("stream: the base model makes whole clips; use the pipeline itself, or a distilled model")
         if state is not None and video is not None:
@@ -526,30 +527,38 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if state is not None and self._size(height, width, size) != size:
             raise InputError(f"height={height}, width={width}: the video that goes on has {size[0]} and {size[1]}")
         self._check(*size)
-        film = self._film(video, fps, new_frames_only, *size)
+        usual = Telling(self.config["base_chunk_frames"], USUAL_FPS)
+        if state is not None and state.telling is not None:
+            usual = state.telling
+        telling = Telling(
+            chunk_frames or usual.chunk_frames,
+            fps or usual.fps,
+            usual.prompt_change if prompt_change is None else prompt_change,
+            usual.transition_chunks if transition_chunks is None else transition_chunks,
+            transition or usual.transition,
+        )
+        if not telling.transition_chunks:
+            refuse_ignored({"transition": transition}, "without transition_chunks")
+        film = self._film(video, telling.fps, new_frames_only, *size)
         if state is not None:
             state = self._gone_on_from(state, output_type)
             model = uncompiled(self.vae)
             if num_frames == 0 and state.decoder is not None and kind_of(model).ahead_of(model):
                 refuse_ignored({"prompt": prompt, "generator": generator}, "with num_frames=0, which samples nothing")
                 return self._end(state, state.decoder, output_type, latents_per_call)
-        if prompt is None:
-            if state is None:
-                raise InputError("prompt: missing; without a state there is none to go on with")
-            prompt = state.prompt
-        if not transition_chunks:
-            refuse_ignored({"transition": transition}, "without transition_chunks")
+        if prompt is None and state is None:
+            raise InputError("prompt: missing; without a state there is none to go on with")
         self._check_encoder([""])
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
-        lengths = self._lengths(num_frames, chunk_frames, begins=state is None and film is None)
+        lengths = self._lengths(num_frames, telling.chunk_frames, begins=state is None and film is None)
         if isinstance(prompt, list | tuple) and isinstance(lengths, tuple) and len(prompt) > len(lengths):
             log.warning(
                 "prompt: %d for %d chunks, each of which takes one; the last are not shown", len(prompt), len(lengths)
             )
-        change, plan = self._change(prompt_change), lengths if isinstance(lengths, tuple) else None
-        place = partial(self._placed, fps=fps, change=change)
-        told = told_by(prompt, state, plan, place, change, transition_chunks or 0)
+        change = self._change(telling.prompt_change)
+        place = partial(self._placed, fps=telling.fps, change=change)
+        told = told_by(prompt, state, lengths, place, change, telling.transition_chunks)
         if generator is not None:
             check_generator(generator)
 
@@ -560,18 +569,17 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         def caption(turn: Turn) -> CompactEmbedding:
             if turn.share == 1:
                 return embedding(turn.words)
-            return blend(embedding(turn.before), embedding(turn.words), turn.share, transition or "linear")
+            return blend(embedding(turn.before), embedding(turn.words), turn.share, telling.transition)
 
-        if isinstance(prompt, str | list | tuple):  # others say what the first is when it begins
-            first = next(told.turns)
-            if state is not None and not state.recent.reaches(first.change, 0):
-                raise InputError(
-                    f"{first.change}: reaches back {first.change.chunks} chunks, where the state holds "
-                    f"{len(state.recent.chunks)}; go on from one of a stream with this prompt_change, or keep the past"
-                )
-            told = told._replace(turns=chain([first], told.turns))
+        if prompt is None or isinstance(prompt, str | list | tuple):  # others say what they are when their chunks begin
+            count = len(prompt) if isinstance(prompt, list | tuple) else max(1, len(told.plan) - told.done)
+            known = list(islice(told.turns, count))
+            if state is not None:
+                for chunk, turn in enumerate(known):
+                    state.recent.check(turn.change, chunk)
+            told = told._replace(turns=chain(known, told.turns))
             with torch.no_grad():
-                caption(first)
+                caption(known[0])
         # Last of all that may be refused: a generator is advanced.
         seed = state.seed if state is not None and generator is None else take_seed(generator)
         return self._stream(
@@ -583,7 +591,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             seed,
             state,
             film,
-            _Shown(output_type, chunk_frames, latents_per_call, new_frames_only),
+            telling,
+            _Shown(output_type, telling.chunk_frames, latents_per_call, new_frames_only),
         )
 
     @torch.no_grad()
@@ -597,6 +606,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         seed: int,
         state: Continuation | None,
         film: Film | None,
+        telling: Telling,
         shown: _Shown,
     ) -> Iterator[LongSanaVideoChunk]:
         """film: that it goes on from."""
@@ -611,7 +621,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             if film is not None:
                 first = next(turns)
                 turns = chain([first], turns)
-                begins = Continuation(self._nothing(size), None, seed, first.prompt, size, past=past)
+                begins = Continuation(self._nothing(size), None, seed, first.prompt, size, plan=told.plan, past=past)
+                begins = begins._replace(words="" if told.plan else first.words, telling=telling)
                 state = yield from self._absorbed(film, begins, caption(first), recent, shown)
             memory: CausalState | None = None
             if state is not None:
@@ -659,8 +670,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                     hidden,
                     past=past,
                     recent=recent.copy() if turn.later else Held(),
+                    words="" if told.plan else turn.words,
                     before=turn.before if turn.faded else "",
                     faded=turn.faded,
+                    telling=telling,
                 )
                 yield LongSanaVideoChunk(frames, after)
         except Interrupted:
@@ -711,8 +724,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         # All at first: where parts take turns on the GPU, they take two.
         latents = list(film_latents(self._vae(latents_per_call), film.pictures(), chunk_frames=chunk_frames))
         text = self._passes.cache_caption(stacked([caption.parts[0] for caption in captions], self._execution_device))
-        given, states = zip(*absorbed(self._passes, text, len(captions), latents, recent), strict=True)
-        return list(given), Moment(states[-1], None, None, recent=recent.copy())
+        given: list[Tensor] = []
+        state: CausalState | None = None
+        for own, after in absorbed(self._passes, text, len(captions), latents, recent):
+            given.append(own)
+            state = after
+        assert state is not None
+        return given, Moment(state, None, None, recent=recent.copy())
 
     def _film(
         self, video: FilmLike | None, fps: float, new_frames_only: bool, height: int | None, width: int | None
@@ -911,6 +929,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                     f"state: its {name} has shape {tuple(given.shape)}: this transformer needs {tuple(like.shape)} for "
                     f"{state.size[0]}x{state.size[1]}"
                 )
+        known = self.geometry.latent_size(*state.size)
+        if state.latents is not None and tuple(state.latents.shape[3:]) != known:
+            raise InputError(
+                f"state: its latents have size {tuple(state.latents.shape[3:])}, its pictures need {known}"
+            )
         if any(state.marks):
             state.check_marks(*self._marks(), "state")
         if output_type == "latent":

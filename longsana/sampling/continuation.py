@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,28 +15,60 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longsana.data.prompts import check_words
+from longsana.data.story import MOST_CHUNKS, Change
 from longsana.encoders.vae import DecodeCache, VideoVAE
 from longsana.models.dit import LongSanaDiT
 from longsana.models.past import Past
-from longsana.runtime.arguments import TEXT, Flag, Is, Several, Whole
+from longsana.runtime.arguments import TEXT, Flag, Is, Number, OneOf, Several, Whole
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded, whole_file
 from longsana.runtime.finite import not_finite
 from longsana.runtime.foreign import reason_of, refuse_stand_in
 from longsana.sampling.recent import TENSORS, Held, each_of_state
+from longsana.sampling.transition import Way
 from longsana.state import CausalState
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the files. A file of a later one is refused."""
 KEPT = 12
 """Last latents of a video, from which the decoder's memory is rebuilt where it was not saved itself."""
 SAMPLED = 256
 """Numbers of a tensor, at most, that tell it from another network's."""
 WORDS = ("seed", "prompt", "repetition", "chunk", "waiting")
+LATER = ("words", "before", "faded", "telling")
+"""What files of version 1 do not say."""
 SEED, COUNT, SIDE = Whole(-(2**63), 2**64 - 1), Whole(0, 10**9), Whole(1, 2**14)
 
 Memory: TypeAlias = Literal["latents", "full"]
 """What a file holds of the decoder's memory: the last latents alone, or all of it."""
+
+
+class Telling(NamedTuple):
+    """The settings by which a prompt becomes captions and changes of the past, chunk by chunk.
+
+    chunk_frames: latent frames of a chunk. fps: pictures a second, by which the lengths of parts are counted.
+    prompt_change: of the past, where a prompt does not say it itself. transition_chunks, transition: between captions.
+    """
+
+    chunk_frames: int
+    fps: float
+    prompt_change: str = "keep"
+    transition_chunks: int = 0
+    transition: Way = "linear"
+
+    def settled(self, name: str) -> Telling:
+        """Look at the values; InputError, which begins with `name`, for one that cannot be."""
+        try:
+            Change.parse(TEXT.settle("prompt_change", self.prompt_change))
+            return Telling(
+                Whole(1, 10**6).settle("chunk_frames", self.chunk_frames),
+                Number(above=0, most=1000).settle("fps", self.fps),
+                self.prompt_change,
+                Whole(0, 1000).settle("transition_chunks", self.transition_chunks),
+                cast(Way, OneOf(get_args(Way)).settle("transition", self.transition)),
+            )
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
 
 
 class Moment(NamedTuple):
@@ -92,8 +124,10 @@ class Continuation(NamedTuple):
     marks: fingerprints of the network and the VAE; see `mark_of`. Empty where nobody looked.
     past: the memory of the past that its sums were made with; None in a file, where `marks` say it.
     recent: see `Moment`.
-    before, faded: of a stream, the prompt that was before the last change while its caption becomes the new one's, and
+    words: of a stream whose prompts come one by one, the last chunk's caption; "" where `prompt` says it.
+    before, faded: of such a stream, the caption that was before the last change while it becomes the new one, and
         chunks since that change; "" and 0 where none does.
+    telling: what the parts of the prompt were placed with; None where nobody said.
     """
 
     network: CausalState
@@ -109,8 +143,10 @@ class Continuation(NamedTuple):
     marks: tuple[str, str] = ("", "")
     past: Past | None = None
     recent: Held = Held()
+    words: str = ""
     before: str = ""
     faded: int = 0
+    telling: Telling | None = None
 
     @property
     def moment(self) -> Moment:
@@ -142,20 +178,26 @@ class Continuation(NamedTuple):
         seed = SEED.settle(f"{name}: its seed", self.seed)
         check_words(TEXT.settle(f"{name}: its prompt", self.prompt), f"{name}: its prompt")
         height, width = Several(SIDE, 2).settle(f"{name}: its size", self.size)
-        plan = tuple(Several(COUNT).settle(f"{name}: its plan", self.plan)) if self.plan else ()
+        plan = tuple(Several(Whole(1, 10**6)).settle(f"{name}: its plan", self.plan)) if self.plan else ()
         counts: dict[str, Any] = {
             part: COUNT.settle(f"{name}: its {part}", getattr(self, part))
             for part in ("repetition", "chunk", "waiting", "faded")
         }
-        check_words(TEXT.settle(f"{name}: its prompt before", self.before), f"{name}: its prompt before")
+        for what, words in (("words", self.words), ("caption before", self.before)):
+            check_words(TEXT.settle(f"{name}: its {what}", words), f"{name}: its {what}")
+        if counts["faded"] and not self.before:
+            raise InputError(f"{name}: {counts['faded']} chunks of a transition from no caption")
+        if latents is not None and latents.shape[2] > network.frames:
+            raise InputError(f"{name}: {latents.shape[2]} last latents of a video of {network.frames}")
+        telling = None if self.telling is None else Telling(*self.telling).settled(name)
         recent = self._settled_recent(name)
         settled = self._replace(network=network, decoder=decoder, latents=latents, recent=recent)
-        return settled._replace(seed=seed, size=(height, width), plan=plan, **counts)
+        return settled._replace(seed=seed, size=(height, width), plan=plan, telling=telling, **counts)
 
     def _settled_recent(self, name: str) -> Held:
         if not isinstance(self.recent, Held) or not isinstance(self.recent.chunks, tuple):
             raise InputError(f"{name}: its last chunks are a {type(self.recent).__name__}; must be a Held")
-        reach = COUNT.settle(f"{name}: reach of its last chunks", self.recent.reach)
+        reach = Whole(0, MOST_CHUNKS).settle(f"{name}: reach of its last chunks", self.recent.reach)
         if len(self.recent.chunks) > reach:
             raise InputError(f"{name}: holds {len(self.recent.chunks)} last chunks, where changes reach back {reach}")
         chunks, like = [], self.network.tail.shape
@@ -171,6 +213,8 @@ class Continuation(NamedTuple):
             known = None if self.latents is None else [self.latents.shape[1], *self.latents.shape[3:]]
             if batch != like[1] or not frames or known not in (None, [channels, *size]):
                 raise InputError(f"{place}: its latents have shape {list(kept.latents.shape)}")
+            if start + frames > self.network.frames:
+                raise InputError(f"{place}: ends at latent {start + frames} of a video of {self.network.frames}")
             chunks.append(kept._replace(start=start, before=before))
         return Held(reach, tuple(chunks))
 
@@ -195,7 +239,8 @@ class Continuation(NamedTuple):
                 raise InputError("state: has no latents to rebuild the decoder's memory from; save it in full")
             state = state._replace(decoder=None)
         tensors = {name: part.detach().cpu().contiguous() for name, part in _tensors(state).items()}
-        record = {**_numbers(state), "sha256": _digest(tensors)}
+        record = _numbers(state)
+        record["sha256"] = _digest(tensors, record)
         try:
             with whole_file(target) as partial:
                 save_file(tensors, partial, metadata={"longsana": json.dumps(record, ensure_ascii=False)})
@@ -228,8 +273,10 @@ class Continuation(NamedTuple):
                     f"{path}: a state of version {record['schema']}, this LongSANA reads versions up to {SCHEMA}; "
                     "use the LongSANA that saved it, or a later one"
                 )
-            if record["sha256"] != _digest(tensors):
-                raise ValueError("its numbers are not those that were saved")
+            said = record.pop("sha256")
+            # Those of version 1 say it of the tensors alone.
+            if said != _digest(tensors, record if record["schema"] > 1 else None):
+                raise ValueError("its numbers or words are not those that were saved")
             state = _restored({name: part.to(device) for name, part in tensors.items()}, record)
         except InputError:
             raise
@@ -333,8 +380,7 @@ def _numbers(state: Continuation) -> dict[str, Any]:
         "frames": state.network.frames,
         "sinks": state.network.sinks,
         "decoder": None if decoder is None else [len(decoder.features), decoder.latents, decoder.ended],
-        "reach": state.recent.reach,
-        **{name: getattr(state, name) for name in (*WORDS, "before", "faded")},
+        **{name: getattr(state, name) for name in (*WORDS, *LATER)},
         **{name: list(getattr(state, name)) for name in ("size", "plan", "marks")},
     }
 
@@ -358,17 +404,15 @@ def _restored(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Conti
         latents=tensors.get("latents"),
         plan=tuple(record["plan"]),
         marks=(str(network_mark), str(vae_mark)),
-        # Files from before a state held its last chunks say nothing of them, nor of a caption that becomes another.
-        recent=Held.named(tensors, record.get("reach", 0)),
-        before=record.get("before", ""),
-        faded=record.get("faded", 0),
+        recent=Held.named(tensors),
+        **{name: record[name] for name in LATER if name in record},
         **{name: record[name] for name in WORDS},
     )
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors: safetensors notices a file that was cut, and not a number that has changed in it."""
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None) -> str:
+    """SHA-256 of tensors, of any shape, and all else: safetensors notices a file that was cut, but no change in it."""
+    digest = hashlib.sha256() if record is None else hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)

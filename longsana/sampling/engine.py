@@ -107,8 +107,11 @@ class Videos:
 
         film_frames: latent frames of the longest chunk of a film that comes first.
         """
-        longest = max(*self.plan.lengths, film_frames, *(kept.latents.shape[2] for kept in self._begun_with.chunks))
-        recent = Recent(shared_changes(self.outlines).values(), longest)
+        held, changes = self._begun_with.chunks, shared_changes(self.outlines)
+        longest = max(*self.plan.lengths, film_frames, *(kept.latents.shape[2] for kept in held))
+        # Chunks that there are before the last change; of a film nobody has counted them.
+        most = None if film_frames else max(changes, default=0) + len(held)
+        recent = Recent(changes.values(), longest, most)
         if self.begun is not None:
             recent.take(self._begun_with)
         return recent

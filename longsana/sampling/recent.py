@@ -20,6 +20,7 @@ from longsana.state import CausalState
 
 NAME = "recent_"
 """The beginning of the names of what is held, in files."""
+REACH = f"{NAME}reach"
 TENSORS = CausalState._fields[:3]
 """The tensors of a state, in files too."""
 
@@ -64,12 +65,23 @@ class Held(NamedTuple):
         """Tell whether a change can be made `done` chunks after these."""
         if change.chunks <= done:
             return True
-        with_states = all(kept.before is not None for kept in self.chunks)
-        return change.chunks <= self.reach and (change.kind != "recache" or with_states)
+        again = self.chunks[done - change.chunks :]
+        with_states = change.kind != "recache" or all(kept.before is not None for kept in again)
+        return change.chunks <= self.reach and with_states
+
+    def check(self, change: Change, done: int) -> None:
+        """Refuse (InputError) a change `done` chunks after these that reaches back to chunks that are not here."""
+        if not self.reaches(change, done):
+            raise InputError(
+                f"{change}: reaches back {change.chunks} chunks, where the state holds {len(self.chunks)} and {done} "
+                "come after it; go on from one that was saved with this change to come, or keep the past"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """Name all that is held, the oldest chunk first, for `named`. Numbers are scalars, on the CPU."""
         found: dict[str, Tensor] = {}
+        if self.reach:
+            found[REACH] = torch.tensor(self.reach, dtype=torch.int64, device="cpu")
         for number, kept in enumerate(self.chunks):
             own, numbers = {"x0": kept.latents}, {"start": kept.start}
             if kept.before is not None:
@@ -80,7 +92,7 @@ class Held(NamedTuple):
         return found
 
     @classmethod
-    def named(cls, tensors: Mapping[str, Tensor], reach: int, device: torch.device | str | None = None) -> Held:
+    def named(cls, tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> Held:
         """Read what `tensors` named, of any shape; others beside them are not read.
 
         device: to put them on; None: where they are.
@@ -100,36 +112,44 @@ class Held(NamedTuple):
                 sinks = int(tensors[f"{NAME}{number:03d}_sinks"])
                 before = CausalState(own["kv"], own["k_sum"], own["tail"], start, sinks)
             chunks.append(Kept(own["x0"], start, before))
-        return cls(reach, tuple(chunks))
+        # Files from before the reach was in them hold as many chunks as it.
+        return cls(int(tensors[REACH]) if REACH in tensors else len(chunks), tuple(chunks))
 
 
 class Recent:
-    """The last chunks of a video, as many as its changes reach back, and the state before each if one recaches.
+    """The last chunks of a video, as many as its changes reach back, and the states before them as far as one recaches.
 
     Its memory is allocated with the first chunk and never grows; without a change that reaches back it is none.
 
     changes: all that may happen.
     frames: latent frames of the longest chunk.
+    most: chunks that there will ever be to reach back to, at most; None: any number.
     """
 
-    def __init__(self, changes: Iterable[Change], frames: int) -> None:
-        changes = tuple(changes)
-        self._frames = frames
+    def __init__(self, changes: Iterable[Change], frames: int, most: int | None = None) -> None:
+        changes, self._frames = tuple(changes), frames
         self._reach = max((change.chunks for change in changes), default=0)
-        self._with_states = any(change.kind == "recache" for change in changes)
+        recached = max((change.chunks for change in changes if change.kind == "recache"), default=0)
+        self._count = self._reach if most is None else min(self._reach, most)
+        self._count_of_states = min(recached, self._count)
         self._places: deque[_Place] = deque()
+        self._states: deque[CausalState] = deque()  # before the last places
         self._spare: list[_Place] = []
+        self._spare_states: list[CausalState] = []
         self._whole = True  # False: the video has chunks before those held that a change may reach back to
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held beside the video's own state: of K or W latents, and K states."""
-        return sum(place.nbytes for place in (*self._places, *self._spare))
+        places, states = (*self._places, *self._spare), (*self._states, *self._spare_states)
+        return sum(place.buffer.nbytes for place in places) + sum(state.nbytes for state in states)
 
     @property
     def held(self) -> Held:
         """The chunks that are held, in place: the next one overwrites them."""
-        return Held(self._reach, tuple(Kept(place.latents, place.start, place.before) for place in self._places))
+        without: list[CausalState | None] = [None] * (len(self._places) - len(self._states))
+        pairs = zip(self._places, [*without, *self._states], strict=True)
+        return Held(self._reach, tuple(Kept(place.latents, place.start, before) for place, before in pairs))
 
     def copy(self) -> Held:
         """The chunks that are held, as a value of its own."""
@@ -145,7 +165,6 @@ class Recent:
             return state
         if change.kind == "cut":
             self._forget(len(self._places))
-            self._whole = True
             return emptied(state, state.frames)
         if change.chunks > (self._reach if self._whole else len(self._places)):
             raise InputError(
@@ -154,14 +173,14 @@ class Recent:
         again = list(self._places)[-change.chunks :]
         if change.kind == "rebuild":
             self._forget(len(self._places) - len(again))  # what an empty state has not absorbed is no past of it
-            self._whole = True
             state = emptied(state, again[0].start)
         else:
-            assert again[0].before is not None, f"{change}: these chunks are held for rebuilds alone"
-            state = again[0].before
-        for place in again:
+            assert len(self._states) >= len(again), f"{change}: these chunks are held for rebuilds alone"
+            state = self._states[-len(again)]
+        for number, place in enumerate(again, start=-len(again)):
             assert state is not None
-            place.keep_state(state)
+            if -number <= len(self._states):
+                self._states[number] = copied(state, self._states[number])
             state = absorb(place.latents, state=state)
         return state
 
@@ -170,33 +189,41 @@ class Recent:
 
         Returns the state after it, as it is.
         """
-        if self._reach:
+        if self._count:
             start = after.frames - x0.shape[2]
-            self._hold(x0, start, (before or emptied(after, start)) if self._with_states else None)
+            self._hold(x0, start, (before or emptied(after, start)) if self._count_of_states else None)
         return after
 
     def take(self, held: Held) -> None:
         """Hold what a video held that goes on; what it did not hold, no change can reach back to."""
-        chunks = held.chunks[-self._reach :] if self._reach else ()
-        if self._with_states and any(kept.before is None for kept in chunks):
+        chunks = held.chunks[-self._count :] if self._count else ()
+        if any(kept.before is None for kept in chunks[-self._count_of_states :] if self._count_of_states):
             chunks, held = (), Held()
         self._whole = held.reach >= self._reach
         for kept in chunks:
-            self._hold(kept.latents, kept.start, kept.before if self._with_states else None)
+            self._hold(kept.latents, kept.start, kept.before)
 
     def _hold(self, x0: Tensor, start: int, before: CausalState | None) -> None:
         if not self._places and not self._spare:
-            size = (*x0.shape[:2], self._frames, *x0.shape[3:])
-            self._spare = [_Place.empty(x0, size, before) for _ in range(self._reach)]
+            room = torch.Size((*x0.shape[:2], self._frames, *x0.shape[3:])).numel()
+            self._spare = [_Place(x0.new_empty(room), ()) for _ in range(self._count)]
         place = self._spare.pop() if self._spare else self._places.popleft()
-        place.keep_latents(x0, start)
-        if before is not None:
-            place.keep_state(before)
+        place.keep(x0, start)
         self._places.append(place)
+        if before is not None and self._count_of_states:
+            if not self._states and not self._spare_states:
+                self._spare_states = [emptied(before, 0) for _ in range(self._count_of_states)]
+            self._states.append(
+                copied(before, self._spare_states.pop() if self._spare_states else self._states.popleft())
+            )
         self._whole = self._whole or len(self._places) == self._reach
 
     def _forget(self, oldest: int) -> None:
+        """Let go of the oldest chunks, before which there is no past."""
         self._spare += [self._places.popleft() for _ in range(oldest)]
+        surplus = max(len(self._states) - len(self._places), 0)
+        self._spare_states += [self._states.popleft() for _ in range(surplus)]
+        self._whole = True
 
 
 def emptied(state: CausalState, frames: int) -> CausalState:
@@ -211,37 +238,26 @@ def each_of_state(state: CausalState, change: Callable[[Tensor, int], Tensor]) -
     return state._replace(kv=kv, k_sum=k_sum, tail=tail)
 
 
+def copied(state: CausalState, place: CausalState) -> CausalState:
+    """Copy a state's tensors, of any shape, into those of `place`; returns the state with these."""
+    if state is not place:
+        for own, values in zip(place[:3], state[:3], strict=True):
+            own.copy_(values)
+    return place._replace(frames=state.frames, sinks=state.sinks)
+
+
 @dataclass
 class _Place:
-    """A place for one chunk: its latents in a flat buffer, of their shape `shape`, and the state before it."""
+    """A place for one chunk's latents, of their shape `shape`, in a flat buffer."""
 
     buffer: Tensor
     shape: tuple[int, ...]
-    before: CausalState | None
     start: int = 0
-
-    @classmethod
-    def empty(cls, like: Tensor, shape: tuple[int, ...], state: CausalState | None) -> _Place:
-        """A place for latents like `like` of at most this shape, and for a state like `state`, if there is one."""
-        room = torch.Size(shape).numel()
-        return cls(like.new_empty(room), shape, None if state is None else emptied(state, 0))
 
     @property
     def latents(self) -> Tensor:
         return self.buffer[: torch.Size(self.shape).numel()].view(self.shape)
 
-    @property
-    def nbytes(self) -> int:
-        return self.buffer.nbytes + (0 if self.before is None else self.before.nbytes)
-
-    def keep_latents(self, x0: Tensor, start: int) -> None:
+    def keep(self, x0: Tensor, start: int) -> None:
         self.shape, self.start = tuple(x0.shape), start
         self.latents.copy_(x0)
-
-    def keep_state(self, state: CausalState) -> None:
-        """Copy a state, if it has a place here and is not the one that lies here already."""
-        if self.before is None or state is self.before:
-            return
-        for place, values in zip(self.before[:3], state[:3], strict=True):
-            place.copy_(values)
-        self.before = self.before._replace(frames=state.frames, sinks=state.sinks)

@@ -89,16 +89,16 @@ def blend(chunks: int, way: str = "linear") -> tuple[str, ...]:
 
 
 POLICIES = (
-    Policy("keep"),
+    Policy("keep", (change("keep"),)),
     Policy("recache=1", (change("recache=1"),)),
     Policy("rebuild=1", (change("rebuild=1"),)),
     Policy("cut", (change("cut"),)),
     Policy("recache=2", (change("recache=2"),)),
     Policy("rebuild=2", (change("rebuild=2"),)),
     Policy("recache=3", (change("recache=3"),)),  # all that there is, as rebuild=3
-    Policy("keep, linear over 1", blend(1)),
-    Policy("keep, linear over 2", blend(2)),
-    Policy("keep, spherical over 1", blend(1, "spherical")),
+    Policy("keep, linear over 1", (change("keep"), *blend(1))),
+    Policy("keep, linear over 2", (change("keep"), *blend(2))),
+    Policy("keep, spherical over 1", (change("keep"), *blend(1, "spherical"))),
     Policy("recache=1, linear over 1", (change("recache=1"), *blend(1))),
 )
 """Those that decide most first."""

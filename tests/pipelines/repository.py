@@ -30,7 +30,7 @@ def shapes_config(name: str = "longsana", **overrides: Any) -> InferenceConfig:
         "scheduler.inference_flow_shift": 8.0,
     }
     settings = (
-        {"sampling.height": 32, "sampling.width": 48, "model.state_decay": 1}
+        {"sampling.height": 32, "sampling.width": 48, "model.state_decay": 1, "sampling.prompt_change": "keep"}
         | (base if name == "base" else {})
         | overrides
     )

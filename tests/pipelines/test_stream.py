@@ -146,6 +146,44 @@ def test_a_story_that_is_gone_on_from_by_another_prompt(loaded: LongSanaVideoPip
     assert same.state.before == "" and not torch.equal(changed.frames, same.frames)
 
 
+@pytest.mark.parametrize(
+    "prompt", [rf"\[cut] {PROMPT}", f"[cute] {PROMPT}", f"[keep calm] {PROMPT}", rf"{PROMPT} \| {OTHER}[1s]"]
+)
+def test_brackets_and_bars_that_are_words_stay_words(
+    loaded: LongSanaVideoPipeline, tmp_path: Path, prompt: str
+) -> None:
+    """Where a stream goes on without being told anything, from memory and from a file; and where it is said again."""
+    chunks = list(loaded.stream(prompt, 25, generator=seed(), **LATENTS))
+    loaded.save_state(chunks[0], tmp_path / "state")
+    for state, said in ((chunks[0], None), (tmp_path / "state", None), (chunks[0], prompt)):
+        rest = list(loaded.stream(said, 16, state=state, **LATENTS))
+        assert [chunk.state.words for chunk in rest] == [chunks[0].state.words] * 2
+        assert same_state(rest[-1].state, chunks[-1].state)
+    if not prompt.startswith("\\"):  # which a call, whose prompt is no change, shows to the network
+        whole = loaded(prompt, num_frames=25, generator=seed(), **LATENTS).frames
+        assert torch.equal(torch.cat([chunk.frames for chunk in chunks], dim=2), whole)
+
+
+def test_a_state_says_how_its_prompt_was_told(loaded: LongSanaVideoPipeline, tmp_path: Path) -> None:
+    """A story, and a stream of prompts, go on without a word on chunks, frame rate, changes and transitions."""
+    options = LATENTS | {"chunk_frames": 3, "fps": 8.0, "transition_chunks": 1, "transition": "spherical"}
+    chunks = list(loaded.stream(f"{PROMPT}[3s] | [recache=1] {OTHER}", 61, generator=seed(), **options))
+    plain: dict[str, Any] = {name: LATENTS[name] for name in ("num_inference_steps", "output_type")}
+    for cut in range(1, len(chunks)):
+        loaded.save_state(chunks[cut - 1], tmp_path / "state")
+        (chunk,) = loaded.stream(num_frames=12, state=tmp_path / "state", **plain)
+        assert torch.equal(chunk.frames, chunks[cut].frames)
+    with pytest.raises(
+        InputError, match=r"chunks of 2 latents, where the state's story was planned in chunks of 3, 3, 3"
+    ):
+        loaded.stream(num_frames=8, state=chunks[0], chunk_frames=2, **plain)
+    live = list(loaded.stream([PROMPT, OTHER, OTHER], 33, generator=seed(), prompt_change="rebuild=1", **options))
+    (again,) = loaded.stream(OTHER, 12, state=live[0], **plain)
+    assert torch.equal(again.frames, live[1].frames)
+    other = next(loaded.stream(OTHER, 12, state=live[0], prompt_change="keep", **plain))
+    assert not torch.equal(other.frames, again.frames)
+
+
 @pytest.mark.parametrize("change", ["recache=2", "rebuild=2"])
 def test_what_a_stream_holds_does_not_grow(loaded: LongSanaVideoPipeline, change: str) -> None:
     prompts = ([PROMPT, PROMPT, OTHER, OTHER][chunk % 4] for chunk in count())
@@ -167,10 +205,23 @@ def test_changes_that_a_stream_cannot_make(loaded: LongSanaVideoPipeline) -> Non
     for arguments, message in [
         ({"prompt": PROMPT, "prompt_change": "recache"}, "prompt_change: 'recache' is no change of the past"),
         ({"prompt": f"[cut] {PROMPT}"}, r"prompt: \[cut\]: the first has no past that could change"),
-        ({"prompt": OTHER, "state": chunk, "prompt_change": "rebuild=1"}, "rebuild=1: .* the state holds 0; go on"),
-        ({"prompt": f"[rebuild=1] {OTHER}", "state": chunk}, r"does not hold; ask for it with prompt_change=rebuild=1"),
+        (
+            {"prompt": OTHER, "state": chunk, "prompt_change": "rebuild=1"},
+            "rebuild=1: .* the state holds 0 and 0 come after it; go on",
+        ),
+        (
+            {"prompt": f"[rebuild=1] {OTHER}", "state": chunk},
+            r"does not hold; begin a stream with prompt_change=rebuild=1",
+        ),
         ({"prompt": f"[rebild=1] {OTHER}", "state": chunk}, "prompt: 'rebild=1' is no change of the past"),
         ({"prompt": "[cut]", "state": chunk}, r"prompt: \[cut\]: a change of the past without words"),
+        # What a list or a story says later is known at once, too.
+        (
+            {"prompt": [PROMPT, OTHER], "state": chunk, "num_frames": 16, "prompt_change": "rebuild=2"},
+            "holds 0 and 1 come",
+        ),
+        ({"prompt": [PROMPT, f"[recache=1] {OTHER}"]}, r"\[recache=1\] reaches back to what this stream does not hold"),
+        ({"prompt": f"{PROMPT} | [rebuild=2] {OTHER}", "state": chunk, "num_frames": 16}, "holds 0 and 1 come after"),
         ({"prompt": PROMPT, "transition": "linear"}, "transition: .*without transition_chunks"),
         ({"prompt": f"{PROMPT} | [cut] {OTHER}"}, "a story in a stream without an end"),
         ({"prompt": f"{PROMPT} | [cut] {OTHER}", "num_frames": 5}, "2 parts between .* for a video of 1 chunk"),
@@ -180,13 +231,14 @@ def test_changes_that_a_stream_cannot_make(loaded: LongSanaVideoPipeline) -> Non
         with pytest.raises(InputError, match=message):
             loaded.stream(generator=generator, **LATENTS | arguments)
         assert torch.equal(generator.get_state(), before)
-    late = loaded.stream([PROMPT, f"[recache=2] {OTHER}"], generator=seed(), prompt_change="rebuild=2", **LATENTS)
+    asked = iter([PROMPT, f"[recache=2] {OTHER}"])
+    late = loaded.stream(asked, generator=seed(), prompt_change="rebuild=2", **LATENTS)
     next(late)
     with pytest.raises(InputError, match=r"\[recache=2\] reaches back to what this stream does not hold"):
         next(late)
     # A chunk after a state that holds none there is one.
     assert len(list(loaded.stream([PROMPT, OTHER], 16, state=chunk, prompt_change="rebuild=1", **LATENTS))) == 2
-    late = loaded.stream([PROMPT, OTHER], 16, state=chunk, prompt_change="rebuild=2", **LATENTS)
+    late = loaded.stream(iter([PROMPT, OTHER]), 16, state=chunk, prompt_change="rebuild=2", **LATENTS)
     next(late)
     with pytest.raises(InputError, match="rebuild=2: reaches back to chunks that are not held; 1 of this video are"):
         next(late)

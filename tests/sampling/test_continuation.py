@@ -19,11 +19,13 @@ from longsana.data.prompts import Prompt
 from longsana.data.story import Change, Outline, Placed
 from longsana.encoders.vae import DecodeCache
 from longsana.runtime.errors import InputError
+from longsana.sampling import continuation
 from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.continuation import (
     KEPT,
     Continuation,
     Moment,
+    Telling,
     latest,
     mark_of,
     restored,
@@ -47,7 +49,7 @@ def saved(small_config, random_model, random_text, random_latents) -> Continuati
         random_latents(1, 3), torch.zeros(1), random_text(1)
     )
     decoder = DecodeCache((torch.randn(1, 4, 2, 3, 3).bfloat16(), torch.randn(1, 8, 2, 6, 6)), 3)
-    before = [each_of_state(network, lambda tensor, batch: torch.randn_like(tensor))._replace(frames=n) for n in (0, 2)]
+    before = [each_of_state(network, lambda tensor, batch: torch.randn_like(tensor))._replace(frames=n) for n in (0, 1)]
     return Continuation(
         network,
         decoder,
@@ -61,8 +63,10 @@ def saved(small_config, random_model, random_text, random_latents) -> Continuati
         8,
         ("a", "b"),
         recent=Held(3, tuple(Kept(torch.randn(1, 4, 2, 4, 6), state.frames, state) for state in before)),
+        words="ein großer Kreis",
         before="ein Quadrat",
         faded=1,
+        telling=Telling(4, 23.976, "recache=2", 3, "spherical"),
     )
 
 
@@ -146,7 +150,15 @@ NO_STATES: dict[str, Any] = {
     r"its size": lambda state: {"size": (32, 0)},
     r"its chunk=-1": lambda state: {"chunk": -1},
     r"its prompt: a NUL": lambda state: {"prompt": "a\0"},
-    r"its prompt before: a NUL": lambda state: {"before": "a\0"},
+    r"its caption before: a NUL": lambda state: {"before": "a\0"},
+    r"its words: a NUL": lambda state: {"words": "a\0"},
+    r"1 chunks of a transition from no caption": lambda state: {"before": ""},
+    r"3 last latents of a video of 2": network(frames=lambda own: 2),
+    r"its plan\[1\]=0: must be at least 1": lambda state: {"plan": (3, 0)},
+    r"fps=0: must be positive": lambda state: {"telling": state.telling._replace(fps=0.0)},
+    r"'burn' is no change of the past": lambda state: {"telling": state.telling._replace(prompt_change="burn")},
+    r"last chunk 1: ends at latent 4 of a video of 3": last_chunk(start=lambda kept: 2),
+    r"reach of its last chunks=.*must be at most 1000": lambda state: {"recent": state.recent._replace(reach=10**8)},
     r"its last chunks are a tuple": lambda state: {"recent": ()},
     r"holds 2 last chunks, where changes reach back 1": lambda state: {"recent": state.recent._replace(reach=1)},
     r"last chunk 1: its start=-1": last_chunk(start=lambda kept: -1),
@@ -174,8 +186,11 @@ def test_numbers_that_no_state_has_are_refused(saved: Continuation, message: str
 def rewrite(path: Path, *, tensors: dict[str, Tensor] | None = None, **changes: Any) -> None:
     with safe_open(path, framework="pt") as file:
         record = json.loads(file.metadata()["longsana"])
-    content = load_file(path) | (tensors or {})
-    save_file(content, path, metadata={"longsana": json.dumps(record | changes)})
+    content, record = load_file(path) | (tensors or {}), record | changes
+    if changes:  # so that nothing but these is wrong with it
+        record.pop("sha256")
+        record["sha256"] = continuation._digest(content, record)
+    save_file(content, path, metadata={"longsana": json.dumps(record)})
 
 
 @pytest.mark.parametrize(
@@ -189,7 +204,7 @@ def rewrite(path: Path, *, tensors: dict[str, Tensor] | None = None, **changes: 
         (lambda path: path.write_bytes(path.read_bytes()[:-3]), "not a saved state of a video, or damaged"),
         (lambda path: save_file({"kv": torch.zeros(1)}, path), "not a saved state of a video, or damaged"),
         (lambda path: rewrite(path, tensors={"latents": torch.zeros(1, 4, 3, 4, 6)}), "not those that were saved"),
-        (lambda path: rewrite(path, schema=2), "a state of version 2, this LongSANA reads versions up to 1"),
+        (lambda path: rewrite(path, schema=3), "a state of version 3, this LongSANA reads versions up to 2"),
         (lambda path: rewrite(path, schema="x"), "not a saved state of a video, or damaged"),
         (lambda path: rewrite(path, decoder=[9, 3, False]), r"damaged \('decoder.2'\)"),
         (lambda path: rewrite(path, size=[32]), "not a saved state of a video, or damaged"),
@@ -214,6 +229,37 @@ def test_one_flipped_bit_is_noticed(saved: Continuation, tmp_path: Path) -> None
     path.write_bytes(content)
     with pytest.raises(InputError, match="not a saved state of a video, or damaged"):
         Continuation.load(path)
+
+
+@pytest.mark.parametrize(
+    ("said", "other"), [('"chunk": 1', '"chunk": 2'), ("Kreis", "Krebs"), ("recache=2", "recache=3")]
+)
+def test_another_number_or_word_of_its_header_is_noticed(
+    saved: Continuation, said: str, other: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "state.safetensors"
+    saved.save(path)
+    content = path.read_bytes()
+    escaped = [text.replace('"', '\\"').encode() for text in (said, other)]
+    assert content.count(escaped[0]) >= 1
+    path.write_bytes(content.replace(*escaped))
+    with pytest.raises(InputError, match="its numbers or words are not those that were saved"):
+        Continuation.load(path)
+
+
+def test_files_of_version_1_are_read(saved: Continuation, tmp_path: Path) -> None:
+    """They hold no last chunks, say nothing of how a prompt was told, and their digest is of the tensors alone."""
+    path = tmp_path / "state.safetensors"
+    saved._replace(recent=Held()).save(path)
+    with safe_open(path, framework="pt") as file:
+        record = json.loads(file.metadata()["longsana"])
+    for name in continuation.LATER:
+        del record[name]
+    tensors = load_file(path)
+    record |= {"schema": 1, "sha256": continuation._digest(tensors, None)}
+    save_file(tensors, path, metadata={"longsana": json.dumps(record)})
+    plain = saved._replace(recent=Held(), words="", before="", faded=0, telling=None)
+    assert_equal(Continuation.load(path), plain)
 
 
 def test_its_paths(saved: Continuation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

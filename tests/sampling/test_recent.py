@@ -17,7 +17,7 @@ from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
-from longsana.sampling.recent import Recent
+from longsana.sampling.recent import Held, Recent
 from longsana.sampling.sampler import Chunk, absorb, denoise_chunk, generate
 from longsana.state import CausalState
 from tests.models import naive
@@ -40,6 +40,7 @@ STORIES: dict[str, dict[int, str]] = {
     "recache after a cut": {2: "cut", 3: "recache=3"},
     "recache after a rebuild": {3: "rebuild=1", 4: "recache=3"},
     "rebuild after all": {1: "cut", 3: "recache=1", 5: "rebuild=3"},
+    "recache after a longer rebuild": {4: "rebuild=3", 5: "recache=1"},
 }
 
 
@@ -243,33 +244,52 @@ def states(model: LongSanaDiT, count: int) -> list[CausalState]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "latents", "with_states"),
+    ("changes", "most", "latents", "with_states"),
     [
-        ({}, 0, 0),
-        ({2: Change("cut")}, 0, 0),
-        ({2: Change("rebuild", 3)}, 3, 0),
-        ({2: Change("recache", 2)}, 2, 2),
-        ({2: Change("recache", 2), 4: Change("rebuild", 3)}, 3, 3),
+        ({}, None, 0, 0),
+        ({2: Change("cut")}, None, 0, 0),
+        ({2: Change("rebuild", 3)}, None, 3, 0),
+        ({2: Change("recache", 2)}, None, 2, 2),
+        ({2: Change("recache", 2), 4: Change("rebuild", 3)}, None, 3, 2),
+        ({2: Change("recache", 999)}, 2, 2, 2),
     ],
 )
 def test_what_is_held_is_allocated_once(
-    small_config: Any, random_model: Any, random_latents: Any, changes: Any, latents: int, with_states: int
+    small_config: Any,
+    random_model: Any,
+    random_latents: Any,
+    changes: Any,
+    most: int | None,
+    latents: int,
+    with_states: int,
 ) -> None:
+    """Latents as far as any change reaches back, states as far as one recaches, and never more than there can be."""
     model = random_model(small_config(num_cached_blocks=2))
-    recent, before = Recent(changes.values(), max(LENGTHS)), states(model, 7)
+    recent, before = Recent(changes.values(), max(LENGTHS), most), states(model, 7)
     assert recent.nbytes == 0
     places = set()
     for chunk, length in enumerate(LENGTHS):
         x0 = random_latents(2, length, seed=chunk)
         assert recent.keep(x0, before[chunk], before[chunk + 1]) is before[chunk + 1]
         assert recent.nbytes == latents * 2 * 4 * 3 * 24 * 8 + with_states * before[0].nbytes
-        assert len(recent._places) == min(chunk + 1, latents)
-        places |= {held.buffer.data_ptr() for held in recent._places}
-        for held, own in zip(reversed(recent._places), range(chunk, -1, -1), strict=False):
-            assert torch.equal(held.latents, random_latents(2, LENGTHS[own], seed=own))
-            assert held.latents.is_contiguous() and held.start == before[own].frames
-            assert held.before is None or held.before.frames == before[own].frames
+        held = recent.held.chunks
+        assert len(held) == min(chunk + 1, latents)
+        places |= {kept.latents.data_ptr() for kept in held}
+        for back, (kept, own) in enumerate(zip(reversed(held), range(chunk, -1, -1), strict=False)):
+            assert torch.equal(kept.latents, random_latents(2, LENGTHS[own], seed=own))
+            assert kept.latents.is_contiguous() and kept.start == before[own].frames
+            assert (kept.before is not None) == (back < with_states)
+            assert kept.before is None or kept.before.frames == before[own].frames
     assert len(places) == latents
+    again, held = Recent(changes.values(), max(LENGTHS), most), recent.copy()
+    again.take(held)
+    for kept, other in zip(again.held.chunks, held.chunks, strict=True):
+        assert torch.equal(kept.latents, other.latents) and (kept.before is None) == (other.before is None)
+    named = Held.named(held.tensors())
+    assert named.reach == held.reach and len(named.chunks) == len(held.chunks)
+    for change in changes.values():
+        assert named.reaches(change, 0)
+        assert change.kind == "cut" or not Held().reaches(change, 0)
 
 
 def has_numbers(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -151,6 +152,7 @@ def test_offloaded_encoder_travels_once_a_batch(config: InferenceConfig, tmp_pat
 def test_where_the_encoder_is(config: InferenceConfig, tmp_path: Path) -> None:
     batch, embeddings = PROMPTS[:3], {}
     for mode in ("keep", "offload", "free"):
+        gc.collect()  # what an earlier test left
         before = torch.cuda.memory_allocated()
         made = Captions(config, "cuda", World(), mode, tmp_path)  # type: ignore[arg-type]
         made.prepare(PROMPTS)

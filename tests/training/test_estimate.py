@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -374,6 +375,7 @@ def on_a_gpu(config: TrainingConfig, role: Any) -> tuple[int, int]:
     connect(world, device)
     try:
         mesh = device_mesh("full", world, device)
+        gc.collect()  # networks of an earlier test, which would go away in the middle of this one
         before = torch.cuda.memory_allocated()
 
         def trained(network: ModelConfig) -> LongSanaDiT:

@@ -228,7 +228,7 @@ class LongSana(SelfForcing):
         features = tuple(parts[name] for name in sorted(parts) if name.startswith("cache_"))
         cache = DecodeCache(features, state.frames) if features else None
         recent = self.changes.recent()
-        recent.take(Held.named(tensors, self.changes.change.chunks, self.vae.device))
+        recent.take(Held.named(tensors, self.vae.device))
         numbers = tuple(tensors[NUMBERS].tolist()) if NUMBERS in tensors else ()
         progress = Progress(self._serials[index] - 1, frames, numbers)
         self.streams[index] = Stream(progress, text, state, parts["lead"], cache, recent)

@@ -17,7 +17,7 @@ from longsana.chunks import ChunkPlan
 from longsana.data.story import Change
 from longsana.flow.noise import keyed_generator
 from longsana.runtime.errors import InputError
-from longsana.sampling.recent import Recent
+from longsana.sampling.recent import Held, Recent
 from longsana.training.config import StreamingConfig, TrainingConfig
 from longsana.training.stages.stage import MicroBatch
 
@@ -118,7 +118,7 @@ class PromptChanges(ABC):
     @property
     @abstractmethod
     def may_happen(self) -> bool:
-        """Whether a prompt may change in this run."""
+        """True if a prompt may change in this run."""
 
     @abstractmethod
     def happens(self, micro_batch: MicroBatch, progress: Progress | None) -> bool:
@@ -136,15 +136,18 @@ class PromptChanges(ABC):
         return Recent([self.change] if self.may_happen else [], self._frames)
 
     def tensors(self, progress: Progress) -> dict[str, Tensor]:
-        """Name what a checkpoint holds of a stream's progress for its changes alone."""
+        """Name what a checkpoint holds of a stream's progress for its changes alone: tensors of any shape."""
         return {}
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str:
         """Say what a saved stream, of tensors of any shape by name, lacks to change its prompt as this run's do."""
         if not self.may_happen or not self.change.chunks:
             return ""
-        needed = "recent_000_kv" if self.change.kind == "recache" else "recent_000_x0"
-        return "" if needed in tensors else f"no {needed.rpartition('_')[2]} of its last chunks"
+        held = Held.named(tensors)
+        if held.reaches(self.change, 0):
+            return ""
+        needed = "kv" if self.change.kind == "recache" else "x0"
+        return f"no {needed} of its last {self.change.chunks} chunks"
 
 
 class DrawnChanges(PromptChanges):
@@ -203,9 +206,11 @@ class Switches(PromptChanges):
         return [self._prompts[number] for number in progress.numbers]
 
     def tensors(self, progress: Progress) -> dict[str, Tensor]:
+        """Name the numbers of a stream's prompts, of shape (B,)."""
         return {NUMBERS: torch.tensor(progress.numbers, dtype=torch.int64, device="cpu")}
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str:
+        """Say what a saved stream, of tensors of any shape by name, lacks; also where its prompts are not in this run's files."""
         if NUMBERS not in tensors:
             return "no numbers of its prompts"
         if (last := int(tensors[NUMBERS].max())) >= len(self._prompts):
