@@ -88,7 +88,7 @@ class Beginning:
         own, lengths = prompt.text == state.prompt, chunk_plan(config, prompt.frames, goes_on=True).lengths
         if own and state.faded and state.faded < config.sampling.transition_chunks:
             raise InputError(
-                f"{self.path}: of a stream, in the middle of a transition to this prompt; go on with the pipeline's "
+                f"{self.path}: of a stream, in the middle of a transition; go on with the pipeline's "
                 "stream, from a later state, or with another prompt"
             )
         if own and len(prompt.parts) > 1 and state.plan and not state.words:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image
 
-from longsana.data.films import count_frames, fitted, read_film
+from longsana.data.films import count_frames, fitted, read_film, rgb
 from longsana.runtime.errors import InputError
 
 FilmLike: TypeAlias = str | Path | Image.Image | Sequence[Image.Image] | np.ndarray
@@ -57,6 +57,11 @@ class Film:
                 f"video: a {type(video).__name__}; must be the path of a film or picture, pictures of PIL, or an array "
                 "(F, H, W, 3) of uint8"
             )
+        for number, picture in enumerate(video):
+            if not picture.width or not picture.height:
+                raise InputError(f"video: picture {number} has {picture.width}x{picture.height} pixels")
+            if (count := getattr(picture, "n_frames", 1)) > 1:
+                raise InputError(f"video: picture {number} holds {count} pictures; give them one by one, or its path")
         return cls(video, fps, len(video), size)
 
     def pictures(self) -> Iterator[np.ndarray]:
@@ -67,5 +72,5 @@ class Film:
         elif isinstance(self.source, np.ndarray):
             found = iter(self.source)
         else:
-            found = (np.asarray(picture.convert("RGB")) for picture in self.source)
+            found = map(rgb, self.source)
         return (fitted(picture, *self.size) for picture in found)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from longsana.data.films import count_frames, fitted, read_film
+from longsana.data.films import count_frames, fitted, read_film, rgb
 from longsana.runtime.errors import InputError
 from longsana.runtime.video import VideoWriter
 
@@ -215,3 +215,15 @@ def test_sound_alone_and_several_pictures(tmp_path: Path) -> None:
     still.save(tmp_path / "a.tiff", save_all=True, append_images=[Image.new("RGB", (40, 30), 9)])
     with pytest.raises(InputError, match="2 pictures in one file, without a frame rate"):
         count_frames(tmp_path / "a.tiff", 16.0)
+
+
+@pytest.mark.parametrize("value", [0, 1000, 65535])
+def test_sixteen_bits_are_rounded_to_eight(tmp_path: Path, value: int) -> None:
+    """Of a file and of a picture in memory."""
+    picture = Image.fromarray(np.full((30, 40), value, np.uint16))
+    picture.save(tmp_path / "grey.png")
+    (read,) = read_film(tmp_path / "grey.png", 16)
+    expected = np.full((30, 40, 3), round(value / 257), np.uint8)
+    assert (read == expected).all() and (rgb(picture) == expected).all()
+    with Image.open(tmp_path / "grey.png") as opened:
+        assert (rgb(opened) == expected).all()

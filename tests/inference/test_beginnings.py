@@ -93,7 +93,7 @@ def test_a_story_goes_on_where_it_was(command: Command, prompts: Prompts, out: P
     assert [part["chunk"] for part in whole["parts"]] == [0, 2]
     after = state_in(out / "uncut", f"*.chunk0000{done}.safetensors")
     left = str(8 * (4 - done) + 1)
-    assert command("--from_state", after, "--num_frames", left, "--dataset", "rest", *FULL, *blended) == 0
+    assert command("--from_state", after, "--num_frames", left, "--dataset", "rest", *FULL) == 0, "the state says it"
     (rest,) = sidecars(out / "rest")
     told = [(part["text"], part["chunk"], part["frame"]) for part in rest["parts"]]
     assert (
@@ -183,6 +183,25 @@ def test_a_picture_first(command: Command, prompts: Prompts, out: Path, tmp_path
     assert command("--txt_file", prompts("a red picture", "another"), "--video", tmp_path / "red.png", "--bs", "2") == 0
     assert_whole(out / "videos", 2, 17)
     assert [frames_of(path)[0] for path in (out / "videos").glob("*.mp4")] == [17, 17]
+
+
+def test_a_story_that_does_not_fit_its_state_is_one_line(
+    command: Command, prompts: Prompts, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    story = prompts("a red circle[1s] | [rebuild=1] a blue square[2s] | a red ring")
+    assert command("--txt_file", story, *LONG, "--dataset", "a", "--save_every", "1", "--save_state", "latents") == 0
+    state = state_in(out / "a", "*.chunk00001.safetensors")
+    fork = prompts("a red circle[1s] | [rebuild=3] a blue square", name="fork.txt")
+    cases: list[tuple[tuple[Any, ...], str]] = [
+        (("--txt_file", fork, *LONG), "rebuild=3: reaches back 3 chunks, where the state holds 1 and 1 come after it"),
+        (("--sampling.chunk_frames", "3", "--num_frames", "25"), "chunks of 3, 3 latents, where the state's story was"),
+    ]
+    for arguments, message in cases:
+        capsys.readouterr()
+        assert command("--from_state", state, *arguments, "--dataset", "refused") == 2, arguments
+        told = capsys.readouterr().err.strip().splitlines()
+        assert message in told[-1] and told[-1].startswith("error: "), (arguments, told)
+    assert not list((out / "refused").glob("*.mp4"))
 
 
 def test_what_cannot_be_gone_on_from_is_one_line(

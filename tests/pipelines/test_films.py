@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from PIL import Image
 
 from longsana.data.prompts import Prompt
+from longsana.data.story import Change
+from longsana.inference.beginnings import Beginning, prompt_of
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.runtime.errors import InputError
 from longsana.runtime.video import VideoWriter
@@ -111,6 +114,39 @@ def test_a_film_in_all_its_forms(loaded: LongSanaVideoPipeline, film: np.ndarray
     given = torch.cat([c.frames for c in loaded.stream(PROMPT, 16, video=film, generator=seed(), **latent)], dim=2)
     assert torch.equal(loaded(PROMPT, num_frames=16, video=film, generator=seed(), **latent).frames, given)
     assert given.shape[2] == 6 + 4
+
+
+def test_the_command_does_not_go_on_within_a_transition(loaded: LongSanaVideoPipeline) -> None:
+    """Which it would leave out; and a story that begins after a film is placed as in the stream."""
+    options: dict[str, Any] = SIZE | CHUNKS | {"output_type": "latent"}
+    *_, chunk = loaded.stream([PROMPT, OTHER], 17, transition_chunks=2, generator=seed(), **options)
+    config = shapes_config(**{"sampling.transition_chunks": 2})
+    prompt, beginning = prompt_of(chunk.state, config), Beginning(Path("its.state"), state=chunk.state)
+    assert (prompt.text, prompt.parts) == (OTHER, (OTHER,))
+    with pytest.raises(InputError, match=r"^its\.state: of a stream, in the middle of a transition; go on"):
+        beginning.outline(prompt, config)
+    assert beginning.outline(dataclasses.replace(prompt, text=PROMPT), config).changes == {}
+    film = np.zeros((9, 32, 48, 3), np.uint8)
+    story = f"{PROMPT}[1s] | [rebuild=2] {OTHER}"
+    first = next(loaded.stream(story, 32, video=film, generator=seed(), **options))
+    placed = Beginning(Path("film"), state=first.state).outline(
+        prompt_of(first.state, config), shapes_config(**{"sampling.num_frames": 33, "sampling.chunk_frames": 2})
+    )
+    assert placed.changes == {2: Change("rebuild", 2)} and first.state.plan == (2, 2, 2, 2)
+
+
+def test_a_picture_in_memory_lies_as_its_file_does(loaded: LongSanaVideoPipeline, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    picture, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    picture.save(tmp_path / "turned.png", exif=exif)
+    options = {"num_frames": 8, "generator": None, "output_type": "latent", **SIZE}
+    with Image.open(tmp_path / "turned.png") as opened:
+        found = [
+            loaded(PROMPT, video=video, **options | {"generator": torch.Generator().manual_seed(1)}).frames
+            for video in (tmp_path / "turned.png", opened, picture)
+        ]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_two_prompts_go_on_from_one_film(loaded: LongSanaVideoPipeline, film: np.ndarray) -> None:

@@ -210,7 +210,7 @@ class Switches(PromptChanges):
         return {NUMBERS: torch.tensor(progress.numbers, dtype=torch.int64, device="cpu")}
 
     def misfit(self, tensors: Mapping[str, Tensor]) -> str:
-        """Say what a saved stream, of tensors of any shape by name, lacks; also where its prompts are not in this run's files."""
+        """Say what a saved stream, of tensors of any shape by name, lacks, prompts of this run's files among it."""
         if NUMBERS not in tensors:
             return "no numbers of its prompts"
         if (last := int(tensors[NUMBERS].max())) >= len(self._prompts):
