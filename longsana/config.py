@@ -160,6 +160,8 @@ class SamplingConfig:
     prompt_change: str = "keep"
     transition_chunks: int = bounded(0, 0, 1000)  # over which one part's caption becomes the next one's
     transition: Literal["linear", "spherical"] = "linear"  # the way between the two embeddings
+    # How a picture that a video begins with gets its size: scaled to cover it and cut to the middle, or stretched to it
+    image_fit: Literal["cover", "stretch"] = "cover"
 
     @property
     def has_negative_prompt(self) -> bool:

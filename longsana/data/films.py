@@ -2,7 +2,7 @@
 
 Frame k is the picture that the film shows at k / fps seconds, upright as the file says. Of each, the largest part in
 the middle with the video's shape is scaled to its size. Films are read through imageio's PyAV plugin, pictures (by
-their suffix) through its Pillow plugin: a picture is a film of one frame.
+their suffix) through Pillow: a picture is a film of one frame.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import Any
 import av
 import imageio.v3 as iio
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from longsana.data.pictures import rgb
 from longsana.runtime.errors import InputError
 from longsana.runtime.foreign import reason_of, refuse_stand_in
+
+__all__ = ["count_frames", "fitted", "frames_used", "read_film", "rgb"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LATE = 1.0
@@ -99,28 +102,10 @@ def _upright(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def _pictures(path: Path) -> Iterator[np.ndarray]:
-    picture: Any
-    with iio.imopen(path, "r", plugin="pillow") as picture:
-        if (count := picture.properties(index=...).n_images or 1) > 1:
+    with Image.open(path) as picture:
+        if (count := getattr(picture, "n_frames", 1)) > 1:
             raise InputError(f"{path}: {count} pictures in one file, without a frame rate; give a film, such as an mp4")
-        if picture.properties(index=0).dtype == np.uint8:
-            yield from picture.iter(mode="RGB", rotate=True)
-        else:
-            yield from map(_eight_bits, picture.iter(rotate=True))
-
-
-def rgb(picture: Image.Image) -> np.ndarray:
-    """(H, W, 3), uint8, of a picture of Pillow in any mode, upright as its EXIF note says, as a file of it is read."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith(("I", "F")):
-        return _eight_bits(np.asarray(picture))
-    return np.asarray(picture.convert("RGB"))
-
-
-def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """(H, W, 3), uint8, of greys (H, W) from 0 to 65535, which Pillow would clip at 255."""
-    grey = (values.astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=-1)
+        yield rgb(picture)
 
 
 @contextmanager

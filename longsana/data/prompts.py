@@ -72,6 +72,7 @@ class Prompt:
     seed: int | None = None  # None: what the config says
     frames: int | None = None  # pixel frames; None: as above
     marks: tuple[Mark, ...] = ()  # of each part of a story; none between '<split>'
+    image: Path | None = None  # the picture that the video begins with
 
     @property
     def slug(self) -> str:

@@ -113,7 +113,7 @@ def fingerprint(
         story.append([sampling["transition"], sampling["transition_chunks"]])
     elif not prompt.marks and all(part["change"] == "keep" for part in parts):
         story = []
-    for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", *PARTS, *without}:
+    for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", "sampling.image_fit", *PARTS, *without}:
         section, _, key = setting.partition(".")
         del deciding[section][key]
     identity = [prompt.text, prompt.repetition, deciding]
