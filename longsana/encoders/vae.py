@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -168,6 +169,17 @@ class VideoVAE(ABC):
         self.geometry.latent_size(*frames.shape[3:])
         raw, features = self._encode_next(frames.to(self.device, self.dtype), cache)
         return self._normalise(raw), EncodeCache(features, raw.shape[2] + (0 if cache is None else cache.latents))
+
+    def encode_pictures(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """Normalised latents (B, C, 1, h, w), float32, of pictures (H, W, 3), uint8, of one size.
+
+        Each is encoded by itself, as a video of one frame, so that none depends on those beside it.
+
+        Raises:
+            InputError: the VAE cannot cut this size evenly.
+        """
+        frames = (torch.from_numpy(picture).to(self.device, torch.float32) / 127.5 - 1 for picture in pictures)
+        return torch.cat([self.encode_stream(frame.permute(2, 0, 1)[None, :, None])[0] for frame in frames])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from longsana.data.pictures import Fit
 from longsana.flow.schedule import TIMESTEPS
 from longsana.runtime.arguments import TEXT, Callback, Flag, Is, Number, OneOf, Rule, Several, Whole
 from longsana.runtime.errors import InputError
@@ -80,6 +81,7 @@ ARGUMENTS: dict[str, Rule] = {
     "prompt_change": TEXT,
     "transition_chunks": Whole(0, 1000),
     "transition": OneOf(("linear", "spherical")),
+    "image_fit": OneOf(get_args(Fit)),
     "caption_length": Whole(1, MOST_LATENTS),
     "chi_prompt": TEXT,
     "softcap": Flag(),
@@ -87,8 +89,8 @@ ARGUMENTS: dict[str, Rule] = {
     "num_cached_blocks": Whole(-1, LONGEST),
     "num_sink_blocks": Whole(0, LONGEST),
 }
-"""The rule of each argument that a public method may have. Prompts, generators, states, films and decays have
-readers of their own."""
+"""The rule of each argument that a public method may have. Prompts, generators, states, films, pictures and
+decays have readers of their own."""
 
 
 def check_finite(name: str, values: Mapping[str, Tensor]) -> None:

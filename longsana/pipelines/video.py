@@ -15,6 +15,7 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from longsana.chunks import ChunkPlan
 from longsana.config import check_chi_prompt
 from longsana.data.films import frames_used
+from longsana.data.pictures import Fit
 from longsana.data.prompts import check_words
 from longsana.data.story import Change, Mark, Outline, place_parts, shared_changes
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
@@ -37,7 +39,7 @@ from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
 from longsana.pipelines import transformer as networks
 from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, PARTS, refuse_ignored
 from longsana.pipelines.files import check_repository, folder_of
-from longsana.pipelines.films import Film, FilmLike
+from longsana.pipelines.films import Film, FilmLike, PictureLike, pictures_of
 from longsana.pipelines.noise import batch_noise, check_generator, check_noise, take_seed
 from longsana.pipelines.pictures import as_output, joined
 from longsana.pipelines.prompts import given_embeddings, negative_texts, one_for_each, parts_of, whole
@@ -312,6 +314,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         transition: Way | None = None,
         video: FilmLike | None = None,
         new_frames_only: bool = False,
+        image: PictureLike | Sequence[PictureLike] | None = None,
+        image_fit: Fit | None = None,
     ) -> LongSanaVideoOutput | tuple[Any]:
         """Videos of prompts.
 
@@ -350,6 +354,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 (F, H, W, 3) of uint8. It is fitted to their size, and absorbed under the first part of each prompt.
                 num_frames says then how many more, 4 n (Wan) or 8 n (LTX-2); 80 unless said otherwise.
             new_frames_only: leave the film out of the result.
+            image: a picture that the base model's videos begin with, for all or one for each prompt: a file, a picture
+                of PIL, or an array (H, W, 3) of uint8. Its latent stays the first one in every step; steps are Euler's,
+                as published, whatever the scheduler.
+            image_fit: cover (None): scaled to cover the video, and cut; stretch: to its size.
 
         Raises:
             InputError: what is asked for cannot be made, or part of it would be ignored; the message names the argument
@@ -374,9 +382,18 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if others := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise InputError(f"callback_on_step_end_tensor_inputs: {', '.join(others)}: there are only latents")
         guidance = self._guidance(guidance_scale)
-        schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
+        schedule = self._schedule(num_inference_steps, timesteps, flow_shift, euler=image is not None)
         copies = num_videos_per_prompt
         texts = one_for_each(prompt, prompt_embeds, copies)
+        pictures: list[np.ndarray] = []
+        if image is None:
+            refuse_ignored({"image_fit": image_fit}, "without image")
+        elif self.distilled:
+            raise InputError("image: for the base model; LongSANA goes on from a picture that is given as video")
+        else:
+            sides = self._size(height, width)
+            each = pictures_of(image, len(texts) // copies, sides, image_fit or "cover")
+            pictures = [picture for picture in each for _ in range(copies)]
         check_noise(len(texts), generator, latents, (len(texts), self.geometry.channels, length, *size))
         wanted: Sequence[Sequence[Words]]  # the parts of each video's prompt
         if prompt_embeds is None:
@@ -432,6 +449,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             transition_chunks=transition_chunks or 0,
             transition=transition or "linear",
             begun=begun,
+            first=self._first(pictures),
         )
         steps = schedule.steps if isinstance(schedule, FlowSchedule) else [int(t) for t in schedule.timesteps]
         self._interrupt, self._num_timesteps = False, len(plan) * len(steps)
@@ -732,6 +750,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         assert state is not None
         return given, Moment(state, None, None, recent=recent.copy())
 
+    def _first(self, pictures: Sequence[np.ndarray]) -> Tensor | None:
+        """Latents (B, C, 1, h, w) of the pictures (H, W, 3) that clips begin with; None without any."""
+        if not pictures:
+            return None
+        onload(self.vae)
+        return self._vae(1).encode_pictures(pictures)
+
     def _film(
         self, video: FilmLike | None, fps: float, new_frames_only: bool, height: int | None, width: int | None
     ) -> Film | None:
@@ -963,14 +988,14 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return scale
 
     def _schedule(
-        self, steps: int | None, timesteps: Sequence[int] | None, flow_shift: float | None
+        self, steps: int | None, timesteps: Sequence[int] | None, flow_shift: float | None, *, euler: bool = False
     ) -> FlowSchedule | Solver:
         count = self._defaults.steps if steps is None else steps
         shift = self._shift(flow_shift)
         if not self.distilled:
             if timesteps is not None:
                 raise InputError("timesteps: the base model's follow from num_inference_steps and flow_shift")
-            if self.scheduler is None or isinstance(self.scheduler, DPMSolverMultistepScheduler):
+            if not euler and (self.scheduler is None or isinstance(self.scheduler, DPMSolverMultistepScheduler)):
                 return DPMSolver(shift, count, self.scheduler)
             return Euler.shifted(shift, count)
         if timesteps is not None and steps not in (None, sum(step > 0 for step in timesteps)):

@@ -6,7 +6,7 @@ Network and decoder are arguments, as a video's state is: `Engine` holds setting
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
+from longsana.data.pictures import read_picture
 from longsana.data.prompts import Prompt
 from longsana.data.story import Outline, shared_changes
 from longsana.encoders.geometry import geometry
@@ -87,6 +88,7 @@ class Videos:
         their changes of the past are the same.
     transition_chunks, transition: the captions between two parts; see `shown_in` and `blend`.
     begun: the videos go on from here, with the decoder's memory (see `restored`); the distilled model's alone do.
+    first: (B, C, 1, H, W), clean latents of pictures that the base model's clips begin with; see `solve`.
     """
 
     method: FlowSchedule | Solver | Staggered
@@ -101,6 +103,7 @@ class Videos:
     transition_chunks: int = 0
     transition: Way = "linear"
     begun: Moment | None = None
+    first: Tensor | None = None
 
     def recent(self, film_frames: int = 0) -> Recent:
         """Make room for the last chunks that changes of the past reach back to, and take those of the beginning.
@@ -211,7 +214,7 @@ class Engine:
         keys = [("", 0) if sampling.unified_noise else (prompt.text, prompt.repetition) for prompt in prompts]
         seeds = [sampling.seed if prompt.seed is None else prompt.seed for prompt in prompts]
         return Videos(
-            self._method(),
+            self._method(picture=first.image is not None),
             self.plan_of(first, goes_on=begun is not None),
             (self.geometry.channels, *self.geometry.latent_size(first.height, first.width)),
             PromptNoise(seeds, keys),
@@ -239,24 +242,38 @@ class Engine:
         wanted: Callable[[int], bool] = never,
     ) -> Iterator[Frames]:
         """Frames of the prompts' videos, of one size and length, as the config says; see the function `sample`."""
+        videos, clock = self.videos(prompts, begun, outlines), clock or Clock(self.device)
+        if prompts[0].image is not None:
+            with clock.part("encode"):
+                videos = replace(videos, first=self.first_of(decoder, prompts))
         return sample(
             network,
             decoder,
             captions,
-            self.videos(prompts, begun, outlines),
+            videos,
             frames_per_call=self.config.sampling.chunk_frames,
             clock=clock,
             to_the_end=to_the_end,
             wanted=wanted,
         )
 
-    def _method(self) -> FlowSchedule | Solver | Staggered:
+    def first_of(self, decoder: VideoVAE, prompts: Sequence[Prompt]) -> Tensor:
+        """Latents (B, C, 1, h, w), float32, of the pictures that the prompts' videos begin with."""
+        pictures = [
+            read_picture(prompt.image, prompt.height, prompt.width, self.config.sampling.image_fit)
+            for prompt in prompts
+            if prompt.image is not None
+        ]
+        return decoder.encode_pictures(pictures)
+
+    def _method(self, *, picture: bool = False) -> FlowSchedule | Solver | Staggered:
+        """Read how videos are sampled; a clip with a picture first takes Euler's steps, as the published task does."""
         scheduler = self.config.scheduler
         shift, steps = scheduler.inference_flow_shift, scheduler.num_inference_steps
         if scheduler.sampling_algo == DISTILLED:
             return FlowSchedule.from_config(scheduler)
         if scheduler.sampling_algo in WHOLE_CLIP:
-            return (DPMSolver if scheduler.sampling_algo == DPM else Euler.shifted)(shift, steps)
+            return (DPMSolver if scheduler.sampling_algo == DPM and not picture else Euler.shifted)(shift, steps)
         return Staggered(tuple(euler_sigmas(shift, steps).tolist()), scheduler.interval_k)
 
 
@@ -410,6 +427,7 @@ def sample_latents(
         solver=method,
         cfg_scale=videos.cfg_scale,
         noise=videos.noise.draw(0, 0, (channels, plan.frames, *size), videos.device),
+        first=videos.first,
         clock=clock,
         on_step=on_step,
     )

@@ -175,16 +175,18 @@ def sample_clip(
     solver: Solver,
     cfg_scale: float | Callable[[], float],
     noise: Tensor,
+    first: Tensor | None = None,
     clock: Clock | None = None,
     on_step: StepEnd = go_on,
 ) -> Iterator[Chunk]:
     """A whole clip at once with many steps and classifier-free guidance: the bidirectional base model.
 
-    captions: the caption, and with guidance the negative one. noise: (B, C, T, H, W).
+    captions: the caption, and with guidance the negative one. noise: (B, C, T, H, W). first: see `solve`.
     """
     clock = clock or Clock(noise.device)
     with clock.part("denoise"):
-        for x in solve(model, captions, solver=solver, cfg_scale=cfg_scale, noise=noise, on_step=on_step):
+        path = solve(model, captions, solver=solver, cfg_scale=cfg_scale, noise=noise, first=first, on_step=on_step)
+        for x in path:
             clean = x
     yield Chunk(0, 0, clean, None)
 
@@ -307,6 +309,7 @@ def solve(
     solver: Solver,
     cfg_scale: float | Callable[[], float],
     noise: Tensor,
+    first: Tensor | None = None,
     states: Sequence[CausalState | None] | None = None,
     on_step: StepEnd = go_on,
 ) -> Iterator[Tensor]:
@@ -316,17 +319,28 @@ def solve(
         captions: the caption, and with guidance the negative one; without it cfg_scale is not used.
         cfg_scale: may be asked for at each step.
         noise: (B, C, T, H, W).
+        first: (B, C, 1, H, W), the clean first latent, of a picture: it stands in the noise's place before every step
+            and after it, and its timestep is 0; None: the first latent is sampled as the others are.
         states: what each caption has absorbed of the video so far; None is nothing.
         on_step: is shown x after every step.
     """
     states = states or [None] * len(captions)
-    x = noise
+    x = begun_with(first, noise)
     yield x
     for step, t in enumerate(solver.timesteps):
         scale = cfg_scale() if callable(cfg_scale) else cfg_scale
-        velocity = guided_velocity(model, x, timestep(t, x), captions, states, scale)
-        x = on_step(step, solver.step(step, velocity, x))
+        times = timestep(t, x)
+        if first is not None:
+            times = times[:, None].repeat(1, x.shape[2])
+            times[:, 0] = 0
+        velocity = guided_velocity(model, x, times, captions, states, scale)
+        x = begun_with(first, on_step(step, solver.step(step, velocity, x)))
         yield x
+
+
+def begun_with(first: Tensor | None, x: Tensor) -> Tensor:
+    """x (B, C, T, H, W) with the latents `first` (B, C, 1, H, W) at its beginning; as it is where there are none."""
+    return x if first is None else torch.cat([first, x[:, :, 1:]], dim=2)
 
 
 def guided_velocity(

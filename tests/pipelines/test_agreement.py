@@ -7,8 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from longsana.config import InferenceConfig
@@ -194,6 +196,59 @@ def test_base_is_that_of_diffusers(
     peer = theirs(negative_prompt=None, use_resolution_binning=False, **call).frames
     torch.testing.assert_close(own, peer, rtol=1e-3, atol=1e-3 * peer.abs().max().item())
     assert own.std() > 0.1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_picture_first_is_that_of_diffusers(
+    loaded_base: LongSanaVideoPipeline, base_folder: Path, guidance: float
+) -> None:
+    """With the same weights, embeddings, picture and noise, within 1e-4; the picture's latent is there to the bit."""
+    import diffusers
+
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
+    picture = Image.fromarray(pixels).resize((64, 32))  # of the video's size: diffusers stretches others
+    theirs = diffusers.SanaImageToVideoPipeline(
+        tokenizer=loaded_base.tokenizer,
+        text_encoder=loaded_base.text_encoder,
+        vae=loaded_base.vae,
+        transformer=diffusers.SanaVideoTransformer3DModel.from_pretrained(base_folder / "transformer"),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0),
+    )
+    theirs.set_progress_bar_config(disable=True)
+
+    # Timesteps are fractions, which it embeds and no checkpoint was trained on.
+    def whole(_: Any, arguments: Any, named: dict[str, Any]) -> Any:
+        return arguments, named | {"timestep": named["timestep"].float().floor()}
+
+    theirs.transformer.register_forward_pre_hook(whole, with_kwargs=True)
+    embeds, mask, away, away_mask = loaded_base.encode_prompt(
+        PROMPT, do_classifier_free_guidance=True, negative_prompt=OTHER
+    )
+    assert away is not None and away_mask is not None
+    call: dict[str, Any] = {
+        "image": picture,
+        "prompt_embeds": embeds,
+        "prompt_attention_mask": mask,
+        "negative_prompt_embeds": away,
+        "negative_prompt_attention_mask": away_mask,
+        "latents": torch.randn(1, 16, 5, 4, 8, generator=seed()),
+        "num_inference_steps": 20,
+        "guidance_scale": guidance,
+        "height": 32,
+        "width": 64,
+        "frames": 17,
+        "output_type": "latent",
+    }
+    unheard = () if guidance > 1 else ("negative_prompt_embeds", "negative_prompt_attention_mask")
+    own = loaded_base(**{name: value for name, value in call.items() if name not in unheard}).frames
+    call |= {"prompt_attention_mask": mask.long(), "negative_prompt_attention_mask": away_mask.long()}
+    peer = theirs(negative_prompt=None, use_resolution_binning=False, **call).frames
+    torch.testing.assert_close(own, peer, rtol=0, atol=1e-4 * peer.abs().max().item())
+    assert own.std() > 0.1
+    vae = loaded_base._vae(1)
+    assert torch.equal(own[:, :, :1], vae.encode_pictures([np.asarray(picture)]))
+    without = loaded_base(**{name: value for name, value in call.items() if name not in (*unheard, "image")}).frames
+    assert not torch.equal(without[:, :, 1:], own[:, :, 1:])
 
 
 def test_720p(tmp_path: Path) -> None:

@@ -135,6 +135,48 @@ def test_the_command_does_not_go_on_within_a_transition(loaded: LongSanaVideoPip
     assert placed.changes == {2: Change("rebuild", 2)} and first.state.plan == (2, 2, 2, 2)
 
 
+def test_a_picture_first_in_all_its_forms(loaded_base: LongSanaVideoPipeline, tmp_path: Path) -> None:
+    """Of the base model; one for all, or one for each, whatever stands beside it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    call: dict[str, Any] = {"num_frames": 9, "num_inference_steps": 2, "output_type": "latent", **SIZE}
+
+    def made(image: Any, prompt: Any = PROMPT, **more: Any) -> torch.Tensor:
+        frames: torch.Tensor = loaded_base(prompt, image=image, generator=seed(), **call, **more).frames
+        return frames
+
+    one = made(pixels)
+    assert torch.equal(made(tmp_path / "a.png"), one) and torch.equal(made(str(tmp_path / "a.png")), one)
+    assert torch.equal(made(Image.fromarray(pixels)), one)
+    stretched = made(pixels, image_fit="stretch")
+    assert not torch.equal(stretched[:, :, :1], one[:, :, :1])
+    both = made([pixels, 255 - pixels], [PROMPT, OTHER])
+    assert torch.equal(both[:1, :, :1], one[:, :, :1]) and not torch.equal(both[1:, :, :1], one[:, :, :1])
+    assert torch.equal(made(pixels, [PROMPT, OTHER])[1:, :, :1], one[:, :, :1])
+
+
+def test_pictures_that_nothing_can_begin_with(
+    loaded: LongSanaVideoPipeline, loaded_base: LongSanaVideoPipeline, tmp_path: Path
+) -> None:
+    grey = np.zeros((8, 8), np.uint8)
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (loaded, {"image": Image.new("RGB", (8, 8))}, "image: for the base model; LongSANA goes on from a picture"),
+        (loaded_base, {"image": grey}, r"image: an array of uint8 and shape \(8, 8\); must be uint8 \(H, W, 3\)"),
+        (loaded_base, {"image": 3}, "image: a int; must be the path of a picture"),
+        (loaded_base, {"image": [tmp_path / "a", tmp_path / "b"]}, "image: 2 for 1 prompts; give one for all"),
+        (loaded_base, {"image": tmp_path / "none.png"}, "image: .*none.png: no such picture"),
+        (loaded_base, {"image": Image.new("RGB", (0, 8))}, "image: a picture of 8x0, which shows nothing"),
+        (loaded_base, {"image_fit": "cover"}, "image_fit: has no meaning without image"),
+        (loaded_base, {"image": grey, "image_fit": "crop"}, "image_fit=crop: must be one of cover, stretch"),
+    ]
+    for pipe, arguments, message in cases:
+        generator = seed()
+        before = generator.get_state()
+        with pytest.raises(InputError, match=message) as caught:
+            pipe(PROMPT, generator=generator, **SIZE, **arguments)
+        assert "\n" not in str(caught.value) and torch.equal(generator.get_state(), before)
+
+
 def test_a_picture_in_memory_lies_as_its_file_does(loaded: LongSanaVideoPipeline, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     picture, exif = Image.fromarray(pixels), Image.Exif()

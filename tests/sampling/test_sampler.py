@@ -326,6 +326,33 @@ def test_noise_is_standard_normal():
 # The sampler of many steps --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cfg_scale", [1.0, 6.0])
+def test_a_clip_that_begins_with_a_picture(model, random_text, cfg_scale):
+    """By hand: its latent is there in every step, seen at timestep 0, and the others take Euler's steps."""
+    captions, network, solver = [random_text(2), random_text(2, seed=8)], Recorder(model), Euler.shifted(8.0, 4)
+    captions, noise = captions[: 1 if cfg_scale == 1 else 2], draw()
+    first = torch.randn(2, noise.shape[1], 1, *noise.shape[3:], generator=torch.Generator().manual_seed(3))
+    (chunk,) = sample_clip(network, captions, solver=solver, cfg_scale=cfg_scale, noise=noise, first=first)
+    x = torch.cat([first, noise[:, :, 1:]], dim=2)
+    with torch.no_grad():
+        for step, t in enumerate(solver.timesteps):
+            times = torch.full((2, noise.shape[2]), t)
+            times[:, 0] = 0
+            velocity, *away = (model(x, times, text)[0].float() for text in captions)
+            velocity = velocity if not away else away[0] + cfg_scale * (velocity - away[0])
+            x = torch.cat([first, solver.step(step, velocity, x)[:, :, 1:]], dim=2)
+    assert torch.equal(chunk.latents, x) and torch.equal(chunk.latents[:, :, :1], first)
+    for call in network.calls:
+        assert call.t.shape == (2, noise.shape[2]) and not call.t[:, 0].any() and (call.t[:, 1:] == call.t[0, 1]).all()
+    changed = []
+    path = solve(
+        model, captions, solver=solver, cfg_scale=cfg_scale, noise=noise, first=first, on_step=lambda step, x: 0 * x
+    )
+    for x in path:
+        changed.append(torch.equal(x[:, :, :1], first))
+    assert all(changed) and len(changed) == 5, "whatever a callback makes of it"
+
+
 @pytest.mark.parametrize("name", ["flow_euler", "flow_dpm-solver"])
 @pytest.mark.parametrize("shift", [3.0, 8.0])
 @pytest.mark.parametrize("cfg_scale", [1.0, 6.0])
