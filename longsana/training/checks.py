@@ -81,6 +81,11 @@ def check_training(config: TrainingConfig) -> None:
             "become the empty prompt, so sampling must be guided away from that; set sampling.negative_prompt='' or "
             "sampling.null_caption=learned"
         )
+    if flow.image_probability > 0 and config.rollout.num_training_frames == 1:
+        raise InputError(
+            f"flow_matching.image_probability={flow.image_probability}: a clip of one latent is its picture, and "
+            "nothing is left to learn; make rollout.num_training_frames=1 at least 2"
+        )
     if trainer == "longsana":
         _check_streams(config)
 

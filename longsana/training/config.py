@@ -39,6 +39,8 @@ class FlowMatchingConfig:
     chunk_sampling_strategy: Literal["uniform", "incremental"] = "incremental"
     same_timestep_prob: float = bounded(0.0, 0, 1)  # causal: share of clips with one timestep for all chunks
     class_dropout_prob: float = bounded(0.1, 0, 1)  # share of captions that are dropped
+    # Share of updates in which latent 0 of every clip is given clean, as its first picture, and has no loss
+    image_probability: float = bounded(0.0, 0, 1)
     # What a dropped caption becomes: the checkpoint's null tokens under the caption's own mask, as published, or what
     # sampling.null_caption names, with its mask
     dropped_caption: Literal["masked_null", "null_caption"] = "masked_null"

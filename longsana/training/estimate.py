@@ -19,7 +19,17 @@ from longsana.training.config import TrainingConfig
 from longsana.training.flops import forward_flops
 from longsana.training.learner import compute_dtype, learns_by_muon
 from longsana.training.memory import LiveBytes
-from longsana.training.meta import GPU, PUBLISHED, Encoders, MetaBatch, MetaBuilder, Role, exiting, lengths_of
+from longsana.training.meta import (
+    GPU,
+    PUBLISHED,
+    Encoders,
+    MetaBatch,
+    MetaBuilder,
+    Role,
+    beginnings_of,
+    exiting,
+    lengths_of,
+)
 from longsana.training.stages.stage import Stage
 from longsana.weights.build import empty_model, resolve_dtype
 
@@ -178,7 +188,12 @@ def measure_update(
     config, encoders = exiting(lengths_of(config)[-1], 0), encoders or PUBLISHED[config.vae.vae_type]
     measure = partial(_measure, role=role, processes=processes, accumulates=accumulates, encoders=encoders)
     stretches = range(2 if config.trainer == "longsana" else 1)
-    found = [phase for before in stretches for phase in _extrapolated(config, partial(measure, before=before))]
+    found = [
+        phase
+        for drawn in beginnings_of(config)
+        for before in stretches
+        for phase in _extrapolated(drawn, partial(measure, before=before))
+    ]
     return max(found, key=lambda update: update.activations + update.gradients)
 
 

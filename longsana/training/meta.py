@@ -122,6 +122,13 @@ def lengths_of(config: TrainingConfig) -> list[TrainingConfig]:
     ]
 
 
+def beginnings_of(config: TrainingConfig) -> list[TrainingConfig]:
+    """The config with each beginning of clips that it draws: noise in all updates, or a picture in all of them."""
+    flow = config.flow_matching
+    drawn = {0.0} if flow.image_probability == 0 else {1.0} if flow.image_probability == 1 else {0.0, 1.0}
+    return [replace(config, flow_matching=replace(flow, image_probability=share)) for share in sorted(drawn)]
+
+
 def exiting(config: TrainingConfig, step: int) -> TrainingConfig:
     """The config with this exit step for every chunk: that of a student which has no further steps."""
     steps = FlowSchedule.from_config(config.scheduler).steps[: step + 1]

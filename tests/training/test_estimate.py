@@ -256,6 +256,17 @@ def test_every_stage_has_an_estimate(training_config: Any) -> None:
     assert flow.streams == ode.teacher == 0 < longsana.streams
 
 
+def test_a_picture_first_is_in_the_estimate(training_config: Any) -> None:
+    """The fuller of both kinds of updates where both are drawn, whatever the first one of the run is."""
+    found = {
+        share: measure_update(training_config("flow_matching", f"flow_matching.image_probability={share}"), "generator")
+        for share in (0.0, 0.001, 0.999, 1.0)
+    }
+    without, few, many, all_of_them = found.values()
+    assert few == many == max(without, all_of_them, key=lambda update: update.activations + update.gradients)
+    assert all_of_them.activations == pytest.approx(without.activations, rel=0.1)
+
+
 @pytest.mark.slow
 def test_learned_factors_are_in_the_estimate(training_config: Any) -> None:
     """A number for each block and head of the generator, and what chunks keep for the gradients of these."""

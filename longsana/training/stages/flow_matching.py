@@ -20,6 +20,7 @@ class FlowMatching(Stage):
     """One learner, on clips of latents with captions, some of which are dropped for the null caption.
 
     Bidirectional: a clip is one chunk with one timestep. Causal: a timestep a chunk, and no chunk sees a later one.
+    With probability `image_probability` clips begin with a picture: latent 0 is clean, has timestep 0 and no loss.
     null: (1, L, C), what a dropped caption becomes; with `dropped_caption: masked_null` under the caption's own mask.
     """
 
@@ -45,13 +46,28 @@ class FlowMatching(Stage):
         x0 = latents.to(micro_batch.device, torch.float32)
         text = self._drop(self.embed(prompts), micro_batch)
         t = self._timesteps(len(prompts), micro_batch.rng("t"))
-        t = t.repeat_interleave(torch.tensor(self.plan.lengths, dtype=torch.int64, device="cpu"), dim=1).to(
-            micro_batch.device
-        )
+        t = t.repeat_interleave(torch.tensor(self.plan.lengths, dtype=torch.int64, device="cpu"), dim=1)
+        pinned = self._picture_first(micro_batch)
+        if pinned:
+            t[:, 0] = 0
+        t = t.to(micro_batch.device)
         noise = micro_batch.normal("noise", x0.shape)
-        velocity, _ = self.generator(self.schedule.add_noise(x0, noise, t), t, text, plan=self.plan)
+        x = self.schedule.add_noise(x0, noise, t)
+        if pinned:
+            x[:, :, 0] = x0[:, :, 0]  # at t = 0 the schedule has a least sigma, which is not 0
+        velocity, _ = self.generator(x, t, text, plan=self.plan)
+        if pinned:
+            velocity, x0, noise = (video[:, :, 1:] for video in (velocity, x0, noise))
         loss = flow_loss(velocity, x0, noise)
         return Loss(loss, {"generator_loss": loss.detach()})
+
+    def _picture_first(self, micro_batch: MicroBatch) -> bool:
+        """Draw whether the clips of this update begin with a picture.
+
+        All micro-batches share the draw, so that in each of them the loss is a mean over as many frames.
+        """
+        drawn = torch.rand((), generator=micro_batch.shared_rng("image"), dtype=torch.float64, device="cpu")
+        return float(drawn) < self.settings.image_probability
 
     def _timesteps(self, batch: int, rng: torch.Generator) -> Tensor:
         """(B, chunks)."""

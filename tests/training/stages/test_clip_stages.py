@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,6 +100,74 @@ def test_one_timestep_for_all_chunks(build):
     for step in range(4):
         stage.loss(micro_batch(step, 4))
     assert all((call.t == call.t[:, :1]).all() for call in stage.generator.calls)
+
+
+def pinning(share: float) -> str:
+    return f"flow_matching.image_probability={share}"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_picture_first_is_clean_and_has_no_loss(build, causal):
+    """By hand: latent 0 as it is, at t = 0; all others as without it; the mean is over the others alone."""
+    own = ["flow_matching.causal=true"] if causal else []
+    stage, plain = (build("flow_matching", pinning(share), *own) for share in (1.0, 0.0))
+    now = micro_batch(3, 4)
+    loss = stage.loss(now)
+    plain.loss(now)
+    (call,), (without,) = stage.generator.calls, plain.generator.calls
+    x0 = torch.stack([stage.clips[stage.order[i]].latents for i in now.samples])
+    assert call.t.shape == (4, 5) and (call.t[:, 0] == 0).all() and (call.t[:, 1:] > 0).all()
+    assert torch.equal(call.x[:, :, 0], x0[:, :, 0])
+    assert torch.equal(call.t[:, 1:], without.t[:, 1:]) and torch.equal(call.x[:, :, 1:], without.x[:, :, 1:])
+    assert torch.equal(call.text.tokens, without.text.tokens)
+    assert call.plan == without.plan
+    error = call.velocity - (now.normal("noise", x0.shape) - x0)
+    expected = error[:, :, 1:].double().square().sum() / (4 * CHANNELS * 4 * HEIGHT * WIDTH)
+    assert float(loss.value.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+class OtherNoise(MicroBatch):
+    """A micro-batch whose latent 0 has other noise, and so another target."""
+
+    def normal(self, name: str, shape: Sequence[int]) -> Tensor:
+        noise = super().normal(name, shape)
+        noise[:, :, 0] += 1
+        return noise
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_nothing_is_learned_of_the_picture_itself(build, share):
+    """Its target changes neither loss nor gradients. The picture itself changes both."""
+    stage = build("flow_matching", pinning(share))
+
+    def learn(now: MicroBatch) -> list[Tensor]:
+        weights = [weight for weight in stage.generator.parameters() if weight.requires_grad]
+        loss = stage.loss(now).value
+        return [loss.detach(), *torch.autograd.grad(loss, weights, materialize_grads=True)]
+
+    now = micro_batch(0, 2)
+    before, other = learn(now), learn(OtherNoise(**vars(now)))
+    assert all(map(torch.equal, before, other)) == (share == 1)
+    latents, prompts = stage.clips.batch([stage.order[number] for number in now.samples])
+    latents = latents.clone()
+    latents[:, :, 0] += 1
+    stage.clips = SimpleNamespace(batch=lambda indices: (latents, prompts))
+    assert not torch.equal(before[0], learn(now)[0])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_pictures_come_first_in_a_share_of_updates(build, share):
+    """All micro-batches of an update agree, so that processes count as many frames."""
+    stage = build("flow_matching", pinning(share))
+    stage.generator = lambda x, t, text, plan: seen.append((t == 0).any(1)) or (torch.zeros_like(x), None)
+    pinned = 0
+    for step in range(200):
+        seen: list[Tensor] = []
+        for index in range(2):
+            stage.loss(replace(micro_batch(step, 2), index=index))
+        assert len({*torch.cat(seen).tolist()}) == 1
+        pinned += bool(seen[0].all())
+    assert pinned == pytest.approx(200 * share, abs=4 * (200 * share * (1 - share)) ** 0.5)
 
 
 @pytest.mark.parametrize("becomes", ["masked_null", "null_caption"])
