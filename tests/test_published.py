@@ -656,6 +656,22 @@ def test_a_causal_base_trains_causally(attention: str, causal: bool, tmp_path: P
     assert (flow.causal, flow.chunk_sampling_strategy) == (causal, "uniform")
 
 
+def test_a_base_trains_with_a_picture_first(tmp_path: Path) -> None:
+    """A key of its training alone: it changes nothing elsewhere, and noise on the picture is refused by name."""
+    theirs = write(tmp_path / "theirs.yaml", changed("chunk", train__ltx_image_condition_prob=0.9))
+    own = write(tmp_path / "own.yaml", {"base": "theirs.yaml", "trainer": "flow_matching", "data": {"data_path": "a"}})
+    config = load_config(own, (), TrainingConfig)
+    check_training(config)
+    assert config.flow_matching.image_probability == 0.9
+    half = load_config(own, ["train.ltx_image_condition_prob=0.5"], TrainingConfig)
+    assert half.flow_matching == dataclasses.replace(config.flow_matching, image_probability=0.5)
+    load_config(theirs)
+    for noise in ("0", "0.0", "null"):
+        load_config(own, [f"train.noise_multiplier={noise}"], TrainingConfig)
+    with pytest.raises(InputError, match=r"train\.noise_multiplier=0\.1: a picture first is clean"):
+        load_config(own, ["train.noise_multiplier=0.1"], TrainingConfig)
+
+
 def test_float32_in_a_base_yaml_is_float32_in_training(tmp_path: Path) -> None:
     write(tmp_path / "theirs.yaml", changed("base", model__mixed_precision="fp32"))
     own = {"base": "theirs.yaml", "trainer": "flow_matching", "data": {"data_path": "clips"}}
