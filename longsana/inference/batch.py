@@ -364,7 +364,7 @@ class _Share:
                 for older in set(states_of(job.path)) - states:
                     older.unlink()
             # All that takes time, before: who finds a video without its sidecar makes it again.
-            told = {
+            told: dict[str, Any] = {
                 "batch": len(batch),
                 "memory": _memory(engine.device),
                 "machine": _machine(engine.device, self.world),
@@ -381,17 +381,18 @@ class _Share:
             "wall": wall,
             "fps": sum(writer.frames for writer in writers) / wall,
         }
+        told["timings"] = {name: round(seconds, 4) for name, seconds in timings.items()}
         for job, writer, digest in zip(batch, writers, digests, strict=True):
-            record = job.record | {
-                "bytes": writer.size,
-                "latents_sha256": digest.hexdigest(),
-                **({"states": [path.name for path in states_of(job.path)]} if self.beginning.saves != NONE else {}),
-                "timings": {name: round(seconds, 4) for name, seconds in timings.items()},
-                **told,
-            }
-            atomic_write_text(job.path.with_suffix(".json"), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-            self.written += 1
+            self._tell(job, told | {"bytes": writer.size, "latents_sha256": digest.hexdigest()})
             log.info("%s: %d frames in %.1f s, %.1f FPS", job.path, writer.frames, wall, timings["fps"])
+
+    def _tell(self, job: Job, told: dict[str, Any]) -> None:
+        """Write the sidecar of a finished video."""
+        if self.beginning.saves != NONE:
+            told["states"] = [path.name for path in states_of(job.path)]
+        text = json.dumps(job.record | told, indent=2, ensure_ascii=False)
+        atomic_write_text(job.path.with_suffix(".json"), text + "\n")
+        self.written += 1
 
     def _save(self, batch: Sequence[Job], chunk: int, after: Moment, plan: ChunkPlan) -> set[Path]:
         """Write the states after a chunk, from 0, of the plan; returns their files."""

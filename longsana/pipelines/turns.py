@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from longsana.chunks import ChunkPlan
 from longsana.data.story import Change, Mark, Outline, check_lengths, read_part
@@ -101,6 +101,12 @@ class Told(NamedTuple):
     changes: tuple[Change, ...]
     plan: tuple[int, ...]
     done: int
+
+    def said(self, turn: Turn) -> dict[str, Any]:
+        """Say for the state after a turn what its captions were; of a story, whose plan says it, nothing."""
+        if self.plan:
+            return {}
+        return {"words": turn.words, "before": turn.before if turn.faded else "", "faded": turn.faded}
 
 
 Place = Callable[[int, Sequence[Mark], ChunkPlan], Outline]

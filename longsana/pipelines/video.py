@@ -629,75 +629,60 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     ) -> Iterator[LongSanaVideoChunk]:
         """film: that it goes on from."""
         shape, device = (self.geometry.channels, *self.geometry.latent_size(*size)), self._execution_device
-        known, text, vae, past = None, None, None, uncompiled(self.transformer).network.past
+        known, text, past = None, None, uncompiled(self.transformer).network.past
         turns, begun = told.turns, ("", 0) if state is None else (state.prompt, state.repetition)
-        sizes = [kept.latents.shape[2] for kept in state.recent.chunks] if state is not None else []
-        longest = max([shown.chunk_frames + 1, *sizes, *(lengths if isinstance(lengths, tuple) else ())])
-        recent, last, hidden, cache = Recent(told.changes, longest), None, 0, None
-        self._interrupt = False
+        recent, self._interrupt = self._room(told, lengths, state, shown.chunk_frames), False
+        where: dict[str, Any] = {"shape": shape, "device": device, "on_step": _Watch(self, schedule.steps)}
+        sample: Any = partial(generate, self._passes, schedule, recent=recent, **where)
         try:
             if film is not None:
                 first = next(turns)
                 turns = chain([first], turns)
-                begins = Continuation(self._nothing(size), None, seed, first.prompt, size, plan=told.plan, past=past)
-                begins = begins._replace(words="" if told.plan else first.words, telling=telling)
+                said = {"plan": told.plan, "past": past, "telling": telling, **told.said(first)}
+                begins = Continuation(self._nothing(size), None, seed, first.prompt, size, **said)
                 state = yield from self._absorbed(film, begins, caption(first), recent, shown)
-            memory: CausalState | None = None
-            if state is not None:
-                memory, cache, last, hidden, held = state.moment
-                if film is None:
-                    recent.take(held)
+            showing = _Showing(self, shown, state)
+            memory = None if state is None else state.network
             following = chain(islice(lengths, 1, None), [0]) if isinstance(lengths, tuple) else repeat(1)
-            for count, (length, more, turn) in enumerate(zip(lengths, following, turns, strict=False), 1):
+            for count, (length, more, turn) in enumerate(zip(lengths, following, turns, strict=False), told.done + 1):
                 if known != (turn.before, turn.words, turn.share):
                     known = turn.before, turn.words, turn.share
                     text = self._passes.cache_caption(stacked([caption(turn)], device))
-                assert text is not None
                 repetition = begun[1] if turn.prompt == begun[0] else 0
-                where: dict[str, Any] = {"shape": shape, "device": device, "on_step": _Watch(self, schedule.steps)}
-                where |= {"rng": PromptNoise(seed, [(turn.prompt, repetition)]), "recent": recent}
-                changes = {0: turn.change}
-                (chunk,) = generate(
-                    self._passes, schedule, [text], ChunkPlan((length,)), state=memory, changes=changes, **where
-                )
+                noise, changes = PromptNoise(seed, [(turn.prompt, repetition)]), {0: turn.change}
+                (chunk,) = sample([text], ChunkPlan((length,)), rng=noise, state=memory, changes=changes)
                 memory = chunk.state
-                frames: Any = chunk.latents
-                assert memory is not None
-                if shown.output_type == "latent":
-                    require_finite("chunk", {"latents": frames})
-                else:
-                    onload(self.vae)
-                    vae = vae or self._vae(shown.latents_per_call)
-                    if cache is None and state is not None:
-                        before = restored(state.moment, vae)
-                        cache, hidden = before.decoder, before.waiting
-                    frames, cache, hidden = self._pictures(
-                        vae, [chunk.latents], cache, *shown[:2], more=more > 0, hidden=hidden
-                    )
-                last = latest(last, chunk.latents)
+                frames = showing(chunk.latents, more=more > 0)
                 after = Continuation(
                     memory,
-                    cache,
+                    showing.cache,
                     seed,
                     turn.prompt,
                     size,
-                    last,
+                    showing.last,
                     repetition,
-                    told.done + count,
+                    count,
                     told.plan,
-                    hidden,
+                    showing.hidden,
                     past=past,
                     recent=recent.copy() if turn.later else Held(),
-                    words="" if told.plan else turn.words,
-                    before=turn.before if turn.faded else "",
-                    faded=turn.faded,
                     telling=telling,
+                    **told.said(turn),
                 )
                 yield LongSanaVideoChunk(frames, after)
         except Interrupted:
             return
         finally:
             self.maybe_free_model_hooks()
+
+    def _room(self, told: Told, lengths: Iterable[int], state: Continuation | None, chunk_frames: int) -> Recent:
+        """Make room for the last chunks that a stream's changes reach back to, and take those of its state."""
+        held = Held() if state is None else state.recent
+        sizes = [kept.latents.shape[2] for kept in held.chunks]
+        recent = Recent(told.changes, max([chunk_frames + 1, *sizes, *(lengths if isinstance(lengths, tuple) else ())]))
+        if state is not None:
+            recent.take(held)
+        return recent
 
     def _nothing(self, size: tuple[int, int]) -> CausalState:
         """The network's state before the first frame of a video of this size."""
@@ -1153,6 +1138,37 @@ class _Passes(NamedTuple):
         assert plan is None, "chunks come one by one"
         velocity, after = self.transformer(x, text, t, state=state, return_dict=False)
         return velocity, after
+
+
+class _Showing:
+    """Shows a stream's chunks, as latents or decoded, and keeps what the next one needs.
+
+    cache: what the decoder remembers. last: the last latents. hidden: frames to come that are not shown.
+    """
+
+    def __init__(self, pipe: LongSanaVideoPipeline, shown: _Shown, state: Continuation | None) -> None:
+        self._pipe, self._shown, self._state = pipe, shown, state
+        self._vae: VideoVAE | None = None
+        self.cache: DecodeCache | None = None if state is None else state.decoder
+        self.last: Tensor | None = None if state is None else state.latents
+        self.hidden = 0 if state is None else state.waiting
+
+    def __call__(self, latents: Tensor, *, more: bool) -> Any:
+        """The next chunk's frames, of latents (1, C, T, h, w), as `LongSanaVideoOutput` has them. more: of chunks to
+        come."""
+        self.last = latest(self.last, latents)
+        if self._shown.output_type == "latent":
+            require_finite("chunk", {"latents": latents})
+            return latents
+        onload(self._pipe.vae)
+        self._vae = self._vae or self._pipe._vae(self._shown.latents_per_call)
+        if self.cache is None and self._state is not None:
+            before = restored(self._state.moment, self._vae)
+            self.cache, self.hidden = before.decoder, before.waiting
+        frames, self.cache, self.hidden = self._pipe._pictures(
+            self._vae, [latents], self.cache, *self._shown[:2], more=more, hidden=self.hidden
+        )
+        return frames
 
 
 class _Watch:

@@ -121,21 +121,18 @@ def generate(
     absorb_last: bool = True,
     noisy_absorb: bool = False,
 ) -> Iterator[Chunk]:
-    """Chunk after chunk of a video; nothing here grows with its length.
+    """Chunk after chunk of a video, in inference, streams and the rollouts of training; nothing grows with its length.
 
-    Inference, streams and the rollouts of training are this one loop. The last four arguments are training's.
+    The last four arguments are training's.
 
     Args:
-        texts: the caption of each chunk.
-        shape: (C, H, W) of a latent frame.
+        texts: the caption of each chunk. shape: (C, H, W) of a latent frame.
         state: continues the video this state has absorbed.
         changes: of the past, by the chunk of the plan before which each happens.
         recent: holds the video's last chunks, and what was held of those before this plan's; None: what `changes` need.
-        clock: is told the time of the parts "denoise" and "absorb".
-        on_step: see `denoise_chunk`.
+        clock: is told the time of the parts "denoise" and "absorb". on_step: see `denoise_chunk`.
         exits: index of the step at which each chunk ends; None: all take all steps. See `denoise_chunk`.
-        learned_from: chunks that end after this frame of the plan have a graph, of their exit step; None: none has.
-            States never have one.
+        learned_from: chunks, not states, that end after this frame of the plan have a graph, of their exit step.
         absorb_last: False: the state of the last chunk is the one before it, for a video that nobody goes on with.
         noisy_absorb: absorb chunks with noise of the table's least sigma, 0.007, as published training did.
     """

@@ -139,13 +139,6 @@ def estimate(
     learners: tuple[Role, ...] = ("generator", "critic") if distilled else ("generator",)
     kept = {name: sum(kept_values(p, sharers) for p in model.parameters()) for name, model in networks.items()}
     trained = FLOAT * sum(kept[role] for role in learners)
-    # Muon keeps one moment, AdamW two.
-    by_muon = FLOAT * sum(
-        kept_values(weight, sharers)
-        for role in learners
-        for name, weight in networks[role].named_parameters()
-        if learns_by_muon(getattr(config.optimizer, role), name, weight)
-    )
     compute = compute_dtype(config).itemsize
     block = max(_count(model.blocks[0]) for model in networks.values())
     state = networks["generator"].to(compute_dtype(config)).empty_state(train.batch_size, *clip_shape(config)[2:])
@@ -157,7 +150,7 @@ def estimate(
         parameters={name: _count(model) for name, model in networks.items()},
         state=_bytes(state[:3]),  # its own nbytes asks where the storages lie
         weights=trained,
-        moments=2 * trained - by_muon,
+        moments=2 * trained - FLOAT * sum(_kept_by_muon(config, role, networks[role], sharers) for role in learners),
         average=FLOAT * kept["generator"] if train.ema_weight > 0 else 0,
         teacher=resolve_dtype(config.real_score.dtype, GPU).itemsize * kept["teacher"] if distilled else 0,
         text_encoder=resolve_dtype(config.text_encoder.dtype, GPU).itemsize * encoders.text_parameters
@@ -169,6 +162,13 @@ def estimate(
         reduced=block * (compute + FLOAT),
         updates=updates,
     )
+
+
+def _kept_by_muon(config: TrainingConfig, role: Role, network: LongSanaDiT, sharers: int) -> int:
+    """Numbers of the fullest process in weights that Muon steps, which keeps one moment where AdamW keeps two."""
+    settings = getattr(config.optimizer, role)
+    own = (weight for name, weight in network.named_parameters() if learns_by_muon(settings, name, weight))
+    return sum(kept_values(weight, sharers) for weight in own)
 
 
 def measure_update(
