@@ -175,6 +175,7 @@ SAMPLERS = {
     "self_forcing_flow_euler": DISTILLED,  # its name in the trainers
     "flow_dpm-solver": "flow_dpm-solver",
     "flow_euler": "flow_euler",
+    "flow_euler_ltx": "flow_euler",  # with a picture first, which a prompt says here
     "chunk_flow_euler": "chunk_flow_euler",
 }
 DTYPES = {
@@ -231,9 +232,15 @@ def sampler(key: str, value: Any, context: Context) -> Settings:
     if value is None:
         return {}
     if not isinstance(value, str) or value not in SAMPLERS:
-        picture = "it begins with a picture, and here is text to video only; " if value == "flow_euler_ltx" else ""
-        raise Refused(f"{picture}the samplers here are {', '.join(sorted(set(SAMPLERS.values())))}")
-    return _sampler_settings(SAMPLERS[value], context)
+        raise Refused(f"the samplers here are {', '.join(sorted(set(SAMPLERS.values())))}")
+    return _sampler_settings("flow_euler" if context.get("task") == "ltx" else SAMPLERS[value], context)
+
+
+def task(key: str, value: Any, context: Context) -> Settings:
+    """The key task: t2v, or ltx, which is Euler's sampler whatever else is said; pictures are named by prompts."""
+    if value not in (None, "t2v", "ltx"):
+        raise Refused("t2v, or ltx for prompts that name a picture")
+    return _sampler_settings("flow_euler", context) if value == "ltx" else {}
 
 
 def _sampler_settings(name: str, context: Context) -> Settings:
@@ -374,7 +381,7 @@ OF_DATA = (
 """Keys of its sections data and image_data."""
 
 MODEL_YAML: dict[str, Rule] = {
-    "task": only("t2v", instead="text to video only"),
+    "task": task,
     "sampling_algo": sampler,
     "cfg_scale": home("sampling.cfg_scale"),
     "flow_shift": home("scheduler.inference_flow_shift"),

@@ -353,6 +353,8 @@ def changed(kind: str, **changes: Any) -> dict[str, Any]:
         ("base", {"scheduler__inference_flow_shift": ...}, {"scheduler.inference_flow_shift": 3.0}),
         ("base", {"flow_shift": 5.0, "scheduler__inference_flow_shift": ...}, {"scheduler.inference_flow_shift": 5.0}),
         ("base", {"sampling_algo": "flow_euler"}, {"scheduler.sampling_algo": "flow_euler"}),
+        ("base", {"sampling_algo": "flow_euler_ltx"}, {"scheduler.sampling_algo": "flow_euler"}),
+        ("base", {"task": "ltx"}, {"scheduler.sampling_algo": "flow_euler"}),
         ("longsana", {"sampling_algo": "self_forcing_flow_euler"}, {"scheduler.sampling_algo": "longlive_flow_euler"}),
         ("base", {"model__mixed_precision": "fp16"}, {"model.dtype": "float16"}),
         ("base", {"text_encoder__chi_prompt": []}, {"text_encoder.chi_prompt": "none"}),
@@ -443,12 +445,12 @@ def test_what_changes_nothing_is_said_in_one_line(theirs: Path, caplog: pytest.L
 def test_what_cannot_be_honoured_is_said_all_at_once(tmp_path: Path) -> None:
     wrong = changed(
         "base",
-        task="ltx",
+        task="ti2v",
         model__attn_type="flash",
         model__mlp_acts=["relu", "silu", None],
         model__t_kernel_size=5,
         model__qk_norm=False,
-        scheduler__vis_sampler="flow_euler_ltx",
+        scheduler__vis_sampler="flow_heun",
         scheduler__pred_sigma=True,
         vae__vae_stride=[4, 16, 16],
         data__image_size=256,
@@ -458,12 +460,12 @@ def test_what_cannot_be_honoured_is_said_all_at_once(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "\n" not in message
     for part in (
-        "task=ltx: text to video only",
+        "task=ti2v: t2v, or ltx for prompts that name a picture",
         "model.attn_type=flash: ",
         "model.mlp_acts=['relu', 'silu', None]: ",
         "model.t_kernel_size=5: ",
         "model.qk_norm=False: ",
-        "scheduler.vis_sampler=flow_euler_ltx: it begins with a picture, and here is text to video only; ",
+        "scheduler.vis_sampler=flow_heun: the samplers here are ",
         "scheduler.pred_sigma=True: ",
         "vae.vae_stride=[4, 16, 16]: for this vae.vae_type it is [4, 8, 8]",
         "data.image_size=256: write sampling.height and sampling.width",

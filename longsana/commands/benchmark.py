@@ -100,7 +100,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
             check_float8(world.device(), torch.bfloat16)
         except ValueError as error:
             raise InputError(f"--float8: {error}") from error
-    prompt = select_prompts(config, 0, 1)[0]
+    prompt = select_prompts(config, 0, 1, pictures=True)[0]
     check_weights(config)
     return Request(
         config,

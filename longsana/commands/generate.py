@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import InferenceConfig, load_config
+from longsana.data.pictures import read_picture
 from longsana.data.prompts import Prompt
 from longsana.inference.beginnings import NONE, Beginning, check_prompts, prepare_beginning, prompt_of
 from longsana.inference.flags import check_settings, parse_flags
@@ -30,7 +31,13 @@ from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable
 from longsana.runtime.hub import locate
-from longsana.sampling.checks import check_config, check_weights, seeded_sources, select_prompts
+from longsana.sampling.checks import (
+    check_config,
+    check_picture_sampler,
+    check_weights,
+    seeded_sources,
+    select_prompts,
+)
 
 log = logging.getLogger("longsana")
 
@@ -47,6 +54,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--sample_nums", type=whole, help="prompts of the file, from its top (default: all)")
     parser.add_argument("--start_index", type=whole, default=0, help="first prompt, counted from 0")
     parser.add_argument("--end_index", type=whole, help="one past the last prompt")
+    parser.add_argument("--image", type=typed_path, help="a picture that the videos of prompts without one begin with")
     parser.add_argument("--video", type=typed_path, help="a film or picture that the videos go on from")
     parser.add_argument("--new_frames_only", action="store_true", help="leave the film out of the mp4s")
     parser.add_argument("--from_state", type=typed_path, help="a saved state that the videos go on from")
@@ -59,6 +67,19 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--save_every", type=whole, default=0, help="save a state after every so many chunks too")
     parser.add_threads()
     return parse_flags(parser, arguments)
+
+
+def check_image(path: Path, config: InferenceConfig) -> None:
+    """Refuse what `--image` names, which is no fault of any prompt's.
+
+    Raises:
+        InputError: the sampler takes no picture, or the file is none that is read.
+    """
+    try:
+        check_picture_sampler(config)
+        read_picture(path, config.sampling.height, config.sampling.width, config.sampling.image_fit)
+    except InputError as error:
+        raise InputError(f"--image: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -83,11 +104,25 @@ def prepare(arguments: Sequence[str]) -> Request:
         raise InputError(f"--add_label {options.add_label}: must be part of a folder's name, without slashes")
     if options.dataset is not None and (options.dataset[:1] in ("/", "~") or ".." in Path(options.dataset).parts):
         raise InputError(f"--dataset {options.dataset}: must be a folder below --work_dir")
+    if options.image is not None:
+        check_image(options.image, config)
     beginning, config = prepare_beginning(options, settings, config)
     if beginning.state is not None and not any(item.startswith("sampling.txt_file=") for item in settings):
         prompts = [prompt_of(beginning.state, config)]
     else:
-        prompts = select_prompts(config, options.start_index, options.end_index, options.sample_nums)
+        prompts = select_prompts(
+            config,
+            options.start_index,
+            options.end_index,
+            options.sample_nums,
+            pictures=True,
+            image=options.image,
+        )
+    pictures = {prompt.image for prompt in prompts}
+    if pictures == {None} and any(item.startswith("sampling.image_fit=") for item in settings):
+        log.info("--image_fit changes nothing here: no prompt begins with a picture")
+    if options.image not in pictures:
+        log.info("--image changes nothing here: every prompt names a picture of its own")
     check_prompts(beginning, prompts, config)
     check_weights(config)
     work_dir = options.work_dir or Path("output/inference") / config_path.stem

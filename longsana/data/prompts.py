@@ -2,10 +2,12 @@
 
 Three kinds, told apart by their suffix: text (any other suffix) with one prompt a line; `.jsonl`, one JSON object a
 line; `.json`, one object whose keys are the prompts, as the published command reads it, and whose values may be
-objects. A prompt may hold a size flag, and be a story of several parts (`longsana.data.story`). Fields of the objects:
+objects. A prompt may hold a size flag, name a picture to begin with after `<image>`, and be a story of several parts
+(`longsana.data.story`). Fields of the objects:
 
     prompt  the text (.jsonl)           size    [height, width] in pixels
     seed    a whole number              frames  pixel frames of the video
+    image   a picture's file, in place of `<image>`
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import dataclasses
 import difflib
 import hashlib
 import logging
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -27,26 +30,36 @@ from longsana.config import SamplingConfig
 from longsana.data.aspect import nearest_size
 from longsana.data.story import Mark, read_parts
 from longsana.runtime.errors import InputError, nearest
+from longsana.runtime.files import expanded
 from longsana.runtime.foreign import check_characters, parse_json, reason_of, refuse_stand_in
 from longsana.runtime.hub import locate
 
 log = logging.getLogger(__name__)
 
 PICTURE = "<image>"
+"""What stands between a prompt and the path of the picture that its video begins with."""
 PUBLISHED_PROMPTS = "vidprom_filtered_extended.txt"
 DOWNLOAD = f"hf download gdhe17/Self-Forcing {PUBLISHED_PROMPTS} --local-dir data/longsana"
 FLAGS = ("ar", "aspect_ratio", "hw")
-FIELDS = ("prompt", "seed", "size", "frames")
+FIELDS = ("prompt", "seed", "size", "frames", "image")
 SEEDS = (-(2**63), 2**63 - 1)  # as of sampling.seed
 _TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".yaml", ".yml")
 _OF_THE_COMMAND = {
     *(setting.name for setting in dataclasses.fields(SamplingConfig) if setting.name not in FIELDS),
-    *("guidance_scale", "num_inference_steps", "step", "flow_shift", "image"),
+    *("guidance_scale", "num_inference_steps", "step", "flow_shift"),
 }
 """Fields that would change a video and are settings of the whole command here, or nothing at all."""
-_ALIASES = {"height": "size", "width": "size", "num_frames": "frames", "text": "prompt", "caption": "prompt"}
+_ALIASES = {
+    "height": "size",
+    "width": "size",
+    "num_frames": "frames",
+    "text": "prompt",
+    "caption": "prompt",
+    **dict.fromkeys(("picture", "image_path", "first_frame"), "image"),
+}
 
 _FLAG = re.compile(r"(?<!\S)--(?P<name>[A-Za-z][^\s=]*)(?:[\s=]+(?P<value>[^\s<]*))?")
+_BEFORE_A_FLAG = re.compile(rf"(?=\s--(?:{'|'.join(FLAGS)})(?:[\s=]|$))")
 _RATIO = re.compile(r"([0-9]+(?:\.[0-9]+)?):([0-9]+(?:\.[0-9]+)?)")
 _SLUG_LENGTH = 50
 # Windows opens a device instead of a file of this name, whatever its suffix.
@@ -61,12 +74,12 @@ _DEVICES = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """One video to make. Its identity is `text`, `seed` and `repetition`, not its place in the file."""
+    """One video to make. Its identity is `text`, `image`, `seed` and `repetition`, not its place in the file."""
 
     line: int  # in the file, from 1; of a .json file the number of the key
-    text: str  # the whole line without flags
+    text: str  # the whole line without flags and picture
     parts: tuple[str, ...]  # the words of each part; one for a video with one prompt
-    repetition: int  # 0 for the first line with this text and seed, 1 for the second, ...
+    repetition: int  # 0 for the first line with this text, picture and seed, 1 for the second, ...
     height: int  # pixels
     width: int
     seed: int | None = None  # None: what the config says
@@ -96,20 +109,24 @@ def read_prompts(
     aspect_ratio_type: str,
     seed: int | None = None,
     frames: int | None = None,
+    pictures: bool = False,
+    image: Path | None = None,
 ) -> list[Prompt]:
     """The prompts of a file, in its order; blank ones are skipped and still counted.
 
     A prompt may hold one flag, `--ar h:w` (or `--aspect_ratio`, `--hw`): the video takes the size of the table
     `aspect_ratio_type` nearest to h / w. Others have the size of their field, or are `height` x `width`.
 
-    seed, frames: of prompts that do not say it themselves.
+    A prompt may name a picture, which is looked up beside the file and then in the working directory.
+
+    seed, frames, image: of prompts that do not say it themselves. pictures: whether prompts may name a picture.
 
     Raises:
         InputError: the file cannot be read, is of a kind that is not read, has no prompt, or a line is wrong; the
             message says where.
     """
     prompts: list[Prompt] = []
-    seen: Counter[tuple[str, int | None]] = Counter()
+    seen: Counter[tuple[str, int | None, Path | None]] = Counter()
     path = Path(path)
     for entry in _entries(path):
         where = place(path, entry.number)
@@ -124,16 +141,33 @@ def read_prompts(
                 )
             size = nearest_size(aspect_ratio_type, ratio)
         if not text:
-            raise InputError(f"{where}: a size flag without a prompt")
+            raise InputError(f"{where}: a {'size flag' if entry.image is None else 'picture'} without a prompt")
         try:
             parts, marks = read_parts(text)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         own_seed = seed if entry.seed is None else entry.seed
         own_frames = frames if entry.frames is None else entry.frames
-        prompts.append(Prompt(entry.number, text, parts, seen[text, own_seed], *size, own_seed, own_frames, marks))
-        seen[text, own_seed] += 1
+        if entry.image is not None and not pictures:
+            raise InputError(f"{where}: begins with a picture, which has no meaning here; remove it")
+        own_image = image if entry.image is None else _find_picture(entry.image, path.parent, where)
+        repetition = seen[text, own_seed, own_image]
+        prompts.append(Prompt(entry.number, text, parts, repetition, *size, own_seed, own_frames, marks, own_image))
+        seen[text, own_seed, own_image] += 1
     return prompts
+
+
+def _find_picture(name: str, folder: Path, where: str) -> Path:
+    """Look up a picture that a prompt names: beside its file, then in the working directory."""
+    try:
+        given = expanded(name)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    found = next((path for path in (folder / given, given) if os.path.exists(path)), None)
+    if found is None:
+        looked = "" if given.is_absolute() else f", neither in {folder} nor in the working directory"
+        raise InputError(f"{where}: {name}: no such picture{looked}")
+    return found
 
 
 def training_prompts(path: str | Path, what: str = "data.data_path") -> list[str]:
@@ -184,6 +218,10 @@ def _training_entries(file: Path) -> list[_Entry]:
     """The prompts of a file, none of which has fields that mean nothing in training."""
     entries = _entries(file)
     for entry in entries:
+        if entry.image is not None:
+            raise InputError(
+                f"{place(file, entry.number)}: begins with a picture, which has no meaning in training; remove it"
+            )
         if own := [name for name in FIELDS[1:] if getattr(entry, name) is not None]:
             raise InputError(
                 f"{place(file, entry.number)}: the field {own[0]} has no meaning in training, which draws its noise "
@@ -216,6 +254,7 @@ class _Entry(NamedTuple):
     seed: int | None = None
     size: tuple[int, int] | None = None
     frames: int | None = None
+    image: str | None = None
 
 
 def _entries(path: Path) -> list[_Entry]:
@@ -235,7 +274,7 @@ def _entries(path: Path) -> list[_Entry]:
     else:
         _refuse_json(path, content)
         found, how = [_Entry(*line) for line in _lines(path, content)], "write one prompt a line"
-    entries = [entry for entry in found if entry.text]
+    entries = [_split_picture(path, entry) for entry in found if entry.text or entry.image]
     if not entries:
         raise InputError(f"{path}: no prompts in this file; {how}")
     for entry in entries:
@@ -243,6 +282,22 @@ def _entries(path: Path) -> list[_Entry]:
     if unused:
         log.info("%s: these fields change nothing here: %s", path, ", ".join(sorted(unused)))
     return entries
+
+
+def _split_picture(path: Path, entry: _Entry) -> _Entry:
+    """Take a picture out of a prompt's text, `words<image>path`; a size flag may stand on either side."""
+    words, *pictures = entry.text.split(PICTURE)
+    if not pictures:
+        return entry
+    where = place(path, entry.number)
+    if len(pictures) > 1:
+        raise InputError(f"{where}: '{PICTURE}' stands {len(pictures)} times in it; a video begins with one picture")
+    if entry.image is not None:
+        raise InputError(f"{where}: both '{PICTURE}' and the field image; keep one of them")
+    name, *flags = _BEFORE_A_FLAG.split(pictures[0])
+    if not name.strip():
+        raise InputError(f"{where}: no path after '{PICTURE}'; write the picture's file there")
+    return entry._replace(text="".join([words.strip(), *flags]), image=name.strip())
 
 
 def _of_object(path: Path, content: bytes, unused: set[str]) -> Iterator[_Entry]:
@@ -305,6 +360,7 @@ def _entry(where: str, number: int, pairs: Iterable[tuple[str, Any]], unused: se
         _whole(where, "seed", fields.get("seed"), *SEEDS),
         None if size is None else (_side(where, size[0]), _side(where, size[1])),
         _whole(where, "frames", fields.get("frames"), 1),
+        _file(where, fields.get("image")),
     )
 
 
@@ -318,6 +374,13 @@ def _check_unknown(name: str, fields: dict[str, Any], where: str) -> None:
         raise InputError(
             f"{where}: the field {name} cannot be honoured for one prompt; give it to the command, for all of them"
         )
+
+
+def _file(where: str, value: Any) -> str | None:
+    """A path, or None."""
+    if value is not None and (not isinstance(value, str) or not value.strip() or "\0" in value):
+        raise InputError(f"{where}: image={value!r:.40}: must be the path of a picture")
+    return value
 
 
 def _side(where: str, value: Any) -> int:

@@ -43,6 +43,7 @@ from longsana.runtime.clock import Clock
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, disk_failure, partial_name
+from longsana.runtime.hub import file_sha256
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.captions import Caption, CaptionEncoder, caption_encoder
 from longsana.sampling.checks import check_weights, meaningless
@@ -133,6 +134,7 @@ def _plan_jobs(
     jobs = []
     for prompt in prompts:
         settings, parts = resolved_settings(config, prompt, device), told_parts(config, prompt, beginning)
+        picture = None if prompt.image is None else file_sha256(prompt.image)
         record = {
             "prompt": prompt.text,
             "parts": parts,
@@ -144,10 +146,14 @@ def _plan_jobs(
             "height": prompt.height,
             "width": prompt.width,
             "fps": config.sampling.fps,
-            "fingerprint": fingerprint(settings, prompt, digests, meaningless(config), parts, beginning.record),
+            "fingerprint": fingerprint(
+                settings, prompt, digests, meaningless(config), parts, beginning.record, picture
+            ),
             "sha256": digests,
             "config": settings,
         }
+        if picture is not None:
+            record |= {"image": str(prompt.image), "image_sha256": picture}
         if beginning.goes_on:
             record["began"] = {"from": str(beginning.path), "given_frames": beginning.given_frames, **beginning.record}
         if beginning.saves != NONE:
@@ -175,11 +181,12 @@ class _Elsewhere(Exception):
 
 
 def batches_of(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """Jobs of one video size, length and history of changes together, at most `size` at a time."""
+    """Jobs of one video size, length and history of changes, all or none with a picture, at most `size` at a time."""
 
     def extent(job: Job) -> tuple[Any, ...]:
         changes = [(part["chunk"], part["change"]) for part in job.record["parts"] if part["change"] != "keep"]
-        return job.prompt.height, job.prompt.width, job.record["frames"], changes
+        begins = job.prompt.image is not None
+        return job.prompt.height, job.prompt.width, job.record["frames"], begins, changes
 
     batches = []
     for _, group in groupby(sorted(jobs, key=extent), key=extent):

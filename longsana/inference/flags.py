@@ -41,6 +41,7 @@ SETTING_FLAGS = {
     "negative_prompt": "sampling.negative_prompt",
     "motion_score": "sampling.motion_score",
     "high_motion": "sampling.high_motion",
+    "image_fit": "sampling.image_fit",
 }
 """Flags that are short for a setting."""
 
@@ -54,7 +55,10 @@ LEFT_TO_THE_CONFIG = {
 """Values with which a flag says that the config decides."""
 
 
-ALIASES = {"model.num_cached_blocks=0": "model.num_cached_blocks=-1"}
+ALIASES = {
+    "model.num_cached_blocks=0": "model.num_cached_blocks=-1",
+    "scheduler.sampling_algo=flow_euler_ltx": "scheduler.sampling_algo=flow_euler",
+}
 """Published ways to say what has another form here."""
 
 
@@ -81,7 +85,7 @@ OTHER_FLAGS = {
     "gpu_id": Flag(None, "it only named files; CUDA_VISIBLE_DEVICES chooses"),
     "guidance_type": Flag(("classifier-free",), "guidance is classifier-free", "guidance is classifier-free"),
     "if_save_dirname": Flag((False,), "no such file is written", "the results are in WORK_DIR/DATASET"),
-    "image_split_token": Flag(("<image>",), "there are no pictures", "a line with a picture is refused by its number"),
+    "image_split_token": Flag(("<image>",), "so a picture is named", "write <image> between prompt and picture"),
     "prompt_split_token": Flag(("<split>",), "so parts are divided", "write <split> between the parts"),
     "skip_type": Flag(("time_uniform_flow",), "flow_dpm-solver has this grid", "flow_dpm-solver has one grid"),
     "stg_applied_layers": Flag(([],), _NO_STG, _NO_STG),

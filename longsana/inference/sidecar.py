@@ -92,6 +92,7 @@ def fingerprint(
     without: Iterable[str] = (),
     parts: Sequence[Mapping[str, Any]] = (),
     began: Mapping[str, Any] | None = None,
+    picture: str | None = None,
 ) -> str:
     """SHA-256 of all that decides what a video shows: prompt, seed, settings and weights.
 
@@ -99,6 +100,7 @@ def fingerprint(
 
     without: settings that decide nothing either; see `meaningless`.
     parts: of the prompt, as `told_parts` has them. began: what the video goes on from, if anything.
+    picture: SHA-256 of the file that it begins with, which is fitted as `sampling.image_fit` says.
     """
     deciding = {section: dict(values) for section, values in settings.items()}
     for section, key in SOURCES.items():
@@ -113,11 +115,12 @@ def fingerprint(
         story.append([sampling["transition"], sampling["transition_chunks"]])
     elif not prompt.marks and all(part["change"] == "keep" for part in parts):
         story = []
+    first = {"image_sha256": picture, "image_fit": sampling["image_fit"]} if picture else {}
     for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", "sampling.image_fit", *PARTS, *without}:
         section, _, key = setting.partition(".")
         del deciding[section][key]
     identity = [prompt.text, prompt.repetition, deciding]
-    identity += [more for more in (story, dict(began or {})) if more]
+    identity += [more for more in (story, dict(began or {}), first) if more]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

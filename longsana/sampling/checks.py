@@ -9,6 +9,7 @@ from pathlib import Path
 
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, ModelConfig, check_chi_prompt
+from longsana.data.pictures import read_picture
 from longsana.data.prompts import Prompt, check_words, place, read_prompts
 from longsana.data.story import Change, Outline, place_parts
 from longsana.encoders.geometry import geometry
@@ -47,6 +48,7 @@ SAMPLERS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "sampling.negative_prompt": ((STAGGERED, *WHOLE_CLIP), "it has no guidance"),
     "sampling.null_caption": ((STAGGERED, *WHOLE_CLIP), "it has no guidance"),
+    "sampling.image_fit": (WHOLE_CLIP, "its prompts have no picture"),
 }
 """Settings that mean something to some samplers only: to which, and why they change nothing with another."""
 
@@ -125,14 +127,21 @@ def check_size(config: InferenceConfig, height: int, width: int) -> None:
 
 
 def select_prompts(
-    config: InferenceConfig, start_index: int, end_index: int | None, sample_nums: int | None = None
+    config: InferenceConfig,
+    start_index: int,
+    end_index: int | None,
+    sample_nums: int | None = None,
+    *,
+    pictures: bool = False,
+    image: Path | None = None,
 ) -> list[Prompt]:
     """Prompts [start_index, end_index) of the config's file, counted from 0, all fit to be sampled.
 
-    sample_nums: prompts of the file that count, from its top; None: all.
+    sample_nums: prompts of the file that count, from its top; None: all. pictures: whether they may begin with one.
+    image: the picture of prompts that name none.
 
     Raises:
-        InputError: the file, the range, or a prompt's size, length or parts are wrong.
+        InputError: the file, the range, or a prompt's size, length, parts or picture are wrong.
     """
     sampling = config.sampling
     path = locate(sampling.txt_file, "the prompt file")
@@ -143,6 +152,8 @@ def select_prompts(
         aspect_ratio_type=sampling.aspect_ratio_type,
         seed=sampling.seed,
         frames=sampling.num_frames,
+        pictures=pictures,
+        image=image,
     )
     if sample_nums is not None and sample_nums < 1:
         raise InputError(f"--sample_nums {sample_nums}: must be at least 1")
@@ -152,6 +163,7 @@ def select_prompts(
         raise InputError(
             f"--start_index {start_index} --end_index {end_index}: selects none of the {len(prompts)} prompts in {path}"
         )
+    checked: set[tuple[Path, int, int]] = set()  # a picture of many prompts is read once
     for prompt in selected:
         seed = sampling.seed if prompt.seed is None else prompt.seed
         frames = sampling.num_frames if prompt.frames is None else prompt.frames
@@ -160,9 +172,39 @@ def select_prompts(
             check_bounds(own)
             check_size(config, prompt.height, prompt.width)
             placed_parts(config, prompt)
+            if prompt.image is not None:
+                check_picture(config, prompt, frames, checked)
         except InputError as error:
             raise InputError(f"{place(path, prompt.line)}: {error}") from error
     return selected
+
+
+def check_picture(config: InferenceConfig, prompt: Prompt, frames: int, checked: set[tuple[Path, int, int]]) -> None:
+    """Refuse the picture that a prompt's video of `frames` frames begins with, where it cannot; all of it is read.
+
+    checked: pictures and sizes that were read before; this one is added.
+
+    Raises:
+        InputError: the sampler takes none, the video is as short as its picture, or the file is none that is read.
+    """
+    assert prompt.image is not None
+    check_picture_sampler(config)
+    if frames == 1:
+        raise InputError("num_frames=1: shows the picture that it begins with alone; it must be longer")
+    fitted = prompt.image, prompt.height, prompt.width
+    if fitted not in checked:
+        read_picture(*fitted, config.sampling.image_fit)
+        checked.add(fitted)
+
+
+def check_picture_sampler(config: InferenceConfig) -> None:
+    """Refuse (InputError) a picture to begin with where the sampler takes none."""
+    sampler = config.scheduler.sampling_algo
+    if sampler not in WHOLE_CLIP:
+        raise InputError(
+            f"a picture to begin with needs the bidirectional base model ({', '.join(WHOLE_CLIP)}), not {sampler}; "
+            "use --video, which LongSANA goes on from"
+        )
 
 
 def placed_parts(config: InferenceConfig, prompt: Prompt, *, goes_on: bool = False) -> Outline:

@@ -94,7 +94,12 @@ def test_fields_without_meaning_are_one_line(tmp_path: Path, caplog: pytest.LogC
         ('{"text": "a"}', "unknown field text (did you mean 'prompt'?)"),
         ('{"prompt": "a", "negative_prompt": "b"}', "negative_prompt cannot be honoured for one prompt"),
         ('{"prompt": "a", "cfg_scale": 3}', "cfg_scale cannot be honoured for one prompt"),
-        ('{"prompt": "a", "image": "x.png"}', "image cannot be honoured for one prompt"),
+        ('{"prompt": "a", "image": "x.png"}', "begins with a picture, which has no meaning here; remove it"),
+        ('{"prompt": "a", "image": ""}', "image='': must be the path of a picture"),
+        ('{"prompt": "a", "image": ["x.png"]}', "image=['x.png']: must be the path of a picture"),
+        ('{"prompt": "a", "image": "x\\u0000.png"}', "must be the path of a picture"),
+        ('{"prompt": "a", "image_path": "x.png"}', "unknown field image_path (did you mean 'image'?)"),
+        ('{"prompt": "a", "image_fit": "stretch"}', "image_fit cannot be honoured for one prompt"),
         ('{"prompt": "a", "prompt": "b"}', "the field prompt is given twice"),
         ('{"id": 1}', "needs a text in the field prompt; it has id"),
         ('{"prompt": 3}', "needs a text in the field prompt; it is 3"),
@@ -160,7 +165,7 @@ def test_wrong_lines_are_refused_by_their_number(tmp_path: Path, line: str, says
         ("a.txt", b"\x1f\x8b\x08 rest", "compressed (gzip), not the file itself; unpack it first"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer"),
         ("a.txt", b"<!DOCTYPE html><html>", "a web page"),
-        ("a.txt", "fine\na cat<image>cat.png", ", line 2: asks for a video that begins with a picture"),
+        ("a.txt", "fine\na cat<image>cat.png", ", line 2: begins with a picture, which has no meaning "),
     ],
 )
 def test_other_kinds_of_files_are_refused(tmp_path: Path, name: str, content: str | bytes, says: str) -> None:
@@ -178,6 +183,9 @@ def test_training_takes_the_prompts_and_no_fields(tmp_path: Path) -> None:
         path.write_text(f'{{"prompt": "c"}}\n{{"prompt": "c", {field}}}')
         with pytest.raises(InputError, match=r"a\.jsonl, line 2: the field .* has no meaning in training"):
             training_prompts(path)
+    path.write_text('{"prompt": "c"}\n{"prompt": "c", "image": "c.png"}')
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: begins with a picture, which has no meaning in training"):
+        training_prompts(path)
 
 
 def test_the_command_checks_sizes_and_lengths_of_fields(tmp_path: Path) -> None:
@@ -210,13 +218,20 @@ def test_trajectories_have_one_seed_size_and_length(tmp_path: Path) -> None:
         path.write_text(f'{{"prompt": "a", {field}}}')
         with pytest.raises(InputError, match=f"line 1: asks for {says}"):
             distinct_prompts(config, select_prompts(config, 0, None))
+    path.write_text('{"prompt": "a", "image": "a.png"}')
+    with pytest.raises(InputError, match="line 1: begins with a picture, which has no meaning here"):
+        select_prompts(config, 0, None)
 
 
 def test_validation_has_its_own_lengths_and_the_trained_size(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     overrides = [f"validation.val_data_path={path}", "validation.vis_interval=1", "validation.val_samples=2"]
     config = load_config(SHAPES / "base.yaml", overrides, TrainingConfig)
-    for field, says in (('"frames": 5', "frames has no meaning in validation"), ('"size": [32, 32]', "32x32")):
+    for field, says in (
+        ('"frames": 5', "frames has no meaning in validation"),
+        ('"size": [32, 32]', "32x32"),
+        ('"image": "a.png"', "begins with a picture, which has no meaning here"),
+    ):
         path.write_text(f'{{"prompt": "a", "seed": 3}}\n{{"prompt": "a", {field}}}')
         with pytest.raises(InputError, match=rf"a\.jsonl, line 2: .*{says}"):
             check_sources(config)

@@ -106,7 +106,7 @@ def test_no_flag_is_answered_by_a_guess(flag: str, script: ModuleType) -> None:
         (["--guidance_type", "classifier-free_STG"], "guidance is classifier-free"),
         (["--ablation_key", "step", "--ablation_selections", "[1,2]"], "start the command once for each value"),
         (["--prompt_split_token", "|"], "write <split> between the parts"),
-        (["--image_split_token", "|"], "a line with a picture is refused"),
+        (["--image_split_token", "|"], "write <image> between prompt and picture"),
         (["--if_save_dirname=true"], "the results are in WORK_DIR/DATASET"),
         (["--custom_height_width", "480"], "--custom_height_width 480: two whole numbers"),
         (["--sample_nums", "0"], "--sample_nums 0: must be at least 1"),
@@ -129,7 +129,7 @@ def test_minus_one_is_the_configs_own_value(form: list[str], script: ModuleType)
     "word",
     [
         *("--low_motion", "--prompt", "--guidance_scale", "--scale", "--cfg", "--batch_size", "--vae_path", "--end"),
-        *("--sampler", "--ckpt", "--device", "--image", "--fp16", "--nonsense"),
+        *("--sampler", "--ckpt", "--device", "--fp16", "--nonsense"),
     ],
 )
 def test_an_unknown_flag_of_another_meaning_is_no_typing_error(word: str, script: ModuleType) -> None:
@@ -198,11 +198,6 @@ def test_a_json_file_is_an_object_whose_keys_are_prompts(script: ModuleType, tmp
 SMALL_480 = ["sampling.aspect_ratio_type=ASPECT_RATIO_VIDEO_480_MS", "--num_frames", "81"]
 
 
-def test_a_line_with_a_picture_is_refused_by_its_number(script: ModuleType, prompts: Prompts) -> None:
-    with pytest.raises(InputError, match=r"prompts\.txt, line 2: .*begins with a picture"):
-        script.prepare(["--txt_file", str(prompts("a ball", "a ball<image>ball.png"))])
-
-
 def test_unified_noise_is_the_same_for_every_prompt(
     command: Callable[..., int], prompts: Prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,4 +248,4 @@ def test_motion_at_a_score_of_zero(
 def test_the_flags_are_the_published_ones() -> None:
     own = {"config", "work_dir", "dataset", "start_index", "end_index", "sample_nums", "add_label"}
     combined = {"json_file", "custom_height_width"}
-    assert set(PUBLISHED) - own - combined == (set(SETTING_FLAGS) | set(OTHER_FLAGS)) - {"height", "width"}
+    assert set(PUBLISHED) - own - combined == (set(SETTING_FLAGS) | set(OTHER_FLAGS)) - {"height", "width", "image_fit"}
