@@ -68,7 +68,7 @@ def fit_picture(picture: Image.Image, height: int, width: int, fit: Fit = "cover
         raise InputError(f"a picture of {picture.height}x{picture.width}, which shows nothing; give another")
     colours = Image.fromarray(rgb(picture))
     if fit == "stretch":
-        return np.asarray(colours.resize((width, height), Image.Resampling.LANCZOS))
+        return np.array(colours.resize((width, height), Image.Resampling.LANCZOS))
     scale = max(height / colours.height, width / colours.width)
     high, wide = max(round(colours.height * scale), height), max(round(colours.width * scale), width)
     if high * wide > MOST_PIXELS:
@@ -78,7 +78,7 @@ def fit_picture(picture: Image.Image, height: int, width: int, fit: Fit = "cover
         )
     top, left = (high - height) // 2, (wide - width) // 2
     scaled = colours.resize((wide, high), Image.Resampling.BICUBIC)
-    return np.asarray(scaled.crop((left, top, left + width, top + height)))
+    return np.array(scaled.crop((left, top, left + width, top + height)))
 
 
 def rgb(picture: Image.Image) -> np.ndarray:
