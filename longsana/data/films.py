@@ -22,8 +22,6 @@ from longsana.data.pictures import rgb
 from longsana.runtime.errors import InputError
 from longsana.runtime.foreign import reason_of, refuse_stand_in
 
-__all__ = ["count_frames", "fitted", "frames_used", "read_film", "rgb"]
-
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LATE = 1.0
 """Seconds that a film may end before the length that its file says; sound often goes on for a moment."""

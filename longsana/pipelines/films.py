@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from longsana.data.films import count_frames, fitted, read_film, rgb
-from longsana.data.pictures import Fit, fit_picture, read_picture
+from longsana.data.films import count_frames, fitted, read_film
+from longsana.data.pictures import Fit, fit_picture, read_picture, rgb
 from longsana.runtime.errors import InputError
 
 FilmLike: TypeAlias = str | Path | Image.Image | Sequence[Image.Image] | np.ndarray

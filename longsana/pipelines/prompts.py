@@ -104,7 +104,9 @@ def parts_of(text: str) -> tuple[tuple[str, ...], tuple[Mark, ...]]:
 def only_words(text: str) -> str:
     """A prompt, as it is; InputError where it names a picture or has no words."""
     if PICTURE in text:
-        raise InputError(f"prompt: '{PICTURE}' names a picture to begin with, which this pipeline does not take")
+        raise InputError(
+            f"prompt: '{PICTURE}' names a picture to begin with; give it as image, or to LongSANA as video"
+        )
     check_words(text, "prompt")
     return text
 

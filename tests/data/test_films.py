@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from longsana.data.films import count_frames, fitted, read_film, rgb
+from longsana.data.films import count_frames, fitted, read_film
+from longsana.data.pictures import rgb
 from longsana.runtime.errors import InputError
 from longsana.runtime.video import VideoWriter
 

@@ -14,9 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from longsana.config import InferenceConfig
+from longsana.data.pictures import read_picture
 from longsana.data.prompts import Prompt
 from longsana.data.story import read_parts
 from longsana.pipelines.video import LongSanaVideoPipeline
+from longsana.runtime.clock import Clock
 from longsana.sampling.captions import caption_encoder
 from longsana.sampling.engine import Engine, Frames
 from tests.pipelines.repository import OTHER, PROMPT, SIZE, around, quiet, shapes_config
@@ -196,6 +198,33 @@ def test_base_is_that_of_diffusers(
     peer = theirs(negative_prompt=None, use_resolution_binning=False, **call).frames
     torch.testing.assert_close(own, peer, rtol=1e-3, atol=1e-3 * peer.abs().max().item())
     assert own.std() > 0.1
+
+
+@pytest.mark.parametrize("sampler", ["flow_dpm-solver", "flow_euler"])
+def test_a_picture_first_of_the_command_is_the_pipelines(
+    loaded_base: LongSanaVideoPipeline, tmp_path: Path, sampler: str
+) -> None:
+    """To the bit, in a batch of two, and by Euler's steps whatever the sampler."""
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)).save(path)
+    steps = {"scheduler.num_inference_steps": 3, "scheduler.sampling_algo": sampler}
+    config = shapes_config(
+        "base", **{"sampling.num_frames": 17, "sampling.seed": 42, "sampling.cfg_scale": 6.0}, **steps
+    )
+    engine = Engine(config, "cpu")
+    prompts = [Prompt(line, text, (text,), 0, 32, 48, image=path) for line, text in enumerate((PROMPT, OTHER), 1)]
+    with caption_encoder(engine.config, engine.device) as encode:
+        captions = [encode(prompt) for prompt in prompts]
+    clock = Clock()
+    frames = list(engine.sample(*engine.load(), prompts, captions, clock))
+    latents = torch.cat([part.latents for part in frames], dim=2)
+    call: dict[str, Any] = {"num_frames": 17, "num_inference_steps": 3, "motion_score": 10, "output_type": "latent"}
+    own = loaded_base([PROMPT, OTHER], image=path, generator=seed(), **call, **SIZE).frames
+    assert torch.equal(own, latents) and clock.seconds()["encode"] > 0
+    shown = torch.cat([part.pixels for part in frames], dim=1)[0, 0].double()
+    without = loaded_base(PROMPT, generator=seed(), **call | {"output_type": "np"}, **SIZE).frames[0, 0] * 255
+    picture = torch.from_numpy(read_picture(path, 32, 48)).double()
+    assert (shown - picture).abs().mean() < 0.7 * np.abs(without - picture.numpy()).mean()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
