@@ -178,8 +178,9 @@ class VideoVAE(ABC):
         Raises:
             InputError: the VAE cannot cut this size evenly.
         """
-        frames = (torch.from_numpy(np.array(picture)).to(self.device, torch.float32) / 127.5 - 1 for picture in pictures)
-        return torch.cat([self.encode_stream(frame.permute(2, 0, 1)[None, :, None])[0] for frame in frames])
+        pixels = (torch.from_numpy(np.array(picture)).to(self.device, torch.float32) for picture in pictures)
+        frames = (own.permute(2, 0, 1)[None, :, None] / 127.5 - 1 for own in pixels)
+        return torch.cat([self.encode_stream(frame)[0] for frame in frames])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -196,6 +196,8 @@ def prompt_of(state: Continuation, config: InferenceConfig) -> Prompt:
 def check_prompts(beginning: Beginning, prompts: Sequence[Prompt], config: InferenceConfig) -> None:
     """Refuse (InputError) prompts for which what there is cannot go on."""
     for prompt in prompts if beginning.goes_on else ():
+        if prompt.image is not None:
+            raise InputError(f"line {prompt.line}: a picture to begin with, and what the video goes on from; give one")
         if (config.sampling.num_frames if prompt.frames is None else prompt.frames) == 1:
             raise InputError("num_frames=1: adds no frame to a video that goes on, which gets one frame less")
         if beginning.state is not None and (prompt.height, prompt.width) != beginning.state.size:

@@ -68,7 +68,8 @@ def told_parts(config: InferenceConfig, prompt: Prompt, beginning: Beginning | N
     """
     beginning = beginning or Beginning()
     goes_on = beginning.goes_on
-    starts, vae = chunk_plan(config, prompt.frames, goes_on=goes_on).starts, geometry(config.vae)
+    plan = chunk_plan(config, prompt.frames, goes_on=goes_on, picture=prompt.image is not None)
+    starts, vae = plan.starts, geometry(config.vae)
     told = []
     for number, part in beginning.outline(prompt, config).shown(len(starts)).items():
         frame = beginning.given_frames + vae.pixel_frames(starts[part.chunk], first=not goes_on)
@@ -83,6 +84,10 @@ def told_parts(config: InferenceConfig, prompt: Prompt, beginning: Beginning | N
             }
         )
     return told
+
+
+PICTURES = ("image_fit", "image_first")
+"""Settings of a picture that a video begins with."""
 
 
 def fingerprint(
@@ -115,8 +120,10 @@ def fingerprint(
         story.append([sampling["transition"], sampling["transition_chunks"]])
     elif not prompt.marks and all(part["change"] == "keep" for part in parts):
         story = []
-    first = {"image_sha256": picture, "image_fit": sampling["image_fit"]} if picture else {}
-    for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", "sampling.image_fit", *PARTS, *without}:
+    first = {name: sampling[name] for name in PICTURES if f"sampling.{name}" not in without} if picture else {}
+    first |= {"image_sha256": picture} if picture else {}
+    pictures = {f"sampling.{name}" for name in PICTURES}
+    for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", *pictures, *PARTS, *without}:
         section, _, key = setting.partition(".")
         del deciding[section][key]
     identity = [prompt.text, prompt.repetition, deciding]

@@ -82,6 +82,7 @@ ARGUMENTS: dict[str, Rule] = {
     "transition_chunks": Whole(0, 1000),
     "transition": OneOf(("linear", "spherical")),
     "image_fit": OneOf(get_args(Fit)),
+    "image_first": OneOf(("absorb", "pin")),
     "caption_length": Whole(1, MOST_LATENTS),
     "chi_prompt": TEXT,
     "softcap": Flag(),

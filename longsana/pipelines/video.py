@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -316,6 +316,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         new_frames_only: bool = False,
         image: PictureLike | Sequence[PictureLike] | None = None,
         image_fit: Fit | None = None,
+        image_first: Literal["absorb", "pin"] | None = None,
     ) -> LongSanaVideoOutput | tuple[Any]:
         """Videos of prompts.
 
@@ -354,10 +355,12 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 (F, H, W, 3) of uint8. It is fitted to their size, and absorbed under the first part of each prompt.
                 num_frames says then how many more, 4 n (Wan) or 8 n (LTX-2); 80 unless said otherwise.
             new_frames_only: leave the film out of the result.
-            image: a picture that the base model's videos begin with, for all or one for each prompt: a file, a picture
-                of PIL, or an array (H, W, 3) of uint8. Its latent stays the first one in every step; steps are Euler's,
-                as published, whatever the scheduler.
+            image: a picture that the videos begin with, for all or one for each prompt: a file, a picture of PIL, or an
+                array (H, W, 3) of uint8. Of the base model its latent stays the first one in every step; steps are
+                Euler's, as published, whatever the scheduler.
             image_fit: cover (None): scaled to cover the video, and cut; stretch: to its size.
+            image_first: distilled: absorb (None): the picture is a chunk of one latent, which the others follow; pin:
+                it is the first latent of the first chunk in every step.
 
         Raises:
             InputError: what is asked for cannot be made, or part of it would be ignored; the message names the argument
@@ -387,10 +390,15 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         texts = one_for_each(prompt, prompt_embeds, copies)
         pictures: list[np.ndarray] = []
         if image is None:
-            refuse_ignored({"image_fit": image_fit}, "without image")
-        elif self.distilled:
-            raise InputError("image: for the base model; LongSANA goes on from a picture that is given as video")
+            refuse_ignored({"image_fit": image_fit, "image_first": image_first}, "without image")
         else:
+            refuse_ignored({"video": video}, "with image; a video goes on from one of them")
+            if not self.distilled:
+                refuse_ignored({"image_first": image_first}, "for the base model, in whose clip the picture is pinned")
+            if length == 1:
+                raise InputError("num_frames=1: shows the picture that it begins with alone; it must be longer")
+            if self.distilled and image_first != "pin":
+                plan = ChunkPlan((1, *ChunkPlan.split(length - 1, chunk_frames).lengths))
             sides = self._size(height, width)
             each = pictures_of(image, len(texts) // copies, sides, image_fit or "cover")
             pictures = [picture for picture in each for _ in range(copies)]
@@ -452,7 +460,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             first=self._first(pictures),
         )
         steps = schedule.steps if isinstance(schedule, FlowSchedule) else [int(t) for t in schedule.timesteps]
-        self._interrupt, self._num_timesteps = False, len(plan) * len(steps)
+        given_chunks = int(bool(pictures) and plan.lengths[0] == 1)  # which take no step
+        self._interrupt, self._num_timesteps = False, (len(plan) - given_chunks) * len(steps)
         self._guidance_scale = guidance
         finished: list[Tensor] = []
         hidden = self.geometry.pixel_frames(sum(part.shape[2] for part in filmed)) if new_frames_only else 0

@@ -48,7 +48,8 @@ SAMPLERS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "sampling.negative_prompt": ((STAGGERED, *WHOLE_CLIP), "it has no guidance"),
     "sampling.null_caption": ((STAGGERED, *WHOLE_CLIP), "it has no guidance"),
-    "sampling.image_fit": (WHOLE_CLIP, "its prompts have no picture"),
+    "sampling.image_fit": ((DISTILLED, *WHOLE_CLIP), "its prompts have no picture"),
+    "sampling.image_first": ((DISTILLED,), "a picture is pinned in its clip, or its prompts have none"),
 }
 """Settings that mean something to some samplers only: to which, and why they change nothing with another."""
 
@@ -70,18 +71,23 @@ def meaningless(config: InferenceConfig) -> dict[str, str]:
     return found
 
 
-def chunk_plan(config: InferenceConfig, num_frames: int | None = None, *, goes_on: bool = False) -> ChunkPlan:
+def chunk_plan(
+    config: InferenceConfig, num_frames: int | None = None, *, goes_on: bool = False, picture: bool = False
+) -> ChunkPlan:
     """The chunks of a video; the bidirectional base model samples its clip as one.
 
     num_frames: pixel frames of a video whose prompt says so; None: as many as the config says.
     goes_on: of what is added to a video, one latent less: it lacks the single picture that opens a video.
+    picture: it begins with one, which may be a chunk by itself; see `sampling.image_first`.
 
     Raises:
         InputError: no whole number of latents has so many frames.
     """
     frames = geometry(config.vae).latent_frames(config.sampling.num_frames if num_frames is None else num_frames)
-    whole = config.scheduler.sampling_algo in WHOLE_CLIP
-    return ChunkPlan.split(frames - goes_on, frames if whole else config.sampling.chunk_frames)
+    sampler, size = config.scheduler.sampling_algo, config.sampling.chunk_frames
+    if picture and sampler == DISTILLED and config.sampling.image_first == "absorb" and frames > 1:
+        return ChunkPlan((1, *ChunkPlan.split(frames - 1, size).lengths))
+    return ChunkPlan.split(frames - goes_on, frames if sampler in WHOLE_CLIP else size)
 
 
 def check_config(config: InferenceConfig) -> None:
@@ -200,10 +206,10 @@ def check_picture(config: InferenceConfig, prompt: Prompt, frames: int, checked:
 def check_picture_sampler(config: InferenceConfig) -> None:
     """Refuse (InputError) a picture to begin with where the sampler takes none."""
     sampler = config.scheduler.sampling_algo
-    if sampler not in WHOLE_CLIP:
+    if sampler not in (DISTILLED, *WHOLE_CLIP):
         raise InputError(
-            f"a picture to begin with needs the bidirectional base model ({', '.join(WHOLE_CLIP)}), not {sampler}; "
-            "use --video, which LongSANA goes on from"
+            f"a picture to begin with needs LongSANA ({DISTILLED}) or the bidirectional base model "
+            f"({', '.join(WHOLE_CLIP)}), not {sampler}"
         )
 
 
@@ -216,7 +222,8 @@ def placed_parts(config: InferenceConfig, prompt: Prompt, *, goes_on: bool = Fal
     if len(prompt.parts) > 1 and config.scheduler.sampling_algo != DISTILLED:
         between = " | " if prompt.marks else "<split>"
         raise InputError(f"parts between '{between}' need the streaming sampler ({DISTILLED})")
-    plan, change = chunk_plan(config, prompt.frames, goes_on=goes_on), default_change(config)
+    plan = chunk_plan(config, prompt.frames, goes_on=goes_on, picture=prompt.image is not None)
+    change = default_change(config)
     shape, fps = geometry(config.vae), config.sampling.fps
     return Outline(place_parts(len(prompt.parts), prompt.marks, plan, shape, fps, change), len(plan))
 

@@ -88,7 +88,7 @@ class Videos:
         their changes of the past are the same.
     transition_chunks, transition: the captions between two parts; see `shown_in` and `blend`.
     begun: the videos go on from here, with the decoder's memory (see `restored`); the distilled model's alone do.
-    first: (B, C, 1, H, W), clean latents of pictures that the base model's clips begin with; see `solve`.
+    first: (B, C, 1, H, W), clean latents of pictures that the videos begin with; see `solve` and `generate`.
     """
 
     method: FlowSchedule | Solver | Staggered
@@ -197,7 +197,7 @@ class Engine:
 
         That has one latent less, the single picture that opens a video.
         """
-        return chunk_plan(self.config, prompt.frames, goes_on=goes_on)
+        return chunk_plan(self.config, prompt.frames, goes_on=goes_on, picture=prompt.image is not None)
 
     def videos(
         self,
@@ -411,8 +411,7 @@ def sample_latents(
             passes = ReplayedNetwork(network)
         state = None if videos.begun is None else videos.begun.network
         texts, changes = map(text, zip(*shown, strict=True)), shared_changes(videos.outlines)
-        recent = recent or videos.recent()
-        where |= {"changes": changes, "recent": recent, "on_step": on_step}
+        where |= {"changes": changes, "recent": recent or videos.recent(), "first": videos.first, "on_step": on_step}
         return generate(passes, method, texts, plan, state=state, **where)
     assert videos.begun is None, "the many-step samplers keep no state"
     with clock.part("denoise"):

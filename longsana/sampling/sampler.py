@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ def denoise_chunk(
     state: CausalState | None,
     *,
     rng: Callable[[int], Tensor],
+    first: Tensor | None = None,
     exit_at: int | None = None,
     on_step: StepEnd = go_on,
 ) -> Tensor:
@@ -79,19 +80,22 @@ def denoise_chunk(
     Args:
         noise: (B, C, T, H, W), the initial noise.
         rng: step index to fresh noise like `noise`.
+        first: see `solve`; a chunk of one latent is it, without a step.
         exit_at: index of the step whose x0 is returned; None is the last. Only this step builds a graph.
         on_step: is shown what the next step starts from, and in the end x0.
     """
+    if first is not None and noise.shape[2] == 1:
+        return first
     last = len(schedule.steps) - 1 if exit_at is None else exit_at
-    x = noise
+    x = begun_with(first, noise)
     for i in range(last + 1):
         seen = timestep(schedule.seen_steps[i], x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):
-            velocity, _ = model(x, seen, text, state=state)
-            x0 = schedule.to_x0(x, velocity, seen)
+            velocity, _ = model(x, seen if first is None else after_clean(seen, x), text, state=state)
+            x0 = begun_with(first, schedule.to_x0(x, velocity, seen))
         if i < last:
-            x = on_step(i, schedule.add_noise(x0, rng(i + 1), timestep(schedule.steps[i + 1], x)))
-    return on_step(last, x0)
+            x = begun_with(first, on_step(i, schedule.add_noise(x0, rng(i + 1), timestep(schedule.steps[i + 1], x))))
+    return begun_with(first, on_step(last, x0))
 
 
 @torch.no_grad()
@@ -114,6 +118,7 @@ def generate(
     state: CausalState | None = None,
     changes: Mapping[int, Change] | None = None,
     recent: Recent | None = None,
+    first: Tensor | None = None,
     clock: Clock | None = None,
     on_step: StepEnd = go_on,
     exits: Sequence[int] | None = None,
@@ -121,16 +126,14 @@ def generate(
     absorb_last: bool = True,
     noisy_absorb: bool = False,
 ) -> Iterator[Chunk]:
-    """Chunk after chunk of a video, in inference, streams and the rollouts of training; nothing grows with its length.
-
-    The last four arguments are training's.
+    """Chunk after chunk of a video; nothing grows with its length. The last four arguments are training's.
 
     Args:
-        texts: the caption of each chunk. shape: (C, H, W) of a latent frame.
-        state: continues the video this state has absorbed.
+        texts: the caption of each chunk. shape: (C, H, W) of a latent frame. state: of the video that goes on.
         changes: of the past, by the chunk of the plan before which each happens.
         recent: holds the video's last chunks, and what was held of those before this plan's; None: what `changes` need.
-        clock: is told the time of the parts "denoise" and "absorb". on_step: see `denoise_chunk`.
+        first: (B, C, 1, H, W), of a picture; clock: is told the time of the parts "denoise" and "absorb"; on_step: see
+            `denoise_chunk`.
         exits: index of the step at which each chunk ends; None: all take all steps. See `denoise_chunk`.
         learned_from: chunks, not states, that end after this frame of the plan have a graph, of their exit step.
         absorb_last: False: the state of the last chunk is the one before it, for a video that nobody goes on with.
@@ -150,8 +153,9 @@ def generate(
         with clock.part("absorb"):
             state = recent.begin(changes.get(index), state, partial(absorb, model, text=text))
         with clock.part("denoise"), torch.set_grad_enabled(learned):
-            noise = own(0) if noise is None else noise
-            x0 = denoise_chunk(model, schedule, noise, text, state, rng=own, exit_at=exit_at, on_step=on_step)
+            noise, picture = own(0) if noise is None else noise, first if index == 0 else None
+            how: dict[str, Any] = {"rng": own, "first": picture, "exit_at": exit_at, "on_step": on_step}
+            x0 = denoise_chunk(model, schedule, noise, text, state, **how)
         if absorb_last or not last:
             with clock.part("absorb"):
                 clean = x0.detach()
@@ -326,13 +330,17 @@ def solve(
     yield x
     for step, t in enumerate(solver.timesteps):
         scale = cfg_scale() if callable(cfg_scale) else cfg_scale
-        times = timestep(t, x)
-        if first is not None:
-            times = times[:, None].repeat(1, x.shape[2])
-            times[:, 0] = 0
+        times = timestep(t, x) if first is None else after_clean(timestep(t, x), x)
         velocity = guided_velocity(model, x, times, captions, states, scale)
         x = begun_with(first, on_step(step, solver.step(step, velocity, x)))
         yield x
+
+
+def after_clean(t: Tensor, x: Tensor) -> Tensor:
+    """(B, T): timesteps of the latent frames of x (B, C, T, H, W), t (B,) of all but the first, which is clean."""
+    times = t[:, None].repeat(1, x.shape[2])
+    times[:, 0] = 0
+    return times
 
 
 def begun_with(first: Tensor | None, x: Tensor) -> Tensor:

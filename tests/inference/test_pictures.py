@@ -69,23 +69,28 @@ def test_what_changes_nothing_is_said(
     assert "--image changes nothing here: every prompt names a picture of its own" in caplog.messages
 
 
-@pytest.mark.parametrize("given", [[], ["--config", CHUNK]])
+@pytest.mark.parametrize("given", [["--config", CHUNK]])
 def test_other_samplers_say_what_takes_a_picture_there(
     given: list[str], script: ModuleType, prompts: Prompts, picture: Path
 ) -> None:
     path = prompts("fine", f"{TEXT}<image>{picture}")
-    says = "a picture to begin with needs the bidirectional base model (flow_euler, flow_dpm-solver), not "
+    says = "a picture to begin with needs LongSANA (longlive_flow_euler) or the bidirectional base model "
     for arguments, place in ((["--txt_file", path], f"{path}, line 2"), (["--image", picture], "--image")):
         message = said(script, *given, *arguments)
         assert message.startswith(f"{place}: {says}")
-        assert message.endswith("; use --video, which LongSANA goes on from")
+        assert message.endswith("(flow_euler, flow_dpm-solver), not chunk_flow_euler")
     assert "--image_fit: has no meaning for the sampler" in said(script, *given, "--image_fit", "cover")
 
 
 def test_a_story_begins_with_no_picture(script: ModuleType, prompts: Prompts, picture: Path) -> None:
     path = prompts(f"a<split>b<image>{picture}")
     assert "line 1: parts between '<split>' need the streaming sampler" in said(script, *BASE, "--txt_file", path)
-    assert "line 1: a picture to begin with needs the bidirectional" in said(script, "--txt_file", path)
+    (prompt,) = script.prepare(["--txt_file", str(path)]).prompts
+    assert (prompt.image, prompt.parts) == (picture, ("a", "b")), "LongSANA's does"
+    state = ["--video", str(picture)]
+    assert "line 1: a picture to begin with, and what the video goes on from" in said(
+        script, "--txt_file", path, *state
+    )
 
 
 @pytest.mark.parametrize(

@@ -155,12 +155,36 @@ def test_a_picture_first_in_all_its_forms(loaded_base: LongSanaVideoPipeline, tm
     assert torch.equal(made(pixels, [PROMPT, OTHER])[1:, :, :1], one[:, :, :1])
 
 
+def test_longsana_absorbs_a_picture_as_a_film_of_one_frame(loaded: LongSanaVideoPipeline) -> None:
+    """To the bit, a story after it too; pinned, the video begins with it as well."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    story = f"{PROMPT}[1s] | [rebuild=2] {OTHER}"
+    call: dict[str, Any] = SIZE | CHUNKS | {"output_type": "latent"}
+    for prompt in (PROMPT, story):
+        own = loaded(prompt, image=pixels, num_frames=33, generator=seed(), **call).frames
+        assert torch.equal(own[:, :, :1], loaded._vae(1).encode_pictures([pixels]))
+        if prompt == PROMPT:
+            film = loaded(prompt, video=pixels[None], num_frames=32, generator=seed(), **call).frames
+            assert torch.equal(own, film)
+    pinned = loaded(PROMPT, image=pixels, image_first="pin", num_frames=33, generator=seed(), **call).frames
+    without = loaded(PROMPT, num_frames=33, generator=seed(), **call).frames
+    assert torch.equal(pinned[:, :, :1], own[:, :, :1]) and not torch.equal(pinned[:, :, 1:], without[:, :, 1:])
+    frames = loaded(PROMPT, image=pixels, num_frames=33, generator=seed(), **call | {"output_type": "pt"}).frames
+    assert frames.shape[1] == 33 and loaded.num_timesteps == 2 * 4
+
+
 def test_pictures_that_nothing_can_begin_with(
     loaded: LongSanaVideoPipeline, loaded_base: LongSanaVideoPipeline, tmp_path: Path
 ) -> None:
     grey = np.zeros((8, 8), np.uint8)
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        (loaded, {"image": Image.new("RGB", (8, 8))}, "image: for the base model; LongSANA goes on from a picture"),
+        (loaded, {"image": grey, "video": np.zeros((9, 8, 8, 3), np.uint8)}, "video: has no meaning with image"),
+        (
+            loaded,
+            {"image": Image.new("RGB", (8, 8)), "num_frames": 1},
+            "num_frames=1: shows the picture that it begins",
+        ),
+        (loaded_base, {"image": Image.new("RGB", (8, 8)), "image_first": "pin"}, "image_first: has no meaning for the"),
         (loaded_base, {"image": grey}, r"image: an array of uint8 and shape \(8, 8\); must be uint8 \(H, W, 3\)"),
         (loaded_base, {"image": 3}, "image: a int; must be the path of a picture"),
         (loaded_base, {"image": [tmp_path / "a", tmp_path / "b"]}, "image: 2 for 1 prompts; give one for all"),

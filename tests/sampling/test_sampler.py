@@ -326,6 +326,36 @@ def test_noise_is_standard_normal():
 # The sampler of many steps --------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(1, 2, 2), (3, 2)])
+def test_chunks_that_begin_with_a_picture(model, random_text, lengths):
+    """By hand. A first chunk of one latent is the picture, absorbed as it is; in a longer one its latent is pinned."""
+    text, network, plan = random_text(2), Recorder(model), ChunkPlan(lengths)
+    noise = PromptNoise(3, [("a", 0), ("b", 0)])
+    first = torch.randn(2, *SHAPE[:1], 1, *SHAPE[1:], generator=torch.Generator().manual_seed(3))
+    options: dict[str, Any] = {"shape": SHAPE, "rng": noise, "device": "cpu"}
+    chunks = list(generate(network, SCHEDULE, [text] * len(plan), plan, first=first, **options))
+    assert torch.equal(chunks[0].latents[:, :, :1], first)
+
+    def drawn(step: int) -> Tensor:
+        return noise.draw(0, step, (SHAPE[0], lengths[0], *SHAPE[1:]), "cpu")
+
+    x = torch.cat([first, drawn(0)[:, :, 1:]], dim=2)
+    for step, seen in enumerate(SCHEDULE.seen_steps if lengths[0] > 1 else ()):
+        times = torch.full((2, lengths[0]), float(seen))
+        times[:, 0] = 0
+        x0 = SCHEDULE.to_x0(x, model(x, times, text)[0], torch.full((2,), float(seen)))
+        if step + 1 < len(SCHEDULE.steps):
+            x0 = SCHEDULE.add_noise(x0, drawn(step + 1), torch.full((2,), float(SCHEDULE.steps[step + 1])))
+        x = torch.cat([first, x0[:, :, 1:]], dim=2)
+    assert torch.equal(chunks[0].latents, x)
+    state = absorb(model, x, text, None)
+    rest = ChunkPlan(lengths[1:])
+    others = generate(model, SCHEDULE, [text] * len(rest), rest, state=state, **options)
+    for one, other in zip(chunks[1:], others, strict=True):
+        assert torch.equal(one.latents, other.latents)
+
+
 @pytest.mark.parametrize("cfg_scale", [1.0, 6.0])
 def test_a_clip_that_begins_with_a_picture(model, random_text, cfg_scale):
     """By hand: its latent is there in every step, seen at timestep 0, and the others take Euler's steps."""
