@@ -259,11 +259,10 @@ class Engine:
 
     def first_of(self, decoder: VideoVAE, prompts: Sequence[Prompt]) -> Tensor:
         """Latents (B, C, 1, h, w), float32, of the pictures that the prompts' videos begin with."""
-        pictures = [
-            read_picture(prompt.image, prompt.height, prompt.width, self.config.sampling.image_fit)
-            for prompt in prompts
-            if prompt.image is not None
-        ]
+        fit, paths = self.config.sampling.image_fit, [prompt.image for prompt in prompts if prompt.image is not None]
+        assert len(paths) == len(prompts), "videos with a picture and without one are no batch"
+        size = prompts[0].height, prompts[0].width
+        pictures = [read_picture(path, *size, fit) for path in paths]
         return decoder.encode_pictures(pictures)
 
     def _method(self, *, picture: bool = False) -> FlowSchedule | Solver | Staggered:

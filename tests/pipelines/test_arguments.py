@@ -65,6 +65,9 @@ BAD: dict[str, tuple[Any, ...]] = {
     "callback_on_step_end_tensor_inputs": (None, "latents", [3], ["prompt_embeds"], 3),
 }
 BAD["video"] = (3, [], [3], "", "nowhere.mp4", b"film.mp4", np.zeros((1, 2, 2, 3)), np.zeros((2, 2, 3), np.uint8), {})
+BAD["image"] = (3, [], [3], "", "nowhere.png", b"a.png", np.zeros((2, 2, 3)), np.zeros((1, 2, 2, 3), np.uint8), {})
+BAD["image_fit"] = (3, "crop", "", ["cover"], "cover")  # the last is without image
+BAD["image_first"] = (3, "first", "", ["pin"], "pin")
 BAD["fps"] = (*NOT_NUMBERS, 0, -1, 1e9)
 BAD["new_frames_only"] = (1, "yes", None, True)
 BAD |= {name: (*BAD[name], 0, -1) for name in (*WHOLE, *SETTINGS) if name != "motion_score"}
@@ -118,7 +121,7 @@ def test_a_stream_refuses_at_once(name: str, loaded: LongSanaVideoPipeline) -> N
 @pytest.mark.parametrize("method", ["__init__", "__call__", "stream", "encode_prompt"])
 def test_every_argument_has_a_rule(method: str) -> None:
     """But those that have readers of their own."""
-    read = {"self", "prompt", "negative_prompt", "generator", "state", "state_decay", "video"}
+    read = {"self", "prompt", "negative_prompt", "generator", "state", "state_decay", "video", "image"}
     parts = {"vae", "transformer", "tokenizer", "text_encoder", "scheduler"} if method == "__init__" else set()
     assert signature(getattr(LongSanaVideoPipeline, method)).parameters.keys() - ARGUMENTS.keys() <= read | parts
 
