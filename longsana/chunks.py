@@ -27,6 +27,11 @@ class ChunkPlan:
         count = max(frames // size, 1)
         return cls((frames - (count - 1) * size, *[size] * (count - 1)))
 
+    @classmethod
+    def after_picture(cls, frames: int, size: int) -> ChunkPlan:
+        """A chunk of one frame, a picture's, and `frames` - 1 more in chunks of `size`: 21 by 10 is (1, 10, 10)."""
+        return cls((1, *cls.split(frames - 1, size).lengths))
+
     @property
     def frames(self) -> int:
         return sum(self.lengths)

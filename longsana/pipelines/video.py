@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -398,7 +398,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             if length == 1:
                 raise InputError("num_frames=1: shows the picture that it begins with alone; it must be longer")
             if self.distilled and image_first != "pin":
-                plan = ChunkPlan((1, *ChunkPlan.split(length - 1, chunk_frames).lengths))
+                plan = ChunkPlan.after_picture(length, chunk_frames)
             sides = self._size(height, width)
             each = pictures_of(image, len(texts) // copies, sides, image_fit or "cover")
             pictures = [picture for picture in each for _ in range(copies)]
@@ -442,10 +442,6 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         negative = [None] * len(shown) if unwanted is None else self._embedded(unwanted, instruction=False)
         captions = list(map(Caption, shown, negative))
         filmed: list[Tensor] = []
-        begun: Moment | None = None
-        if film is not None:
-            recent = Recent(shared_changes(placed).values(), max(chunk_frames + 1, *plan.lengths))
-            filmed, begun = self._begun(film, captions, chunk_frames, latents_per_call, recent)
         videos = Videos(
             schedule,
             plan,
@@ -456,9 +452,12 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             outlines=placed,
             transition_chunks=transition_chunks or 0,
             transition=transition or "linear",
-            begun=begun,
             first=self._first(pictures),
         )
+        if film is not None:
+            recent = videos.recent(chunk_frames + 1)
+            filmed, begun = self._begun(film, captions, chunk_frames, latents_per_call, recent)
+            videos = replace(videos, begun=begun)
         steps = schedule.steps if isinstance(schedule, FlowSchedule) else [int(t) for t in schedule.timesteps]
         given_chunks = int(bool(pictures) and plan.lengths[0] == 1)  # which take no step
         self._interrupt, self._num_timesteps = False, (len(plan) - given_chunks) * len(steps)
@@ -708,21 +707,21 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     ) -> Generator[LongSanaVideoChunk, None, Continuation]:
         """Absorb a film under one caption, chunk by chunk; returns the state after it. state: before it."""
         onload(self.vae)
-        vae, hidden = self._vae(shown.latents_per_call), 0
+        showing = _Showing(self, shown, None)
         if shown.new_frames_only and shown.output_type != "latent":
-            hidden = frames_used(film.count, self.geometry.time_stride)
-        latents = film_latents(vae, film.pictures(), chunk_frames=shown.chunk_frames)
+            showing.hidden = frames_used(film.count, self.geometry.time_stride)
+        latents = film_latents(showing.vae, film.pictures(), chunk_frames=shown.chunk_frames)
         text = self._passes.cache_caption(stacked([caption], self._execution_device))
         onload(self.vae)
         for given, memory in absorbed(self._passes, text, 1, latents, recent, state=state.network):
-            frames, cache = given, None
-            if shown.output_type != "latent":
-                onload(self.vae)
-                frames, cache, hidden = self._pictures(
-                    vae, [given], state.decoder, *shown[:2], more=True, hidden=hidden
-                )
-            kept: dict[str, Any] = {"latents": latest(state.latents, given), "waiting": hidden, "recent": recent.copy()}
-            state = state._replace(network=memory, decoder=cache, **kept)
+            frames = showing(given, more=True)
+            state = state._replace(
+                network=memory,
+                decoder=showing.cache,
+                latents=showing.last,
+                waiting=showing.hidden,
+                recent=recent.copy(),
+            )
             if not shown.new_frames_only:
                 yield LongSanaVideoChunk(frames, state)
             onload(self.vae)
@@ -1157,10 +1156,13 @@ class _Showing:
 
     def __init__(self, pipe: LongSanaVideoPipeline, shown: _Shown, state: Continuation | None) -> None:
         self._pipe, self._shown, self._state = pipe, shown, state
-        self._vae: VideoVAE | None = None
         self.cache: DecodeCache | None = None if state is None else state.decoder
         self.last: Tensor | None = None if state is None else state.latents
         self.hidden = 0 if state is None else state.waiting
+
+    @cached_property
+    def vae(self) -> VideoVAE:
+        return self._pipe._vae(self._shown.latents_per_call)
 
     def __call__(self, latents: Tensor, *, more: bool) -> Any:
         """The next chunk's frames, of latents (1, C, T, h, w), as `LongSanaVideoOutput` has them. more: of chunks to
@@ -1170,12 +1172,11 @@ class _Showing:
             require_finite("chunk", {"latents": latents})
             return latents
         onload(self._pipe.vae)
-        self._vae = self._vae or self._pipe._vae(self._shown.latents_per_call)
         if self.cache is None and self._state is not None:
-            before = restored(self._state.moment, self._vae)
+            before = restored(self._state.moment, self.vae)
             self.cache, self.hidden = before.decoder, before.waiting
         frames, self.cache, self.hidden = self._pipe._pictures(
-            self._vae, [latents], self.cache, *self._shown[:2], more=more, hidden=self.hidden
+            self.vae, [latents], self.cache, *self._shown[:2], more=more, hidden=self.hidden
         )
         return frames
 

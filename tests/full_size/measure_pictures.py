@@ -46,7 +46,6 @@ from longsana.evaluation.measures import measure_pieces, seam_index
 from longsana.evaluation.report import table
 from longsana.runtime.commandline import Parser, run_command
 from longsana.runtime.distributed import World
-from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text
 from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.engine import CaptionedNetwork, Engine
@@ -54,7 +53,7 @@ from longsana.shapes.scenes import FPS, Scene, draw_scene, parse_caption, render
 from longsana.shapes.sight import Seen, observe
 from longsana.shapes.verifier import judge
 from tests.full_size.measure_stories import over_stories
-from tests.full_size.tables import chosen, measure_each, scores_of
+from tests.full_size.tables import check_options, chosen, measure_each, scores_of
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs/sana_video_config/longsana/shapes/longsana.yaml"
 SCENES = 3_000_000
@@ -211,10 +210,7 @@ def prepare(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="WAY", help="these, by name (default: all)")
     options: Any = parser.parse_args(arguments)
     options.ways = chosen(WAYS, options.only)
-    for name in ("pictures", "seconds", "batch"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
-    options.out.mkdir(parents=True, exist_ok=True)
+    check_options(options, "pictures", "seconds", "batch")
     return options
 
 

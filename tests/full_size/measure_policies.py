@@ -41,7 +41,7 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text
 from longsana.shapes.scenes import prompts
-from tests.full_size.tables import chosen, measure_each, scores_of
+from tests.full_size.tables import check_options, chosen, measure_each, scores_of
 
 log = logging.getLogger("longsana")
 
@@ -222,12 +222,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def prepare(arguments: Sequence[str]) -> argparse.Namespace:
     options: Any = parse(arguments)
     options.policies = chosen(POLICIES, options.only)
-    for name in ("prompts", "batch", "processes"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
     if min(options.seconds) < 1:
         raise InputError(f"--seconds {min(options.seconds)}: must be at least 1")
-    options.out.mkdir(parents=True, exist_ok=True)
+    check_options(options, "prompts", "batch", "processes")
     return options
 
 

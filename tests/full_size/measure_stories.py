@@ -49,7 +49,6 @@ from longsana.evaluation.report import load_matplotlib, table
 from longsana.inference.sidecar import told_parts
 from longsana.runtime.commandline import Parser, run_command
 from longsana.runtime.distributed import World
-from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, whole_file
 from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.engine import CaptionedNetwork, Engine
@@ -57,7 +56,7 @@ from longsana.shapes.scenes import BACKGROUNDS, COLOURS, FPS, KINDS, MOTIONS, SP
 from longsana.shapes.scenes import parse_caption as promise_of
 from longsana.shapes.sight import Seen, observe
 from longsana.shapes.verifier import judge
-from tests.full_size.tables import chosen, measure_each, scores_of
+from tests.full_size.tables import check_options, chosen, measure_each, scores_of
 
 log = logging.getLogger("longsana")
 
@@ -328,10 +327,7 @@ def prepare(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="POLICY", help="these, by name (default: all)")
     options: Any = parser.parse_args(arguments)
     options.policies = chosen(POLICIES, options.only)
-    for name in ("changes", "batch", "chunk_frames"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
-    options.out.mkdir(parents=True, exist_ok=True)
+    check_options(options, "changes", "batch", "chunk_frames")
     return options
 
 

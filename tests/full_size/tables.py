@@ -46,6 +46,14 @@ def chosen(rows: Sequence[AnyRow], names: Sequence[str] | None) -> list[AnyRow]:
     return [known[name] for name in names or known]
 
 
+def check_options(options: Any, *counts: str) -> None:
+    """Refuse (InputError) counts below 1, and make the folder `options.out`."""
+    for name in counts:
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
+    options.out.mkdir(parents=True, exist_ok=True)
+
+
 def measure_each(
     out: Path,
     rows: Iterable[AnyRow],

@@ -145,6 +145,46 @@ def test_base(loaded_base: LongSanaVideoPipeline) -> None:
     assert torch.equal(own, latents)
 
 
+def given_to_both(loaded_base: LongSanaVideoPipeline, guidance: float) -> dict[str, Any]:
+    """Arguments of a call of ours and of diffusers', with the same embeddings, masks and noise."""
+    embeds, mask, away, away_mask = loaded_base.encode_prompt(
+        PROMPT, do_classifier_free_guidance=True, negative_prompt=OTHER
+    )
+    assert away is not None and away_mask is not None
+    return {
+        "prompt_embeds": embeds,
+        "prompt_attention_mask": mask,
+        "negative_prompt_embeds": away,
+        "negative_prompt_attention_mask": away_mask,
+        "latents": torch.randn(1, 16, 5, 4, 8, generator=seed()),
+        "num_inference_steps": 20,
+        "guidance_scale": guidance,
+        "height": 32,
+        "width": 64,
+        "frames": 17,
+        "output_type": "latent",
+    }
+
+
+def of_ours(mine: LongSanaVideoPipeline, call: dict[str, Any]) -> Tensor:
+    unheard = () if call["guidance_scale"] > 1 else ("negative_prompt_embeds", "negative_prompt_attention_mask")
+    frames: Tensor = mine(**{name: value for name, value in call.items() if name not in unheard}).frames
+    return frames
+
+
+def of_diffusers(theirs: Any, call: dict[str, Any]) -> Tensor:
+    # Euler's timesteps are fractions, which it embeds and no checkpoint was trained on.
+    def whole(_: Any, arguments: Any, named: dict[str, Any]) -> Any:
+        return arguments, named | {"timestep": named["timestep"].float().floor()}
+
+    theirs.set_progress_bar_config(disable=True)
+    theirs.transformer.register_forward_pre_hook(whole, with_kwargs=True)
+    masks = ("prompt_attention_mask", "negative_prompt_attention_mask")
+    call = call | {name: call[name].long() for name in masks}
+    frames: Tensor = theirs(negative_prompt=None, use_resolution_binning=False, **call).frames
+    return frames
+
+
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("solver", ["flow_dpm-solver", "flow_euler"])
 def test_base_is_that_of_diffusers(
@@ -168,34 +208,8 @@ def test_base_is_that_of_diffusers(
         transformer=diffusers.SanaVideoTransformer3DModel.from_pretrained(base_folder / "transformer"),
         scheduler=copy.deepcopy(scheduler),
     )
-    theirs.set_progress_bar_config(disable=True)
-
-    # Euler's timesteps are fractions, which it embeds and no checkpoint was trained on.
-    def whole(_: Any, arguments: Any, named: dict[str, Any]) -> Any:
-        return arguments, named | {"timestep": named["timestep"].float().floor()}
-
-    theirs.transformer.register_forward_pre_hook(whole, with_kwargs=True)
-    embeds, mask, away, away_mask = loaded_base.encode_prompt(
-        PROMPT, do_classifier_free_guidance=True, negative_prompt=OTHER
-    )
-    assert away is not None and away_mask is not None
-    call: dict[str, Any] = {
-        "prompt_embeds": embeds,
-        "prompt_attention_mask": mask,
-        "negative_prompt_embeds": away,
-        "negative_prompt_attention_mask": away_mask,
-        "latents": torch.randn(1, 16, 5, 4, 8, generator=seed()),
-        "num_inference_steps": 20,
-        "guidance_scale": guidance,
-        "height": 32,
-        "width": 64,
-        "frames": 17,
-        "output_type": "latent",
-    }
-    unheard = () if guidance > 1 else ("negative_prompt_embeds", "negative_prompt_attention_mask")
-    own = mine(**{name: value for name, value in call.items() if name not in unheard}).frames
-    call |= {"prompt_attention_mask": mask.long(), "negative_prompt_attention_mask": away_mask.long()}
-    peer = theirs(negative_prompt=None, use_resolution_binning=False, **call).frames
+    call = given_to_both(loaded_base, guidance)
+    own, peer = of_ours(mine, call), of_diffusers(theirs, call)
     torch.testing.assert_close(own, peer, rtol=1e-3, atol=1e-3 * peer.abs().max().item())
     assert own.std() > 0.1
 
@@ -243,40 +257,13 @@ def test_a_picture_first_is_that_of_diffusers(
         transformer=diffusers.SanaVideoTransformer3DModel.from_pretrained(base_folder / "transformer"),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0),
     )
-    theirs.set_progress_bar_config(disable=True)
-
-    # Timesteps are fractions, which it embeds and no checkpoint was trained on.
-    def whole(_: Any, arguments: Any, named: dict[str, Any]) -> Any:
-        return arguments, named | {"timestep": named["timestep"].float().floor()}
-
-    theirs.transformer.register_forward_pre_hook(whole, with_kwargs=True)
-    embeds, mask, away, away_mask = loaded_base.encode_prompt(
-        PROMPT, do_classifier_free_guidance=True, negative_prompt=OTHER
-    )
-    assert away is not None and away_mask is not None
-    call: dict[str, Any] = {
-        "image": picture,
-        "prompt_embeds": embeds,
-        "prompt_attention_mask": mask,
-        "negative_prompt_embeds": away,
-        "negative_prompt_attention_mask": away_mask,
-        "latents": torch.randn(1, 16, 5, 4, 8, generator=seed()),
-        "num_inference_steps": 20,
-        "guidance_scale": guidance,
-        "height": 32,
-        "width": 64,
-        "frames": 17,
-        "output_type": "latent",
-    }
-    unheard = () if guidance > 1 else ("negative_prompt_embeds", "negative_prompt_attention_mask")
-    own = loaded_base(**{name: value for name, value in call.items() if name not in unheard}).frames
-    call |= {"prompt_attention_mask": mask.long(), "negative_prompt_attention_mask": away_mask.long()}
-    peer = theirs(negative_prompt=None, use_resolution_binning=False, **call).frames
+    call = given_to_both(loaded_base, guidance)
+    own, peer = of_ours(loaded_base, call | {"image": picture}), of_diffusers(theirs, call | {"image": picture})
     torch.testing.assert_close(own, peer, rtol=0, atol=1e-4 * peer.abs().max().item())
     assert own.std() > 0.1
     vae = loaded_base._vae(1)
     assert torch.equal(own[:, :, :1], vae.encode_pictures([np.asarray(picture)]))
-    without = loaded_base(**{name: value for name, value in call.items() if name not in (*unheard, "image")}).frames
+    without = of_ours(loaded_base, call)
     assert not torch.equal(without[:, :, 1:], own[:, :, 1:])
 
 
