@@ -2,8 +2,9 @@
 
     python tests/full_size/measure_pictures.py --out output/pictures
 
-Pictures are first frames of held-out scenes, drawn by the world itself, and captions are the scenes' own, which say all
-but the place: in this world a colour has one hue, and a word of size one size. Each way of beginning has the same
+Pictures are first frames of held-out scenes, drawn by the world itself, and captions are the scenes' own. In the shapes
+world they say all but the place: a colour has one hue there, and a word of size one size. In the remembered one
+(`--world remembered_shapes`) they leave open which hue, which size and what paint. Each way of beginning has the same
 noise. Judged is, in the first, fifth, thirtieth and sixtieth second (those that the length has), the share of objects
 that are the picture's (identity: kind, hue, size, marking) and of frames in which all that the caption says is in view
 and nothing else (persistence); the share of objects that are, in the four frames after the picture, within PLACE pixels
@@ -12,7 +13,8 @@ that within chunks (seam index, 1 is seamless). "nothing" begins with no picture
 chance. After a ± stands the standard error, over pictures.
 
 A way's figures are written to OUT when it is done, and a table of all so far: stopped at any moment, the same command
-goes on. `--weights` measures others than those that ship. On a laptop: `--pictures 4 --seeds 0 --seconds 5`.
+goes on. `--weights` measures others than those that ship, `--settings` sets what else differs from the shapes world's
+config. On a laptop: `--pictures 4 --seeds 0 --seconds 5`.
 
 Exit status: 0 all ways are there, 2 bad input, 3 the time was up before.
 """
@@ -49,7 +51,8 @@ from longsana.runtime.distributed import World
 from longsana.runtime.files import atomic_write_text
 from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.engine import CaptionedNetwork, Engine
-from longsana.shapes.scenes import FPS, Scene, draw_scene, parse_caption, render
+from longsana.shapes.remembered import WORLDS
+from longsana.shapes.scenes import FPS, Scene, parse_caption, render
 from longsana.shapes.sight import Seen, observe
 from longsana.shapes.verifier import judge
 from tests.full_size.measure_stories import over_stories
@@ -86,7 +89,8 @@ class Films:
 
     def __init__(self, options: argparse.Namespace, device: torch.device, folder: Path) -> None:
         self._options, self._device = options, device
-        self._scenes = [draw_scene(SCENES, index, held_out=True) for index in range(options.pictures)]
+        draw = WORLDS[options.world]
+        self._scenes = [draw(SCENES, index, held_out=True) for index in range(options.pictures)]
         self.pictures = ((render(self._scenes, range(1)) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
         self._prompts = list(map(self._prompt, range(options.pictures), self._scenes, [folder] * options.pictures))
         engine = self.engine(WAYS[0])
@@ -105,7 +109,7 @@ class Films:
         settings = [f"sampling.num_frames={FPS * self._options.seconds + 1}", "sampling.cuda_graphs=true"]
         settings += [f"sampling.image_first={way.first or 'absorb'}"]
         settings += [f"model.load_from={self._options.weights}"] if self._options.weights else []
-        config: InferenceConfig = load_config(CONFIG, settings)
+        config: InferenceConfig = load_config(CONFIG, [*settings, *self._options.settings])
         return Engine(config, self._device)
 
     def sample(self, way: Way, some: slice, seed: int) -> Iterator[Tensor]:
@@ -159,7 +163,7 @@ def figures_of(seen: Seen, picture: Seen, captions: Sequence[str]) -> list[dict[
 
 def measure(options: argparse.Namespace, device: torch.device) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    common = {name: getattr(options, name) for name in ("pictures", "seeds", "seconds")}
+    common = {name: getattr(options, name) for name in ("pictures", "seeds", "seconds", "world", "settings")}
     common["weights"] = None if options.weights is None else str(options.weights)
     with tempfile.TemporaryDirectory() as folder:
 
@@ -207,6 +211,8 @@ def prepare(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="videos at a time (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="begin no way that would end later (default: no limit)")
     parser.add_argument("--weights", type=Path, help="of another LongSANA of the shapes world (default: what ships)")
+    parser.add_argument("--world", choices=list(WORLDS), default="shapes", help="of the pictures (default: %(default)s)")
+    parser.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="of the config")
     parser.add_argument("--only", nargs="+", metavar="WAY", help="these, by name (default: all)")
     options: Any = parser.parse_args(arguments)
     options.ways = chosen(WAYS, options.only)
