@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
+
+ImageFirst = Literal["absorb", "pin"]
+"""A way for a video to begin with a picture: as a chunk of one latent, or as the first latent of the first chunk."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class ChunkPlan:
     def after_picture(cls, frames: int, size: int) -> ChunkPlan:
         """A chunk of one frame, a picture's, and `frames` - 1 more in chunks of `size`: 21 by 10 is (1, 10, 10)."""
         return cls((1, *cls.split(frames - 1, size).lengths))
+
+    @classmethod
+    def with_picture(cls, frames: int, size: int, first: ImageFirst) -> ChunkPlan:
+        """The chunks of a clip that begins with a picture: the first is it ("absorb"), or begins with it ("pin")."""
+        return cls.after_picture(frames, size) if first == "absorb" and frames > 1 else cls.split(frames, size)
 
     @property
     def frames(self) -> int:

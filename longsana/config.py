@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from longsana.chunks import ImageFirst
 from longsana.published import INFERENCE, Context, Published, Translation
 from longsana.runtime.errors import InputError, did_you_mean, did_you_mistype, mistyped_setting
 from longsana.runtime.files import atomic_write_text, expanded
@@ -163,7 +164,7 @@ class SamplingConfig:
     # How a picture that a video begins with gets its size: scaled to cover it and cut to the middle, or stretched to it
     image_fit: Literal["cover", "stretch"] = "cover"
     # LongSANA: the picture is a chunk of one latent, absorbed before the others; or the first latent of the first chunk
-    image_first: Literal["absorb", "pin"] = "absorb"
+    image_first: ImageFirst = "absorb"
 
     @property
     def has_negative_prompt(self) -> bool:

@@ -664,7 +664,7 @@ def test_a_base_trains_with_a_picture_first(tmp_path: Path) -> None:
     own = write(tmp_path / "own.yaml", {"base": "theirs.yaml", "trainer": "flow_matching", "data": {"data_path": "a"}})
     config = load_config(own, (), TrainingConfig)
     check_training(config)
-    assert config.flow_matching.image_probability == 0.9
+    assert config.train.image_probability == 0.9
     half = load_config(own, ["train.ltx_image_condition_prob=0.5"], TrainingConfig)
     assert half.flow_matching == dataclasses.replace(config.flow_matching, image_probability=0.5)
     load_config(theirs)

@@ -1,6 +1,7 @@
 """Tools of the shapes world: its parts that are no networks of ours, and what is measured of its models.
 
     longsana shapes prompts output/shapes/parts                        # prompts.txt and held_out.txt
+    longsana shapes pictures output/shapes/parts                       # first pictures of the former: pictured.txt
     longsana shapes text-encoder output/shapes/parts/text_encoder      # trained, with settings such as steps=100
     longsana shapes vae output/shapes/parts/vae
     longsana shapes scores output/shapes/parts                         # of all models there; speed: on two cores
@@ -25,16 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from longsana.config import InferenceConfig, load_config
-from longsana.data.prompts import training_prompts
+from longsana.data.prompts import PICTURE, training_prompts
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text, naming
+from longsana.runtime.files import atomic_write_text, naming, whole_file
 from longsana.runtime.hub import locate
 from longsana.shapes.remembered import WORLDS, WorldName
-from longsana.shapes.scenes import prompts
+from longsana.shapes.scenes import distinct_scenes, prompts, render, to_bytes
 
 log = logging.getLogger("longsana")
 
@@ -126,11 +128,32 @@ def write_prompts(request: Request) -> None:
         ("held_out.txt", 0, HELD_OUT_PROMPTS, True),
     ):
         path = request.folder / name
-        text = "\n".join(prompts(seed, count, held_out=held_out, draw=WORLDS[request.world])) + "\n"
-        if not path.exists():
-            atomic_write_text(path, text)
-        elif path.read_text(encoding="utf-8") != text:
-            raise InputError(f"{path}: not the prompts of --world {request.world}; give another folder")
+        _write_lines(path, prompts(seed, count, held_out=held_out, draw=WORLDS[request.world]), request.world)
+
+
+def draw_pictures(request: Request) -> None:
+    """Draw the first picture of each training prompt's scene, and write the prompts with them: pictured.txt."""
+    folder = request.folder / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes = distinct_scenes(1, TRAINING_PROMPTS, held_out=False, draw=WORLDS[request.world])
+    paths = [folder / f"{number:05d}.png" for number in range(1, len(scenes) + 1)]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    for some in (missing[first : first + 64] for first in range(0, len(missing), 64)):
+        for number, picture in zip(some, to_bytes(render([scenes[n] for n in some], range(1))), strict=True):
+            with whole_file(paths[number]) as partial:
+                Image.fromarray(picture[0].numpy()).save(partial, "PNG")
+    lines = [
+        f"{scene.caption}{PICTURE}{path.relative_to(request.folder)}" for scene, path in zip(scenes, paths, strict=True)
+    ]
+    _write_lines(request.folder / "pictured.txt", lines, request.world)
+
+
+def _write_lines(path: Path, lines: Sequence[str], world: WorldName) -> None:
+    text = "\n".join(lines) + "\n"
+    if not path.exists():
+        atomic_write_text(path, text)
+    elif path.read_text(encoding="utf-8") != text:
+        raise InputError(f"{path}: not the prompts of --world {world}; give another folder")
 
 
 def train_text(request: Request) -> None:
@@ -347,6 +370,7 @@ def _number(value: Sequence[float | None]) -> str:
 
 TOOLS: dict[str, Callable[[Request], None]] = {
     "prompts": write_prompts,
+    "pictures": draw_pictures,
     "text-encoder": train_text,
     "vae": train_vae,
     "scores": score_models,
@@ -356,11 +380,12 @@ TOOLS: dict[str, Callable[[Request], None]] = {
     "strips": write_strips,
     "package": package,
 }
+DRAWING = ("prompts", "pictures")
 TRAINING = ("text-encoder", "vae")
 TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(TOOLS, ()),
     **dict.fromkeys(TRAINING, ("--world", "--config_path", "settings")),
-    "prompts": ("--world",),
+    **dict.fromkeys(DRAWING, ("--world",)),
     "scores": ("--world", "--tiny"),
     "speed": ("--tiny",),
     "strips": ("--tiny",),
@@ -394,7 +419,7 @@ def prepare(arguments: Sequence[str], world: World) -> tuple[str, Request]:
     if world.size > 1:
         raise InputError("several processes: this is the work of one; start it without a launcher")
     folder, device = options.folder.resolve(), world.device()
-    if options.tool not in (*TRAINING, "prompts") and not folder.is_dir():
+    if options.tool not in (*TRAINING, *DRAWING) and not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give that of the parts")
     return options.tool, Request(folder, options.config_path, options.world, options.tiny, settings, device)
 

@@ -38,7 +38,24 @@ def read_picture(path: str | Path, height: int, width: int, fit: Fit = "cover") 
         InputError: there is no such file, or it is no picture, broken, too large, a film, or of floats; the message is
             one line that begins with the path.
     """
-    path = Path(path)
+    with _opened(Path(path)) as picture:
+        picture.load()
+        return fit_picture(picture, height, width, fit)
+
+
+def check_picture(path: str | Path) -> None:
+    """Refuse a file of which its head tells that it is no picture for `read_picture`; no pixel is decoded.
+
+    Raises:
+        InputError: there is no such file, or it is no picture, too large, or a film.
+    """
+    with _opened(Path(path)):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open a picture of which only the head has been read; all that goes wrong with it is told, see `_told`."""
     if not os.path.exists(path):  # not of the path, which fails where a name is too long
         raise InputError(f"{path}: no such picture")
     if not path.is_file():
@@ -51,8 +68,7 @@ def read_picture(path: str | Path, height: int, width: int, fit: Fit = "cover") 
         stream.seek(0)
         with Image.open(stream, formats=FORMATS) as picture:
             _check_header(picture)
-            picture.load()
-            return fit_picture(picture, height, width, fit)
+            yield picture
 
 
 def fit_picture(picture: Image.Image, height: int, width: int, fit: Fit = "cover") -> np.ndarray:

@@ -170,23 +170,45 @@ def _find_picture(name: str, folder: Path, where: str) -> Path:
     return found
 
 
-def training_prompts(path: str | Path, what: str = "data.data_path") -> list[str]:
+def training_prompts(path: str | Path, what: str = "data.data_path", *, pictures: bool = False) -> list[str]:
     """The prompts of a file without blank ones; flags, `<split>` and a story's marks are words of theirs.
 
     path: tried from the working directory and then from the repository root; or hf://owner/repo/file.
     what: the setting that names it, or what else it is, for errors.
+    pictures: prompts may name a picture; see `training_pictures`.
 
     Raises:
         InputError: the file is missing, empty, of a kind that is not read, or a line of it is wrong, or has fields
             that mean nothing in training.
     """
+    return [entry.text for entry in _training_entries(_training_file(path, what), pictures=pictures)]
+
+
+def training_pictures(path: str | Path, what: str = "data.data_path") -> list[Path]:
+    """The pictures that the prompts of a file name, one for each of `training_prompts`, which also says what is read.
+
+    Raises:
+        InputError: a prompt names none, or one that is not there; or see `training_prompts`.
+    """
+    file, found = _training_file(path, what), []
+    for entry in _training_entries(file, pictures=True):
+        where = place(file, entry.number)
+        if entry.image is None:
+            raise InputError(
+                f"{where}: names no picture ('words{PICTURE}path'); with train.image_probability above 0 every prompt "
+                "needs one that its videos may begin with"
+            )
+        found.append(_find_picture(entry.image, file.parent, where))
+    return found
+
+
+def _training_file(path: str | Path, what: str) -> Path:
     try:
-        file = locate(str(path), what)
+        return locate(str(path), what)
     except InputError as error:
         if Path(path).name == PUBLISHED_PROMPTS:
             raise InputError(f"{error}; the published prompts: `{DOWNLOAD}`") from error
         raise
-    return [entry.text for entry in _training_entries(file)]
 
 
 def aligned_prompts(path: str | Path, what: str, others: str | Path) -> list[str]:
@@ -199,7 +221,7 @@ def aligned_prompts(path: str | Path, what: str, others: str | Path) -> list[str
             `training_prompts`.
     """
     own = _training_entries(locate(str(path), what))
-    beside = _training_entries(locate(str(others), "data.data_path"))
+    beside = _training_entries(locate(str(others), "data.data_path"), pictures=True)
     if len(own) != len(beside):
         raise InputError(
             f"{what}={path}: {len(own)} prompt{'s' if len(own) != 1 else ''}, where data.data_path={others} has "
@@ -214,15 +236,16 @@ def aligned_prompts(path: str | Path, what: str, others: str | Path) -> list[str
     return [entry.text for entry in own]
 
 
-def _training_entries(file: Path) -> list[_Entry]:
-    """The prompts of a file, none of which has fields that mean nothing in training."""
+def _training_entries(file: Path, *, pictures: bool = False) -> list[_Entry]:
+    """The prompts of a file, none of which has fields that mean nothing in training. pictures: one may be named."""
     entries = _entries(file)
     for entry in entries:
-        if entry.image is not None:
+        if entry.image is not None and not pictures:
             raise InputError(
-                f"{place(file, entry.number)}: begins with a picture, which has no meaning in training; remove it"
+                f"{place(file, entry.number)}: begins with a picture, which has no meaning in training, but in "
+                "data.data_path with train.image_probability above 0; remove it"
             )
-        if own := [name for name in FIELDS[1:] if getattr(entry, name) is not None]:
+        if own := [name for name in FIELDS[1:] if name != "image" and getattr(entry, name) is not None]:
             raise InputError(
                 f"{place(file, entry.number)}: the field {own[0]} has no meaning in training, which draws its noise "
                 "by train.seed and has one size and length; remove it"

@@ -85,8 +85,8 @@ def chunk_plan(
     """
     frames = geometry(config.vae).latent_frames(config.sampling.num_frames if num_frames is None else num_frames)
     sampler, size = config.scheduler.sampling_algo, config.sampling.chunk_frames
-    if picture and sampler == DISTILLED and config.sampling.image_first == "absorb" and frames > 1:
-        return ChunkPlan.after_picture(frames, size)
+    if picture and sampler == DISTILLED:
+        return ChunkPlan.with_picture(frames, size, config.sampling.image_first)
     return ChunkPlan.split(frames - goes_on, frames if sampler in WHOLE_CLIP else size)
 
 

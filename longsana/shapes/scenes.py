@@ -379,6 +379,11 @@ def render(
     return pictures / 127.5 - 1
 
 
+def to_bytes(pictures: Tensor) -> Tensor:
+    """Round pictures (B, 3, F, H, W) in [-1, 1] to (B, F, H, W, 3), uint8."""
+    return ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+
 def _offsets(line: Tensor, place: Tensor, length: float, wraps: Tensor) -> Tensor:
     """Signed pixels (N, F, L) from places (N, F) to a line's pixels (L,), the shorter way around where one wraps."""
     distance = line - place[..., None]
@@ -392,9 +397,15 @@ def around(distance: Tensor, period: float) -> Tensor:
 
 def prompts(seed: int, count: int, *, held_out: bool, draw: Callable[..., Scene] = draw_scene) -> list[str]:
     """Different captions, in order of their index. draw: `draw_scene` of this world or another."""
-    found: dict[str, None] = {}
+    return [scene.caption for scene in distinct_scenes(seed, count, held_out=held_out, draw=draw)]
+
+
+def distinct_scenes(seed: int, count: int, *, held_out: bool, draw: Callable[..., Scene] = draw_scene) -> list[Scene]:
+    """The first scene of each of `prompts`."""
+    found: dict[str, Scene] = {}
     index = 0
     while len(found) < count:
-        found[draw(seed, index, held_out=held_out).caption] = None
+        scene = draw(seed, index, held_out=held_out)
+        found.setdefault(scene.caption, scene)
         index += 1
-    return list(found)
+    return list(found.values())

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from longsana.data.clips import GENERATED, ClipSource, open_clips
-from longsana.data.prompts import training_prompts
+from longsana.data.prompts import training_pictures, training_prompts
 from longsana.data.trajectories import Trajectories, check_grid, open_trajectories
 from longsana.encoders.vae import VideoVAE, load_vae
 from longsana.models.dit import LongSanaDiT
@@ -25,6 +25,7 @@ from longsana.training.config import TrainingConfig
 from longsana.training.graphs import replay_passes
 from longsana.training.learner import Learner, compute_dtype
 from longsana.training.parallel import device_mesh, parallelise
+from longsana.training.pictures import Pictures
 from longsana.training.run_folder import CAPTIONS
 from longsana.training.stages.flow_matching import FlowMatching
 from longsana.training.stages.longsana import LongSana
@@ -110,7 +111,15 @@ class StageBuilder:
 
     def prompts(self) -> Sequence[str]:
         """The prompts of distillation's videos."""
-        return training_prompts(self.config.data.data_path)
+        return training_prompts(self.config.data.data_path, pictures=self.config.train.image_probability > 0)
+
+    def pictures(self) -> Pictures | None:
+        """The pictures that distillation's videos may begin with, one for each of `prompts`; None: none begins so."""
+        config = self.config
+        if not config.train.image_probability:
+            return None
+        paths = training_pictures(config.data.data_path)
+        return Pictures(paths, self.vae, config.sampling.height, config.sampling.width, config.sampling.image_fit)
 
     def switch_prompts(self) -> Sequence[str]:
         """The prompts that streams switch to, one for each of `prompts`; none without a switch file."""
@@ -178,6 +187,7 @@ class StageBuilder:
             "negative": self._null(self._teacher),
             "vae": self.vae,
             "latent_shape": self.latent_shape,
+            "pictures": self.pictures(),
         }
 
     def _generator(self) -> Learner:

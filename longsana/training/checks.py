@@ -17,7 +17,15 @@ from longsana.chunks import ChunkPlan
 from longsana.config import load_config
 from longsana.data.clips import GENERATED, open_clips
 from longsana.data.lmdb_entries import DATA
-from longsana.data.prompts import Prompt, aligned_prompts, place, read_prompts, training_prompts
+from longsana.data.pictures import check_picture
+from longsana.data.prompts import (
+    Prompt,
+    aligned_prompts,
+    place,
+    read_prompts,
+    training_pictures,
+    training_prompts,
+)
 from longsana.data.trajectories import check_grid, open_trajectories
 from longsana.encoders.geometry import geometry
 from longsana.flow.schedule import FlowSchedule
@@ -81,11 +89,8 @@ def check_training(config: TrainingConfig) -> None:
             "become the empty prompt, so sampling must be guided away from that; set sampling.negative_prompt='' or "
             "sampling.null_caption=learned"
         )
-    if flow.image_probability > 0 and config.rollout.num_training_frames == 1:
-        raise InputError(
-            f"flow_matching.image_probability={flow.image_probability}: a clip of one latent is its picture, and "
-            "nothing is left to learn; make rollout.num_training_frames=1 at least 2"
-        )
+    if config.train.image_probability > 0:
+        _check_pictures(config)
     if trainer == "longsana":
         _check_streams(config)
 
@@ -152,6 +157,24 @@ def _check_streams(config: TrainingConfig) -> None:
         )
 
 
+def _check_pictures(config: TrainingConfig) -> None:
+    share, frames, sampling = config.train.image_probability, config.rollout.num_training_frames, config.sampling
+    shortest = config.rollout.min_num_training_frames if config.trainer in DISTILLING else frames
+    if shortest == 1:
+        raise InputError(
+            f"train.image_probability={share}: a clip of one latent is its picture, and nothing is left to learn; make "
+            "rollout.num_training_frames, or min_num_training_frames, at least 2"
+        )
+    plan = ChunkPlan.with_picture(frames, sampling.chunk_frames, sampling.image_first)
+    after = len(plan) - (sampling.image_first == "absorb")
+    if config.trainer == "longsana" and after != len(ChunkPlan.split(frames, sampling.chunk_frames)):
+        raise InputError(
+            f"rollout.num_training_frames={frames}: after a picture that is absorbed it must be as many chunks of "
+            f"{sampling.chunk_frames} as without one, so that all processes run the network equally often; for example "
+            f"{frames + 1}, or sampling.image_first=pin"
+        )
+
+
 def _check_distillation(config: TrainingConfig) -> None:
     rollout, settings = config.rollout, config.distillation
     shortest, longest, chunk = (
@@ -214,8 +237,11 @@ def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
         check_network(config.real_score, "real_score.load_from", fetch=True)
         check_network(config.fake_score, "fake_score.load_from", fetch=True)
     if config.trainer in DISTILLING:
-        training_prompts(config.data.data_path)
+        pictures = config.train.image_probability > 0
+        training_prompts(config.data.data_path, pictures=pictures)
         switch_prompts(config)
+        for path in training_pictures(config.data.data_path) if pictures else ():
+            check_picture(path)
     elif not config.data.data_path.startswith(GENERATED):
         locate(config.data.data_path, "data.data_path")
     if visualize and config.validation.vis_interval:

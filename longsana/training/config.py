@@ -39,8 +39,6 @@ class FlowMatchingConfig:
     chunk_sampling_strategy: Literal["uniform", "incremental"] = "incremental"
     same_timestep_prob: float = bounded(0.0, 0, 1)  # causal: share of clips with one timestep for all chunks
     class_dropout_prob: float = bounded(0.1, 0, 1)  # share of captions that are dropped
-    # Share of updates in which latent 0 of every clip is given clean, as its first picture, and has no loss
-    image_probability: float = bounded(0.0, 0, 1)
     # What a dropped caption becomes: the checkpoint's null tokens under the caption's own mask, as published, or what
     # sampling.null_caption names, with its mask
     dropped_caption: Literal["masked_null", "null_caption"] = "masked_null"
@@ -138,6 +136,9 @@ class TrainConfig:
     compile: bool = False  # each block under torch.compile
     cuda_graphs: bool = False  # one process on a GPU: record passes and replay them; faster for small networks
     device_noise: bool = False  # draw noise on the GPU: faster for small networks, and other noise than a CPU's
+    # Share of updates, or of videos, that begin with a picture, which has no loss: latent 0 of a clip or a trajectory,
+    # or what data.data_path names for each prompt; base models pin it, other stages do as sampling.image_first says
+    image_probability: float = bounded(0.0, 0, 1)
     text_encoder: Literal["keep", "offload", "free"] = "keep"  # on the GPU; on the host between uses; encode all first
     # Captions encoded at a time; more are faster with a small encoder, and round differently
     captions_together: int = bounded(1, 1, 100_000)

@@ -25,6 +25,7 @@ from longsana.training.checks import clip_shape, student_sigmas
 from longsana.training.config import TrainingConfig
 from longsana.training.learner import compute_dtype
 from longsana.training.memory import LiveBytes, as_on_gpu
+from longsana.training.pictures import Pictures
 from longsana.training.stages.stage import MicroBatch, MicroBatches, Stage
 from longsana.weights.build import empty_model, resolve_dtype
 
@@ -81,6 +82,9 @@ class MetaBuilder(StageBuilder):
     def prompts(self) -> Sequence[str]:
         return [""]
 
+    def pictures(self) -> Pictures | None:
+        return cast(Pictures, _Pictures(self.latent_shape)) if self.config.train.image_probability else None
+
     def switch_prompts(self) -> Sequence[str]:
         return [] if self.config.streaming.switch_prompt_path is None else [""]
 
@@ -123,10 +127,10 @@ def lengths_of(config: TrainingConfig) -> list[TrainingConfig]:
 
 
 def beginnings_of(config: TrainingConfig) -> list[TrainingConfig]:
-    """The config with each beginning of clips that it draws: noise in all updates, or a picture in all of them."""
-    flow = config.flow_matching
-    drawn = {0.0} if flow.image_probability == 0 else {1.0} if flow.image_probability == 1 else {0.0, 1.0}
-    return [replace(config, flow_matching=replace(flow, image_probability=share)) for share in sorted(drawn)]
+    """The config with each beginning of its videos that it draws: noise in all updates, or a picture in all of them."""
+    train, share = config.train, config.train.image_probability
+    drawn = {0.0} if share == 0 else {1.0} if share == 1 else {0.0, 1.0}
+    return [replace(config, train=replace(train, image_probability=share)) for share in sorted(drawn)]
 
 
 def exiting(config: TrainingConfig, step: int) -> TrainingConfig:
@@ -170,6 +174,17 @@ class _VAE:
         seen = latents.shape[2] + (0 if cache is None else cache.latents)
         feature = torch.empty(self._cache, dtype=torch.uint8, device=META)
         return torch.empty_like(latents[:, :, :1]), DecodeCache((feature,), seen)
+
+
+class _Pictures:
+    """Latents of pictures, of the right shape."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self._shape = shape
+
+    def __call__(self, numbers: Sequence[int]) -> Tensor:
+        channels, *size = self._shape
+        return torch.empty(len(numbers), channels, 1, *size, dtype=torch.float32, device=META)
 
 
 class _Clips:

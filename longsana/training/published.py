@@ -324,7 +324,7 @@ STAGE_YAML: dict[str, Rule] = {
     "train.chunk_sampling_strategy": home("flow_matching.chunk_sampling_strategy"),
     "train.same_timestep_prob": home("flow_matching.same_timestep_prob"),
     "train.noise_multiplier": of(BASE, only(0, 0.0, instead="a picture first is clean, without noise")),
-    "train.ltx_image_condition_prob": of(BASE, home("flow_matching.image_probability")),
+    "train.ltx_image_condition_prob": of(BASE, home("train.image_probability")),
     "train.use_fsdp": of(
         BASE, one_of("train.sharding_strategy", {True: "full", False: "no_shard"}, instead="true or false")
     ),

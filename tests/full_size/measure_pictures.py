@@ -52,7 +52,7 @@ from longsana.runtime.files import atomic_write_text
 from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.engine import CaptionedNetwork, Engine
 from longsana.shapes.remembered import WORLDS
-from longsana.shapes.scenes import FPS, Scene, parse_caption, render
+from longsana.shapes.scenes import FPS, Scene, parse_caption, render, to_bytes
 from longsana.shapes.sight import Seen, observe
 from longsana.shapes.verifier import judge
 from tests.full_size.measure_stories import over_stories
@@ -91,7 +91,7 @@ class Films:
         self._options, self._device = options, device
         draw = WORLDS[options.world]
         self._scenes = [draw(SCENES, index, held_out=True) for index in range(options.pictures)]
-        self.pictures = ((render(self._scenes, range(1)) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+        self.pictures = to_bytes(render(self._scenes, range(1)))
         self._prompts = list(map(self._prompt, range(options.pictures), self._scenes, [folder] * options.pictures))
         engine = self.engine(WAYS[0])
         with caption_encoder(engine.config, device) as encode:
@@ -211,7 +211,7 @@ def prepare(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="videos at a time (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="begin no way that would end later (default: no limit)")
     parser.add_argument("--weights", type=Path, help="of another LongSANA of the shapes world (default: what ships)")
-    parser.add_argument("--world", choices=list(WORLDS), default="shapes", help="of the pictures (default: %(default)s)")
+    parser.add_argument("--world", choices=list(WORLDS), default="shapes", help="whose pictures (default: %(default)s)")
     parser.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="of the config")
     parser.add_argument("--only", nargs="+", metavar="WAY", help="these, by name (default: all)")
     options: Any = parser.parse_args(arguments)

@@ -102,11 +102,10 @@ def test_the_published_stages_are_as_published():
             "flow_matching.dropped_caption=null_caption sampling.null_caption=negative_prompt",
             "null_caption=learned",
         ),
-        ("flow_matching", "flow_matching.image_probability=1.5", "image_probability=1.5: must be"),
-        ("self_forcing", "flow_matching.image_probability=0.5", "belongs to flow_matching"),
+        ("flow_matching", "train.image_probability=1.5", "image_probability=1.5: must be"),
         (
             "flow_matching",
-            "flow_matching.image_probability=0.5 rollout.num_training_frames=1",
+            "train.image_probability=0.5 rollout.num_training_frames=1",
             "image_probability=0.5: a clip of one latent is its picture",
         ),
         ("flow_matching", "lr=0", "optimizer.generator.lr=0.0: must be above 0"),

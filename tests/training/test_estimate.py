@@ -259,7 +259,7 @@ def test_every_stage_has_an_estimate(training_config: Any) -> None:
 def test_a_picture_first_is_in_the_estimate(training_config: Any) -> None:
     """The fuller of both kinds of updates where both are drawn, whatever the first one of the run is."""
     found = {
-        share: measure_update(training_config("flow_matching", f"flow_matching.image_probability={share}"), "generator")
+        share: measure_update(training_config("flow_matching", f"train.image_probability={share}"), "generator")
         for share in (0.0, 0.001, 0.999, 1.0)
     }
     without, few, many, all_of_them = found.values()

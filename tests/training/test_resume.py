@@ -35,7 +35,7 @@ STAGES: dict[str, tuple[str, list[str], int]] = {
         4,
     ),
     "causal": ("flow_matching", ["flow_matching.causal=true", "scheduler.sampling_algo=chunk_flow_euler"], 5),
-    "picture": ("flow_matching", ["flow_matching.image_probability=0.5"], 4),  # first in iterations 0, 2 and 4
+    "picture": ("flow_matching", ["train.image_probability=0.5"], 4),  # first in iterations 0, 2 and 4
     "ode": ("ode", [], 5),
     # Generator and critic play in iterations 0, 2, 4, the critic alone in 1, 3, 5: the kill is between the two of 4.
     "self_forcing": ("self_forcing", [], 7),

@@ -34,7 +34,7 @@ class FlowMatching(Stage):
         clips: ClipSource,
         frames: int,
     ) -> None:
-        self.settings = config.flow_matching
+        self.settings, self.image_probability = config.flow_matching, config.train.image_probability
         self.learners = (generator,)
         self.generator, self.embed, self.null, self.clips = generator.model, embed, null, clips
         self.schedule = FlowSchedule(self.settings.flow_shift)
@@ -47,7 +47,7 @@ class FlowMatching(Stage):
         text = self._drop(self.embed(prompts), micro_batch)
         t = self._timesteps(len(prompts), micro_batch.rng("t"))
         t = t.repeat_interleave(torch.tensor(self.plan.lengths, dtype=torch.int64, device="cpu"), dim=1)
-        pinned = self._picture_first(micro_batch)
+        pinned = micro_batch.happens("image", self.image_probability)
         if pinned:
             t[:, 0] = 0
         t = t.to(micro_batch.device)
@@ -60,14 +60,6 @@ class FlowMatching(Stage):
             velocity, x0, noise = (video[:, :, 1:] for video in (velocity, x0, noise))
         loss = flow_loss(velocity, x0, noise)
         return Loss(loss, {"generator_loss": loss.detach()})
-
-    def _picture_first(self, micro_batch: MicroBatch) -> bool:
-        """Draw whether the clips of this update begin with a picture.
-
-        All micro-batches share the draw, so that in each of them the loss is a mean over as many frames.
-        """
-        drawn = torch.rand((), generator=micro_batch.shared_rng("image"), dtype=torch.float64, device="cpu")
-        return float(drawn) < self.settings.image_probability
 
     def _timesteps(self, batch: int, rng: torch.Generator) -> Tensor:
         """(B, chunks)."""

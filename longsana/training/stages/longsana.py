@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longsana.chunks import ChunkPlan
 from longsana.encoders.vae import DecodeCache
 from longsana.models.embeddings import TextEmbedding
 from longsana.sampling.recent import NAME, Held, Recent
@@ -83,14 +82,33 @@ class LongSana(SelfForcing):
             progress, text, state, recent = stream.progress, stream.text, stream.state, stream.recent
         if self.changes.happens(micro_batch, None if stream is None else progress):
             state, text = self._changed(micro_batch, stream, text)
-        plan = ChunkPlan.split(self._stretch(stream), self.config.sampling.chunk_frames)
+        first = self._first(micro_batch, stream, progress, text)
+        plan = self.plan(self._stretch(stream), first)
         exits = self._exit_steps(micro_batch, len(plan))
-        new, state = self.generate(micro_batch, plan, text, state, exits, keep_state=True, recent=recent)
+        new, state = self.generate(micro_batch, plan, text, state, exits, first=first, keep_state=True, recent=recent)
         assert state is not None
         self._keep(micro_batch, stream, progress, text, state, new.detach(), recent)
         if stream is not None:
             return self.window_of(stream.overlap, new, text, exits)
-        return Window(new, text, exits)
+        return self.beginning(new, text, exits, first)
+
+    def _first(
+        self, micro_batch: MicroBatch, stream: Stream | None, progress: Progress, text: TextEmbedding
+    ) -> Tensor | None:
+        """Latents (B, C, 1, H, W) of the pictures that a stream begins with, if it begins and has some."""
+        if stream is None:
+            return self.picture(micro_batch, progress.numbers)
+        happens = micro_batch.happens("image", self.config.train.image_probability)
+        if happens and self.config.sampling.image_first == "absorb" and self.micro_batches.processes > 1:
+            # Processes whose streams begin absorb their pictures: all run the network as often.
+            absorb(self.generator, self._no_latents(micro_batch, 1), text, None)
+        return None
+
+    def _no_latents(self, micro_batch: MicroBatch, frames: int) -> Tensor:
+        """Zeros in the place of clean latents, (B, C, frames, H, W), for a pass that is made for other processes."""
+        channels, *size = self.latent_shape
+        shape = (len(micro_batch.samples), channels, frames, *size)
+        return torch.zeros(shape, dtype=torch.float32, device=micro_batch.device)
 
     @torch.no_grad()
     def _changed(
@@ -114,10 +132,9 @@ class LongSana(SelfForcing):
             state = stream.recent.begin(self.changes.change, stream.state, again)
         if self.micro_batches.processes > 1:
             # Processes whose streams are at other places, or do not change, run the network as often.
-            shape = (len(micro_batch.samples), *self.latent_shape)
-            like = torch.zeros(shape, dtype=torch.float32, device=micro_batch.device)
+            nothing = self._no_latents(micro_batch, self.config.sampling.chunk_frames)
             while passes < self.changes.change.chunks:
-                again(like[:, :, None].repeat(1, 1, self.config.sampling.chunk_frames, 1, 1), state=None)
+                again(nothing, state=None)
         return state, text
 
     def _stretch(self, stream: Stream | None) -> int:

@@ -15,7 +15,11 @@ from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, St
 
 
 class OdeInitialisation(Stage):
-    """One learner; each chunk of a clip is at a state of its own. All are seen at once, and none sees a later one."""
+    """One learner; each chunk of a clip is at a state of its own. All are seen at once, and none sees a later one.
+
+    With probability `image_probability` clips begin with a picture: latent 0 is clean and has no loss. It is a chunk by
+    itself, or the first latent of the first one, as `sampling.image_first` says.
+    """
 
     def __init__(
         self, config: TrainingConfig, generator: Learner, *, embed: Embed, trajectories: Trajectories, frames: int
@@ -23,23 +27,29 @@ class OdeInitialisation(Stage):
         self.learners = (generator,)
         self.generator, self.embed, self.trajectories = generator.model, embed, trajectories
         self.schedule = FlowSchedule.from_config(config.scheduler)
+        self.image_probability = config.train.image_probability
         self.plan = ChunkPlan.split(frames, config.sampling.chunk_frames)
+        self.plan_of_picture = ChunkPlan.with_picture(frames, config.sampling.chunk_frames, config.sampling.image_first)
         self.order = Shuffled(len(trajectories), config.train.seed, generator.name)
 
     def loss(self, micro_batch: MicroBatch) -> Loss:
         items = [self.trajectories[self.order[number]] for number in micro_batch.samples]
         text = self.embed([item.prompt for item in items])
+        pictured = micro_batch.happens("image", self.image_probability)
+        plan = self.plan_of_picture if pictured else self.plan
         # Of an item's states, (S, C, T, H, W).
         times = torch.tensor((*self.schedule.steps, 0), dtype=torch.float32, device="cpu")
-        rng, lengths = micro_batch.rng("state"), torch.tensor(self.plan.lengths, dtype=torch.int64, device="cpu")
-        drawn = torch.randint(len(times), (len(items), len(self.plan)), generator=rng, dtype=torch.int64, device="cpu")
+        rng, lengths = micro_batch.rng("state"), torch.tensor(plan.lengths, dtype=torch.int64, device="cpu")
+        drawn = torch.randint(len(times), (len(items), len(plan)), generator=rng, dtype=torch.int64, device="cpu")
         index = drawn.repeat_interleave(lengths, dim=1)  # (B, T)
-        frames = range(self.plan.frames)
+        if pictured:
+            index[:, 0] = len(times) - 1
+        frames = range(plan.frames)
         chosen = [item.states[own, :, frames].transpose(0, 1) for item, own in zip(items, index, strict=True)]
         # Chosen on the host: only these and the clean ones are moved.
         x = to_device(torch.stack(chosen), micro_batch.device).float()
         clean = to_device(torch.stack([item.states[-1] for item in items]), micro_batch.device).float()
         t = to_device(times[index], micro_batch.device)
-        velocity, _ = self.generator(x, t, text, plan=self.plan)
+        velocity, _ = self.generator(x, t, text, plan=plan)
         loss = trajectory_loss(self.schedule.to_x0(x, velocity, t), clean, t)
         return Loss(loss, {"generator_loss": loss.detach()})

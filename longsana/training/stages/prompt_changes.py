@@ -162,10 +162,7 @@ class DrawnChanges(PromptChanges):
         return self._probability > 0
 
     def happens(self, micro_batch: MicroBatch, progress: Progress | None) -> bool:
-        if not self._probability:
-            return False
-        draw = torch.rand((), generator=micro_batch.shared_rng("prompt change"), dtype=torch.float64, device="cpu")
-        return bool(draw < self._probability)
+        return micro_batch.happens("prompt change", self._probability)
 
     def prompts(self, micro_batch: MicroBatch, progress: Progress) -> Sequence[str]:
         rng = keyed_generator(self._seed, "prompt change", micro_batch.index, progress.serial, progress.frames)

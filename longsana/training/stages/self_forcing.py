@@ -21,10 +21,11 @@ from longsana.flow.schedule import TIMESTEPS, FlowSchedule
 from longsana.flow.timesteps import score_timesteps
 from longsana.models.embeddings import TextEmbedding
 from longsana.sampling.recent import Recent
-from longsana.sampling.sampler import Network, generate
+from longsana.sampling.sampler import Network, after_clean, begun_with, generate
 from longsana.state import CausalState
 from longsana.training.config import TrainingConfig
 from longsana.training.learner import Learner
+from longsana.training.pictures import Pictures
 from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage
 
 
@@ -34,13 +35,15 @@ class Window(NamedTuple):
     latents: (B, C, T, H, W); those of new frames carry the graph of their chunk's exit step, if there is one.
     text: the caption of each sample.
     exit_steps: of each chunk, an index into the schedule's steps.
-    learned_from: the first frame that the loss counts: 1 after an overlap latent.
+    learned_from: the first frame that the loss counts: 1 after an overlap latent, or a picture.
+    pictured: the first frame is a picture that was given, which the scores see clean, as a base model does.
     """
 
     latents: Tensor
     text: TextEmbedding
     exit_steps: list[int]
     learned_from: int = 0
+    pictured: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class SelfForcing(Stage):
 
     teacher: the frozen bidirectional base model; negative: (1, L, C), the negative caption of its guidance.
     vae: decodes and encodes again the frame that leads a later window; latent_shape: (C, H, W) of a latent frame.
+    pictures: those that the prompts begin with, by their numbers; None: no video begins with one.
     """
 
     def __init__(
@@ -75,8 +79,9 @@ class SelfForcing(Stage):
         prompts: Sequence[str],
         vae: VideoVAE,
         latent_shape: tuple[int, int, int],
+        pictures: Pictures | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.pictures = config, pictures
         self.learners = (generator, critic)
         self.generator, self.critic, self.teacher = generator.model, critic.model, teacher
         self.embed, self.negative, self.prompts = embed, negative, prompts
@@ -96,16 +101,43 @@ class SelfForcing(Stage):
     def rollout(self, micro_batch: MicroBatch) -> Window:
         """A video of its own for each sample, and the last `slice_last_frames` of it as the window."""
         settings = self.config.rollout
-        prompts = [self.prompts[self.order[micro_batch.role][number]] for number in micro_batch.samples]
-        text = self.embed(prompts)
-        plan = ChunkPlan.split(self._length(micro_batch), self.config.sampling.chunk_frames)
+        numbers = [self.order[micro_batch.role][number] for number in micro_batch.samples]
+        text = self.embed([self.prompts[number] for number in numbers])
+        first = self.picture(micro_batch, numbers)
+        plan = self.plan(self._length(micro_batch), first)
         exits = self._exit_steps(micro_batch, len(plan))
         surplus = plan.frames - settings.slice_last_frames
-        latents, _ = self.generate(micro_batch, plan, text, None, exits, learned_from=surplus + 1 if surplus > 0 else 0)
+        learned_from = surplus + 1 if surplus > 0 else 0
+        latents, _ = self.generate(micro_batch, plan, text, None, exits, first=first, learned_from=learned_from)
         if surplus <= 0:
-            return Window(latents, text, exits)
+            return self.beginning(latents, text, exits, first)
         overlap, _ = self.overlap(latents[:, :, : surplus + 1].detach(), None)
         return self.window_of(overlap, latents[:, :, surplus + 1 :], text, exits)
+
+    def picture(self, micro_batch: MicroBatch, numbers: Sequence[int]) -> Tensor | None:
+        """Clean latents (B, C, 1, H, W) that the videos of these prompts begin with, if those of this update do."""
+        if not micro_batch.happens("image", self.config.train.image_probability):
+            return None
+        assert self.pictures is not None, "the prompts have no pictures"
+        return self.pictures(numbers).to(micro_batch.device)
+
+    def plan(self, frames: int, first: Tensor | None) -> ChunkPlan:
+        """The chunks of so many new latents. first: (B, C, 1, H, W), a picture that they begin with."""
+        sampling = self.config.sampling
+        if first is None:
+            return ChunkPlan.split(frames, sampling.chunk_frames)
+        return ChunkPlan.with_picture(frames, sampling.chunk_frames, sampling.image_first)
+
+    def beginning(self, latents: Tensor, text: TextEmbedding, exits: list[int], first: Tensor | None) -> Window:
+        """The whole beginning of a video as a window.
+
+        latents: (B, C, T, H, W). exits: of its chunks. first: (B, C, 1, H, W), the picture that it begins with.
+        """
+        if first is None:
+            return Window(latents, text, exits)
+        # A picture that is a chunk by itself takes no step.
+        own = exits[1:] if self.config.sampling.image_first == "absorb" else exits
+        return Window(latents, text, own, learned_from=1, pictured=True)
 
     def generate(
         self,
@@ -115,6 +147,7 @@ class SelfForcing(Stage):
         state: CausalState | None,
         exits: Sequence[int],
         *,
+        first: Tensor | None = None,
         learned_from: int = 0,
         keep_state: bool = False,
         recent: Recent | None = None,
@@ -122,6 +155,7 @@ class SelfForcing(Stage):
         """New latents (B, C, plan.frames, H, W) after `state`, and the state after them.
 
         Each chunk's latents are the x0 of its exit step, which alone builds a graph; states never carry one.
+        first: (B, C, 1, H, W), a picture that they begin with.
         learned_from: chunks that end before this frame build none.
         keep_state: absorb the last chunk too; nothing reads its state otherwise.
         recent: is given every chunk to hold; with `keep_state` alone.
@@ -136,6 +170,7 @@ class SelfForcing(Stage):
             rng=_RolloutNoise(micro_batch, 0 if state is None else state.frames),
             device=micro_batch.device,
             state=state,
+            first=first,
             exits=exits,
             learned_from=learned_from if torch.is_grad_enabled() else None,
             absorb_last=keep_state,
@@ -168,14 +203,15 @@ class SelfForcing(Stage):
     def _generator_loss(self, window: Window, micro_batch: MicroBatch) -> Loss:
         x, learned = window.latents, slice(window.learned_from, None)
         with torch.no_grad():
-            t = self._timesteps(micro_batch, window.exit_steps)
-            noisy = self.schedule.add_noise(x, micro_batch.normal("score", x.shape), t)
+            noisy, t = self._noisy(window, micro_batch.normal("score", x.shape), micro_batch)
             fake = self._clean(self.critic, noisy, t, window.text)
             real = guided(
                 self._clean(self.teacher, noisy, t, window.text),
                 self._clean(self.teacher, noisy, t, self._negative(x.shape[0])),
                 self.config.distillation.guidance_scale,
             )
+            if window.pictured:  # of a clean latent there is nothing to predict
+                fake, real = begun_with(x[:, :, :1], fake), begun_with(x[:, :, :1], real)
             gradient = dmd_gradient(x, fake, real)
             metrics = {
                 "generator_distance_to_real": (x - real).abs().mean(),
@@ -186,12 +222,17 @@ class SelfForcing(Stage):
 
     def _critic_loss(self, window: Window, micro_batch: MicroBatch) -> Loss:
         x, learned = window.latents, slice(window.learned_from, None)
-        t = self._timesteps(micro_batch, window.exit_steps)
         noise = micro_batch.normal("score", x.shape)
-        velocity, _ = self.critic(self.schedule.add_noise(x, noise, t), t, window.text)
+        velocity, _ = self.critic(*self._noisy(window, noise, micro_batch), window.text)
         # The velocity itself: published code takes it from x0, which bfloat16 rounds and a small sigma magnifies.
         loss = flow_loss(*(video[:, :, learned] for video in (velocity, x, noise)))
         return Loss(loss, {"critic_loss": loss.detach()})
+
+    def _noisy(self, window: Window, noise: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """A window as the scores see it, (B, C, T, H, W), and its timesteps: (B,), or (B, T) after a clean picture."""
+        x, t = window.latents, self._timesteps(micro_batch, window.exit_steps)
+        noisy = self.schedule.add_noise(x, noise, t)
+        return (begun_with(x[:, :, :1], noisy), after_clean(t, x)) if window.pictured else (noisy, t)
 
     def _clean(self, network: Network, noisy: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
         velocity, _ = network(noisy, t, text)

@@ -79,6 +79,11 @@ class MicroBatch:
         """Randomness that all micro-batches of this update share: all must run a network as often as the others."""
         return keyed_generator(self.seed, self.step, self.role, name)
 
+    def happens(self, name: str, probability: float) -> bool:
+        """Draw whether something happens in this update: in all of its micro-batches, or in none; see `shared_rng`."""
+        drawn = torch.rand((), generator=self.shared_rng(name), dtype=torch.float64, device="cpu")
+        return float(drawn) < probability
+
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """Gaussian noise of this shape on the device, float32.
 

@@ -103,7 +103,7 @@ def test_one_timestep_for_all_chunks(build):
 
 
 def pinning(share: float) -> str:
-    return f"flow_matching.image_probability={share}"
+    return f"train.image_probability={share}"
 
 
 @pytest.mark.parametrize("causal", [False, True])
