@@ -666,7 +666,7 @@ def test_a_base_trains_with_a_picture_first(tmp_path: Path) -> None:
     check_training(config)
     assert config.train.image_probability == 0.9
     half = load_config(own, ["train.ltx_image_condition_prob=0.5"], TrainingConfig)
-    assert half.flow_matching == dataclasses.replace(config.flow_matching, image_probability=0.5)
+    assert half.train == dataclasses.replace(config.train, image_probability=0.5)
     load_config(theirs)
     for noise in ("0", "0.0", "null"):
         load_config(own, [f"train.noise_multiplier={noise}"], TrainingConfig)
