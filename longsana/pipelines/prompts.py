@@ -8,8 +8,8 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor
 
-from longsana.data.prompts import PICTURE, check_words
-from longsana.data.story import SPLIT, Mark, read_parts
+from longsana.data.prompts import check_words
+from longsana.data.story import PICTURE, SPLIT, Mark, read_parts
 from longsana.encoders.text import CompactEmbedding, compact, negative_text
 from longsana.models.embeddings import TextEmbedding
 from longsana.pipelines.arguments import FLOATS, check_numbers

@@ -453,6 +453,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             transition_chunks=transition_chunks or 0,
             transition=transition or "linear",
             first=self._first(pictures),
+            apart=image_first != "pin",
         )
         if film is not None:
             recent = videos.recent(chunk_frames + 1)
@@ -743,12 +744,12 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         assert state is not None
         return given, Moment(state, None, None, recent=recent.copy())
 
-    def _first(self, pictures: Sequence[np.ndarray]) -> Tensor | None:
-        """Latents (B, C, 1, h, w) of the pictures (H, W, 3) that clips begin with; None without any."""
+    def _first(self, pictures: Sequence[np.ndarray]) -> dict[int, Tensor]:
+        """Latents (B, C, 1, h, w) of the pictures (H, W, 3) that clips begin with."""
         if not pictures:
-            return None
+            return {}
         onload(self.vae)
-        return self._vae(1).encode_pictures(pictures)
+        return {0: self._vae(1).encode_pictures(pictures)}
 
     def _film(
         self, video: FilmLike | None, fps: float, new_frames_only: bool, height: int | None, width: int | None
