@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longsana.chunks import ImageFirst
 from longsana.data.prompts import check_words
 from longsana.data.story import MOST_CHUNKS, Change
 from longsana.encoders.vae import DecodeCache, VideoVAE
@@ -42,7 +43,6 @@ SEED, COUNT, SIDE = Whole(-(2**63), 2**64 - 1), Whole(0, 10**9), Whole(1, 2**14)
 
 Memory: TypeAlias = Literal["latents", "full"]
 """What a file holds of the decoder's memory: the last latents alone, or all of it."""
-ImageFirst: TypeAlias = Literal["absorb", "pin"]
 PICTURES = "picture."
 """The beginning of the names of pictures to come, in files."""
 
@@ -162,7 +162,7 @@ class Continuation(NamedTuple):
 
     @property
     def moment(self) -> Moment:
-        """All but the pictures, whose places its prompt says."""
+        """The memory without the pictures to come, whose places the prompt says."""
         return Moment(self.network, self.decoder, self.latents, self.waiting, self.recent)
 
     def settled(self, name: str = "state") -> Continuation:
