@@ -168,8 +168,8 @@ def take_pictures(text: str) -> tuple[str, dict[int, str]]:
         if not given:
             continue
         if len(given) > 1:
-            where = f"part {number + 1}" if story else "it"
-            raise InputError(f"'{PICTURE}' stands {len(given)} times in {where}; one picture is begun with")
+            where, whole = (f"part {number + 1}", "a part") if story else ("it", "a video")
+            raise InputError(f"'{PICTURE}' stands {len(given)} times in {where}; {whole} begins with one picture")
         path, length = given[0].strip(), ""
         if story and _ends_in_length(words):
             raise InputError(f"{piece.strip():.60}: a length stands at the end of its part, behind its picture")
