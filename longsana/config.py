@@ -163,7 +163,7 @@ class SamplingConfig:
     transition: Literal["linear", "spherical"] = "linear"  # the way between the two embeddings
     # How a picture that a video begins with gets its size: scaled to cover it and cut to the middle, or stretched to it
     image_fit: Literal["cover", "stretch"] = "cover"
-    # LongSANA: the picture is a chunk of one latent, absorbed before the others; or the first latent of the first chunk
+    # LongSANA: a picture is a chunk of one latent, absorbed before the others; or the first latent of its chunk
     image_first: ImageFirst = "absorb"
 
     @property

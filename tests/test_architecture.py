@@ -23,9 +23,9 @@ LAYERS = [
     ["encoders"],
     ["weights"],
     ["flow", "models"],
-    ["ops", "state", "chunks"],
+    ["ops", "state"],
     ["config"],
-    ["published"],
+    ["chunks", "published"],
     ["runtime"],
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
@@ -87,7 +87,7 @@ def test_imports_point_down():
         ("longsana/encoders/x.py", "import longsana.shapes.scenes"),
         ("longsana/models/x.py", "from longsana.weights.network import load_weights"),
         ("longsana/runtime/x.py", "from longsana import config"),
-        ("longsana/state.py", "from longsana.chunks import ChunkPlan"),
+        ("longsana/state.py", "from longsana.ops import reference"),
         ("longsana/sampling/x.py", "from inference_video_scripts import inference_sana_video"),
         ("longsana/weights/network.py", "import diffusers.models"),
         ("longsana/sampling/engine.py", "def f():\n    from transformers import AutoTokenizer"),

@@ -118,10 +118,11 @@ def prepare(arguments: Sequence[str]) -> Request:
             pictures=True,
             image=options.image,
         )
-    pictures = {prompt.image for prompt in prompts}
-    if pictures == {None} and any(item.startswith("sampling.image_fit=") for item in settings):
+    if not any(prompt.pictures for prompt in prompts) and any(
+        item.startswith("sampling.image_fit=") for item in settings
+    ):
         log.info("--image_fit changes nothing here: no prompt begins with a picture")
-    if options.image not in pictures:
+    if options.image not in {prompt.image for prompt in prompts}:
         log.info("--image changes nothing here: every prompt names a picture of its own")
     check_prompts(beginning, prompts, config)
     check_weights(config)

@@ -2,12 +2,12 @@
 
 Three kinds, told apart by their suffix: text (any other suffix) with one prompt a line; `.jsonl`, one JSON object a
 line; `.json`, one object whose keys are the prompts, as the published command reads it, and whose values may be
-objects. A prompt may hold a size flag, name a picture to begin with after `<image>`, and be a story of several parts
-(`longsana.data.story`). Fields of the objects:
+objects. A prompt may hold a size flag, name a picture to begin with after `<image>`, and be a story of several parts,
+each with a picture (`longsana.data.story`). Fields of the objects:
 
     prompt  the text (.jsonl)           size    [height, width] in pixels
     seed    a whole number              frames  pixel frames of the video
-    image   a picture's file, in place of `<image>`
+    image   a picture's file, in place of the first part's `<image>`
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from longsana.config import SamplingConfig
 from longsana.data.aspect import nearest_size
-from longsana.data.story import Mark, read_parts
+from longsana.data.story import PICTURE, Mark, read_parts, take_pictures
 from longsana.runtime.errors import InputError, nearest
 from longsana.runtime.files import expanded
 from longsana.runtime.foreign import check_characters, parse_json, reason_of, refuse_stand_in
@@ -36,8 +36,6 @@ from longsana.runtime.hub import locate
 
 log = logging.getLogger(__name__)
 
-PICTURE = "<image>"
-"""What stands between a prompt and the path of the picture that its video begins with."""
 PUBLISHED_PROMPTS = "vidprom_filtered_extended.txt"
 DOWNLOAD = f"hf download gdhe17/Self-Forcing {PUBLISHED_PROMPTS} --local-dir data/longsana"
 FLAGS = ("ar", "aspect_ratio", "hw")
@@ -74,18 +72,24 @@ _DEVICES = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """One video to make. Its identity is `text`, `image`, `seed` and `repetition`, not its place in the file."""
+    """One video to make. Its identity is `text`, `pictures`, `seed` and `repetition`, not its place in the file."""
 
     line: int  # in the file, from 1; of a .json file the number of the key
-    text: str  # the whole line without flags and picture
+    text: str  # the whole line without flags and pictures
     parts: tuple[str, ...]  # the words of each part; one for a video with one prompt
-    repetition: int  # 0 for the first line with this text, picture and seed, 1 for the second, ...
+    repetition: int  # 0 for the first line with this text, pictures and seed, 1 for the second, ...
     height: int  # pixels
     width: int
     seed: int | None = None  # None: what the config says
     frames: int | None = None  # pixel frames; None: as above
     marks: tuple[Mark, ...] = ()  # of each part of a story; none between '<split>'
     image: Path | None = None  # the picture that the video begins with
+    cuts: Mapping[int, Path] = field(default_factory=dict)  # the pictures that later parts are cut to, by their number
+
+    @property
+    def pictures(self) -> dict[int, Path]:
+        """The picture that each part begins with, by its number, of those that have one."""
+        return ({} if self.image is None else {0: self.image}) | dict(self.cuts)
 
     @property
     def slug(self) -> str:
@@ -117,7 +121,8 @@ def read_prompts(
     A prompt may hold one flag, `--ar h:w` (or `--aspect_ratio`, `--hw`): the video takes the size of the table
     `aspect_ratio_type` nearest to h / w. Others have the size of their field, or are `height` x `width`.
 
-    A prompt may name a picture, which is looked up beside the file and then in the working directory.
+    A prompt, and each part of a story, may name a picture, which is looked up beside the file and then in the working
+    directory.
 
     seed, frames, image: of prompts that do not say it themselves. pictures: whether prompts may name a picture.
 
@@ -126,9 +131,9 @@ def read_prompts(
             message says where.
     """
     prompts: list[Prompt] = []
-    seen: Counter[tuple[str, int | None, Path | None]] = Counter()
+    seen: Counter[tuple[Any, ...]] = Counter()
     path = Path(path)
-    for entry in _entries(path):
+    for entry in _rows(path):
         where = place(path, entry.number)
         text, ratio = _take_flag(entry.text, where)
         size = entry.size or (height, width)
@@ -140,21 +145,33 @@ def read_prompts(
                     f"{where}: a size flag needs a table; set sampling.aspect_ratio_type or remove the flag"
                 )
             size = nearest_size(aspect_ratio_type, ratio)
-        if not text:
-            raise InputError(f"{where}: a {'size flag' if entry.image is None else 'picture'} without a prompt")
         try:
+            text, named = take_pictures(text)
+            if not text:
+                raise InputError(f"a {'picture' if named or entry.image else 'size flag'} without a prompt")
             parts, marks = read_parts(text)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
+        check_words(text, where)
         own_seed = seed if entry.seed is None else entry.seed
         own_frames = frames if entry.frames is None else entry.frames
-        if entry.image is not None and not pictures:
+        if (named or entry.image is not None) and not pictures:
             raise InputError(f"{where}: begins with a picture, which has no meaning here; remove it")
-        own_image = image if entry.image is None else _find_picture(entry.image, path.parent, where)
-        repetition = seen[text, own_seed, own_image]
-        prompts.append(Prompt(entry.number, text, parts, repetition, *size, own_seed, own_frames, marks, own_image))
-        seen[text, own_seed, own_image] += 1
+        found = _find_pictures(entry.image, named, path.parent, where)
+        own_image = found.pop(0, image)
+        known = text, own_seed, own_image, tuple(sorted(found.items()))
+        own = entry.number, text, parts, seen[known], *size, own_seed, own_frames, marks, own_image, found
+        prompts.append(Prompt(*own))
+        seen[known] += 1
     return prompts
+
+
+def _find_pictures(field: str | None, named: Mapping[int, str], folder: Path, where: str) -> dict[int, Path]:
+    """Look up the pictures that a prompt's parts name, by number, and the one of its field, which is the first's."""
+    if field is not None and 0 in named:
+        raise InputError(f"{where}: both '{PICTURE}' and the field image; keep one of them")
+    own = {**named, **({} if field is None else {0: field})}
+    return {number: _find_picture(name, folder, where) for number, name in own.items()}
 
 
 def _find_picture(name: str, folder: Path, where: str) -> Path:
@@ -281,7 +298,15 @@ class _Entry(NamedTuple):
 
 
 def _entries(path: Path) -> list[_Entry]:
-    """The prompts that are not blank, stripped."""
+    """The prompts that are not blank, of one part each, whose picture is taken out of their text."""
+    entries = [_split_picture(path, entry) for entry in _rows(path)]
+    for entry in entries:
+        check_words(entry.text, place(path, entry.number))
+    return entries
+
+
+def _rows(path: Path) -> list[_Entry]:
+    """The prompts that are not blank, stripped, as they are written."""
     kind = path.suffix.lower()
     if kind in _TABLES:
         raise InputError(
@@ -297,11 +322,9 @@ def _entries(path: Path) -> list[_Entry]:
     else:
         _refuse_json(path, content)
         found, how = [_Entry(*line) for line in _lines(path, content)], "write one prompt a line"
-    entries = [_split_picture(path, entry) for entry in found if entry.text or entry.image]
+    entries = [entry for entry in found if entry.text or entry.image]
     if not entries:
         raise InputError(f"{path}: no prompts in this file; {how}")
-    for entry in entries:
-        check_words(entry.text, place(path, entry.number))
     if unused:
         log.info("%s: these fields change nothing here: %s", path, ", ".join(sorted(unused)))
     return entries

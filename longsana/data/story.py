@@ -6,6 +6,11 @@ A part may end in its length in seconds, and begin with what becomes of the past
 divides only where at least one of the parts has such a mark, and at least two are there; any other text is one part,
 as it is. Where it would divide, a backslash before a bar or a bracket makes it a plain one. `<split>` divides too, into
 parts without marks.
+
+A part may name the picture that it begins with, behind its words and before its length: the first one any, a later one
+where it cuts.
+
+    a harbour<image>a.jpg[5s] | [cut] a lighthouse<image>b.jpg[5s]
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ from longsana.encoders.geometry import VAEGeometry
 from longsana.runtime.errors import InputError, did_you_mean
 
 SPLIT = "<split>"
+PICTURE = "<image>"
+"""What stands between the words of a prompt, or of a part of one, and the path of the picture that it begins with."""
 Kind = Literal["keep", "recache", "rebuild", "cut"]
 KINDS: tuple[str, ...] = get_args(Kind)
 MOST_CHUNKS = 1000
@@ -144,6 +151,46 @@ def read_parts(text: str) -> tuple[tuple[str, ...], tuple[Mark, ...]]:
     return tuple(_ESCAPED.sub(r"\1", part) for part in words), marks
 
 
+def take_pictures(text: str) -> tuple[str, dict[int, str]]:
+    """A prompt without the pictures that it names, and the path of each, by the number of its part from 0.
+
+    Of parts between `<split>` the first alone has one, wherever it stands.
+
+    Raises:
+        InputError: a part has two, or one without a path, or behind its length; the message does not say where.
+    """
+    if PICTURE not in text:
+        return text, {}
+    story = SPLIT not in text and bool(_divided(text))
+    pieces, paths = _BAR.split(text) if story else [text], dict[int, str]()
+    for number, piece in enumerate(pieces):
+        words, *given = piece.split(PICTURE)
+        if not given:
+            continue
+        if len(given) > 1:
+            where, whole = (f"part {number + 1}", "a part") if story else ("it", "a video")
+            raise InputError(f"'{PICTURE}' stands {len(given)} times in {where}; {whole} begins with one picture")
+        path, length = given[0].strip(), ""
+        if story and _ends_in_length(words):
+            raise InputError(f"{piece.strip():.60}: a length stands at the end of its part, behind its picture")
+        if story and (last := _LAST.search(path)) is not None:
+            path, length = path[: last.start()].rstrip(), last[0]
+        if not path:
+            raise InputError(f"no path after '{PICTURE}'; write the picture's file there")
+        paths[number] = _ESCAPED.sub(r"\1", path) if story else path
+        pieces[number] = words.rstrip() + length + piece[len(piece.rstrip()) :]
+    return "|".join(pieces).strip(), paths
+
+
+def check_cut(change: Change, part: int) -> None:
+    """Refuse (InputError) a picture of part `part`, from 0, that begins with another change of the past than a cut."""
+    if part and change.kind != "cut":
+        raise InputError(
+            f"part {part + 1} has a picture and begins with {change}: a later part may bring one only where the past "
+            "is cut; begin it with [cut], or remove its picture"
+        )
+
+
 def read_part(text: str) -> tuple[str, Change | None]:
     """The words of a prompt that is given by itself, after others, and the change of the past that it begins with.
 
@@ -237,9 +284,14 @@ def _divided(text: str) -> list[str]:
 
 def _is_marked(part: str) -> bool:
     """Tell whether a part has a mark, or what can only be meant as one."""
-    first, last = _FIRST.match(part), _LAST.search(part)
+    first = _FIRST.match(part)
     if first is not None and _word(first) in KINDS:
         return True
+    return _ends_in_length(part) or _ends_in_length(part.partition(PICTURE)[0])
+
+
+def _ends_in_length(part: str) -> bool:
+    last = _LAST.search(part.rstrip())
     return last is not None and _LENGTH.fullmatch(last[1]) is not None
 
 

@@ -59,11 +59,15 @@ PAUSE = 1.0
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make, at `path`, with what its sidecar says of it."""
+    """One video to make, at `path`, with what its sidecar says of it.
+
+    pictured: the chunks that a picture begins, also after its last one, for whoever goes on.
+    """
 
     prompt: Prompt
     path: Path
     record: dict[str, Any]
+    pictured: tuple[int, ...] = ()
 
 
 class Failure(NamedTuple):
@@ -158,7 +162,9 @@ def _plan_jobs(
             record["began"] = {"from": str(beginning.path), "given_frames": beginning.given_frames, **beginning.record}
         if beginning.saves != NONE:
             record["saved"] = beginning.saved
-        jobs.append(Job(prompt, folder / video_name(prompt), record))
+        places, pictures = beginning.outline(prompt, config).parts, beginning.pictures_of(prompt)
+        pictured = tuple(part.chunk for number, part in enumerate(places) if number in pictures and part.chunk >= 0)
+        jobs.append(Job(prompt, folder / video_name(prompt), record, pictured))
     wanted = {job.path.name: job.record["fingerprint"] for job in jobs}
     finished = finished_videos(folder, beginning.saved)
     # A finished video whose name another one is about to take will not be there in the end.
@@ -181,12 +187,11 @@ class _Elsewhere(Exception):
 
 
 def batches_of(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """Jobs of one video size, length and history of changes, all or none with a picture, at most `size` at a time."""
+    """Jobs of one video size, length, history of changes and places of pictures, at most `size` at a time."""
 
     def extent(job: Job) -> tuple[Any, ...]:
         changes = [(part["chunk"], part["change"]) for part in job.record["parts"] if part["change"] != "keep"]
-        begins = job.prompt.image is not None
-        return job.prompt.height, job.prompt.width, job.record["frames"], begins, changes
+        return job.prompt.height, job.prompt.width, job.record["frames"], job.pictured, changes
 
     batches = []
     for _, group in groupby(sorted(jobs, key=extent), key=extent):
@@ -412,7 +417,7 @@ class _Share:
                 chunk,
                 plan.lengths,
                 self._marks,
-                self.engine.config.sampling,
+                self.engine.config,
             )
             file = state_path(job.path, None if last else state.chunk)
             state.save(file, cast(Memory, self.beginning.saves))
@@ -460,7 +465,7 @@ def sample_from(
     outlines = [beginning.outline(prompt, engine.config) for prompt in prompts]
     begun: Moment | None = None
     if beginning.state is not None:
-        moment = beginning.state.moment.to(engine.device)
+        moment = beginning.state.moment._replace(pictures=beginning.pictures_held(prompts, outlines)).to(engine.device)
         begun = restored(moment, decoder).copies(len(prompts))
     elif beginning.path is not None:
         height, width = prompts[0].height, prompts[0].width

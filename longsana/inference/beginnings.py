@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longsana.chunks import ChunkPlan
-from longsana.config import InferenceConfig, SamplingConfig
+from longsana.config import InferenceConfig
 from longsana.data.films import count_frames, frames_used
 from longsana.data.prompts import Prompt
 from longsana.data.story import Outline, check_lengths, place_parts, read_parts
@@ -24,6 +24,8 @@ from longsana.sampling.checks import check_size, chunk_plan, default_change, pla
 from longsana.weights.build import empty_model
 
 if TYPE_CHECKING:  # they bring diffusers and transformers, which take seconds
+    from torch import Tensor
+
     from longsana.sampling.continuation import Continuation, Moment
 
 NONE = "none"
@@ -75,6 +77,28 @@ class Beginning:
         """Tell whether a state is saved after a chunk, from 0, of so many."""
         return self.saves != NONE and (chunk + 1 == count or (bool(self.every) and (chunk + 1) % self.every == 0))
 
+    def goes_on_with(self, prompt: Prompt) -> bool:
+        """Tell whether a prompt is the story that the state is in the middle of, as it was planned."""
+        state = self.state
+        return state is not None and prompt.text == state.prompt and bool(state.plan) and not state.words
+
+    def pictures_of(self, prompt: Prompt) -> dict[int, Path]:
+        """The file of the picture that each part begins with, by number: its own, or the state that holds it."""
+        found: dict[int, Path] = {}
+        if self.state is not None and self.path is not None and self.goes_on_with(prompt):
+            found = dict.fromkeys(self.state.pictures, self.path)
+        return found | prompt.pictures
+
+    def pictures_held(self, prompts: Sequence[Prompt], outlines: Sequence[Outline]) -> dict[int, Tensor]:
+        """Latents (1, C, 1, h, w) that the state holds of pictures to come, by the chunk that each begins.
+
+        prompts, outlines: of videos that are sampled together.
+        """
+        for prompt, outline in zip(prompts, outlines, strict=True):
+            if self.state is not None and self.goes_on_with(prompt):
+                return {outline.parts[part].chunk: latents for part, latents in self.state.pictures.items()}
+        return {}
+
     def outline(self, prompt: Prompt, config: InferenceConfig) -> Outline:
         """Place the parts of a prompt in its video: a state's own story goes on as planned.
 
@@ -91,7 +115,7 @@ class Beginning:
                 f"{self.path}: of a stream, in the middle of a transition; go on with the pipeline's "
                 "stream, from a later state, or with another prompt"
             )
-        if own and len(prompt.parts) > 1 and state.plan and not state.words:
+        if len(prompt.parts) > 1 and self.goes_on_with(prompt):
             shape, fps, change = geometry(config.vae), config.sampling.fps, default_change(config)
             parts = place_parts(len(prompt.parts), prompt.marks, ChunkPlan(state.plan), shape, fps, change)
             outline = Outline(parts, len(state.plan)).after(state.chunk)
@@ -111,14 +135,15 @@ class Beginning:
         chunk: int,
         plan: Sequence[int],
         marks: tuple[str, str],
-        sampling: SamplingConfig,
+        config: InferenceConfig,
     ) -> Continuation:
         """The state to save of a video after chunk `chunk` (from 0) of its plan. moment: of this video alone."""
         from longsana.sampling.continuation import Continuation, Telling
 
         done, planned = 0, tuple(plan)
-        if self.state is not None and prompt.text == self.state.prompt and self.state.plan and not self.state.words:
+        if self.state is not None and self.goes_on_with(prompt):
             done, planned = self.state.chunk, self.state.plan
+        to_come = self.outline(prompt, config).after(chunk + 1).parts
         return Continuation(
             moment.network,
             moment.decoder,
@@ -132,7 +157,12 @@ class Beginning:
             moment.waiting,
             marks,
             recent=moment.recent,
-            telling=Telling(*(getattr(sampling, name) for name in Telling._fields)),
+            telling=Telling(*(getattr(config.sampling, name) for name in Telling._fields)),
+            pictures={
+                number: moment.pictures[part.chunk]
+                for number, part in enumerate(to_come)
+                if part.chunk in moment.pictures
+            },
         )
 
 

@@ -22,6 +22,7 @@ from longsana.encoders.geometry import geometry
 from longsana.encoders.text import instruction_text, negative_text, text_sha256
 from longsana.inference.beginnings import Beginning
 from longsana.runtime.foreign import reason_of
+from longsana.runtime.hub import file_sha256
 from longsana.sampling.checks import SOURCES, chunk_plan, source_digest
 from longsana.weights.build import resolve_dtype
 
@@ -59,9 +60,10 @@ def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.dev
 
 
 def told_parts(config: InferenceConfig, prompt: Prompt, beginning: Beginning | None = None) -> list[dict[str, Any]]:
-    """Tell where each part of a prompt really begins in its video (chunk, picture, second), and what the past becomes.
+    """Tell where each part of a prompt really begins in its video (chunk, frame, second), and what the past becomes.
 
-    Pictures and seconds are those of the mp4.
+    Frames and seconds are those of the mp4. With a picture it says where that was found, and the SHA-256 of the file,
+    which is a state's where the state holds the picture.
 
     Raises:
         InputError: see `Beginning.outline`.
@@ -70,8 +72,8 @@ def told_parts(config: InferenceConfig, prompt: Prompt, beginning: Beginning | N
     goes_on = beginning.goes_on
     plan = chunk_plan(config, prompt.frames, goes_on=goes_on, picture=prompt.image is not None)
     starts, vae = plan.starts, geometry(config.vae)
-    told = []
-    for number, part in beginning.outline(prompt, config).shown(len(starts)).items():
+    outline, pictures, told = beginning.outline(prompt, config), beginning.pictures_of(prompt), []
+    for number, part in outline.shown(len(starts)).items():
         frame = beginning.given_frames + vae.pixel_frames(starts[part.chunk], first=not goes_on)
         second = round(frame / config.sampling.fps, 3)
         told.append(
@@ -83,11 +85,13 @@ def told_parts(config: InferenceConfig, prompt: Prompt, beginning: Beginning | N
                 "change": str(part.change),
             }
         )
+        if number in pictures and outline.parts[number].chunk >= 0:
+            told[-1] |= {"image": str(pictures[number]), "image_sha256": file_sha256(pictures[number])}
     return told
 
 
 PICTURES = ("image_fit", "image_first")
-"""Settings of a picture that a video begins with."""
+"""Settings of a picture that a video or a part of it begins with."""
 
 
 def fingerprint(
@@ -105,7 +109,7 @@ def fingerprint(
 
     without: settings that decide nothing either; see `meaningless`.
     parts: of the prompt, as `told_parts` has them. began: what the video goes on from, if anything.
-    picture: SHA-256 of the file that it begins with, which is fitted as `sampling.image_fit` says.
+    picture: SHA-256 of the picture that it begins with, which is fitted as `sampling.image_fit` says.
     """
     deciding = {section: dict(values) for section, values in settings.items()}
     for section, key in SOURCES.items():
@@ -120,8 +124,11 @@ def fingerprint(
         story.append([sampling["transition"], sampling["transition_chunks"]])
     elif not prompt.marks and all(part["change"] == "keep" for part in parts):
         story = []
-    first = {name: sampling[name] for name in PICTURES if f"sampling.{name}" not in without} if picture else {}
-    first |= {"image_sha256": picture} if picture else {}
+    first: dict[str, Any] = {} if picture is None else {"image_sha256": picture}
+    later = [[part["chunk"], part["image_sha256"]] for part in parts[picture is not None :] if "image_sha256" in part]
+    first |= {"cut_to": later} if later else {}
+    if first:
+        first |= {name: sampling[name] for name in PICTURES if f"sampling.{name}" not in without}
     pictures = {f"sampling.{name}" for name in PICTURES}
     for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", *pictures, *PARTS, *without}:
         section, _, key = setting.partition(".")

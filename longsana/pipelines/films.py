@@ -5,54 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from longsana.data.films import count_frames, fitted, read_film
-from longsana.data.pictures import Fit, fit_picture, read_picture, rgb
+from longsana.data.pictures import rgb
 from longsana.runtime.errors import InputError
 
 FilmLike: TypeAlias = str | Path | Image.Image | Sequence[Image.Image] | np.ndarray
-
-
-PictureLike: TypeAlias = str | Path | Image.Image | np.ndarray
-
-
-def pictures_of(
-    image: PictureLike | Sequence[PictureLike], count: int, size: tuple[int, int], fit: Fit
-) -> list[np.ndarray]:
-    """The picture (height, width, 3), uint8, that each of `count` videos begins with: one for all, or one for each.
-
-    Raises:
-        InputError: it is none, another number, or a file that cannot be read; the message begins with "image".
-    """
-    given: list[Any] = list(image) if isinstance(image, list | tuple) else [image] * count
-    if len(given) != count:
-        raise InputError(f"image: {len(given)} for {count} prompts; give one for all, or one for each")
-    return [_picture(one, size, fit) for one in given]
-
-
-def _picture(image: PictureLike, size: tuple[int, int], fit: Fit) -> np.ndarray:
-    if isinstance(image, str | Path):
-        try:
-            return read_picture(Path(image).expanduser(), *size, fit)
-        except InputError as error:
-            raise InputError(f"image: {error}") from error
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not all(image.shape):
-            raise InputError(f"image: an array of {image.dtype} and shape {image.shape}; must be uint8 (H, W, 3)")
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise InputError(
-            f"image: a {type(image).__name__}; must be the path of a picture, one of PIL, or an array (H, W, 3) of "
-            "uint8"
-        )
-    try:
-        return fit_picture(image, *size, fit)
-    except InputError as error:
-        raise InputError(f"image: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longsana.data.prompts import PICTURE, check_words
-from longsana.data.story import SPLIT, Mark, read_parts
+from longsana.data.prompts import check_words
+from longsana.data.story import PICTURE, SPLIT, Mark, read_parts
 from longsana.encoders.text import CompactEmbedding, compact, negative_text
 from longsana.models.embeddings import TextEmbedding
 from longsana.pipelines.arguments import FLOATS, check_numbers
+from longsana.pipelines.images import PictureLike
 from longsana.runtime.errors import InputError
 
 NO_PROMPT = "prompt: there was none in what should have given them"
@@ -104,38 +106,53 @@ def parts_of(text: str) -> tuple[tuple[str, ...], tuple[Mark, ...]]:
 def only_words(text: str) -> str:
     """A prompt, as it is; InputError where it names a picture or has no words."""
     if PICTURE in text:
-        raise InputError(
-            f"prompt: '{PICTURE}' names a picture to begin with; give it as image, or to LongSANA as video"
-        )
+        raise InputError(f"prompt: '{PICTURE}' names a picture to begin with; give it as image")
     check_words(text, "prompt")
     return text
 
 
-def in_turn(prompt: str | Iterable[str]) -> Iterator[str]:
+class Item(NamedTuple):
+    """A prompt of one part that a stream is given for a chunk, and the picture that it begins with, if any."""
+
+    text: str
+    image: PictureLike | None = None
+
+
+def in_turn(prompt: str | Iterable[str | Mapping[str, Any]]) -> Iterator[Item]:
     """The prompt of each chunk; the last of several stays.
 
     Raises:
-        InputError: there is none, or one is no text or has parts; of a list at once, else when it is taken.
+        InputError: there is none, or one is neither a text without parts nor `{"prompt": text, "image": picture}`; of a
+            list at once, else when it is taken.
     """
     if isinstance(prompt, str):
-        return repeat(whole(prompt))
+        return repeat(_item(prompt))
     if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping) or hasattr(prompt, "shape"):
         raise InputError(f"prompt: a {type(prompt).__name__}; must be a text, or texts one after another")
     if isinstance(prompt, list | tuple):
-        prompts = [whole(text) for text in prompt]
-        if not prompts:
+        items = list(map(_item, prompt))
+        if not items:
             raise InputError(NO_PROMPT)
-        return chain(prompts, repeat(prompts[-1]))
+        return chain(items, repeat(items[-1]))
     return _until_told(prompt)
 
 
-def _until_told(prompts: Iterable[str]) -> Iterator[str]:
-    latest: str | None = None
-    for latest in map(whole, prompts):
+def _until_told(prompts: Iterable[str | Mapping[str, Any]]) -> Iterator[Item]:
+    latest: Item | None = None
+    for latest in map(_item, prompts):
         yield latest
     if latest is None:
         raise InputError(NO_PROMPT)
     yield from repeat(latest)
+
+
+def _item(given: str | Mapping[str, Any]) -> Item:
+    if not isinstance(given, Mapping):
+        return Item(whole(given))
+    if "prompt" not in given or (others := [name for name in given if name not in ("prompt", "image")]):
+        what = "without a prompt" if "prompt" not in given else f"with {others[0]!r:.40}"
+        raise InputError(f"prompt: a mapping {what}; must be {{'prompt': text, 'image': picture}}")
+    return Item(whole(given["prompt"]), given.get("image"))
 
 
 def whole(text: str) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput, is_peft_available, logging
 from torch import Tensor, nn
 
-from longsana.chunks import ChunkPlan
+from longsana.chunks import ChunkPlan, ImageFirst
 from longsana.config import check_chi_prompt
 from longsana.data.films import frames_used
 from longsana.data.pictures import Fit
@@ -39,7 +39,8 @@ from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
 from longsana.pipelines import transformer as networks
 from longsana.pipelines.arguments import ARGUMENTS, MOST_LATENTS, PARTS, refuse_ignored
 from longsana.pipelines.files import check_repository, folder_of
-from longsana.pipelines.films import Film, FilmLike, PictureLike, pictures_of
+from longsana.pipelines.films import Film, FilmLike
+from longsana.pipelines.images import PictureLike, PicturesLike, is_first, picture_of, pictures_of, places_of
 from longsana.pipelines.noise import batch_noise, check_generator, check_noise, take_seed
 from longsana.pipelines.pictures import as_output, joined
 from longsana.pipelines.prompts import given_embeddings, negative_texts, one_for_each, parts_of, whole
@@ -50,7 +51,7 @@ from longsana.pipelines.transformer import (
     onload,
     uncompiled,
 )
-from longsana.pipelines.turns import Told, Turn, told_by
+from longsana.pipelines.turns import Read, Told, Turn, told_by
 from longsana.runtime.arguments import OneOf, Whole, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
@@ -314,9 +315,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         transition: Way | None = None,
         video: FilmLike | None = None,
         new_frames_only: bool = False,
-        image: PictureLike | Sequence[PictureLike] | None = None,
+        image: PicturesLike | None = None,
         image_fit: Fit | None = None,
-        image_first: Literal["absorb", "pin"] | None = None,
+        image_first: ImageFirst | None = None,
     ) -> LongSanaVideoOutput | tuple[Any]:
         """Videos of prompts.
 
@@ -356,11 +357,12 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 num_frames says then how many more, 4 n (Wan) or 8 n (LTX-2); 80 unless said otherwise.
             new_frames_only: leave the film out of the result.
             image: a picture that the videos begin with, for all or one for each prompt: a file, a picture of PIL, or an
-                array (H, W, 3) of uint8. Of the base model its latent stays the first one in every step; steps are
+                array (H, W, 3) of uint8. A mapping has such by the number of a story's part, from 0: a later part
+                begins with one where it cuts. Of the base model its latent stays the first one in every step; steps are
                 Euler's, as published, whatever the scheduler.
             image_fit: cover (None): scaled to cover the video, and cut; stretch: to its size.
             image_first: distilled: absorb (None): the picture is a chunk of one latent, which the others follow; pin:
-                it is the first latent of the first chunk in every step.
+                it is the first latent of its chunk in every step.
 
         Raises:
             InputError: what is asked for cannot be made, or part of it would be ignored; the message names the argument
@@ -388,20 +390,20 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift, euler=image is not None)
         copies = num_videos_per_prompt
         texts = one_for_each(prompt, prompt_embeds, copies)
-        pictures: list[np.ndarray] = []
+        pictures: dict[int, list[np.ndarray]] = {}
         if image is None:
             refuse_ignored({"image_fit": image_fit, "image_first": image_first}, "without image")
         else:
-            refuse_ignored({"video": video}, "with image; a video goes on from one of them")
+            if is_first(image):
+                refuse_ignored({"video": video}, "with image; a video goes on from one of them")
             if not self.distilled:
                 refuse_ignored({"image_first": image_first}, "for the base model, in whose clip the picture is pinned")
+            sides = self._size(height, width)
+            pictures = pictures_of(image, len(texts) // copies, sides, image_fit or "cover", copies)
             if length == 1:
                 raise InputError("num_frames=1: shows the picture that it begins with alone; it must be longer")
-            if self.distilled and image_first != "pin":
-                plan = ChunkPlan.after_picture(length, chunk_frames)
-            sides = self._size(height, width)
-            each = pictures_of(image, len(texts) // copies, sides, image_fit or "cover")
-            pictures = [picture for picture in each for _ in range(copies)]
+        if 0 in pictures and self.distilled:
+            plan = ChunkPlan.with_picture(length, chunk_frames, image_first or "absorb")
         check_noise(len(texts), generator, latents, (len(texts), self.geometry.channels, length, *size))
         wanted: Sequence[Sequence[Words]]  # the parts of each video's prompt
         if prompt_embeds is None:
@@ -422,6 +424,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         place = partial(self._placed, fps=fps or USUAL_FPS, change=self._change(prompt_change))
         placed = [place(len(own), marks, plan) for own, marks in parts]
         shared_changes(placed)
+        places = places_of(list(pictures), placed)
         negatives = {
             "negative_prompt": negative_prompt,
             "negative_prompt_embeds": negative_prompt_embeds,
@@ -452,14 +455,15 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             outlines=placed,
             transition_chunks=transition_chunks or 0,
             transition=transition or "linear",
-            first=self._first(pictures),
+            first={places[part]: self._latents_of(own) for part, own in pictures.items()},
+            apart=image_first != "pin",
         )
         if film is not None:
             recent = videos.recent(chunk_frames + 1)
             filmed, begun = self._begun(film, captions, chunk_frames, latents_per_call, recent)
             videos = replace(videos, begun=begun)
         steps = schedule.steps if isinstance(schedule, FlowSchedule) else [int(t) for t in schedule.timesteps]
-        given_chunks = int(bool(pictures) and plan.lengths[0] == 1)  # which take no step
+        given_chunks = sum(plan.lengths[chunk] == 1 for chunk in places.values())  # which take no step
         self._interrupt, self._num_timesteps = False, (len(plan) - given_chunks) * len(steps)
         self._guidance_scale = guidance
         finished: list[Tensor] = []
@@ -486,7 +490,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     @checked(ARGUMENTS)
     def stream(
         self,
-        prompt: str | Iterable[str] | None = None,
+        prompt: str | Iterable[str | Mapping[str, Any]] | None = None,
         num_frames: int | None = None,
         state: Continuation | LongSanaVideoChunk | str | Path | None = None,
         *,
@@ -506,6 +510,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         prompt_change: str | None = None,
         transition_chunks: int | None = None,
         transition: Way | None = None,
+        image: PictureLike | Mapping[int, PictureLike] | None = None,
+        image_fit: Fit | None = None,
+        image_first: ImageFirst | None = None,
     ) -> Iterator[LongSanaVideoChunk]:
         """One video, chunk by chunk as it is sampled, in memory that does not grow.
 
@@ -515,7 +522,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         Args:
             prompt: a text or a story; or a text for each chunk, taken as it begins, of which the last one stays. None
                 goes on with that of the state, a story as it was planned. A text that is another one than that of the
-                chunk before may begin with what becomes of the past there: `[cut] a lighthouse`. A chunk's noise is a
+                chunk before may begin with what becomes of the past there: `[cut] a lighthouse`. In place of a text may
+                stand `{"prompt": text, "image": picture}`, first of all or where the text cuts. A chunk's noise is a
                 function of the seed and its own prompt.
             num_frames: as there; after a state, how many more, 4 n (Wan) or 8 n (LTX-2). None never ends.
             state: of the chunk (or the chunk itself, or a file of it) after which the video goes on, with its size, and
@@ -523,10 +531,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             prompt_change: what becomes of the past where the prompt changes and does not say it itself. The stream and
                 its states hold as much as this reaches back to, and no text can reach back farther.
             transition_chunks: as there; a transition that another change interrupts ends with it.
+            image: as there, of one video: of a text or a story; its state holds the latents of pictures to come.
 
-        `chunk_frames`, `fps`, `prompt_change`, `transition_chunks` and `transition` are the state's own where they are
-        not given. The others are those of `__call__`; a film's chunks come first, each with a state. `interrupt` ends
-        it without the chunk in progress.
+        `chunk_frames`, `fps`, `prompt_change`, `transition_chunks`, `transition` and `image_first` are the state's own
+        where they are not given. The others are those of `__call__`; a film's chunks come first, each with a state.
+        `interrupt` ends it without the chunk in progress.
 
         A decoder that looks ahead (LTX-2's may) gives frames later: the first chunks have none, and the last of
         `num_frames` has all that waited. Such an end is final. Stopped anywhere else, frames wait in the state, and
@@ -562,10 +571,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             usual.prompt_change if prompt_change is None else prompt_change,
             usual.transition_chunks if transition_chunks is None else transition_chunks,
             transition or usual.transition,
+            image_first or usual.image_first,
         )
         if not telling.transition_chunks:
             refuse_ignored({"transition": transition}, "without transition_chunks")
         film = self._film(video, telling.fps, new_frames_only, *size)
+        begins = state is None and film is None
+        pictures, read = self._pictures_of_stream(image, image_fit, image_first, prompt, size, begins=begins)
         if state is not None:
             state = self._gone_on_from(state, output_type)
             model = uncompiled(self.vae)
@@ -577,14 +589,15 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self._check_encoder([""])
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
-        lengths = self._lengths(num_frames, telling.chunk_frames, begins=state is None and film is None)
+        lengths = self._lengths(num_frames, telling, begins=begins, picture=0 in pictures)
         if isinstance(prompt, list | tuple) and isinstance(lengths, tuple) and len(prompt) > len(lengths):
             log.warning(
                 "prompt: %d for %d chunks, each of which takes one; the last are not shown", len(prompt), len(lengths)
             )
         change = self._change(telling.prompt_change)
         place = partial(self._placed, fps=telling.fps, change=change)
-        told = told_by(prompt, state, lengths, place, change, telling.transition_chunks)
+        own: dict[str, Any] = {"film": film is not None, "pictures": pictures, "read": read}
+        told = told_by(prompt, state, lengths, place, change, telling.transition_chunks, **own)
         if generator is not None:
             check_generator(generator)
 
@@ -638,15 +651,18 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """film: that it goes on from."""
         shape, device = (self.geometry.channels, *self.geometry.latent_size(*size)), self._execution_device
         known, text, past = None, None, uncompiled(self.transformer).network.past
+        said: dict[str, Any] = {}
         turns, begun = told.turns, ("", 0) if state is None else (state.prompt, state.repetition)
         recent, self._interrupt = self._room(told, lengths, state, shown.chunk_frames), False
         where: dict[str, Any] = {"shape": shape, "device": device, "on_step": _Watch(self, schedule.steps)}
-        sample: Any = partial(generate, self._passes, schedule, recent=recent, **where)
+        to_come = {part: self._latents_of_one(picture) for part, picture in told.pictures.items()}
+        apart = telling.image_first == "absorb"
+        sample: Any = partial(generate, self._passes, schedule, recent=recent, apart=apart, **where)
         try:
             if film is not None:
                 first = next(turns)
                 turns = chain([first], turns)
-                said = {"plan": told.plan, "past": past, "telling": telling, **told.said(first)}
+                said = {"plan": told.plan, "past": past, "telling": telling, **told.said(first, to_come)}
                 begins = Continuation(self._nothing(size), None, seed, first.prompt, size, **said)
                 state = yield from self._absorbed(film, begins, caption(first), recent, shown)
             showing = _Showing(self, shown, state)
@@ -658,25 +674,14 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                     text = self._passes.cache_caption(stacked([caption(turn)], device))
                 repetition = begun[1] if turn.prompt == begun[0] else 0
                 noise, changes = PromptNoise(seed, [(turn.prompt, repetition)]), {0: turn.change}
-                (chunk,) = sample([text], ChunkPlan((length,)), rng=noise, state=memory, changes=changes)
+                own = {"state": memory, "changes": changes, "first": self._picture_of(turn, to_come)}
+                (chunk,) = sample([text], ChunkPlan((length,)), rng=noise, **own)
                 memory = chunk.state
                 frames = showing(chunk.latents, more=more > 0)
-                after = Continuation(
-                    memory,
-                    showing.cache,
-                    seed,
-                    turn.prompt,
-                    size,
-                    showing.last,
-                    repetition,
-                    count,
-                    told.plan,
-                    showing.hidden,
-                    past=past,
-                    recent=recent.copy() if turn.later else Held(),
-                    telling=telling,
-                    **told.said(turn),
-                )
+                said = {"latents": showing.last, "waiting": showing.hidden, "repetition": repetition, "chunk": count}
+                said |= {"recent": recent.copy() if turn.later else Held(), "past": past, "telling": telling}
+                said |= {"plan": told.plan, **told.said(turn, to_come)}
+                after = Continuation(memory, showing.cache, seed, turn.prompt, size, **said)
                 yield LongSanaVideoChunk(frames, after)
         except Interrupted:
             return
@@ -743,12 +748,41 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         assert state is not None
         return given, Moment(state, None, None, recent=recent.copy())
 
-    def _first(self, pictures: Sequence[np.ndarray]) -> Tensor | None:
-        """Latents (B, C, 1, h, w) of the pictures (H, W, 3) that clips begin with; None without any."""
-        if not pictures:
-            return None
+    def _latents_of(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """Latents (B, C, 1, h, w) of pictures (H, W, 3)."""
         onload(self.vae)
         return self._vae(1).encode_pictures(pictures)
+
+    def _latents_of_one(self, picture: np.ndarray | Tensor) -> Tensor:
+        """Latents (1, C, 1, h, w) of a picture (H, W, 3), or of one that a state holds as such."""
+        return picture.to(self._execution_device) if isinstance(picture, Tensor) else self._latents_of([picture])
+
+    def _picture_of(self, turn: Turn, to_come: dict[int, Tensor]) -> Tensor | None:
+        """Latents (1, C, 1, h, w) of the picture that a turn's chunk begins with, if any; those to come lose it."""
+        return to_come.pop(turn.begins, None) if turn.picture is None else self._latents_of([turn.picture])
+
+    def _pictures_of_stream(
+        self,
+        image: PictureLike | Mapping[int, PictureLike] | None,
+        fit: Fit | None,
+        first: ImageFirst | None,
+        prompt: str | Iterable[str | Mapping[str, Any]] | None,
+        size: tuple[int, int],
+        *,
+        begins: bool,
+    ) -> tuple[dict[int, np.ndarray], Read]:
+        """The pictures (height, width, 3), uint8, of a stream by the part that each begins, and a reader of others.
+
+        begins: nothing comes before the stream.
+        """
+        if image is None and (prompt is None or isinstance(prompt, str)):
+            refuse_ignored({"image_fit": fit, "image_first": first if begins else None}, "without image")
+        if image is not None and is_first(image) and not begins:
+            raise InputError("image: a picture to begin with, and what the video goes on from; give one of them")
+        pictures = {} if image is None else pictures_of(image, 1, size, fit or "cover")
+        return {part: own for part, (own,) in pictures.items()}, partial(
+            picture_of, size=size, fit=fit or "cover", name="prompt: its image"
+        )
 
     def _film(
         self, video: FilmLike | None, fps: float, new_frames_only: bool, height: int | None, width: int | None
@@ -948,6 +982,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                     f"{state.size[0]}x{state.size[1]}"
                 )
         known = self.geometry.latent_size(*state.size)
+        if any(tuple(own.shape) != (1, self.geometry.channels, 1, *known) for own in state.pictures.values()):
+            raise InputError(f"state: its pictures to come are of another size or VAE than {known} latents of this one")
         if state.latents is not None and tuple(state.latents.shape[3:]) != known:
             raise InputError(
                 f"state: its latents have size {tuple(state.latents.shape[3:])}, its pictures need {known}"
@@ -1027,12 +1063,17 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 log.warning("vae.%s changes nothing here: it is decoded in pieces anyway; see latents_per_call", name)
         return kind_of(model).around(model, latents_per_call)
 
-    def _lengths(self, num_frames: int | None, chunk_frames: int, *, begins: bool) -> Iterable[int]:
-        """Latent frames of each chunk of a video, or of what is added to one."""
+    def _lengths(
+        self, num_frames: int | None, telling: Telling, *, begins: bool, picture: bool = False
+    ) -> Iterable[int]:
+        """Latent frames of each chunk of a video, or of what is added to one. picture: it begins with one."""
+        size, apart = telling.chunk_frames, picture and telling.image_first == "absorb"
         if num_frames is None:
-            return chain([chunk_frames + 1] if begins else [], repeat(chunk_frames))
+            return chain([1] if apart else [size + 1] if begins else [], repeat(size))
+        if picture and num_frames == 1:
+            raise InputError("num_frames=1: shows the picture that it begins with alone; it must be longer")
         latents = self.geometry.latent_frames(num_frames) if begins else self._latents_more(num_frames)
-        return ChunkPlan.split(latents, chunk_frames).lengths
+        return (ChunkPlan.after_picture if apart else ChunkPlan.split)(latents, size).lengths
 
     def _pictures(
         self,

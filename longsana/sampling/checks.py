@@ -11,7 +11,7 @@ from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, ModelConfig, check_chi_prompt
 from longsana.data.pictures import read_picture
 from longsana.data.prompts import Prompt, check_words, place, read_prompts
-from longsana.data.story import Change, Outline, place_parts
+from longsana.data.story import Change, Outline, check_cut, place_parts
 from longsana.encoders.geometry import geometry
 from longsana.encoders.headers import check_text_encoder, check_vae
 from longsana.flow.schedule import FlowSchedule
@@ -144,7 +144,7 @@ def select_prompts(
     """Prompts [start_index, end_index) of the config's file, counted from 0, all fit to be sampled.
 
     sample_nums: prompts of the file that count, from its top; None: all. pictures: whether they may begin with one.
-    image: the picture of prompts that name none.
+    image: the picture of prompts that begin with none.
 
     Raises:
         InputError: the file, the range, or a prompt's size, length, parts or picture are wrong.
@@ -178,29 +178,30 @@ def select_prompts(
             check_bounds(own)
             check_size(config, prompt.height, prompt.width)
             placed_parts(config, prompt)
-            if prompt.image is not None:
-                check_picture(config, prompt, frames, checked)
+            check_pictures(config, prompt, frames, checked)
         except InputError as error:
             raise InputError(f"{place(path, prompt.line)}: {error}") from error
     return selected
 
 
-def check_picture(config: InferenceConfig, prompt: Prompt, frames: int, checked: set[tuple[Path, int, int]]) -> None:
-    """Refuse the picture that a prompt's video of `frames` frames begins with, where it cannot; all of it is read.
+def check_pictures(config: InferenceConfig, prompt: Prompt, frames: int, checked: set[tuple[Path, int, int]]) -> None:
+    """Refuse the pictures of a prompt, whose video has `frames` frames, where it cannot have them; all of each is read.
 
-    checked: pictures and sizes that were read before; this one is added.
+    checked: pictures and sizes that were read before; these are added.
 
     Raises:
-        InputError: the sampler takes none, the video is as short as its picture, or the file is none that is read.
+        InputError: the sampler takes none, the video is as short as its picture, a part that begins with one is no cut,
+            or the file is none that is read.
     """
-    assert prompt.image is not None
-    check_picture_sampler(config)
-    if frames == 1:
-        raise InputError("num_frames=1: shows the picture that it begins with alone; it must be longer")
-    fitted = prompt.image, prompt.height, prompt.width
-    if fitted not in checked:
-        read_picture(*fitted, config.sampling.image_fit)
-        checked.add(fitted)
+    for number, path in prompt.pictures.items():
+        check_picture_sampler(config)
+        if frames == 1:
+            raise InputError("num_frames=1: shows the picture that it begins with alone; it must be longer")
+        check_cut((prompt.marks[number].change if number else None) or default_change(config), number)
+        fitted = path, prompt.height, prompt.width
+        if fitted not in checked:
+            read_picture(*fitted, config.sampling.image_fit)
+            checked.add(fitted)
 
 
 def check_picture_sampler(config: InferenceConfig) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longsana.chunks import ImageFirst
 from longsana.data.prompts import check_words
 from longsana.data.story import MOST_CHUNKS, Change
 from longsana.encoders.vae import DecodeCache, VideoVAE
@@ -24,11 +26,11 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded, whole_file
 from longsana.runtime.finite import not_finite
 from longsana.runtime.foreign import reason_of, refuse_stand_in
-from longsana.sampling.recent import TENSORS, Held, each_of_state
+from longsana.sampling.recent import TENSORS, Held, Kept, each_of_state
 from longsana.sampling.transition import Way
 from longsana.state import CausalState
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the files. A file of a later one is refused."""
 KEPT = 12
 """Last latents of a video, from which the decoder's memory is rebuilt where it was not saved itself."""
@@ -41,6 +43,8 @@ SEED, COUNT, SIDE = Whole(-(2**63), 2**64 - 1), Whole(0, 10**9), Whole(1, 2**14)
 
 Memory: TypeAlias = Literal["latents", "full"]
 """What a file holds of the decoder's memory: the last latents alone, or all of it."""
+PICTURES = "picture."
+"""The beginning of the names of pictures to come, in files."""
 
 
 class Telling(NamedTuple):
@@ -48,6 +52,7 @@ class Telling(NamedTuple):
 
     chunk_frames: latent frames of a chunk. fps: pictures a second, by which the lengths of parts are counted.
     prompt_change: of the past, where a prompt does not say it itself. transition_chunks, transition: between captions.
+    image_first: how a picture begins a chunk; see `SamplingConfig`.
     """
 
     chunk_frames: int
@@ -55,6 +60,7 @@ class Telling(NamedTuple):
     prompt_change: str = "keep"
     transition_chunks: int = 0
     transition: Way = "linear"
+    image_first: ImageFirst = "absorb"
 
     def settled(self, name: str) -> Telling:
         """Look at the values; InputError, which begins with `name`, for one that cannot be."""
@@ -66,6 +72,7 @@ class Telling(NamedTuple):
                 self.prompt_change,
                 Whole(0, 1000).settle("transition_chunks", self.transition_chunks),
                 cast(Way, OneOf(get_args(Way)).settle("transition", self.transition)),
+                cast(ImageFirst, OneOf(get_args(ImageFirst)).settle("image_first", self.image_first)),
             )
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
@@ -79,6 +86,7 @@ class Moment(NamedTuple):
     waiting: pixel frames of these latents that a decoder that looks ahead has not given. They are not shown after it:
         a video that goes on begins with the frames of its own latents.
     recent: the last chunks, as far as changes of the past reach back; see `Recent`.
+    pictures: (B, C, 1, h, w), float32, of those to come, by the chunk that each begins, the next one being 0.
     """
 
     network: CausalState
@@ -86,6 +94,7 @@ class Moment(NamedTuple):
     latents: Tensor | None
     waiting: int = 0
     recent: Held = Held()
+    pictures: Mapping[int, Tensor] = MappingProxyType({})
 
     def each(self, change: Callable[[Tensor, int], Tensor]) -> Moment:
         """Change every tensor, of any shape; `change` is told which of its dimensions is the batch."""
@@ -96,6 +105,7 @@ class Moment(NamedTuple):
             None if self.latents is None else change(self.latents, 0),
             self.waiting,
             self.recent.each(change),
+            {chunk: change(latents, 0) for chunk, latents in self.pictures.items()},
         )
 
     def of(self, index: int) -> Moment:
@@ -128,6 +138,7 @@ class Continuation(NamedTuple):
     before, faded: of such a stream, the caption that was before the last change while it becomes the new one, and
         chunks since that change; "" and 0 where none does.
     telling: what the parts of the prompt were placed with; None where nobody said.
+    pictures: latents (1, C, 1, h, w) of those that later parts of the prompt begin with, by the number of the part.
     """
 
     network: CausalState
@@ -147,9 +158,11 @@ class Continuation(NamedTuple):
     before: str = ""
     faded: int = 0
     telling: Telling | None = None
+    pictures: Mapping[int, Tensor] = MappingProxyType({})
 
     @property
     def moment(self) -> Moment:
+        """The memory without the pictures to come, whose places the prompt says."""
         return Moment(self.network, self.decoder, self.latents, self.waiting, self.recent)
 
     def settled(self, name: str = "state") -> Continuation:
@@ -191,8 +204,19 @@ class Continuation(NamedTuple):
             raise InputError(f"{name}: {latents.shape[2]} last latents of a video of {network.frames}")
         telling = None if self.telling is None else Telling(*self.telling).settled(name)
         recent = self._settled_recent(name)
+        self._check_pictures(name)
         settled = self._replace(network=network, decoder=decoder, latents=latents, recent=recent)
         return settled._replace(seed=seed, size=(height, width), plan=plan, telling=telling, **counts)
+
+    def _check_pictures(self, name: str) -> None:
+        if not isinstance(self.pictures, Mapping):
+            raise InputError(f"{name}: its pictures are a {type(self.pictures).__name__}; must be a mapping")
+        for part, latents in self.pictures.items():
+            place = f"{name}: picture of part {COUNT.settle(f'{name}: part of a picture', part)}"
+            _check_numbers(place, {"latents": latents})
+            known = None if self.latents is None else [1, self.latents.shape[1], 1, *self.latents.shape[3:]]
+            if latents.dim() != 5 or list(latents.shape) != (known or list(latents.shape)):
+                raise InputError(f"{place}: its latents have shape {list(latents.shape)}")
 
     def _settled_recent(self, name: str) -> Held:
         if not isinstance(self.recent, Held) or not isinstance(self.recent.chunks, tuple):
@@ -215,7 +239,10 @@ class Continuation(NamedTuple):
                 raise InputError(f"{place}: its latents have shape {list(kept.latents.shape)}")
             if start + frames > self.network.frames:
                 raise InputError(f"{place}: ends at latent {start + frames} of a video of {self.network.frames}")
-            chunks.append(kept._replace(start=start, before=before))
+            alone = Whole(0, 1).settle(f"{place}: latents by themselves", kept.alone)
+            if alone >= frames:
+                raise InputError(f"{place}: {alone} latents by themselves of a chunk of {frames}")
+            chunks.append(Kept(kept.latents, start, before, alone))
         return Held(reach, tuple(chunks))
 
     def save(self, path: str | Path, memory: Memory = "full") -> None:
@@ -369,6 +396,7 @@ def _tensors(state: Continuation) -> dict[str, Tensor]:
         found["latents"] = state.latents
     if state.decoder is not None:
         found |= {f"decoder.{number}": part for number, part in enumerate(state.decoder.features)}
+    found |= {f"{PICTURES}{part}": latents for part, latents in state.pictures.items()}
     return found | state.recent.tensors()
 
 
@@ -405,6 +433,7 @@ def _restored(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Conti
         plan=tuple(record["plan"]),
         marks=(str(network_mark), str(vae_mark)),
         recent=Held.named(tensors),
+        pictures={int(name[len(PICTURES) :]): part for name, part in tensors.items() if name.startswith(PICTURES)},
         **{name: record[name] for name in LATER if name in record},
         **{name: record[name] for name in WORDS},
     )

@@ -5,8 +5,8 @@ Network and decoder are arguments, as a video's state is: `Engine` holds setting
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -88,7 +88,8 @@ class Videos:
         their changes of the past are the same.
     transition_chunks, transition: the captions between two parts; see `shown_in` and `blend`.
     begun: the videos go on from here, with the decoder's memory (see `restored`); the distilled model's alone do.
-    first: (B, C, 1, H, W), clean latents of pictures that the videos begin with; see `solve` and `generate`.
+    first: (B, C, 1, H, W), clean latents of the pictures that each chunk of the videos begins with, by chunk; of those
+        after the plan, for whoever goes on. apart: see `generate`, and `solve` of a clip.
     """
 
     method: FlowSchedule | Solver | Staggered
@@ -103,7 +104,8 @@ class Videos:
     transition_chunks: int = 0
     transition: Way = "linear"
     begun: Moment | None = None
-    first: Tensor | None = None
+    first: Mapping[int, Tensor] = field(default_factory=dict)
+    apart: bool = False
 
     def recent(self, film_frames: int = 0) -> Recent:
         """Make room for the last chunks that changes of the past reach back to, and take those of the beginning.
@@ -118,6 +120,10 @@ class Videos:
         if self.begun is not None:
             recent.take(self._begun_with)
         return recent
+
+    def after(self, chunk: int) -> dict[int, Tensor]:
+        """The pictures to come after a chunk, by the chunk from the next one on: (B, C, 1, H, W)."""
+        return {index - chunk - 1: latents for index, latents in self.first.items() if index > chunk}
 
     @property
     def _begun_with(self) -> Held:
@@ -226,6 +232,8 @@ class Engine:
             transition_chunks=sampling.transition_chunks,
             transition=sampling.transition,
             begun=begun,
+            first={} if begun is None else begun.pictures,
+            apart=sampling.image_first == "absorb",
         )
 
     def sample(
@@ -243,9 +251,9 @@ class Engine:
     ) -> Iterator[Frames]:
         """Frames of the prompts' videos, of one size and length, as the config says; see the function `sample`."""
         videos, clock = self.videos(prompts, begun, outlines), clock or Clock(self.device)
-        if prompts[0].image is not None:
+        if any(prompt.pictures for prompt in prompts):
             with clock.part("encode"):
-                videos = replace(videos, first=self.first_of(decoder, prompts))
+                videos = replace(videos, first=self.first_of(decoder, prompts, videos))
         return sample(
             network,
             decoder,
@@ -257,13 +265,21 @@ class Engine:
             wanted=wanted,
         )
 
-    def first_of(self, decoder: VideoVAE, prompts: Sequence[Prompt]) -> Tensor:
-        """Latents (B, C, 1, h, w), float32, of the pictures that the prompts' videos begin with."""
-        fit, paths = self.config.sampling.image_fit, [prompt.image for prompt in prompts if prompt.image is not None]
-        assert len(paths) == len(prompts), "videos with a picture and without one are no batch"
-        size = prompts[0].height, prompts[0].width
-        pictures = [read_picture(path, *size, fit) for path in paths]
-        return decoder.encode_pictures(pictures)
+    def first_of(self, decoder: VideoVAE, prompts: Sequence[Prompt], videos: Videos) -> dict[int, Tensor]:
+        """Latents (B, C, 1, h, w), float32, of the pictures that chunks of the prompts' videos begin with, by chunk.
+
+        Pictures that `videos` have take the places for which a prompt names none.
+        """
+        each = []
+        for row, (prompt, outline) in enumerate(zip(prompts, videos.outlines, strict=True)):
+            own = {chunk: latents[row : row + 1] for chunk, latents in videos.first.items()}
+            for number, path in prompt.pictures.items():
+                if (chunk := outline.parts[number].chunk) >= 0:
+                    picture = read_picture(path, prompt.height, prompt.width, self.config.sampling.image_fit)
+                    own[chunk] = decoder.encode_pictures([picture])
+            each.append(own)
+        assert all(own.keys() == each[0].keys() for own in each), "videos with pictures at other places are no batch"
+        return {chunk: torch.cat([own[chunk] for own in each]) for chunk in each[0]}
 
     def _method(self, *, picture: bool = False) -> FlowSchedule | Solver | Staggered:
         """Read how videos are sampled; a clip with a picture first takes Euler's steps, as the published task does."""
@@ -314,7 +330,7 @@ def sample(
                 after = None
                 if keep and ends and chunk.state is not None:
                     later = any(chunk.index < index for index in shared_changes(videos.outlines))
-                    after = decoding.moment(chunk.state, recent.copy() if later else Held())
+                    after = decoding.moment(chunk.state, recent.copy() if later else Held(), videos.after(chunk.index))
                 yield Frames(chunk.index, latents, pixels, after)
                 del after  # of the size of the decoder's memory
     except FloatingPointError:
@@ -370,10 +386,13 @@ class Decoding:
         hidden, self._hidden = self._hidden, max(self._hidden - pixels.shape[1], 0)
         return pixels[:, hidden:] if hidden else pixels
 
-    def moment(self, state: CausalState, recent: Held) -> Moment:
-        """The moment after what was decoded. state, recent: the network's, after the same latents."""
+    def moment(self, state: CausalState, recent: Held, pictures: Mapping[int, Tensor] | None = None) -> Moment:
+        """The moment after what was decoded.
+
+        state, recent: the network's, after the same latents. pictures: (B, C, 1, h, w), to come; see `Moment`.
+        """
         assert state.frames == self.start
-        return Moment(state, self._cache, self._latents, self._waiting, recent)
+        return Moment(state, self._cache, self._latents, self._waiting, recent, pictures or {})
 
 
 def sample_latents(
@@ -410,7 +429,8 @@ def sample_latents(
             passes = ReplayedNetwork(network)
         state = None if videos.begun is None else videos.begun.network
         texts, changes = map(text, zip(*shown, strict=True)), shared_changes(videos.outlines)
-        where |= {"changes": changes, "recent": recent or videos.recent(), "first": videos.first, "on_step": on_step}
+        where |= {"changes": changes, "recent": recent or videos.recent(), "on_step": on_step}
+        where |= {"first": videos.first, "apart": videos.apart}
         return generate(passes, method, texts, plan, state=state, **where)
     assert videos.begun is None, "the many-step samplers keep no state"
     with clock.part("denoise"):
@@ -425,7 +445,7 @@ def sample_latents(
         solver=method,
         cfg_scale=videos.cfg_scale,
         noise=videos.noise.draw(0, 0, (channels, plan.frames, *size), videos.device),
-        first=videos.first,
+        first=videos.first.get(0),
         clock=clock,
         on_step=on_step,
     )

@@ -32,12 +32,13 @@ class Absorb(Protocol):
 
 
 class Kept(NamedTuple):
-    """A chunk that is kept: its clean latents (B, C, T, H, W), its first latent frame in the video, and the state
-    before it where somebody may recache."""
+    """A chunk that is kept: its clean latents (B, C, T, H, W), its first latent frame in the video, the state before it
+    where somebody may recache, and how many latents, of a picture, were absorbed by themselves before the others."""
 
     latents: Tensor
     start: int
     before: CausalState | None
+    alone: int = 0
 
 
 class Held(NamedTuple):
@@ -84,6 +85,8 @@ class Held(NamedTuple):
             found[REACH] = torch.tensor(self.reach, dtype=torch.int64, device="cpu")
         for number, kept in enumerate(self.chunks):
             own, numbers = {"x0": kept.latents}, {"start": kept.start}
+            if kept.alone:
+                numbers["alone"] = kept.alone
             if kept.before is not None:
                 own |= dict(zip(TENSORS, kept.before[:3], strict=True))
                 numbers["sinks"] = kept.before.sinks
@@ -108,10 +111,11 @@ class Held(NamedTuple):
                 if (full := f"{NAME}{number:03d}_{name}") in tensors
             }
             start, before = int(tensors[f"{NAME}{number:03d}_start"]), None
+            alone = int(tensors.get(f"{NAME}{number:03d}_alone", 0))
             if "kv" in own:
                 sinks = int(tensors[f"{NAME}{number:03d}_sinks"])
                 before = CausalState(own["kv"], own["k_sum"], own["tail"], start, sinks)
-            chunks.append(Kept(own["x0"], start, before))
+            chunks.append(Kept(own["x0"], start, before, alone))
         # Files from before the reach was in them hold as many chunks as it.
         return cls(int(tensors[REACH]) if REACH in tensors else len(chunks), tuple(chunks))
 
@@ -149,7 +153,9 @@ class Recent:
         """The chunks that are held, in place: the next one overwrites them."""
         without: list[CausalState | None] = [None] * (len(self._places) - len(self._states))
         pairs = zip(self._places, [*without, *self._states], strict=True)
-        return Held(self._reach, tuple(Kept(place.latents, place.start, before) for place, before in pairs))
+        return Held(
+            self._reach, tuple(Kept(place.latents, place.start, before, place.alone) for place, before in pairs)
+        )
 
     def copy(self) -> Held:
         """The chunks that are held, as a value of its own."""
@@ -181,17 +187,21 @@ class Recent:
             assert state is not None
             if -number <= len(self._states):
                 self._states[number] = copied(state, self._states[number])
-            state = absorb(place.latents, state=state)
+            for piece in place.pieces:
+                state = absorb(piece, state=state)
         return state
 
-    def keep(self, x0: Tensor, before: CausalState | None, after: CausalState) -> CausalState:
+    def keep(self, x0: Tensor, before: CausalState | None, after: CausalState, *, joins: bool = False) -> CausalState:
         """Hold a chunk, in place of the oldest: its clean latents x0 (B, C, T, H, W) and the state before it.
 
-        Returns the state after it, as it is.
+        Returns the state after it, as it is. joins: the latent of the call before, a picture's that was absorbed by
+        itself, is the first of this chunk.
         """
-        if self._count:
+        if self._count and joins:
+            self._places[-1].join(x0)
+        elif self._count:
             start = after.frames - x0.shape[2]
-            self._hold(x0, start, (before or emptied(after, start)) if self._count_of_states else None)
+            self._hold(Kept(x0, start, (before or emptied(after, start)) if self._count_of_states else None))
         return after
 
     def take(self, held: Held) -> None:
@@ -201,14 +211,15 @@ class Recent:
             chunks, held = (), Held()
         self._whole = held.reach >= self._reach
         for kept in chunks:
-            self._hold(kept.latents, kept.start, kept.before)
+            self._hold(kept)
 
-    def _hold(self, x0: Tensor, start: int, before: CausalState | None) -> None:
+    def _hold(self, kept: Kept) -> None:
+        x0, before = kept.latents, kept.before
         if not self._places and not self._spare:
             room = torch.Size((*x0.shape[:2], self._frames, *x0.shape[3:])).numel()
             self._spare = [_Place(x0.new_empty(room), ()) for _ in range(self._count)]
         place = self._spare.pop() if self._spare else self._places.popleft()
-        place.keep(x0, start)
+        place.keep(kept)
         self._places.append(place)
         if before is not None and self._count_of_states:
             if not self._states and not self._spare_states:
@@ -253,11 +264,21 @@ class _Place:
     buffer: Tensor
     shape: tuple[int, ...]
     start: int = 0
+    alone: int = 0
+
+    @property
+    def pieces(self) -> list[Tensor]:
+        """The latents that were absorbed together, one after another."""
+        return [piece for piece in self.latents.tensor_split([self.alone], dim=2) if piece.shape[2]]
 
     @property
     def latents(self) -> Tensor:
         return self.buffer[: torch.Size(self.shape).numel()].view(self.shape)
 
-    def keep(self, x0: Tensor, start: int) -> None:
-        self.shape, self.start = tuple(x0.shape), start
-        self.latents.copy_(x0)
+    def keep(self, kept: Kept) -> None:
+        self.shape, self.start, self.alone = tuple(kept.latents.shape), kept.start, kept.alone
+        self.latents.copy_(kept.latents)
+
+    def join(self, x0: Tensor) -> None:
+        """Put latents (B, C, T, H, W) behind those that are here, which were absorbed by themselves."""
+        self.keep(Kept(torch.cat([self.latents, x0], dim=2), self.start, None, self.shape[2]))

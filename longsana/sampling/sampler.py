@@ -118,7 +118,8 @@ def generate(
     state: CausalState | None = None,
     changes: Mapping[int, Change] | None = None,
     recent: Recent | None = None,
-    first: Tensor | None = None,
+    first: Tensor | Mapping[int, Tensor] | None = None,
+    apart: bool = False,
     clock: Clock | None = None,
     on_step: StepEnd = go_on,
     exits: Sequence[int] | None = None,
@@ -132,8 +133,9 @@ def generate(
         texts: the caption of each chunk. shape: (C, H, W) of a latent frame. state: of the video that goes on.
         changes: of the past, by the chunk of the plan before which each happens.
         recent: holds the video's last chunks, and what was held of those before this plan's; None: what `changes` need.
-        first: (B, C, 1, H, W), of a picture; clock: is told the time of the parts "denoise" and "absorb"; on_step: see
-            `denoise_chunk`.
+        first: (B, C, 1, H, W), of a picture that the plan begins with; or of several, by the chunk that each begins.
+        apart: such a latent is absorbed by itself, before the others of its chunk; False: it is in each of their steps.
+        clock: is told the time of the parts "denoise" and "absorb"; on_step: see `denoise_chunk`.
         exits: index of the step at which each chunk ends; None: all take all steps. See `denoise_chunk`.
         learned_from: chunks, not states, that end after this frame of the plan have a graph, of their exit step.
         absorb_last: False: the state of the last chunk is the one before it, for a video that nobody goes on with.
@@ -141,31 +143,77 @@ def generate(
     """
     clock, changes = clock or Clock(device), changes or {}
     recent = recent or Recent(changes.values(), max(plan.lengths))
-
-    def draw(chunk: int, start: int, step: int) -> Tensor:
-        return rng.draw(start, step, (shape[0], plan.lengths[chunk], *shape[1:]), device)
-
+    begun = _Begun({0: first} if isinstance(first, Tensor) else first or {}, plan, apart)
+    draw = partial(begun.draw, rng, shape, device)
+    take_in = partial(_take_in, model, schedule, recent, rng if noisy_absorb else None)
     noise: Tensor | None = None
     for index, text in zip(range(len(plan)), texts, strict=True):
-        start, last = 0 if state is None else state.frames, index + 1 == len(plan)
+        start, last, alone = 0 if state is None else state.frames, index + 1 == len(plan), begun.alone(index)
         own, exit_at = partial(draw, index, start), None if exits is None else exits[index]
         learned = learned_from is not None and plan.starts[index] + plan.lengths[index] > learned_from
         with clock.part("absorb"):
             state = recent.begin(changes.get(index), state, partial(absorb, model, text=text))
+            state = take_in(begun.pictures[index], text, state) if alone else state
         with clock.part("denoise"), torch.set_grad_enabled(learned):
-            noise, picture = own(0) if noise is None else noise, first if index == 0 else None
-            how: dict[str, Any] = {"rng": own, "first": picture, "exit_at": exit_at, "on_step": on_step}
+            noise = own(0) if noise is None else noise
+            how = begun.how(index, on_step) | {"rng": own, "exit_at": exit_at}
             x0 = denoise_chunk(model, schedule, noise, text, state, **how)
         if absorb_last or not last:
             with clock.part("absorb"):
-                clean = x0.detach()
-                if noisy_absorb:
-                    clean = schedule.add_noise(clean, own(len(schedule.steps)), timestep(0, clean))
-                state = recent.keep(clean, state, absorb(model, clean, text, state))
+                state = take_in(x0, text, state, joins=alone)
         # Before the chunk is given: whoever takes it waits for the GPU, which would idle while noise is drawn then.
         with clock.part("denoise"):
             noise = None if last or state is None else draw(index + 1, state.frames, 0)
-        yield Chunk(index, start, x0, state)
+        yield Chunk(index, start, begun.whole(index, x0), state)
+
+
+def _take_in(
+    model: Network,
+    schedule: FlowSchedule,
+    recent: Recent,
+    noise: Noise | None,
+    x0: Tensor,
+    text: Text,
+    state: CausalState | None,
+    *,
+    joins: bool = False,
+) -> CausalState:
+    """The state after x0 (B, C, T, H, W), which is held. noise: of nearly clean latents; joins: see `Recent.keep`."""
+    clean = x0.detach()
+    if noise is not None:
+        fresh = noise.draw(0 if state is None else state.frames, len(schedule.steps), clean.shape[1:], clean.device)
+        clean = schedule.add_noise(clean, fresh, timestep(0, clean))
+    return recent.keep(clean, state, absorb(model, clean, text, state), joins=joins)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Pictures that chunks of a plan begin with: latents (B, C, 1, H, W), by chunk. apart: see `generate`."""
+
+    pictures: Mapping[int, Tensor]
+    plan: ChunkPlan
+    apart: bool
+
+    def alone(self, chunk: int) -> bool:
+        """Tell whether a chunk's first latent is absorbed by itself before the others."""
+        return self.apart and chunk in self.pictures and self.plan.lengths[chunk] > 1
+
+    def draw(
+        self, rng: Noise, shape: Sequence[int], device: torch.device | str, chunk: int, start: int, step: int
+    ) -> Tensor:
+        """Noise (B, C, T, H, W) of the latents of a chunk that are denoised; `start` is the chunk's first one."""
+        own, (channels, *size) = int(self.alone(chunk)), shape
+        return rng.draw(start + own, step, (channels, self.plan.lengths[chunk] - own, *size), device)
+
+    def whole(self, chunk: int, x: Tensor) -> Tensor:
+        """Put a chunk's picture before its latents x that are denoised: (B, C, T, H, W)."""
+        return torch.cat([self.pictures[chunk], x], dim=2) if self.alone(chunk) else x
+
+    def how(self, chunk: int, on_step: StepEnd) -> dict[str, Any]:
+        """Arguments of `denoise_chunk`; `on_step` is shown the whole chunk."""
+        if not self.alone(chunk):
+            return {"first": self.pictures.get(chunk), "on_step": on_step}
+        return {"on_step": lambda step, x: on_step(step, self.whole(chunk, x))[:, :, 1:]}
 
 
 @torch.no_grad()

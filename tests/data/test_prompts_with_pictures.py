@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from longsana.data.prompts import Prompt, read_prompts
+from longsana.data.story import Change, Mark
 from longsana.runtime.errors import InputError
 
 TABLE = "ASPECT_RATIO_VIDEO_480_MS"
@@ -113,3 +114,41 @@ def test_a_wrong_field_is_refused_by_its_line(folder: Path, row: dict[str, objec
     with pytest.raises(InputError) as caught:
         read(folder / "a.jsonl", json.dumps(row))
     assert str(caught.value) == f"{folder / 'a.jsonl'}, line 1: {says}"
+
+
+def test_each_part_of_a_story_names_its_picture(folder: Path) -> None:
+    """A flag stands where it may; what a line says with pictures and without has one text, and so one noise."""
+    lines = [
+        "a[5s] | [cut] b | c --ar 1:1",
+        "a<image>cat.png[5s] --ar 1:1 | [cut] b<image>my dog.png | c",
+        "a[5s] | [cut] b<image>my dog.png --ar 1:1 | c",
+        "a[5s] | [cut] b | c<image>cow.png --ar 1:1",
+    ]
+    plain, both, later, last = read(folder / "a.txt", "\n".join(lines), None)
+    cat, dog = folder / "cat.png", folder / "my dog.png"
+    assert {(one.text, one.parts, one.marks, one.height) for one in (plain, both, later, last)} == {
+        ("a[5s] | [cut] b | c", ("a", "b", "c"), (Mark(5), Mark(None, Change("cut")), Mark()), 624)
+    }
+    assert [one.pictures for one in (plain, both, later, last)] == [
+        {},
+        {0: cat, 1: dog},
+        {1: dog},
+        {2: Path("cow.png")},
+    ]
+    assert (both.image, dict(both.cuts), later.image) == (cat, {1: dog}, None)
+    assert [one.repetition for one in (plain, both, later, last)] == [0, 0, 0, 0]
+
+
+def test_a_field_or_the_flag_is_the_first_parts(folder: Path) -> None:
+    rows = [
+        {"prompt": "a[5s] | [cut] b<image>my dog.png", "image": "cat.png"},
+        {"prompt": "a[5s] | [cut] b<image>my dog.png"},
+        {"prompt": "a<image>my dog.png[5s] | [cut] b"},
+    ]
+    both, later, own = read(folder / "a.jsonl", "\n".join(map(json.dumps, rows)), Path("cow.png"))
+    dog = folder / "my dog.png"
+    assert both.pictures == {0: folder / "cat.png", 1: dog} and later.pictures == {0: Path("cow.png"), 1: dog}
+    assert own.pictures == {0: dog}
+    rows[0]["prompt"] = "a<image>cat.png[5s] | [cut] b"
+    with pytest.raises(InputError, match="line 1: both '<image>' and the field image; keep one of them"):
+        read(folder / "a.jsonl", json.dumps(rows[0]))

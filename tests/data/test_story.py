@@ -9,7 +9,7 @@ import pytest
 
 from longsana.chunks import ChunkPlan
 from longsana.data.prompts import read_prompts
-from longsana.data.story import Change, Mark, Outline, Placed, place_parts, read_parts, shared_changes
+from longsana.data.story import Change, Mark, Outline, Placed, place_parts, read_parts, shared_changes, take_pictures
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.runtime.errors import InputError
 
@@ -229,3 +229,39 @@ def test_videos_that_are_sampled_together_have_one_history() -> None:
     assert shared_changes([first, second]) == {2: CUT}
     with pytest.raises(InputError, match="cannot be sampled together"):
         shared_changes([first, Outline((Placed(0),), 4)])
+
+
+@pytest.mark.parametrize(
+    ("text", "plain", "pictures"),
+    [
+        ("a | b", "a | b", {}),
+        ("a<image>p.png", "a", {0: "p.png"}),
+        ("a<image>p | q.png", "a", {0: "p | q.png"}),
+        ("a<image>p[5s]", "a", {0: "p[5s]"}),
+        ("a<image>a.jpg[5s] | [cut] b<image>b.jpg[5s]", "a[5s] | [cut] b[5s]", {0: "a.jpg", 1: "b.jpg"}),
+        ("a  |  [cut] b  <image>  my b.jpg  [5s]  |  c", "a  |  [cut] b[5s]  |  c", {1: "my b.jpg"}),
+        ("a[5s] | b | [cut] c<image>c.jpg", "a[5s] | b | [cut] c", {2: "c.jpg"}),
+        (r"a \| b[5s] | [cut] \[c] d<image>p\[5s]", r"a \| b[5s] | [cut] \[c] d", {1: "p[5s]"}),
+        ("a<split>b<image>p", "a<split>b", {0: "p"}),
+    ],
+)
+def test_a_picture_belongs_to_its_part(text: str, plain: str, pictures: dict[int, str]) -> None:
+    """What is left is the story without pictures, whose noise it has."""
+    assert take_pictures(text) == (plain, pictures)
+    words, marks = read_parts(plain)
+    assert max(pictures, default=0) < len(words) and (len(marks) in (0, len(words)))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a<image>p<image>q", "'<image>' stands 2 times in it"),
+        ("a[5s] | [cut] b<image>p<image>q", "'<image>' stands 2 times in part 2"),
+        ("a[5s] | [cut] b<image>", "no path after '<image>'"),
+        ("a[5s] | [cut] b<image>[2s]", "no path after '<image>'"),
+        ("a[5s]<image>p | b", "a[5s]<image>p: a length stands at the end of its part, behind its picture"),
+    ],
+)
+def test_a_picture_in_the_wrong_place(text: str, says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)):
+        take_pictures(text)

@@ -245,3 +245,61 @@ def test_what_cannot_be_gone_on_from_is_one_line(
         told = capsys.readouterr().err.strip().splitlines()
         assert message in told[-1] and told[-1].startswith("error: "), (arguments, told)
     assert not list((out / "refused").glob("*.mp4"))
+
+
+@pytest.mark.parametrize("first", ["absorb", "pin"])
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_a_story_with_a_picture_goes_on_where_it_was(
+    command: Command, prompts: Prompts, out: Path, tmp_path: Path, done: int, first: str
+) -> None:
+    """The state holds the picture that is to come, and says how it begins its chunk: its file may be gone."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)).save(tmp_path / "p.png")
+    path = prompts("a red circle[2s] | [cut] a blue square<image>p.png[1s] | [recache=2] a red ring")
+    saving = ("--save_every", "1", *FULL, "--sampling.image_first", first)
+    assert command("--txt_file", path, *LONG, "--dataset", "uncut", *saving) == 0
+    (tmp_path / "p.png").unlink()
+    (whole,) = sidecars(out / "uncut")
+    assert [part["chunk"] for part in whole["parts"]] == [0, 2, 3]
+    after = state_in(out / "uncut", f"*.chunk0000{done}.safetensors")
+    assert list(Continuation.load(after).pictures) == ([1] if done < 3 else [])
+    step, states = after, []
+    for number in range(done, 4):  # a chunk at a time, each from the state before
+        assert command("--from_state", step, "--num_frames", "9", "--dataset", f"step{number}", *FULL) == 0
+        step = state_in(out / f"step{number}")
+        states.append(step)
+    (rest,) = sidecars(out / f"step{2 if done < 3 else 3}")
+    pictured = [part for part in rest["parts"] if "image" in part]
+    assert [part["text"] for part in pictured] == (["a blue square"] if done < 3 else [])
+    assert all(part["image_sha256"] == rest["began"]["sha256"] for part in pictured)
+    uncut, gone_on = Continuation.load(state_in(out / "uncut", "*[!0-9].safetensors")), Continuation.load(states[-1])
+    assert uncut.network.frames == gone_on.network.frames == 9
+    assert all((one == other).all() for one, other in zip(uncut.network[:3], gone_on.network[:3], strict=True))
+    assert uncut.latents is not None and (uncut.latents == gone_on.latents).all()
+
+
+def test_a_continuation_is_cut_to_a_picture(
+    command: Command, prompts: Prompts, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a state by another story and by its own with another picture, and from a film; not at the very beginning."""
+    for seed, name in enumerate(("p.png", "q.png")):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 50, 3), np.uint8)).save(tmp_path / name)
+    own = "a red circle[1s] | [cut] a blue square<image>p.png"
+    saving = ("--save_every", "1", *FULL)
+    assert command("--txt_file", prompts(own), "--num_frames", "25", "--dataset", "a", *saving) == 0
+    state = state_in(out / "a", "*.chunk00001.safetensors")
+    lines = prompts("a ring[1s] | [cut] a square<image>q.png", own, own.replace("p.png", "q.png"), name="more.txt")
+    begins = ("--from_state", state, "--txt_file", lines, "--num_frames", "17", "--unified_noise", "--bs", "3")
+    assert command(*begins, "--dataset", "forks", *FULL) == 0
+    fork, same, other = sidecars(out / "forks")
+    assert [record["batch"] for record in (fork, same, other)] == [1, 2, 2]
+    assert [[part["chunk"] for part in record["parts"] if "image" in part] for record in (fork, same, other)] == [
+        *([1], [0], [0]),
+    ]
+    assert len({record["latents_sha256"] for record in (fork, same, other)}) == 3
+    assert command("--video", tmp_path / "p.png", "--txt_file", lines, "--num_frames", "17", "--dataset", "film") == 0
+    assert [part["frame"] for part in sidecars(out / "film")[0]["parts"]] == [1, 9]
+    first = prompts("a ring<image>p.png[1s] | [cut] a square<image>q.png", name="first.txt")
+    for begins in (("--from_state", state), ("--video", tmp_path / "p.png")):
+        capsys.readouterr()
+        assert command(*begins, "--txt_file", first, "--num_frames", "17", "--dataset", "refused") == 2
+        assert "line 1: a picture to begin with, and what the video goes on from" in capsys.readouterr().err

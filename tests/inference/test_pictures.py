@@ -177,7 +177,105 @@ def test_content_and_fit_make_another_video_where_there_is_a_picture() -> None:
 
 
 def test_videos_with_and_without_a_picture_are_in_different_batches() -> None:
-    images = (None, Path("a.png"), None, Path("b.png"))
-    prompts = [Prompt(line, TEXT, (TEXT,), 0, 32, 48, image=image) for line, image in enumerate(images, 1)]
-    jobs = [Job(prompt, Path(f"{prompt.line}.mp4"), {"frames": 17, "parts": []}) for prompt in prompts]
-    assert [[job.prompt.line for job in batch] for batch in batches_of(jobs, 4)] == [[1, 3], [2, 4]]
+    places: list[tuple[int, ...]] = [(), (0,), (), (0,), (0, 2), (2,), (0, 2)]
+    prompts = [Prompt(line, TEXT, (TEXT,), 0, 32, 48) for line in range(1, 8)]
+    jobs = [
+        Job(prompt, Path(f"{prompt.line}.mp4"), {"frames": 17, "parts": []}, pictured)
+        for prompt, pictured in zip(prompts, places, strict=True)
+    ]
+    assert [[job.prompt.line for job in batch] for batch in batches_of(jobs, 4)] == [[1, 3], [2, 4], [5, 7], [6]]
+
+
+# A picture at a cut ---------------------------------------------------------------------------------------------------
+
+STORY = f"{TEXT}[1s] | [cut] a blue square<image>ball.png"
+# Chunks of 3, 2, 2 and 2 latents; the second part begins with the second.
+LONG = ("--num_frames", "33", "--unified_noise")
+
+
+def other_picture(path: Path) -> Path:
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_a_part_tells_its_picture_and_is_known_by_its_content(
+    command: Callable[..., int], prompts: Prompts, picture: Path, tmp_path: Path
+) -> None:
+    other_picture(tmp_path / "other.png")
+    path = prompts(
+        STORY, f"{TEXT}[1s] | [cut] a blue square", f"{TEXT}<image>other.png[1s] | [cut] a blue square<image>ball.png"
+    )
+    assert command("--txt_file", path, *LONG) == 0
+    cut, plain, both = sidecars(tmp_path / "out/videos")
+    digest, other = (hashlib.sha256(file.read_bytes()).hexdigest() for file in (picture, tmp_path / "other.png"))
+    assert cut["prompt"] == plain["prompt"] == both["prompt"] == f"{TEXT}[1s] | [cut] a blue square"
+    assert "image" not in cut and (both["image"], both["image_sha256"]) == (str(tmp_path / "other.png"), other)
+    first, second = cut["parts"]
+    assert "image" not in first and (second["image"], second["image_sha256"]) == (str(picture), digest)
+    assert (second["chunk"], second["change"]) == (1, "cut") == (plain["parts"][1]["chunk"], "cut")
+    assert [part["image_sha256"] for part in both["parts"]] == [other, digest]
+    assert len({record["latents_sha256"] for record in (cut, plain, both)}) == 3
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "out/videos").iterdir()}
+    (tmp_path / "moved").mkdir()
+    picture.rename(tmp_path / "moved/it.png")
+    assert command("--txt_file", prompts(STORY.replace("ball.png", "moved/it.png")), *LONG) == 0  # all there
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out/videos").iterdir()} == stamps
+    other_picture(tmp_path / "moved/it.png")
+    assert command("--txt_file", prompts(STORY.replace("ball.png", "moved/it.png")), *LONG) == 0
+    assert sidecars(tmp_path / "out/videos")[0]["fingerprint"] != cut["fingerprint"]
+
+
+def test_a_batch_of_cuts_to_pictures_is_each_alone(
+    command: Callable[..., int], prompts: Prompts, picture: Path, tmp_path: Path
+) -> None:
+    other_picture(tmp_path / "other.png")
+    lines = [STORY, STORY.replace("ball", "other").replace("blue", "green"), STORY.replace("<image>ball.png", "")]
+    for name, size in (("alone", "1"), ("together", "3")):
+        assert command("--txt_file", prompts(*lines), *LONG, "--bs", size, "--dataset", name) == 0
+    alone, together = (sidecars(tmp_path / "out" / name) for name in ("alone", "together"))
+    assert [record["batch"] for record in together] == [2, 2, 1]
+    assert [one["fingerprint"] for one in alone] == [one["fingerprint"] for one in together]
+
+
+@pytest.mark.parametrize(
+    ("line", "settings", "says"),
+    [
+        (
+            f"{TEXT}[1s] | b<image>ball.png",
+            (),
+            "part 2 has a picture and begins with rebuild=1: a later part may bring",
+        ),
+        (
+            f"{TEXT}[1s] | [keep] b<image>ball.png",
+            ("--sampling.prompt_change", "cut"),
+            "part 2 has a picture and begins",
+        ),
+        (f"{TEXT}[1s] | [recache=1] b<image>ball.png", (), "only where the past is cut; begin it with [cut]"),
+        (f"{TEXT}[1s] | [cut] b<image>none.png", (), "none.png: no such picture"),
+        (f"{TEXT}[1s] | [cut] b<image>broken.png", (), "broken.png: no picture of a kind that is read"),
+        (f"{TEXT}[1s] | [cut] b<image>ball.png", ("--sampling_algo", "flow_euler"), "parts between ' | ' need"),
+    ],
+)
+def test_a_picture_of_a_part_is_told_by_its_line(
+    line: str,
+    settings: tuple[str, ...],
+    says: str,
+    command: Callable[..., int],
+    prompts: Prompts,
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("longsana.commands.generate.check_weights", lambda *_: pytest.fail("weights were looked at"))
+    (tmp_path / "broken.png").write_bytes(b"hello")
+    path = prompts("fine", line)
+    assert command("--txt_file", path, *LONG, *settings) == 2
+    error = capsys.readouterr().err
+    assert f"error: {path}, line 2: " in error and says in error and error.count("\n") == 1
+
+
+def test_a_setting_cuts_too(script: ModuleType, prompts: Prompts, picture: Path) -> None:
+    path = prompts(f"{TEXT}[1s] | b<image>ball.png")
+    (prompt,) = script.prepare(["--txt_file", str(path), "--sampling.prompt_change", "cut"]).prompts
+    assert prompt.pictures == {1: picture}

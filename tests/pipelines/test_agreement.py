@@ -25,11 +25,13 @@ from tests.pipelines.repository import OTHER, PROMPT, SIZE, around, quiet, shape
 from tests.sampling.test_ltx2 import small_720p
 
 
-def batch_command(config: InferenceConfig, *texts: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Latents and pictures of a batch of lines of a prompt file."""
-    engine = Engine(config, device)
+def batch_command(
+    config: InferenceConfig, *texts: str, device: str = "cpu", image: Path | None = None, **cuts: Path
+) -> tuple[Tensor, Tensor]:
+    """Latents and pictures of a batch of lines of a prompt file; `part_1` is the picture of part 1."""
+    engine, later = Engine(config, device), {int(name[len("part_") :]): path for name, path in cuts.items()}
     prompts = [
-        Prompt(line, text, words, texts[:line].count(text), 32, 48, marks=marks)
+        Prompt(line, text, words, texts[:line].count(text), 32, 48, marks=marks, image=image, cuts=later)
         for line, (text, (words, marks)) in enumerate(zip(texts, map(read_parts, texts), strict=True))
     ]
     with caption_encoder(engine.config, engine.device) as encode:
@@ -239,6 +241,48 @@ def test_a_picture_first_of_the_command_is_the_pipelines(
     without = loaded_base(PROMPT, generator=seed(), **call | {"output_type": "np"}, **SIZE).frames[0, 0] * 255
     picture = torch.from_numpy(read_picture(path, 32, 48)).double()
     assert (shown - picture).abs().mean() < 0.7 * np.abs(without - picture.numpy()).mean()
+
+
+@pytest.mark.parametrize("first", ["absorb", "pin"])
+def test_a_cut_to_a_picture_of_the_command_is_the_pipelines(
+    loaded: LongSanaVideoPipeline, tmp_path: Path, first: Any
+) -> None:
+    """To the bit, in a batch of two, with a picture at the beginning too, and as a stream that is cut anywhere."""
+    story = f"{PROMPT}[1s] | [cut] {OTHER}[0.5s] | [recache=2] {PROMPT}"
+    settings = {"sampling.num_frames": 41, "sampling.seed": 42, "sampling.chunk_frames": 2}
+    config = shapes_config(**settings, **{"sampling.image_first": first})
+    one, two = tmp_path / "one.png", tmp_path / "two.png"
+    for number, path in enumerate((one, two)):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (50, 90, 3), np.uint8)).save(path)
+    options: dict[str, Any] = {"output_type": "latent", "chunk_frames": 2, "image_first": first, **SIZE}
+    latents, _ = batch_command(config, story, story, part_1=two)
+    own = loaded([story] * 2, image={1: two}, generator=seed(), num_frames=41, **options).frames
+    assert torch.equal(own, latents)
+    alone, _ = batch_command(config, story, part_1=two)
+    assert torch.equal(loaded(story, image={1: [two]}, generator=seed(), num_frames=41, **options).frames, alone)
+    torch.testing.assert_close(alone, latents[:1], rtol=1e-4, atol=1e-4)
+    chunks = list(loaded.stream(story, 41, image={1: two}, generator=seed(), **options))
+    assert torch.equal(torch.cat([chunk.frames for chunk in chunks], dim=2), alone)
+    assert [list(chunk.state.pictures) for chunk in chunks] == [[1], [1], [], [], []]
+    for number, chunk in enumerate(chunks[:-1]):
+        loaded.save_state(chunk, tmp_path / "state.safetensors")
+        rest = loaded.stream(num_frames=8 * (4 - number), state=tmp_path / "state.safetensors", **plain(options))
+        assert torch.equal(torch.cat([more.frames for more in rest], dim=2), alone[:, :, 3 + 2 * number :])
+    both, _ = batch_command(config, story, image=one, part_1=two)
+    assert torch.equal(loaded(story, image={0: one, 1: two}, generator=seed(), num_frames=41, **options).frames, both)
+    streamed = loaded.stream(story, 41, image={0: one, 1: two}, generator=seed(), **options)
+    assert torch.equal(torch.cat([chunk.frames for chunk in streamed], dim=2), both)
+    picture = loaded._vae(1).encode_pictures([read_picture(two, 32, 48)])
+    starts = [
+        start for start in range(11) if torch.equal(own[:, :, start : start + 1], picture.expand(2, -1, -1, -1, -1))
+    ]
+    assert starts == [5]
+    assert torch.equal(both[:, :, :1], loaded._vae(1).encode_pictures([read_picture(one, 32, 48)]))
+
+
+def plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a stream that its state says."""
+    return {name: value for name, value in options.items() if name not in ("chunk_frames", "image_first")}
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

@@ -66,6 +66,7 @@ BAD: dict[str, tuple[Any, ...]] = {
 }
 BAD["video"] = (3, [], [3], "", "nowhere.mp4", b"film.mp4", np.zeros((1, 2, 2, 3)), np.zeros((2, 2, 3), np.uint8), {})
 BAD["image"] = (3, [], [3], "", "nowhere.png", b"a.png", np.zeros((2, 2, 3)), np.zeros((1, 2, 2, 3), np.uint8), {})
+BAD["image"] += ({}, {1: np.zeros((8, 8, 3), np.uint8)}, {-1: "a.png"}, {"a": "a.png"}, {0: 3}, {0: "nowhere.png"})
 BAD["image_fit"] = (3, "crop", "", ["cover"], "cover")  # the last is without image
 BAD["image_first"] = (3, "first", "", ["pin"], "pin")
 BAD["fps"] = (*NOT_NUMBERS, 0, -1, 1e9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +62,20 @@ def saved(small_config, random_model, random_text, random_latents) -> Continuati
         (3, 4),
         8,
         ("a", "b"),
-        recent=Held(3, tuple(Kept(torch.randn(1, 4, 2, 4, 6), state.frames, state) for state in before)),
+        recent=Held(3, tuple(Kept(torch.randn(1, 4, 2, 4, 6), state.frames, state, 1) for state in before)),
         words="ein großer Kreis",
         before="ein Quadrat",
         faded=1,
-        telling=Telling(4, 23.976, "recache=2", 3, "spherical"),
+        telling=Telling(4, 23.976, "recache=2", 3, "spherical", "pin"),
+        pictures={2: torch.randn(1, 4, 1, 4, 6), 11: torch.randn(1, 4, 1, 4, 6)},
     )
 
 
 def assert_equal(given: Any, expected: Any) -> None:
     if isinstance(expected, Tensor):
         assert given.dtype == expected.dtype and torch.equal(given, expected)
+    elif isinstance(expected, Mapping):
+        assert_equal(tuple(sorted(given.items())), tuple(sorted(expected.items())))
     elif isinstance(expected, tuple):
         assert type(given) is type(expected) and len(given) == len(expected)
         for one, other in zip(given, expected, strict=True):
@@ -169,6 +172,15 @@ NO_STATES: dict[str, Any] = {
     r"last chunk 1: holds numbers that are not finite \(k_sum\)": last_chunk(
         before=lambda kept: kept.before._replace(k_sum=spoilt(kept.before.k_sum, math.nan))
     ),
+    r"last chunk 1: latents by themselves=2: must be": last_chunk(alone=lambda kept: 2),
+    r"last chunk 1: 1 latents by themselves of a chunk of 1": last_chunk(latents=lambda kept: kept.latents[:, :, :1]),
+    r"its pictures are a tuple; must be a mapping": lambda state: {"pictures": ()},
+    r"part of a picture=-1: must be at least 0": lambda state: {"pictures": {-1: state.pictures[2]}},
+    r"picture of part 2: its latents have shape": lambda state: {"pictures": {2: state.pictures[2][:, :, :, 1:]}},
+    r"picture of part 2: holds numbers that are not finite": lambda state: {
+        "pictures": {2: spoilt(state.pictures[2], math.nan)}
+    },
+    r"image_first=first: must be": lambda state: {"telling": state.telling._replace(image_first="first")},
     r"last chunk 1: the state before it has other shapes": last_chunk(
         before=lambda kept: each_of_state(kept.before, lambda tensor, batch: torch.cat([tensor] * 2, dim=batch))
     ),
@@ -204,7 +216,7 @@ def rewrite(path: Path, *, tensors: dict[str, Tensor] | None = None, **changes: 
         (lambda path: path.write_bytes(path.read_bytes()[:-3]), "not a saved state of a video, or damaged"),
         (lambda path: save_file({"kv": torch.zeros(1)}, path), "not a saved state of a video, or damaged"),
         (lambda path: rewrite(path, tensors={"latents": torch.zeros(1, 4, 3, 4, 6)}), "not those that were saved"),
-        (lambda path: rewrite(path, schema=3), "a state of version 3, this LongSANA reads versions up to 2"),
+        (lambda path: rewrite(path, schema=4), "a state of version 4, this LongSANA reads versions up to 3"),
         (lambda path: rewrite(path, schema="x"), "not a saved state of a video, or damaged"),
         (lambda path: rewrite(path, decoder=[9, 3, False]), r"damaged \('decoder.2'\)"),
         (lambda path: rewrite(path, size=[32]), "not a saved state of a video, or damaged"),
@@ -250,7 +262,7 @@ def test_another_number_or_word_of_its_header_is_noticed(
 def test_files_of_version_1_are_read(saved: Continuation, tmp_path: Path) -> None:
     """They hold no last chunks, say nothing of how a prompt was told, and their digest is of the tensors alone."""
     path = tmp_path / "state.safetensors"
-    saved._replace(recent=Held()).save(path)
+    saved._replace(recent=Held(), pictures={}).save(path)
     with safe_open(path, framework="pt") as file:
         record = json.loads(file.metadata()["longsana"])
     for name in continuation.LATER:
@@ -258,7 +270,7 @@ def test_files_of_version_1_are_read(saved: Continuation, tmp_path: Path) -> Non
     tensors = load_file(path)
     record |= {"schema": 1, "sha256": continuation._digest(tensors, None)}
     save_file(tensors, path, metadata={"longsana": json.dumps(record)})
-    plain = saved._replace(recent=Held(), words="", before="", faded=0, telling=None)
+    plain = saved._replace(recent=Held(), words="", before="", faded=0, telling=None, pictures={})
     assert_equal(Continuation.load(path), plain)
 
 

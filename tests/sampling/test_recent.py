@@ -313,3 +313,85 @@ def test_generate_holds_no_more_in_a_long_video(small_config: Any, random_model:
         alive.append((len(tensors), sum({one.data_ptr(): one.nbytes for one in tensors}.values())))
         del tensors
     assert len(set(alive[2:-1])) == 1, alive
+
+
+# A cut to a picture ---------------------------------------------------------------------------------------------------
+
+PICTURE = torch.randn(2, SHAPE[0], 1, *SHAPE[1:], generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+class Later(Exact):
+    """Noise of the latents from the cut on."""
+
+    def draw(self, start: int, *arguments: Any, **options: Any) -> Tensor:
+        return super().draw(start + 7, *arguments, **options)
+
+
+@pytest.mark.parametrize("policy", ["whole", "sink and window", "all"])
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("then", ["keep", "recache=1", "rebuild=2"])
+def test_a_cut_to_a_picture_begins_a_video_of_its_own(
+    small_config: Any, random_model: Any, random_text: Any, policy: str, apart: bool, then: str
+) -> None:
+    """Absorbed by itself as where it is the first chunk, pinned as where it is pinned in that."""
+    model = random_model(small_config(**POLICIES[policy]))
+    changes = {3: Change("cut"), 4: Change.parse(then)}
+    texts = parts(random_text, changes)
+    film = sampled(model, texts, changes, first={3: PICTURE}, apart=apart)
+    lengths, captions = LENGTHS[3:], texts[3:]
+    later = {1: Change.parse(then)}
+    if apart:  # chunks are counted with the picture's
+        lengths, captions = (1, LENGTHS[3] - 1, *LENGTHS[4:]), [texts[3], *captions]
+        change = later.pop(1)
+        later[2] = change._replace(chunks=change.chunks and change.chunks + 1)
+    options: dict[str, Any] = {"shape": SHAPE, "rng": Later(3, PROMPTS), "device": "cpu", "changes": later}
+    alone = list(generate(model, SCHEDULE, captions, ChunkPlan(lengths), first=PICTURE, **options))
+    own = torch.cat([chunk.latents for chunk in film[3:]], dim=2)
+    assert torch.equal(own[:, :, :1], PICTURE)
+    assert float((own - torch.cat([chunk.latents for chunk in alone], dim=2)).abs().max()) < 1e-10
+    assert [chunk.start for chunk in film] == list(ChunkPlan(LENGTHS).starts)
+    before = sampled(model, texts, changes)
+    assert all(torch.equal(one.latents, two.latents) for one, two in zip(film[:3], before[:3], strict=True))
+    assert not torch.equal(film[3].latents[:, :, 1:], before[3].latents[:, :, 1:])
+
+
+@pytest.mark.parametrize("change", ["recache=1", "recache=2", "rebuild=9"])
+def test_a_chunk_with_a_picture_is_absorbed_again_as_it_was(
+    small_config: Any, random_model: Any, random_text: Any, change: str
+) -> None:
+    """Under one caption nothing changes, from what is held and from what a file holds of it."""
+    model, texts = random_model(small_config()), [random_text(2)] * len(LENGTHS)
+    cut, again = {3: Change("cut")}, {3: Change("cut"), 4: Change.parse(change)}
+    plain = sampled(model, texts, cut, first={3: PICTURE}, apart=True)
+    own = sampled(model, texts, again, first={3: PICTURE}, apart=True)
+    for a, b in zip(plain, own, strict=True):
+        assert torch.equal(a.latents, b.latents)
+    recent = Recent(again.values(), max(LENGTHS))
+    start = ChunkPlan(LENGTHS[:4])
+    for chunk in generate(
+        model, SCHEDULE, texts[:4], start, shape=SHAPE, rng=RNG, device="cpu",
+        changes=cut, first={3: PICTURE}, apart=True, recent=recent,
+    ):  # fmt: skip
+        state = chunk.state
+    held, later = Held.named(recent.copy().tensors()), Recent(again.values(), max(LENGTHS))
+    assert [kept.alone for kept in held.chunks][-1] == 1
+    later.take(held)
+    rest = ChunkPlan(LENGTHS[4:])
+    gone_on = generate(
+        model, SCHEDULE, texts[4:], rest, shape=SHAPE, rng=RNG, device="cpu",
+        state=state, changes={0: again[4]}, recent=later,
+    )  # fmt: skip
+    for a, b in zip(plain[4:], gone_on, strict=True):
+        assert torch.equal(a.latents, b.latents)
+
+
+def test_steps_show_the_whole_chunk(small_config: Any, random_model: Any, random_text: Any) -> None:
+    model, texts, shown = random_model(small_config()), [random_text(2)] * len(LENGTHS), list[Tensor]()
+
+    def on_step(step: int, x: Tensor) -> Tensor:
+        shown.append(x)
+        return x
+
+    film = sampled(model, texts, {3: Change("cut")}, first={3: PICTURE}, apart=True, on_step=on_step)
+    assert [x.shape[2] for x in shown] == [length for length in LENGTHS for _ in SCHEDULE.steps]
+    assert torch.equal(shown[2 * 3 + 1], film[3].latents)
