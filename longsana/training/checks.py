@@ -17,7 +17,7 @@ from longsana.chunks import ChunkPlan
 from longsana.config import load_config
 from longsana.data.clips import GENERATED, open_clips
 from longsana.data.lmdb_entries import DATA
-from longsana.data.pictures import check_picture
+from longsana.data.pictures import check_picture, read_picture
 from longsana.data.prompts import (
     Prompt,
     aligned_prompts,
@@ -33,7 +33,7 @@ from longsana.models.past import LEARNED
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
-from longsana.sampling.checks import check_config, check_network, check_weights
+from longsana.sampling.checks import check_config, check_network, check_picture_sampler, check_weights
 from longsana.training.config import TrainingConfig
 from longsana.training.published import DISTILLING, SECTIONS, means_something, section_of
 from longsana.training.stages.prompt_changes import change_of, switch_places
@@ -294,12 +294,13 @@ def validation_prompts(config: TrainingConfig) -> list[Prompt]:
     """The prompts that validation samples, from the top of their file.
 
     Raises:
-        InputError: there are too few, or one asks for another size or length than its videos have.
+        InputError: there are too few, or one asks for another size or length than its videos have, or a picture that
+            cannot be had.
     """
     sampling, settings = config.sampling, config.validation
     path = locate(settings.val_data_path, "validation.val_data_path")
     # No table of sizes: all videos have the size that is trained.
-    prompts = read_prompts(path, height=sampling.height, width=sampling.width, aspect_ratio_type="none")
+    prompts = read_prompts(path, height=sampling.height, width=sampling.width, aspect_ratio_type="none", pictures=True)
     if settings.val_samples > len(prompts):
         raise InputError(
             f"validation.val_samples={settings.val_samples}: must be 1 to {len(prompts)}, the prompts in {path}; "
@@ -317,6 +318,12 @@ def validation_prompts(config: TrainingConfig) -> list[Prompt]:
                 f"{place(path, prompt.line)}: asks for {prompt.height}x{prompt.width}; validation samples the size "
                 f"that is trained, {sampling.height}x{sampling.width}; remove the field"
             )
+        try:
+            for picture in prompt.pictures.values():
+                check_picture_sampler(config)
+                read_picture(picture, prompt.height, prompt.width, sampling.image_fit)
+        except InputError as error:
+            raise InputError(f"{place(path, prompt.line)}: {error}") from error
     return prompts
 
 

@@ -13,17 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.encoders.geometry import geometry
 from longsana.encoders.vae import VideoVAE
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
+from longsana.published import DISTILLED
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import naming
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.captions import Caption, caption_encoder
-from longsana.sampling.checks import placed_parts
+from longsana.sampling.checks import check_pictures, placed_parts
 from longsana.sampling.engine import CaptionedNetwork, Engine
 from longsana.training.checks import validation_prompts
 from longsana.training.config import TrainingConfig
@@ -68,7 +70,8 @@ class Validation:
     folder: videos go to `{folder}/vis`.
 
     Raises:
-        InputError: the prompt file, a length or the text encoder does not fit; the message names the setting.
+        InputError: the prompt file, a length, a picture or the text encoder does not fit; the message names the
+            setting.
     """
 
     def __init__(self, config: TrainingConfig, folder: Path, device: torch.device | str, world: World) -> None:
@@ -76,13 +79,14 @@ class Validation:
         self._engines = {length: _engine(config, length, device) for length in config.validation.vis_video_lengths}
         prompts = validation_prompts(config)
         for length, engine in self._engines.items():
+            absorbed: set[tuple[int, ...]] = set()
             for prompt in prompts:
                 try:
-                    outline = placed_parts(engine.config, prompt)
-                    if world.size > 1 and any(change.chunks for change in outline.changes.values()):
+                    absorbed.add(_check_prompt(engine.config, prompt, alone=world.size == 1))
+                    if world.size > 1 and len(absorbed) > 1:
                         raise InputError(
-                            "a change of prompt that absorbs chunks again takes passes that other processes do not "
-                            "make; use keep or cut in validation"
+                            "a picture that is absorbed takes a pass that other processes do not make; in validation "
+                            "all prompts or none begin with one, or set sampling.image_first=pin"
                         )
                 except InputError as error:
                     raise InputError(f"validation.vis_video_lengths={length}: line {prompt.line}: {error}") from error
@@ -173,6 +177,22 @@ class InTraining:
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return self._model(*inputs, **options)
+
+
+def _check_prompt(config: InferenceConfig, prompt: Prompt, *, alone: bool) -> tuple[int, ...]:
+    """Refuse (InputError) a prompt whose video cannot be made; returns the chunks before which a picture is absorbed.
+
+    alone: there is one process, whose passes need not be those of others.
+    """
+    outline = placed_parts(config, prompt)
+    if not alone and any(change.chunks for change in outline.changes.values()):
+        raise InputError(
+            "a change of prompt that absorbs chunks again takes passes that other processes do not make; use keep or "
+            "cut in validation"
+        )
+    check_pictures(config, prompt, config.sampling.num_frames, set())
+    apart = config.scheduler.sampling_algo == DISTILLED and config.sampling.image_first == "absorb"
+    return tuple(outline.parts[number].chunk for number in prompt.pictures) if apart else ()
 
 
 def _engine(config: TrainingConfig, length: int, device: torch.device | str) -> Engine:

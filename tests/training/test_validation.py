@@ -12,6 +12,7 @@ from typing import Any
 import av
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from longsana.config import load_config, save_config
@@ -22,6 +23,7 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.sampling.captions import caption_encoder
 from longsana.sampling.engine import Engine
+from longsana.training.checks import validation_prompts
 from longsana.training.config import TrainingConfig
 from longsana.training.parallel import connect, device_mesh, parallelise
 from longsana.training.validation import InTraining, Meter, Report, Validation, contrast, motion, saturation
@@ -143,11 +145,12 @@ def frames_of(path: Path) -> Tensor:
         return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)])
 
 
-def pictures(config: TrainingConfig, length: int, model: LongSanaDiT, vae: WanVAE) -> list[Tensor]:
+def videos(config: TrainingConfig, length: int, model: LongSanaDiT, vae: WanVAE) -> list[Tensor]:
     """(1, F, H, W, 3) of each probe, by the parts of inference."""
     sampling = dataclasses.replace(config.sampling, num_frames=4 * length - 3)
     engine = Engine(dataclasses.replace(config, sampling=sampling), "cpu")
-    prompts = read_prompts(config.validation.val_data_path, height=32, width=48, aspect_ratio_type="none")[:3]
+    own = read_prompts(config.validation.val_data_path, height=32, width=48, aspect_ratio_type="none", pictures=True)
+    prompts = own[: config.validation.val_samples]
     with caption_encoder(engine.config, engine.device) as encode:
         captions = [encode(prompt) for prompt in prompts]
     return [
@@ -180,7 +183,7 @@ def test_videos_and_numbers_are_those_of_inference(
     assert report.videos == [folder / name for name in names] == sorted(folder.iterdir())
     assert len(report.metrics) == 6
     for length in (1, 2):
-        wanted = pictures(config, length, model, vae)
+        wanted = videos(config, length, model, vae)
         for name, measure in (("saturation", saturation), ("motion", motion), ("contrast", contrast)):
             mean = sum(measure(clip).sum().item() for clip in wanted) / 3 / (measure(wanted[0]).numel() or 1)
             assert report.metrics[f"probe_{name}_len_{length}"] == pytest.approx(mean, rel=1e-9)
@@ -355,6 +358,33 @@ def test_lines_of_the_prompt_file(training_config: Callable[..., Any], tmp_path:
     path.write_text("a red ball --ar 9:16\n")
     with pytest.raises(InputError, match="line 1: a size flag"):
         Validation(two_chunks, tmp_path, "cpu", World())
+
+
+@pytest.mark.parametrize("way", ["absorb", "pin"])
+def test_prompts_that_begin_with_a_picture(
+    way: str, training_config: Callable[..., TrainingConfig], model: LongSanaDiT, vae: WanVAE, tmp_path: Path
+) -> None:
+    """They are sampled as in inference; processes that would take other passes than others do are refused."""
+    path, picture = tmp_path / "prompts.txt", tmp_path / "picture.png"
+    Image.new("RGB", (60, 40), (200, 30, 90)).save(picture)
+    path.write_text("a red ball<image>picture.png\na red ball\n")
+    settings = [f"validation.val_data_path={path}", f"sampling.image_first={way}", *OVERRIDES[2:]]
+    config = training_config("longsana", *settings, "validation.val_samples=2", "validation.vis_video_lengths=[2]")
+    found = Validation(config, tmp_path, "cpu", World()).run(3, model, vae)
+    assert found is not None
+    begun, plain = (saturation(video).mean().item() for video in videos(config, 2, model, vae))
+    assert found.metrics["probe_saturation_len_2"] == pytest.approx((begun + plain) / 2, rel=1e-9)
+    assert abs(begun - plain) > 0.01
+    if way == "pin":
+        Validation(config, tmp_path, "cpu", World(size=2))
+    else:
+        with pytest.raises(InputError, match=r"line 2: a picture that is absorbed takes a pass .*image_first=pin"):
+            Validation(config, tmp_path, "cpu", World(size=2))
+    with pytest.raises(InputError, match="lengths=1: line 1: num_frames=1: shows the picture"):
+        Validation(training_config("longsana", *settings, "validation.vis_video_lengths=[1]"), tmp_path, "cpu", World())
+    picture.write_bytes(picture.read_bytes()[:50])
+    with pytest.raises(InputError, match=r"prompts\.txt, line 1: .*picture\.png"):
+        validation_prompts(config)
 
 
 def test_the_prompts_that_ship() -> None:
