@@ -163,8 +163,8 @@ class SamplingConfig:
     transition: Literal["linear", "spherical"] = "linear"  # the way between the two embeddings
     # How a picture that a video begins with gets its size: scaled to cover it and cut to the middle, or stretched to it
     image_fit: Literal["cover", "stretch"] = "cover"
-    # LongSANA: a picture is a chunk of one latent, absorbed before the others; or the first latent of its chunk
-    image_first: ImageFirst = "absorb"
+    # LongSANA: a picture is the first latent of its chunk in every step; or a chunk of one, absorbed before the others
+    image_first: ImageFirst = "pin"
 
     @property
     def has_negative_prompt(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from longsana.chunks import ImageFirst
 from longsana.data.pictures import Fit
 from longsana.flow.schedule import TIMESTEPS
 from longsana.runtime.arguments import TEXT, Callback, Flag, Is, Number, OneOf, Rule, Several, Whole
@@ -82,7 +83,7 @@ ARGUMENTS: dict[str, Rule] = {
     "transition_chunks": Whole(0, 1000),
     "transition": OneOf(("linear", "spherical")),
     "image_fit": OneOf(get_args(Fit)),
-    "image_first": OneOf(("absorb", "pin")),
+    "image_first": OneOf(get_args(ImageFirst)),
     "caption_length": Whole(1, MOST_LATENTS),
     "chi_prompt": TEXT,
     "softcap": Flag(),

@@ -23,7 +23,7 @@ from diffusers.utils import BaseOutput, is_peft_available, logging
 from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan, ImageFirst
-from longsana.config import check_chi_prompt
+from longsana.config import SamplingConfig, check_chi_prompt
 from longsana.data.films import frames_used
 from longsana.data.pictures import Fit
 from longsana.data.prompts import check_words
@@ -361,8 +361,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 begins with one where it cuts. Of the base model its latent stays the first one in every step; steps are
                 Euler's, as published, whatever the scheduler.
             image_fit: cover (None): scaled to cover the video, and cut; stretch: to its size.
-            image_first: distilled: absorb (None): the picture is a chunk of one latent, which the others follow; pin:
-                it is the first latent of its chunk in every step.
+            image_first: distilled: pin (None): the picture is the first latent of its chunk in every step; absorb: it
+                is a chunk of one latent, which the others follow.
 
         Raises:
             InputError: what is asked for cannot be made, or part of it would be ignored; the message names the argument
@@ -403,7 +403,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             if length == 1:
                 raise InputError("num_frames=1: shows the picture that it begins with alone; it must be longer")
         if 0 in pictures and self.distilled:
-            plan = ChunkPlan.with_picture(length, chunk_frames, image_first or "absorb")
+            plan = ChunkPlan.with_picture(length, chunk_frames, image_first or SamplingConfig.image_first)
         check_noise(len(texts), generator, latents, (len(texts), self.geometry.channels, length, *size))
         wanted: Sequence[Sequence[Words]]  # the parts of each video's prompt
         if prompt_embeds is None:
@@ -456,7 +456,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             transition_chunks=transition_chunks or 0,
             transition=transition or "linear",
             first={places[part]: self._latents_of(own) for part, own in pictures.items()},
-            apart=image_first != "pin",
+            apart=image_first == "absorb",
         )
         if film is not None:
             recent = videos.recent(chunk_frames + 1)

@@ -60,7 +60,7 @@ class Telling(NamedTuple):
     prompt_change: str = "keep"
     transition_chunks: int = 0
     transition: Way = "linear"
-    image_first: ImageFirst = "absorb"
+    image_first: ImageFirst = "pin"
 
     def settled(self, name: str) -> Telling:
         """Look at the values; InputError, which begins with `name`, for one that cannot be."""

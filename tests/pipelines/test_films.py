@@ -161,12 +161,12 @@ def test_longsana_absorbs_a_picture_as_a_film_of_one_frame(loaded: LongSanaVideo
     story = f"{PROMPT}[1s] | [rebuild=2] {OTHER}"
     call: dict[str, Any] = SIZE | CHUNKS | {"output_type": "latent"}
     for prompt in (PROMPT, story):
-        own = loaded(prompt, image=pixels, num_frames=33, generator=seed(), **call).frames
+        own = loaded(prompt, image=pixels, image_first="absorb", num_frames=33, generator=seed(), **call).frames
         assert torch.equal(own[:, :, :1], loaded._vae(1).encode_pictures([pixels]))
         if prompt == PROMPT:
             film = loaded(prompt, video=pixels[None], num_frames=32, generator=seed(), **call).frames
             assert torch.equal(own, film)
-    pinned = loaded(PROMPT, image=pixels, image_first="pin", num_frames=33, generator=seed(), **call).frames
+    pinned = loaded(PROMPT, image=pixels, num_frames=33, generator=seed(), **call).frames  # as the default is
     without = loaded(PROMPT, num_frames=33, generator=seed(), **call).frames
     assert torch.equal(pinned[:, :, :1], own[:, :, :1]) and not torch.equal(pinned[:, :, 1:], without[:, :, 1:])
     frames = loaded(PROMPT, image=pixels, num_frames=33, generator=seed(), **call | {"output_type": "pt"}).frames
