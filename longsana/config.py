@@ -105,6 +105,12 @@ class VAEConfig:
     vae_pretrained: str = "hf://Efficient-Large-Model/SANA-Video_2B_480p/vae/Wan2.1_VAE.pth"
     weight_dtype: Dtype = "auto"
     latents_per_call: int = bounded(1, 1, 100_000)  # latent frames decoded together; frames differ by rounding alone
+    # Who decodes: the VAE itself, or a tiny network of this kind, which no file says of itself
+    decoder: Literal["full", "taew2_1", "lighttaew2_1", "taeltx_2"] = "full"
+    # The tiny network: a .pth or .safetensors file, hf://owner/repo/file, or seeded:N for random weights from seed N
+    decoder_pretrained: str | None = None
+    # Who encodes pictures and films: the VAE itself, or the tiny network's own encoder
+    encoder: Literal["full", "tiny"] = "full"
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,13 @@ Schema = TypeVar("Schema")
 COMMAND_LINE = "the command line"
 FILES = (
     *("model.load_from", "real_score.load_from", "fake_score.load_from", "vae.vae_pretrained"),
-    *("text_encoder.text_encoder_name", "sampling.txt_file", "data.data_path", "validation.val_data_path"),
+    *(
+        "vae.decoder_pretrained",
+        "text_encoder.text_encoder_name",
+        "sampling.txt_file",
+        "data.data_path",
+        "validation.val_data_path",
+    ),
     "streaming.switch_prompt_path",
 )
 """Settings that name a file or a folder, which may lie beside the YAML that names it."""

@@ -49,18 +49,21 @@ def pair(layer: nn.Conv3d) -> None:
 
 
 def enlarge(layer: nn.Conv2d) -> None:
-    """Let a 3x3 convolution of a picture that is enlarged before, each pixel to 2x2, run on the picture as it is.
+    """Let a 3x3 convolution of a picture that is enlarged before, each pixel to 2x2, run on the picture as it is."""
+    layer.register_buffer("enlarging", enlarging(layer.weight), persistent=False)
+
+
+def enlarging(weight: Tensor) -> Tensor:
+    """(I, O, 4, 4), which does to a picture what weight (O, I, 3, 3) does to the enlarged one, each pixel 2x2.
 
     An output sees 2x2 pixels, some of them through several taps, whose sum is one tap of a transposed convolution with
     stride 2: 16 products a pixel for 36, and the enlarged picture is never made.
     """
-    weight = layer.weight.detach().to(accumulation_dtype(layer.weight.dtype)).transpose(0, 1)
+    wide = weight.detach().to(accumulation_dtype(weight.dtype)).transpose(0, 1)
     for side in (2, 3):
-        first, middle, last = weight.unbind(side)
-        weight = torch.stack([last, middle + last, first + middle, first], side)
-    layer.register_buffer(
-        "enlarging", weight.to(layer.weight.dtype, memory_format=torch.channels_last), persistent=False
-    )
+        first, middle, last = wide.unbind(side)
+        wide = torch.stack([last, middle + last, first + middle, first], side)
+    return wide.to(weight.dtype, memory_format=torch.channels_last)
 
 
 class Memory:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -61,15 +61,16 @@ class EncodeCache(NamedTuple):
 class VideoVAE(ABC):
     """Encoder and decoder with frozen weights; no call leaves anything behind on the object.
 
-    Kinds of VAE differ in their network alone, which is diffusers'. See `load_vae`.
+    Kinds of VAE differ in their network alone, which is diffusers'. See `loading.load_vae`.
     """
 
     name: ClassVar[str]  # of VAEConfig.vae_type
     kind: ClassVar[Kind]
+    tiny: ClassVar[bool] = False  # whether another, smaller network decodes than the VAE's own
 
     def __init__(self, model: Model, shape: VAEGeometry, latents_per_call: int) -> None:
         assert latents_per_call > 0
-        convolution.prepare(model)
+        self._prepare(model)
         self.model = model
         self.geometry = shape
         self.latents_per_call = latents_per_call
@@ -105,6 +106,11 @@ class VideoVAE(ABC):
         shape = GEOMETRIES[cls.name]
         check_geometry(model, shape, "vae")
         return cls(model, shape, latents_per_call)
+
+    @staticmethod
+    def _prepare(model: Model) -> None:
+        """Lay the model's weights out for its decoder."""
+        convolution.prepare(model)
 
     @staticmethod
     @abstractmethod
@@ -143,6 +149,16 @@ class VideoVAE(ABC):
         """Latents that this decoder looks ahead; see `ahead_of`."""
         return self.ahead_of(self.model)
 
+    @property
+    def looks_on(self) -> bool:
+        """True if a film is encoded by whole latents' frames, of which the last ones are repeated at its end; else its
+        first latent is its first frame alone. See `encode_stream`."""
+        return False
+
+    def identity(self) -> tuple[str, Mapping[str, Tensor]]:
+        """The name and the tensors, of any shape, that decide what this decoder's memory means."""
+        return self.name, self.model.state_dict()
+
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """Normalised latents (posterior mean - mean) / std, (B, C, T, h, w) float32, of (B, 3, F, H, W) in [-1, 1].
@@ -158,8 +174,8 @@ class VideoVAE(ABC):
     def encode_stream(self, frames: Tensor, cache: EncodeCache | None = None) -> tuple[Tensor, EncodeCache]:
         """Normalised latents (B, C, T, h, w), float32, of a film's next frames (B, 3, F, H, W) in [-1, 1].
 
-        F is `geometry.pixel_frames(T, first=cache is None)`. Cut anywhere, the latents are those of `encode` within
-        rounding.
+        F is `geometry.pixel_frames(T, first=cache is None)`; of an encoder that `looks_on` T times the time stride, or
+        less at the film's end. Cut anywhere, the latents are those of `encode` within rounding.
 
         Raises:
             InputError: the VAE cannot cut this number of frames or this size evenly.
@@ -329,15 +345,6 @@ class LTX2VAE(VideoVAE):
 
 
 VAES: dict[str, type[WanVAE | LTX2VAE]] = {kind.name: kind for kind in (WanVAE, LTX2VAE)}
-
-
-def load_vae(config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> VideoVAE:
-    """The VAE of `config.vae_type`, on `device` as `dtype`.
-
-    Raises:
-        InputError: a setting is wrong, its weights are not there, or not of this kind.
-    """
-    return VAES[settled(config, "vae").vae_type].load(config, device, dtype)
 
 
 def kind_of(model: Model) -> type[WanVAE | LTX2VAE]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
-from longsana.encoders.vae import VideoVAE, load_vae
+from longsana.encoders.loading import load_vae
+from longsana.encoders.vae import VideoVAE
 from longsana.evaluation.measures import boundaries, drift, drift_curve, measure_pieces, per_second, seam_index
 from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
 from longsana.runtime.files import whole_file

@@ -20,6 +20,7 @@ FUSED = {
     "norm_silu_into": "decoder",
     "qk_features": "norms",
     "quantise_rows": "norms",
+    "relu_into": "decoder",
     "temporal_conv": "temporal",
 }
 """Module of this package that holds the fused implementation, under the same name."""
@@ -34,6 +35,7 @@ norm_modulate = operation(reference.norm_modulate, FUSED)
 norm_silu_into = operation(reference.norm_silu_into, FUSED)
 qk_features = operation(reference.qk_features, FUSED)
 quantise_rows = operation(reference.quantise_rows, FUSED)
+relu_into = operation(reference.relu_into, FUSED)
 temporal_conv = operation(reference.temporal_conv, FUSED)
 
 __all__ = [
@@ -49,5 +51,6 @@ __all__ = [
     "norm_silu_into",
     "qk_features",
     "quantise_rows",
+    "relu_into",
     "temporal_conv",
 ]

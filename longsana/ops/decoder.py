@@ -166,6 +166,71 @@ def copy_into(x: Tensor, out: Tensor) -> None:
     )
 
 
+@triton.jit(do_not_specialize=["pixels", "frames", "height", "width"])
+def _relu(
+    x,
+    out,
+    bias,
+    shortcut,
+    pixels,
+    frames,
+    height,
+    width,
+    x_batch,
+    x_frame,
+    x_row,
+    x_pixel,
+    out_batch,
+    out_frame,
+    out_row,
+    out_pixel,
+    add_batch,
+    add_frame,
+    add_row,
+    add_pixel,
+    channels: tl.constexpr,
+    block_pixels: tl.constexpr,
+    block_channels: tl.constexpr,
+):
+    pixel, channel, inside = _own(pixels, channels, block_pixels, block_channels)
+    source = _place(pixel, frames, height, width, x_batch, x_frame, x_row, x_pixel)
+    total = tl.load(x + source[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        total += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    if shortcut is not None:
+        added = _place(pixel, frames, height, width, add_batch, add_frame, add_row, add_pixel)
+        total += tl.load(shortcut + added[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    # Not the larger of it and 0, which may lose a NaN.
+    total = tl.where(total < 0, 0.0, total)
+    target = _place(pixel, frames, height, width, out_batch, out_frame, out_row, out_pixel)
+    tl.store(out + target[:, None] + channel[None, :], total.to(out.dtype.element_ty), mask=inside)
+
+
+def relu_into(x: Tensor, out: Tensor, bias: Tensor | None = None, shortcut: Tensor | None = None) -> None:
+    """Fuse `reference.relu_into`: x, out, shortcut (A, B, H, W, C), views with any strides but of C; bias (C,)."""
+    batch, frames, height, width, channels = x.shape
+    added = out if shortcut is None else shortcut
+    assert x.shape == out.shape == added.shape, (x.shape, out.shape, added.shape)
+    assert x.stride(4) == out.stride(4) == added.stride(4) == 1, "channels are neighbours"
+    pixels = batch * frames * height * width
+    sizes = _block(channels)
+    _relu[(triton.cdiv(pixels, sizes["block_pixels"]),)](
+        x,
+        out,
+        bias,
+        shortcut,
+        pixels,
+        frames,
+        height,
+        width,
+        *x.stride()[:4],
+        *out.stride()[:4],
+        *added.stride()[:4],
+        channels=channels,
+        **sizes,
+    )
+
+
 def _block(channels: int) -> dict[str, int]:
     """Pixels and channels of a program: all channels of some pixels."""
     block_channels = triton.next_power_of_2(channels)

@@ -248,3 +248,19 @@ def copy_into(x: Tensor, out: Tensor) -> None:
         out: like x, likewise; only its elements are written.
     """
     out.copy_(x)
+
+
+def relu_into(x: Tensor, out: Tensor, bias: Tensor | None = None, shortcut: Tensor | None = None) -> None:
+    """ReLU(x + bias + shortcut), written into a view: a tiny decoder's step after each convolution.
+
+    Args:
+        x: (A, B, H, W, C), any view whose channels are neighbours in memory; a convolution's result without its bias.
+        out: like x, likewise, and may be x itself; only its elements are written.
+        bias: (C,), of that convolution.
+        shortcut: like x, likewise; what a residual block adds.
+    """
+    wide = x.to(accumulation_dtype(x.dtype))
+    for term in (bias, shortcut):
+        if term is not None:
+            wide = wide + term
+    out.copy_(F.relu(wide))

@@ -20,7 +20,8 @@ from longsana.data.pictures import read_picture
 from longsana.data.prompts import Prompt
 from longsana.data.story import Outline, shared_changes
 from longsana.encoders.geometry import geometry
-from longsana.encoders.vae import DecodeCache, VideoVAE, load_vae
+from longsana.encoders.loading import load_vae
+from longsana.encoders.vae import DecodeCache, VideoVAE
 from longsana.flow.noise import Noise, PromptNoise
 from longsana.flow.schedule import FlowSchedule, euler_sigmas
 from longsana.flow.solvers import DPMSolver, Euler, Solver

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from longsana.data.clips import GENERATED, ClipSource, open_clips
 from longsana.data.prompts import training_pictures, training_prompts
 from longsana.data.trajectories import Trajectories, check_grid, open_trajectories
-from longsana.encoders.vae import VideoVAE, load_vae
+from longsana.encoders.loading import load_vae
+from longsana.encoders.vae import VideoVAE
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, null_embedding
 from longsana.runtime.distributed import World

@@ -20,8 +20,8 @@ from torch import Tensor
 from longsana.config import InferenceConfig, load_config
 from longsana.encoders.headers import check_text_encoder
 from longsana.encoders.layouts import wan_original_name, wan_tensors
+from longsana.encoders.loading import load_vae
 from longsana.encoders.text import GemmaTextEncoder
-from longsana.encoders.vae import load_vae
 from longsana.runtime.errors import InputError
 from longsana.sampling.checks import check_weights
 from longsana.weights.build import build_model

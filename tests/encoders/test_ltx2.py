@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from longsana.config import VAEConfig
 from longsana.encoders import convolution, ltx2_decoder
 from longsana.encoders.geometry import GEOMETRIES
-from longsana.encoders.vae import LTX2VAE, load_vae
+from longsana.encoders.loading import load_vae
+from longsana.encoders.vae import LTX2VAE
 from longsana.evaluation.measures import boundaries, measure, seam_index
 from longsana.ops import FUSED
 from longsana.ops.dispatch import fused_twin

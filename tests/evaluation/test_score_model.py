@@ -9,7 +9,7 @@ import torch
 
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, load_config
-from longsana.encoders.vae import load_vae
+from longsana.encoders.loading import load_vae
 from longsana.evaluation import score_model as trial
 from longsana.evaluation.score_model import FIGURES, Trial, summarise, try_model, try_truth
 from longsana.flow.noise import PromptNoise

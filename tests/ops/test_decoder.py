@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longsana.ops.reference import add_shortcut, copy_into, norm_silu_into
+from longsana.ops.reference import add_shortcut, copy_into, norm_silu_into, relu_into
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [
@@ -97,6 +97,33 @@ def test_a_shortcut_is_added_in_place(shape: tuple[int, ...], dtype: torch.dtype
             expected = x.double() + shortcut.double() + (0 if more is None else more.double())
             torch.testing.assert_close(inside.double(), expected, atol=1e-6, rtol=tolerance)
             assert room.isfinite().sum() == x.numel()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_below_zero_becomes_zero(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    """By the twin and by the kernel: into a view with other strides, or in place; a NaN stays one."""
+    fused = pytest.importorskip("longsana.ops.decoder").relu_into
+    batch, frames, height, width, channels = shape
+    values = (draw(batch, height, width, frames, channels), draw(*shape, seed=1), draw(channels, seed=2))
+    x, shortcut, bias = (value.to(DEVICE, dtype) for value in values)
+    x = x.permute(0, 3, 1, 2, 4)  # as what was made of several frames' channels
+    _, beside = room(shortcut)
+    beside.copy_(shortcut)
+    for relu in (relu_into, fused):
+        for added, more in ((None, None), (bias, None), (None, beside), (bias, beside)):
+            terms = [x.double(), *(term.double() for term in (added, more) if term is not None)]
+            expected = sum(terms[1:], terms[0]).clamp(min=0)
+            buffer, view = room(x)
+            relu(x, view, added, more)
+            torch.testing.assert_close(view.double(), expected, atol=1e-6, rtol=tolerance)
+            assert buffer.isfinite().sum() == view.numel()
+            inside = x.clone()
+            relu(inside, inside, added, more)
+            assert torch.equal(inside, view)
+        broken = torch.full_like(x, float("nan"))
+        relu(broken, broken, bias)
+        assert broken.isnan().all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -20,8 +20,8 @@ from longsana.config import (
     VAEConfig,
     load_config,
 )
+from longsana.encoders.loading import load_vae
 from longsana.encoders.text import GemmaTextEncoder
-from longsana.encoders.vae import load_vae
 from longsana.runtime.arguments import TEXT, Callback, Flag, Number, OneOf, Rule, Several, Whole, checked, settled
 from longsana.runtime.errors import InputError
 from longsana.sampling.engine import Engine

@@ -1,0 +1,197 @@
+"""Tiny decoders: their kinds, the tensors that each has, and their files looked at before anything is loaded.
+
+Neither diffusers nor PyTorch's kernels are needed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import isqrt, prod
+from pathlib import Path
+from typing import Final
+
+from longsana.config import VAEConfig
+from longsana.encoders.layouts import Shape
+from longsana.runtime.errors import InputError
+from longsana.runtime.hub import SEEDED
+from longsana.weights.files import Entry, open_weights
+from longsana.weights.fit import kind as told_shape
+from longsana.weights.fit import misfit
+from longsana.weights.what_is import what_is
+
+FULL: Final = "full"
+"""The `vae.decoder` that is the VAE's own."""
+BLOCKS = 3
+"""Memory blocks of a level."""
+PARAMETERS = ("conv.0", "conv.2", "conv.4")
+"""The three convolutions of a memory block."""
+
+
+@dataclass(frozen=True)
+class TinyKind:
+    """A kind of tiny encoder and decoder, as its files are laid out.
+
+    vae_type: the VAE whose latents it takes. channels: of these latents. patch: pixels of a side that the last
+    convolution gives at once. pools: frames that the encoder folds into one at each of its levels. grows: frames that
+    the decoder makes of one at each. raw: it takes latents before they are normalised, z * std + mean.
+    widths: channels of the decoder's levels. width: of the encoder's.
+    """
+
+    name: str
+    vae_type: str
+    channels: int
+    patch: int
+    pools: tuple[int, int, int]
+    grows: tuple[int, int, int]
+    raw: bool = False
+    widths: tuple[int, int, int, int] = (256, 128, 64, 64)
+    width: int = 64
+
+    @property
+    def stride(self) -> int:
+        """Frames of a latent."""
+        return prod(self.grows)
+
+
+TINY = {
+    kind.name: kind
+    for kind in (
+        TinyKind("taew2_1", "WanVAE", 16, 1, (2, 2, 1), (1, 2, 2)),
+        TinyKind("lighttaew2_1", "WanVAE", 16, 1, (2, 2, 1), (1, 2, 2), raw=True),
+        TinyKind("taeltx_2", "LTX2VAE_diffusers", 128, 4, (2, 2, 2), (2, 2, 2)),
+    )
+}
+"""By the `vae.decoder` that asks for it. The first two differ in nothing that their files hold."""
+
+
+def tiny_tensors(kind: TinyKind) -> dict[str, Shape]:
+    """Names and shapes of all tensors of a file of this kind."""
+    return {**dict(_encoder(kind)), **dict(_decoder(kind))}
+
+
+def check_decoder(config: VAEConfig) -> None:
+    """Refuse settings of a tiny decoder that do not belong together.
+
+    Raises:
+        InputError: the first that does not, and what would be right.
+    """
+    name, source = config.decoder, config.decoder_pretrained
+    if name == FULL:
+        if source is not None:
+            raise InputError(
+                f"vae.decoder_pretrained={source}: with vae.decoder=full nothing would be decoded with it; say which "
+                f"kind it is: vae.decoder={' or '.join(fitting(config.vae_type))}"
+            )
+        if config.encoder != FULL:
+            raise InputError(
+                f"vae.encoder={config.encoder}: with vae.decoder=full there is no tiny encoder; use vae.encoder=full"
+            )
+        return
+    kind = TINY[name]
+    if kind.vae_type != config.vae_type:
+        raise InputError(
+            f"vae.decoder={name}: it decodes latents of {kind.vae_type}, and vae.vae_type is {config.vae_type}; use "
+            f"{' or '.join(fitting(config.vae_type))}, or full"
+        )
+    if source is None:
+        raise InputError(
+            f"vae.decoder={name}: vae.decoder_pretrained must say where its file lies: a path, hf://owner/repo/file, "
+            "or seeded:N for random weights"
+        )
+    seed_of_tiny(source)
+
+
+def fitting(vae_type: str) -> list[str]:
+    """The names of the tiny decoders for a VAE's latents."""
+    return [kind.name for kind in TINY.values() if kind.vae_type == vae_type]
+
+
+def seed_of_tiny(source: str) -> int | None:
+    """The N of seeded:N, or None for a file.
+
+    Raises:
+        InputError: N is no whole number.
+    """
+    if not source.startswith(SEEDED):
+        return None
+    try:
+        return int(source.removeprefix(SEEDED))
+    except ValueError as error:
+        raise InputError(
+            f"vae.decoder_pretrained={source}: must be seeded:N with a whole number N, or name a file"
+        ) from error
+
+
+def open_tiny(kind: TinyKind, source: str, path: Path, *, headers_only: bool = False) -> dict[str, Entry]:
+    """Open a file of a tiny decoder at `path`, which `source` names; its tensors by name, none of them read.
+
+    headers_only: a file whose headers do not tell its tensors (PyTorch's format before 1.6) is left alone: no tensors.
+
+    Raises:
+        InputError: it is damaged, or its tensors are not exactly those of this kind.
+    """
+    if path.is_dir():
+        raise InputError(f"{source}: a folder; vae.decoder_pretrained names the file of a {kind.name} itself")
+    found = what_is(path)
+    if headers_only and not found.headers_tell:
+        return {}
+    entries = open_weights(found.file)
+    needed = {name: told_shape(shape) for name, shape in tiny_tensors(kind).items()}
+    if told := misfit({name: told_shape(entry.shape) for name, entry in entries.items()}, needed):
+        raise InputError(
+            f"{source}: not a file of a {kind.name}{_likeness(entries)}; give one that is, or set vae.decoder to its "
+            f"kind if that is {' or '.join(TINY)} ({told})"
+        )
+    return entries
+
+
+def check_tiny(config: VAEConfig, path: Path) -> None:
+    """Refuse a file that is not of the kind that `config.decoder` says. path: where decoder_pretrained lies.
+
+    Raises:
+        InputError: what is wrong.
+    """
+    assert config.decoder_pretrained is not None
+    open_tiny(TINY[config.decoder], config.decoder_pretrained, path, headers_only=True)
+
+
+def _likeness(entries: Mapping[str, Entry]) -> str:
+    """Tell in a few words what a file decodes, where its first and last convolution say it."""
+    first, last = (entries[name].shape if name in entries else () for name in ("decoder.1.weight", "decoder.22.weight"))
+    if len(first) != 4 or len(last) != 4:
+        return ""
+    patch = isqrt(last[0] // 3)
+    return f": its decoder takes {first[1]} channels at a width of {first[0]}, and gives patches of {patch}x{patch}"
+
+
+def _encoder(kind: TinyKind) -> Iterator[tuple[str, Shape]]:
+    width = kind.width
+    yield from _convolution("encoder.0", 3 * kind.patch**2, width)
+    for level, frames in enumerate(kind.pools):
+        place = 2 + 5 * level
+        yield f"encoder.{place}.conv.weight", (width, width * frames, 1, 1)
+        yield f"encoder.{place + 1}.weight", (width, width, 3, 3)
+        yield from _blocks("encoder", place + 2, width)
+    yield from _convolution("encoder.17", width, kind.channels)
+
+
+def _decoder(kind: TinyKind) -> Iterator[tuple[str, Shape]]:
+    yield from _convolution("decoder.1", kind.channels, kind.widths[0])
+    for level, frames in enumerate(kind.grows):
+        width, out, place = kind.widths[level], kind.widths[level + 1], 3 + 6 * level
+        yield from _blocks("decoder", place, width)
+        yield f"decoder.{place + 4}.conv.weight", (width * frames, width, 1, 1)
+        yield f"decoder.{place + 5}.weight", (out, width, 3, 3)
+    yield from _convolution("decoder.22", kind.widths[-1], 3 * kind.patch**2)
+
+
+def _blocks(half: str, first: int, width: int) -> Iterator[tuple[str, Shape]]:
+    for number in range(first, first + BLOCKS):
+        for index, name in enumerate(PARAMETERS):
+            yield from _convolution(f"{half}.{number}.{name}", 2 * width if index == 0 else width, width)
+
+
+def _convolution(name: str, width: int, out: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (out, width, 3, 3)
+    yield f"{name}.bias", (out,)
