@@ -125,7 +125,7 @@ def prepare(arguments: Sequence[str]) -> Request:
     if options.image not in {prompt.image for prompt in prompts}:
         log.info("--image changes nothing here: every prompt names a picture of its own")
     check_prompts(beginning, prompts, config)
-    check_weights(config)
+    check_weights(config, encodes=beginning.encodes(prompts))
     work_dir = options.work_dir or Path("output/inference") / config_path.stem
     usual = (beginning.path or Path(config.sampling.txt_file)).stem
     folder = work_dir / ((options.dataset or usual) + options.add_label)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -106,8 +106,9 @@ def run_batch(
     engine, beginning = Engine(config, device), beginning or Beginning()
 
     def plan() -> list[Job]:
-        check_weights(config, fetch=True)
-        return _plan_jobs(config, prompts, folder, source_digests(config), device, beginning)
+        encodes = beginning.encodes(prompts)
+        check_weights(config, fetch=True, encodes=encodes)
+        return _plan_jobs(config, prompts, folder, source_digests(config, encodes=encodes), device, beginning)
 
     # Decided once: a peer may finish a video before this process looks.
     jobs = world.broadcast(world.on_main(plan) or [])
@@ -264,13 +265,19 @@ class _Share:
                 bar.update(len(batch))
 
     def _checked_marks(self, network: LongSanaDiT, decoder: VideoVAE) -> tuple[str, str]:
-        """Fingerprints of the models, where states need them; InputError for a state of others."""
+        """Fingerprints of the models, where states need them; the state that is begun from becomes theirs.
+
+        Raises:
+            InputError: it is of others.
+        """
         beginning = self.beginning
         if beginning.state is None and beginning.saves == NONE:
             return "", ""
         marks = mark_of(network), vae_mark_of(decoder)
         if beginning.state is not None:
-            beginning.state.check_marks(*marks, str(beginning.path))
+            fitted = beginning.state.fitted(*marks, str(beginning.path))
+            self.beginning = beginning = replace(beginning, state=fitted)
+            assert beginning.state is not None
             if beginning.state.network.tail.dtype != network.dtype:
                 raise InputError(
                     f"{beginning.path}: of a network in {beginning.state.network.tail.dtype}, this one is in "

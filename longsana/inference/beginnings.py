@@ -73,6 +73,10 @@ class Beginning:
         """Say, for sidecars, which states lie beside a video; None where none are asked for."""
         return None if self.saves == NONE else [self.saves, self.every]
 
+    def encodes(self, prompts: Sequence[Prompt]) -> bool:
+        """Tell whether pictures or films are encoded for any video of these prompts."""
+        return self.film > 0 or any(prompt.image is not None for prompt in prompts)
+
     def wants(self, chunk: int, count: int) -> bool:
         """Tell whether a state is saved after a chunk, from 0, of so many."""
         return self.saves != NONE and (chunk + 1 == count or (bool(self.every) and (chunk + 1) % self.every == 0))

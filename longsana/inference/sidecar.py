@@ -20,10 +20,11 @@ from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.encoders.geometry import geometry
 from longsana.encoders.text import instruction_text, negative_text, text_sha256
+from longsana.encoders.tiny_layouts import FULL
 from longsana.inference.beginnings import Beginning
 from longsana.runtime.foreign import reason_of
 from longsana.runtime.hub import file_sha256
-from longsana.sampling.checks import SOURCES, chunk_plan, source_digest
+from longsana.sampling.checks import DECODER, SOURCES, chunk_plan, sections_used, source_digest
 from longsana.weights.build import resolve_dtype
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,9 @@ def video_name(prompt: Prompt) -> str:
     return f"{prompt.line:05d}-{prompt.slug}.mp4"
 
 
-def source_digests(config: InferenceConfig) -> dict[str, str]:
-    """Digest the weights of each part, by section; see `source_digest`."""
-    return {section: source_digest(config, section) for section in SOURCES}
+def source_digests(config: InferenceConfig, *, encodes: bool) -> dict[str, str]:
+    """Digest the weights of each part that is used, by section; see `source_digest` and `sections_used`."""
+    return {section: source_digest(config, section) for section in sections_used(config, encodes=encodes)}
 
 
 def resolved_settings(config: InferenceConfig, prompt: Prompt, device: torch.device) -> dict[str, dict[str, Any]]:
@@ -112,8 +113,10 @@ def fingerprint(
     picture: SHA-256 of the picture that it begins with, which is fitted as `sampling.image_fit` says.
     """
     deciding = {section: dict(values) for section, values in settings.items()}
-    for section, key in SOURCES.items():
-        deciding[section][key] = digests[section]
+    encodes = any("image_sha256" in part for part in parts) or "film_frames" in (began or {})
+    deciding["vae"] = _deciding_vae(settings["vae"], digests, encodes=picture is not None or encodes)
+    for section in SOURCES.keys() - {"vae"}:
+        deciding[section][SOURCES[section]] = digests[section]
     deciding["text_encoder"]["chi_prompt"] = text_sha256(instruction_text(deciding["text_encoder"]["chi_prompt"]))
     if deciding["model"]["state_decay"] == 1:
         deciding["model"]["state_decay"] = None  # one past
@@ -136,6 +139,23 @@ def fingerprint(
     identity = [prompt.text, prompt.repetition, deciding]
     identity += [more for more in (story, dict(began or {}), first) if more]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _deciding_vae(settings: Mapping[str, Any], digests: Mapping[str, str], *, encodes: bool) -> dict[str, Any]:
+    """Settings of the VAE that decide what a video shows, with digests for places.
+
+    With its own decoder they are what they were before there were others. A tiny one leaves to the VAE what is encoded.
+    encodes: whether something is, for this video.
+    """
+    deciding = dict(settings)
+    tiny = {key: deciding.pop(key) for key in ("decoder", "decoder_pretrained", "encoder")}
+    deciding["vae_pretrained"] = digests.get("vae")
+    if tiny["decoder"] == FULL:
+        return deciding
+    if not encodes or tiny["encoder"] != FULL:
+        del deciding["vae_pretrained"]
+    deciding |= {"decoder": tiny["decoder"], "decoder_pretrained": digests[DECODER]}
+    return deciding | {"encoder": tiny["encoder"]} if encodes else deciding
 
 
 def is_finished(video: Path, fingerprint: str, saved: Sequence[Any] | None = None) -> bool:

@@ -989,7 +989,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 f"state: its latents have size {tuple(state.latents.shape[3:])}, its pictures need {known}"
             )
         if any(state.marks):
-            state.check_marks(*self._marks(), "state")
+            state = state.fitted(*self._marks(), "state")
         if output_type == "latent":
             return state._replace(decoder=None)
         if state.decoder is None:

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longsana.chunks import ChunkPlan
-from longsana.config import InferenceConfig, ModelConfig, check_chi_prompt
+from longsana.config import InferenceConfig, ModelConfig, VAEConfig, check_chi_prompt
 from longsana.data.pictures import read_picture
 from longsana.data.prompts import Prompt, check_words, place, read_prompts
 from longsana.data.story import Change, Outline, check_cut, place_parts
 from longsana.encoders.geometry import geometry
 from longsana.encoders.headers import check_text_encoder, check_vae
+from longsana.encoders.tiny_layouts import FULL, check_decoder, check_tiny
 from longsana.flow.schedule import FlowSchedule
 from longsana.published import DISTILLED
 from longsana.runtime.errors import InputError
@@ -31,6 +32,8 @@ WHOLE_CLIP = ("flow_euler", DPM)
 STAGGERED = "chunk_flow_euler"
 SOURCES = {"model": "load_from", "vae": "vae_pretrained", "text_encoder": "text_encoder_name"}
 """The setting of each section that says where weights come from."""
+DECODER = "decoder"
+"""The part beside them whose weights a tiny decoder has."""
 
 SAMPLERS: dict[str, tuple[tuple[str, ...], str]] = {
     "scheduler.denoising_step_list": ((DISTILLED,), "it takes scheduler.num_inference_steps steps"),
@@ -121,6 +124,7 @@ def check_config(config: InferenceConfig) -> None:
         raise InputError(
             f"model.in_channels={config.model.in_channels}: the latents of {config.vae.vae_type} have {vae.channels}"
         )
+    check_decoder(config.vae)
     check_size(config, sampling.height, sampling.width)
 
 
@@ -240,9 +244,14 @@ def default_change(config: InferenceConfig) -> Change:
 def source_digest(config: InferenceConfig, section: str) -> str:
     """Digest the weights of a part: SHA-256 of the file or folder, or the seed they are drawn from.
 
+    section: of SOURCES, or DECODER.
+
     Raises:
         InputError: they are not there.
     """
+    if section == DECODER:
+        source = config.vae.decoder_pretrained or ""
+        return source if source.startswith(SEEDED) else file_sha256(locate(source, "vae.decoder_pretrained"))
     key = SOURCES[section]
     uri: str = getattr(getattr(config, section), key)
     if not uri.startswith(SEEDED):
@@ -255,28 +264,52 @@ def source_digest(config: InferenceConfig, section: str) -> str:
     return SEEDED + file_sha256(locate(uri.removeprefix(SEEDED), f"{section}.{key}"))
 
 
+def sections_used(config: InferenceConfig, *, encodes: bool) -> list[str]:
+    """The parts whose weights decide something: of SOURCES, and DECODER.
+
+    encodes: whether pictures or films are encoded, without which a tiny decoder leaves nothing for the VAE to do.
+    """
+    used = [section for section in SOURCES if section != "vae" or uses_vae(config.vae, encodes=encodes)]
+    return used if config.vae.decoder == FULL else [*used, DECODER]
+
+
+def uses_vae(config: VAEConfig, *, encodes: bool) -> bool:
+    """Tell whether the weights of the VAE itself are used; encodes: see `sections_used`."""
+    return config.decoder == FULL or (encodes and config.encoder == FULL)
+
+
 def seeded_sources(config: InferenceConfig) -> list[str]:
     """The settings, as `section.key=value`, that ask for random weights."""
     settings = {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in SOURCES.items()}
+    if config.vae.decoder_pretrained is not None:
+        settings["vae.decoder_pretrained"] = config.vae.decoder_pretrained
     return [f"{name}={uri}" for name, uri in settings.items() if uri.startswith(SEEDED)]
 
 
 def check_weights(
-    config: InferenceConfig, *, fetch: bool = False, sections: Sequence[str] = ("model", "vae", "text_encoder")
+    config: InferenceConfig,
+    *,
+    fetch: bool = False,
+    sections: Sequence[str] = ("model", "vae", "text_encoder"),
+    encodes: bool = True,
 ) -> None:
     """Refuse weights of which headers and config.json tell that they are of another kind, or not whole.
 
     Neither diffusers nor transformers is imported, and no tensor is read: it takes a fraction of a second at full size.
 
     fetch: also of files on the hub, which are fetched now.
-    sections: those whose weights will be used.
+    sections: those whose weights will be used. encodes: see `sections_used`.
 
     Raises:
         InputError: the first that is wrong, by the setting that names it.
     """
     if "model" in sections:
         check_network(config.model, "model.load_from", fetch=fetch)
-    if "vae" in sections:
+    if "vae" in sections and (source := config.vae.decoder_pretrained) is not None and not source.startswith(SEEDED):
+        with blame(setting := "vae.decoder_pretrained"):
+            if (path := _here(source, setting, "", fetch)) is not None:
+                check_tiny(config.vae, path)
+    if "vae" in sections and uses_vae(config.vae, encodes=encodes):
         setting, uri = _named("vae"), config.vae.vae_pretrained
         with blame(setting):
             if (path := _here(uri, setting, "vae", fetch)) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +31,8 @@ from longsana.sampling.recent import TENSORS, Held, Kept, each_of_state
 from longsana.sampling.transition import Way
 from longsana.state import CausalState
 
+log = logging.getLogger(__name__)
+
 SCHEMA = 3
 """Version of the files. A file of a later one is refused."""
 KEPT = 12
@@ -40,6 +43,9 @@ WORDS = ("seed", "prompt", "repetition", "chunk", "waiting")
 LATER = ("words", "before", "faded", "telling")
 """What files of version 1 do not say."""
 SEED, COUNT, SIDE = Whole(-(2**63), 2**64 - 1), Whole(0, 10**9), Whole(1, 2**14)
+
+TINY_MARK = ":"
+"""Between the kind of a tiny decoder and its weights' digest, in a fingerprint."""
 
 Memory: TypeAlias = Literal["latents", "full"]
 """What a file holds of the decoder's memory: the last latents alone, or all of it."""
@@ -311,19 +317,36 @@ class Continuation(NamedTuple):
             raise InputError(f"{path}: not a saved state of a video, or damaged ({reason_of(error)})") from error
         return state.settled(str(path))
 
-    def check_marks(self, network: str, vae: str, name: str) -> None:
-        """Refuse a state of another network or VAE than those with these fingerprints; empty ones fit all.
+    def fitted(self, network: str, vae: str, name: str) -> Continuation:
+        """The state for a network and a VAE with these fingerprints; empty ones fit all.
+
+        Where a tiny decoder was or is in the VAE's place, the latents go on and the decoder's memory does not: it is to
+        be rebuilt from them.
 
         Raises:
-            InputError: it is of another; `name` is said first.
+            InputError: it is of another network or VAE, or of another decoder and has no latents; `name` is said first.
         """
         own = {"network": (self.marks[0], network), "VAE": (self.marks[1], vae)}
+        if self.marks[1] and vae and self.marks[1] != vae and TINY_MARK in self.marks[1] + vae:
+            del own["VAE"]
         for part, (given, needed) in own.items():
             if given and needed and given != needed:
                 raise InputError(
                     f"{name}: of another {part} (fingerprint {given[:12]}) than this one ({needed[:12]}); go on with "
                     "the weights and settings that made it"
                 )
+        if "VAE" in own or self.decoder is None:
+            return self
+        if self.latents is None:
+            raise InputError(
+                f"{name}: of the decoder {_decoder_of(self.marks[1])}, this one is {_decoder_of(vae)}, and there are "
+                "no latents to rebuild its memory from; go on with the decoder that made it"
+            )
+        log.info(
+            "%s: of the decoder %s, this one is %s: its memory is rebuilt from the last %d latents",
+            *(name, _decoder_of(self.marks[1]), _decoder_of(vae), self.latents.shape[2]),
+        )
+        return self._replace(decoder=None)
 
 
 def latest(before: Tensor | None, latents: Tensor) -> Tensor:
@@ -350,8 +373,15 @@ def mark_of(network: LongSanaDiT) -> str:
 
 
 def vae_mark_of(vae: VideoVAE) -> str:
-    """Fingerprint a VAE by its weights; see `mark_of`."""
-    return _mark(vae.model.state_dict(), vae.name)
+    """Fingerprint a VAE by its weights; see `mark_of`. Of a tiny decoder its kind and its own weights."""
+    name, weights = vae.identity()
+    return f"{name}{TINY_MARK}{_mark(weights, name)}" if vae.tiny else _mark(weights, name)
+
+
+def _decoder_of(mark: str) -> str:
+    """Tell in words which decoder a fingerprint is of."""
+    kind, between, digest = mark.rpartition(TINY_MARK)
+    return f"{kind} ({digest[:12]})" if between else f"full ({digest[:12]})"
 
 
 def restored(moment: Moment, vae: VideoVAE) -> Moment:

@@ -21,6 +21,7 @@ from longsana.data.prompts import Prompt
 from longsana.data.story import Outline, shared_changes
 from longsana.encoders.geometry import geometry
 from longsana.encoders.loading import load_vae
+from longsana.encoders.tiny_layouts import FULL
 from longsana.encoders.vae import DecodeCache, VideoVAE
 from longsana.flow.noise import Noise, PromptNoise
 from longsana.flow.schedule import FlowSchedule, euler_sigmas
@@ -173,7 +174,7 @@ class Engine:
             InputError: files are missing or do not fit; the message names the setting.
         """
         network, config = self.load_network(), self.config.vae
-        with blame("vae.vae_pretrained"):
+        with blame("vae.vae_pretrained" if config.decoder == FULL else "vae.decoder_pretrained"):
             return network, load_vae(config, self.device, resolve_dtype(config.weight_dtype, self.device))
 
     def load_network(self) -> LongSanaDiT:

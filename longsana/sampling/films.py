@@ -31,7 +31,8 @@ def film_latents(
     than a latent's, are left out.
     """
     clock, cache = clock or Clock(vae.device), None
-    for piece in pieces(pictures, vae.geometry, chunk_frames):
+    cut = whole_pieces if vae.looks_on else pieces
+    for piece in cut(pictures, vae.geometry, chunk_frames):
         with clock.part("encode"):
             frames = piece.to(vae.device, torch.float32).permute(3, 0, 1, 2)[None] / 127.5 - 1
             latents, cache = vae.encode_stream(frames, cache)
@@ -48,6 +49,20 @@ def pieces(pictures: Iterable[np.ndarray], shape: VAEGeometry, chunk_frames: int
         if used:
             yield torch.from_numpy(np.stack(found[:used]))
         first = False
+
+
+def whole_pieces(pictures: Iterable[np.ndarray], shape: VAEGeometry, chunk_frames: int) -> Iterator[Tensor]:
+    """Cut a film's pictures (H, W, 3) into frames (F, H, W, 3) as `pieces` does, for an encoder that `looks_on`.
+
+    Of as many latents each, but those of whole latents' frames, except the film's last, which is one frame's.
+    """
+    waiting, stride = iter(pictures), shape.time_stride
+    found = list(islice(waiting, stride * (chunk_frames + 1)))
+    while found:
+        following = list(islice(waiting, stride * chunk_frames))
+        used = len(found) if following else len(found) - (len(found) - 1) % stride
+        yield torch.from_numpy(np.stack(found[:used]))
+        found = following
 
 
 @torch.no_grad()

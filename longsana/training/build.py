@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from longsana.config import VAEConfig
 from longsana.data.clips import GENERATED, ClipSource, open_clips
 from longsana.data.prompts import training_pictures, training_prompts
 from longsana.data.trajectories import Trajectories, check_grid, open_trajectories
 from longsana.encoders.loading import load_vae
+from longsana.encoders.tiny_layouts import FULL
 from longsana.encoders.vae import VideoVAE
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, null_embedding
@@ -84,7 +87,15 @@ class StageBuilder:
 
     @cached_property
     def vae(self) -> VideoVAE:
-        config = self.config.vae
+        """The VAE itself, of which losses and clips are, whoever decodes validation's videos."""
+        return self._load(replace(self.config.vae, decoder=FULL, decoder_pretrained=None))
+
+    @cached_property
+    def decoder(self) -> VideoVAE:
+        """The VAE that decodes validation's videos."""
+        return self.vae if self.config.vae.decoder == FULL else self._load(self.config.vae)
+
+    def _load(self, config: VAEConfig) -> VideoVAE:
         return load_vae(config, self.device, resolve_dtype(config.weight_dtype, self.device))
 
     @cached_property

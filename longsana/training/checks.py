@@ -28,6 +28,7 @@ from longsana.data.prompts import (
 )
 from longsana.data.trajectories import check_grid, open_trajectories
 from longsana.encoders.geometry import geometry
+from longsana.encoders.tiny_layouts import FULL
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.past import LEARNED
 from longsana.runtime.distributed import World
@@ -47,7 +48,7 @@ FREE = (
     *("train.max_iters", "train.log_iters", "train.max_checkpoints", "train.async_checkpoint", "train.text_encoder"),
     *("train.sharding_strategy", "train.gradient_checkpointing", "train.compile", "train.cuda_graphs"),
     *("validation.", "wandb.", "video.", "sampling.txt_file", "sampling.num_frames", "sampling.bs"),
-    "sampling.cuda_graphs",
+    *("sampling.cuda_graphs", "vae.decoder", "vae.encoder"),
 )
 """Settings, or prefixes of them, that a resumed run may change: they do not decide what is learned."""
 
@@ -73,6 +74,11 @@ def check_training(config: TrainingConfig) -> None:
     ):
         if network.float8:
             raise InputError(f"{name}.float8=true: weights in float8 cannot be trained; it is for inference")
+    if config.vae.encoder != FULL:
+        raise InputError(
+            f"vae.encoder={config.vae.encoder}: training encodes with the VAE itself, and a tiny decoder shows "
+            "validation's videos alone; leave it out"
+        )
     if config.validation.vis_ema and config.train.ema_weight == 0:
         raise InputError("validation.vis_ema=true: there is no average to sample with; set train.ema_weight above 0")
     if (width := config.train.ema_relative_width) is not None and config.train.ema_weight == 0:
@@ -232,7 +238,8 @@ def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
     Raises:
         InputError: one is not, by the setting that names it.
     """
-    check_weights(config, fetch=True)
+    distilling, generated = config.trainer in DISTILLING, config.data.data_path.startswith(GENERATED)
+    check_weights(config, fetch=True, encodes=distilling or generated)
     if config.trainer in DISTILLING:
         check_network(config.real_score, "real_score.load_from", fetch=True)
         check_network(config.fake_score, "fake_score.load_from", fetch=True)

@@ -190,7 +190,7 @@ def _validate(
 ) -> Validate:
     def validate(step: int, stop: Stop) -> Mapping[str, float] | None:
         with weights_for_sampling(generator, config.validation.vis_ema):
-            report = validation.run(step, generator.model, builder.vae, stop)
+            report = validation.run(step, generator.model, builder.decoder, stop)
         if report is None:
             return None
         for video in report.videos:

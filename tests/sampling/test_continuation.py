@@ -324,14 +324,14 @@ def test_a_network_is_known_by_settings_and_weights(small_config, random_model) 
 
 
 def test_a_state_of_another_is_refused(saved: Continuation) -> None:
-    saved.check_marks("a", "b", "here")
-    saved._replace(marks=("", "")).check_marks("a", "b", "here")
+    saved.fitted("a", "b", "here")
+    saved._replace(marks=("", "")).fitted("a", "b", "here")
     with pytest.raises(
         InputError, match=r"^here: of another network \(fingerprint a\) than this one \(c\); go on with"
     ):
-        saved.check_marks("c", "b", "here")
+        saved.fitted("c", "b", "here")
     with pytest.raises(InputError, match=r"^here: of another VAE"):
-        saved.check_marks("a", "c", "here")
+        saved.fitted("a", "c", "here")
 
 
 # Going on -------------------------------------------------------------------------------------------------------------
