@@ -87,7 +87,8 @@ ARGUMENTS: dict[str, Rule] = {
     "caption_length": Whole(1, MOST_LATENTS),
     "chi_prompt": TEXT,
     "softcap": Flag(),
-    "new_frames_only": Flag(),
+    **dict.fromkeys(("new_frames_only", "tiny_encoder"), Flag()),
+    **dict.fromkeys(("kind", "source"), TEXT),
     "num_cached_blocks": Whole(-1, LONGEST),
     "num_sink_blocks": Whole(0, LONGEST),
 }

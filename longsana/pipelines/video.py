@@ -30,7 +30,9 @@ from longsana.data.prompts import check_words
 from longsana.data.story import Change, Mark, Outline, place_parts, shared_changes
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
 from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, with_motion
-from longsana.encoders.vae import DecodeCache, VideoVAE, kind_of
+from longsana.encoders.tiny_layouts import fitting
+from longsana.encoders.tiny_vae import TinyVAE
+from longsana.encoders.vae import VAES, DecodeCache, VideoVAE, kind_of
 from longsana.encoders.vae_files import check_geometry
 from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule, uniform_sigmas
@@ -44,6 +46,7 @@ from longsana.pipelines.images import PictureLike, PicturesLike, is_first, pictu
 from longsana.pipelines.noise import batch_noise, check_generator, check_noise, take_seed
 from longsana.pipelines.pictures import as_output, joined
 from longsana.pipelines.prompts import given_embeddings, negative_texts, one_for_each, parts_of, whole
+from longsana.pipelines.tiny import TinyVideoAutoencoder
 from longsana.pipelines.transformer import (
     LoraLoaderMixin,
     SanaVideoCausalTransformer3DModel,
@@ -153,7 +156,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     transformer tells which model it is.
 
     Args:
-        vae: `AutoencoderKLWan` of Wan 2.1 or `AutoencoderKLLTX2Video`.
+        vae: `AutoencoderKLWan` of Wan 2.1 or `AutoencoderKLLTX2Video`. None: a `decoder` is in its place.
         transformer: distilled (`SanaVideoCausalTransformer3DModel`) or base model (`SanaVideoTransformer3DModel`).
         tokenizer, text_encoder: of Gemma 2; not needed where `prompt_embeds` are given.
         scheduler: the base model samples with it if it is a `DPMSolverMultistepScheduler` (None: the published one, see
@@ -165,6 +168,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             `longsana.models.past`), from now on, whoever else has this transformer. None is what its files say, for
             published ones all; that is asked for with -1, 1.0 and 0.
         base_chunk_frames: latent frames of a chunk where a call does not say it.
+        decoder: a tiny network that decodes in the VAE's place; films and pictures are still encoded by the VAE.
+        tiny_encoder: encode them with the tiny network's own encoder.
 
     Raises:
         InputError: the parts do not belong together, a setting of the past means nothing, or another argument has no
@@ -172,7 +177,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     """
 
     model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
-    _optional_components = ["tokenizer", "text_encoder", "scheduler"]  # noqa: RUF012 (as diffusers declares it)
+    _optional_components = ["vae", "tokenizer", "text_encoder", "scheduler", "decoder"]  # noqa: RUF012 (as diffusers declares it)
+    _exclude_from_cpu_offload = ["decoder"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     vae: Any
@@ -180,11 +186,12 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     tokenizer: Any
     text_encoder: Any
     scheduler: Any
+    decoder: Any
 
     @checked(ARGUMENTS | PARTS)
     def __init__(
         self,
-        vae: AutoencoderKLWan | AutoencoderKLLTX2Video,
+        vae: AutoencoderKLWan | AutoencoderKLLTX2Video | None,
         transformer: SanaVideoCausalTransformer3DModel | SanaVideoTransformer3DModel,
         tokenizer: object = None,
         text_encoder: nn.Module | None = None,
@@ -196,6 +203,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         state_decay: float | list[float] | str | None = None,
         num_sink_blocks: int | None = None,
         base_chunk_frames: int = 10,
+        decoder: TinyVideoAutoencoder | None = None,
+        tiny_encoder: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(uncompiled(transformer), SanaVideoCausalTransformer3DModel):
@@ -203,18 +212,28 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 f"transformer: a {type(transformer).__module__}.{type(transformer).__name__}; needed is "
                 f"{CAUSAL_CLASS} or {BASE_CLASS} of {networks.__name__}, which from_pretrained builds"
             )
-        kind = kind_of(uncompiled(vae))
-        check_geometry(uncompiled(vae), GEOMETRIES[kind.name], "vae")
+        name = _vae_name(uncompiled(vae), uncompiled(decoder), tiny_encoder=tiny_encoder)
         check_words(chi_prompt, "chi_prompt")
         check_chi_prompt(chi_prompt)
-        taken, given = transformer.config["in_channels"], GEOMETRIES[kind.name].channels
+        taken, given = transformer.config["in_channels"], GEOMETRIES[name].channels
         if taken != given:
-            raise InputError(f"transformer: in_channels is {taken}; latents of a {kind.kind.__name__} have {given}")
+            raise InputError(
+                f"transformer: in_channels is {taken}; latents of a {VAES[name].kind.__name__} have {given}"
+            )
         self.register_modules(
-            vae=vae, transformer=transformer, tokenizer=tokenizer, text_encoder=text_encoder, scheduler=scheduler
+            vae=vae,
+            transformer=transformer,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            scheduler=scheduler,
+            decoder=decoder,
         )
         self.register_to_config(
-            caption_length=caption_length, chi_prompt=chi_prompt, softcap=softcap, base_chunk_frames=base_chunk_frames
+            caption_length=caption_length,
+            chi_prompt=chi_prompt,
+            softcap=softcap,
+            base_chunk_frames=base_chunk_frames,
+            tiny_encoder=tiny_encoder,
         )
         past = {"num_cached_blocks": num_cached_blocks, "state_decay": state_decay, "num_sink_blocks": num_sink_blocks}
         if asked := [name for name, value in past.items() if value is not None]:
@@ -260,7 +279,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     @property
     def geometry(self) -> VAEGeometry:
-        return GEOMETRIES[kind_of(uncompiled(self.vae)).name]
+        return GEOMETRIES[self._vae_name]
+
+    @property
+    def _vae_name(self) -> str:
+        return _vae_name(uncompiled(self.vae), uncompiled(self.decoder))
 
     @property
     def num_timesteps(self) -> int:
@@ -396,6 +419,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         else:
             if is_first(image):
                 refuse_ignored({"video": video}, "with image; a video goes on from one of them")
+            self._check_encodes("image")
             if not self.distilled:
                 refuse_ignored({"image_first": image_first}, "for the base model, in whose clip the picture is pinned")
             sides = self._size(height, width)
@@ -481,7 +505,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             result: Any = torch.cat([*([] if new_frames_only else filmed), *finished], dim=2)
             require_finite("video", {"latents": result})
         else:
-            onload(self.vae)
+            self._bring_vae()
             vae = self._vae(latents_per_call)
             result, *_ = self._pictures(vae, [*filmed, *finished], None, output_type, chunk_frames, hidden=hidden)
         self.maybe_free_model_hooks()
@@ -580,8 +604,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         pictures, read = self._pictures_of_stream(image, image_fit, image_first, prompt, size, begins=begins)
         if state is not None:
             state = self._gone_on_from(state, output_type)
-            model = uncompiled(self.vae)
-            if num_frames == 0 and state.decoder is not None and kind_of(model).ahead_of(model):
+            if num_frames == 0 and state.decoder is not None and self._vae(latents_per_call).ahead:
                 refuse_ignored({"prompt": prompt, "generator": generator}, "with num_frames=0, which samples nothing")
                 return self._end(state, state.decoder, output_type, latents_per_call)
         if prompt is None and state is None:
@@ -711,13 +734,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         shown: _Shown,
     ) -> Generator[LongSanaVideoChunk, None, Continuation]:
         """Absorb a film under one caption, chunk by chunk; returns the state after it. state: before it."""
-        onload(self.vae)
+        self._bring_vae(encodes=True)
         showing = _Showing(self, shown, None)
         if shown.new_frames_only and shown.output_type != "latent":
             showing.hidden = frames_used(film.count, self.geometry.time_stride)
         latents = film_latents(showing.vae, film.pictures(), chunk_frames=shown.chunk_frames)
         text = self._passes.cache_caption(stacked([caption], self._execution_device))
-        onload(self.vae)
+        self._bring_vae(encodes=True)
         for given, memory in absorbed(self._passes, text, 1, latents, recent, state=state.network):
             frames = showing(given, more=True)
             state = state._replace(
@@ -729,14 +752,14 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             )
             if not shown.new_frames_only:
                 yield LongSanaVideoChunk(frames, state)
-            onload(self.vae)
+            self._bring_vae(encodes=True)
         return state
 
     def _begun(
         self, film: Film, captions: Sequence[Caption], chunk_frames: int, latents_per_call: int, recent: Recent
     ) -> tuple[list[Tensor], Moment]:
         """Latents of a film for each caption, chunk by chunk, and what the videos go on from after it."""
-        onload(self.vae)
+        self._bring_vae(encodes=True)
         # All at first: where parts take turns on the GPU, they take two.
         latents = list(film_latents(self._vae(latents_per_call), film.pictures(), chunk_frames=chunk_frames))
         text = self._passes.cache_caption(stacked([caption.parts[0] for caption in captions], self._execution_device))
@@ -750,7 +773,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     def _latents_of(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Latents (B, C, 1, h, w) of pictures (H, W, 3)."""
-        onload(self.vae)
+        self._bring_vae(encodes=True)
         return self._vae(1).encode_pictures(pictures)
 
     def _latents_of_one(self, picture: np.ndarray | Tensor) -> Tensor:
@@ -779,10 +802,15 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             refuse_ignored({"image_fit": fit, "image_first": first if begins else None}, "without image")
         if image is not None and is_first(image) and not begins:
             raise InputError("image: a picture to begin with, and what the video goes on from; give one of them")
+        if image is not None:
+            self._check_encodes("image")
         pictures = {} if image is None else pictures_of(image, 1, size, fit or "cover")
-        return {part: own for part, (own,) in pictures.items()}, partial(
-            picture_of, size=size, fit=fit or "cover", name="prompt: its image"
-        )
+
+        def read(picture: PictureLike) -> np.ndarray:
+            self._check_encodes("prompt: its image")
+            return picture_of(picture, size, fit or "cover", name="prompt: its image")
+
+        return {part: own for part, (own,) in pictures.items()}, read
 
     def _film(
         self, video: FilmLike | None, fps: float, new_frames_only: bool, height: int | None, width: int | None
@@ -793,6 +821,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             return None
         if not self.distilled:
             raise InputError("video: the base model makes whole clips; a distilled one goes on from a film")
+        self._check_encodes("video")
         return Film.of(video, fps, self._size(height, width))
 
     def _latents_more(self, num_frames: int) -> int:
@@ -809,7 +838,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self, state: Continuation, cache: DecodeCache, output_type: str, latents_per_call: int
     ) -> Iterator[LongSanaVideoChunk]:
         """Give the frames that wait in a decoder that looks ahead."""
-        onload(self.vae)
+        self._bring_vae()
         pictures, cache = self._vae(latents_per_call).decode_end(cache)
         pictures = to_host(pictures, "end of the video", {"decoded frames": pictures})
         self.maybe_free_model_hooks()
@@ -953,7 +982,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     def _size(self, height: int | None, width: int | None, usual: tuple[int, int] | None = None) -> tuple[int, int]:
         """Height and width in pixels; `usual` where none are given, or else the VAE's."""
-        usual = usual or SIZES[kind_of(uncompiled(self.vae)).name]
+        usual = usual or SIZES[self._vae_name]
         return usual[0] if height is None else height, usual[1] if width is None else width
 
     def _check(self, height: int, width: int) -> tuple[int, int]:
@@ -1001,9 +1030,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 "state: its video has ended: this VAE's decoder looks ahead, and took this end for final. Go on from "
                 "the state of a chunk before, or stream with num_frames=None and end with num_frames=0"
             )
+        own_dtype = self._vae(1).dtype
         for part in state.decoder.features:
-            if part.dtype != self.vae.dtype:
-                raise InputError(f"state: of a VAE in {part.dtype}, this one is in {self.vae.dtype}")
+            if part.dtype != own_dtype:
+                raise InputError(f"state: of a VAE in {part.dtype}, this one is in {own_dtype}")
         return state
 
     def _guidance(self, scale: float | None) -> float:
@@ -1056,7 +1086,29 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         except InputError as error:
             raise InputError(f"prompt: {error}") from error
 
+    def _check_encodes(self, name: str) -> None:
+        """Refuse (InputError) what the argument `name` gives where nothing here encodes it."""
+        if self.vae is None and not self.config["tiny_encoder"]:
+            raise InputError(
+                f"{name}: there is no VAE here to encode it (vae=None); load the pipeline with one, or with "
+                "tiny_encoder=True for the tiny network's own encoder"
+            )
+
+    def _bring_vae(self, *, encodes: bool = False) -> None:
+        """Bring what decodes where it runs; and, if something `encodes`, what does that."""
+        if self.decoder is not None:
+            onload(self.decoder)
+        if self.decoder is None or (encodes and not self.config["tiny_encoder"]):
+            onload(self.vae)
+
     def _vae(self, latents_per_call: int) -> VideoVAE:
+        """The VAE, or the tiny decoder in its place, which leaves encoding to it."""
+        if self.decoder is None:
+            return self._whole_vae(latents_per_call)
+        encoder = None if self.config["tiny_encoder"] else partial(self._whole_vae, latents_per_call)
+        return TinyVAE.around(uncompiled(self.decoder).network, latents_per_call, encoder)
+
+    def _whole_vae(self, latents_per_call: int) -> VideoVAE:
         model = uncompiled(self.vae)
         for switch, name in SWITCHES_OF_VAES.items():
             if getattr(model, switch, False):
@@ -1167,6 +1219,29 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return _Passes(self.transformer)
 
 
+def _vae_name(vae: Any, decoder: Any, *, tiny_encoder: bool = False) -> str:
+    """The name in VAES of the VAE whose latents these parts take.
+
+    Raises:
+        InputError: they are none that can be used here, or not of one kind.
+    """
+    if decoder is None:
+        if tiny_encoder:
+            raise InputError("tiny_encoder: has no meaning without decoder, whose encoder it is")
+        kind = kind_of(vae)
+        check_geometry(vae, GEOMETRIES[kind.name], "vae")
+        return kind.name
+    if not isinstance(decoder, TinyVideoAutoencoder):
+        raise InputError(f"decoder: a {type(decoder).__name__}; must be a {TinyVideoAutoencoder.__name__}")
+    tiny = decoder.network.kind
+    if vae is not None and (name := _vae_name(vae, None)) != tiny.vae_type:
+        raise InputError(
+            f"decoder: a {tiny.name} decodes latents of {tiny.vae_type}, and the VAE is a {name}; give "
+            f"{' or '.join(fitting(name))}, or none"
+        )
+    return tiny.vae_type
+
+
 class _Passes(NamedTuple):
     """A transformer as samplers call it."""
 
@@ -1212,7 +1287,7 @@ class _Showing:
         if self._shown.output_type == "latent":
             require_finite("chunk", {"latents": latents})
             return latents
-        onload(self._pipe.vae)
+        self._pipe._bring_vae()
         if self.cache is None and self._state is not None:
             before = restored(self._state.moment, self.vae)
             self.cache, self.hidden = before.decoder, before.waiting

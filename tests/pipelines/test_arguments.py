@@ -123,7 +123,9 @@ def test_a_stream_refuses_at_once(name: str, loaded: LongSanaVideoPipeline) -> N
 def test_every_argument_has_a_rule(method: str) -> None:
     """But those that have readers of their own."""
     read = {"self", "prompt", "negative_prompt", "generator", "state", "state_decay", "video", "image"}
-    parts = {"vae", "transformer", "tokenizer", "text_encoder", "scheduler"} if method == "__init__" else set()
+    parts = (
+        {"vae", "transformer", "tokenizer", "text_encoder", "scheduler", "decoder"} if method == "__init__" else set()
+    )
     assert signature(getattr(LongSanaVideoPipeline, method)).parameters.keys() - ARGUMENTS.keys() <= read | parts
 
 
