@@ -4,6 +4,7 @@
     python inference_video_scripts/benchmark.py --config=configs/... --model_path=... --num_frames 961 --out full.json
 
     python inference_video_scripts/benchmark.py ... --backend triton --kernels --profile --peer diffusers
+    python inference_video_scripts/benchmark.py ... --decoder taew2_1 --decoder_path seeded:0
 
 Two chunks are made first (cold), then the whole video (warm). Config, settings and flags are those of
 inference_sana_video.py. The report goes to --out as JSON, a table of it is printed. The wall time is from the prompt to
@@ -29,6 +30,7 @@ import torch
 from longsana.commands.generate import DEFAULT_CONFIG
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
+from longsana.encoders.tiny_layouts import FULL
 from longsana.evaluation.report import table
 from longsana.inference.flags import check_settings, parse_flags
 from longsana.models.float8 import check_float8
@@ -88,6 +90,10 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     if options.float8 and (config.model.float8 or options.backend == "compile"):
         raise InputError(
             "--float8: compares the network as it is with float8; not with model.float8 or --backend compile"
+        )
+    if options.peer and config.vae.decoder != FULL:
+        raise InputError(
+            f"--peer diffusers: compares the VAE's own decoder, and vae.decoder is {config.vae.decoder}; leave out one"
         )
     extras = {
         "operations": options.kernels,
@@ -168,7 +174,8 @@ def render(report: dict[str, Any]) -> str:
         for name, (ms, calls) in sorted(spent.items(), key=lambda item: -item[1][0])[:LONGEST]:
             lines[f"{what}, ms: {name}"] = f"{ms:.2f} in {calls} ({ms / total:.0%})"
     video = report["video"]
-    title = f"{video['frames']} frames of {video['width']}x{video['height']}"
+    decoder = "" if video["decoder"] == FULL else f", {video['decoder']}"
+    title = f"{video['frames']} frames of {video['width']}x{video['height']}{decoder}"
     return table([{title: name, report["machine"]["device"]: value} for name, value in lines.items()])
 
 

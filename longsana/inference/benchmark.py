@@ -111,6 +111,7 @@ def benchmark(
             "network": config.model.model,
             "backend": "compile" if compiled else backend(),
             "dtype": {"network": str(loaded.model.dtype), "vae": str(loaded.vae.dtype)},
+            "decoder": config.vae.decoder,
             "seed": config.sampling.seed if prompt.seed is None else prompt.seed,
         },
         **_speeds(warm, text),

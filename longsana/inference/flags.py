@@ -42,6 +42,8 @@ SETTING_FLAGS = {
     "motion_score": "sampling.motion_score",
     "high_motion": "sampling.high_motion",
     "image_fit": "sampling.image_fit",
+    "decoder": "vae.decoder",
+    "decoder_path": "vae.decoder_pretrained",
 }
 """Flags that are short for a setting."""
 

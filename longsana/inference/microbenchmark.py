@@ -221,6 +221,7 @@ def cases(loaded: Loaded, size: tuple[int, int]) -> Iterator[Case]:
     yield Case("norm_silu_into", (picture, gamma, buffer[:, 2:, 1:-1, 1:-1], bias), {}, written=2)
     yield Case("add_shortcut", (picture, picture.clone(), bias), {})
     yield Case("copy_into", (picture, buffer[:, 2:, 1:-1, 1:-1]), {}, written=1)
+    yield Case("relu_into", (picture, picture.clone(), bias, picture.clone()), {}, written=1)
 
 
 class Work(NamedTuple):

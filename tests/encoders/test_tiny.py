@@ -24,6 +24,7 @@ from longsana.encoders.vae_files import WAN
 from longsana.ops import FUSED
 from longsana.ops.dispatch import fused_twin
 from longsana.runtime.errors import InputError
+from longsana.sampling.continuation import KEPT
 from tests.encoders.streaming import draw, encoded_in_pieces, psnr, stream
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -237,6 +238,17 @@ def test_an_encoder_repeats_the_last_frame(name: str) -> None:
     exact = picture.permute(2, 0, 1)[None, :, None] / 127.5 - 1
     expected, _ = vae.model.encode((exact.expand(-1, -1, stride, -1, -1) + 1) / 2)
     torch.testing.assert_close(vae.encode_pictures([picture.numpy()]), vae._normalise(expected), rtol=0, atol=2e-5)
+
+
+@LAYOUTS
+def test_the_last_twelve_latents_are_all_that_it_remembers(name: str) -> None:
+    """As many as saved states keep: its memory is rebuilt from them."""
+    made, latents = network(name, torch.float64), latents_of(name, KEPT + 2, (1, 1)).double()
+    _, expected = tiny_decoder.decode(made, latents, None)
+    _, rebuilt = tiny_decoder.decode(made, latents[:, :, -KEPT:], None)
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(expected, rebuilt, strict=True))
+    _, shorter = tiny_decoder.decode(made, latents[:, :, -2:], None)
+    assert any((a - b).abs().max() > 1e-6 for a, b in zip(expected, shorter, strict=True))
 
 
 def test_lighttaew_takes_latents_that_are_not_normalised() -> None:

@@ -82,6 +82,18 @@ def test_float8_is_compared(report: dict[str, Any]) -> None:
     assert report["float8"]["forward, ms"] > 0
 
 
+def test_a_tiny_decoder_is_measured_in_the_place_of_the_full_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, given = tmp_path / "report.json", [*SMALL, "--decoder", "taew2_1", "--decoder_path", "seeded:0"]
+    assert script.main([*given, f"vae.vae_pretrained={tmp_path / 'none.pth'}", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["video"]["decoder"] == "taew2_1" and report["passes"]["decode a frame"] > 0
+    assert "17 frames of 48x32, taew2_1" in capsys.readouterr().out
+    assert script.main([*given, "--peer", "diffusers", "--out", str(out)]) == 2
+    assert "vae.decoder is taew2_1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("kernel", "name"),
     [

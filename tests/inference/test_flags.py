@@ -248,4 +248,10 @@ def test_motion_at_a_score_of_zero(
 def test_the_flags_are_the_published_ones() -> None:
     own = {"config", "work_dir", "dataset", "start_index", "end_index", "sample_nums", "add_label"}
     combined = {"json_file", "custom_height_width"}
-    assert set(PUBLISHED) - own - combined == (set(SETTING_FLAGS) | set(OTHER_FLAGS)) - {"height", "width", "image_fit"}
+    assert set(PUBLISHED) - own - combined == (set(SETTING_FLAGS) | set(OTHER_FLAGS)) - {
+        "height",
+        "width",
+        "image_fit",
+        "decoder",
+        "decoder_path",
+    }
