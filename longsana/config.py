@@ -162,7 +162,7 @@ class SamplingConfig:
     # Appended to every prompt; 0 or less: " high motion" or " low motion" instead; null: nothing
     motion_score: int | None = bounded(10, -1000, 1000)
     high_motion: bool = False
-    cuda_graphs: bool = False  # longlive_flow_euler on a GPU: record a pass of a long video and replay it
+    cuda_graphs: bool = False  # longlive_flow_euler on a GPU: replay passes of a long video, and a tiny decoder's calls
     # What becomes of the past where a part of a prompt begins: keep, recache=K, rebuild=W or cut; see data/story.py
     prompt_change: str = "keep"
     transition_chunks: int = bounded(0, 0, 1000)  # over which one part's caption becomes the next one's

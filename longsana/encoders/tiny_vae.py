@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from longsana.config import VAEConfig
 from longsana.encoders import tiny_decoder
 from longsana.encoders.geometry import GEOMETRIES, geometry
+from longsana.encoders.tiny_graphs import ReplayedDecoder
 from longsana.encoders.tiny_layouts import FULL, TINY
 from longsana.encoders.tiny_network import TinyNetwork, load_tiny
 from longsana.encoders.vae import VAES, EncodeCache, VideoVAE
@@ -27,6 +28,8 @@ from longsana.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Decode: TypeAlias = Callable[[Tensor, tuple[Tensor, ...] | None], tuple[Tensor, tuple[Tensor, ...]]]
 
 
 class TinyVAE(VideoVAE):
@@ -44,6 +47,11 @@ class TinyVAE(VideoVAE):
     ) -> None:
         super().__init__(network, GEOMETRIES[network.kind.vae_type], latents_per_call)
         self._encoder = encoder
+        self._decode: Decode = partial(tiny_decoder.decode, network)
+
+    def replay(self) -> None:
+        """Replay calls of the decoder as CUDA graphs from now on; it is on a GPU, and its weights stay as they are."""
+        self._decode = ReplayedDecoder(self.model)
 
     @classmethod
     @plain_defaults()
@@ -161,4 +169,4 @@ class TinyVAE(VideoVAE):
     def _decode_group(
         self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return tiny_decoder.decode(self.model, latents, features)
+        return self._decode(latents, features)

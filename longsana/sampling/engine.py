@@ -22,6 +22,7 @@ from longsana.data.story import Outline, shared_changes
 from longsana.encoders.geometry import geometry
 from longsana.encoders.loading import load_vae
 from longsana.encoders.tiny_layouts import FULL
+from longsana.encoders.tiny_vae import TinyVAE
 from longsana.encoders.vae import DecodeCache, VideoVAE
 from longsana.flow.noise import Noise, PromptNoise
 from longsana.flow.schedule import FlowSchedule, euler_sigmas
@@ -175,7 +176,10 @@ class Engine:
         """
         network, config = self.load_network(), self.config.vae
         with blame("vae.vae_pretrained" if config.decoder == FULL else "vae.decoder_pretrained"):
-            return network, load_vae(config, self.device, resolve_dtype(config.weight_dtype, self.device))
+            vae = load_vae(config, self.device, resolve_dtype(config.weight_dtype, self.device))
+        if isinstance(vae, TinyVAE) and self._recorded:
+            vae.replay()
+        return network, vae
 
     def load_network(self) -> LongSanaDiT:
         """The network alone, for those who need latents and no pictures. Raises: see `load`."""
@@ -228,7 +232,7 @@ class Engine:
             PromptNoise(seeds, keys),
             self.device,
             sampling.cfg_scale,
-            recorded=sampling.cuda_graphs and self.device.type == "cuda",
+            recorded=self._recorded,
             null_caption=sampling.cfg_scale != 1 and sampling.null_caption == "learned",
             outlines=outlines,
             transition_chunks=sampling.transition_chunks,
@@ -266,6 +270,10 @@ class Engine:
             to_the_end=to_the_end,
             wanted=wanted,
         )
+
+    @property
+    def _recorded(self) -> bool:
+        return self.config.sampling.cuda_graphs and self.device.type == "cuda"
 
     def first_of(self, decoder: VideoVAE, prompts: Sequence[Prompt], videos: Videos) -> dict[int, Tensor]:
         """Latents (B, C, 1, h, w), float32, of the pictures that chunks of the prompts' videos begin with, by chunk.
