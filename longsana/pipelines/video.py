@@ -212,7 +212,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 f"transformer: a {type(transformer).__module__}.{type(transformer).__name__}; needed is "
                 f"{CAUSAL_CLASS} or {BASE_CLASS} of {networks.__name__}, which from_pretrained builds"
             )
-        name = _vae_name(uncompiled(vae), uncompiled(decoder), tiny_encoder=tiny_encoder)
+        name = _checked_vae(uncompiled(vae), uncompiled(decoder), tiny_encoder=tiny_encoder)
         check_words(chi_prompt, "chi_prompt")
         check_chi_prompt(chi_prompt)
         taken, given = transformer.config["in_channels"], GEOMETRIES[name].channels
@@ -283,7 +283,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     @property
     def _vae_name(self) -> str:
-        return _vae_name(uncompiled(self.vae), uncompiled(self.decoder))
+        if self.vae is None:
+            return str(uncompiled(self.decoder).network.kind.vae_type)
+        return kind_of(uncompiled(self.vae)).name
 
     @property
     def num_timesteps(self) -> int:
@@ -1030,7 +1032,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 "state: its video has ended: this VAE's decoder looks ahead, and took this end for final. Go on from "
                 "the state of a chunk before, or stream with num_frames=None and end with num_frames=0"
             )
-        own_dtype = self._vae(1).dtype
+        own_dtype = (self.vae if self.decoder is None else self.decoder).dtype
         for part in state.decoder.features:
             if part.dtype != own_dtype:
                 raise InputError(f"state: of a VAE in {part.dtype}, this one is in {own_dtype}")
@@ -1219,7 +1221,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return _Passes(self.transformer)
 
 
-def _vae_name(vae: Any, decoder: Any, *, tiny_encoder: bool = False) -> str:
+def _checked_vae(vae: Any, decoder: Any, *, tiny_encoder: bool = False) -> str:
     """The name in VAES of the VAE whose latents these parts take.
 
     Raises:
@@ -1234,7 +1236,7 @@ def _vae_name(vae: Any, decoder: Any, *, tiny_encoder: bool = False) -> str:
     if not isinstance(decoder, TinyVideoAutoencoder):
         raise InputError(f"decoder: a {type(decoder).__name__}; must be a {TinyVideoAutoencoder.__name__}")
     tiny = decoder.network.kind
-    if vae is not None and (name := _vae_name(vae, None)) != tiny.vae_type:
+    if vae is not None and (name := _checked_vae(vae, None)) != tiny.vae_type:
         raise InputError(
             f"decoder: a {tiny.name} decodes latents of {tiny.vae_type}, and the VAE is a {name}; give "
             f"{' or '.join(fitting(name))}, or none"

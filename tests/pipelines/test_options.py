@@ -66,7 +66,7 @@ def test_dict_tuple_outputs_equivalent(either: LongSanaVideoPipeline) -> None:
 
 
 def test_components_function(loaded: LongSanaVideoPipeline) -> None:
-    assert set(loaded.components) == {"vae", "transformer", "tokenizer", "text_encoder", "scheduler"}
+    assert set(loaded.components) == {"vae", "transformer", "tokenizer", "text_encoder", "scheduler", "decoder"}
     again = LongSanaVideoPipeline(**loaded.components, **loaded.parameters)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(again(**inputs()).frames, loaded(**inputs()).frames)

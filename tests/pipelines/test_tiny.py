@@ -102,7 +102,7 @@ def test_what_is_encoded(
     frames = own(PROMPT, generator=seed(), **call).frames
     assert frames.shape == expected.shape and not torch.equal(frames, expected)
     assert own(PROMPT, generator=seed(), **picture).frames.isfinite().all()
-    streamed = list(own.stream(PROMPT, 8, generator=seed(), video=FILM, **CHUNKS))
+    streamed = list(own.stream(PROMPT, 8, generator=seed(), video=FILM, **SIZE, **CHUNKS))
     assert sum(chunk.frames.shape[1] for chunk in streamed) == 17
 
 
