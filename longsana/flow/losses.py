@@ -1,7 +1,7 @@
 """Losses of training: flow matching, ODE regression and distribution matching (method.md 7.4 to 7.6).
 
 Videos are (B, C, T, H, W) in any dtype, without the frames that do not count. All is computed in float32 or finer: the
-published code forms scores and gradient of distribution matching in bfloat16 (method.md 7.8).
+published code forms scores and gradient of distribution matching in bfloat16 (method.md 7.9).
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def train_vae(config: VAETrainingConfig, folder: Path, device: torch.device) -> 
     """Train and write a diffusers folder; returns its PSNR in dB on held-out clips, streamed.
 
     The loss is the mean absolute error of pixels, and of their differences, with the KL divergence kept small
-    (method.md 7.9). The master weights are float32; on a GPU the network computes in bfloat16, channels last.
+    (method.md 7.10). The master weights are float32; on a GPU the network computes in bfloat16, channels last.
 
     Raises:
         Stopped: it was asked to stop; what it has is in the folder, and the same call goes on.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 from longsana.config import ModelConfig, load_config
 from longsana.encoders.vae import WanVAE
@@ -87,6 +88,18 @@ def small_training(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def pictured_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of PROMPTS, each line of which names a picture beside it, of 50 x 40 random pixels."""
+    folder = tmp_path_factory.mktemp("pictured")
+    for number in range(len(PROMPTS)):
+        pixels = torch.randint(0, 256, (40, 50, 3), generator=torch.Generator().manual_seed(number)).to(torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    path = folder / "prompts.txt"
+    path.write_text("".join(f"{prompt}<image>{n}.png\n" for n, prompt in enumerate(PROMPTS)), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -37,12 +37,16 @@ STAGES: dict[str, tuple[str, list[str], int]] = {
     "causal": ("flow_matching", ["flow_matching.causal=true", "scheduler.sampling_algo=chunk_flow_euler"], 5),
     "picture": ("flow_matching", ["train.image_probability=0.5"], 4),  # first in iterations 0, 2 and 4
     "ode": ("ode", [], 5),
+    "ode_picture": ("ode", ["train.image_probability=0.5", "sampling.image_first=absorb"], 5),
     # Generator and critic play in iterations 0, 2, 4, the critic alone in 1, 3, 5: the kill is between the two of 4.
     "self_forcing": ("self_forcing", [], 7),
     "longsana": ("longsana", [], 7),
     "past": ("longsana", ["model.state_decay=learned", "model.num_sink_blocks=1"], 7),
     # Streams of up to 17 latents; their captions are encoded ahead, those of the switch file too.
     "switching": ("longsana", ["streaming.switch_mode=random", "streaming.streaming_max_length=17", FREE], 7),
+    # Their prompts name pictures: of clips in iterations 0, 2 and 4; of every stream.
+    "self_forcing_picture": ("self_forcing", ["train.image_probability=0.5"], 7),
+    "longsana_picture": ("longsana", ["train.image_probability=1", "sampling.image_first=absorb"], 7),
     "changing": ("longsana", ["streaming.prompt_change_prob=0.7", "streaming.prompt_change=recache=2"], 7),
 }
 EVERY_DAY = [pytest.param(name, marks=() if name in ("base", "longsana") else pytest.mark.slow) for name in STAGES]
@@ -62,13 +66,15 @@ def run(train_script) -> Callable[..., int]:
 
 
 @pytest.fixture(scope="module")
-def stage_config(small_training, trajectories, tmp_path_factory) -> Callable[..., Path]:
+def stage_config(small_training, trajectories, pictured_prompts, tmp_path_factory) -> Callable[..., Path]:
     second = tmp_path_factory.mktemp("switch") / "second.txt"
     second.write_text("".join(f"{prompt}, and then it rains\n" for prompt in PROMPTS), encoding="utf-8")
 
     def write(name: str, *overrides: str) -> Path:
         trainer, own, _ = STAGES[name]
         data = [f"data.data_path={trajectories}"] if trainer == "ode" else []
+        if name in ("self_forcing_picture", "longsana_picture"):
+            data = [f"data.data_path={pictured_prompts}"]
         if name == "switching":
             data += [f"streaming.switch_prompt_path={second}", "streaming.prompt_change=recache=1"]
         return small_training(trainer, *own, *data, *overrides)
@@ -153,6 +159,9 @@ def test_the_runs_differ_where_they_should(stage_config, run, tmp_path):
         pytest.param("causal", ["train.sharding_strategy=hybrid_zero2"], marks=pytest.mark.slow),
         pytest.param("picture", [], marks=pytest.mark.slow),
         pytest.param("ode", [], marks=pytest.mark.slow),
+        pytest.param("ode_picture", [], marks=pytest.mark.slow),
+        pytest.param("self_forcing_picture", [], marks=pytest.mark.slow),
+        pytest.param("longsana_picture", [], marks=pytest.mark.slow),
         pytest.param(
             "self_forcing",
             ["train.mixed_precision=true", "train.gradient_checkpointing=true"],

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
@@ -35,25 +34,9 @@ SHAPE = (CHANNELS, HEIGHT, WIDTH)
 WAYS = ("absorb", "pin")
 
 
-def random_picture(number: int) -> Image.Image:
-    pixels = torch.randint(256, (32, 48, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prompt file, each line of which names a picture beside it."""
-    folder = tmp_path_factory.mktemp("pictured")
-    for number in range(len(PROMPTS)):
-        random_picture(number).save(folder / f"{number}.png")
-    path = folder / "prompts.txt"
-    path.write_text("".join(f"{prompt}<image>{n}.png\n" for n, prompt in enumerate(PROMPTS)), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
-def pictures(files: Path, vae: WanVAE) -> Pictures:
-    return Pictures(training_pictures(files), vae, 32, 48, "cover")
+def pictures(pictured_prompts: Path, vae: WanVAE) -> Pictures:
+    return Pictures(training_pictures(pictured_prompts), vae, 32, 48, "cover")
 
 
 @pytest.fixture
@@ -230,9 +213,11 @@ def test_a_trajectory_begins_with_its_own_end(training_config, random_model, net
     assert noisy
 
 
-def test_pictures_are_those_of_the_prompts_and_are_kept(files, pictures, vae, monkeypatch):
+def test_pictures_are_those_of_the_prompts_and_are_kept(pictured_prompts, pictures, vae, monkeypatch):
     numbers = [3, 0, 3]
-    by_hand = [vae.encode_pictures([read_picture(files.parent / f"{number}.png", 32, 48)]) for number in numbers]
+    by_hand = [
+        vae.encode_pictures([read_picture(pictured_prompts.parent / f"{number}.png", 32, 48)]) for number in numbers
+    ]
     assert torch.equal(pictures(numbers), torch.cat(by_hand))
     monkeypatch.setattr("longsana.training.pictures.read_picture", None)
     assert torch.equal(pictures(numbers), torch.cat(by_hand))
@@ -250,12 +235,12 @@ def configured(small_training: Callable[..., Path], trainer: str, *settings: str
     return config
 
 
-def test_prompts_that_name_pictures(files, tmp_path):
-    assert training_prompts(files, pictures=True) == list(PROMPTS)
+def test_prompts_that_name_pictures(pictured_prompts, tmp_path):
+    assert training_prompts(pictured_prompts, pictures=True) == list(PROMPTS)
     with pytest.raises(InputError, match=r"prompts\.txt, line 1: begins with a picture, which has no meaning"):
-        training_prompts(files)
+        training_prompts(pictured_prompts)
     with pytest.raises(InputError, match=r"mine\.txt, line 2: names no picture \('words<image>path'\)"):
-        training_pictures(lines(tmp_path, f"a<image>{files.parent / '0.png'}", "b"))
+        training_pictures(lines(tmp_path, f"a<image>{pictured_prompts.parent / '0.png'}", "b"))
     with pytest.raises(InputError, match=r"mine\.txt, line 1: gone\.png: no such picture"):
         training_pictures(lines(tmp_path, "a<image>gone.png"))
 
@@ -291,13 +276,15 @@ def test_lengths_that_no_picture_can_lead(small_training, trainer, settings, wor
     assert re.search(words, str(caught.value))
 
 
-def test_a_switch_file_beside_pictured_prompts(small_training, files, tmp_path):
+def test_a_switch_file_beside_pictured_prompts(small_training, pictured_prompts, tmp_path):
     """Streams begin with pictures and switch to words."""
     from longsana.training.checks import switch_prompts
 
     switch = lines(tmp_path, *(f"then {prompt}" for prompt in PROMPTS))
     settings = [f"streaming.switch_prompt_path={switch}", "streaming.fixed_switch_index=5"]
-    config = configured(small_training, "longsana", "train.image_probability=0.5", f"data.data_path={files}", *settings)
+    config = configured(
+        small_training, "longsana", "train.image_probability=0.5", f"data.data_path={pictured_prompts}", *settings
+    )
     assert switch_prompts(config) == [f"then {prompt}" for prompt in PROMPTS]
     with pytest.raises(InputError, match="line 1: begins with a picture"):
-        switch_prompts(replace(config, streaming=replace(config.streaming, switch_prompt_path=str(files))))
+        switch_prompts(replace(config, streaming=replace(config.streaming, switch_prompt_path=str(pictured_prompts))))
