@@ -142,13 +142,13 @@ def test_options_that_are_named_exist(document: Path) -> None:
 
 
 def test_sections_that_the_code_cites_exist() -> None:
-    headings = re.findall(r"^##+ ([0-9](?:\.[0-9])?)", (ROOT / "docs/method.md").read_text(), re.MULTILINE)
+    headings = re.findall(r"^##+ ([0-9](?:\.[0-9]+)?)", (ROOT / "docs/method.md").read_text(), re.MULTILINE)
     sources = [path for folder in ("longsana", "tests") for path in (ROOT / folder).rglob("*.py")]
     cited = {
         (path.name, number)
         for path in sources
         for group in re.findall(r"method\.md ([0-9.]+(?:(?:,| and| to) [0-9.]+)*)", path.read_text())
-        for number in re.findall(r"[0-9](?:\.[0-9])?", group)
+        for number in re.findall(r"[0-9](?:\.[0-9]+)?", group)
     }
     assert len(cited) > 20
     assert {(name, number) for name, number in cited if number not in headings} == set()

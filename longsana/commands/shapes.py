@@ -132,27 +132,32 @@ def write_prompts(request: Request) -> None:
 
 
 def draw_pictures(request: Request) -> None:
-    """Draw the first picture of each training prompt's scene, and write the prompts with them: pictured.txt."""
+    """Draw the first picture of each training prompt's scene; then write the prompts with them, pictured.txt."""
     folder = request.folder / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     scenes = distinct_scenes(1, TRAINING_PROMPTS, held_out=False, draw=WORLDS[request.world])
-    paths = [folder / f"{number:05d}.png" for number in range(1, len(scenes) + 1)]
-    missing = [number for number, path in enumerate(paths) if not path.exists()]
-    for some in (missing[first : first + 64] for first in range(0, len(missing), 64)):
-        for number, picture in zip(some, to_bytes(render([scenes[n] for n in some], range(1))), strict=True):
-            with whole_file(paths[number]) as partial:
+    names = [f"{folder.name}/{number:05d}.png" for number in range(1, len(scenes) + 1)]
+    lines = [f"{scene.caption}{PICTURE}{name}" for scene, name in zip(scenes, names, strict=True)]
+    path = request.folder / "pictured.txt"
+    _check_lines(path, lines, request.world)
+    for first in range(0, len(scenes), 64):
+        some = slice(first, first + 64)
+        for name, picture in zip(names[some], to_bytes(render(scenes[some], range(1))), strict=True):
+            with whole_file(request.folder / name) as partial:
                 Image.fromarray(picture[0].numpy()).save(partial, "PNG")
-    lines = [
-        f"{scene.caption}{PICTURE}{path.relative_to(request.folder)}" for scene, path in zip(scenes, paths, strict=True)
-    ]
-    _write_lines(request.folder / "pictured.txt", lines, request.world)
+    _write_lines(path, lines, request.world)
 
 
 def _write_lines(path: Path, lines: Sequence[str], world: WorldName) -> None:
-    text = "\n".join(lines) + "\n"
+    """Write a file of prompts, unless it is there."""
+    _check_lines(path, lines, world)
     if not path.exists():
-        atomic_write_text(path, text)
-    elif path.read_text(encoding="utf-8") != text:
+        atomic_write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _check_lines(path: Path, lines: Sequence[str], world: WorldName) -> None:
+    """Refuse (InputError) a file that is there with other prompts."""
+    if path.exists() and path.read_text(encoding="utf-8").splitlines() != list(lines):
         raise InputError(f"{path}: not the prompts of --world {world}; give another folder")
 
 
