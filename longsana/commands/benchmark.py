@@ -107,7 +107,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
         except ValueError as error:
             raise InputError(f"--float8: {error}") from error
     prompt = select_prompts(config, 0, 1, pictures=True)[0]
-    check_weights(config, encodes=prompt.image is not None)
+    check_weights(config, encodes=bool(prompt.pictures))
     return Request(
         config,
         prompt,

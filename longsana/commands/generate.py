@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from longsana.config import InferenceConfig, load_config
 from longsana.data.pictures import read_picture
 from longsana.data.prompts import Prompt
-from longsana.inference.beginnings import NONE, Beginning, check_prompts, prepare_beginning, prompt_of
+from longsana.inference.beginnings import NONE, Beginning, prepare_beginning, prompt_of, prompts_after
 from longsana.inference.flags import check_settings, parse_flags
 from longsana.runtime.commandline import Parser, run_command, typed_path, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
@@ -107,6 +107,8 @@ def prepare(arguments: Sequence[str]) -> Request:
     if options.image is not None:
         check_image(options.image, config)
     beginning, config = prepare_beginning(options, settings, config)
+    if beginning.goes_on and options.image is not None:
+        raise InputError("--image: a picture to begin with, and what the video goes on from; give one of them")
     if beginning.state is not None and not any(item.startswith("sampling.txt_file=") for item in settings):
         prompts = [prompt_of(beginning.state, config)]
     else:
@@ -117,14 +119,15 @@ def prepare(arguments: Sequence[str]) -> Request:
             options.sample_nums,
             pictures=True,
             image=options.image,
+            goes_on=beginning.goes_on,
         )
     if not any(prompt.pictures for prompt in prompts) and any(
         item.startswith("sampling.image_fit=") for item in settings
     ):
         log.info("--image_fit changes nothing here: no prompt begins with a picture")
-    if options.image not in {prompt.image for prompt in prompts}:
+    if options.image is not None and options.image not in {prompt.image for prompt in prompts}:
         log.info("--image changes nothing here: every prompt names a picture of its own")
-    check_prompts(beginning, prompts, config)
+    prompts = prompts_after(beginning, prompts, config)
     check_weights(config, encodes=beginning.encodes(prompts))
     work_dir = options.work_dir or Path("output/inference") / config_path.stem
     usual = (beginning.path or Path(config.sampling.txt_file)).stem

@@ -43,31 +43,21 @@ def read_picture(path: str | Path, height: int, width: int, fit: Fit = "cover") 
         return fit_picture(picture, height, width, fit)
 
 
-def check_picture(path: str | Path) -> None:
-    """Refuse a file of which its head tells that it is no picture for `read_picture`; no pixel is decoded.
-
-    Raises:
-        InputError: there is no such file, or it is no picture, too large, or a film.
-    """
-    with _opened(Path(path)):
-        pass
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open a picture of which only the head has been read; all that goes wrong with it is told, see `_told`."""
+    """Open a picture of which only the head has been read; all that goes wrong with it is told, see `told`."""
     if not os.path.exists(path):  # not of the path, which fails where a name is too long
         raise InputError(f"{path}: no such picture")
     if not path.is_file():
         raise InputError(f"{path}: {'a folder' if path.is_dir() else 'no file'}; give a picture, such as a PNG")
-    with _told(path), path.open("rb") as stream:
+    with told(path), path.open("rb") as stream:
         head = stream.read(24)
         refuse_stand_in(path, head)
         if not head:
             raise InputError(f"{path}: an empty file; give a picture, such as a PNG")
         stream.seek(0)
         with Image.open(stream, formats=FORMATS) as picture:
-            _check_header(picture)
+            check_header(picture)
             yield picture
 
 
@@ -121,8 +111,8 @@ def eight_bits(values: np.ndarray) -> np.ndarray:
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
-def _check_header(picture: Image.Image) -> None:
-    """Refuse (InputError) what the head of a file says of its size and its number of pictures."""
+def check_header(picture: Image.Image) -> None:
+    """Refuse (InputError) a picture for what its head says of its size and of a number of pictures."""
     if picture.width * picture.height > MOST_PIXELS:
         raise InputError(f"{picture.height}x{picture.width} pixels, {_TOO_LARGE}")
     count = getattr(picture, "n_frames", 1)
@@ -131,17 +121,17 @@ def _check_header(picture: Image.Image) -> None:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Say in one line, as an InputError that begins with the path, what is wrong with a file."""
+def told(name: str | Path) -> Iterator[None]:
+    """Say in one line, as an InputError that begins with a name, what is wrong with a picture."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what may be wrong with a file: it is read, or refused
             yield
     except InputError as error:
-        raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from error
+        raise error if str(error).startswith(f"{name}:") else InputError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: its pixels are {_TOO_LARGE}") from error
+        raise InputError(f"{name}: its pixels are {_TOO_LARGE}") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: no picture of a kind that is read ({', '.join(FORMATS)}); save it as PNG") from error
+        raise InputError(f"{name}: no picture of a kind that is read ({', '.join(FORMATS)}); save it as PNG") from error
     except Exception as error:  # what Pillow's readers raise of broken files is of any kind
-        raise InputError(f"{path}: cannot be read as a picture ({reason_of(error)}); give another") from error
+        raise InputError(f"{name}: cannot be read as a picture ({reason_of(error)}); give another") from error

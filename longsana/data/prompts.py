@@ -201,7 +201,14 @@ def training_prompts(path: str | Path, what: str = "data.data_path", *, pictures
     return [entry.text for entry in _training_entries(_training_file(path, what), pictures=pictures)]
 
 
-def training_pictures(path: str | Path, what: str = "data.data_path") -> list[Path]:
+class Pictured(NamedTuple):
+    """The picture of a training prompt. where: the prompt is, for errors."""
+
+    where: str
+    path: Path
+
+
+def training_pictures(path: str | Path, what: str = "data.data_path") -> list[Pictured]:
     """The pictures that the prompts of a file name, one for each of `training_prompts`, which also says what is read.
 
     Raises:
@@ -215,7 +222,7 @@ def training_pictures(path: str | Path, what: str = "data.data_path") -> list[Pa
                 f"{where}: names no picture ('words{PICTURE}path'); with train.image_probability above 0 every prompt "
                 "needs one that its videos may begin with"
             )
-        found.append(_find_picture(entry.image, file.parent, where))
+        found.append(Pictured(where, _find_picture(entry.image, file.parent, where)))
     return found
 
 

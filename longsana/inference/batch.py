@@ -152,7 +152,14 @@ def _plan_jobs(
             "width": prompt.width,
             "fps": config.sampling.fps,
             "fingerprint": fingerprint(
-                settings, prompt, digests, meaningless(config), parts, beginning.record, picture
+                settings,
+                prompt,
+                digests,
+                meaningless(config),
+                parts,
+                beginning.record,
+                picture,
+                encodes=beginning.encodes([prompt]),
             ),
             "sha256": digests,
             "config": settings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:  # they bring diffusers and transformers, which take seconds
     from torch import Tensor
 
     from longsana.sampling.continuation import Continuation, Moment
+
+log = logging.getLogger(__name__)
 
 NONE = "none"
 SAVES = (NONE, "latents", "full")
@@ -75,7 +78,7 @@ class Beginning:
 
     def encodes(self, prompts: Sequence[Prompt]) -> bool:
         """Tell whether pictures or films are encoded for any video of these prompts."""
-        return self.film > 0 or any(prompt.image is not None for prompt in prompts)
+        return self.film > 0 or any(prompt.pictures for prompt in prompts)
 
     def wants(self, chunk: int, count: int) -> bool:
         """Tell whether a state is saved after a chunk, from 0, of so many."""
@@ -227,11 +230,16 @@ def prompt_of(state: Continuation, config: InferenceConfig) -> Prompt:
     return Prompt(1, state.prompt, parts, state.repetition, *state.size, config.sampling.seed, marks=marks)
 
 
-def check_prompts(beginning: Beginning, prompts: Sequence[Prompt], config: InferenceConfig) -> None:
-    """Refuse (InputError) prompts for which what there is cannot go on."""
-    for prompt in prompts if beginning.goes_on else ():
-        if prompt.image is not None:
-            raise InputError(f"line {prompt.line}: a picture to begin with, and what the video goes on from; give one")
+def prompts_after(beginning: Beginning, prompts: Sequence[Prompt], config: InferenceConfig) -> list[Prompt]:
+    """The prompts without pictures of parts that a state's own story has had before it.
+
+    Raises:
+        InputError: what there is cannot go on for one of them, or has no room for its parts.
+    """
+    if not beginning.goes_on:
+        return list(prompts)
+    following = []
+    for prompt in prompts:
         if (config.sampling.num_frames if prompt.frames is None else prompt.frames) == 1:
             raise InputError("num_frames=1: adds no frame to a video that goes on, which gets one frame less")
         if beginning.state is not None and (prompt.height, prompt.width) != beginning.state.size:
@@ -239,6 +247,24 @@ def check_prompts(beginning: Beginning, prompts: Sequence[Prompt], config: Infer
                 f"line {prompt.line}: {prompt.height}x{prompt.width}, and the state {beginning.path} is of "
                 f"{beginning.state.size[0]}x{beginning.state.size[1]}"
             )
+        following.append(_after(beginning, prompt, config))
+        if following[-1].image is not None:
+            raise InputError(f"line {prompt.line}: a picture to begin with, and what the video goes on from; give one")
+    return following
+
+
+def _after(beginning: Beginning, prompt: Prompt, config: InferenceConfig) -> Prompt:
+    """A prompt without pictures that a state's own story has had; InputError: its parts cannot be placed."""
+    try:
+        parts = beginning.outline(prompt, config).parts
+    except InputError as error:
+        raise InputError(f"line {prompt.line}: {error}") from error
+    if not beginning.goes_on_with(prompt):
+        return prompt
+    cuts = {number: path for number, path in prompt.cuts.items() if parts[number].chunk >= 0}
+    if cuts != prompt.cuts or prompt.image is not None:
+        log.info("line %d: pictures of parts that began before the state change nothing here", prompt.line)
+    return dataclasses.replace(prompt, image=None, cuts=cuts)
 
 
 def _of_state(state: Continuation, path: Path, settings: Sequence[str], config: InferenceConfig) -> InferenceConfig:

@@ -89,7 +89,7 @@ def benchmark(
     compiled: each block under torch.compile. extras: those of EXTRAS that are wanted.
     """
     started = {"process": time.time() - psutil.Process().create_time()}
-    check_weights(config, fetch=True, encodes=prompt.image is not None)
+    check_weights(config, fetch=True, encodes=bool(prompt.pictures))
     engine = Engine(config, device)
     (first_text, text), caption = _encode(engine, prompt, started)
     with _timed(started, "networks"):

@@ -103,6 +103,8 @@ def fingerprint(
     parts: Sequence[Mapping[str, Any]] = (),
     began: Mapping[str, Any] | None = None,
     picture: str | None = None,
+    *,
+    encodes: bool = False,
 ) -> str:
     """SHA-256 of all that decides what a video shows: prompt, seed, settings and weights.
 
@@ -111,10 +113,10 @@ def fingerprint(
     without: settings that decide nothing either; see `meaningless`.
     parts: of the prompt, as `told_parts` has them. began: what the video goes on from, if anything.
     picture: SHA-256 of the picture that it begins with, which is fitted as `sampling.image_fit` says.
+    encodes: something is encoded for this video; what a state holds of pictures has been.
     """
     deciding = {section: dict(values) for section, values in settings.items()}
-    encodes = any("image_sha256" in part for part in parts) or "film_frames" in (began or {})
-    deciding["vae"] = _deciding_vae(settings["vae"], digests, encodes=picture is not None or encodes)
+    deciding["vae"] = _deciding_vae(settings["vae"], digests, encodes=encodes)
     for section in SOURCES.keys() - {"vae"}:
         deciding[section][SOURCES[section]] = digests[section]
     deciding["text_encoder"]["chi_prompt"] = text_sha256(instruction_text(deciding["text_encoder"]["chi_prompt"]))
@@ -149,11 +151,11 @@ def _deciding_vae(settings: Mapping[str, Any], digests: Mapping[str, str], *, en
     """
     deciding = dict(settings)
     tiny = {key: deciding.pop(key) for key in ("decoder", "decoder_pretrained", "encoder")}
-    deciding["vae_pretrained"] = digests.get("vae")
+    del deciding["vae_pretrained"]
     if tiny["decoder"] == FULL:
-        return deciding
-    if not encodes or tiny["encoder"] != FULL:
-        del deciding["vae_pretrained"]
+        return deciding | {"vae_pretrained": digests["vae"]}
+    if encodes and tiny["encoder"] == FULL:
+        deciding["vae_pretrained"] = digests["vae"]
     deciding |= {"decoder": tiny["decoder"], "decoder_pretrained": digests[DECODER]}
     return deciding | {"encoder": tiny["encoder"]} if encodes else deciding
 

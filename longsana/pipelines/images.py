@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from longsana.data.pictures import Fit, fit_picture, read_picture
+from longsana.data.pictures import Fit, check_header, fit_picture, read_picture, told
 from longsana.data.story import Outline, check_cut
 from longsana.runtime.arguments import Whole
 from longsana.runtime.errors import InputError
@@ -65,10 +65,9 @@ def picture_of(image: PictureLike, size: tuple[int, int], fit: Fit, name: str = 
             f"{name}: a {type(image).__name__}; must be the path of a picture, one of PIL, or an array (H, W, 3) of "
             "uint8"
         )
-    try:
+    with told(name):
+        check_header(image)
         return fit_picture(image, *size, fit)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
 
 
 def places_of(parts: Sequence[int], outlines: Sequence[Outline]) -> dict[int, int]:

@@ -144,11 +144,13 @@ def select_prompts(
     *,
     pictures: bool = False,
     image: Path | None = None,
+    goes_on: bool = False,
 ) -> list[Prompt]:
     """Prompts [start_index, end_index) of the config's file, counted from 0, all fit to be sampled.
 
     sample_nums: prompts of the file that count, from its top; None: all. pictures: whether they may begin with one.
-    image: the picture of prompts that begin with none.
+    image: the picture of prompts that begin with none. goes_on: the videos go on from others, among which their parts
+        are still to be placed.
 
     Raises:
         InputError: the file, the range, or a prompt's size, length, parts or picture are wrong.
@@ -181,7 +183,8 @@ def select_prompts(
         try:
             check_bounds(own)
             check_size(config, prompt.height, prompt.width)
-            placed_parts(config, prompt)
+            if not goes_on:
+                placed_parts(config, prompt)
             check_pictures(config, prompt, frames, checked)
         except InputError as error:
             raise InputError(f"{place(path, prompt.line)}: {error}") from error

@@ -130,7 +130,7 @@ class StageBuilder:
         config = self.config
         if not config.train.image_probability:
             return None
-        paths = training_pictures(config.data.data_path)
+        paths = [picture.path for picture in training_pictures(config.data.data_path)]
         return Pictures(paths, self.vae, config.sampling.height, config.sampling.width, config.sampling.image_fit)
 
     def switch_prompts(self) -> Sequence[str]:

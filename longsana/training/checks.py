@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from math import gcd
 from pathlib import Path
@@ -17,8 +19,9 @@ from longsana.chunks import ChunkPlan
 from longsana.config import load_config
 from longsana.data.clips import GENERATED, open_clips
 from longsana.data.lmdb_entries import DATA
-from longsana.data.pictures import check_picture, read_picture
+from longsana.data.pictures import read_picture
 from longsana.data.prompts import (
+    Pictured,
     Prompt,
     aligned_prompts,
     place,
@@ -247,12 +250,30 @@ def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
         pictures = config.train.image_probability > 0
         training_prompts(config.data.data_path, pictures=pictures)
         switch_prompts(config)
-        for path in training_pictures(config.data.data_path) if pictures else ():
-            check_picture(path)
+        if pictures:
+            _read_pictures(config)
     elif not config.data.data_path.startswith(GENERATED):
         locate(config.data.data_path, "data.data_path")
     if visualize and config.validation.vis_interval:
         validation_prompts(config)
+
+
+def _read_pictures(config: TrainingConfig) -> None:
+    """Decode every picture once, in threads: one that is broken would end the run when its prompt's turn comes."""
+    sampling = config.sampling
+
+    def fault(picture: Pictured) -> str | None:
+        try:
+            read_picture(picture.path, sampling.height, sampling.width, sampling.image_fit)
+        except InputError as error:
+            return f"{picture.where}: {error}"
+        return None
+
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:  # the filters that threads leave are put back
+        for told in pool.map(fault, training_pictures(config.data.data_path)):
+            if told is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise InputError(told)
 
 
 def check_data(config: TrainingConfig) -> None:

@@ -27,7 +27,7 @@ def test_each_prompt_has_the_picture_that_its_scene_begins_with(world: str, tmp_
         assert shapes.main([tool, str(tmp_path), "--world", world]) == 0
     file = tmp_path / "pictured.txt"
     assert training_prompts(file, pictures=True) == training_prompts(tmp_path / "prompts.txt")
-    paths = training_pictures(file)
+    paths = [picture.path for picture in training_pictures(file)]
     assert len(set(paths)) == COUNT == len(list((tmp_path / "pictures").iterdir()))
     scenes = shapes.distinct_scenes(1, COUNT, held_out=False, draw=WORLDS[world])
     first = to_bytes(render(scenes, range(1)))[:, 0].numpy()

@@ -230,7 +230,7 @@ def test_validation_has_its_own_lengths_and_the_trained_size(tmp_path: Path) -> 
     for field, says in (
         ('"frames": 5', "frames has no meaning in validation"),
         ('"size": [32, 32]', "32x32"),
-        ('"image": "a.png"', "begins with a picture, which has no meaning here"),
+        ('"image": "a.png"', "a.png: no such picture"),
     ):
         path.write_text(f'{{"prompt": "a", "seed": 3}}\n{{"prompt": "a", {field}}}')
         with pytest.raises(InputError, match=rf"a\.jsonl, line 2: .*{says}"):

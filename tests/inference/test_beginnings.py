@@ -299,7 +299,31 @@ def test_a_continuation_is_cut_to_a_picture(
     assert command("--video", tmp_path / "p.png", "--txt_file", lines, "--num_frames", "17", "--dataset", "film") == 0
     assert [part["frame"] for part in sidecars(out / "film")[0]["parts"]] == [1, 9]
     first = prompts("a ring<image>p.png[1s] | [cut] a square<image>q.png", name="first.txt")
+    picture = ("--image", tmp_path / "p.png")
     for begins in (("--from_state", state), ("--video", tmp_path / "p.png")):
+        capsys.readouterr()
+        assert command(*begins, *picture, "--dataset", "refused") == 2
+        assert "--image: a picture to begin with, and what the video goes on from" in capsys.readouterr().err
         capsys.readouterr()
         assert command(*begins, "--txt_file", first, "--num_frames", "17", "--dataset", "refused") == 2
         assert "line 1: a picture to begin with, and what the video goes on from" in capsys.readouterr().err
+
+
+def test_the_line_of_a_story_goes_on_from_its_states_as_it_is(
+    command: Command, prompts: Prompts, out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Parts that were before the state have had their pictures, and need no room in what follows."""
+    for seed, name in enumerate(("p.png", "q.png")):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 50, 3), np.uint8)).save(tmp_path / name)
+    story = prompts(
+        "a ring<image>p.png[1s] | [cut] a red circle<image>q.png[1s] | [cut] a square<image>p.png | a cross"
+    )
+    caplog.set_level("INFO")
+    assert command("--txt_file", story, *LONG, "--dataset", "whole", "--save_every", "1", *FULL) == 0
+    assert "change nothing here" not in caplog.text
+    (whole,) = sidecars(out / "whole")
+    state = state_in(out / "whole", "*.chunk00003.safetensors")
+    assert command("--from_state", state, "--txt_file", story, "--num_frames", "9", "--dataset", "rest", *FULL) == 0
+    assert "line 1: pictures of parts that began before the state change nothing here" in caplog.text
+    ends = [Continuation.load(state_in(out / name, "*[!0-9].safetensors")) for name in ("whole", "rest")]
+    assert whole["frames"] == 33 and ends[0].latents is not None and (ends[0].latents == ends[1].latents).all()

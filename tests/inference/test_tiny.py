@@ -71,11 +71,13 @@ def test_videos_without_the_vae(
     assert sidecars(videos)[0]["sha256"]["decoder"] == "seeded:3"
 
 
+@pytest.mark.parametrize("line", [f"{TEXT}<image>red.png", f"{TEXT} | [cut] {TEXT}<image>red.png"])
 def test_a_picture_needs_the_vae_or_the_tiny_encoder(
-    command: Command, prompts: Prompts, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, prompts: Prompts, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
 ) -> None:
-    Image.new("RGB", (48, 32), (200, 40, 40)).save(picture := tmp_path / "red.png")
-    txt = ("--txt_file", prompts(f"{TEXT}<image>{picture}"), *SEEDED)
+    """At the beginning, and where a later part alone has one."""
+    Image.new("RGB", (48, 32), (200, 40, 40)).save(tmp_path / "red.png")
+    txt = ("--txt_file", prompts(line), *SEEDED)
     assert command(*txt, f"vae.vae_pretrained={tmp_path / 'none.pth'}") == 2
     assert "none.pth" in capsys.readouterr().err
     assert command(*txt) == 0
@@ -139,7 +141,16 @@ def test_a_file_of_another_kind_is_refused_before_anything_is_loaded(
 def mark(*settings: str, digests: dict[str, str], picture: str | None = None, film: bool = False) -> str:
     config = load_config(CONFIG, settings, InferenceConfig)
     began = {"sha256": "f", "film_frames": 9, "shown": True} if film else None
-    return fingerprint(resolved_settings(config, PROMPT, torch.device("cpu")), PROMPT, digests, (), (), began, picture)
+    return fingerprint(
+        resolved_settings(config, PROMPT, torch.device("cpu")),
+        PROMPT,
+        digests,
+        (),
+        (),
+        began,
+        picture,
+        encodes=bool(began or picture),
+    )
 
 
 def test_the_full_decoder_leaves_fingerprints_as_they_were() -> None:

@@ -177,6 +177,11 @@ def test_pictures_that_nothing_can_begin_with(
     loaded: LongSanaVideoPipeline, loaded_base: LongSanaVideoPipeline, tmp_path: Path
 ) -> None:
     grey = np.zeros((8, 8), np.uint8)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    noise.save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    noise.save(tmp_path / "film.gif", save_all=True, append_images=[Image.new("RGB", (60, 40))])
+    lazy, film = Image.open(tmp_path / "cut.png"), Image.open(tmp_path / "film.gif")  # no pixel has been read yet
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (loaded, {"image": grey, "video": np.zeros((9, 8, 8, 3), np.uint8)}, "video: has no meaning with image"),
         (
@@ -190,6 +195,8 @@ def test_pictures_that_nothing_can_begin_with(
         (loaded_base, {"image": [tmp_path / "a", tmp_path / "b"]}, "image: 2 for 1 prompts; give one for all"),
         (loaded_base, {"image": tmp_path / "none.png"}, "image: .*none.png: no such picture"),
         (loaded_base, {"image": Image.new("RGB", (0, 8))}, "image: a picture of 8x0, which shows nothing"),
+        (loaded_base, {"image": lazy}, "image: cannot be read as a picture"),
+        (loaded_base, {"image": film}, "image: a film or a file of 2 pictures"),
         (loaded_base, {"image_fit": "cover"}, "image_fit: has no meaning without image"),
         (loaded_base, {"image": grey, "image_fit": "crop"}, "image_fit=crop: must be one of cover, stretch"),
     ]

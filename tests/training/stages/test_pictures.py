@@ -36,7 +36,7 @@ WAYS = ("absorb", "pin")
 
 @pytest.fixture
 def pictures(pictured_prompts: Path, vae: WanVAE) -> Pictures:
-    return Pictures(training_pictures(pictured_prompts), vae, 32, 48, "cover")
+    return Pictures([own.path for own in training_pictures(pictured_prompts)], vae, 32, 48, "cover")
 
 
 @pytest.fixture
@@ -246,15 +246,16 @@ def test_prompts_that_name_pictures(pictured_prompts, tmp_path):
 
 
 @pytest.mark.parametrize("trainer", ["self_forcing", "longsana"])
-def test_broken_pictures_are_told_before_anything_is_loaded(small_training, tmp_path, trainer):
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
-    config = configured(
-        small_training,
-        trainer,
-        "train.image_probability=0.5",
-        f"data.data_path={lines(tmp_path, 'a<image>broken.png')}",
-    )
-    with pytest.raises(InputError, match=r"broken\.png: (no picture|cannot be read)"):
+@pytest.mark.parametrize("broken", ["head", "pixels"])
+def test_broken_pictures_are_told_before_anything_is_loaded(
+    small_training, pictured_prompts, tmp_path, trainer, broken
+):
+    whole = pictured_prompts.parent / "0.png"
+    picture = whole.read_bytes()
+    (tmp_path / "broken.png").write_bytes(picture[:20] if broken == "head" else picture[: len(picture) // 2])
+    prompts = lines(tmp_path, f"a<image>{whole}", "b<image>broken.png")
+    config = configured(small_training, trainer, "train.image_probability=0.5", f"data.data_path={prompts}")
+    with pytest.raises(InputError, match=r"mine\.txt, line 2: .*broken\.png: (no picture|cannot be read)"):
         check_sources(config)
 
 
