@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
@@ -51,6 +50,10 @@ Memory: TypeAlias = Literal["latents", "full"]
 """What a file holds of the decoder's memory: the last latents alone, or all of it."""
 PICTURES = "picture."
 """The beginning of the names of pictures to come, in files."""
+
+
+NO_PICTURES: Mapping[int, Tensor] = {}
+"""The pictures to come of what has none; nothing changes them. No proxy, which could be neither copied nor pickled."""
 
 
 class Telling(NamedTuple):
@@ -100,7 +103,7 @@ class Moment(NamedTuple):
     latents: Tensor | None
     waiting: int = 0
     recent: Held = Held()
-    pictures: Mapping[int, Tensor] = MappingProxyType({})
+    pictures: Mapping[int, Tensor] = NO_PICTURES
 
     def each(self, change: Callable[[Tensor, int], Tensor]) -> Moment:
         """Change every tensor, of any shape; `change` is told which of its dimensions is the batch."""
@@ -164,7 +167,7 @@ class Continuation(NamedTuple):
     before: str = ""
     faded: int = 0
     telling: Telling | None = None
-    pictures: Mapping[int, Tensor] = MappingProxyType({})
+    pictures: Mapping[int, Tensor] = NO_PICTURES
 
     @property
     def moment(self) -> Moment:

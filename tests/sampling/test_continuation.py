@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,14 @@ def test_it_round_trips_through_a_file(saved: Continuation, memory: Any, tmp_pat
     with safe_open(tmp_path / "state.safetensors", framework="pt") as file:
         (text,) = file.metadata().values()
     assert json.loads(text)["prompt"] == saved.prompt
+
+
+def test_it_can_be_pickled(saved: Continuation) -> None:
+    """With pictures to come and without, as by processes that hand states on."""
+    plain = Continuation(*saved[:5])
+    for state in (saved, plain):
+        assert_equal(pickle.loads(pickle.dumps(state.moment)), state.moment)
+        assert_equal(pickle.loads(pickle.dumps(state)), state)
 
 
 def test_views_keep_nothing_else_alive(saved: Continuation) -> None:
