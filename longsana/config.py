@@ -215,14 +215,8 @@ Schema = TypeVar("Schema")
 COMMAND_LINE = "the command line"
 FILES = (
     *("model.load_from", "real_score.load_from", "fake_score.load_from", "vae.vae_pretrained"),
-    *(
-        "vae.decoder_pretrained",
-        "text_encoder.text_encoder_name",
-        "sampling.txt_file",
-        "data.data_path",
-        "validation.val_data_path",
-    ),
-    "streaming.switch_prompt_path",
+    *("text_encoder.text_encoder_name", "sampling.txt_file", "data.data_path", "validation.val_data_path"),
+    *("vae.decoder_pretrained", "streaming.switch_prompt_path"),
 )
 """Settings that name a file or a folder, which may lie beside the YAML that names it."""
 PATHS = (*FILES, "pairs.out", "shape")

@@ -17,7 +17,7 @@ from longsana.encoders.tiny_layouts import BLOCKS, TinyKind, open_tiny, seed_of_
 from longsana.runtime.hub import locate
 
 Memory: TypeAlias = tuple[Tensor, ...]
-"""Of each memory block what went into it last, (B, C, 1, H, W)."""
+"""What went last into each memory block, (B, C, 1, H, W)."""
 
 
 class Bound(nn.Module):

@@ -804,9 +804,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             refuse_ignored({"image_fit": fit, "image_first": first if begins else None}, "without image")
         if image is not None and is_first(image) and not begins:
             raise InputError("image: a picture to begin with, and what the video goes on from; give one of them")
+        pictures: dict[int, list[np.ndarray]] = {}
         if image is not None:
             self._check_encodes("image")
-        pictures = {} if image is None else pictures_of(image, 1, size, fit or "cover")
+            pictures = pictures_of(image, 1, size, fit or "cover")
 
         def read(picture: PictureLike) -> np.ndarray:
             self._check_encodes("prompt: its image")

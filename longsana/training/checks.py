@@ -243,16 +243,15 @@ def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
     """
     distilling, generated = config.trainer in DISTILLING, config.data.data_path.startswith(GENERATED)
     check_weights(config, fetch=True, encodes=distilling or generated)
-    if config.trainer in DISTILLING:
+    if distilling:
         check_network(config.real_score, "real_score.load_from", fetch=True)
         check_network(config.fake_score, "fake_score.load_from", fetch=True)
-    if config.trainer in DISTILLING:
         pictures = config.train.image_probability > 0
         training_prompts(config.data.data_path, pictures=pictures)
         switch_prompts(config)
         if pictures:
             _read_pictures(config)
-    elif not config.data.data_path.startswith(GENERATED):
+    elif not generated:
         locate(config.data.data_path, "data.data_path")
     if visualize and config.validation.vis_interval:
         validation_prompts(config)

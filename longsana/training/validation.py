@@ -77,12 +77,12 @@ class Validation:
     def __init__(self, config: TrainingConfig, folder: Path, device: torch.device | str, world: World) -> None:
         self._folder, self._world = folder, world
         self._engines = {length: _engine(config, length, device) for length in config.validation.vis_video_lengths}
-        prompts = validation_prompts(config)
+        prompts, checked = validation_prompts(config), set[tuple[Path, int, int]]()
         for length, engine in self._engines.items():
             absorbed: set[tuple[int, ...]] = set()
             for prompt in prompts:
                 try:
-                    absorbed.add(_check_prompt(engine.config, prompt, alone=world.size == 1))
+                    absorbed.add(_check_prompt(engine.config, prompt, checked, alone=world.size == 1))
                     if world.size > 1 and len(absorbed) > 1:
                         raise InputError(
                             "a picture that is absorbed takes a pass that other processes do not make; in validation "
@@ -179,10 +179,12 @@ class InTraining:
         return self._model(*inputs, **options)
 
 
-def _check_prompt(config: InferenceConfig, prompt: Prompt, *, alone: bool) -> tuple[int, ...]:
+def _check_prompt(
+    config: InferenceConfig, prompt: Prompt, checked: set[tuple[Path, int, int]], *, alone: bool
+) -> tuple[int, ...]:
     """Refuse (InputError) a prompt whose video cannot be made; returns the chunks before which a picture is absorbed.
 
-    alone: there is one process, whose passes need not be those of others.
+    checked: see `check_pictures`. alone: there is one process, whose passes need not be those of others.
     """
     outline = placed_parts(config, prompt)
     if not alone and any(change.chunks for change in outline.changes.values()):
@@ -190,7 +192,7 @@ def _check_prompt(config: InferenceConfig, prompt: Prompt, *, alone: bool) -> tu
             "a change of prompt that absorbs chunks again takes passes that other processes do not make; use keep or "
             "cut in validation"
         )
-    check_pictures(config, prompt, config.sampling.num_frames, set())
+    check_pictures(config, prompt, config.sampling.num_frames, checked)
     apart = config.scheduler.sampling_algo == DISTILLED and config.sampling.image_first == "absorb"
     return tuple(outline.parts[number].chunk for number in prompt.pictures) if apart else ()
 
