@@ -5,6 +5,9 @@ cuDNN adds a bias in a pass of its own, so what reads a convolution's result add
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -147,23 +150,7 @@ def _copy(
 
 def copy_into(x: Tensor, out: Tensor) -> None:
     """Fuse `reference.copy_into`: x (B, T, H, W, C) to out, views with any strides but of C."""
-    batch, frames, height, width, channels = x.shape
-    assert out.shape == x.shape, (x.shape, out.shape)
-    assert x.stride(4) == out.stride(4) == 1, "channels are neighbours"
-    pixels = batch * frames * height * width
-    sizes = _block(channels)
-    _copy[(triton.cdiv(pixels, sizes["block_pixels"]),)](
-        x,
-        out,
-        pixels,
-        frames,
-        height,
-        width,
-        *x.stride()[:4],
-        *out.stride()[:4],
-        channels=channels,
-        **sizes,
-    )
+    _over(_copy, (x, out), x, out)
 
 
 @triton.jit(do_not_specialize=["pixels", "frames", "height", "width"])
@@ -208,27 +195,22 @@ def _relu(
 
 def relu_into(x: Tensor, out: Tensor, bias: Tensor | None = None, shortcut: Tensor | None = None) -> None:
     """Fuse `reference.relu_into`: x, out, shortcut (A, B, H, W, C), views with any strides but of C; bias (C,)."""
-    batch, frames, height, width, channels = x.shape
-    added = out if shortcut is None else shortcut
-    assert x.shape == out.shape == added.shape, (x.shape, out.shape, added.shape)
-    assert x.stride(4) == out.stride(4) == added.stride(4) == 1, "channels are neighbours"
+    _over(_relu, (x, out, out if shortcut is None else shortcut), x, out, bias, shortcut)
+
+
+def _over(kernel: Any, views: Sequence[Tensor], *given: Tensor | None) -> None:
+    """Run a kernel over all pixels of views (A, B, H, W, C) of one shape, whose strides it takes one after another.
+
+    given: its arguments before the number of pixels.
+    """
+    batch, frames, height, width, channels = views[0].shape
+    assert all(view.shape == views[0].shape for view in views), [view.shape for view in views]
+    assert all(view.stride(4) == 1 for view in views), "channels are neighbours"
     pixels = batch * frames * height * width
     sizes = _block(channels)
-    _relu[(triton.cdiv(pixels, sizes["block_pixels"]),)](
-        x,
-        out,
-        bias,
-        shortcut,
-        pixels,
-        frames,
-        height,
-        width,
-        *x.stride()[:4],
-        *out.stride()[:4],
-        *added.stride()[:4],
-        channels=channels,
-        **sizes,
-    )
+    strides = [stride for view in views for stride in view.stride()[:4]]
+    grid = (triton.cdiv(pixels, sizes["block_pixels"]),)
+    kernel[grid](*given, pixels, frames, height, width, *strides, channels=channels, **sizes)
 
 
 def _block(channels: int) -> dict[str, int]:
