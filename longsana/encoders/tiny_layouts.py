@@ -36,6 +36,7 @@ class TinyKind:
     convolution gives at once. pools: frames that the encoder folds into one at each of its levels. grows: frames that
     the decoder makes of one at each. raw: it takes latents before they are normalised, z * std + mean.
     widths: channels of the decoder's levels. width: of the encoder's.
+    encodes: its files hold an encoder, too.
     """
 
     name: str
@@ -47,6 +48,7 @@ class TinyKind:
     raw: bool = False
     widths: tuple[int, int, int, int] = (256, 128, 64, 64)
     width: int = 64
+    encodes: bool = True
 
     @property
     def stride(self) -> int:
@@ -60,14 +62,16 @@ TINY = {
         TinyKind("taew2_1", "WanVAE", 16, 1, (2, 2, 1), (1, 2, 2)),
         TinyKind("lighttaew2_1", "WanVAE", 16, 1, (2, 2, 1), (1, 2, 2), raw=True),
         TinyKind("taeltx_2", "LTX2VAE_diffusers", 128, 4, (2, 2, 2), (2, 2, 2)),
+        TinyKind("tae_shapes", "WanVAE", 16, 1, (2, 2, 1), (1, 2, 2), widths=(64, 48, 32, 16), encodes=False),
     )
 }
-"""By the `vae.decoder` that asks for it. The first two differ in nothing that their files hold."""
+"""By the `vae.decoder` that asks for it. The first two differ in nothing that their files hold; the last is the
+small world's, whose VAE encodes quickly itself."""
 
 
 def tiny_tensors(kind: TinyKind) -> dict[str, Shape]:
     """Names and shapes of all tensors of a file of this kind."""
-    return {**dict(_encoder(kind)), **dict(_decoder(kind))}
+    return {**dict(_encoder(kind) if kind.encodes else ()), **dict(_decoder(kind))}
 
 
 def check_decoder(config: VAEConfig) -> None:
@@ -99,7 +103,19 @@ def check_decoder(config: VAEConfig) -> None:
             f"vae.decoder={name}: vae.decoder_pretrained must say where its file lies: a path, hf://owner/repo/file, "
             "or seeded:N for random weights"
         )
+    if config.encoder != FULL:
+        check_encodes(kind, f"vae.encoder={config.encoder}", "use vae.encoder=full")
     seed_of_tiny(source)
+
+
+def check_encodes(kind: TinyKind, setting: str, remedy: str) -> None:
+    """Refuse `setting`, which asks for the encoder of a kind that has none.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not kind.encodes:
+        raise InputError(f"{setting}: a {kind.name} has no encoder of its own; {remedy}")
 
 
 def fitting(vae_type: str) -> list[str]:

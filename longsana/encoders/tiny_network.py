@@ -74,7 +74,7 @@ class Grow(nn.Module):
 
 
 class TinyNetwork(nn.Module):
-    """An encoder and a decoder of one kind; names are those of its files.
+    """An encoder, where the kind has one, and a decoder; names are those of its files.
 
     Both take time in order, with what they remember of it as a value. Pixels are in [0, 1].
 
@@ -87,19 +87,20 @@ class TinyNetwork(nn.Module):
     def __init__(self, kind: TinyKind) -> None:
         super().__init__()
         self.kind = kind
-        self.encoder = _encoder(kind)
+        self.encoder = _encoder(kind) if kind.encodes else None
         self.decoder = _decoder(kind)
 
     @property
     def device(self) -> torch.device:
-        return self.encoder[0].weight.device  # type: ignore[return-value]
+        return self.decoder[1].weight.device  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.encoder[0].weight.dtype  # type: ignore[return-value]
+        return self.decoder[1].weight.dtype  # type: ignore[return-value]
 
     def encode(self, frames: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
         """Latents (B, C, T, h, w) of a film's next frames (B, 3, F, H, W) in [0, 1], F = T times the time stride."""
+        assert self.encoder is not None
         x = F.pixel_unshuffle(frames.transpose(1, 2), self.kind.patch)
         latents, memory = _run(self.encoder, x, memory)
         return latents.transpose(1, 2), memory

@@ -37,7 +37,8 @@ class TinyVAE(VideoVAE):
 
     `DecodeCache.features` are nine frames, what went last into each memory block, (B, C, 1, H, W).
 
-    encoder: gives the VAE that encodes, at the first call that asks for it; None: the tiny network's own does.
+    encoder: gives the VAE that encodes, at the first call that asks for it; None: the tiny network's own does, or
+        nothing where it has none.
     """
 
     name, tiny = "tiny", True
@@ -111,7 +112,7 @@ class TinyVAE(VideoVAE):
 
     @property
     def looks_on(self) -> bool:
-        return self._encoder is None
+        return self._encoder is None and self.model.encoder is not None
 
     def identity(self) -> tuple[str, Mapping[str, Tensor]]:
         """The kind, and the tensors of any shape of the decoder: encoders leave nothing in its memory."""

@@ -20,7 +20,8 @@ class TinyVideoAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A tiny network that decodes a VAE's latents in its place.
 
     Args:
-        kind: taew2_1, lighttaew2_1 or taeltx_2. Files of the first two cannot be told apart, so it is said.
+        kind: taew2_1, lighttaew2_1, taeltx_2 or tae_shapes. Files of the first two cannot be told apart, so it is
+            said.
 
     Raises:
         InputError: there is no such kind.

@@ -30,7 +30,7 @@ from longsana.data.prompts import check_words
 from longsana.data.story import Change, Mark, Outline, place_parts, shared_changes
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
 from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, with_motion
-from longsana.encoders.tiny_layouts import fitting
+from longsana.encoders.tiny_layouts import check_encodes, fitting
 from longsana.encoders.tiny_vae import TinyVAE
 from longsana.encoders.vae import VAES, DecodeCache, VideoVAE, kind_of
 from longsana.encoders.vae_files import check_geometry
@@ -1237,6 +1237,8 @@ def _checked_vae(vae: Any, decoder: Any, *, tiny_encoder: bool = False) -> str:
     if not isinstance(decoder, TinyVideoAutoencoder):
         raise InputError(f"decoder: a {type(decoder).__name__}; must be a {TinyVideoAutoencoder.__name__}")
     tiny = decoder.network.kind
+    if tiny_encoder:
+        check_encodes(tiny, "tiny_encoder=True", "leave it out, and give vae= for films and pictures")
     if vae is not None and (name := _checked_vae(vae, None)) != tiny.vae_type:
         raise InputError(
             f"decoder: a {tiny.name} decodes latents of {tiny.vae_type}, and the VAE is a {name}; give "

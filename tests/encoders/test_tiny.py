@@ -31,7 +31,8 @@ from tests.encoders.streaming import draw, encoded_in_pieces, psnr, stream
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = Path(__file__).resolve().parents[2] / "asset/shapes/vae"
 KINDS = pytest.mark.parametrize("name", TINY)
-LAYOUTS = pytest.mark.parametrize("name", ["taew2_1", "taeltx_2"])
+LAYOUTS = pytest.mark.parametrize("name", ["taew2_1", "taeltx_2", "tae_shapes"])
+WITH_ENCODERS = pytest.mark.parametrize("name", [name for name, kind in TINY.items() if kind.encodes])
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -41,8 +42,9 @@ def config(name: str, source: str = "seeded:1", **settings: object) -> VAEConfig
 
 
 def tiny(name: str, latents_per_call: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TinyVAE:
-    """With an encoder of its own, so that nothing else is needed."""
-    vae = load_vae(config(name, latents_per_call=latents_per_call, encoder="tiny"), device, dtype)
+    """With an encoder of its own where it has one, so that nothing else is needed."""
+    encoder = "tiny" if TINY[name].encodes else FULL
+    vae = load_vae(config(name, latents_per_call=latents_per_call, encoder=encoder), device, dtype)
     assert isinstance(vae, TinyVAE)
     return vae
 
@@ -71,14 +73,15 @@ def cuts(count: int) -> Iterator[list[int]]:
         ("taew2_1", 1_470_928, 9_844_611),
         ("lighttaew2_1", 1_470_928, 9_844_611),
         ("taeltx_2", 1_565_568, 10_194_160),
+        ("tae_shapes", 0, 869_635),
     ],
 )
 def test_numbers_of_tensors_and_parameters(name: str, encoder: int, decoder: int) -> None:
     with torch.device("meta"):
         made = TinyNetwork(TINY[name])
     assert {key: tuple(part.shape) for key, part in made.state_dict().items()} == tiny_tensors(TINY[name])
-    assert len(tiny_tensors(TINY[name])) == 128
-    halves = [sum(part.numel() for part in half.parameters()) for half in (made.encoder, made.decoder)]
+    assert len(tiny_tensors(TINY[name])) == (128 if encoder else 64)
+    halves = [sum(part.numel() for part in half.parameters()) if half else 0 for half in (made.encoder, made.decoder)]
     assert halves == [encoder, decoder]
 
 
@@ -252,7 +255,7 @@ def test_frames_as_a_gpu_makes_them(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert psnr(torch.cat([frames, later], dim=2), vae.decode(latents)) >= 80
 
 
-@KINDS
+@WITH_ENCODERS
 def test_an_encoder_repeats_the_last_frame(name: str) -> None:
     vae = tiny(name, 2)
     stride, size = vae.geometry.time_stride, vae.geometry.space_stride
@@ -335,7 +338,7 @@ def test_files(name: str, suffix: str, tmp_path: Path) -> None:
         torch.save(half, path)
     else:
         save_file(half, path)
-    assert len(half) == 128 and "decoder.3.joint" not in half, "what is prepared is not saved"
+    assert len(half) == len(tiny_tensors(TINY[name])) and "decoder.3.joint" not in half, "what is prepared is not saved"
     check_tiny(config(name, str(path)), path)
     vae = load_vae(config(name, str(path)), "cpu", torch.float32)
     given = vae.model.state_dict()
@@ -360,6 +363,9 @@ def changed(name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     [
         ("taew2_1", changed("taeltx_2", {}), r"takes 128 channels at a width of 256, and gives patches of 4x4.*needed"),
         ("taeltx_2", changed("taew2_1", {}), "takes 16 channels"),
+        ("tae_shapes", changed("taew2_1", {}), "not a file of a tae_shapes: .* a width of 256"),
+        ("tae_shapes", changed("tae_shapes", {}) | {"encoder.0.bias": torch.zeros(64)}, "unexpected 1: encoder.0.bias"),
+        ("taew2_1", changed("tae_shapes", {}), "a width of 64.*missing 64"),
         (
             "taew2_1",
             changed("taew2_1", {"decoder.1.weight": (256, 48, 3, 3), "decoder.22.weight": (12, 64, 3, 3)}),
@@ -405,6 +411,10 @@ def test_a_folder_a_program_or_nothing_is_refused(tmp_path: Path) -> None:
             r"vae\.decoder=taew2_1: it decodes latents of WanVAE.*use taeltx_2, or full",
         ),
         ({"decoder": "taew2_1", "decoder_pretrained": "seeded:x"}, "seeded:N with a whole number N"),
+        (
+            {"decoder": "tae_shapes", "decoder_pretrained": "seeded:0", "encoder": "tiny"},
+            r"^vae\.encoder=tiny: a tae_shapes has no encoder of its own; use vae\.encoder=full$",
+        ),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_belong_together_are_refused(settings: dict[str, str], told: str) -> None:

@@ -128,6 +128,9 @@ def test_what_does_not_belong_together_is_refused(
         LongSanaVideoPipeline(loaded.vae, loaded.transformer, decoder=torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="tiny_encoder: has no meaning without decoder"):
         LongSanaVideoPipeline(loaded.vae, loaded.transformer, tiny_encoder=True)
+    shapes = TinyVideoAutoencoder.from_file("tae_shapes", "seeded:0")
+    with pytest.raises(InputError, match=r"^tiny_encoder=True: a tae_shapes has no encoder of its own; leave"):
+        LongSanaVideoPipeline(loaded.vae, loaded.transformer, decoder=shapes, tiny_encoder=True)
     with pytest.raises(InputError, match="vae: a NoneType; needed is"):
         LongSanaVideoPipeline(None, loaded.transformer)
     with pytest.raises(InputError, match="kind=taew2_2: must be one of taew2_1"):
