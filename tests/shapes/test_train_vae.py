@@ -21,6 +21,7 @@ from longsana.config import VAEConfig
 from longsana.encoders.vae import WanVAE
 from longsana.encoders.vae_files import new_model, save_model
 from longsana.runtime.stop import Stopped
+from longsana.shapes import descent, material
 from longsana.shapes import train_vae as training
 from longsana.shapes.remembered import WORLDS, draw_remembered
 from longsana.shapes.scenes import draw_scene, render
@@ -37,8 +38,8 @@ def _small_pictures() -> object:
     """Where training takes full pictures, for statistics and the test, it gets small ones: seconds, not minutes."""
     with pytest.MonkeyPatch.context() as patch:
         for world, draw in tuple(WORLDS.items()):
-            patch.setitem(training.WORLDS, world, functools.partial(draw, size=SIZE))
-        patch.setattr(training, "render", functools.partial(render, size=SIZE))
+            patch.setitem(WORLDS, world, functools.partial(draw, size=SIZE))
+        patch.setattr(material, "render", functools.partial(render, size=SIZE))
         yield
 
 
@@ -143,11 +144,11 @@ def test_latents_of_ordinary_clips_are_normalised(trained: Trained) -> None:
 
 def test_steps_draw_their_own_clips(config: VAETrainingConfig) -> None:
     """Of a step alone, not of the ones before; and not those of the statistics or of the test."""
-    one, again, other = (training._clips(0, step, 4, 5, SIZE, CPU, "shapes") for step in (0, 0, 1))
+    one, again, other = (material.draw_clips(0, step, 4, 5, SIZE, CPU, "shapes") for step in (0, 0, 1))
     assert torch.equal(one, again)
     assert not any(torch.equal(a, b) for a in one for b in other)
-    assert not torch.equal(training._clips(1, 0, 4, 5, SIZE, CPU, "shapes"), one)
-    pictures = training._clips(0, 0, 10, 1, SIZE, CPU, "shapes")
+    assert not torch.equal(material.draw_clips(1, 0, 4, 5, SIZE, CPU, "shapes"), one)
+    pictures = material.draw_clips(0, 0, 10, 1, SIZE, CPU, "shapes")
     assert pictures.shape == (10, 3, 1, *SIZE)
     scene = render([draw_scene(1, 0, size=SIZE)], range(0, 80, 20), size=SIZE)
     assert torch.equal(pictures[:4, :, 0], scene[0].transpose(0, 1))
@@ -162,7 +163,7 @@ def test_a_pool_is_drawn_before_a_phase_and_each_step_takes_some_of_it(config: V
     taken = {clip.numpy().tobytes() for step in range(40) for clip in second(step)}
     assert len(taken) == 6
     clip = second(0)[0]
-    assert any((clip - drawn).abs().max() < 1 / 255 + 1e-6 for drawn in second._draw(4 + 8, 6)), (
+    assert any((clip - drawn).abs().max() < 1 / 255 + 1e-6 for drawn in material.clips_of(pooled, 1, 4 + 8, 6, CPU)), (
         "bytes, as every video has them"
     )
 
@@ -180,8 +181,8 @@ def test_objects_are_where_shapes_are_and_two_pixels_around_them() -> None:
     pictures = render([scene], range(5), size=(64, 64))
     ground = pictures[0, :, 0, 0, 0] if pictures[0, :, 0, 0, 0].equal(pictures[0, :, 0, -1, -1]) else None
     assert ground is not None, "both corners of this scene are bare"
-    differs = (pictures - ground[:, None, None, None]).abs().amax(1) > training.DIFFERS
-    objects = training._objects(pictures)[:, 0] == 1
+    differs = (pictures - ground[:, None, None, None]).abs().amax(1) > material.DIFFERS
+    objects = material.objects(pictures)[:, 0] == 1
     assert objects[differs].all()
     assert objects.sum() > differs.sum()
     for frame, near in zip(differs[0], objects[0], strict=True):
@@ -230,7 +231,7 @@ def test_fused_norms_compute_what_the_norms_and_activations_do(config: VAETraini
 
 
 def test_it_trains_on_the_world_that_is_asked_for(config: VAETrainingConfig, tmp_path: Path) -> None:
-    clips = training._clips(0, 3, 2, 5, SIZE, CPU, "remembered_shapes")
+    clips = material.draw_clips(0, 3, 2, 5, SIZE, CPU, "remembered_shapes")
     scenes = [draw_remembered(1, 3 * 1024 + number, size=SIZE) for number in range(2)]
     assert torch.equal(clips, render(scenes, range(5), size=SIZE))
     # What is measured, too: the test's clips are that world's.
@@ -282,7 +283,7 @@ def test_recorded_steps_are_the_steps_themselves(
     config: VAETrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = train_vae(config, tmp_path / "plain", CPU)
-    monkeypatch.setattr(training, "Recording", _Standin)
-    monkeypatch.setattr(training, "replays", lambda config, device: True)
+    monkeypatch.setattr(descent, "Recording", _Standin)
+    monkeypatch.setattr(descent, "replays", lambda config, device: True)
     assert train_vae(config, tmp_path / "recorded", CPU) == plain
     assert _Standin.replayed == sum(config.steps)
