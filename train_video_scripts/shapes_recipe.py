@@ -54,6 +54,10 @@ TINY: dict[str, list[str]] = {
         "steps=[1,1]", "clips=[4,1]", "frames=[1,5]", "heights=[32,32]", "widths=[32,32]", "pool=[8,2]",
         "statistics_clips=1", "test_clips=1", "test_frames=5",
     ],
+    "decoder": [
+        "steps=[1,1]", "clips=[2,1]", "frames=[5,5]", "heights=[32,32]", "widths=[32,32]", "pool=[4,1]",
+        "test_clips=1", "test_frames=5",
+    ],
     "stage": [
         "train.max_iters=2", "train.log_iters=2", "train.batch_size=1", "train.mixed_precision=false",
         "train.ema_start_step=0", "train.compile=false", "rollout.num_training_frames=5",
@@ -124,6 +128,10 @@ def recipe(out: Path, *, tiny: bool = False, world: WorldName = "shapes") -> dic
             parts / "text_encoder", shapes("text-encoder", parts / "text_encoder", *of_world, *_tiny(tiny, "text"))
         ),
         "vae": Step(parts / "vae", shapes("vae", parts / "vae", *of_world, *_tiny(tiny, "vae"))),
+        "decoder": Step(
+            parts / "decoder",
+            shapes("decoder", parts / "decoder", *of_world, f"vae={parts / 'vae'}", *_tiny(tiny, "decoder")),
+        ),
         "base_1": base("base_1", None),
         # The sense of an orbit is decided at sigma 0.93 to 0.985, where these lie.
         "base_2": base("base_2", "base_1", "flow_matching.logit_mean=0.5", "flow_matching.logit_std=1.0"),

@@ -4,6 +4,7 @@
     longsana shapes pictures output/shapes/parts                       # first pictures of the former: pictured.txt
     longsana shapes text-encoder output/shapes/parts/text_encoder      # trained, with settings such as steps=100
     longsana shapes vae output/shapes/parts/vae
+    longsana shapes decoder output/shapes/parts/decoder vae=output/shapes/parts/vae    # a tiny one of its latents
     longsana shapes scores output/shapes/parts                         # of all models there; speed: on two cores
     longsana shapes table output/shapes/parts                          # plot, strips: pictures; package: what ships
 
@@ -30,6 +31,7 @@ from PIL import Image
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import PICTURE, training_prompts
+from longsana.encoders.tiny_layouts import SHAPES
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -42,6 +44,8 @@ log = logging.getLogger("longsana")
 
 CONFIGS = "configs/sana_video_config/longsana/shapes"
 NETWORKS = ("base", "ode", "self_forcing", "longsana")
+FOLDERS = ("vae", "text_encoder", "decoder")
+"""Parts that are folders."""
 VAES: dict[WorldName, str] = {"shapes": "vae.yaml", "remembered_shapes": "vae_remembered.yaml"}
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
 TRUTH = "ground truth through the VAE"
@@ -53,6 +57,7 @@ class Row:
 
     weights: the part with the network; empty for the truth. settings: of the sampler. lengths: seconds from the start,
     scored apart. prompts, seeds: at most so many. steps: what the table says of the sampler. absorbs: see `Trial`.
+    tiny_decoder: shows its pictures instead of the VAE's.
     """
 
     name: str
@@ -63,6 +68,7 @@ class Row:
     seeds: int = 3
     steps: int = 4
     absorbs: bool = True
+    tiny_decoder: bool = False
 
 
 BASE_SETTINGS = (
@@ -76,10 +82,12 @@ WHOLE_PAST = ("model.state_decay=1",)
 """The published sum of everything, with which all networks were trained; the default config forgets."""
 ROWS = (
     Row(TRUTH, "", seeds=1, steps=0),
+    Row("ground truth through the tiny decoder", "", seeds=1, steps=0, tiny_decoder=True),
     Row("base model", "base", BASE_SETTINGS, lengths=(5,), steps=30),
     Row("ODE-initialised", "ode", WHOLE_PAST, seeds=1),
     Row("Self-Forcing", "self_forcing", WHOLE_PAST),
     Row("LongSANA", "longsana"),
+    Row("LongSANA, tiny decoder", "longsana", tiny_decoder=True),
     Row("LongSANA, the whole past", "longsana", WHOLE_PAST),
     Row("LongSANA, num_cached_blocks 2", "longsana", (*WHOLE_PAST, "model.num_cached_blocks=2"), prompts=32, seeds=1),
     Row("LongSANA, no clean absorbing pass", "longsana", prompts=32, seeds=1, absorbs=False),
@@ -92,7 +100,8 @@ Text to videos of one or two moving shapes, 160x96 pixels, 16 frames a second, o
 `train_video_scripts/shapes_recipe.py` (its seeds; packaged at commit {commit}): no data but what
 `longsana/shapes/scenes.py` draws.
 
-* `vae`: a Wan 2.1 VAE of base width 12. `text_encoder`: a Gemma 2 of two layers, trained on the world's captions.
+* `vae`: a Wan 2.1 VAE of base width 12. `decoder`: a tiny decoder (`tae_shapes`) of its latents.
+* `text_encoder`: a Gemma 2 of two layers, trained on the world's captions.
 * `base.safetensors`: the bidirectional base model. `ode`, `self_forcing`, `longsana`: the generator after each stage.
 
 Networks have 2.9 M parameters, in bfloat16. Combinations of kind, colour and motion in `HELD_OUT`
@@ -185,6 +194,18 @@ def train_vae(request: Request) -> None:
     _make(request.folder, request.device, lambda folder: train_vae.train_vae(config, folder, request.device))
 
 
+def train_decoder(request: Request) -> None:
+    """Train the tiny decoder of a VAE's latents."""
+    from longsana.shapes import train_decoder
+
+    config = load_config(
+        locate(request.config_path or f"{CONFIGS}/decoder.yaml", "--config_path"),
+        [f"world={request.world}", *request.settings],
+        train_decoder.DecoderTrainingConfig,
+    )
+    _make(request.folder, request.device, lambda folder: train_decoder.train_decoder(config, folder, request.device))
+
+
 def _make(target: Path, device: torch.device, fill: Callable[[Path], float | None]) -> None:
     """Make a folder that appears when it is whole; until then what is there of it lies beside."""
     if target.exists():
@@ -215,7 +236,7 @@ def score_models(request: Request) -> None:
             )
             if request.tiny:
                 trial = replace(trial, prompts=texts[:2], seeds=(0,), lengths=(1,), batch=2)
-            attempt = try_truth if row.name == TRUTH else try_model
+            attempt = try_model if row.weights else try_truth
             result = attempt(_sampler(request, row), trial, request.device)
             result["seconds"] = round(time.perf_counter() - started, 1)
             atomic_write_text(path, json.dumps(result) + "\n")
@@ -253,12 +274,13 @@ def write_table(request: Request) -> None:
 
 
 def write_plot(request: Request) -> None:
-    """Plot the long videos of all models, second by second. Needs matplotlib."""
+    """Plot the long videos of all models, second by second, those of the tiny decoder left out. Needs matplotlib."""
     from longsana.evaluation.report import plot
 
     scores = _scores(request)
     longest = max(len(score["curves"]["persistence"]) for score in scores.values())
-    curves = {name: score["curves"] for name, score in scores.items()}
+    again = {row.name for row in ROWS if row.tiny_decoder}
+    curves = {name: score["curves"] for name, score in scores.items() if name not in again}
     plot({name: own for name, own in curves.items() if len(own["persistence"]) == longest}, request.folder / "plot.png")
 
 
@@ -279,7 +301,7 @@ def package(request: Request) -> None:
     parts, noted = request.folder, _read(request.folder, "times", "the recipe writes it")
     networks = [f"{name}.safetensors" for name in NETWORKS]
     measured = ["scores.json", "speed.json", "times.json", "plot.png", "strips.png"]
-    wanted = ["vae", "text_encoder", *networks, "table.md", *measured]
+    wanted = [*FOLDERS, *networks, "table.md", *measured]
     if missing := [name for name in wanted if not (parts / name).exists()]:
         raise InputError(f"{parts}: {', '.join(missing)} not found; run the steps that make them first")
     card = CARD.format(
@@ -289,7 +311,7 @@ def package(request: Request) -> None:
     )
 
     def gather(folder: Path) -> None:
-        for part in ("vae", "text_encoder"):
+        for part in FOLDERS:
             shutil.copytree(parts / part, folder / part, dirs_exist_ok=True)
         for name in networks + measured:
             shutil.copy(parts / name, folder)
@@ -316,6 +338,9 @@ def _sampler(request: Request, row: Row) -> InferenceConfig:
     """The default config with a row's parts and settings."""
     settings = [f"vae.vae_pretrained={request.folder / 'vae'}"]
     settings += [f"text_encoder.text_encoder_name={request.folder / 'text_encoder'}", *row.settings]
+    if row.tiny_decoder:
+        path = request.folder / "decoder" / f"{SHAPES}.safetensors"
+        settings += [f"vae.decoder={SHAPES}", f"vae.decoder_pretrained={path}"]
     if row.weights:
         settings += [f"model.load_from={request.folder / row.weights}.safetensors"]
     if request.tiny and row.name == "base model":
@@ -378,6 +403,7 @@ TOOLS: dict[str, Callable[[Request], None]] = {
     "pictures": draw_pictures,
     "text-encoder": train_text,
     "vae": train_vae,
+    "decoder": train_decoder,
     "scores": score_models,
     "speed": measure_speeds,
     "table": write_table,
@@ -386,7 +412,7 @@ TOOLS: dict[str, Callable[[Request], None]] = {
     "package": package,
 }
 DRAWING = ("prompts", "pictures")
-TRAINING = ("text-encoder", "vae")
+TRAINING = ("text-encoder", "vae", "decoder")
 TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(TOOLS, ()),
     **dict.fromkeys(TRAINING, ("--world", "--config_path", "settings")),
@@ -401,10 +427,10 @@ TAKES: dict[str, tuple[str, ...]] = {
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(__doc__)
     parser.add_argument("tool", choices=list(TOOLS))
-    parser.add_argument("folder", type=typed_path, help="of the parts; text-encoder and vae: of the part")
+    parser.add_argument("folder", type=typed_path, help="of the parts; text-encoder, vae and decoder: of the part")
     parser.add_argument("--world", choices=list(WORLDS), help="whose scenes (default: shapes)")
     parser.add_argument("--tiny", action="store_true", help="scores, speed and strips of next to nothing")
-    parser.add_argument("--config_path", help="text-encoder, vae: YAML file (default: the published one)")
+    parser.add_argument("--config_path", help="text-encoder, vae, decoder: YAML file (default: the published one)")
     options, settings = parser.parse_command(arguments, {}, ())
     given = {"--config_path": options.config_path, "--tiny": options.tiny, "--world": options.world}
     given |= dict.fromkeys(settings, "a setting")

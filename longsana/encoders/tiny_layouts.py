@@ -22,6 +22,8 @@ from longsana.weights.what_is import what_is
 
 FULL: Final = "full"
 """The `vae.decoder` that is the VAE's own."""
+SHAPES: Final = "tae_shapes"
+"""The `vae.decoder` of the small world's own VAE, which is trained there."""
 BLOCKS = 3
 """Memory blocks of a level."""
 PARAMETERS = ("conv.0", "conv.2", "conv.4")
@@ -62,7 +64,7 @@ TINY = {
         TinyKind("taew2_1", "WanVAE", 16, 1, (2, 2, 1), (1, 2, 2)),
         TinyKind("lighttaew2_1", "WanVAE", 16, 1, (2, 2, 1), (1, 2, 2), raw=True),
         TinyKind("taeltx_2", "LTX2VAE_diffusers", 128, 4, (2, 2, 2), (2, 2, 2)),
-        TinyKind("tae_shapes", "WanVAE", 16, 1, (2, 2, 1), (1, 2, 2), widths=(64, 48, 32, 16), encodes=False),
+        TinyKind(SHAPES, "WanVAE", 16, 1, (2, 2, 1), (1, 2, 2), widths=(64, 48, 32, 16), encodes=False),
     )
 }
 """By the `vae.decoder` that asks for it. The first two differ in nothing that their files hold; the last is the

@@ -45,7 +45,17 @@ def test_every_step_makes_its_part(made):
         assert table.count(f"| {row.name} ") == 1
     assert {"plot.png", "strips.png"} <= {path.name for path in made.iterdir()}
     noted = json.loads((made / "times.json").read_text())
-    assert {"text", "vae", *recipe.PHASES, "scores", "speed", "table", "vae score"} <= noted.keys()
+    assert {
+        "text",
+        "vae",
+        "decoder",
+        *recipe.PHASES,
+        "scores",
+        "speed",
+        "table",
+        "vae score",
+        "decoder score",
+    } <= noted.keys()
     assert max(path.stat().st_size for path in made.rglob("*") if path.is_file()) < 6e6
     assert sum(path.stat().st_size for path in made.glob("*.*")) < 60e6
 
@@ -120,14 +130,18 @@ def test_a_base_model_needs_no_earlier_phase(made, tmp_path):
 
 @pytest.mark.slow
 def test_what_a_step_lacks_is_named(made, tmp_path, capsys):
-    for step, says in (("package", "vae, text_encoder"), ("table", "scores.json: not found"), ("longsana", "critic")):
+    for step, says in (
+        ("package", "vae, text_encoder, decoder"),
+        ("table", "scores.json: not found"),
+        ("longsana", "critic"),
+    ):
         assert recipe.main(["--out", str(tmp_path), "--size", "tiny", "--steps", step]) == 2
         assert says in capsys.readouterr().err
 
 
 def test_a_wrong_step_is_refused(tmp_path, capsys):
     assert recipe.main(["--out", str(tmp_path), "--steps", "vea"]) == 2
-    assert "--steps vea: no such step; there are prompts, text, vae, base" in capsys.readouterr().err
+    assert "--steps vea: no such step; there are prompts, text, vae, decoder, base" in capsys.readouterr().err
 
 
 def test_another_world_has_its_own_prompts_clips_and_folder(tmp_path, capsys):
