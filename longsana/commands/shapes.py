@@ -298,12 +298,13 @@ def package(request: Request) -> None:
     """Gather what ships, with its model card, in the folder `asset`."""
     from longsana.inference.sidecar import commit
 
-    parts, noted = request.folder, _read(request.folder, "times", "the recipe writes it")
+    parts = request.folder
     networks = [f"{name}.safetensors" for name in NETWORKS]
     measured = ["scores.json", "speed.json", "times.json", "plot.png", "strips.png"]
     wanted = [*FOLDERS, *networks, "table.md", *measured]
     if missing := [name for name in wanted if not (parts / name).exists()]:
         raise InputError(f"{parts}: {', '.join(missing)} not found; run the steps that make them first")
+    noted = _read(parts, "times", "the recipe writes it")
     card = CARD.format(
         commit=commit(),
         steps="\n".join(f"| {name} | {entry['value']} | {entry['machine']} |" for name, entry in noted.items()),
