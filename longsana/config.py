@@ -151,6 +151,9 @@ class SamplingConfig:
     # Table that `--ar` inside a prompt line is looked up in; none: such a line is an error
     aspect_ratio_type: Literal["ASPECT_RATIO_VIDEO_480_MS", "ASPECT_RATIO_VIDEO_720_MS_DIV32", "none"] = "none"
     chunk_frames: int = bounded(10, 1, 100_000)  # latent frames a chunk; the remainder goes to the first chunk
+    # Latent frames of a video's first chunk, at most chunk_frames + 1; then the remainder is a shorter last chunk.
+    # 0: it goes to the first chunk
+    first_chunk_frames: int = bounded(0, 0, 100_001)
     fps: float = bounded(16.0, above=0, most=1000)  # a fraction too: 24000/1001 on a command line
     seed: int = bounded(0, -(2**63), 2**63 - 1)
     bs: int = bounded(1, 1, 10_000)  # prompts sampled together

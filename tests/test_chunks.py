@@ -65,3 +65,37 @@ def test_a_plan_is_a_value():
     assert hash(plan) == hash(ChunkPlan((11, 10)))
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.lengths = (21,)
+
+
+@pytest.mark.parametrize(
+    ("frames", "first", "lengths"),
+    [
+        (21, 3, (3, 10, 8)),
+        (21, 1, (1, 10, 10)),
+        (21, 10, (10, 10, 1)),
+        (21, 11, (11, 10)),
+        (3, 3, (3,)),
+        (2, 3, (2,)),
+        (4, 3, (3, 1)),
+    ],
+)
+def test_after_a_first_chunk_of_its_own_the_remainder_is_last(frames, first, lengths):
+    assert ChunkPlan.split(frames, 10, first).lengths == lengths
+
+
+@pytest.mark.parametrize("first", [1, 3, 10, 11])
+def test_what_goes_on_after_a_whole_chunk_has_the_chunks_of_the_uncut_video(first):
+    for frames in range(12, 60):
+        plan = ChunkPlan.split(frames, 10, first)
+        assert plan.frames == frames and max(plan.lengths[1:]) <= 10 and set(plan.lengths[1:-1]) <= {10}
+        for done in range(1, len(plan)):
+            rest = ChunkPlan.going_on(sum(plan.lengths[done:]), 10, first)
+            assert rest.lengths == plan.lengths[done:]
+
+
+def test_a_picture_and_a_first_chunk():
+    assert ChunkPlan.with_picture(21, 10, "absorb", 3).lengths == (1, 3, 10, 7)
+    assert ChunkPlan.with_picture(21, 10, "pin", 3).lengths == (3, 10, 8)
+    assert ChunkPlan.going_on(20, 10) == ChunkPlan.split(20, 10) and ChunkPlan.going_on(25, 10).lengths == (15, 10)
+    with pytest.raises(ValueError, match="after -1: must be"):
+        ChunkPlan.split(21, 10, -1)

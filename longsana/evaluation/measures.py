@@ -84,10 +84,9 @@ def _measure(pictures: Tensor, before: Tensor | None) -> Measures:
     )
 
 
-def boundaries(latent_frames: int, chunk_frames: int, time_stride: int) -> list[int]:
-    """First pixel frame of each chunk but the first, of a video sampled `chunk_frames` latent frames at a time."""
-    starts = ChunkPlan.split(latent_frames, chunk_frames).starts[1:]
-    return [time_stride * start - (time_stride - 1) for start in starts]
+def boundaries(plan: ChunkPlan, time_stride: int) -> list[int]:
+    """First pixel frame of each chunk but the first, of a video sampled in these chunks."""
+    return [time_stride * start - (time_stride - 1) for start in plan.starts[1:]]
 
 
 def seam_index(change: Tensor, boundaries: Sequence[int], time_stride: int) -> Tensor:

@@ -60,7 +60,7 @@ def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> di
     """Sample the trial's videos and score them; see `summarise`."""
     films = _Films(config, trial.prompts, trial.frames, device, absorbs=trial.absorbs)
     plan = films.engine.plan
-    seam = _seam(plan.frames, plan.lengths[-1], films.engine.geometry.time_stride)
+    seam = _seam(plan, films.engine.geometry.time_stride)
     runs = []
     for seed in trial.seeds:
         videos: list[dict[str, Any]] = []
@@ -145,8 +145,9 @@ class _Unabsorbing:
 def try_truth(config: InferenceConfig, trial: Trial, device: torch.device) -> dict[str, Any]:
     """Score the world itself, seen through the VAE: what no model can surpass. One seed; other prompts."""
     vae = load_vae(config.vae, device, resolve_dtype(config.vae.weight_dtype, device))
-    plan = ChunkPlan.split(vae.geometry.latent_frames(trial.frames), config.sampling.chunk_frames)
-    seam = _seam(plan.frames, config.sampling.chunk_frames, vae.geometry.time_stride)
+    frames, sampling = vae.geometry.latent_frames(trial.frames), config.sampling
+    plan = ChunkPlan.split(frames, sampling.chunk_frames, sampling.first_chunk_frames)
+    seam = _seam(plan, vae.geometry.time_stride)
     videos: list[dict[str, Any]] = []
     batch = max(trial.batch // 8, 1)  # a film's pictures are encoded at once
     for first in range(0, len(trial.prompts), batch):
@@ -166,10 +167,9 @@ def _decoded(vae: VideoVAE, latents: Tensor, plan: ChunkPlan) -> Iterator[Tensor
         yield pixels
 
 
-def _seam(latent_frames: int, chunk_frames: int, time_stride: int) -> Callable[[Tensor], Tensor]:
-    """`seam_index` of changes."""
-    seams = boundaries(latent_frames, chunk_frames, time_stride)
-    return partial(seam_index, boundaries=seams, time_stride=time_stride)
+def _seam(plan: ChunkPlan, time_stride: int) -> Callable[[Tensor], Tensor]:
+    """`seam_index` of changes, for videos in these chunks."""
+    return partial(seam_index, boundaries=boundaries(plan, time_stride), time_stride=time_stride)
 
 
 def _score(

@@ -80,15 +80,15 @@ def _origin(record: dict[str, Any]) -> tuple[tuple[int, ...], int]:
     vae = GEOMETRIES[config["vae"]["vae_type"]]
     if config["scheduler"]["sampling_algo"] in WHOLE_CLIP:
         return (), vae.time_stride
+    # Sidecars from before there was such a setting do not have it.
+    cut = config["sampling"]["chunk_frames"], config["sampling"].get("first_chunk_frames", 0)
     if "began" in record:
         given = int(record["began"]["given_frames"])
-        starts = ChunkPlan.split(
-            (record["frames"] - given) // vae.time_stride, config["sampling"]["chunk_frames"]
-        ).starts
+        starts = ChunkPlan.going_on((record["frames"] - given) // vae.time_stride, *cut).starts
         # The first chunk begins a seam where the film that it goes on from is shown.
         return tuple(given + vae.time_stride * start for start in starts if given or start), vae.time_stride
-    latents = vae.latent_frames(record["frames"])
-    return tuple(boundaries(latents, config["sampling"]["chunk_frames"], vae.time_stride)), vae.time_stride
+    plan = ChunkPlan.split(vae.latent_frames(record["frames"]), *cut)
+    return tuple(boundaries(plan, vae.time_stride)), vae.time_stride
 
 
 def frame_rate(path: Path) -> float:

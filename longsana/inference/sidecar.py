@@ -134,8 +134,11 @@ def fingerprint(
     first |= {"cut_to": later} if later else {}
     if first:
         first |= {name: sampling[name] for name in PICTURES if f"sampling.{name}" not in without}
-    pictures = {f"sampling.{name}" for name in PICTURES}
-    for setting in {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", *pictures, *PARTS, *without}:
+    decides_nothing = {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", *PARTS, *without}
+    decides_nothing |= {f"sampling.{name}" for name in PICTURES}
+    if not sampling["first_chunk_frames"]:  # the videos that they were before there was such a length
+        decides_nothing.add("sampling.first_chunk_frames")
+    for setting in decides_nothing:
         section, _, key = setting.partition(".")
         del deciding[section][key]
     identity = [prompt.text, prompt.repetition, deciding]

@@ -77,6 +77,7 @@ ARGUMENTS: dict[str, Rule] = {
     "motion_score": Whole(0, 1000),
     "flow_shift": Number(above=0, most=1000),
     **dict.fromkeys(("chunk_frames", "base_chunk_frames"), Whole(1, MOST_LATENTS)),
+    "first_chunk_frames": Whole(0, MOST_LATENTS + 1),
     "latents_per_call": Whole(1, MOST_LATENTS),
     "fps": Number(above=0, most=1000),
     "prompt_change": TEXT,

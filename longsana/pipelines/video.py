@@ -60,6 +60,7 @@ from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite, to_host
 from longsana.sampling.captions import Caption, stacked
+from longsana.sampling.checks import check_first_chunk
 from longsana.sampling.continuation import (
     Continuation,
     Memory,
@@ -333,6 +334,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         motion_score: int | None = None,
         flow_shift: float | None = None,
         chunk_frames: int | None = None,
+        first_chunk_frames: int | None = None,
         latents_per_call: int = 2,
         fps: float | None = None,
         prompt_change: str | None = None,
@@ -370,6 +372,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             flow_shift: 7 (distilled); the scheduler's, or 8 (base).
             chunk_frames: latent frames of a chunk, 10 unless the pipeline was made otherwise; what remains goes to the
                 first.
+            first_chunk_frames: distilled: latent frames of the first chunk, which is there sooner the shorter it is, at
+                most chunk_frames + 1; what remains is a shorter last chunk then. 0 (None): it has what remains.
             latents_per_call: latent frames decoded together; frames differ by rounding alone.
             fps: distilled: pictures a second: by which the lengths of a story's parts are counted, and that are taken
                 of a film's file; 16.
@@ -408,7 +412,13 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if not self.distilled:
             # All at once.
             Whole(most=self.geometry.pixel_frames(MOST_LATENTS)).settle("num_frames", num_frames)
-        plan = ChunkPlan.split(length, chunk_frames if self.distilled else length)
+            refuse_ignored({"first_chunk_frames": first_chunk_frames}, "for the base model, whose clip is one chunk")
+        first_chunk = first_chunk_frames or 0
+        check_first_chunk(first_chunk, chunk_frames, ("first_chunk_frames", "chunk_frames"))
+        if film is None:
+            plan = ChunkPlan.split(length, chunk_frames if self.distilled else length, first_chunk)
+        else:
+            plan = ChunkPlan.going_on(length, chunk_frames, first_chunk)
         if others := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise InputError(f"callback_on_step_end_tensor_inputs: {', '.join(others)}: there are only latents")
         guidance = self._guidance(guidance_scale)
@@ -429,7 +439,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             if length == 1:
                 raise InputError("num_frames=1: shows the picture that it begins with alone; it must be longer")
         if 0 in pictures and self.distilled:
-            plan = ChunkPlan.with_picture(length, chunk_frames, image_first or SamplingConfig.image_first)
+            way = image_first or SamplingConfig.image_first
+            plan = ChunkPlan.with_picture(length, chunk_frames, way, first_chunk)
         check_noise(len(texts), generator, latents, (len(texts), self.geometry.channels, length, *size))
         wanted: Sequence[Sequence[Words]]  # the parts of each video's prompt
         if prompt_embeds is None:
@@ -529,6 +540,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         motion_score: int | None = None,
         flow_shift: float | None = None,
         chunk_frames: int | None = None,
+        first_chunk_frames: int | None = None,
         latents_per_call: int = 2,
         video: FilmLike | None = None,
         fps: float | None = None,
@@ -543,7 +555,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """One video, chunk by chunk as it is sampled, in memory that does not grow.
 
         Cut between chunks and continued with the same options it is the same to the bit; and what `__call__` gives
-        where the chunks are the same: of an endless one the first has a latent more.
+        where the chunks are the same: of an endless one the first has a latent more, unless `first_chunk_frames` says
+        how many it has.
 
         Args:
             prompt: a text or a story; or a text for each chunk, taken as it begins, of which the last one stays. None
@@ -559,9 +572,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             transition_chunks: as there; a transition that another change interrupts ends with it.
             image: as there, of one video: of a text or a story; its state holds the latents of pictures to come.
 
-        `chunk_frames`, `fps`, `prompt_change`, `transition_chunks`, `transition` and `image_first` are the state's own
-        where they are not given. The others are those of `__call__`; a film's chunks come first, each with a state.
-        `interrupt` ends it without the chunk in progress.
+        `chunk_frames`, `first_chunk_frames`, `fps`, `prompt_change`, `transition_chunks`, `transition` and
+        `image_first` are the state's own where they are not given. The others are those of `__call__`; a film's chunks
+        come first, each with a state. `interrupt` ends it without the chunk in progress.
 
         A decoder that looks ahead (LTX-2's may) gives frames later: the first chunks have none, and the last of
         `num_frames` has all that waited. Such an end is final. Stopped anywhere else, frames wait in the state, and
@@ -598,7 +611,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             usual.transition_chunks if transition_chunks is None else transition_chunks,
             transition or usual.transition,
             image_first or usual.image_first,
+            usual.first_chunk_frames if first_chunk_frames is None else first_chunk_frames,
         )
+        check_first_chunk(telling.first_chunk_frames, telling.chunk_frames, ("first_chunk_frames", "chunk_frames"))
         if not telling.transition_chunks:
             refuse_ignored({"transition": transition}, "without transition_chunks")
         film = self._film(video, telling.fps, new_frames_only, *size)
@@ -1123,12 +1138,16 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     ) -> Iterable[int]:
         """Latent frames of each chunk of a video, or of what is added to one. picture: it begins with one."""
         size, apart = telling.chunk_frames, picture and telling.image_first == "absorb"
+        first = telling.first_chunk_frames
         if num_frames is None:
-            return chain([1] if apart else [size + 1] if begins else [], repeat(size))
+            opening = [1, *[first] * (first > 0)] if apart else [first or size + 1]
+            return chain(opening if begins else [], repeat(size))
         if picture and num_frames == 1:
             raise InputError("num_frames=1: shows the picture that it begins with alone; it must be longer")
         latents = self.geometry.latent_frames(num_frames) if begins else self._latents_more(num_frames)
-        return (ChunkPlan.after_picture if apart else ChunkPlan.split)(latents, size).lengths
+        if not begins:
+            return ChunkPlan.going_on(latents, size, first).lengths
+        return (ChunkPlan.after_picture if apart else ChunkPlan.split)(latents, size, first).lengths
 
     def _pictures(
         self,

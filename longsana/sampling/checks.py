@@ -44,6 +44,7 @@ SAMPLERS: dict[str, tuple[tuple[str, ...], str]] = {
         ((DISTILLED,), "its prompts have one part"),
     ),
     **{f"model.{name}": ((DISTILLED, STAGGERED), "it samples a clip as one chunk") for name in PAST},
+    "sampling.first_chunk_frames": ((DISTILLED, STAGGERED), "it samples a clip as one chunk"),
     "scheduler.interval_k": ((STAGGERED,), "only chunk_flow_euler's chunks are staggered"),
     "scheduler.num_inference_steps": (
         (STAGGERED, *WHOLE_CLIP),
@@ -87,10 +88,36 @@ def chunk_plan(
         InputError: no whole number of latents has so many frames.
     """
     frames = geometry(config.vae).latent_frames(config.sampling.num_frames if num_frames is None else num_frames)
-    sampler, size = config.scheduler.sampling_algo, config.sampling.chunk_frames
+    sampler, sampling = config.scheduler.sampling_algo, config.sampling
+    size, first_chunk = sampling.chunk_frames, sampling.first_chunk_frames
+    if sampler in WHOLE_CLIP:
+        return ChunkPlan.split(frames - goes_on, frames)
+    if goes_on:
+        return ChunkPlan.going_on(frames - 1, size, first_chunk)
     if picture and sampler == DISTILLED:
-        return ChunkPlan.with_picture(frames, size, config.sampling.image_first)
-    return ChunkPlan.split(frames - goes_on, frames if sampler in WHOLE_CLIP else size)
+        return ChunkPlan.with_picture(frames, size, sampling.image_first, first_chunk)
+    return ChunkPlan.split(frames, size, first_chunk)
+
+
+def check_first_chunk(first: int, size: int, names: tuple[str, str]) -> None:
+    """Refuse (InputError) a first chunk of `first` latent frames where chunks have `size`; 0: it has no own length.
+
+    names: of the two settings. One more than a chunk's is what published videos begin with: 1 + 10 latents.
+    """
+    if first > size + 1:
+        raise InputError(
+            f"{names[0]}={first}: must be at most {size + 1}, {names[1]} + 1; a longer first chunk would be later, and "
+            "longer than any that the model was trained with"
+        )
+
+
+def check_no_first_chunk(config: InferenceConfig) -> None:
+    """Refuse (InputError) a first chunk of its own length where networks learn, whose clips are cut as published."""
+    if first := config.sampling.first_chunk_frames:
+        raise InputError(
+            f"sampling.first_chunk_frames={first}: has no meaning for training, whose clips are equal chunks with the "
+            "remainder in the first, and whose validation shows such; leave it to inference"
+        )
 
 
 def check_config(config: InferenceConfig) -> None:
@@ -107,6 +134,9 @@ def check_config(config: InferenceConfig) -> None:
     check_words(config.text_encoder.chi_prompt, "text_encoder.chi_prompt")
     check_words(sampling.negative_prompt or "", "sampling.negative_prompt")
     default_change(config)
+    check_first_chunk(
+        sampling.first_chunk_frames, sampling.chunk_frames, ("sampling.first_chunk_frames", "sampling.chunk_frames")
+    )
     if scheduler.sampling_algo == DISTILLED and sampling.cfg_scale != 1:
         raise InputError(
             f"cfg_scale={sampling.cfg_scale:g}: the distilled model ({DISTILLED}) was trained without guidance; "

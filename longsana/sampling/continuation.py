@@ -32,8 +32,10 @@ from longsana.state import CausalState
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the files. A file of a later one is refused."""
+BEFORE_FIRST_CHUNK = 3
+"""Version that files without a first chunk of its own length are still written in, for earlier readers."""
 KEPT = 12
 """Last latents of a video, from which the decoder's memory is rebuilt where it was not saved itself."""
 SAMPLED = 256
@@ -62,6 +64,7 @@ class Telling(NamedTuple):
     chunk_frames: latent frames of a chunk. fps: pictures a second, by which the lengths of parts are counted.
     prompt_change: of the past, where a prompt does not say it itself. transition_chunks, transition: between captions.
     image_first: how a picture begins a chunk; see `SamplingConfig`.
+    first_chunk_frames: latent frames of the video's first chunk; 0: what remains went to it. See `ChunkPlan.split`.
     """
 
     chunk_frames: int
@@ -70,6 +73,7 @@ class Telling(NamedTuple):
     transition_chunks: int = 0
     transition: Way = "linear"
     image_first: ImageFirst = "pin"
+    first_chunk_frames: int = 0
 
     def settled(self, name: str) -> Telling:
         """Look at the values; InputError, which begins with `name`, for one that cannot be."""
@@ -82,6 +86,7 @@ class Telling(NamedTuple):
                 Whole(0, 1000).settle("transition_chunks", self.transition_chunks),
                 cast(Way, OneOf(get_args(Way)).settle("transition", self.transition)),
                 cast(ImageFirst, OneOf(get_args(ImageFirst)).settle("image_first", self.image_first)),
+                Whole(0, 10**6).settle("first_chunk_frames", self.first_chunk_frames),
             )
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
@@ -435,13 +440,15 @@ def _tensors(state: Continuation) -> dict[str, Tensor]:
 
 def _numbers(state: Continuation) -> dict[str, Any]:
     """Numbers and words of a state, as JSON has them: all but its tensors."""
-    decoder = state.decoder
+    decoder, telling = state.decoder, state.telling
+    own_first = telling is not None and telling.first_chunk_frames > 0
     return {
-        "schema": SCHEMA,
+        "schema": SCHEMA if own_first else BEFORE_FIRST_CHUNK,
         "frames": state.network.frames,
         "sinks": state.network.sinks,
         "decoder": None if decoder is None else [len(decoder.features), decoder.latents, decoder.ended],
         **{name: getattr(state, name) for name in (*WORDS, *LATER)},
+        "telling": telling if own_first else telling and telling[: Telling._fields.index("first_chunk_frames")],
         **{name: list(getattr(state, name)) for name in ("size", "plan", "marks")},
     }
 

@@ -37,7 +37,13 @@ from longsana.models.past import LEARNED
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
-from longsana.sampling.checks import check_config, check_network, check_picture_sampler, check_weights
+from longsana.sampling.checks import (
+    check_config,
+    check_network,
+    check_no_first_chunk,
+    check_picture_sampler,
+    check_weights,
+)
 from longsana.training.config import TrainingConfig
 from longsana.training.published import DISTILLING, SECTIONS, means_something, section_of
 from longsana.training.stages.prompt_changes import change_of, switch_places
@@ -77,6 +83,7 @@ def check_training(config: TrainingConfig) -> None:
     ):
         if network.float8:
             raise InputError(f"{name}.float8=true: weights in float8 cannot be trained; it is for inference")
+    check_no_first_chunk(config)
     if config.vae.encoder != FULL:
         raise InputError(
             f"vae.encoder={config.vae.encoder}: training encodes with the VAE itself, and a tiny decoder shows "

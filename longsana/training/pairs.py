@@ -13,7 +13,7 @@ from longsana.data.prompts import Prompt
 from longsana.data.trajectories import check_grid
 from longsana.flow.schedule import FlowSchedule, uniform_sigmas
 from longsana.runtime.errors import InputError
-from longsana.sampling.checks import check_config
+from longsana.sampling.checks import check_config, check_no_first_chunk
 from longsana.training.config import OdePairsConfig
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ def check_pairs(config: OdePairsConfig) -> None:
     """
     check_config(config)
     check_config(teacher_config(config))
+    check_no_first_chunk(config)
     kept_steps(config)
 
 

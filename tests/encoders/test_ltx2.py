@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLLTX2Video
 from torch import Tensor, nn
 
+from longsana.chunks import ChunkPlan
 from longsana.config import VAEConfig
 from longsana.encoders import convolution, ltx2_decoder
 from longsana.encoders.geometry import GEOMETRIES
@@ -206,7 +207,7 @@ def test_a_decoder_that_looks_ahead_is_exact(
     assert psnr(streamed, expected) > 100
     if 1 < latents_per_call < count:
         given, wanted = (
-            seam_index(measure(vae.to_uint8(frames)).change, boundaries(count, latents_per_call, 8), 8)
+            seam_index(measure(vae.to_uint8(frames)).change, boundaries(ChunkPlan.split(count, latents_per_call), 8), 8)
             for frames in (streamed, expected)
         )
         torch.testing.assert_close(given, wanted, atol=1e-3, rtol=0)

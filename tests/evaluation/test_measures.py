@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longsana.chunks import ChunkPlan
 from longsana.evaluation.measures import (
     Measures,
     boundaries,
@@ -47,10 +48,10 @@ def test_pieces_are_the_whole():
 
 
 def test_boundaries_are_pixel_frames():
-    assert boundaries(21, 10, 4) == [41]  # chunks of 11 and 10 latents: 41 frames, then 40
-    assert boundaries(241, 10, 4)[:2] == [41, 81]
-    assert len(boundaries(241, 10, 4)) == 23
-    assert boundaries(5, 10, 4) == []
+    assert boundaries(ChunkPlan.split(21, 10), 4) == [41]  # chunks of 11 and 10 latents: 41 frames, then 40
+    assert boundaries(ChunkPlan.split(241, 10), 4)[:2] == [41, 81]
+    assert len(boundaries(ChunkPlan.split(241, 10), 4)) == 23
+    assert boundaries(ChunkPlan.split(5, 10), 4) == []
 
 
 def rhythm(frames: int) -> torch.Tensor:
@@ -70,7 +71,7 @@ def test_the_rhythm_of_the_vae_is_no_seam():
 
 
 def test_every_vae_has_its_own_rhythm():
-    assert boundaries(31, 10, 8) == [81, 161]  # 8 pixel frames a latent: chunks of 81, 80 and 80
+    assert boundaries(ChunkPlan.split(31, 10), 8) == [81, 161]  # 8 pixel frames a latent: chunks of 81, 80 and 80
     change = torch.full((1, 241), 0.01)
     change[:, 1::8] = 0.03
     assert seam_index(change, [81, 161], 8).item() == pytest.approx(1)

@@ -68,6 +68,27 @@ def test_a_video_in_two_commands_is_the_uncut_one(command: Command, prompts: Pro
     assert describe(state_in(out / "uncut", "*.mp4")).boundaries == (9, 17, 25)
 
 
+def test_states_after_a_first_chunk_of_its_own(command: Command, prompts: Prompts, out: Path) -> None:
+    """9 latents are chunks of 1, 2, 2, 2, 2; a story is placed by them, and each state goes on with what is left."""
+    path = prompts("a red circle[1s] | [recache=1] a blue square")
+    first = ("--sampling.first_chunk_frames", "1")
+    call = ("--txt_file", path, *LONG, *first, "--seed", "3", "--save_every", "1", *FULL)
+    assert command(*call, "--dataset", "uncut") == 0
+    (whole,) = sidecars(out / "uncut")
+    assert [(part["chunk"], part["frame"]) for part in whole["parts"]] == [(0, 0), (2, 9)]
+    assert describe(state_in(out / "uncut", "*.mp4")).boundaries == (1, 9, 17, 25)
+    end = Continuation.load(state_in(out / "uncut", "*-square.safetensors"))
+    assert end.plan == (1, 2, 2, 2, 2) and end.chunk == 5
+    for done, left in enumerate((32, 24, 16, 8), 1):
+        state = state_in(out / "uncut", f"*.chunk{done:05d}.safetensors")
+        assert command("--from_state", state, "--num_frames", left + 1, "--dataset", f"rest{done}", *FULL) == 0
+        (rest,) = sidecars(out / f"rest{done}")
+        assert rest["config"]["sampling"]["first_chunk_frames"] == 1, "which the state says"
+        again = Continuation.load(state_in(out / f"rest{done}"))
+        assert all((one == other).all() for one, other in zip(end.network[:3], again.network[:3], strict=True))
+    assert command(*call[:2], *LONG, *first, "--sampling_algo", "flow_euler") == 2
+
+
 def test_a_chain_of_states_is_the_uncut_video(command: Command, prompts: Prompts, out: Path) -> None:
     path = prompts("a red circle")
     assert command("--txt_file", path, *LONG, "--dataset", "uncut", *FULL) == 0

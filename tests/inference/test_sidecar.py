@@ -12,10 +12,13 @@ import torch
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
 from longsana.inference.sidecar import fingerprint, finished_videos, resolved_settings
+from longsana.sampling.checks import meaningless
 
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
 PROMPT = Prompt(1, "a red circle", ("a red circle",), 0, 32, 48)
 DIGESTS = {"model": "a", "vae": "b", "text_encoder": "c"}
+KNOWN = "ef106e76a612f03d5bf8928fbbaebfda699c6f5fb52978f8cd2fe82c87b0a43a"
+"""Fingerprint of the small default with these, from before there was sampling.first_chunk_frames."""
 
 
 def identity(*settings: str) -> str:
@@ -37,6 +40,22 @@ def test_with_another_past_it_is_another_video(settings: list[str]) -> None:
     others = [[], ["model.state_decay=0.91"], ["model.state_decay=[0.9, 0.5]"], ["model.num_cached_blocks=1"]]
     assert identity(*settings) not in [identity(*other) for other in others]
     assert identity(*settings) == identity(*settings)
+
+
+def test_a_first_chunk_of_its_own_makes_another_video_and_none_the_same_as_ever() -> None:
+    """Where it is 0, and of a clip that is one chunk, it is no part of the fingerprint."""
+    settings = resolved_settings(load_config(CONFIG, [], InferenceConfig), PROMPT, torch.device("cpu"))
+    assert settings["sampling"]["first_chunk_frames"] == 0
+    assert len({identity(f"sampling.first_chunk_frames={first}") for first in (0, 1, 2)}) == 3
+    clip = ["scheduler.sampling_algo=flow_euler", "sampling.cfg_scale=2", "sampling.first_chunk_frames=0"]
+    config = load_config(CONFIG, clip, InferenceConfig)
+    settings = resolved_settings(config, PROMPT, torch.device("cpu"))
+    assert "sampling.first_chunk_frames" in meaningless(config)
+    assert fingerprint(settings, PROMPT, DIGESTS, meaningless(config))
+
+
+def test_the_fingerprint_is_the_one_from_before_there_were_first_chunks() -> None:
+    assert identity() == KNOWN
 
 
 @pytest.mark.parametrize("given", ["0.9", "[0.5, 0.9]", "learned", "null"])

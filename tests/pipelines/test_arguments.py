@@ -24,10 +24,11 @@ from tests.pipelines.test_options import inputs
 NOT_NUMBERS = (True, np.bool_(True), "9", b"9", [9], {}, 9j, object(), math.nan, math.inf, -math.inf)
 NOT_WHOLE = (*NOT_NUMBERS, 9.5, np.float32(0.5), 10**30, -(10**30), 10**5000)
 WHOLE = ("num_inference_steps", "num_videos_per_prompt", "height", "width", "num_frames", "frames")
-SETTINGS = ("motion_score", "chunk_frames", "latents_per_call")
+SETTINGS = ("motion_score", "chunk_frames", "first_chunk_frames", "latents_per_call")
 OPTIONAL = (
     "num_inference_steps",
     "chunk_frames",
+    "first_chunk_frames",
     "height",
     "width",
     "frames",
@@ -71,9 +72,10 @@ BAD["image_fit"] = (3, "crop", "", ["cover"], "cover")  # the last is without im
 BAD["image_first"] = (3, "first", "", ["pin"], "pin")
 BAD["fps"] = (*NOT_NUMBERS, 0, -1, 1e9)
 BAD["new_frames_only"] = (1, "yes", None, True)
-BAD |= {name: (*BAD[name], 0, -1) for name in (*WHOLE, *SETTINGS) if name != "motion_score"}
+BAD |= {name: (*BAD[name], 0, -1) for name in (*WHOLE, *SETTINGS) if name not in ("motion_score", "first_chunk_frames")}
 BAD |= {name: (*BAD[name], None) for name in (*WHOLE, *SETTINGS) if name not in OPTIONAL}
-BAD["motion_score"] += (-1,)
+for _name in ("motion_score", "first_chunk_frames"):
+    BAD[_name] += (-1,)
 
 
 ENDLESS = ("num_frames", "prompt", "generator")

@@ -225,7 +225,7 @@ def rewrite(path: Path, *, tensors: dict[str, Tensor] | None = None, **changes: 
         (lambda path: path.write_bytes(path.read_bytes()[:-3]), "not a saved state of a video, or damaged"),
         (lambda path: save_file({"kv": torch.zeros(1)}, path), "not a saved state of a video, or damaged"),
         (lambda path: rewrite(path, tensors={"latents": torch.zeros(1, 4, 3, 4, 6)}), "not those that were saved"),
-        (lambda path: rewrite(path, schema=4), "a state of version 4, this LongSANA reads versions up to 3"),
+        (lambda path: rewrite(path, schema=5), "a state of version 5, this LongSANA reads versions up to 4"),
         (lambda path: rewrite(path, schema="x"), "not a saved state of a video, or damaged"),
         (lambda path: rewrite(path, decoder=[9, 3, False]), r"damaged \('decoder.2'\)"),
         (lambda path: rewrite(path, size=[32]), "not a saved state of a video, or damaged"),

@@ -110,6 +110,8 @@ def test_the_published_stages_are_as_published():
         ),
         ("flow_matching", "lr=0", "optimizer.generator.lr=0.0: must be above 0"),
         ("ode", "train.max_iter=3", "train.max_iters"),
+        ("ode", "sampling.first_chunk_frames=1", "sampling.first_chunk_frames=1: has no meaning for training"),
+        ("ode", "sampling.first_chunk_frames=4", "must be at most 3, sampling.chunk_frames + 1"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(small_training, trainer, override, words):

@@ -195,6 +195,7 @@ BAD = {
     "another's steps": (["scheduler.num_inference_steps=5"], "instead: pairs.num_steps"),
     "a decoder": (["--vae.latents_per_call", "2"], "nothing: no video is decoded"),
     "a chunk of the clip": (["--sampling.chunk_frames", "2"], "without pairs.causal=true"),
+    "a first chunk": (["--sampling.first_chunk_frames", "1"], "first_chunk_frames=1: has no meaning for training"),
     "negative of nothing": (["--pairs.cfg_scale=1", "--sampling.negative_prompt", "x"], "pairs.cfg_scale=1"),
     "two negatives": (["sampling.null_caption=learned", "--sampling.negative_prompt", "x"], "null_caption=learned"),
     "parts": (["--txt_file", "{tmp}/parts.txt"], "line 1: parts between '<split>'"),
