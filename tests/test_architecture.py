@@ -35,6 +35,7 @@ OWNERS = {
         "longsana/encoders/text.py",
         "longsana/encoders/vae_files.py",
         "longsana/flow/solvers.py",
+        "longsana/pipelines/outputs.py",
         "longsana/pipelines/tiny.py",
         "longsana/pipelines/transformer.py",
         "longsana/pipelines/video.py",

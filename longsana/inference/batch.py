@@ -382,8 +382,11 @@ class _Share:
                     for writer, video in zip(writers, frames.pixels, strict=True):
                         if len(video):  # a decoder that looks ahead may have none yet
                             writer.append(video)
-                    if frames.after is not None:
-                        states |= self._save(batch, frames.chunk, frames.after, plan)
+                after = frames.after  # by an absorbing pass, which the frames do not wait for
+                if after is not None:
+                    with host_clock.part("write"):
+                        states |= self._save(batch, frames.chunk, after, plan)
+                del after
             for job in batch:
                 # An older video's: beside the new one it would lie, were this process killed in between.
                 job.path.with_suffix(".json").unlink(missing_ok=True)

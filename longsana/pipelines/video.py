@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput, is_peft_available, logging
+from diffusers.utils import is_peft_available, logging
 from torch import Tensor, nn
 
 from longsana.chunks import ChunkPlan, ImageFirst
@@ -44,6 +44,7 @@ from longsana.pipelines.files import check_repository, folder_of
 from longsana.pipelines.films import Film, FilmLike
 from longsana.pipelines.images import PictureLike, PicturesLike, is_first, picture_of, pictures_of, places_of
 from longsana.pipelines.noise import batch_noise, check_generator, check_noise, take_seed
+from longsana.pipelines.outputs import LongSanaVideoChunk, LongSanaVideoOutput
 from longsana.pipelines.pictures import as_output, joined
 from longsana.pipelines.prompts import given_embeddings, negative_texts, one_for_each, parts_of, whole
 from longsana.pipelines.tiny import TinyVideoAutoencoder
@@ -59,6 +60,7 @@ from longsana.runtime.arguments import OneOf, Whole, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite, to_host
+from longsana.runtime.later import Later
 from longsana.sampling.captions import Caption, stacked
 from longsana.sampling.checks import check_first_chunk
 from longsana.sampling.continuation import (
@@ -74,7 +76,7 @@ from longsana.sampling.continuation import (
 from longsana.sampling.engine import Videos, decode, sample_latents, stretches
 from longsana.sampling.films import absorbed, film_latents
 from longsana.sampling.recent import Held, Recent
-from longsana.sampling.sampler import generate
+from longsana.sampling.sampler import Chunk, generate
 from longsana.sampling.transition import Way, blend
 from longsana.state import CausalState
 from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS
@@ -115,22 +117,6 @@ SWITCHES_OF_VAES = {
     "use_framewise_decoding": "use_framewise_decoding",
 }
 """Switches of diffusers' VAEs that a decoder of streams has no use for, and what sets them."""
-
-
-@dataclass
-class LongSanaVideoOutput(BaseOutput):
-    """frames: of each video a list of pictures (pil); or (B, F, H, W, 3) in [0, 1] (np); or (B, F, 3, H, W) (pt); or
-    normalised latents (B, C, T, h, w), float32 (latent).
-    """
-
-    frames: Any
-
-
-@dataclass
-class LongSanaVideoChunk(LongSanaVideoOutput):
-    """A finished stretch of a video, and the state to go on after it."""
-
-    state: Continuation
 
 
 class _Shown(NamedTuple):
@@ -554,9 +540,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     ) -> Iterator[LongSanaVideoChunk]:
         """One video, chunk by chunk as it is sampled, in memory that does not grow.
 
-        Cut between chunks and continued with the same options it is the same to the bit; and what `__call__` gives
-        where the chunks are the same: of an endless one the first has a latent more, unless `first_chunk_frames` says
-        how many it has.
+        A chunk's frames come before the pass that absorbs it, and its state is made when that is first asked for, or as
+        the next chunk begins. Cut between chunks and continued with the same options the video is the same to the bit;
+        and what `__call__` gives where the chunks are the same: of an endless one the first has a latent more, unless
+        `first_chunk_frames` says how many it has.
 
         Args:
             prompt: a text or a story; or a text for each chunk, taken as it begins, of which the last one stays. None
@@ -715,14 +702,14 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 repetition = begun[1] if turn.prompt == begun[0] else 0
                 noise, changes = PromptNoise(seed, [(turn.prompt, repetition)]), {0: turn.change}
                 own = {"state": memory, "changes": changes, "first": self._picture_of(turn, to_come)}
-                (chunk,) = sample([text], ChunkPlan((length,)), rng=noise, **own)
-                memory = chunk.state
+                chunk = next(sample([text], ChunkPlan((length,)), rng=noise, **own))
                 frames = showing(chunk.latents, more=more > 0)
                 said = {"latents": showing.last, "waiting": showing.hidden, "repetition": repetition, "chunk": count}
-                said |= {"recent": recent.copy() if turn.later else Held(), "past": past, "telling": telling}
-                said |= {"plan": told.plan, **told.said(turn, to_come)}
-                after = Continuation(memory, showing.cache, seed, turn.prompt, size, **said)
+                said |= {"past": past, "telling": telling, "plan": told.plan, **told.said(turn, to_come)}
+                said |= {"decoder": showing.cache, "seed": seed, "prompt": turn.prompt, "size": size}
+                after = Later(partial(_after, chunk, recent if turn.later else None, said))
                 yield LongSanaVideoChunk(frames, after)
+                memory = after().network
         except Interrupted:
             return
         finally:
@@ -1286,6 +1273,15 @@ class _Passes(NamedTuple):
         assert plan is None, "chunks come one by one"
         velocity, after = self.transformer(x, text, t, state=state, return_dict=False)
         return velocity, after
+
+
+def _after(chunk: Chunk, recent: Recent | None, said: Mapping[str, Any]) -> Continuation:
+    """The state after a chunk, by its absorbing pass.
+
+    recent: what the stream holds, in place; None: nothing will reach back to it. said: all other fields of the state.
+    """
+    assert chunk.state is not None
+    return Continuation(chunk.state, recent=Held() if recent is None else recent.copy(), **said)
 
 
 class _Showing:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -35,6 +35,7 @@ from longsana.runtime.arguments import settled
 from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import to_host
+from longsana.runtime.later import Later
 from longsana.sampling.captions import Caption, stacked
 from longsana.sampling.checks import DISTILLED, DPM, WHOLE_CLIP, blame, check_config, chunk_plan, placed_parts
 from longsana.sampling.continuation import Moment, latest
@@ -139,13 +140,21 @@ class Frames(NamedTuple):
     chunk: its index in what is sampled of the video, from 0; -1 of a film that the video goes on from.
     latents: (B, C, T, H, W), float32, on the device.
     pixels: (B, F, H, W, 3), uint8, on the host; those that are settled, if the decoder looks into the future.
-    after: what the videos go on from after this chunk, where that was asked for and the chunk ends with this stretch.
+    later: makes `after`, by the pass that absorbs the chunk, for which its frames do not wait; None: nobody wants it.
     """
 
     chunk: int
     latents: Tensor
     pixels: Tensor
-    after: Moment | None = None
+    later: Later[Moment] | None = None
+
+    @property
+    def after(self) -> Moment | None:
+        """The moment that the videos go on from, where it was asked for and the chunk ends with this stretch.
+
+        It is made when it is first asked for, or else when the next stretch is.
+        """
+        return None if self.later is None else self.later()
 
 
 class Engine:
@@ -314,7 +323,7 @@ def sample(
     to_the_end: bool = False,
     wanted: Callable[[int], bool] = never,
 ) -> Iterator[Frames]:
-    """Frames of a batch of videos, one for each caption, stretch by stretch.
+    """Frames of a batch of videos, one for each caption, stretch by stretch, each before its chunk is absorbed.
 
     frames_per_call: latent frames that are decoded at once; see `stretches`.
     clock: is told the time of the parts "denoise", "absorb" and "decode".
@@ -337,17 +346,25 @@ def sample(
                 with clock.part("decode"):
                     pixels = decoding(latents, f"chunk {chunk.index}", more=left > 0, keep=keep)
                 ends = decoding.start == chunk.start + chunk.latents.shape[2]
-                after = None
-                if keep and ends and chunk.state is not None:
-                    later = any(chunk.index < index for index in shared_changes(videos.outlines))
-                    after = decoding.moment(chunk.state, recent.copy() if later else Held(), videos.after(chunk.index))
-                yield Frames(chunk.index, latents, pixels, after)
-                del after  # of the size of the decoder's memory
+                later: Later[Moment] | None = None
+                if keep and ends and chunk.absorbed is not None:
+                    later = Later(partial(_moment, chunk, videos, decoding, recent))
+                yield Frames(chunk.index, latents, pixels, later)
+                if later is not None:
+                    later()  # the next chunk changes what it is made of
+                del later  # of the size of the decoder's memory
     except FloatingPointError:
         if to_the_end:
             for _ in chunks:
                 pass
         raise
+
+
+def _moment(chunk: Chunk, videos: Videos, decoding: Decoding, recent: Recent) -> Moment:
+    """The moment after a chunk, all of which was decoded and whose state is made now."""
+    assert chunk.state is not None
+    later = any(chunk.index < index for index in shared_changes(videos.outlines))
+    return decoding.moment(chunk.state, recent.copy() if later else Held(), videos.after(chunk.index))
 
 
 def stretches(latents: Tensor, start: int, size: int) -> Iterator[Tensor]:

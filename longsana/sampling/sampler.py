@@ -19,6 +19,7 @@ from longsana.flow.schedule import FlowSchedule
 from longsana.flow.solvers import Euler, Solver
 from longsana.models.embeddings import Text
 from longsana.runtime.clock import Clock
+from longsana.runtime.later import Later
 from longsana.sampling.recent import Recent
 from longsana.state import CausalState
 
@@ -54,13 +55,17 @@ def go_on(step: int, x: Tensor) -> Tensor:
 class Chunk:
     """A finished stretch of video: latents (B, C, T, H, W) in float32, and the state that includes it.
 
-    The many-step samplers give no state.
+    absorbed: makes the state, by the pass for which the latents do not wait. The many-step samplers give none.
     """
 
     index: int
     start: int
     latents: Tensor
-    state: CausalState | None
+    absorbed: Later[CausalState | None] | None = None
+
+    @property
+    def state(self) -> CausalState | None:
+        return None if self.absorbed is None else self.absorbed()
 
 
 def denoise_chunk(
@@ -129,6 +134,9 @@ def generate(
 ) -> Iterator[Chunk]:
     """Chunk after chunk of a video; nothing grows with its length. The last four arguments are training's.
 
+    A chunk is given before it is absorbed: whoever takes it may show it first, or ask for its state at once. If nobody
+    has asked until the next chunk is asked for, it is absorbed then.
+
     Args:
         texts: the caption of each chunk. shape: (C, H, W) of a latent frame. state: of the video that goes on.
         changes: of the past, by the chunk of the plan before which each happens.
@@ -153,20 +161,29 @@ def generate(
         learned = learned_from is not None and plan.starts[index] + plan.lengths[index] > learned_from
         with clock.part("absorb"):
             state = recent.begin(changes.get(index), state, partial(absorb, model, text=text))
-            state = take_in(begun.pictures[index], text, state) if alone else state
+        state = take_in(begun.pictures[index], text, state, clock=clock) if alone else state
         with clock.part("denoise"), torch.set_grad_enabled(learned):
             noise = own(0) if noise is None else noise
             how = begun.how(index, on_step) | {"rng": own, "exit_at": exit_at}
             x0 = denoise_chunk(model, schedule, noise, text, state, **how)
-        if absorb_last or not last:
-            with clock.part("absorb"):
-                state = take_in(x0, text, state, joins=alone)
         # Before the chunk is given: whoever takes it waits for the GPU, which would idle while noise is drawn then.
         with clock.part("denoise"):
-            noise = None if last or state is None else draw(index + 1, state.frames, 0)
-        yield Chunk(index, start, begun.whole(index, x0), state)
+            noise = None if last else draw(index + 1, start + plan.lengths[index], 0)
+        absorbed: Later[CausalState | None] = Later(
+            partial(take_in, x0, text, state, joins=alone, clock=clock)
+            if absorb_last or not last
+            else partial(_as_it_is, state)
+        )
+        state = None  # what absorbs holds it, and lets go of it then
+        yield Chunk(index, start, begun.whole(index, x0), absorbed)
+        state = absorbed()
 
 
+def _as_it_is(state: CausalState | None) -> CausalState | None:
+    return state
+
+
+@torch.no_grad()
 def _take_in(
     model: Network,
     schedule: FlowSchedule,
@@ -176,14 +193,16 @@ def _take_in(
     text: Text,
     state: CausalState | None,
     *,
+    clock: Clock,
     joins: bool = False,
 ) -> CausalState:
     """The state after x0 (B, C, T, H, W), which is held. noise: of nearly clean latents; joins: see `Recent.keep`."""
-    clean = x0.detach()
-    if noise is not None:
-        fresh = noise.draw(0 if state is None else state.frames, len(schedule.steps), clean.shape[1:], clean.device)
-        clean = schedule.add_noise(clean, fresh, timestep(0, clean))
-    return recent.keep(clean, state, absorb(model, clean, text, state), joins=joins)
+    with clock.part("absorb"):
+        clean = x0.detach()
+        if noise is not None:
+            fresh = noise.draw(0 if state is None else state.frames, len(schedule.steps), clean.shape[1:], clean.device)
+            clean = schedule.add_noise(clean, fresh, timestep(0, clean))
+        return recent.keep(clean, state, absorb(model, clean, text, state), joins=joins)
 
 
 @dataclass(frozen=True)
@@ -237,7 +256,7 @@ def sample_clip(
         path = solve(model, captions, solver=solver, cfg_scale=cfg_scale, noise=noise, first=first, on_step=on_step)
         for x in path:
             clean = x
-    yield Chunk(0, 0, clean, None)
+    yield Chunk(0, 0, clean)
 
 
 @dataclass
@@ -303,7 +322,7 @@ def sample_chunks(
             if waiting or active:
                 with clock.part("absorb"):
                     states = [absorb(model, finished.x, *pair) for pair in zip(captions, states, strict=True)]
-            yield Chunk(finished.index, finished.start, finished.x, None)
+            yield Chunk(finished.index, finished.start, finished.x)
 
 
 def per_chunk(times: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:

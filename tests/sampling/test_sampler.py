@@ -232,6 +232,7 @@ def test_generate_keeps_nothing_of_earlier_chunks(model, random_text):
 
     texts, rng, earlier = itertools.repeat(random_text(2), 4), WatchedNoise(3, PROMPTS), []
     for chunk in generate(model, SCHEDULE, texts, ChunkPlan((2, 2, 2, 2)), shape=SHAPE, rng=rng, device="cpu"):
+        assert chunk.state is not None  # until now the one before it is needed
         gc.collect()
         assert not any(ref() is not None for ref in earlier)
         following = noises[-1:] if chunk.index < 3 else []
