@@ -238,6 +238,14 @@ class VideoVAE(ABC):
         assert features is not None, "no latents to decode"
         return torch.cat(frames, dim=2), DecodeCache(features, stop, ended=self.ahead > 0 and not more)
 
+    def grouped(self, latents: Tensor, start: int) -> list[Tensor]:
+        """Cut a video's latents (B, C, T, h, w), from latent `start` on, where `decode_stream` does.
+
+        Decoded one after another, these give its frames to the bit.
+        """
+        groups = _groups(start, latents.shape[2], self.latents_per_call)
+        return [latents[:, :, group.start - start : group.stop - start] for group in groups]
+
     @torch.no_grad()
     def decode_end(self, cache: DecodeCache) -> tuple[Tensor, DecodeCache]:
         """The frames (B, 3, F, H, W) that wait for latents that will not come, as from `decode_stream`, and the cache.

@@ -138,7 +138,7 @@ class Frames(NamedTuple):
     """A finished stretch of the videos of a batch.
 
     chunk: its index in what is sampled of the video, from 0; -1 of a film that the video goes on from.
-    latents: (B, C, T, H, W), float32, on the device.
+    latents: (B, C, T, H, W), float32, on the device, of the stretch; none (T = 0) where more of its frames follow.
     pixels: (B, F, H, W, 3), uint8, on the host; those that are settled, if the decoder looks into the future.
     later: makes `after`, by the pass that absorbs the chunk, for which its frames do not wait; None: nobody wants it.
     """
@@ -325,6 +325,9 @@ def sample(
 ) -> Iterator[Frames]:
     """Frames of a batch of videos, one for each caption, stretch by stretch, each before its chunk is absorbed.
 
+    Those of the stretch that a video begins with come as they are decoded, `vae.latents_per_call` latents at a time and
+    the first latent's, one frame, by itself: the decoder's groups, so that no bit of them depends on it.
+
     frames_per_call: latent frames that are decoded at once; see `stretches`.
     clock: is told the time of the parts "denoise", "absorb" and "decode".
     to_the_end: after numbers that are not finite nothing is given, but all passes of the network are made before that
@@ -342,9 +345,16 @@ def sample(
             keep = wanted(chunk.index)
             # Memory grows with what is decoded at once, and the base model's clip is one chunk.
             for latents in stretches(chunk.latents, chunk.start, frames_per_call):
-                left -= latents.shape[2]
+                *opening, end = decoder.grouped(latents, 0) if decoding.start == 0 else [latents]
+                for piece in opening:
+                    left -= piece.shape[2]
+                    with clock.part("decode"):
+                        pixels = decoding(piece, f"chunk {chunk.index}", more=True)
+                    if pixels.shape[1]:  # a decoder that looks ahead may have none yet
+                        yield Frames(chunk.index, latents[:, :, :0], pixels)
+                left -= end.shape[2]
                 with clock.part("decode"):
-                    pixels = decoding(latents, f"chunk {chunk.index}", more=left > 0, keep=keep)
+                    pixels = decoding(end, f"chunk {chunk.index}", more=left > 0, keep=keep)
                 ends = decoding.start == chunk.start + chunk.latents.shape[2]
                 later: Later[Moment] | None = None
                 if keep and ends and chunk.absorbed is not None:

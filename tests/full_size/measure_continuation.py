@@ -108,7 +108,8 @@ def film_first(engine: Engine, parts: Any, caption: Any, pictures: Any) -> tuple
 def gone_on(engine: Engine, parts: Any, prompt: Prompt, caption: Any) -> dict[int, tuple[float, float]]:
     """PSNR to the uncut video of the first chunk after a cut and the lowest of later ones, by the latents kept."""
     whole = dataclasses.replace(prompt, frames=FILM + 4 * CHUNK)
-    uncut = list(engine.sample(*parts, [whole], [caption], wanted=lambda chunk: chunk == 1))
+    pieces = engine.sample(*parts, [whole], [caption], wanted=lambda chunk: chunk == 1)
+    uncut = [piece for piece in pieces if piece.latents.shape[2]]  # those with which a chunk ends
     after, found = uncut[1].after, {}
     assert after is not None and after.latents is not None and after.network.frames == 21
     for kept in (1, 3, 6, KEPT):

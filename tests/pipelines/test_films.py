@@ -24,6 +24,7 @@ from longsana.sampling.engine import Engine
 from longsana.sampling.films import absorb_film, film_latents
 from tests.pipelines.repository import OTHER, PROMPT, SIZE, quiet, shapes_config, shapes_repository
 from tests.pipelines.test_stream import AHEAD, CHUNKS, joined, seed
+from tests.sampling.pieces import by_chunk
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_a_state_of_the_batch_command(loaded: LongSanaVideoPipeline, tmp_path: P
     with caption_encoder(config, engine.device) as encode:
         caption = encode(prompt)
     network, vae = engine.load()
-    found = list(engine.sample(network, vae, [prompt], [caption], wanted=lambda chunk: chunk == 0))
+    found = by_chunk(engine.sample(network, vae, [prompt], [caption], wanted=lambda chunk: chunk == 0))
     after = found[0].after
     assert after is not None
     marks = mark_of(network), vae_mark_of(vae)

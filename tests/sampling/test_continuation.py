@@ -35,6 +35,7 @@ from longsana.sampling.continuation import (
 from longsana.sampling.engine import Engine, Frames, stretches
 from longsana.sampling.recent import Held, Kept, each_of_state
 from longsana.sampling.transition import shown_in
+from tests.sampling.pieces import by_chunk
 
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
 PROMPT = Prompt(1, "a red circle", ("a red circle",), 0, 32, 48)
@@ -371,7 +372,7 @@ def always(chunk: int) -> bool:
 
 @pytest.fixture(scope="module")
 def uncut(engine: Engine, parts: Any, caption: Caption) -> list[Frames]:
-    return list(engine.sample(*parts, [PROMPT], [caption], wanted=always))
+    return by_chunk(engine.sample(*parts, [PROMPT], [caption], wanted=always))
 
 
 def gone_on(engine: Engine, parts: Any, caption: Caption, moment: Moment, chunks: int) -> list[Frames]:

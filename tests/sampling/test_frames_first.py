@@ -13,6 +13,7 @@ from torch import Tensor
 from longsana.chunks import ChunkPlan
 from longsana.config import load_config
 from longsana.data.prompts import Prompt
+from longsana.encoders.vae import WanVAE
 from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule
 from longsana.runtime.clock import Clock
@@ -20,6 +21,7 @@ from longsana.runtime.later import Later
 from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.engine import Engine, Frames
 from longsana.sampling.sampler import generate
+from tests.sampling.pieces import by_chunk
 
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
 PROMPT = Prompt(1, "a big red circle moves slowly to the left on black", ("a big red circle",), 0, 32, 48)
@@ -161,6 +163,29 @@ def test_all_passes_are_made_to_the_end_where_others_take_part(engine: Engine, p
         with pytest.raises(FloatingPointError):
             list(engine.sample(network, Broken(parts[1]), [PROMPT], [caption], to_the_end=to_the_end))  # type: ignore[arg-type]
         assert network.passes == passes
+
+
+@pytest.mark.parametrize("latents_per_call", [1, 2, 3])
+def test_the_first_chunk_leaves_group_by_group(parts: Any, caption: Caption, latents_per_call: int) -> None:
+    """Frames of a chunk of 5 latents, latent 0 first; all are those of one call for each chunk, to the bit."""
+    settings = ["num_frames=37", "chunk_frames=4", "first_chunk_frames=5", "height=32", "width=48"]
+    changes = ["scheduler.denoising_step_list=[1000, 727]", f"vae.latents_per_call={latents_per_call}"]
+    engine = Engine(load_config(CONFIG, [*(f"sampling.{one}" for one in settings), *changes]), "cpu")
+    network, vae = Counting(parts[0]), WanVAE.around(parts[1].model, latents_per_call)
+    found: list[Frames] = []
+    for piece in engine.sample(network, vae, [PROMPT], [caption], wanted=lambda chunk: chunk == 0):  # type: ignore[arg-type]
+        assert piece.chunk > 0 or network.passes == STEPS, "all of them before it is absorbed"
+        found.append(piece)
+    sizes = {1: [1, 4, 4, 4, 4], 2: [1, 8, 8], 3: [1, 12, 4]}[latents_per_call]
+    assert [piece.pixels.shape[1] for piece in found] == [*sizes, 16, 4]
+    assert [piece.latents.shape[2] for piece in found] == [*[0] * (len(sizes) - 1), 5, 4, 1]
+    chunks, cache = by_chunk(found), None
+    for number, chunk in enumerate(chunks):
+        frames, cache = vae.decode_stream(chunk.latents, cache, more=number < 2)
+        assert torch.equal(vae.to_uint8(frames), chunk.pixels)
+        if number == 0:
+            assert chunk.after is not None and chunk.after.decoder is not None
+            assert all(torch.equal(a, b) for a, b in zip(chunk.after.decoder.features, cache.features, strict=True))
 
 
 def test_a_value_that_is_made_later_is_made_once_and_what_it_is_made_of_is_gone() -> None:

@@ -16,6 +16,7 @@ from longsana.sampling.captions import caption_encoder
 from longsana.sampling.checks import check_config
 from longsana.sampling.engine import Engine
 from tests.encoders.test_ltx2 import SMALL
+from tests.sampling.pieces import by_chunk
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ def test_a_video_chunk_by_chunk(causal: bool, tmp_path: Path) -> None:
     with caption_encoder(engine.config, engine.device) as encode:
         caption = encode(prompt)
     network, decoder = engine.load()
-    pieces = list(engine.sample(network, decoder, [prompt], [caption]))
+    pieces = by_chunk(engine.sample(network, decoder, [prompt], [caption]))
     # One that looks 8 latents ahead gives all of this short video at its end.
     assert [piece.pixels.shape[1] for piece in pieces] == ([9, 16, 16] if causal else [0, 0, 41])
     latents = torch.cat([piece.latents for piece in pieces], dim=2)

@@ -18,6 +18,7 @@ from longsana.sampling.checks import check_config, check_weights
 from longsana.sampling.continuation import Continuation, restored, vae_mark_of
 from longsana.sampling.engine import Engine
 from longsana.sampling.films import pieces, whole_pieces
+from tests.sampling.pieces import by_chunk
 from tests.sampling.test_ltx2 import TEXT, small_720p
 
 PROMPT = Prompt(1, TEXT, (TEXT,), 0, 64, 96)
@@ -33,13 +34,13 @@ def test_720p_chunk_by_chunk_and_from_a_state_of_a_decoder_that_looks_ahead(tmp_
     with caption_encoder(engine.config, engine.device) as encode:
         caption = encode(PROMPT)
     network, decoder = engine.load()
-    parts = list(engine.sample(network, decoder, [PROMPT], [caption], wanted=lambda chunk: chunk == 1))
+    parts = by_chunk(engine.sample(network, decoder, [PROMPT], [caption], wanted=lambda chunk: chunk == 1))
     assert [part.pixels.shape[1] for part in parts] == [9, 16, 16]
     pixels = torch.cat([part.pixels for part in parts], dim=1)
     whole = decoder.to_uint8(decoder.decode(torch.cat([part.latents for part in parts], dim=2)))
     assert (pixels.int() - whole.int()).abs().max() <= 1
     looking = Engine(full, "cpu").load()[1]
-    other = list(engine.sample(network, looking, [PROMPT], [caption], wanted=lambda chunk: chunk == 1))
+    other = by_chunk(engine.sample(network, looking, [PROMPT], [caption], wanted=lambda chunk: chunk == 1))
     after = other[1].after
     assert looking.ahead and after is not None and after.waiting
     state = Continuation(
