@@ -16,7 +16,7 @@ from longsana.runtime.errors import InputError
 PUBLISHED = [
     path
     for path in sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
-    if not {"trainer", "pairs", "shape"} & yaml.safe_load(path.read_text()).keys()
+    if not {"trainer", "pairs", "steps"} & yaml.safe_load(path.read_text()).keys()
 ]
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = [
     path
     for path in sorted((ROOT / "configs").rglob("*.yaml"))
-    if not {"trainer", "pairs", "shape"} & yaml.safe_load(path.read_text()).keys()
+    if not {"trainer", "pairs", "steps"} & yaml.safe_load(path.read_text()).keys()
 ]
 BASE = "configs/sana_video_config/Sana_2000M_480px_AdamW_fsdp.yaml"
 DISTILLED = "configs/sana_video_config/Sana_2000M_480px_adamW_fsdp_longsana.yaml"
