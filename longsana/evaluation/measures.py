@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
+from longsana.encoders.closeness import luma
 
-LUMA = (0.299, 0.587, 0.114)
 GROUP = 32
 """Pictures measured together."""
 STRETCH = 5
@@ -69,16 +69,16 @@ def measure(pictures: Tensor, before: Tensor | None = None) -> Measures:
 def _measure(pictures: Tensor, before: Tensor | None) -> Measures:
     red, green, blue = pictures.unbind(-1)
     largest, smallest = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
-    luma = pictures.float() @ torch.tensor(LUMA, dtype=torch.float32, device=pictures.device)
-    inner = luma[..., 1:-1, 1:-1]
-    ring = luma[..., :-2, 1:-1] + luma[..., 2:, 1:-1] + luma[..., 1:-1, :-2] + luma[..., 1:-1, 2:]
+    bright = luma(pictures)
+    inner = bright[..., 1:-1, 1:-1]
+    ring = bright[..., :-2, 1:-1] + bright[..., 2:, 1:-1] + bright[..., 1:-1, :-2] + bright[..., 1:-1, 2:]
     previous = torch.cat([pictures[:, :1] if before is None else before[:, None], pictures[:, :-1]], dim=1)
     change = (torch.maximum(pictures, previous) - torch.minimum(pictures, previous)).flatten(2).float().mean(2)
     if before is None:
         change[:, 0] = torch.nan
     return Measures(
         (largest - smallest).flatten(2).float().mean(2) / 255,
-        luma.flatten(2).std(2, correction=0) / 255,
+        bright.flatten(2).std(2, correction=0) / 255,
         (ring - 4 * inner).flatten(2).square().mean(2).sqrt() / 255,
         change / 255,
     )

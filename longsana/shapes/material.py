@@ -1,8 +1,7 @@
-"""Clips that the small world's own parts learn from and are tested with, and how far pictures are from them."""
+"""Clips that the small world's own parts learn from and are tested with, and the error of pictures of them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -131,20 +130,3 @@ def pixel_error(wrong: Tensor, mask: Tensor | None, object_weight: float, edge_w
         both = torch.minimum(weight.narrow(side, 0, count), weight.narrow(side, 1, count))
         error = error + edge_weight / 2 * (wrong.diff(dim=side).abs() * both).mean()
     return error
-
-
-class Closeness:
-    """Peak signal-to-noise ratio of pictures to others, over all pixels."""
-
-    def __init__(self) -> None:
-        self._squares, self._count = 0.0, 0
-
-    def add(self, pictures: Tensor, others: Tensor) -> None:
-        """Compare pictures in [-1, 1] with others of the same shape."""
-        self._squares += (pictures - others).square().sum(dtype=torch.float64).item()
-        self._count += pictures.numel()
-
-    @property
-    def decibels(self) -> float:
-        """The ratio; infinite of pictures that are equal."""
-        return 10 * math.log10(4 * self._count / self._squares) if self._squares else math.inf

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longsana.config import VAEConfig
+from longsana.encoders.closeness import Closeness
 from longsana.encoders.tiny_layouts import SHAPES, TINY
 from longsana.encoders.tiny_network import TinyNetwork, load_tiny
 from longsana.encoders.tiny_vae import TinyVAE
@@ -21,7 +22,6 @@ from longsana.encoders.vae import WanVAE
 from longsana.runtime.errors import InputError
 from longsana.shapes.descent import Descent
 from longsana.shapes.material import (
-    Closeness,
     PhasesConfig,
     check_phases,
     choose,

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longsana.config import VAEConfig
+from longsana.encoders.closeness import Closeness
 from longsana.encoders.vae import WanVAE, decode_clip, encode_clip
 from longsana.encoders.vae_files import Model, new_model, save_model
 from longsana.flow.noise import keyed_generator
 from longsana.shapes.descent import Descent
 from longsana.shapes.material import (
-    Closeness,
     PhasesConfig,
     check_phases,
     choose,

@@ -36,6 +36,7 @@ from torch import Tensor
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
+from longsana.encoders.closeness import decibels
 from longsana.encoders.vae import VideoVAE
 from longsana.evaluation.report import table
 from longsana.flow.noise import PromptNoise
@@ -64,7 +65,7 @@ class Later(PromptNoise):
 
 def psnr(frames: Tensor, others: Tensor) -> float:
     """PSNR in dB of frames (..., H, W) in [-1, 1]."""
-    return float(10 * torch.log10(4 / (frames - others).square().mean().clamp(min=1e-12)))
+    return float(decibels((frames - others).square().mean().clamp(min=1e-12), 2))
 
 
 def latents_of(vae: VideoVAE, picture: Tensor) -> dict[str, Tensor]:
