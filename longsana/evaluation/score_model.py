@@ -19,7 +19,15 @@ from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.encoders.loading import load_vae
 from longsana.encoders.vae import VideoVAE
-from longsana.evaluation.measures import boundaries, drift, drift_curve, measure_pieces, per_second, seam_index
+from longsana.evaluation.measures import (
+    Measures,
+    boundaries,
+    drift,
+    drift_curve,
+    measure_pieces,
+    per_second,
+    seam_index,
+)
 from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
 from longsana.runtime.files import whole_file
 from longsana.sampling.captions import caption_encoder
@@ -60,7 +68,7 @@ def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> di
     """Sample the trial's videos and score them; see `summarise`."""
     films = _Films(config, trial.prompts, trial.frames, device, absorbs=trial.absorbs)
     plan = films.engine.plan
-    seam = _seam(plan, films.engine.geometry.time_stride)
+    seam = seam_of(plan, films.engine.geometry.time_stride)
     runs = []
     for seed in trial.seeds:
         videos: list[dict[str, Any]] = []
@@ -147,7 +155,7 @@ def try_truth(config: InferenceConfig, trial: Trial, device: torch.device) -> di
     vae = load_vae(config.vae, device, resolve_dtype(config.vae.weight_dtype, device))
     frames, sampling = vae.geometry.latent_frames(trial.frames), config.sampling
     plan = ChunkPlan.split(frames, sampling.chunk_frames, sampling.first_chunk_frames)
-    seam = _seam(plan, vae.geometry.time_stride)
+    seam = seam_of(plan, vae.geometry.time_stride)
     videos: list[dict[str, Any]] = []
     batch = max(trial.batch // 8, 1)  # a film's pictures are encoded at once
     for first in range(0, len(trial.prompts), batch):
@@ -167,8 +175,8 @@ def _decoded(vae: VideoVAE, latents: Tensor, plan: ChunkPlan) -> Iterator[Tensor
         yield pixels
 
 
-def _seam(plan: ChunkPlan, time_stride: int) -> Callable[[Tensor], Tensor]:
-    """`seam_index` of changes, for videos in these chunks."""
+def seam_of(plan: ChunkPlan, time_stride: int) -> Callable[[Tensor], Tensor]:
+    """`seam_index` of changes (B, F), for videos in these chunks."""
     return partial(seam_index, boundaries=boundaries(plan, time_stride), time_stride=time_stride)
 
 
@@ -179,10 +187,18 @@ def _score(
     seam: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Figures of each video by length, and curves by second. films: pieces (B, F, H, W, 3), uint8."""
     seen: list[Seen] = []
     looks = measure_pieces(films, device, lambda pictures: seen.append(observe(pictures)))
-    whole = Seen.join(seen)
+    return score_looks(Seen.join(seen), looks, captions, lengths, seam)
+
+
+def score_looks(
+    whole: Seen, looks: Measures, captions: Sequence[str], lengths: Sequence[int], seam: Callable[[Tensor], Tensor]
+) -> list[dict[str, Any]]:
+    """Figures of each video by length ("figures"), and curves by second ("curves").
+
+    whole, looks: of all of the videos' frames. lengths: seconds from the start. seam: gives (B,) of changes (B, F).
+    """
     promises = [parse_caption(caption) for caption in captions]
     assert all(promises), captions
     # Without what is away the picture has less colour, which is no drift.

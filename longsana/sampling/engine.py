@@ -183,12 +183,16 @@ class Engine:
         Raises:
             InputError: files are missing or do not fit; the message names the setting.
         """
-        network, config = self.load_network(), self.config.vae
+        return self.load_network(), self.load_decoder()
+
+    def load_decoder(self) -> VideoVAE:
+        """The decoder alone, for those who have latents. Raises: see `load`."""
+        config = self.config.vae
         with blame("vae.vae_pretrained" if config.decoder == FULL else "vae.decoder_pretrained"):
             vae = load_vae(config, self.device, resolve_dtype(config.weight_dtype, self.device))
         if isinstance(vae, TinyVAE) and self._recorded:
             vae.replay()
-        return network, vae
+        return vae
 
     def load_network(self) -> LongSanaDiT:
         """The network alone, for those who need latents and no pictures. Raises: see `load`."""

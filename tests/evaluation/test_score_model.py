@@ -30,7 +30,7 @@ def films(scenes, frames, pieces=3):
 def test_the_world_itself_scores_in_full():
     scenes = [draw_scene(5, index, held_out=True) for index in range(4)]
     frames = 3 * FPS + 1
-    seam = trial._seam(ChunkPlan.split((frames - 1) // 4 + 1, 5), 4)
+    seam = trial.seam_of(ChunkPlan.split((frames - 1) // 4 + 1, 5), 4)
     scored = trial._score(films(scenes, frames), [scene.caption for scene in scenes], (2, 3), seam, CPU)
     report = summarise([scored], (2, 3))
     for seconds in ("2", "3"):
@@ -48,7 +48,7 @@ def test_the_remembered_world_scores_in_full_and_does_not_drift():
     scenes = [draw_remembered(5, index, held_out=True) for index in range(6)]
     frames = 8 * FPS + 1
     scored = trial._score(
-        films(scenes, frames), [scene.caption for scene in scenes], (8,), trial._seam(ChunkPlan.split(33, 5), 4), CPU
+        films(scenes, frames), [scene.caption for scene in scenes], (8,), trial.seam_of(ChunkPlan.split(33, 5), 4), CPU
     )
     figures = summarise([scored], (8,))["figures"]["8"]
     for figure in FIGURES:
@@ -74,9 +74,9 @@ def test_the_truth_is_of_the_world_that_is_asked_for(monkeypatch):
 def test_a_prefix_is_scored_as_a_shorter_video():
     scenes = [draw_scene(5, index, held_out=True) for index in range(2)]
     captions = [scene.caption for scene in scenes]
-    long = trial._score(films(scenes, 3 * FPS + 1), captions, (2,), trial._seam(ChunkPlan.split(13, 4), 4), CPU)
+    long = trial._score(films(scenes, 3 * FPS + 1), captions, (2,), trial.seam_of(ChunkPlan.split(13, 4), 4), CPU)
     short = trial._score(
-        films(scenes, 2 * FPS + 1, pieces=1), captions, (2,), trial._seam(ChunkPlan.split(9, 4), 4), CPU
+        films(scenes, 2 * FPS + 1, pieces=1), captions, (2,), trial.seam_of(ChunkPlan.split(9, 4), 4), CPU
     )
     for a, b in zip(long, short, strict=True):
         for name, value in a["figures"][2].items():
@@ -86,7 +86,7 @@ def test_a_prefix_is_scored_as_a_shorter_video():
 def test_what_breaks_its_promise_scores_less():
     scenes = [draw_scene(5, index, held_out=True) for index in range(2)]
     other = [draw_scene(6, index, held_out=True).caption for index in range(2)]
-    scored = trial._score(films(scenes, 2 * FPS + 1), other, (2,), trial._seam(ChunkPlan.split(1, 1), 4), CPU)
+    scored = trial._score(films(scenes, 2 * FPS + 1), other, (2,), trial.seam_of(ChunkPlan.split(1, 1), 4), CPU)
     assert summarise([scored], (2,))["figures"]["2"]["persistence"][0] == 0
 
 
