@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from longsana.flow.noise import keyed_generator
 from longsana.runtime.errors import InputError
+from longsana.runtime.stop import Stopped, deferred
 from longsana.shapes.remembered import WORLDS, WorldName
 from longsana.shapes.scenes import render
 
@@ -75,10 +76,18 @@ def draw_clips(
 
 
 def draw_pool(config: PhasesConfig, phase: int, device: torch.device) -> Iterator[Tensor]:
-    """Pictures (B, 3, F, H, W) of a phase's pool, some at a time; their scenes are those of no step."""
+    """Pictures (B, 3, F, H, W) of a phase's pool, some at a time; their scenes are those of no step.
+
+    Raises:
+        Stopped: there was a request to stop, which steps of training would put off until the pool, minutes on a CPU,
+            is there; the steps before it have been saved.
+    """
     first, whole = sum(config.steps) + sum(config.pool[:phase]), config.pool[phase]
-    for start in range(0, whole, DRAWN_TOGETHER):
-        yield clips_of(config, phase, first + start, min(DRAWN_TOGETHER, whole - start), device)
+    with deferred() as asked:
+        for start in range(0, whole, DRAWN_TOGETHER):
+            yield clips_of(config, phase, first + start, min(DRAWN_TOGETHER, whole - start), device)
+            if number := asked():
+                raise Stopped(number)
 
 
 def choose(config: PhasesConfig, phase: int, step: int, part: str) -> Tensor:

@@ -5,7 +5,7 @@
 Single scenes held out of training, three seeds, each length of the first chunk on the same captions; its noise is
 another where it is another length. Judged are the first seconds and the whole video: all figures of the verifier,
 saturation drift, and the seam index (1 is seamless). Figures are written to OUT as they are made, with a table of all
-so far, and the same command goes on. On a laptop: `--videos 4 --seeds 0 --seconds 1 5`.
+so far, and the same command goes on. On a laptop: `--videos 4 --seeds 0 --seconds 1 5 --only 0 3`.
 
 Exit status: 0 all lengths are there, 2 bad input, 3 the time was up before.
 """
@@ -32,6 +32,7 @@ from longsana.evaluation.report import table
 from longsana.evaluation.score_model import Trial, try_model
 from longsana.runtime.commandline import Parser, run_command
 from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text
 from longsana.shapes.scenes import draw_scene
 from tests.full_size.measure_stories import CONFIG
@@ -62,8 +63,14 @@ def prepare(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=int, nargs="+", default=[1, 5, 15], help="from the start, judged apart")
     parser.add_argument("--batch", type=int, default=32, help="videos sampled together")
+    parser.add_argument(
+        "--only", type=int, nargs="+", metavar="LATENTS", help="lengths of the first chunk (default: all)"
+    )
     parser.add_argument("--minutes", type=float, help="begin no length that would take longer than is left of these")
     options = parser.parse_args(arguments)
+    known = [first.latents for first in LENGTHS]
+    if unknown := sorted(set(options.only or ()) - set(known)):
+        raise InputError(f"--only {unknown[0]}: is not measured; there are {', '.join(map(str, known))}")
     check_options(options, "videos", "batch")
     return options
 
@@ -80,7 +87,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> int:
 
     return measure_each(
         options.out,
-        LENGTHS,
+        [first for first in LENGTHS if options.only is None or first.latents in options.only],
         lambda first: {"first": first.latents, **common},
         measured,
         device,

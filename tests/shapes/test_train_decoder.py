@@ -178,6 +178,29 @@ def test_a_stop_saves_and_the_same_call_goes_on(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "other" / FILE).read_bytes() != (broken / FILE).read_bytes()
 
 
+def test_a_stop_does_not_wait_for_the_whole_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The phase before it was saved, and the same call goes on to the bit."""
+    monkeypatch.setattr(material, "DRAWN_TOGETHER", 1)
+    train_decoder(TINY, tmp_path / "whole", CPU)
+    draw, drawn = material.clips_of, list[int]()
+
+    def asked(config: Any, phase: int, *arguments: Any) -> Any:
+        drawn.append(phase)
+        if drawn.count(1) == 1 and phase == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return draw(config, phase, *arguments)
+
+    monkeypatch.setattr(material, "clips_of", asked)
+    broken = tmp_path / "broken"
+    with pytest.raises(Stopped):
+        train_decoder(TINY, broken, CPU)
+    assert drawn.count(1) == 1 < TINY.pool[1]
+    assert [path.name for path in broken.iterdir()] == [NAME]
+    train_decoder(TINY, broken, CPU)
+    assert drawn.count(0) == TINY.pool[0], "the first phase was not made again"
+    assert (broken / FILE).read_bytes() == (tmp_path / "whole" / FILE).read_bytes()
+
+
 class _Standin:
     """A recording that calls the function again, as replaying it does on a GPU."""
 
