@@ -107,7 +107,8 @@ class VAEConfig:
     latents_per_call: int = bounded(1, 1, 100_000)  # latent frames decoded together; frames differ by rounding alone
     # Who decodes: the VAE itself, or a tiny network of this kind, which no file says of itself
     decoder: Literal["full", "taew2_1", "lighttaew2_1", "taeltx_2", "tae_shapes"] = "full"
-    # The tiny network: a .pth or .safetensors file, hf://owner/repo/file, or seeded:N for random weights from seed N
+    # The tiny network: a .pth or .safetensors file, hf://owner/repo/file, or seeded:N for random weights from seed N;
+    # null: <decoder>.safetensors in the folder vae_pretrained
     decoder_pretrained: str | None = None
     # Who encodes pictures and films: the VAE itself, or the tiny network's own encoder
     encoder: Literal["full", "tiny"] = "full"

@@ -31,7 +31,7 @@ from PIL import Image
 
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import PICTURE, training_prompts
-from longsana.encoders.tiny_layouts import SHAPES
+from longsana.encoders.tiny_layouts import FULL, SHAPES
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -44,8 +44,10 @@ log = logging.getLogger("longsana")
 
 CONFIGS = "configs/sana_video_config/longsana/shapes"
 NETWORKS = ("base", "ode", "self_forcing", "longsana")
-FOLDERS = ("vae", "text_encoder", "decoder")
-"""Parts that are folders."""
+FOLDERS = ("vae", "text_encoder")
+"""Parts that are folders, and ship as they are."""
+DECODER = f"decoder/{SHAPES}.safetensors"
+"""A part that ships in the folder of the VAE, whose latents it decodes."""
 VAES: dict[WorldName, str] = {"shapes": "vae.yaml", "remembered_shapes": "vae_remembered.yaml"}
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
 TRUTH = "ground truth through the VAE"
@@ -100,7 +102,7 @@ Text to videos of one or two moving shapes, 160x96 pixels, 16 frames a second, o
 `train_video_scripts/shapes_recipe.py` (its seeds; packaged at commit {commit}): no data but what
 `longsana/shapes/scenes.py` draws.
 
-* `vae`: a Wan 2.1 VAE of base width 12. `decoder`: a tiny decoder (`tae_shapes`) of its latents.
+* `vae`: a Wan 2.1 VAE of base width 12, and a tiny decoder (`tae_shapes`) of its latents.
 * `text_encoder`: a Gemma 2 of two layers, trained on the world's captions.
 * `base.safetensors`: the bidirectional base model. `ode`, `self_forcing`, `longsana`: the generator after each stage.
 
@@ -301,7 +303,7 @@ def package(request: Request) -> None:
     parts = request.folder
     networks = [f"{name}.safetensors" for name in NETWORKS]
     measured = ["scores.json", "speed.json", "times.json", "plot.png", "strips.png"]
-    wanted = [*FOLDERS, *networks, "table.md", *measured]
+    wanted = [*FOLDERS, DECODER, *networks, "table.md", *measured]
     if missing := [name for name in wanted if not (parts / name).exists()]:
         raise InputError(f"{parts}: {', '.join(missing)} not found; run the steps that make them first")
     noted = _read(parts, "times", "the recipe writes it")
@@ -314,6 +316,7 @@ def package(request: Request) -> None:
     def gather(folder: Path) -> None:
         for part in FOLDERS:
             shutil.copytree(parts / part, folder / part, dirs_exist_ok=True)
+        shutil.copy(parts / DECODER, folder / "vae")
         for name in networks + measured:
             shutil.copy(parts / name, folder)
         atomic_write_text(folder / "README.md", card)
@@ -339,9 +342,9 @@ def _sampler(request: Request, row: Row) -> InferenceConfig:
     """The default config with a row's parts and settings."""
     settings = [f"vae.vae_pretrained={request.folder / 'vae'}"]
     settings += [f"text_encoder.text_encoder_name={request.folder / 'text_encoder'}", *row.settings]
+    settings += [f"vae.decoder={FULL}"]
     if row.tiny_decoder:
-        path = request.folder / "decoder" / f"{SHAPES}.safetensors"
-        settings += [f"vae.decoder={SHAPES}", f"vae.decoder_pretrained={path}"]
+        settings += [f"vae.decoder={SHAPES}", f"vae.decoder_pretrained={request.folder / DECODER}"]
     if row.weights:
         settings += [f"model.load_from={request.folder / row.weights}.safetensors"]
     if request.tiny and row.name == "base model":

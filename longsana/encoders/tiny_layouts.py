@@ -5,15 +5,20 @@ Neither diffusers nor PyTorch's kernels are needed here.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isqrt, prod
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+from safetensors import safe_open
 
 from longsana.config import VAEConfig
 from longsana.encoders.layouts import Shape
 from longsana.runtime.errors import InputError
+from longsana.runtime.foreign import read_json
 from longsana.runtime.hub import SEEDED
 from longsana.weights.files import Entry, open_weights
 from longsana.weights.fit import kind as told_shape
@@ -24,6 +29,9 @@ FULL: Final = "full"
 """The `vae.decoder` that is the VAE's own."""
 SHAPES: Final = "tae_shapes"
 """The `vae.decoder` of the small world's own VAE, which is trained there."""
+LATENTS = "latents"
+"""What metadata of a decoder's file call the `latents_key` of the latents that it was trained on."""
+MEAN = "latents_mean"
 BLOCKS = 3
 """Memory blocks of a level."""
 PARAMETERS = ("conv.0", "conv.2", "conv.4")
@@ -82,8 +90,9 @@ def check_decoder(config: VAEConfig) -> None:
     Raises:
         InputError: the first that does not, and what would be right.
     """
-    name, source = config.decoder, config.decoder_pretrained
+    name = config.decoder
     if name == FULL:
+        source = config.decoder_pretrained
         if source is not None:
             raise InputError(
                 f"vae.decoder_pretrained={source}: with vae.decoder=full nothing would be decoded with it; say which "
@@ -100,14 +109,27 @@ def check_decoder(config: VAEConfig) -> None:
             f"vae.decoder={name}: it decodes latents of {kind.vae_type}, and vae.vae_type is {config.vae_type}; use "
             f"{' or '.join(fitting(config.vae_type))}, or full"
         )
-    if source is None:
-        raise InputError(
-            f"vae.decoder={name}: vae.decoder_pretrained must say where its file lies: a path, hf://owner/repo/file, "
-            "or seeded:N for random weights"
-        )
     if config.encoder != FULL:
         check_encodes(kind, f"vae.encoder={config.encoder}", "use vae.encoder=full")
-    seed_of_tiny(source)
+    seed_of_tiny(source_of(config))
+
+
+def source_of(config: VAEConfig) -> str:
+    """Where a tiny decoder's weights lie: `vae.decoder_pretrained`, or a file beside the VAE's own.
+
+    Raises:
+        InputError: neither is said nor there.
+    """
+    if config.decoder_pretrained is not None:
+        return config.decoder_pretrained
+    beside = Path(config.vae_pretrained) / f"{config.decoder}.safetensors"
+    if not beside.is_file():
+        raise InputError(
+            f"vae.decoder={config.decoder}: vae.decoder_pretrained must say where its file lies: a path, "
+            f"hf://owner/repo/file, or seeded:N for random weights; vae.vae_pretrained={config.vae_pretrained} is no "
+            f"folder with a {beside.name}. vae.decoder=full does without one"
+        )
+    return str(beside)
 
 
 def check_encodes(kind: TinyKind, setting: str, remedy: str) -> None:
@@ -165,13 +187,50 @@ def open_tiny(kind: TinyKind, source: str, path: Path, *, headers_only: bool = F
 
 
 def check_tiny(config: VAEConfig, path: Path) -> None:
-    """Refuse a file that is not of the kind that `config.decoder` says. path: where decoder_pretrained lies.
+    """Refuse a file that is not of the kind that `config.decoder` says, or says that it decodes latents of another VAE
+    than `config.vae_pretrained`. path: where it lies.
 
     Raises:
         InputError: what is wrong.
     """
-    assert config.decoder_pretrained is not None
-    open_tiny(TINY[config.decoder], config.decoder_pretrained, path, headers_only=True)
+    source = source_of(config)
+    open_tiny(TINY[config.decoder], source, path, headers_only=True)
+    vae = Path(config.vae_pretrained) / "config.json"  # only a folder here: nothing is fetched for it
+    check_latents(
+        latents_of(path),
+        read_json(vae) if vae.is_file() else {},
+        f"vae.decoder_pretrained={source}",
+        f"vae.vae_pretrained={config.vae_pretrained}",
+        "vae.decoder=full",
+    )
+
+
+def check_latents(own: str | None, config: Mapping[str, Any], decoder: str, vae: str, otherwise: str) -> None:
+    """Refuse a decoder of other latents than a VAE's, where both are known.
+
+    own: `latents_key` of its latents; None: unknown. config: the VAE's. decoder, vae: who they are, to the reader;
+    otherwise: what decodes them in any case.
+
+    Raises:
+        InputError: its latents are others.
+    """
+    if own is not None and MEAN in config and own != latents_key(config):
+        raise InputError(f"{decoder}: was trained on latents of another VAE than {vae}; give its own, or {otherwise}")
+
+
+def latents_key(config: Mapping[str, Any]) -> str:
+    """What tells the latents of a trained VAE from others: a digest of the mean and the deviation in its config."""
+    figures = [[float(figure) for figure in config[name]] for name in (MEAN, "latents_std")]
+    return hashlib.sha256(json.dumps(figures).encode()).hexdigest()
+
+
+def latents_of(path: Path) -> str | None:
+    """The `latents_key` that a decoder's file gives of the latents that it was trained on; None: it does not say."""
+    found = what_is(path)
+    if found.kind != "safetensors":
+        return None
+    with safe_open(found.file, framework="pt") as file:
+        return (file.metadata() or {}).get(LATENTS)
 
 
 def _likeness(entries: Mapping[str, Entry]) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longsana.encoders.tiny_layouts import BLOCKS, TinyKind, open_tiny, seed_of_tiny
+from longsana.encoders.tiny_layouts import BLOCKS, TinyKind, latents_of, open_tiny, seed_of_tiny
 from longsana.runtime.hub import locate
 
 Memory: TypeAlias = tuple[Tensor, ...]
@@ -78,6 +78,7 @@ class TinyNetwork(nn.Module):
 
     Both take time in order, with what they remember of it as a value. Pixels are in [0, 1].
 
+    latents: the `latents_key` of the latents that it was trained on, where its file says it.
     last_weight, last_bias: of the decoder's last convolution for pictures in [-1, 1]; see `tiny_decoder.prepare`.
     """
 
@@ -87,6 +88,7 @@ class TinyNetwork(nn.Module):
     def __init__(self, kind: TinyKind) -> None:
         super().__init__()
         self.kind = kind
+        self.latents: str | None = None
         self.encoder = _encoder(kind) if kind.encodes else None
         self.decoder = _decoder(kind)
 
@@ -160,12 +162,14 @@ def load_tiny(kind: TinyKind, source: str, device: torch.device | str, dtype: to
         network = TinyNetwork(kind)
     seed = seed_of_tiny(source)
     if seed is None:
-        entries = open_tiny(kind, source, locate(source, "vae.decoder_pretrained"))
-        weights = {name: entries[name].read() for name in network.state_dict()}
+        path = locate(source, "vae.decoder_pretrained")
+        entries = open_tiny(kind, source, path)
+        weights, latents = {name: entries[name].read() for name in network.state_dict()}, latents_of(path)
     else:
-        weights = _seeded(network, seed)
+        weights, latents = _seeded(network, seed), None
     # A copy always: memory that maps the file would change, or crash us, with it.
     weights = {name: tensor.to(device, dtype, copy=True) for name, tensor in weights.items()}
+    network.latents = latents
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 

@@ -18,13 +18,14 @@ from longsana.config import VAEConfig
 from longsana.encoders import tiny_decoder
 from longsana.encoders.geometry import GEOMETRIES, geometry
 from longsana.encoders.tiny_graphs import ReplayedDecoder
-from longsana.encoders.tiny_layouts import FULL, TINY
+from longsana.encoders.tiny_layouts import FULL, TINY, check_tiny, seed_of_tiny, source_of
 from longsana.encoders.tiny_network import TinyNetwork, load_tiny
 from longsana.encoders.vae import VAES, EncodeCache, VideoVAE
 from longsana.encoders.vae_files import WAN, Model
 from longsana.runtime.arguments import Whole, settled
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
+from longsana.runtime.hub import locate
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,7 +58,7 @@ class TinyVAE(VideoVAE):
     @classmethod
     @plain_defaults()
     def load(cls, config: VAEConfig, device: torch.device | str, dtype: torch.dtype) -> Self:
-        """Read the weights named by `config.decoder_pretrained` and put them on `device` as `dtype`.
+        """Read the weights that `source_of` names and put them on `device` as `dtype`.
 
         Raises:
             InputError: a setting is wrong, nothing is there, it cannot be read, or its tensors are not exactly those of
@@ -65,10 +66,13 @@ class TinyVAE(VideoVAE):
         """
         config = settled(config, "vae")
         Whole(1).settle("vae.latents_per_call", config.latents_per_call)
-        assert config.decoder != FULL and config.decoder_pretrained is not None
+        assert config.decoder != FULL
+        source = source_of(config)
         whole = replace(config, decoder=FULL, decoder_pretrained=None, encoder=FULL)
         encoder = partial(VAES[config.vae_type].load, whole, device, dtype)
-        network = load_tiny(TINY[config.decoder], config.decoder_pretrained, device, dtype)
+        if seed_of_tiny(source) is None:
+            check_tiny(config, locate(source, "vae.decoder_pretrained"))
+        network = load_tiny(TINY[config.decoder], source, device, dtype)
         assert GEOMETRIES[network.kind.vae_type] == geometry(config)
         return cls(network, config.latents_per_call, encoder if config.encoder == FULL else None)
 

@@ -22,6 +22,7 @@ class TinyVideoAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     Args:
         kind: taew2_1, lighttaew2_1, taeltx_2 or tae_shapes. Files of the first two cannot be told apart, so it is
             said.
+        latents: which VAE's latents it was trained on, as its file says it; None: unknown.
 
     Raises:
         InputError: there is no such kind.
@@ -32,7 +33,7 @@ class TinyVideoAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     _supports_gradient_checkpointing = False
 
     @register_to_config
-    def __init__(self, kind: str = "taew2_1") -> None:
+    def __init__(self, kind: str = "taew2_1", latents: str | None = None) -> None:
         super().__init__()
         OneOf(tuple(TINY)).settle("kind", kind)
         self.network = TinyNetwork(TINY[kind]).eval().requires_grad_(False)
@@ -57,6 +58,7 @@ class TinyVideoAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         with torch.device("meta"):
             made = cls(kind)
         made.network = load_tiny(TINY[kind], source, device, dtype)
+        made.register_to_config(latents=made.network.latents)
         return made
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from longsana.data.prompts import Prompt, check_words, place, read_prompts
 from longsana.data.story import Change, Outline, check_cut, place_parts
 from longsana.encoders.geometry import geometry
 from longsana.encoders.headers import check_text_encoder, check_vae
-from longsana.encoders.tiny_layouts import FULL, check_decoder, check_tiny
+from longsana.encoders.tiny_layouts import FULL, check_decoder, check_tiny, source_of
 from longsana.flow.schedule import FlowSchedule
 from longsana.published import DISTILLED
 from longsana.runtime.errors import InputError
@@ -283,7 +283,7 @@ def source_digest(config: InferenceConfig, section: str) -> str:
         InputError: they are not there.
     """
     if section == DECODER:
-        source = config.vae.decoder_pretrained or ""
+        source = source_of(config.vae)
         return source if source.startswith(SEEDED) else file_sha256(locate(source, "vae.decoder_pretrained"))
     key = SOURCES[section]
     uri: str = getattr(getattr(config, section), key)
@@ -314,8 +314,8 @@ def uses_vae(config: VAEConfig, *, encodes: bool) -> bool:
 def seeded_sources(config: InferenceConfig) -> list[str]:
     """The settings, as `section.key=value`, that ask for random weights."""
     settings = {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in SOURCES.items()}
-    if config.vae.decoder_pretrained is not None:
-        settings["vae.decoder_pretrained"] = config.vae.decoder_pretrained
+    if config.vae.decoder != FULL:
+        settings["vae.decoder_pretrained"] = source_of(config.vae)
     return [f"{name}={uri}" for name, uri in settings.items() if uri.startswith(SEEDED)]
 
 
@@ -338,7 +338,7 @@ def check_weights(
     """
     if "model" in sections:
         check_network(config.model, "model.load_from", fetch=fetch)
-    if "vae" in sections and (source := config.vae.decoder_pretrained) is not None and not source.startswith(SEEDED):
+    if "vae" in sections and config.vae.decoder != FULL and not (source := source_of(config.vae)).startswith(SEEDED):
         with blame(setting := "vae.decoder_pretrained"):
             if (path := _here(source, setting, "", fetch)) is not None:
                 check_tiny(config.vae, path)

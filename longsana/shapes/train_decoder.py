@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longsana.config import VAEConfig
 from longsana.encoders.closeness import Closeness
-from longsana.encoders.tiny_layouts import SHAPES, TINY
+from longsana.encoders.tiny_layouts import LATENTS, SHAPES, TINY, latents_key
 from longsana.encoders.tiny_network import TinyNetwork, load_tiny
 from longsana.encoders.tiny_vae import TinyVAE
 from longsana.encoders.vae import WanVAE
@@ -94,7 +94,7 @@ def train_decoder(config: DecoderTrainingConfig, folder: Path, device: torch.dev
             log.info("decoder: %s: error %.4f", told, error.item())
     path = folder / f"{SHAPES}.safetensors"
     halves = {name: weight.half().cpu().contiguous() for name, weight in descent.average.state_dict().items()}
-    write_safetensors(halves, path, ONE_FILE)
+    write_safetensors(halves, path, ONE_FILE, {LATENTS: latents_key(full.model.config)})
     likeness = held_out_likeness(path, config, full, device)
     log.info(
         "decoder: %.2f dB to the full decoder's pictures of %d held-out clips of %d frames, streamed; to the true ones "

@@ -285,8 +285,13 @@ def write_pickle(content: dict[str, Any], path: Path) -> None:
         torch.save(content, stream)
 
 
-def write_safetensors(tensors: dict[str, Tensor], path: Path, shard_bytes: int) -> None:
-    """One file, or shards of up to `shard_bytes` and their index; no reader sees part of it."""
+def write_safetensors(
+    tensors: dict[str, Tensor], path: Path, shard_bytes: int, metadata: Mapping[str, str] | None = None
+) -> None:
+    """One file, or shards of up to `shard_bytes` and their index; no reader sees part of it.
+
+    metadata: words that a single file's header has, too.
+    """
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = []
@@ -303,7 +308,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, shard_bytes: int) 
     index = path.with_name(stem + INDEX_SUFFIX)
     if len(shards) == 1:
         with whole_file(path) as unfinished:
-            save_file(tensors, unfinished, metadata={"format": "pt"})
+            save_file(tensors, unfinished, metadata={"format": "pt", **(metadata or {})})
         index.unlink(missing_ok=True)  # of an earlier save, which would be read instead
         return
     # Without an index a save that is cut short cannot be read as half old and half new.

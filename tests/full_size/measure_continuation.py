@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--cuts", type=int, default=3, help="videos that are gone on from by their last latents")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    engine = Engine(load_config(CONFIG, [f"sampling.num_frames={FILM + 2 * CHUNK}"]), "cpu")
+    engine = Engine(load_config(CONFIG, [f"sampling.num_frames={FILM + 2 * CHUNK}", "vae.decoder=full"]), "cpu")
     scenes = [draw_scene(SCENES_SEED, index, held_out=True) for index in range(options.scenes)]
     prompts = [Prompt(n + 1, scene.caption, (scene.caption,), 0, 96, 160) for n, scene in enumerate(scenes)]
     with caption_encoder(engine.config, engine.device) as encode:

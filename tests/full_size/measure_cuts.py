@@ -78,7 +78,7 @@ class Pairs:
     """Films of scenes and pictures of others, with the models of the shapes world."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
-        settings = [f"model.load_from={options.weights}"] if options.weights else []
+        settings = ["vae.decoder=full", *([f"model.load_from={options.weights}"] if options.weights else [])]
         config: InferenceConfig = load_config(CONFIG, [*settings, *options.settings])
         self.scenes = [draw_scene(SCENES, index, held_out=True) for index in range(2 * options.pairs)]
         engine = Engine(config, device)

@@ -1,6 +1,6 @@
 """A tiny decoder beside the full one: how close its pictures are, and what the verifier sees in both.
 
-    python tests/full_size/measure_decoders.py --decoder_path tae_shapes.safetensors --out output/decoders
+    python tests/full_size/measure_decoders.py --out output/decoders          # that which ships
 
 The shipped LongSANA of the shapes world makes latents of single scenes held out of training, three seeds, once; both
 decoders stream them, stretch by stretch as they come, in memory that does not grow with the length. Judged are the
@@ -41,7 +41,7 @@ from torch import Tensor
 from longsana.config import InferenceConfig, load_config
 from longsana.data.prompts import Prompt
 from longsana.encoders.closeness import psnr, ssim
-from longsana.encoders.tiny_layouts import SHAPES, TINY
+from longsana.encoders.tiny_layouts import SHAPES, TINY, source_of
 from longsana.encoders.vae import VideoVAE
 from longsana.evaluation.measures import Measures, measure
 from longsana.evaluation.report import table
@@ -103,7 +103,7 @@ class Films:
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self._options, self._device = options, device
         engine = self.engine = Engine(config_of(options), device)
-        tiny = Engine(config_of(options, options.decoder, options.decoder_path), device)
+        tiny = Engine(config_of(options, options.decoder), device)
         self._texts = [draw_scene(0, index, held_out=True).caption for index in range(options.videos)]
         self._prompts = [Prompt(line, text, (text,), 0, HEIGHT, WIDTH) for line, text in enumerate(self._texts, 1)]
         with caption_encoder(engine.config, device) as encode:
@@ -163,9 +163,13 @@ class Films:
         return {name: frames / min(own[1:]) for name, own in times.items()}
 
 
-def config_of(options: argparse.Namespace, decoder: str = FULL, path: str | None = None) -> InferenceConfig:
-    settings = [f"sampling.num_frames={FPS * max(options.seconds) + 1}", "sampling.cuda_graphs=true"]
-    settings += [] if path is None else [f"vae.decoder={decoder}", f"vae.decoder_pretrained={path}"]
+def config_of(options: argparse.Namespace, decoder: str = FULL) -> InferenceConfig:
+    settings = [
+        f"sampling.num_frames={FPS * max(options.seconds) + 1}",
+        "sampling.cuda_graphs=true",
+        f"vae.decoder={decoder}",
+    ]
+    settings += [f"vae.decoder_pretrained={path}"] if decoder != FULL and (path := options.decoder_path) else []
     config: InferenceConfig = load_config(CONFIG, [*options.settings, *settings])
     return config
 
@@ -226,9 +230,9 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     started, films = time.perf_counter(), Films(options, device)
     figures = summarize([films.score(seed) for seed in options.seeds])
     asked = {name: getattr(options, name) for name in ("videos", "seeds", "seconds", "batch", "settings", "decoder")}
-    path = Path(options.decoder_path)
+    path = Path(source_of(config_of(options, options.decoder).vae))
     result = {
-        "asked": asked | {"decoder_path": options.decoder_path},
+        "asked": asked | {"decoder_path": str(path)},
         "SHA-256 of the decoder's file": file_sha256(path) if path.is_file() else None,
         "machine": machine(device),
         "versions": versions(),
@@ -250,7 +254,7 @@ def prepare(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=typed_path, default=Path("output/decoders"), help="(default: %(default)s)")
     parser.add_argument("--decoder", choices=list(TINY), default=SHAPES, help="its kind (default: %(default)s)")
-    parser.add_argument("--decoder_path", required=True, help="its file, or seeded:N for random weights")
+    parser.add_argument("--decoder_path", help="its file, or seeded:N for random weights (default: beside the VAE)")
     parser.add_argument("--videos", type=int, default=64, help="captions (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument(
@@ -266,7 +270,7 @@ def prepare(arguments: Sequence[str]) -> argparse.Namespace:
     if min(options.seconds) < 1:
         raise InputError(f"--seconds {min(options.seconds)}: must be at least 1")
     options.seconds = sorted(set(options.seconds))
-    config_of(options, options.decoder, options.decoder_path)
+    config_of(options, options.decoder)
     check_options(options, "videos", "batch")
     return options
 

@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> int:
     common = {"videos": options.videos, "seeds": options.seeds, "seconds": options.seconds}
 
     def measured(first: First) -> dict[str, Any]:
-        settings = ["sampling.cuda_graphs=true", f"sampling.first_chunk_frames={first.latents}"]
+        settings = ["vae.decoder=full", "sampling.cuda_graphs=true", f"sampling.first_chunk_frames={first.latents}"]
         config: InferenceConfig = load_config(CONFIG, settings)
         return try_model(config, trial, device)
 

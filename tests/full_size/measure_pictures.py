@@ -106,7 +106,11 @@ class Films:
 
     def engine(self, way: Way) -> Engine:
         """On a GPU passes are recorded, which changes no bit."""
-        settings = [f"sampling.num_frames={FPS * self._options.seconds + 1}", "sampling.cuda_graphs=true"]
+        settings = [
+            f"sampling.num_frames={FPS * self._options.seconds + 1}",
+            "sampling.cuda_graphs=true",
+            "vae.decoder=full",
+        ]
         settings += [f"sampling.image_first={way.first or 'absorb'}"]
         settings += [f"model.load_from={self._options.weights}"] if self._options.weights else []
         config: InferenceConfig = load_config(CONFIG, [*settings, *self._options.settings])

@@ -97,7 +97,12 @@ PLOTTED = ("everything", "everything, no absorbing pass", "decay 0.85 a chunk", 
 
 def sampler(policy: Policy) -> InferenceConfig:
     """The shipped model; on a GPU its passes are recorded, which changes no bit."""
-    settings = [f"sampling.chunk_frames={CHUNK}", "sampling.cuda_graphs=true", "model.state_decay=1"]
+    settings = [
+        f"sampling.chunk_frames={CHUNK}",
+        "sampling.cuda_graphs=true",
+        "model.state_decay=1",
+        "vae.decoder=full",
+    ]
     config: InferenceConfig = load_config(CONFIG, [*settings, *policy.settings])
     return config
 

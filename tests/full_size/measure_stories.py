@@ -162,7 +162,9 @@ class Films:
         """On a GPU passes are recorded, which changes no bit."""
         frames = 4 * (2 * CHUNKS * self._chunk_frames) + 1
         settings = [f"sampling.chunk_frames={self._chunk_frames}", f"sampling.num_frames={frames}"]
-        config: InferenceConfig = load_config(CONFIG, [*settings, "sampling.cuda_graphs=true", *policy.settings])
+        config: InferenceConfig = load_config(
+            CONFIG, [*settings, "vae.decoder=full", "sampling.cuda_graphs=true", *policy.settings]
+        )
         return Engine(config, self._device)
 
     def sample(self, engine: Engine, some: slice, seed: int) -> Iterator[Tensor]:

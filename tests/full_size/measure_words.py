@@ -69,7 +69,9 @@ def main() -> None:
     parser.add_argument("weights")
     world = World.from_environment()
     device = world.device()
-    config = load_config(CONFIG, [f"model.load_from={parser.parse_args().weights}"], InferenceConfig)
+    config = load_config(
+        CONFIG, [f"model.load_from={parser.parse_args().weights}", "vae.decoder=full"], InferenceConfig
+    )
     vae = WanVAE.load(config.vae, device, torch.float32)
     model = build_model(config.model, device=device, dtype=torch.float32)
     captions = Captions(config, device, world, "keep", Path("/nowhere"), together=CLIPS)

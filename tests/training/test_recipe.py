@@ -131,7 +131,7 @@ def test_a_base_model_needs_no_earlier_phase(made, tmp_path):
 @pytest.mark.slow
 def test_what_a_step_lacks_is_named(made, tmp_path, capsys):
     for step, says in (
-        ("package", "vae, text_encoder, decoder"),
+        ("package", "vae, text_encoder, decoder/tae_shapes.safetensors"),
         ("table", "scores.json: not found"),
         ("longsana", "critic"),
     ):
