@@ -1,4 +1,4 @@
-"""An mp4 that is encoded in the background while the next frames are made."""
+"""An mp4 that is encoded in the background while the next frames are made, and can be watched meanwhile."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ import contextlib
 import os
 import queue
 import threading
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import av
 import numpy as np
+from av.codec.context import Flags
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
 from longsana.runtime import stop
 from longsana.runtime.arguments import Number, OneOf, Rule, Whole, checked
 from longsana.runtime.errors import InputError, did_you_mean
-from longsana.runtime.files import move_into_place, naming, open_exclusive, partial_name, unfinished
+from longsana.runtime.files import move_into_place, naming, open_exclusive, partial_name, unfinished, write_all
+from longsana.runtime.fragments import FragmentedMP4, Picture
 
 PRESETS = (
     "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo",
@@ -32,6 +38,12 @@ THREADS = 16
 """An encoder's threads where nothing else is said; 24 are no faster on 16 cores."""
 MUXER = {"movflags": "+faststart"}
 X264 = "mbtree=0"
+DRAFTED = 49
+"""Frames at the beginning that a second encoder without look-ahead puts into the file that is watched. The first one,
+whose threads and look-ahead hold 32 frames back, has them too, and begins anew at the next one."""
+DRAFT = {"preset": "ultrafast", "tune": "zerolatency"}
+DRAFT_X264 = "sps-id=1"  # beside the other encoder's parameter sets
+DRAFT_THREADS = 4  # each has a slice of the frame
 WAITING = 2  # appended arrays held while the encoder is busy; then `append` waits
 
 
@@ -57,9 +69,11 @@ def check_preset(preset: str) -> None:
 class VideoWriter:
     """Writes H.264 (yuv420p) to `path`, which appears when the `with` block has ended well, synced to disk.
 
-    Until then the frames go to a hidden file beside it; an exception, in the block or in the encoder, removes that
-    file and leaves whatever was at `path` before. After the block `frames` and `size` (bytes) describe the file, so a
-    sidecar written next is there only if its video is.
+    Until then two hidden files beside it grow, the one that will be moved there and one that can be watched
+    (`partial_name`): an mp4 in fragments, to which each picture is added as soon as it is coded. The first `DRAFTED`
+    are coded for it alone, without delay; the others are those of the finished file. An exception, in the block or in
+    the encoder, removes both files and leaves whatever was at `path` before. After the block `frames` and `size`
+    (bytes) describe the file, so a sidecar written next is there only if its video is.
 
         with VideoWriter(path, fps=16, height=480, width=832, crf=18, preset="veryfast") as video:
             for frames in chunks:
@@ -92,33 +106,31 @@ class VideoWriter:
         self.frames = 0  # appended so far
         self.size = 0  # bytes of the finished file
         self._shape = (height, width, 3)
-        self._partial = partial_name(self.path)
-        self._registered = contextlib.ExitStack()
+        self._whole = whole_name(self.path)
+        self._coded = 0  # frames that both encoders have
+        self._hidden = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
+            undo.callback(self._hidden.close)
             with stop.held():  # in the middle of it, a stop would leave a file that nobody knows of
+                watched = self._hidden.enter_context(_hidden_file(partial_name(self.path)))
                 # A Python file: av's own do not report a write error of the last buffer when they close.
-                self._file = open_exclusive(self._partial)
-                undo.callback(self._registered.close)
-                undo.callback(self._file.close)
-                undo.callback(self._partial.unlink, missing_ok=True)
-                self._registered.enter_context(unfinished(self._partial))
-            self._container = av.open(_Output(self._file, self._partial), "w", format="mp4", options=MUXER)
+                self._file = self._hidden.enter_context(_hidden_file(self._whole))
+            self._container = av.open(_Output(self._file, self._whole), "w", format="mp4", options=MUXER)
             options = {"crf": str(crf), "preset": preset, "x264-params": X264}
             rate = Fraction(fps).limit_denominator(1001)
             self._stream = self._container.add_stream("libx264", rate=rate, options=options)
             # A frame a thread: av's default, a slice of each, is a third slower on two cores.
             # Each thread holds a frame back, so that many would keep a first chunk from the disk.
             self._stream.thread_type, self._stream.codec_context.thread_count = "FRAME", threads
-            self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
-            # Say what the conversion from RGB uses; players guess by the picture's size otherwise.
-            self._stream.codec_context.colorspace = Colorspace.SMPTE170M
-            self._stream.codec_context.color_range = ColorRange.MPEG
+            _describe(self._stream.codec_context, width, height)
             with stop.held():  # FFmpeg calls `_Output`, out of which nothing can be raised but by a line on stderr
                 self._container.start_encoding()
+            self._draft: VideoCodecContext | None = _draft_encoder(width, height, rate, crf, threads)
+            headers = [bytes(encoder.extradata or b"") for encoder in (self._stream.codec_context, self._draft)]
+            self._watched = FragmentedMP4(partial(write_all, watched.fileno()), width, height, rate, headers)
             self._queue: queue.Queue[np.ndarray | None] = queue.Queue(WAITING)
             self._error: BaseException | None = None
             self._stopped = False
-            self._moved = False
             self._thread = threading.Thread(target=self._encode, name="video encoder", daemon=True)
             undo.callback(self._queue.put, None)  # a thread that has begun ends
             self._thread.start()
@@ -146,41 +158,62 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stopped = error is not None
-        self._queue.put(None)
-        self._thread.join()
         try:
+            self._stopped = error is not None
+            self._queue.put(None)
+            self._thread.join()
             if error is None:
                 self._raise_error()
                 if not self.frames:
                     raise ValueError(f"{self.path}: a video needs at least one frame")
                 os.fsync(self._file.fileno())
                 self.size = os.fstat(self._file.fileno()).st_size
-                move_into_place(self._partial, self.path)
-                self._moved = True
+                move_into_place(self._whole, self.path)
         finally:
-            self._release()
+            with stop.held():
+                self._release()
 
     def _encode(self) -> None:
         """The thread. After an error it goes on emptying the queue, so that `append` never waits for a dead encoder."""
-        count = 0
         while (array := self._queue.get()) is not None:
             try:
-                for pixels in array:
-                    if self._error is not None or self._stopped:
-                        break
-                    frame = av.VideoFrame.from_numpy_buffer(pixels, format="rgb24")  # no copy
-                    frame.pts = count
-                    self._container.mux(self._stream.encode(frame))
-                    count += 1
+                self._code(array)
             except BaseException as error:
                 self._error = error
         try:
-            if count and self._error is None and not self._stopped:
-                self._container.mux(self._stream.encode(None))
+            if self._coded and not self._ended:
+                self._add(self._stream.encode(None))
                 self._container.close()
         except BaseException as error:
             self._error = error
+
+    @property
+    def _ended(self) -> bool:
+        return self._stopped or self._error is not None
+
+    def _code(self, array: np.ndarray) -> None:
+        """Code frames (F, H, W, 3): for who watches first."""
+        if self._draft is not None:
+            for place, pixels in enumerate(array[: DRAFTED - self._coded], self._coded):
+                if self._ended:
+                    return
+                for packet in self._draft.encode(_frame(pixels, place)):
+                    self._watched.add(_picture(packet))
+        for pixels in array:
+            if self._ended:
+                return
+            frame = _frame(pixels, self._coded)
+            if self._coded == DRAFTED:
+                frame.pict_type, self._draft = PictureType.I, None  # an IDR, from which its pictures are watched
+            self._add(self._stream.encode(frame))
+            self._coded += 1
+
+    def _add(self, packets: Sequence[av.Packet]) -> None:
+        for packet in packets:
+            picture = _picture(packet)  # before the muxer changes its time
+            self._container.mux(packet)
+            if picture.place >= DRAFTED:
+                self._watched.add(picture)
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -188,15 +221,64 @@ class VideoWriter:
                 raise self._error
 
     def _release(self) -> None:
-        """Remove and close what is left; after success nothing is, and the hidden name may be another writer's."""
-        if not self._moved:
-            self._partial.unlink(missing_ok=True)
+        """Remove and close what is left, once the thread has ended, whatever interrupted the wait for it."""
+        self._stopped = True
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        # Before it is closed, so that its index is not moved for nothing.
+        self._whole.unlink(missing_ok=True)
         # A video that is given up cannot be closed properly, and the reason is being raised already.
-        with stop.deferred(), contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):
             self._container.close()
+        self._hidden.close()
+
+
+def whole_name(path: Path) -> Path:
+    """Name the place of what will be moved to `path`, beside the file that can be watched: hidden as well."""
+    return path.with_name(f".{path.stem}.whole{path.suffix}")
+
+
+@contextlib.contextmanager
+def _hidden_file(path: Path) -> Iterator[BinaryIO]:
+    """Have a file for this writer alone, which goes with the block."""
+    file = open_exclusive(path)
+    try:
+        with unfinished(path):
+            yield file
+    finally:
+        path.unlink(missing_ok=True)  # while it is locked: nobody else's
         with contextlib.suppress(OSError):
-            self._file.close()
-        self._registered.close()
+            file.close()
+
+
+def _draft_encoder(width: int, height: int, rate: Fraction, crf: int, threads: int) -> VideoCodecContext:
+    encoder = av.CodecContext.create("libx264", "w")
+    assert isinstance(encoder, VideoCodecContext)
+    encoder.framerate, encoder.time_base = rate, 1 / rate
+    encoder.options = {"crf": str(crf), "x264-params": DRAFT_X264, **DRAFT}
+    encoder.thread_type, encoder.thread_count = "SLICE", min(threads, DRAFT_THREADS)
+    encoder.flags |= Flags.global_header
+    _describe(encoder, width, height)
+    encoder.open()
+    return encoder
+
+
+def _describe(encoder: VideoCodecContext, width: int, height: int) -> None:
+    encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
+    # Say what the conversion from RGB uses; players guess by the picture's size otherwise.
+    encoder.colorspace, encoder.color_range = Colorspace.SMPTE170M, ColorRange.MPEG
+
+
+def _frame(pixels: np.ndarray, place: int) -> av.VideoFrame:
+    frame = av.VideoFrame.from_numpy_buffer(pixels, format="rgb24")  # no copy
+    frame.pts = place
+    return frame
+
+
+def _picture(packet: av.Packet) -> Picture:
+    assert packet.pts is not None
+    return Picture(bytes(packet), packet.pts, packet.is_keyframe)
 
 
 class _Output:

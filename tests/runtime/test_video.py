@@ -22,7 +22,7 @@ import torch
 from longsana.runtime import files, stop
 from longsana.runtime import video as writing
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text
+from longsana.runtime.files import atomic_write_text, partial_name
 from longsana.runtime.video import THREADS, WAITING, VideoWriter
 
 HEIGHT, WIDTH = 64, 96
@@ -259,23 +259,28 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_a_full_disk_is_an_error_wherever_it_happens(
     tmp_path: Path, limited: Callable[[int], AbstractContextManager[None]]
 ) -> None:
-    path = tmp_path / "a.mp4"
+    path, kept = tmp_path / "a.mp4", tmp_path / "kept.mp4"
 
-    def write() -> int:
+    def write(keep: bool = False) -> int:
         rng = np.random.default_rng(0)
         with VideoWriter(path, fps=16, height=96, width=160, crf=18, preset="ultrafast") as video:
+            if keep:
+                os.link(partial_name(path), kept)
             for _ in range(12):
                 video.append(rng.integers(0, 256, (5, 96, 160, 3), dtype=np.uint8))
         return video.size
 
-    size = write()
+    size = write(keep=True)
+    watched = kept.stat().st_size  # a little more, since each picture says where it stands
+    assert size < watched < 1.1 * size
     path.unlink()
-    # At once, midway, and in the very last byte, which is written when the file is closed.
-    for limit in (100, size // 2, size - 1):
+    kept.unlink()
+    # At once, midway, and in the very last byte of either file.
+    for limit in (100, size // 2, size - 1, watched - 1):
         with limited(limit), pytest.raises(OSError, match="File too large"):
             write()
         assert os.listdir(tmp_path) == [], limit
-    with limited(size):
+    with limited(watched):
         assert write() == size
     assert len(read(path)) == 60
 
@@ -321,8 +326,7 @@ def test_a_rerun_after_a_kill_cleans_up(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     assert run(KILLED, path).returncode == -signal.SIGKILL
     left = os.listdir(tmp_path)
-    assert len(left) == 1
-    assert left[0].startswith(".")
+    assert sorted(left) == [".a.partial.mp4", ".a.whole.mp4"]
     with open_writer(path) as video:
         video.append(smooth(3))
     assert os.listdir(tmp_path) == ["a.mp4"]
