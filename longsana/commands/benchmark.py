@@ -146,9 +146,7 @@ def render(report: dict[str, Any]) -> str:
     wall = report["seconds"]["wall"]
     lines = {
         **{f"{part}, s": f"{seconds:.2f} ({seconds / wall:.0%})" for part, seconds in report["seconds"].items()},
-        **{
-            f"first frames on disk, {name}, s": f"{value:.2f}" for name, value in report["first frames on disk"].items()
-        },
+        **{f"first picture, {name}, s": f"{value:.2f}" for name, value in report["first picture"].items()},
         **{f"start-up: {name}, s": f"{value:.2f}" for name, value in report["start-up"].items()},
         **{f"FPS {name}": f"{value:.1f}" for name, value in report["FPS"].items()},
         **{f"FPS of the encoder alone, {name}": f"{value:.1f}" for name, value in report["encoder alone, FPS"].items()},

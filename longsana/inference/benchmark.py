@@ -7,7 +7,6 @@ import platform
 import resource
 import statistics
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
+from longsana.inference.first_picture import Watcher
 from longsana.inference.microbenchmark import (
     Loaded,
     compile_blocks,
@@ -50,10 +50,6 @@ PARTS = ("text", "denoise", "absorb", "decode", "write", "other")
 """What the wall time of a video is made of. other: all that no clock was running for."""
 
 
-HEADER = 1024
-"""Bytes of an mp4 that are no frames yet, at most."""
-
-
 ENCODED = 80
 """Frames that are enough to know an encoder's speed."""
 
@@ -61,7 +57,8 @@ ENCODED = 80
 class Film(NamedTuple):
     """One video. Seconds, from its start.
 
-    parts: seconds of each of PARTS but the text. first_frames: when the first of them were on disk.
+    parts: seconds of each of PARTS but the text. first_picture: when a second process had decoded the pictures of the
+    first two latents, or the only one, from the file that was being written.
     chunks: seconds of each chunk, with all that happens between it and the next. machine: see there, at the last chunk.
     last: (F, H, W, 3), the last frames.
     """
@@ -69,7 +66,7 @@ class Film(NamedTuple):
     frames: int
     wall: float
     parts: dict[str, float]
-    first_frames: float
+    first_picture: float
     chunks: list[float]
     machine: dict[str, Any]
     last: Tensor
@@ -97,10 +94,11 @@ def benchmark(
         if compiled:
             compile_blocks(loaded.model.blocks)
     waits = math.ceil(loaded.vae.ahead / config.sampling.chunk_frames)
-    cold = make_film(loaded, prompt, caption, folder / "cold.mp4", chunks=2 + waits)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    warm = make_film(loaded, prompt, caption, folder / "warm.mp4")
+    with Watcher() as watcher:
+        cold = make_film(loaded, prompt, caption, folder / "cold.mp4", watcher, chunks=2 + waits)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        warm = make_film(loaded, prompt, caption, folder / "warm.mp4", watcher)
     report = {
         "video": {
             "frames": warm.frames,
@@ -115,7 +113,7 @@ def benchmark(
             "seed": config.sampling.seed if prompt.seed is None else prompt.seed,
         },
         **_speeds(warm, text),
-        "first frames on disk": {"cold": first_text + cold.first_frames, "warm": text + warm.first_frames},
+        "first picture": {"cold": first_text + cold.first_picture, "warm": text + warm.first_picture},
         "start-up": started,
         "encoder alone, FPS": {
             "these frames": encoder_speed(config, warm.last, folder),
@@ -150,32 +148,33 @@ def _speeds(film: Film, text: float) -> dict[str, Any]:
     }
 
 
-def make_film(loaded: Loaded, prompt: Prompt, caption: Caption, path: Path, *, chunks: int | None = None) -> Film:
+def make_film(
+    loaded: Loaded, prompt: Prompt, caption: Caption, path: Path, watcher: Watcher, *, chunks: int | None = None
+) -> Film:
     """chunks: end after so many."""
     engine, network, decoder = loaded
     config, device_clock, host_clock = engine.config, Clock(engine.device), Clock()
-    started = time.perf_counter()
+    pictures = decoder.geometry.pixel_frames(min(2, engine.plan_of(prompt).frames), first=True)
+    started = time.monotonic()
     ends: list[float] = []
-    with (
-        _watch(partial_name(path)) as first_frames,
-        VideoWriter(
-            path,
-            fps=config.sampling.fps,
-            height=prompt.height,
-            width=prompt.width,
-            **asdict(config.video),
-        ) as writer,
-    ):
+    with VideoWriter(
+        path,
+        fps=config.sampling.fps,
+        height=prompt.height,
+        width=prompt.width,
+        **asdict(config.video),
+    ) as writer:
+        watcher.watch(partial_name(path), pictures)
         for frames in engine.sample(network, decoder, [prompt], [caption], device_clock):
             with host_clock.part("write"):
                 writer.append(frames.pixels[0])
-            ends[frames.chunk :] = [time.perf_counter() - started]
+            ends[frames.chunk :] = [time.monotonic() - started]
             if chunks is not None and len(ends) == chunks:
                 break
-        closing = time.perf_counter()
+        closing = time.monotonic()
         used = machine(engine.device)
-        looked = time.perf_counter()
-    ended = time.perf_counter()
+        looked = time.monotonic()
+    ended = time.monotonic()
     wall = ended - started - (looked - closing)
     parts = {"absorb": 0.0, **device_clock.seconds(), **host_clock.seconds()}
     parts["write"] += ended - looked
@@ -184,8 +183,7 @@ def make_film(loaded: Loaded, prompt: Prompt, caption: Caption, path: Path, *, c
         frames=writer.frames,
         wall=wall,
         parts={name: parts[name] for name in PARTS if name in parts},
-        # Of a video so small that all of it was written at once, when the file was closed.
-        first_frames=first_frames[0] - started if first_frames else wall,
+        first_picture=watcher.moment() - started,
         chunks=[end - begin for begin, end in zip([0.0, *ends], ends, strict=False)],
         machine=used,
         last=frames.pixels[0],
@@ -201,27 +199,6 @@ def encoder_speed(config: InferenceConfig, frames: Tensor, folder: Path) -> floa
         while writer.frames < ENCODED:
             writer.append(frames)
     return writer.frames / (time.perf_counter() - started)
-
-
-@contextmanager
-def _watch(path: Path) -> Iterator[list[float]]:
-    """Empty, until frames of a file that is being written are on disk; then the moment."""
-    moments: list[float] = []
-    over = threading.Event()
-
-    def look() -> None:
-        while not over.wait(0.005):
-            if path.exists() and path.stat().st_size > HEADER:
-                moments.append(time.perf_counter())
-                return
-
-    watcher = threading.Thread(target=look, name="first frames", daemon=True)
-    watcher.start()
-    try:
-        yield moments
-    finally:
-        over.set()
-        watcher.join()
 
 
 @contextmanager

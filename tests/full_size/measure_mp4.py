@@ -2,19 +2,30 @@
 
     python tests/full_size/measure_mp4.py                 # samples four videos of the small default first
     python tests/full_size/measure_mp4.py FOLDER_OF_MP4S  # any others
+    python tests/full_size/measure_mp4.py --against 4feb99d [FOLDER_OF_MP4S]
 
 Prints two tables in Markdown: for each video size and PSNR, relative to crf 18 with the tree; and how many different
 files 60 encodes of the first video give, all with the default threads, and five with each of 1 to 12 threads.
+
+With --against it prints one: for each of these videos, and for 961 frames of noise and of smooth pictures at 480p and
+720p, what the writer of another commit makes of them and what this one does: bytes, PSNR, seconds, CPU seconds.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import importlib.util
+import itertools
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
+import av
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -27,6 +38,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PRESET = InferenceConfig().video.preset
 REFERENCE = (18, 1)  # crf, macroblock tree
 OTHERS = [(18, 0), (20, 0), (22, 0)]
+CRF = InferenceConfig().video.crf
+LONG, CHUNK = 961, 40
 
 
 def read(path: Path) -> np.ndarray:
@@ -50,12 +63,85 @@ def sample(folder: Path) -> None:
     subprocess.run(command, check=True, cwd=ROOT)
 
 
+def writer_of(commit: str, folder: Path) -> ModuleType:
+    """The file of another commit, which still finds what it imports here."""
+    source = subprocess.check_output(["git", "show", f"{commit}:longsana/runtime/video.py"], cwd=ROOT)
+    (folder / "other_video.py").write_bytes(source)
+    spec = importlib.util.spec_from_file_location("other_video", folder / "other_video.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pictures(kind: str, height: int, width: int) -> np.ndarray:
+    """Two chunks (F, H, W, 3): a texture of noise, or slow waves of colour, that moves by a few pixels a frame."""
+    if kind == "noise":
+        texture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    else:
+        y, x = np.mgrid[:height, :width] * (2 * np.pi / 160)
+        waves = [np.sin(x + phase) + np.cos(y - phase) for phase in range(3)]
+        texture = np.stack([127.5 + 60 * wave for wave in waves], axis=-1).astype(np.uint8)
+    return np.stack([np.roll(texture, (shift, 3 * shift), axis=(0, 1)) for shift in range(2 * CHUNK)])
+
+
+def forth_and_back(frames: np.ndarray) -> Iterator[np.ndarray]:
+    """LONG frames in chunks, from a few."""
+    halves = [frames[:CHUNK], frames[CHUNK:], frames[::-1][:CHUNK], frames[::-1][CHUNK:]]
+    left = LONG
+    for half in itertools.cycle(halves):
+        yield half[:left]
+        left -= len(half[:left])
+        if not left:
+            return
+
+
+def written(module: ModuleType, chunks: Sequence[np.ndarray], path: Path, preset: str) -> tuple[float, ...]:
+    """Bytes, PSNR in dB, seconds, CPU seconds."""
+    height, width = chunks[0].shape[1:3]
+    wall, busy = time.perf_counter(), time.process_time()
+    with module.VideoWriter(path, 16, height, width, CRF, preset) as writer:
+        for chunk in chunks:
+            writer.append(chunk)
+    taken = time.perf_counter() - wall, time.process_time() - busy
+    squares: list[float] = []
+    with av.open(path) as container:
+        for frame, pixels in zip(container.decode(video=0), itertools.chain(*chunks), strict=True):
+            squares.append(float(np.square(frame.to_ndarray(format="rgb24").astype(np.float32) - pixels).mean()))
+    return writer.size, float(10 * np.log10(255**2 / np.mean(squares))), *taken
+
+
+def compare(commit: str, paths: Sequence[Path], scratch: Path) -> None:
+    other, out = writer_of(commit, scratch), scratch / "out.mp4"
+    print("| video | frames | before | now | PSNR | seconds (CPU) before | now |\n|---|---|---|---|---|---|---|")
+    cases: list[tuple[str, str, list[np.ndarray]]] = [(path.stem[:24], PRESET, [read(path)]) for path in paths]
+    for (name, height, width, preset), kind in itertools.product(
+        (("480p", 480, 832, PRESET), ("720p", 704, 1280, "superfast")), ("noise", "smooth")
+    ):
+        cases.append((f"{kind}, {name}, {preset}", preset, list(forth_and_back(pictures(kind, height, width)))))
+    for name, preset, chunks in cases:
+        before, now = (written(module, chunks, out, preset) for module in (other, video))
+        times = " | ".join(f"{row[2]:.2f} ({row[3]:.2f})" for row in (before, now))
+        sizes = f"{before[0] / 1e3:,.1f} kB | {now[0] / before[0]:.4f} x"
+        print(
+            f"| {name} | {sum(map(len, chunks))} | {sizes} | {before[1]:.2f} dB, {now[1] - before[1]:+.3f} | {times} |",
+            flush=True,
+        )
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--against", metavar="COMMIT")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(scratch) / "v"
-        if len(sys.argv) == 1:
+        folder = given.folder or Path(scratch) / "v"
+        if given.folder is None:
             sample(Path(scratch))
         paths = sorted(folder.glob("*.mp4"))
+        if given.against:
+            compare(given.against, paths, Path(scratch))
+            return
         out = Path(scratch) / "out.mp4"
         names = [f"crf {crf}, {'with' if tree else 'without'}" for crf, tree in (REFERENCE, *OTHERS)]
         print(f"| video | {' | '.join(names)} |\n|---|{'---|' * len(names)}")

@@ -47,7 +47,7 @@ def test_figures_follow_from_each_other(report: dict[str, Any]) -> None:
     assert fps["end to end"] == pytest.approx(49 / seconds["wall"])
     assert fps["without decoder"] == pytest.approx(49 / (seconds["denoise"] + seconds["absorb"]))
     assert report["chunk"]["p50"] <= report["chunk"]["p95"]
-    assert 0 < report["first frames on disk"]["warm"] <= seconds["wall"]
+    assert 0 < report["first picture"]["warm"] <= seconds["wall"]
     assert min(report["encoder alone, FPS"].values()) > 0
     assert report["memory"]["host RSS"] <= report["memory"]["host RSS peak"]
     assert report["commit"] == commit()
