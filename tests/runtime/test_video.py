@@ -98,9 +98,9 @@ def test_settings_x264_does_not_know(tmp_path: Path, crf: int, preset: str, mess
 @pytest.mark.parametrize("threads", [1, 5, THREADS])
 def test_equal_frames_make_equal_files(threads: int, tmp_path: Path) -> None:
     """However they are cut, and whatever else the machine does meanwhile."""
-    frames = np.concatenate([smooth(30), noise(10)])
+    frames = np.concatenate([smooth(50), noise(14)])
     path, contents = tmp_path / "a.mp4", set()
-    for cuts in (1, 4, 40, 1, 7, 3):
+    for cuts in (1, 4, 64, 1, 7, 3):
         with VideoWriter(path, 16, HEIGHT, WIDTH, crf=20, preset="veryfast", threads=threads) as video:
             for part in np.array_split(frames, cuts):
                 video.append(part)
