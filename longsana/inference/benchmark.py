@@ -50,8 +50,8 @@ PARTS = ("text", "denoise", "absorb", "decode", "write", "other")
 """What the wall time of a video is made of. other: all that no clock was running for."""
 
 
-ENCODED = 80
-"""Frames that are enough to know an encoder's speed."""
+ENCODED = 400
+"""Frames that are enough to know an encoder's speed, of which the first few are coded twice."""
 
 
 class Film(NamedTuple):

@@ -39,8 +39,8 @@ THREADS = 16
 MUXER = {"movflags": "+faststart"}
 X264 = "mbtree=0"
 DRAFTED = 49
-"""Frames at the beginning that a second encoder without look-ahead puts into the file that is watched. The first one,
-whose threads and look-ahead hold 32 frames back, has them too, and begins anew at the next one."""
+"""Frames at the beginning that a second encoder codes for who watches, without look-ahead. The finished file's encoder,
+whose threads and look-ahead hold about 32 frames back, codes them for that file, and begins anew after them."""
 DRAFT = {"preset": "ultrafast", "tune": "zerolatency"}
 DRAFT_X264 = "sps-id=1"  # beside the other encoder's parameter sets
 DRAFT_THREADS = 4  # each has a slice of the frame
@@ -231,6 +231,7 @@ class VideoWriter:
         # A video that is given up cannot be closed properly, and the reason is being raised already.
         with contextlib.suppress(Exception):
             self._container.close()
+        self._draft = None  # and its threads
         self._hidden.close()
 
 
@@ -247,9 +248,11 @@ def _hidden_file(path: Path) -> Iterator[BinaryIO]:
         with unfinished(path):
             yield file
     finally:
-        path.unlink(missing_ok=True)  # while it is locked: nobody else's
-        with contextlib.suppress(OSError):
-            file.close()
+        try:
+            path.unlink(missing_ok=True)  # while it is locked: nobody else's
+        finally:
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def _draft_encoder(width: int, height: int, rate: Fraction, crf: int, threads: int) -> VideoCodecContext:
