@@ -5,7 +5,6 @@ FFmpeg's own muxer cannot do this through PyAV: it hands a fragment out only whe
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 REORDERED = 2
 """Pictures by which x264's order of coding runs ahead of the order of display, at most."""
-_START_CODE = re.compile(rb"\x00{2,}\x01")
+_START_CODE = b"\0\0\1"
 _SPS, _PPS = 7, 8
 _KEY, _OTHER = 0x02000000, 0x01010000
 """A sample's flags: it depends on no other; it does."""
@@ -48,7 +47,8 @@ class FragmentedMP4:
 
     def add(self, picture: Picture) -> None:
         """Write a fragment: the next picture in the order of coding."""
-        content = b"".join(struct.pack(">I", len(unit)) + unit for unit in nal_units(picture.data))
+        units = nal_units(picture.data)
+        content = b"".join(part for unit in units for part in (struct.pack(">I", len(unit)), unit))
         delay = picture.place + REORDERED - self._pictures
         sample = struct.pack(">3I", len(content), _KEY if picture.is_key else _OTHER, delay * self._ticks)
         track = [
@@ -62,12 +62,13 @@ class FragmentedMP4:
             run = _full(b"trun", 0, 0x000E01, struct.pack(">Ii", 1, offset), sample)
             return _box(b"moof", _full(b"mfhd", 0, 0, struct.pack(">I", self._pictures)), _box(b"traf", *track, run))
 
-        self._write(moof(len(moof(0)) + 8) + _box(b"mdat", content))
+        self._write(b"".join([moof(len(moof(0)) + 8), struct.pack(">I", 8 + len(content)), b"mdat", content]))
 
 
 def nal_units(data: bytes) -> list[bytes]:
     """Split H.264 with start codes (annex B) into its units."""
-    return [unit for unit in _START_CODE.split(data) if unit]
+    # No unit ends with a zero: one that stands there belongs to the next start code.
+    return [unit for piece in data.split(_START_CODE) if (unit := piece.rstrip(b"\0"))]
 
 
 def _header(width: int, height: int, rate: Fraction, units: Sequence[bytes]) -> bytes:
