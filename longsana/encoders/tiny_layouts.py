@@ -30,7 +30,7 @@ FULL: Final = "full"
 SHAPES: Final = "tae_shapes"
 """The `vae.decoder` of the small world's own VAE, which is trained there."""
 LATENTS = "latents"
-"""What metadata of a decoder's file call the `latents_key` of the latents that it was trained on."""
+"""The name that the `latents_key` of what a decoder was trained on has in the metadata of its file."""
 MEAN = "latents_mean"
 BLOCKS = 3
 """Memory blocks of a level."""
@@ -219,7 +219,7 @@ def check_latents(own: str | None, config: Mapping[str, Any], decoder: str, vae:
 
 
 def latents_key(config: Mapping[str, Any]) -> str:
-    """What tells the latents of a trained VAE from others: a digest of the mean and the deviation in its config."""
+    """Digest the mean and the deviation in a trained VAE's config, which tell its latents from those of others."""
     figures = [[float(figure) for figure in config[name]] for name in (MEAN, "latents_std")]
     return hashlib.sha256(json.dumps(figures).encode()).hexdigest()
 
