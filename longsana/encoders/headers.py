@@ -63,7 +63,7 @@ def open_vae(source: str, path: Path, class_name: str, *, headers_only: bool = F
     if source.startswith(SEEDED):
         return VAEFiles(_vae_config(path, class_name), None, original=False)
     if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
+        folder = vae_folder(path)
         config = _vae_config(folder, class_name)
         found = what_is(folder, f"one must have the usual name, {DIFFUSERS_WEIGHTS}")
         return VAEFiles(config, _open(found, headers_only), original=False)
@@ -75,6 +75,11 @@ def open_vae(source: str, path: Path, class_name: str, *, headers_only: bool = F
     first = (entries or {}).get("encoder.conv1.bias")  # all but the width is as published
     width = first.shape[0] if first is not None and len(first.shape) == 1 and first.shape[0] else WAN_WIDTH
     return VAEFiles({"base_dim": width}, entries, original=True)
+
+
+def vae_folder(path: Path) -> Path:
+    """The folder of a VAE itself, of its own or of a whole pipeline's folder."""
+    return path / "vae" if (path / "vae").is_dir() else path
 
 
 def check_vae(config: VAEConfig, path: Path) -> None:

@@ -16,10 +16,11 @@ from typing import Any, Final
 from safetensors import safe_open
 
 from longsana.config import VAEConfig
+from longsana.encoders.headers import vae_folder
 from longsana.encoders.layouts import Shape
 from longsana.runtime.errors import InputError
 from longsana.runtime.foreign import read_json
-from longsana.runtime.hub import SEEDED
+from longsana.runtime.hub import SCHEME, SEEDED, found_here, locate, names_a_file
 from longsana.weights.files import Entry, open_weights
 from longsana.weights.fit import kind as told_shape
 from longsana.weights.fit import misfit
@@ -31,7 +32,9 @@ SHAPES: Final = "tae_shapes"
 """The `vae.decoder` of the small world's own VAE, which is trained there."""
 LATENTS = "latents"
 """The name that the `latents_key` of what a decoder was trained on has in the metadata of its file."""
-MEAN = "latents_mean"
+MEAN, DEVIATION = "latents_mean", "latents_std"
+WAN_LATENTS: Final = "3b36f1d3286ce7c18c7a6711af066d9ac5144a407f7c451f1a4bbd1556709316"
+"""The `latents_key` of the published Wan 2.1 VAE, which a VAE has whose files do not say another mean."""
 BLOCKS = 3
 """Memory blocks of a level."""
 PARAMETERS = ("conv.0", "conv.2", "conv.4")
@@ -77,6 +80,8 @@ TINY = {
 }
 """By the `vae.decoder` that asks for it. The first two differ in nothing that their files hold; the last is the
 small world's, whose VAE encodes quickly itself."""
+BESIDE = frozenset(f"{name}.safetensors" for name in TINY)
+"""Files of tiny decoders in the folder of a VAE, of which they are no part."""
 
 
 def tiny_tensors(kind: TinyKind) -> dict[str, Shape]:
@@ -115,21 +120,25 @@ def check_decoder(config: VAEConfig) -> None:
 
 
 def source_of(config: VAEConfig) -> str:
-    """Where a tiny decoder's weights lie: `vae.decoder_pretrained`, or a file beside the VAE's own.
+    """Tell where a tiny decoder's weights lie: `vae.decoder_pretrained`, or a file beside the VAE's own on this machine.
+
+    Nothing is fetched to look for it.
 
     Raises:
-        InputError: neither is said nor there.
+        InputError: it is not said, and none is there, or no VAE.
     """
     if config.decoder_pretrained is not None:
         return config.decoder_pretrained
-    beside = Path(config.vae_pretrained) / f"{config.decoder}.safetensors"
-    if not beside.is_file():
-        raise InputError(
-            f"vae.decoder={config.decoder}: vae.decoder_pretrained must say where its file lies: a path, "
-            f"hf://owner/repo/file, or seeded:N for random weights; vae.vae_pretrained={config.vae_pretrained} is no "
-            f"folder with a {beside.name}. vae.decoder=full does without one"
-        )
-    return str(beside)
+    uri, name = config.vae_pretrained, f"{config.decoder}.safetensors"
+    if not uri.startswith((SCHEME, SEEDED)):
+        beside = vae_folder(locate(uri, "vae.vae_pretrained")) / name
+        if beside.is_file():
+            return str(beside)
+    raise InputError(
+        f"vae.decoder={config.decoder}: vae.decoder_pretrained must say where its file lies: a path, "
+        f"hf://owner/repo/file, or seeded:N for random weights; vae.vae_pretrained={uri} is no folder on this machine "
+        f"with a {name}. vae.decoder=full does without one"
+    )
 
 
 def check_encodes(kind: TinyKind, setting: str, remedy: str) -> None:
@@ -195,32 +204,56 @@ def check_tiny(config: VAEConfig, path: Path) -> None:
     """
     source = source_of(config)
     open_tiny(TINY[config.decoder], source, path, headers_only=True)
-    vae = Path(config.vae_pretrained) / "config.json"  # only a folder here: nothing is fetched for it
     check_latents(
         latents_of(path),
-        read_json(vae) if vae.is_file() else {},
+        _latents_of_vae(config),
         f"vae.decoder_pretrained={source}",
         f"vae.vae_pretrained={config.vae_pretrained}",
         "vae.decoder=full",
     )
 
 
-def check_latents(own: str | None, config: Mapping[str, Any], decoder: str, vae: str, otherwise: str) -> None:
+def _latents_of_vae(config: VAEConfig) -> str | None:
+    """The `latents_key` of the VAE that a config names; None: nothing that is here says it, and nothing is fetched."""
+    uri = config.vae_pretrained
+    if config.vae_type != "WanVAE" or uri.startswith(SEEDED):
+        return None
+    if uri.startswith(SCHEME):
+        return WAN_LATENTS if names_a_file(uri) else None  # Wan's original file comes without a config
+    if (path := found_here(uri)) is None:
+        return None
+    if not path.is_dir():
+        return WAN_LATENTS
+    told = vae_folder(path) / "config.json"
+    return latents_told(read_json(told), otherwise=WAN_LATENTS) if told.is_file() else None
+
+
+def latents_told(config: Any, otherwise: str | None = None) -> str | None:
+    """The `latents_key` of a VAE's config; `otherwise` where it tells neither mean nor deviation; None: it is none."""
+    try:
+        if all(config.get(name) is None for name in (MEAN, DEVIATION)):
+            return otherwise
+        return latents_key(config)
+    except (AttributeError, KeyError, TypeError, ValueError):  # what reads the VAE says what is wrong
+        return None
+
+
+def check_latents(own: str | None, needed: str | None, decoder: str, vae: str, otherwise: str) -> None:
     """Refuse a decoder of other latents than a VAE's, where both are known.
 
-    own: `latents_key` of its latents; None: unknown. config: the VAE's. decoder, vae: who they are, to the reader;
-    otherwise: what decodes them in any case.
+    own, needed: `latents_key` of its latents, and of the VAE's; None: unknown. decoder, vae: who they are, to the
+    reader; otherwise: what decodes them in any case.
 
     Raises:
         InputError: its latents are others.
     """
-    if own is not None and MEAN in config and own != latents_key(config):
+    if None not in (own, needed) and own != needed:
         raise InputError(f"{decoder}: was trained on latents of another VAE than {vae}; give its own, or {otherwise}")
 
 
 def latents_key(config: Mapping[str, Any]) -> str:
     """Digest the mean and the deviation in a trained VAE's config, which tell its latents from those of others."""
-    figures = [[float(figure) for figure in config[name]] for name in (MEAN, "latents_std")]
+    figures = [[float(figure) for figure in config[name]] for name in (MEAN, DEVIATION)]
     return hashlib.sha256(json.dumps(figures).encode()).hexdigest()
 
 

@@ -30,7 +30,7 @@ from longsana.data.prompts import check_words
 from longsana.data.story import Change, Mark, Outline, place_parts, shared_changes
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry
 from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, with_motion
-from longsana.encoders.tiny_layouts import check_encodes, check_latents, fitting
+from longsana.encoders.tiny_layouts import check_encodes, check_latents, fitting, latents_told
 from longsana.encoders.tiny_vae import TinyVAE
 from longsana.encoders.vae import VAES, DecodeCache, VideoVAE, kind_of
 from longsana.encoders.vae_files import check_geometry
@@ -1251,7 +1251,7 @@ def _checked_vae(vae: Any, decoder: Any, *, tiny_encoder: bool = False) -> str:
             f"{' or '.join(fitting(name))}, or none"
         )
     if vae is not None:
-        check_latents(decoder.config["latents"], vae.config, "decoder", "vae", "none")
+        check_latents(decoder.config["latents"], latents_told(vae.config), "decoder", "vae", "none")
     return tiny.vae_type
 
 

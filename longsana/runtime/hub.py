@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,9 @@ def locate(uri: str, what: str, part: str = "") -> Path:
     """
     if uri.startswith(SCHEME):
         return _fetch(uri, what, part)
+    if (found := found_here(uri)) is not None:
+        return found
     given = expanded(uri)
-    for candidate in (given, SHIPPED / given):
-        if uri and candidate.exists():
-            return candidate
     places = [str(given)] if given.is_absolute() else [str(Path.cwd() / given), str(SHIPPED / given)]
     where = " or ".join(dict.fromkeys(places))
     raise InputError(
@@ -63,17 +62,30 @@ def locate(uri: str, what: str, part: str = "") -> Path:
     )
 
 
-def file_sha256(path: Path) -> str:
+def found_here(path: str) -> Path | None:
+    """The local file or folder of a path as `locate` finds it; None: nothing is there."""
+    given = expanded(path)
+    return next((place for place in (given, SHIPPED / given) if path and place.exists()), None)
+
+
+def names_a_file(uri: str) -> bool:
+    """Tell whether `hf://...` names one file, and not a repository or a folder of it."""
+    inside = [piece for piece in uri.removeprefix(SCHEME).split("/") if piece][2:]
+    return _names_a_file("/".join(inside))
+
+
+def file_sha256(path: Path, without: Collection[str] = ()) -> str:
     """SHA-256 in hex of a file; for a folder or an index of shards, of the names and digests of its files.
 
-    A folder's files are its weights and configs. Digests are remembered by path, size, times and inode, so that
-    gigabytes are read once.
+    A folder's files are its weights and configs, but for those whose names are in `without`. Digests are remembered by
+    path, size, times and inode, so that gigabytes are read once.
 
     Raises:
         InputError: `path` does not exist, lacks a shard, or is a folder without weights or configs.
     """
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
+        files = [file for file in files if file.name not in without]
         if not files:
             raise InputError(f"{path}: no weights or configs in this folder")
         names = sorted(file.relative_to(path).as_posix() for file in files)

@@ -14,7 +14,7 @@ from longsana.data.prompts import Prompt, check_words, place, read_prompts
 from longsana.data.story import Change, Outline, check_cut, place_parts
 from longsana.encoders.geometry import geometry
 from longsana.encoders.headers import check_text_encoder, check_vae
-from longsana.encoders.tiny_layouts import FULL, check_decoder, check_tiny, source_of
+from longsana.encoders.tiny_layouts import BESIDE, FULL, check_decoder, check_tiny, source_of
 from longsana.flow.schedule import FlowSchedule
 from longsana.published import DISTILLED
 from longsana.runtime.errors import InputError
@@ -291,10 +291,10 @@ def source_digest(config: InferenceConfig, section: str) -> str:
         path = locate(uri, f"{section}.{key}", part=PIPELINE_PART if section == "model" else "")
         if section == "model":
             check_digests(path)  # the digest of a run's checkpoint is its manifest's, which must be true
-        return file_sha256(path)
+        return file_sha256(path, without=BESIDE)
     if section == "model":
         return uri
-    return SEEDED + file_sha256(locate(uri.removeprefix(SEEDED), f"{section}.{key}"))
+    return SEEDED + file_sha256(locate(uri.removeprefix(SEEDED), f"{section}.{key}"), without=BESIDE)
 
 
 def sections_used(config: InferenceConfig, *, encodes: bool) -> list[str]:

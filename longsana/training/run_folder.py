@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from longsana.data.clips import GENERATED
 from longsana.data.shards import MANIFEST
+from longsana.encoders.tiny_layouts import BESIDE
 from longsana.runtime.distributed import PeerError, World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import LINGERING, LOCK, check_writable, hold_folder, remove
@@ -252,7 +253,7 @@ def _digest(setting: str, uri: str) -> str:
     path = locate(uri.removeprefix(SEEDED), setting, part="transformer")
     is_lmdb = (path / LMDB).is_file() and not (path / MANIFEST).exists()
     try:
-        return (SEEDED if seeded else "") + file_sha256(path / LMDB if is_lmdb else path)
+        return (SEEDED if seeded else "") + file_sha256(path / LMDB if is_lmdb else path, without=BESIDE)
     except OSError as error:
         raise InputError(f"{setting}: {error.filename or path}: cannot be read ({error.strerror})") from error
 

@@ -285,6 +285,18 @@ def write_pickle(content: dict[str, Any], path: Path) -> None:
         torch.save(content, stream)
 
 
+def _order_words(path: Path) -> None:
+    """Put the words of a safetensors header in their order: the library hashes them, in another one each time."""
+    with path.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(ordered) == length
+        stream.seek(8)
+        stream.write(ordered)
+
+
 def write_safetensors(
     tensors: dict[str, Tensor], path: Path, shard_bytes: int, metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -309,6 +321,8 @@ def write_safetensors(
     if len(shards) == 1:
         with whole_file(path) as unfinished:
             save_file(tensors, unfinished, metadata={"format": "pt", **(metadata or {})})
+            if metadata:
+                _order_words(unfinished)
         index.unlink(missing_ok=True)  # of an earlier save, which would be read instead
         return
     # Without an index a save that is cut short cannot be read as half old and half new.

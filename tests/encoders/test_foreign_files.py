@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-BASE: InferenceConfig = load_config(CONFIG)
+BASE: InferenceConfig = load_config(CONFIG, ["vae.decoder=full"])
 
 
 def config_of(part: str, path: Path) -> InferenceConfig:

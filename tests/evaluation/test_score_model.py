@@ -59,7 +59,7 @@ def test_the_remembered_world_scores_in_full_and_does_not_drift():
 
 def test_the_truth_is_of_the_world_that_is_asked_for(monkeypatch):
     """Through a VAE that was never trained."""
-    config = load_config(CONFIG, ["vae.vae_pretrained=seeded:asset/shapes/vae"], InferenceConfig)
+    config = load_config(CONFIG, ["vae.vae_pretrained=seeded:asset/shapes/vae", "vae.decoder=full"], InferenceConfig)
     shown = []
     for world, draw in WORLDS.items():
         monkeypatch.setitem(
@@ -90,10 +90,13 @@ def test_what_breaks_its_promise_scores_less():
     assert summarise([scored], (2,))["figures"]["2"]["persistence"][0] == 0
 
 
-def test_a_truth_that_is_none_is_not_scored():
-    config = load_config(CONFIG, [], InferenceConfig).vae
+@pytest.mark.parametrize(
+    ("decoder", "bias"), [("full", "decoder.conv_out.bias"), ("tae_shapes", "decoder.1.bias")]
+)
+def test_a_truth_that_is_none_is_not_scored(decoder, bias):
+    config = load_config(CONFIG, [f"vae.decoder={decoder}"], InferenceConfig).vae
     vae = load_vae(config, CPU, torch.float32)
-    vae.model.decoder.conv_out.bias[0] = torch.nan
+    vae.model.get_parameter(bias)[0] = torch.nan
     with pytest.raises(FloatingPointError, match="latents 0 to 1: decoded frames are not finite"):
         next(trial._decoded(vae, torch.zeros(1, 16, 3, 2, 2), ChunkPlan((2, 1))))
 

@@ -14,15 +14,16 @@ from longsana.data.prompts import Prompt
 from longsana.inference.sidecar import fingerprint, finished_videos, resolved_settings
 from longsana.sampling.checks import meaningless
 
+FULL = "vae.decoder=full"
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
 PROMPT = Prompt(1, "a red circle", ("a red circle",), 0, 32, 48)
 DIGESTS = {"model": "a", "vae": "b", "text_encoder": "c"}
 KNOWN = "ef106e76a612f03d5bf8928fbbaebfda699c6f5fb52978f8cd2fe82c87b0a43a"
-"""Fingerprint of the small default with these, from before there was sampling.first_chunk_frames."""
+"""Fingerprint of the small default with these and the full decoder, which was the default then, from before there was sampling.first_chunk_frames."""
 
 
 def identity(*settings: str) -> str:
-    config = load_config(CONFIG, settings, InferenceConfig)
+    config = load_config(CONFIG, [FULL, *settings], InferenceConfig)
     return fingerprint(resolved_settings(config, PROMPT, torch.device("cpu")), PROMPT, DIGESTS)
 
 
@@ -44,10 +45,10 @@ def test_with_another_past_it_is_another_video(settings: list[str]) -> None:
 
 def test_a_first_chunk_of_its_own_makes_another_video_and_none_the_same_as_ever() -> None:
     """Where it is 0, and of a clip that is one chunk, it is no part of the fingerprint."""
-    settings = resolved_settings(load_config(CONFIG, [], InferenceConfig), PROMPT, torch.device("cpu"))
+    settings = resolved_settings(load_config(CONFIG, [FULL], InferenceConfig), PROMPT, torch.device("cpu"))
     assert settings["sampling"]["first_chunk_frames"] == 0
     assert len({identity(f"sampling.first_chunk_frames={first}") for first in (0, 1, 2)}) == 3
-    clip = ["scheduler.sampling_algo=flow_euler", "sampling.cfg_scale=2", "sampling.first_chunk_frames=0"]
+    clip = [FULL, "scheduler.sampling_algo=flow_euler", "sampling.cfg_scale=2", "sampling.first_chunk_frames=0"]
     config = load_config(CONFIG, clip, InferenceConfig)
     settings = resolved_settings(config, PROMPT, torch.device("cpu"))
     assert "sampling.first_chunk_frames" in meaningless(config)

@@ -112,6 +112,7 @@ def made(config: InferenceConfig) -> list[Tensor]:
                 "sampling.cfg_scale": "2",
                 "model.load_from": "seeded:1",
                 "vae.vae_pretrained": "seeded:asset/shapes/vae",
+                "vae.decoder": "full",
                 "model.state_decay": "[0.9, 0.99]",
             },
         ),
