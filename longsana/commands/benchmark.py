@@ -93,8 +93,8 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
         )
     if options.peer and config.vae.decoder != FULL:
         raise InputError(
-            f"--peer diffusers: compares the VAE's own decoder, and vae.decoder is {config.vae.decoder}; leave it out, or "
-            "give --decoder full"
+            f"--peer diffusers: compares the VAE's own decoder, and vae.decoder is {config.vae.decoder}; leave it out, "
+            "or give --decoder full"
         )
     extras = {
         "operations": options.kernels,

@@ -120,9 +120,9 @@ def check_decoder(config: VAEConfig) -> None:
 
 
 def source_of(config: VAEConfig) -> str:
-    """Tell where a tiny decoder's weights lie: `vae.decoder_pretrained`, or a file beside the VAE's own on this machine.
+    """Tell where a tiny decoder's weights lie: `vae.decoder_pretrained`, or a file beside the VAE's own.
 
-    Nothing is fetched to look for it.
+    It is looked for on this machine alone: nothing is fetched for that.
 
     Raises:
         InputError: it is not said, and none is there, or no VAE.

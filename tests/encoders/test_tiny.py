@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longsana.config import VAEConfig
 from longsana.encoders import tiny_decoder, tiny_graphs
 from longsana.encoders.layouts import wan_original_name
 from longsana.encoders.loading import load_vae
-from longsana.encoders.tiny_layouts import FULL, TINY, check_decoder, check_tiny, tiny_tensors
+from longsana.encoders.tiny_layouts import (
+    FULL,
+    LATENTS,
+    TINY,
+    WAN_LATENTS,
+    check_decoder,
+    check_tiny,
+    latents_key,
+    source_of,
+    tiny_tensors,
+)
 from longsana.encoders.tiny_network import Grow, MemoryBlock, Pool, TinyNetwork, load_tiny
 from longsana.encoders.tiny_vae import TinyVAE
 from longsana.encoders.vae import VAES, VideoVAE, WanVAE
@@ -423,6 +436,83 @@ def test_settings_that_do_not_belong_together_are_refused(settings: dict[str, st
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=told):
         load_vae(VAEConfig(**settings), "cpu", torch.float32)  # type: ignore[arg-type]
+
+
+FILE = SHAPES / "tae_shapes.safetensors"
+
+
+def beside(vae: str | Path, **settings: Any) -> VAEConfig:
+    return VAEConfig(vae_pretrained=str(vae), decoder="tae_shapes", **settings)
+
+
+def test_without_a_path_it_lies_beside_the_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found as the VAE is: from any folder, and in that of a whole pipeline."""
+    shutil.copytree(SHAPES, tmp_path / "pipeline/vae")
+    expected = load_file(FILE)
+    for vae in ("asset/shapes/vae", SHAPES, tmp_path / "pipeline", tmp_path / "pipeline/vae"):
+        for folder in (SHAPES.parents[2], tmp_path):
+            monkeypatch.chdir(folder)
+            check_decoder(beside(vae))
+            check_tiny(beside(vae), Path(source_of(beside(vae))))
+            made = load_vae(beside(vae), "cpu", torch.float32)
+            assert isinstance(made, TinyVAE)
+            assert torch.equal(made.model.state_dict()["decoder.1.weight"], expected["decoder.1.weight"].float())
+    elsewhere = beside(SHAPES, decoder_pretrained="seeded:1")
+    assert source_of(elsewhere) == "seeded:1"
+    for vae in (tmp_path, FILE, "hf://owner/repo/vae", f"seeded:{SHAPES}"):
+        with pytest.raises(InputError, match=r"is no folder on this machine with a tae_shapes\.safetensors") as caught:
+            load_vae(beside(vae), "cpu", torch.float32)
+        assert "\n" not in str(caught.value) and "vae.decoder=full" in str(caught.value)
+    with pytest.raises(InputError, match=r"^vae\.vae_pretrained: '.*none' not found"):
+        load_vae(beside(tmp_path / "none"), "cpu", torch.float32)
+
+
+def test_a_vae_is_known_by_mean_and_deviation_of_its_latents(tmp_path: Path) -> None:
+    """What tells them in the file of a decoder is compared where both say it."""
+    assert latents_key(WAN(base_dim=8).config) == WAN_LATENTS
+    own, plain, published = (tmp_path / f"{name}.safetensors" for name in ("own", "plain", "published"))
+    shutil.copy(FILE, own)
+    save_file(load_file(FILE), plain)
+    save_file(load_file(FILE), published, {LATENTS: WAN_LATENTS})
+    told = json.loads((SHAPES / "config.json").read_text())
+    silent = {key: value for key, value in told.items() if key not in ("latents_mean", "latents_std")}
+    configs = {
+        "same": told,
+        "other": {**told, "latents_std": [2 * told["latents_std"][0], *told["latents_std"][1:]]},
+        "silent": silent,
+        "half": {**silent, "latents_mean": told["latents_mean"]},
+        "none": {**told, "latents_mean": None, "latents_std": None},
+        "words": {**told, "latents_std": "ones"},
+        "list": [told],
+    }
+    for name, content in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    (tmp_path / "file.pth").touch()
+    (tmp_path / "empty").mkdir()
+    vaes = [str(tmp_path / name) for name in (*configs, "file.pth", "empty", "not there")]
+    vaes += ["hf://owner/repo/vae.pth", "hf://owner/repo/vae", f"seeded:{tmp_path / 'other'}"]
+    taken = {
+        own: {"same", "half", "words", "list", "empty", "not there", "hf://owner/repo/vae", "other"},
+        published: {"silent", "none", "half", "words", "list", "file.pth", "empty", "not there", "hf://owner/repo/vae",
+                    "hf://owner/repo/vae.pth", "other"},
+    }  # fmt: skip
+    for path in (own, plain, published):
+        for vae in vaes:
+            asked = beside(vae, decoder_pretrained=str(path))
+            name = vae if vae.startswith("hf") else Path(vae).name
+            # A seeded one is random, and its config says nothing of its latents.
+            if path == plain or (name in taken[path] and (name != "other" or vae.startswith("seeded:"))):
+                check_tiny(asked, path)
+                load_vae(asked, "cpu", torch.float32)
+                continue
+            for refuse in (partial(check_tiny, asked, path), partial(load_vae, asked, "cpu", torch.float32)):
+                with pytest.raises(InputError) as caught:
+                    refuse()
+                assert str(caught.value) == (
+                    f"vae.decoder_pretrained={path}: was trained on latents of another VAE than vae.vae_pretrained="
+                    f"{vae}; give its own, or vae.decoder=full"
+                )
 
 
 def test_every_kind_is_a_setting() -> None:

@@ -90,9 +90,7 @@ def test_what_breaks_its_promise_scores_less():
     assert summarise([scored], (2,))["figures"]["2"]["persistence"][0] == 0
 
 
-@pytest.mark.parametrize(
-    ("decoder", "bias"), [("full", "decoder.conv_out.bias"), ("tae_shapes", "decoder.1.bias")]
-)
+@pytest.mark.parametrize(("decoder", "bias"), [("full", "decoder.conv_out.bias"), ("tae_shapes", "decoder.1.bias")])
 def test_a_truth_that_is_none_is_not_scored(decoder, bias):
     config = load_config(CONFIG, [f"vae.decoder={decoder}"], InferenceConfig).vae
     vae = load_vae(config, CPU, torch.float32)

@@ -92,6 +92,8 @@ def test_a_tiny_decoder_is_measured_in_the_place_of_the_full_one(
     assert "17 frames of 48x32, taew2_1" in capsys.readouterr().out
     assert script.main([*given, "--peer", "diffusers", "--out", str(out)]) == 2
     assert "vae.decoder is taew2_1" in capsys.readouterr().err
+    assert script.main([*SMALL, "--peer", "diffusers", "--out", str(out)]) == 2
+    assert "vae.decoder is tae_shapes; leave it out, or give --decoder full" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,10 @@ def test_a_profile_says_where_the_time_goes(report: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_peers_are_measured_beside_it(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    assert script.main([*SMALL, "--peer", "diffusers", "--backend", "compile", "--out", str(out)]) == 0
+    assert (
+        script.main([*SMALL, "--decoder", "full", "--peer", "diffusers", "--backend", "compile", "--out", str(out)])
+        == 0
+    )
     report = json.loads(out.read_text())
     assert report["video"]["backend"] == "compile"
     assert report["peers"]["forward, ms"].keys() == {

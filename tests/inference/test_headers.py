@@ -233,6 +233,6 @@ def test_a_bad_vae_is_found_before_captions_are_encoded(
         return tmp_path / "vae.pth" if fetch and part == "vae" else None
 
     monkeypatch.setattr("longsana.sampling.checks._here", fetched)
-    assert command("vae.vae_pretrained=hf://owner/repo/vae.pth") == 2
+    assert command("vae.vae_pretrained=hf://owner/repo/vae.pth", "vae.decoder=full") == 2
     assert "error: vae.vae_pretrained: " in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("*.mp4"))

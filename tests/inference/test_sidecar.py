@@ -19,7 +19,8 @@ CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
 PROMPT = Prompt(1, "a red circle", ("a red circle",), 0, 32, 48)
 DIGESTS = {"model": "a", "vae": "b", "text_encoder": "c"}
 KNOWN = "ef106e76a612f03d5bf8928fbbaebfda699c6f5fb52978f8cd2fe82c87b0a43a"
-"""Fingerprint of the small default with these and the full decoder, which was the default then, from before there was sampling.first_chunk_frames."""
+"""Fingerprint of the small default with these and the full decoder, as the default was, from before there was
+sampling.first_chunk_frames."""
 
 
 def identity(*settings: str) -> str:

@@ -99,9 +99,8 @@ def test_what_no_story_can_be_is_one_line(
 
 
 def identity(prompt: Prompt, *settings: str) -> str:
-    config = load_config(
-        CONFIG, ["vae.decoder=full", "sampling.num_frames=121", "sampling.prompt_change=keep", *settings], InferenceConfig
-    )
+    given = ["vae.decoder=full", "sampling.num_frames=121", "sampling.prompt_change=keep", *settings]
+    config = load_config(CONFIG, given, InferenceConfig)
     resolved = resolved_settings(config, prompt, torch.device("cpu"))
     digests = {"model": "a", "vae": "b", "text_encoder": "c"}
     return fingerprint(resolved, prompt, digests, meaningless(config), told_parts(config, prompt))
@@ -138,9 +137,8 @@ def test_a_change_makes_another_video_where_it_happens(read: Callable[[str], Pro
 def test_the_videos_of_earlier_versions_are_known(read: Callable[[str], Prompt]) -> None:
     """The identity of prompts that were there before stories is of the same things as then."""
     for line, mark in {FIRST: "one", f"{FIRST}<split>{SECOND}": "parts"}.items():
-        prompt, config = read(line), load_config(
-            CONFIG, ["vae.decoder=full", "sampling.num_frames=121"], InferenceConfig
-        )
-        settings = resolved_settings(config, prompt, torch.device("cpu"))
+        settings = ["vae.decoder=full", "sampling.num_frames=121"]
+        prompt, config = read(line), load_config(CONFIG, settings, InferenceConfig)
+        resolved = resolved_settings(config, prompt, torch.device("cpu"))
         digests = {"model": "a", "vae": "b", "text_encoder": "c"}
-        assert identity(prompt) == fingerprint(settings, prompt, digests, meaningless(config)), mark
+        assert identity(prompt) == fingerprint(resolved, prompt, digests, meaningless(config)), mark

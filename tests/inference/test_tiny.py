@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,17 +12,18 @@ import imageio.v3 as iio
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from longsana.config import InferenceConfig, load_config
-from longsana.encoders.tiny_layouts import TINY
+from longsana.encoders.tiny_layouts import LATENTS, TINY
 from longsana.encoders.tiny_network import load_tiny
-from longsana.inference.sidecar import fingerprint, resolved_settings
+from longsana.inference.sidecar import fingerprint, resolved_settings, source_digests
 from longsana.runtime.hub import file_sha256
 from longsana.runtime.video import VideoWriter
+from longsana.training import run_folder
 from tests.inference.test_sidecar import CONFIG, DIGESTS, PROMPT
 
-from .conftest import sidecars
+from .conftest import ROOT, sidecars
 
 Command = Callable[..., int]
 Prompts = Callable[..., Path]
@@ -46,7 +48,7 @@ def test_videos_without_the_vae(
     command: Command, prompts: Prompts, videos: Path, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     txt = ("--txt_file", prompts(TEXT))
-    assert command(*txt) == 0
+    assert command(*txt, "vae.decoder=full") == 0
     full = sidecars(videos)[0]
     given = (
         "--vae.decoder",
@@ -99,7 +101,7 @@ def test_a_video_goes_on(command: Command, prompts: Prompts, videos: Path, tmp_p
     assert command("--from_state", state, "--num_frames", "9", *SEEDED, "--dataset", "rest") == 0
     rest = iio.imread(next((tmp_path / "out/rest").glob("*.mp4")), plugin="pyav")
     assert len(rest) == 8 and abs(rest.astype(int) - whole[-8:].astype(int)).mean() < 3  # of two mp4s
-    assert command("--from_state", state, "--num_frames", "9", "--dataset", "full") == 0
+    assert command("--from_state", state, "--num_frames", "9", "vae.decoder=full", "--dataset", "full") == 0
     there = json.loads(next((tmp_path / "out/full").glob("*.json")).read_text())
     again = json.loads(next((tmp_path / "out/rest").glob("*.json")).read_text())
     assert there["latents_sha256"] == again["latents_sha256"] and there["fingerprint"] != again["fingerprint"]
@@ -119,7 +121,10 @@ def test_a_video_goes_on(command: Command, prompts: Prompts, videos: Path, tmp_p
     [
         (("vae.decoder=taew2_1",), "vae.decoder_pretrained must say where its file lies"),
         (("vae.decoder=taeltx_2", "vae.decoder_pretrained=seeded:1"), "decodes latents of LTX2VAE_diffusers"),
-        (("vae.decoder_pretrained=seeded:1",), "with vae.decoder=full nothing would be decoded with it"),
+        (
+            ("vae.decoder=full", "vae.decoder_pretrained=seeded:1"),
+            "with vae.decoder=full nothing would be decoded with it",
+        ),
         (("vae.decoder=taew2_2", "vae.decoder_pretrained=seeded:1"), "vae.decoder"),
     ],
 )
@@ -139,7 +144,7 @@ def test_a_file_of_another_kind_is_refused_before_anything_is_loaded(
 
 
 def mark(*settings: str, digests: dict[str, str], picture: str | None = None, film: bool = False) -> str:
-    config = load_config(CONFIG, settings, InferenceConfig)
+    config = load_config(CONFIG, ["vae.decoder=full", *settings], InferenceConfig)
     began = {"sha256": "f", "film_frames": 9, "shown": True} if film else None
     return fingerprint(
         resolved_settings(config, PROMPT, torch.device("cpu")),
@@ -175,3 +180,78 @@ def test_what_a_tiny_decoder_decides() -> None:
             for vae in ("b", "c")
         }
         assert len(encoded) == 3, "the tiny encoder does without the VAE"
+
+
+# The default's own ----------------------------------------------------------------------------------------------------
+
+VAE = ROOT / "asset/shapes/vae"
+
+
+def another_vae(folder: Path) -> Path:
+    """The shipped one but for the mean of its latents, without a tiny decoder."""
+    shutil.copytree(VAE, folder, ignore=shutil.ignore_patterns("tae_*"))
+    told = json.loads((folder / "config.json").read_text())
+    told["latents_mean"][0] += 0.5
+    (folder / "config.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_the_default_is_decoded_by_the_decoder_beside_its_vae(
+    command: Command, prompts: Prompts, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From any folder; and by the full one where that is asked for, without more."""
+    monkeypatch.chdir(tmp_path)
+    txt = ("--txt_file", prompts(TEXT))
+    assert command(*txt) == 0
+    default = sidecars(videos)[0]
+    assert default["sha256"].keys() == {"model", "text_encoder", "decoder"}
+    assert default["sha256"]["decoder"] == file_sha256(VAE / "tae_shapes.safetensors")
+    assert command(*txt, "--decoder", "tae_shapes", "--decoder_path", VAE / "tae_shapes.safetensors") == 0
+    assert sidecars(videos)[0]["fingerprint"] == default["fingerprint"], "wherever it lies"
+    assert command(*txt, "--decoder", "full") == 0
+    full = sidecars(videos)[0]
+    assert full["sha256"].keys() == {"model", "text_encoder", "vae"}
+    assert full["latents_sha256"] == default["latents_sha256"] and full["fingerprint"] != default["fingerprint"]
+
+
+def test_a_decoder_beside_a_vae_leaves_the_vaes_digest_as_it_was(tmp_path: Path) -> None:
+    """And so the fingerprints of videos that were made before there was one."""
+    plain = shutil.copytree(VAE, tmp_path / "vae", ignore=shutil.ignore_patterns("tae_*"))
+    for seeded in ("", "seeded:"):
+        shipped, before = (
+            source_digests(
+                load_config(CONFIG, ["vae.decoder=full", f"vae.vae_pretrained={seeded}{folder}"], InferenceConfig),
+                encodes=False,
+            )["vae"]
+            for folder in (VAE, plain)
+        )
+        assert shipped == before == seeded + file_sha256(plain)
+        assert shipped == run_folder._digest("vae.vae_pretrained", f"{seeded}{VAE}"), "and runs go on"
+    assert file_sha256(VAE) != file_sha256(plain)
+
+
+def test_another_vae_is_refused_with_what_to_do(
+    command: Command, prompts: Prompts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is loaded; and it is taken with its own decoder, whichever that is."""
+    vae = f"vae.vae_pretrained={another_vae(tmp_path / 'vae')}"
+    txt, own = ("--txt_file", prompts(TEXT)), "vae.decoder_pretrained=asset/shapes/vae/tae_shapes.safetensors"
+    cases = {
+        (vae,): "no folder on this machine with a tae_shapes.safetensors. vae.decoder=full does without one",
+        ("vae.vae_pretrained=hf://owner/repo/vae",): "vae.vae_pretrained=hf://owner/repo/vae is no folder on this",
+        ("vae.vae_pretrained=seeded:asset/shapes/vae",): "vae.decoder=full does without one",
+        (f"vae.vae_pretrained={tmp_path / 'none'}",): "vae.vae_pretrained: '",
+        (vae, own): "latents of another VAE than vae.vae_pret",
+        ("vae.vae_pretrained=hf://owner/repo/vae.pth", own):
+            "latents of another VAE than vae.vae_pretrained=hf://owner/repo/vae.pth; give its own, or vae.decoder=full",
+    }  # fmt: skip
+    for settings, told in cases.items():
+        assert command(*txt, *settings) == 2, settings
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: vae.") and told in line
+    assert command(*txt, vae, "vae.decoder=full") == 0
+    save_file(load_file(VAE / "tae_shapes.safetensors"), tmp_path / "vae/tae_shapes.safetensors")
+    assert command(*txt, vae) == 0, "its file does not say of which latents it is"
+    save_file(load_file(VAE / "tae_shapes.safetensors"), tmp_path / "vae/tae_shapes.safetensors", {LATENTS: "others"})
+    assert command(*txt, vae) == 2
+    assert "give its own, or vae.decoder=full" in capsys.readouterr().err

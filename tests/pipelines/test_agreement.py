@@ -17,6 +17,7 @@ from longsana.config import InferenceConfig
 from longsana.data.pictures import read_picture
 from longsana.data.prompts import Prompt
 from longsana.data.story import read_parts
+from longsana.pipelines.tiny import TinyVideoAutoencoder
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.runtime.clock import Clock
 from longsana.sampling.captions import caption_encoder
@@ -45,8 +46,12 @@ def seed(number: int = 42) -> torch.Generator:
 
 
 @pytest.mark.parametrize("num_frames", [17, 81])
-def test_distilled(loaded: LongSanaVideoPipeline, num_frames: int) -> None:
-    config = shapes_config(**{"sampling.num_frames": num_frames, "sampling.seed": 42})
+@pytest.mark.parametrize("decoder", ["full", "tae_shapes"])
+def test_distilled(loaded: LongSanaVideoPipeline, distilled_folder: Path, num_frames: int, decoder: str) -> None:
+    config = shapes_config(**{"sampling.num_frames": num_frames, "sampling.seed": 42, "vae.decoder": decoder})
+    if decoder != "full":
+        tiny = TinyVideoAutoencoder.from_file(decoder, "asset/shapes/vae/tae_shapes.safetensors")
+        loaded = quiet(distilled_folder, decoder=tiny)
     latents, pixels = batch_command(config, PROMPT)
     call: dict[str, Any] = {"num_frames": num_frames, "latents_per_call": config.vae.latents_per_call, **SIZE}
     assert torch.equal(loaded(PROMPT, output_type="latent", generator=seed(), **call).frames, latents)

@@ -105,6 +105,7 @@ def made(config: InferenceConfig) -> list[Tensor]:
     ("name", "settings"),
     [
         ("longsana", {"scheduler.bf16_timesteps": "true", "text_encoder.dtype": "bfloat16"}),
+        ("longsana", {"vae.decoder": "tae_shapes"}),
         (
             "longsana",
             {
@@ -112,7 +113,6 @@ def made(config: InferenceConfig) -> list[Tensor]:
                 "sampling.cfg_scale": "2",
                 "model.load_from": "seeded:1",
                 "vae.vae_pretrained": "seeded:asset/shapes/vae",
-                "vae.decoder": "full",
                 "model.state_decay": "[0.9, 0.99]",
             },
         ),

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
 
 from longsana.encoders.vae import WanVAE
 from longsana.pipelines.tiny import TinyVideoAutoencoder
@@ -137,6 +139,31 @@ def test_what_does_not_belong_together_is_refused(
         TinyVideoAutoencoder.from_file("taew2_2", "seeded:0")
     ahead = LongSanaVideoPipeline(None, looking_ahead.transformer, decoder=ltx2)
     assert ahead.geometry.time_stride == 8 and ahead._vae(1).ahead == 0
+
+
+def test_a_decoder_of_another_vaes_latents_is_refused(
+    distilled_folder: Path, loaded: LongSanaVideoPipeline, tmp_path: Path
+) -> None:
+    """Also when it was saved with a pipeline; one that does not say of which they are is taken as it is."""
+    shipped = "asset/shapes/vae/tae_shapes.safetensors"
+    own = TinyVideoAutoencoder.from_file("tae_shapes", shipped)
+    quiet(distilled_folder, decoder=own).save_pretrained(tmp_path)
+    again = quiet(tmp_path)
+    assert again.decoder.config["latents"] == own.config["latents"] is not None
+    other = AutoencoderKLWan.from_config({**loaded.vae.config, "latents_mean": [0.5] * 16})
+    published = AutoencoderKLWan(base_dim=8, num_res_blocks=1)
+    told = r"^decoder: was trained on latents of another VAE than vae; give its own, or none$"
+    for vae in (other, published):
+        for decoder in (own, again.decoder):
+            with pytest.raises(InputError, match=told):
+                LongSanaVideoPipeline(vae, loaded.transformer, decoder=decoder)
+        with pytest.raises(InputError, match=told):
+            quiet(tmp_path, vae=vae)
+    save_file(load_file(shipped), plain := tmp_path / "plain.safetensors")
+    for decoder in (TinyVideoAutoencoder.from_file("tae_shapes", str(plain)), TinyVideoAutoencoder("tae_shapes")):
+        assert decoder.config["latents"] is None
+        LongSanaVideoPipeline(other, loaded.transformer, decoder=decoder)
+    LongSanaVideoPipeline(None, loaded.transformer, decoder=own)
 
 
 def test_a_decoder_with_numbers_that_are_none_is_said(alone: LongSanaVideoPipeline) -> None:

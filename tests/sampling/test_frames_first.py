@@ -13,7 +13,6 @@ from torch import Tensor
 from longsana.chunks import ChunkPlan
 from longsana.config import load_config
 from longsana.data.prompts import Prompt
-from longsana.encoders.vae import WanVAE
 from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule
 from longsana.runtime.clock import Clock
@@ -165,13 +164,17 @@ def test_all_passes_are_made_to_the_end_where_others_take_part(engine: Engine, p
         assert network.passes == passes
 
 
+@pytest.mark.parametrize("decoder", ["tae_shapes", "full"])
 @pytest.mark.parametrize("latents_per_call", [1, 2, 3])
-def test_the_first_chunk_leaves_group_by_group(parts: Any, caption: Caption, latents_per_call: int) -> None:
+def test_the_first_chunk_leaves_group_by_group(
+    parts: Any, caption: Caption, latents_per_call: int, decoder: str
+) -> None:
     """Frames of a chunk of 5 latents, latent 0 first; all are those of one call for each chunk, to the bit."""
     settings = ["num_frames=37", "chunk_frames=4", "first_chunk_frames=5", "height=32", "width=48"]
     changes = ["scheduler.denoising_step_list=[1000, 727]", f"vae.latents_per_call={latents_per_call}"]
+    changes.append(f"vae.decoder={decoder}")
     engine = Engine(load_config(CONFIG, [*(f"sampling.{one}" for one in settings), *changes]), "cpu")
-    network, vae = Counting(parts[0]), WanVAE.around(parts[1].model, latents_per_call)
+    network, vae = Counting(parts[0]), engine.load_decoder()
     found: list[Frames] = []
     for piece in engine.sample(network, vae, [PROMPT], [caption], wanted=lambda chunk: chunk == 0):  # type: ignore[arg-type]
         assert piece.chunk > 0 or network.passes == STEPS, "all of them before it is absorbed"

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import file_sha256
 from longsana.training.parts import Part, write_parts
 from longsana.weights.checkpoint_folder import MANIFEST, Stored, digests
-from longsana.weights.files import open_checkpoint
+from longsana.weights.files import open_checkpoint, write_safetensors
 from longsana.weights.network import save_checkpoint
 from tests.weights.checkpoints import TINY, assert_same, load, upstream, weights
 
@@ -252,3 +253,16 @@ def test_digest_of_a_checkpoint_folder_tells_its_weights(tmp_path: Path) -> None
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert first == same != other
+
+
+def test_words_of_a_header_have_an_order(tmp_path: Path) -> None:
+    """The same tensors and words are the same file, to the bit."""
+    given, words = {"b": torch.ones(3), "a": torch.zeros(2, 2)}, {name: f"{name}, größer" for name in "zyxwv"}
+    files = set()
+    for number in range(6):
+        write_safetensors(given, path := tmp_path / f"{number}.safetensors", 1 << 40, words)
+        files.add(path.read_bytes())
+    assert len(files) == 1
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", **words}
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in given.items())
