@@ -14,6 +14,7 @@ SHIPPED = (
     *(f"asset/shapes/text_encoder/{name}" for name in ("config.json", "model.safetensors")),
     *(f"asset/shapes/text_encoder/{name}" for name in ("tokenizer.json", "tokenizer_config.json")),
     *(f"asset/shapes/vae/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")),
+    "asset/shapes/vae/tae_shapes.safetensors",
 )
 
 

@@ -39,8 +39,9 @@ def test_four_prompts_for_ten_seconds() -> None:
     assert not beyond_limits(figures())
 
 
-def test_the_world_seen_through_the_shipped_vae() -> None:
-    config = load_config(CONFIG, [], InferenceConfig)
+@pytest.mark.parametrize("decoder", ["full", "tae_shapes"])
+def test_the_world_seen_through_the_shipped_vae(decoder: str) -> None:
+    config = load_config(CONFIG, [f"vae.decoder={decoder}"], InferenceConfig)
     result = try_truth(config, Trial([""] * 2, seeds=(0,), lengths=(5,), batch=32), torch.device("cpu"))
     found = {name: mean for name, (mean, _) in result["figures"]["5"].items() if name in LEAST}
     assert found.keys() == LEAST.keys()
