@@ -287,14 +287,15 @@ def source_digest(config: InferenceConfig, section: str) -> str:
         return source if source.startswith(SEEDED) else file_sha256(locate(source, "vae.decoder_pretrained"))
     key = SOURCES[section]
     uri: str = getattr(getattr(config, section), key)
+    without = BESIDE if section == "vae" else ()
     if not uri.startswith(SEEDED):
         path = locate(uri, f"{section}.{key}", part=PIPELINE_PART if section == "model" else "")
         if section == "model":
             check_digests(path)  # the digest of a run's checkpoint is its manifest's, which must be true
-        return file_sha256(path, without=BESIDE)
+        return file_sha256(path, without)
     if section == "model":
         return uri
-    return SEEDED + file_sha256(locate(uri.removeprefix(SEEDED), f"{section}.{key}"), without=BESIDE)
+    return SEEDED + file_sha256(locate(uri.removeprefix(SEEDED), f"{section}.{key}"), without)
 
 
 def sections_used(config: InferenceConfig, *, encodes: bool) -> list[str]:

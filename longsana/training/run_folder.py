@@ -253,7 +253,8 @@ def _digest(setting: str, uri: str) -> str:
     path = locate(uri.removeprefix(SEEDED), setting, part="transformer")
     is_lmdb = (path / LMDB).is_file() and not (path / MANIFEST).exists()
     try:
-        return (SEEDED if seeded else "") + file_sha256(path / LMDB if is_lmdb else path, without=BESIDE)
+        without = BESIDE if setting == "vae.vae_pretrained" else ()
+        return (SEEDED if seeded else "") + file_sha256(path / LMDB if is_lmdb else path, without)
     except OSError as error:
         raise InputError(f"{setting}: {error.filename or path}: cannot be read ({error.strerror})") from error
 

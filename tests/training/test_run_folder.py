@@ -382,7 +382,7 @@ def test_what_a_trainer_reads(training_config, trajectories):
 
 
 def test_data_that_cannot_be_read_is_named(training_config, tmp_path, monkeypatch):
-    def broken(*_: Any) -> str:
+    def broken(*_: Any, **__: Any) -> str:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(run_folder, "file_sha256", broken)
