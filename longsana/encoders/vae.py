@@ -28,6 +28,10 @@ from longsana.runtime.errors import InputError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+ALONE = 2
+"""A video's first latents that are decoded one by one: its first pictures, a still one and some that move, come
+sooner."""
+
 
 class DecodeCache(NamedTuple):
     """The decoder's memory: the last two input frames of each convolution over time, (B, C, 2, H, W) each, and
@@ -230,7 +234,7 @@ class VideoVAE(ABC):
         if cache is not None and cache.ended:
             raise ValueError(f"the video of this cache has ended after {start} latents: decode those with more=True")
         frames: list[Tensor] = []
-        for group in _groups(start, latents.shape[2], self.latents_per_call):
+        for group in _groups(start, latents.shape[2], self.latents_per_call, ALONE):
             raw = self._denormalise(latents[:, :, group.start - start : group.stop - start])
             last = not more and group.stop == stop
             decoded, features = self._decode_group(raw, features, group.start, last=last)
@@ -243,7 +247,7 @@ class VideoVAE(ABC):
 
         Decoded one after another, these give its frames to the bit.
         """
-        groups = _groups(start, latents.shape[2], self.latents_per_call)
+        groups = _groups(start, latents.shape[2], self.latents_per_call, ALONE)
         return [latents[:, :, group.start - start : group.stop - start] for group in groups]
 
     @torch.no_grad()
@@ -430,11 +434,14 @@ def _decode_group(
     return frames, tuple(entries)
 
 
-def _groups(start: int, count: int, size: int) -> Iterator[slice]:
-    """Slices of the absolute latents start .. start + count that are decoded together."""
+def _groups(start: int, count: int, size: int, alone: int = 1) -> Iterator[slice]:
+    """Slices of the absolute latents start .. start + count that are taken together: 0, then `size` at a time.
+
+    alone: the latents before this one are taken one by one; the group that they are cut from keeps its end.
+    """
     stop = start + count
     while start < stop:
-        end = 1 if start == 0 else start + size - (start - 1) % size
+        end = start + 1 if start < alone else start + size - (start - 1) % size
         yield slice(start, min(end, stop))
         start = end
 

@@ -329,8 +329,8 @@ def sample(
 ) -> Iterator[Frames]:
     """Frames of a batch of videos, one for each caption, stretch by stretch, each before its chunk is absorbed.
 
-    Those of the stretch that a video begins with come as they are decoded, `vae.latents_per_call` latents at a time and
-    the first latent's, one frame, by itself: the decoder's groups, so that no bit of them depends on it.
+    Those of the stretch that a video begins with come as they are decoded, `vae.latents_per_call` latents at a time
+    but for the first two, each by itself: the decoder's groups, so that no bit of them depends on it.
 
     frames_per_call: latent frames that are decoded at once; see `stretches`.
     clock: is told the time of the parts "denoise", "absorb" and "decode".

@@ -105,14 +105,14 @@ def test_groups_are_counted_from_the_start_of_the_video(monkeypatch: pytest.Monk
     monkeypatch.setattr(wan_decoder, "decode", lambda net, x, past: seen.append(x.shape[2]) or decode(net, x, past))
     latents = draw(1, 16, 21, 2, 2)
     whole, _ = stream(vae, latents, (21,))
-    assert seen == [1, 5, 5, 5, 5]
+    assert seen == [1, 1, 4, 5, 5, 5]  # the first that moves does not wait for others
     seen.clear()
     chunked, _ = stream(vae, latents, (11, 10))
-    assert seen == [1, 5, 5, 5, 5]
+    assert seen == [1, 1, 4, 5, 5, 5]
     assert torch.equal(chunked, whole)
     seen.clear()
     odd, _ = stream(vae, latents, (3, 7, 11))
-    assert seen == [1, 2, 3, 4, 1, 5, 5]  # a cut inside a group splits it; the ones after are where they were
+    assert seen == [1, 1, 1, 3, 4, 1, 5, 5]  # a cut inside a group splits it; the ones after are where they were
     torch.testing.assert_close(odd, whole, **ROUNDING)
 
 

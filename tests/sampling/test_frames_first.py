@@ -169,7 +169,7 @@ def test_all_passes_are_made_to_the_end_where_others_take_part(engine: Engine, p
 def test_the_first_chunk_leaves_group_by_group(
     parts: Any, caption: Caption, latents_per_call: int, decoder: str
 ) -> None:
-    """Frames of a chunk of 5 latents, latent 0 first; all are those of one call for each chunk, to the bit."""
+    """Frames of a chunk of 5 latents, latents 0 and 1 first; all are those of one call for each chunk, to the bit."""
     settings = ["num_frames=37", "chunk_frames=4", "first_chunk_frames=5", "height=32", "width=48"]
     changes = ["scheduler.denoising_step_list=[1000, 727]", f"vae.latents_per_call={latents_per_call}"]
     changes.append(f"vae.decoder={decoder}")
@@ -179,7 +179,7 @@ def test_the_first_chunk_leaves_group_by_group(
     for piece in engine.sample(network, vae, [PROMPT], [caption], wanted=lambda chunk: chunk == 0):  # type: ignore[arg-type]
         assert piece.chunk > 0 or network.passes == STEPS, "all of them before it is absorbed"
         found.append(piece)
-    sizes = {1: [1, 4, 4, 4, 4], 2: [1, 8, 8], 3: [1, 12, 4]}[latents_per_call]
+    sizes = {1: [1, 4, 4, 4, 4], 2: [1, 4, 4, 8], 3: [1, 4, 8, 4]}[latents_per_call]
     assert [piece.pixels.shape[1] for piece in found] == [*sizes, 16, 4]
     assert [piece.latents.shape[2] for piece in found] == [*[0] * (len(sizes) - 1), 5, 4, 1]
     chunks, cache = by_chunk(found), None
