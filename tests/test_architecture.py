@@ -16,6 +16,7 @@ SCRIPTS = ("train_video_scripts", "inference_video_scripts")
 LAYERS = [
     [*SCRIPTS, "convert"],
     ["commands"],
+    ["serving"],
     ["training", "evaluation", "pipelines", "inference"],
     ["sampling"],
     ["data"],
