@@ -1,4 +1,4 @@
-"""An mp4 in fragments (ISO/IEC 14496-12), which can be read while it is written: each picture is whole by itself.
+"""An mp4 in fragments (ISO/IEC 14496-12), which can be read while it is written: each fragment is whole by itself.
 
 FFmpeg's own muxer cannot do this through PyAV: it hands a fragment out only when the next one begins.
 """
@@ -40,29 +40,48 @@ class FragmentedMP4:
         self, write: Callable[[bytes], object], width: int, height: int, rate: Fraction, headers: Sequence[bytes]
     ) -> None:
         self._write = write
-        self._ticks = rate.denominator  # of a picture; rate.numerator of them are a second
+        self._rate = rate
         self._pictures = 0
-        units = [unit for header in headers for unit in nal_units(header)]
-        write(_header(width, height, rate, units))
+        write(header(width, height, rate, headers))
 
     def add(self, picture: Picture) -> None:
         """Write a fragment: the next picture in the order of coding."""
-        units = nal_units(picture.data)
-        content = b"".join(part for unit in units for part in (struct.pack(">I", len(unit)), unit))
-        delay = picture.place + REORDERED - self._pictures
-        sample = struct.pack(">3I", len(content), _KEY if picture.is_key else _OTHER, delay * self._ticks)
-        track = [
-            _full(b"tfhd", 0, 0x020000, struct.pack(">I", 1)),  # offsets count from the moof
-            _full(b"tfdt", 1, 0, struct.pack(">Q", self._pictures * self._ticks)),
-        ]
+        self._write(fragment([picture], self._rate, before=self._pictures, number=self._pictures + 1))
         self._pictures += 1
 
-        def moof(offset: int) -> bytes:
-            # The sample has a size, flags and a delay.
-            run = _full(b"trun", 0, 0x000E01, struct.pack(">Ii", 1, offset), sample)
-            return _box(b"moof", _full(b"mfhd", 0, 0, struct.pack(">I", self._pictures)), _box(b"traf", *track, run))
 
-        self._write(b"".join([moof(len(moof(0)) + 8), struct.pack(">I", 8 + len(content)), b"mdat", content]))
+def fragment(
+    pictures: Sequence[Picture], rate: Fraction, *, before: int, number: int, reordered: int = REORDERED
+) -> bytes:
+    """One fragment, moof and mdat, of pictures in the order of coding.
+
+    rate: pictures a second. before: pictures of the track that are coded before these, by which they are timed.
+    number: of the fragment in its track, from 1. reordered: see `header`.
+    """
+    ticks = rate.denominator  # of a picture; rate.numerator of them are a second
+    samples, content = b"", b""
+    for coded, picture in enumerate(pictures, before):
+        data = b"".join(part for unit in nal_units(picture.data) for part in (struct.pack(">I", len(unit)), unit))
+        delay = picture.place + reordered - coded
+        samples += struct.pack(">3I", len(data), _KEY if picture.is_key else _OTHER, delay * ticks)
+        content += data
+    track = [
+        _full(b"tfhd", 0, 0x020000, struct.pack(">I", 1)),  # offsets count from the moof
+        _full(b"tfdt", 1, 0, struct.pack(">Q", before * ticks)),
+    ]
+
+    def moof(offset: int) -> bytes:
+        # Each sample has a size, flags and a delay.
+        run = _full(b"trun", 0, 0x000E01, struct.pack(">Ii", len(pictures), offset), samples)
+        return _box(b"moof", _full(b"mfhd", 0, 0, struct.pack(">I", number)), _box(b"traf", *track, run))
+
+    return b"".join([moof(len(moof(0)) + 8), struct.pack(">I", 8 + len(content)), b"mdat", content])
+
+
+def codecs(parameter_sets: bytes) -> str:
+    """The codec for a MIME type (RFC 6381), as in avc1.42c01e. parameter_sets: an encoder's, with start codes."""
+    profile, compatible, level = _profile([parameter_sets])
+    return f"avc1.{profile:02x}{compatible:02x}{level:02x}"
 
 
 def nal_units(data: bytes) -> list[bytes]:
@@ -71,14 +90,18 @@ def nal_units(data: bytes) -> list[bytes]:
     return [unit for piece in data.split(_START_CODE) if (unit := piece.rstrip(b"\0"))]
 
 
-def _header(width: int, height: int, rate: Fraction, units: Sequence[bytes]) -> bytes:
-    """The boxes before the first fragment."""
+def header(width: int, height: int, rate: Fraction, headers: Sequence[bytes], *, reordered: int = REORDERED) -> bytes:
+    """The boxes before the first fragment, ftyp and moov.
+
+    headers: see `FragmentedMP4`. reordered: pictures by which coding runs ahead of display, at most; 0 of an encoder
+    that codes them in the order of display.
+    """
     size = struct.pack(">2I", width << 16, height << 16)
     description = _box(
         b"avc1",
         bytes(6) + struct.pack(">H", 1) + bytes(16) + struct.pack(">2H", width, height),
         struct.pack(">3IH", 72 << 16, 72 << 16, 0, 1) + bytes(32) + struct.pack(">Hh", 24, -1),
-        _box(b"avcC", _decoder_record(units)),
+        _box(b"avcC", _decoder_record(headers)),
     )
     table = _box(
         b"stbl",
@@ -100,11 +123,11 @@ def _header(width: int, height: int, rate: Fraction, units: Sequence[bytes]) -> 
         ),
     )
     # The first picture is shown at 0, although it is decoded earlier.
-    edit = _full(b"elst", 0, 0, struct.pack(">2Ii2h", 1, 0, REORDERED * rate.denominator, 1, 0))
+    edit = _full(b"elst", 0, 0, struct.pack(">2Ii2h", 1, 0, reordered * rate.denominator, 1, 0))
     track = _box(
         b"trak",
         _full(b"tkhd", 0, 3, struct.pack(">5I", 0, 0, 1, 0, 0) + bytes(16) + _UPRIGHT + size),
-        _box(b"edts", edit),
+        *([_box(b"edts", edit)] if reordered else []),
         media,
     )
     movie = struct.pack(">4IiH", 0, 0, 1000, 0, 1 << 16, 1 << 8) + bytes(10) + _UPRIGHT + bytes(24)
@@ -114,11 +137,18 @@ def _header(width: int, height: int, rate: Fraction, units: Sequence[bytes]) -> 
     )
 
 
-def _decoder_record(units: Sequence[bytes]) -> bytes:
+def _profile(headers: Sequence[bytes]) -> tuple[int, int, int]:
+    """Profile, compatibility flags and level of a track; the level is the highest of its encoders'."""
+    sets = [unit for header in headers for unit in nal_units(header) if unit[0] & 31 == _SPS]
+    profile, compatible, _ = sets[0][1:4]
+    return profile, compatible, max(unit[3] for unit in sets)
+
+
+def _decoder_record(headers: Sequence[bytes]) -> bytes:
     """The parameter sets of all encoders (ISO/IEC 14496-15, 5.3.3.1), so that none need stand among the pictures."""
+    units = [unit for header in headers for unit in nal_units(header)]
     sets = [[unit for unit in units if unit[0] & 31 == kind] for kind in (_SPS, _PPS)]
-    profile, compatible, _ = sets[0][0][1:4]
-    level = max(unit[3] for unit in sets[0])
+    profile, compatible, level = _profile(headers)
     packed = [b"".join(struct.pack(">H", len(unit)) + unit for unit in some) for some in sets]
     record = bytes([1, profile, compatible, level, 0xFF, 0xE0 | len(sets[0])]) + packed[0]
     record += bytes([len(sets[1])]) + packed[1]

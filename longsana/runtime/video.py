@@ -15,17 +15,16 @@ from typing import BinaryIO
 
 import av
 import numpy as np
-from av.codec.context import Flags
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType
-from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
 from longsana.runtime import stop
 from longsana.runtime.arguments import Number, OneOf, Rule, Whole, checked
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.files import move_into_place, naming, open_exclusive, partial_name, unfinished, write_all
-from longsana.runtime.fragments import FragmentedMP4, Picture
+from longsana.runtime.fragments import FragmentedMP4
+from longsana.runtime.h264 import describe, frame_of, picture_of, zerolatency_encoder
 
 PRESETS = (
     "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo",
@@ -41,9 +40,7 @@ X264 = "mbtree=0"
 DRAFTED = 49
 """Frames at the beginning that a second encoder codes for who watches, without look-ahead. The finished file's encoder,
 whose threads and look-ahead hold about 32 frames back, codes them for that file, and begins anew after them."""
-DRAFT = {"preset": "ultrafast", "tune": "zerolatency"}
 DRAFT_X264 = "sps-id=1"  # beside the other encoder's parameter sets
-DRAFT_THREADS = 4  # each has a slice of the frame
 WAITING = 2  # appended arrays held while the encoder is busy; then `append` waits
 
 
@@ -122,10 +119,12 @@ class VideoWriter:
             # A frame a thread: av's default, a slice of each, is a third slower on two cores.
             # Each thread holds a frame back, so that many would keep a first chunk from the disk.
             self._stream.thread_type, self._stream.codec_context.thread_count = "FRAME", threads
-            _describe(self._stream.codec_context, width, height)
+            describe(self._stream.codec_context, width, height)
             with stop.held():  # FFmpeg calls `_Output`, out of which nothing can be raised but by a line on stderr
                 self._container.start_encoding()
-            self._draft: VideoCodecContext | None = _draft_encoder(width, height, rate, crf, threads)
+            self._draft: VideoCodecContext | None = zerolatency_encoder(
+                width, height, rate, crf, threads, x264=DRAFT_X264
+            )
             headers = [bytes(encoder.extradata or b"") for encoder in (self._stream.codec_context, self._draft)]
             self._watched = FragmentedMP4(partial(write_all, watched.fileno()), width, height, rate, headers)
             self._queue: queue.Queue[np.ndarray | None] = queue.Queue(WAITING)
@@ -197,12 +196,12 @@ class VideoWriter:
             for place, pixels in enumerate(array[: DRAFTED - self._coded], self._coded):
                 if self._ended:
                     return
-                for packet in self._draft.encode(_frame(pixels, place)):
-                    self._watched.add(_picture(packet))
+                for packet in self._draft.encode(frame_of(pixels, place)):
+                    self._watched.add(picture_of(packet))
         for pixels in array:
             if self._ended:
                 return
-            frame = _frame(pixels, self._coded)
+            frame = frame_of(pixels, self._coded)
             if self._coded == DRAFTED:
                 frame.pict_type, self._draft = PictureType.I, None  # an IDR, from which its pictures are watched
             self._add(self._stream.encode(frame))
@@ -210,7 +209,7 @@ class VideoWriter:
 
     def _add(self, packets: Sequence[av.Packet]) -> None:
         for packet in packets:
-            picture = _picture(packet)  # before the muxer changes its time
+            picture = picture_of(packet)  # before the muxer changes its time
             self._container.mux(packet)
             if picture.place >= DRAFTED:
                 self._watched.add(picture)
@@ -253,35 +252,6 @@ def _hidden_file(path: Path) -> Iterator[BinaryIO]:
         finally:
             with contextlib.suppress(OSError):
                 file.close()
-
-
-def _draft_encoder(width: int, height: int, rate: Fraction, crf: int, threads: int) -> VideoCodecContext:
-    encoder = av.CodecContext.create("libx264", "w")
-    assert isinstance(encoder, VideoCodecContext)
-    encoder.framerate, encoder.time_base = rate, 1 / rate
-    encoder.options = {"crf": str(crf), "x264-params": DRAFT_X264, **DRAFT}
-    encoder.thread_type, encoder.thread_count = "SLICE", min(threads, DRAFT_THREADS)
-    encoder.flags |= Flags.global_header
-    _describe(encoder, width, height)
-    encoder.open()
-    return encoder
-
-
-def _describe(encoder: VideoCodecContext, width: int, height: int) -> None:
-    encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
-    # Say what the conversion from RGB uses; players guess by the picture's size otherwise.
-    encoder.colorspace, encoder.color_range = Colorspace.SMPTE170M, ColorRange.MPEG
-
-
-def _frame(pixels: np.ndarray, place: int) -> av.VideoFrame:
-    frame = av.VideoFrame.from_numpy_buffer(pixels, format="rgb24")  # no copy
-    frame.pts = place
-    return frame
-
-
-def _picture(packet: av.Packet) -> Picture:
-    assert packet.pts is not None
-    return Picture(bytes(packet), packet.pts, packet.is_keyframe)
 
 
 class _Output:

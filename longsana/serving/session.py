@@ -60,7 +60,7 @@ class Session:
         raise NotImplementedError
 
     def on_ready(self, callback: Callable[[], object] | None) -> None:
-        """Have a function called, from any thread, whenever `take`, `due`, `position` or `state` may tell something new.
+        """Have a function called, from any thread, whenever `take`, `due`, `position` or `state` may say something new.
 
         It is called at once, too, must return quickly and not call the session; in asyncio it is
         `lambda: loop.call_soon_threadsafe(event.set)`. None: nobody.

@@ -157,7 +157,7 @@ class Figures:
     seconds_a_chunk: median wall seconds of a chunk by (height, width, latent frames), without waiting, of the last 32.
     real_time_factor: wall seconds that a second of video took, of the last chunks of all sessions; below 1 is real
         time; None before the first chunk. load: share of the time that the paced sessions take together.
-    memory_bytes, most_memory_bytes: of states, held and allowed. chunks_made, chunks_dropped, failures: since it opened.
+    memory_bytes, most_memory_bytes: of states, held and allowed. chunks_made, chunks_dropped, failures: so far.
     """
 
     sessions: tuple[SessionFigures, ...]

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from longsana.config import InferenceConfig
 from longsana.evaluation.videos import read_pieces
-from longsana.runtime import video
+from longsana.runtime import h264, video
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = InferenceConfig().video.preset
@@ -146,7 +146,7 @@ def drafts() -> None:
             video.DRAFT["preset"] = preset
             first, wall, busy = [], [], []
             for _ in range(REPEATS):
-                encoder = video._draft_encoder(width, height, Fraction(16), CRF, video.THREADS)
+                encoder = h264.zerolatency_encoder(width, height, Fraction(16), CRF, video.THREADS)
                 packets, began = [], (time.perf_counter(), time.process_time())
                 for place, pixels in enumerate(frames):
                     packets += encoder.encode(video._frame(pixels, place))
