@@ -11,10 +11,11 @@ from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.data.story import Change, Mark, Outline, check_lengths, read_part
+from longsana.encoders.geometry import VAEGeometry
 from longsana.pipelines.images import PictureLike, is_same, places_of
 from longsana.pipelines.prompts import Item, in_turn, only_words, parts_of
 from longsana.runtime.errors import InputError
-from longsana.sampling.continuation import Continuation
+from longsana.sampling.continuation import Continuation, Telling
 from longsana.sampling.transition import Shown, shown_in
 
 
@@ -190,7 +191,7 @@ def told_by(
         InputError: it is none of these, a story has no end or does not fit, or what it changes is not held; or a part
             cannot begin with its picture.
     """
-    begun = None if state is None else _Begun.of(state, place)
+    begun = None if state is None else Begun.of(state, place)
     plan = lengths if isinstance(lengths, tuple) else None
     text = only_words(prompt).strip() if isinstance(prompt, str) else None
     parts, marks = ((), ()) if text is None else parts_of(text)
@@ -225,6 +226,39 @@ def told_by(
     return Told(chain(first, turns), (change,), (), done, pictures)
 
 
+def lengths_of(
+    num_frames: int | None, telling: Telling, geometry: VAEGeometry, *, begins: bool, picture: bool = False
+) -> Iterable[int]:
+    """Latent frames of each chunk of a video, or of what is added to one: a tuple, or without an end for None.
+
+    begins: nothing comes before. picture: it begins with one.
+
+    Raises:
+        InputError: no whole number of latents has so many pixel frames, or the picture is all of the video.
+    """
+    size, apart = telling.chunk_frames, picture and telling.image_first == "absorb"
+    first = telling.first_chunk_frames
+    if num_frames is None:
+        opening = [1, *[first] * (first > 0)] if apart else [first or size + 1]
+        return chain(opening if begins else [], repeat(size))
+    if picture and num_frames == 1:
+        raise InputError("num_frames=1: shows the picture that it begins with alone; it must be longer")
+    if not begins:
+        return ChunkPlan.going_on(latents_more(num_frames, geometry), size, first).lengths
+    latents = geometry.latent_frames(num_frames)
+    return (ChunkPlan.after_picture if apart else ChunkPlan.split)(latents, size, first).lengths
+
+
+def latents_more(num_frames: int, geometry: VAEGeometry) -> int:
+    """Count the latents of so many more pixel frames; InputError where no whole number has them."""
+    latents, rest = divmod(num_frames, geometry.time_stride)
+    if rest or latents < 1:
+        raise InputError(
+            f"num_frames={num_frames}: a video that goes on grows by multiples of {geometry.time_stride}"
+        )
+    return latents
+
+
 def _check_first(pictures: Iterable[int], *, one_by_one: bool) -> None:
     """Refuse (InputError) pictures of parts of a prompt that has none, or whose texts bring their own."""
     if one_by_one:
@@ -233,7 +267,7 @@ def _check_first(pictures: Iterable[int], *, one_by_one: bool) -> None:
         raise InputError(f"image: for part {later[0]}, where the prompt has 1, counted from 0; give it to that")
 
 
-class _Begun(NamedTuple):
+class Begun(NamedTuple):
     """A state, the parts of its prompt, the turn of its last chunk, and its story's outline from its next chunk on."""
 
     state: Continuation
@@ -242,7 +276,7 @@ class _Begun(NamedTuple):
     outline: Outline | None = None
 
     @classmethod
-    def of(cls, state: Continuation, place: Place) -> _Begun:
+    def of(cls, state: Continuation, place: Place) -> Begun:
         if state.words:
             last = Turn(state.prompt, state.words, before=state.before, faded=state.faded)
             return cls(state, (state.words,), last)

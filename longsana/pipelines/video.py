@@ -55,7 +55,7 @@ from longsana.pipelines.transformer import (
     onload,
     uncompiled,
 )
-from longsana.pipelines.turns import Read, Told, Turn, told_by
+from longsana.pipelines.turns import Read, Told, Turn, latents_more, lengths_of, told_by
 from longsana.runtime.arguments import OneOf, Whole, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
@@ -394,7 +394,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             length = self.geometry.latent_frames(num_frames)
         else:
             refuse_ignored({"latents": latents}, "with video")
-            length = self._latents_more(num_frames - (num_frames == USUAL_FRAMES))
+            length = latents_more(num_frames - (num_frames == USUAL_FRAMES), self.geometry)
         if not self.distilled:
             # All at once.
             Whole(most=self.geometry.pixel_frames(MOST_LATENTS)).settle("num_frames", num_frames)
@@ -616,7 +616,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self._check_encoder([""])
         schedule = self._schedule(num_inference_steps, timesteps, flow_shift)
         assert isinstance(schedule, FlowSchedule)
-        lengths = self._lengths(num_frames, telling, begins=begins, picture=0 in pictures)
+        lengths = lengths_of(num_frames, telling, self.geometry, begins=begins, picture=0 in pictures)
         if isinstance(prompt, list | tuple) and isinstance(lengths, tuple) and len(prompt) > len(lengths):
             log.warning(
                 "prompt: %d for %d chunks, each of which takes one; the last are not shown", len(prompt), len(lengths)
@@ -828,15 +828,6 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             raise InputError("video: the base model makes whole clips; a distilled one goes on from a film")
         self._check_encodes("video")
         return Film.of(video, fps, self._size(height, width))
-
-    def _latents_more(self, num_frames: int) -> int:
-        """Latents of so many more pixel frames."""
-        latents, rest = divmod(num_frames, self.geometry.time_stride)
-        if rest or latents < 1:
-            raise InputError(
-                f"num_frames={num_frames}: a video that goes on grows by multiples of {self.geometry.time_stride}"
-            )
-        return latents
 
     @torch.no_grad()
     def _end(
@@ -1119,22 +1110,6 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             if getattr(model, switch, False):
                 log.warning("vae.%s changes nothing here: it is decoded in pieces anyway; see latents_per_call", name)
         return kind_of(model).around(model, latents_per_call)
-
-    def _lengths(
-        self, num_frames: int | None, telling: Telling, *, begins: bool, picture: bool = False
-    ) -> Iterable[int]:
-        """Latent frames of each chunk of a video, or of what is added to one. picture: it begins with one."""
-        size, apart = telling.chunk_frames, picture and telling.image_first == "absorb"
-        first = telling.first_chunk_frames
-        if num_frames is None:
-            opening = [1, *[first] * (first > 0)] if apart else [first or size + 1]
-            return chain(opening if begins else [], repeat(size))
-        if picture and num_frames == 1:
-            raise InputError("num_frames=1: shows the picture that it begins with alone; it must be longer")
-        latents = self.geometry.latent_frames(num_frames) if begins else self._latents_more(num_frames)
-        if not begins:
-            return ChunkPlan.going_on(latents, size, first).lengths
-        return (ChunkPlan.after_picture if apart else ChunkPlan.split)(latents, size, first).lengths
 
     def _pictures(
         self,

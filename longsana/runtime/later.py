@@ -20,6 +20,18 @@ class Later(Generic[Made]):
         self._made: Made | None = None
         self._lock = Lock()
 
+    @classmethod
+    def of(cls, made: Made) -> Later[Made]:
+        """A value that is there already."""
+        later = cls(lambda: made)
+        later()
+        return later
+
+    @property
+    def made(self) -> Made | None:
+        """The value, if it was made; None as long as nobody has asked for it."""
+        return self._made
+
     def __call__(self) -> Made:
         with self._lock:
             if self._make is not None:

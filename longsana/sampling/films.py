@@ -17,7 +17,7 @@ from longsana.runtime.finite import require_finite
 from longsana.sampling.captions import Caption, stacked
 from longsana.sampling.continuation import Moment
 from longsana.sampling.engine import CaptionedNetwork, Decoding, Frames
-from longsana.sampling.recent import Recent
+from longsana.sampling.recent import Holds, Recent
 from longsana.sampling.sampler import Network, absorb
 from longsana.state import CausalState
 
@@ -71,7 +71,7 @@ def absorbed(
     text: Text,
     count: int,
     latents: Iterable[Tensor],
-    recent: Recent,
+    recent: Holds,
     *,
     state: CausalState | None = None,
     clock: Clock | None = None,
@@ -94,7 +94,7 @@ def absorb_film(
     decoder: VideoVAE,
     captions: Sequence[Caption],
     latents: Iterable[Tensor],
-    recent: Recent | None = None,
+    recent: Holds | None = None,
     *,
     shown: bool = True,
     clock: Clock | None = None,

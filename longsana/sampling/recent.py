@@ -31,6 +31,18 @@ class Absorb(Protocol):
     def __call__(self, x0: Tensor, *, state: CausalState | None) -> CausalState: ...
 
 
+class Holds(Protocol):
+    """Holds a video's last chunks for a sampler; see `Recent`, which does it in place."""
+
+    def begin(self, change: Change | None, state: CausalState | None, absorb: Absorb) -> CausalState | None: ...
+
+    def keep(
+        self, x0: Tensor, before: CausalState | None, after: CausalState, *, joins: bool = False
+    ) -> CausalState: ...
+
+    def copy(self) -> Held: ...
+
+
 class Kept(NamedTuple):
     """A chunk that is kept: its clean latents (B, C, T, H, W), its first latent frame in the video, the state before it
     where somebody may recache, and how many latents, of a picture, were absorbed by themselves before the others."""
@@ -39,6 +51,11 @@ class Kept(NamedTuple):
     start: int
     before: CausalState | None
     alone: int = 0
+
+    @property
+    def pieces(self) -> list[Tensor]:
+        """The latents (B, C, t, H, W) that were absorbed together, one after another."""
+        return [piece for piece in self.latents.tensor_split([self.alone], dim=2) if piece.shape[2]]
 
 
 class Held(NamedTuple):
@@ -268,8 +285,7 @@ class _Place:
 
     @property
     def pieces(self) -> list[Tensor]:
-        """The latents that were absorbed together, one after another."""
-        return [piece for piece in self.latents.tensor_split([self.alone], dim=2) if piece.shape[2]]
+        return Kept(self.latents, self.start, None, self.alone).pieces
 
     @property
     def latents(self) -> Tensor:

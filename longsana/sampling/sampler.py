@@ -20,7 +20,7 @@ from longsana.flow.solvers import Euler, Solver
 from longsana.models.embeddings import Text
 from longsana.runtime.clock import Clock
 from longsana.runtime.later import Later
-from longsana.sampling.recent import Recent
+from longsana.sampling.recent import Holds, Recent
 from longsana.state import CausalState
 
 
@@ -122,7 +122,7 @@ def generate(
     device: torch.device | str,
     state: CausalState | None = None,
     changes: Mapping[int, Change] | None = None,
-    recent: Recent | None = None,
+    recent: Holds | None = None,
     first: Tensor | Mapping[int, Tensor] | None = None,
     apart: bool = False,
     clock: Clock | None = None,
@@ -150,7 +150,7 @@ def generate(
         noisy_absorb: absorb chunks with noise of the table's least sigma, 0.007, as published training did.
     """
     clock, changes = clock or Clock(device), changes or {}
-    recent = recent or Recent(changes.values(), max(plan.lengths))
+    recent = Recent(changes.values(), max(plan.lengths)) if recent is None else recent
     begun = _Begun({0: first} if isinstance(first, Tensor) else first or {}, plan, apart)
     draw = partial(begun.draw, rng, shape, device)
     take_in = partial(_take_in, model, schedule, recent, rng if noisy_absorb else None)
@@ -187,7 +187,7 @@ def _as_it_is(state: CausalState | None) -> CausalState | None:
 def _take_in(
     model: Network,
     schedule: FlowSchedule,
-    recent: Recent,
+    recent: Holds,
     noise: Noise | None,
     x0: Tensor,
     text: Text,

@@ -2,9 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import math
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
-from longsana.serving.values import Chunk, End
+import numpy as np
+from torch import Tensor
+
+from longsana.runtime.errors import InputError
+from longsana.runtime.fragments import Picture
+from longsana.serving.making import Event, Made, Point, Video, nbytes
+from longsana.serving.media import ChunkEncoder
+from longsana.serving.orders import event_of
+from longsana.serving.pace import Pace
+from longsana.serving.values import Chunk, End, Limits, Order, SessionFigures
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 5.0
+"""Seconds after which a session without a pace has a turn before viewers who are not dry yet."""
+UNPACED = 2
+"""Chunks that are made ahead of a viewer that has no pace."""
+
+
+class Dropped(Exception):
+    """The chunk in progress is not wanted any more."""
+
+
+class Owner(Protocol):
+    """The studio, as its sessions know it. All of them share its lock."""
+
+    lock: threading.RLock
+    limits: Limits
+    coding: tuple[int, int]
+    """x264's crf and threads."""
+
+    def pixel_frames(self, latents: int) -> int:
+        """Count the pictures of so many latents that do not open a video."""
+
+    def count_dropped(self, chunks: int) -> None:
+        """Note chunks that were made and never taken."""
+
+    def wake(self) -> None:
+        """Look for work again; called with the lock."""
+
+    def left(self, session: Session) -> None:
+        """Give the place of a session that has ended to another; called with the lock."""
+
+    def lead(self, session: Session) -> float:
+        """Seconds that a session should be ahead of its viewer."""
+
+    def may_keep(self, session: Session) -> int:
+        """Count the chunks that memory lets a session go back by."""
+
+    def save(self, session: Session, point: Point) -> str:
+        """Save a state; returns its id. Called without the lock."""
+
+    def save_later(self, session: Session, point: Point) -> None:
+        """Save a state in the background, if the last one was; called with the lock."""
+
+    def forked(self, session: Session, points: list[Point], events: list[Event]) -> Session:
+        """Begin a session at the last of these points of another; called with the lock."""
+
+
+@dataclass
+class Entry:
+    """A chunk that was made and not taken. pixels: until it is coded; coded: pictures, or plain bytes, from then on."""
+
+    pixels: np.ndarray | None
+    frames: int
+    point: Point
+    events: tuple[Event, ...]
+    completed: tuple[str, ...]
+    generation_ms: float
+    coded: list[Picture] | bytes | None = None
+    encode_ms: float = 0.0
+    ready: float = 0.0
+
+
+class Task(NamedTuple):
+    """A turn of a session: the chunk after a point; or None, a step of the film before it. epoch: see `Session`."""
+
+    epoch: int
+    point: Point | None
+    events: tuple[Event, ...]
 
 
 class Session:
@@ -17,38 +104,84 @@ class Session:
     id: 32 random hex digits. height, width, fps: of the video. started: when it was ordered (`time.monotonic`).
     """
 
-    id: str
-    height: int
-    width: int
-    fps: float
-    started: float
+    def __init__(
+        self,
+        owner: Owner,
+        order: Order,
+        video: Video,
+        begin: Iterable[Point],
+        opening: Iterator[Point | None] | None = None,
+    ) -> None:
+        """begin: the points that it may go back to, the last of which it begins at; none: `opening` makes it."""
+        self.id = secrets.token_hex(16)
+        self.height, self.width = video.size
+        self.fps, self.started = video.fps, time.monotonic()
+        self.order, self.video = order, video
+        self.place = 0  # in the queue; 0: it has a place
+        self.last_turn = 0.0
+        self.snapshot_id = ""
+        self.saving = False
+        self._owner, self._opening = owner, opening
+        self._state: Literal["running", "finished", "closed", "failed"] = "running"
+        self._message, self._paused = "", False
+        self._wakes = threading.Condition(owner.lock)
+        self._callback: Callable[[], object] | None = None
+        self._encoder = None
+        if order.media == "mp4":
+            self._encoder = ChunkEncoder(self.width, self.height, self.fps, *owner.coding)
+        # The points that may be gone back to, the last one after the chunk that was taken last.
+        self._points: deque[Point] = deque(begin)
+        self._unsent: deque[Entry] = deque()
+        self._pending: deque[Event] = deque()
+        self._carried: tuple[tuple[str, ...], tuple[str, ...]] = (), ()
+        self._epoch = 0  # counts what has made the chunk in progress worthless
+        self._pace = Pace()
+        self._chunks = self._pictures = 0  # that were taken
+        self._first: float | None = None
 
     @property
     def position(self) -> int:
         """The place in the queue, from 1; 0 once the session has a place of its own, or has ended."""
-        raise NotImplementedError
+        with self._owner.lock:
+            return self.place
 
     @property
     def state(self) -> str:
         """See `SessionFigures`."""
-        raise NotImplementedError
+        with self._owner.lock:
+            if self._state != "running":
+                return self._state
+            return "waiting" if self.place else "paused" if self._paused else "running"
 
     @property
     def init(self) -> bytes:
         """The init segment of the mp4, from the start on; b"" of pixels."""
-        raise NotImplementedError
+        return b"" if self._encoder is None else self._encoder.init
 
     @property
     def mime(self) -> str:
         """The media's type, as in 'video/mp4; codecs="avc1.42c00b"'; "" of pixels."""
-        raise NotImplementedError
+        return "" if self._encoder is None else self._encoder.mime
 
     def take(self, timeout: float | None = 0.0) -> Chunk | End | None:
         """Take the next piece, if it is there and due.
 
         timeout: seconds to wait for one; None waits for ever. Returns None if nothing came; the end again and again.
         """
-        raise NotImplementedError
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._owner.lock:
+            while True:
+                now = time.monotonic()
+                due = self.due
+                if due == 0:
+                    return self._taken(now)
+                if (ended := self._ended()) is not None:
+                    return ended
+                left = math.inf if end is None else end - now
+                if left <= 0:
+                    return None
+                wait = min(left, math.inf if due is None else due)
+                self._wakes.wait(None if wait == math.inf else wait)
 
     @property
     def due(self) -> float | None:
@@ -57,7 +190,14 @@ class Session:
         A pace is kept by the clock, of which nobody is woken: after `take` gave None, wait for this long or for a call
         of `on_ready`'s, whichever is sooner.
         """
-        raise NotImplementedError
+        with self._owner.lock:
+            self._pass_empty()
+            if not self._unsent or self._unsent[0].coded is None or self._paused:
+                return None
+            if not self.order.pace:
+                return 0.0
+            due = self._pace.due(self._seconds(self._pictures), self._owner.lead(self))
+            return max(0.0, due - time.monotonic())
 
     def on_ready(self, callback: Callable[[], object] | None) -> None:
         """Have a function called, from any thread, whenever `take`, `due`, `position` or `state` may say something new.
@@ -65,7 +205,9 @@ class Session:
         It is called at once, too, must return quickly and not call the session; in asyncio it is
         `lambda: loop.call_soon_threadsafe(event.set)`. None: nobody.
         """
-        raise NotImplementedError
+        with self._owner.lock:
+            self._callback = callback
+            self.tell()
 
     def change(
         self, prompt: str, event_id: str = "", policy: str | None = None, transition_chunks: int | None = None
@@ -80,15 +222,37 @@ class Session:
             InputError: one of them is none, the policy reaches farther back than `Limits.kept`, too many changes wait,
                 or the session has ended.
         """
-        raise NotImplementedError
+        with self._owner.lock:
+            self._check_alive()
+            done = self._points[-1].chunk if self._points else 0
+            id = event_id or secrets.token_hex(8)
+            event = event_of(prompt, id, policy, transition_chunks, self.video, done, self._owner.limits)
+            waiting = sum(len(entry.events) for entry in self._unsent) + len(self._pending)
+            if waiting >= self._owner.limits.most_events:
+                raise InputError(f"prompt: {waiting} changes wait for a chunk that is taken; wait for one")
+            if not self.video.length(done):
+                raise InputError("prompt: the video has ended; rewind it, or begin another")
+            self._drop()
+            self._pending.append(event)
+            self._owner.wake()
+            return id
 
     def pause(self) -> None:
         """Stop making chunks, and media time; what is ready is not given out until `resume`."""
-        raise NotImplementedError
+        with self._owner.lock:
+            self._check_alive()
+            self._paused = True
+            self._pace.pause(time.monotonic())
+            self.tell()
 
     def resume(self) -> None:
         """Go on after `pause`; nothing in the pictures tells of it."""
-        raise NotImplementedError
+        with self._owner.lock:
+            self._check_alive()
+            self._paused = False
+            self._pace.resume(time.monotonic())
+            self.tell()
+            self._owner.wake()
 
     def snapshot(self) -> str:
         """Save the state after the last chunk that was taken; returns its id. Waits for the disk.
@@ -97,30 +261,281 @@ class Session:
             InputError: the studio has no folder of snapshots, or nothing was taken yet.
             OSError: the disk is full, or failed; the session goes on.
         """
-        raise NotImplementedError
+        with self._owner.lock:
+            self._check_alive()
+            if not self._points or self._points[-1].after is None:
+                raise InputError("snapshot: nothing was taken yet that could be gone on from; take a chunk first")
+            point = self._points[-1]
+        return self._owner.save(self, point)
 
     def fork(self) -> Session:
         """Begin a session that goes on from the last chunk that was taken as this one would; states are shared.
 
-        Its pieces count from 0, its events are its own, and it waits in the queue if there is no place.
+        Its pieces count from 0, changes that wait for a chunk wait in both, and it waits in the queue if there is no
+        place.
 
         Raises:
             Full: see `Studio.start`.
             InputError: the session has ended by failure or `close`.
         """
-        raise NotImplementedError
+        with self._owner.lock:
+            self._check_alive()
+            if not self._points:
+                raise InputError("fork: its film is not absorbed yet; wait for the first chunk")
+            events = [event for entry in self._unsent for event in entry.events]
+            return self._owner.forked(self, list(self._points), [*events, *self._pending])
 
     def rewind(self, chunks: int) -> None:
         """Go back by so many of the chunks that were taken; the next one that is taken follows the one before them.
 
-        Its number in the video falls, presentation time goes on. The prompt is again what it was there.
+        Its number in the video falls, presentation time goes on. The prompt is again what it was there; changes that
+        still wait for a chunk are forgotten.
 
         Raises:
             InputError: fewer are kept; the message says how many.
         """
-        raise NotImplementedError
+        with self._owner.lock:
+            self._check_alive()
+            kept = len(self._points) - 1
+            if not isinstance(chunks, int) or not 1 <= chunks <= kept:
+                raise InputError(f"rewind={chunks!r:.20}: {max(kept, 0)} chunks are kept that were taken")
+            for _ in range(chunks):
+                self._points.pop()
+            self._drop()
+            self._pending.clear()
+            self._carried = (), ()
+            self._owner.wake()
 
     def close(self) -> None:
         """End the session, whatever it is doing; its memory is free when this returns, or when its chunk in progress
         has been dropped. Closing again does nothing."""
-        raise NotImplementedError
+        with self._owner.lock:
+            if self._state not in ("closed", "failed"):
+                self._leave("closed")
+
+    # For the studio, with its lock ------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """True until the session is closed or has failed."""
+        return self._state in ("running", "finished")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a chunk, of those that are not the first."""
+        return self._seconds(self._owner.pixel_frames(self.video.length(max(1, self._next_point.chunk))))
+
+    @property
+    def latents(self) -> int:
+        """Latent frames of the chunk that would be made next, or of the last one."""
+        chunk = self._next_point.chunk
+        return self.video.length(chunk) or self.video.lengths[-1]
+
+    def wants(self) -> bool:
+        """Tell whether a turn would be of use: what is made ahead of the viewer is bounded, whatever it does."""
+        if self._state != "running" or self.place or self._paused:
+            return False
+        if self._opening is not None:
+            return True
+        if not self.video.length(self._next_point.chunk):
+            return False
+        if not self._unsent or not self.order.pace:
+            return len(self._unsent) < UNPACED
+        ahead = self._seconds(sum(entry.frames for entry in self._unsent))
+        return ahead < self._owner.lead(self) and len(self._unsent) <= self.video.kept
+
+    def dry(self) -> float:
+        """When its viewer has nothing left of what was made; of one that has nothing yet, when it ordered.
+
+        One without a pace has a turn at least each few seconds, and otherwise what others leave.
+        """
+        if not self.order.pace:
+            return max(self.started, self.last_turn) + PATIENCE
+        made = self._pictures + sum(entry.frames for entry in self._unsent)
+        found = self._pace.dry(self._seconds(made))
+        return self.started if found is None else found
+
+    def turn(self) -> Task:
+        """Begin a turn."""
+        self.last_turn = time.monotonic()
+        if self._opening is not None:
+            return Task(self._epoch, None, ())
+        events = tuple(self._pending)
+        return Task(self._epoch, self._next_point, events)
+
+    def await_events(self, events: list[Event]) -> None:
+        """Have changes of prompt wait for the next chunk."""
+        self._pending.extend(events)
+
+    def check(self, epoch: int) -> None:
+        """Raise Dropped if a turn of this epoch is not wanted any more; needs no lock."""
+        if epoch != self._epoch:
+            raise Dropped
+
+    def step_on(self, epoch: int, step: int, x: Tensor) -> Tensor:
+        """Follow the steps of a chunk, x of any shape, and end it where it is not wanted any more."""
+        self.check(epoch)
+        return x
+
+    def open_on(self) -> None:
+        """Make a step of the film that comes first; called by the worker, without the lock."""
+        opening = self._opening
+        if opening is not None:
+            point = next(opening)
+            with self._owner.lock:
+                if point is not None and self._opening is opening:
+                    self._points, self._opening = deque([point]), None
+
+    def made(self, task: Task, made: Made, seconds: float) -> Entry | None:
+        """Take in a chunk that was made in a turn; None if it is not wanted any more."""
+        if task.epoch != self._epoch:
+            return None
+        for _ in task.events:
+            self._pending.popleft()
+        entry = Entry(made.pixels, len(made.pixels), made.point, task.events, made.completed, 1000 * seconds)
+        self._unsent.append(entry)
+        return entry
+
+    def code(self, entry: Entry) -> None:
+        """Code a chunk; called by the encoder's thread, without the lock."""
+        with self._owner.lock:
+            pixels, began = entry.pixels, time.monotonic()
+            if pixels is None or not any(other is entry for other in self._unsent):
+                return
+        coded = pixels.tobytes() if self._encoder is None else self._encoder.code(pixels) if len(pixels) else []
+        with self._owner.lock:
+            entry.ready = time.monotonic()
+            entry.coded, entry.pixels, entry.encode_ms = coded, None, 1000 * (entry.ready - began)
+            self.tell()
+
+    def fail(self, message: str) -> None:
+        """End with a message; nothing of its memory stays."""
+        if self.alive:
+            self._message = message
+            self._leave("failed")
+
+    def tell(self) -> None:
+        """Wake whoever waits for this session."""
+        self._wakes.notify_all()
+        if self._callback is not None:
+            try:
+                self._callback()
+            except Exception as error:  # a loop that is closed has nobody who waits
+                log.debug("session %s: %s", self.id, error)
+
+    def points(self) -> list[Point]:
+        """List the points that it holds."""
+        return [*self._points, *(entry.point for entry in self._unsent)]
+
+    def trim(self) -> None:
+        """Let go of what memory has no room for."""
+        while len(self._points) > self._owner.may_keep(self) + 1:
+            self._points.popleft()
+
+    def figures(self) -> SessionFigures:
+        """Measure the session."""
+        ahead = self._seconds(sum(entry.frames for entry in self._unsent))
+        return SessionFigures(
+            self.id,
+            self.state,
+            self.place,
+            self.height,
+            self.width,
+            self._chunks,
+            nbytes(self.points()),
+            ahead,
+            self._pace.underruns,
+            self._pace.stalled,
+            self._first,
+        )
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _next_point(self) -> Point:
+        if self._unsent:
+            return self._unsent[-1].point
+        return self._points[-1] if self._points else Point()
+
+    def _seconds(self, pictures: int) -> float:
+        return pictures / self._rate
+
+    @property
+    def _rate(self) -> float:
+        return float(self._encoder.rate) if self._encoder is not None else self.fps
+
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise InputError(f"session: has ended ({self._state}); begin another")
+
+    def _drop(self) -> None:
+        """Let go of all that was made and not taken; its events wait again."""
+        self._pending.extendleft(reversed([event for entry in self._unsent for event in entry.events]))
+        self._owner.count_dropped(len(self._unsent))
+        self._unsent.clear()
+        self._epoch += 1
+        self._state = "running"
+
+    def _pass_empty(self) -> None:
+        """Pass by chunks without pictures, which decoders that look ahead begin with."""
+        while self._unsent and self._unsent[0].coded is not None and not self._unsent[0].frames:
+            entry = self._unsent.popleft()
+            started, completed = self._carried
+            self._carried = (*started, *(event.id for event in entry.events)), (*completed, *entry.completed)
+            self._stand_at(entry.point)
+            self._owner.wake()
+
+    def _stand_at(self, point: Point) -> None:
+        self._points.append(point)
+        self.trim()
+
+    def _taken(self, now: float) -> Chunk:
+        entry, pts = self._unsent.popleft(), self._seconds(self._pictures)
+        coded, (started, completed) = entry.coded, self._carried
+        assert coded is not None
+        self._carried = (), ()
+        if isinstance(coded, bytes):
+            data = coded
+        else:
+            assert self._encoder is not None
+            data = self._encoder.pack(coded, before=self._pictures, number=self._chunks)
+        chunk = Chunk(
+            data,
+            self.init if not self._chunks else None,
+            self._chunks,
+            self.video.done + entry.point.chunk - 1,
+            entry.frames,
+            pts,
+            self._seconds(entry.frames),
+            (*started, *(event.id for event in entry.events)),
+            entry.point.active,
+            (*completed, *entry.completed),
+            entry.generation_ms,
+            entry.encode_ms,
+            self.snapshot_id,
+        )
+        self._pace.took(pts, now, entry.ready)
+        self._chunks, self._pictures = self._chunks + 1, self._pictures + entry.frames
+        if self._first is None:
+            self._first = now - self.started
+        self._stand_at(entry.point)
+        if self.order.snapshot_every and self._chunks % self.order.snapshot_every == 0:
+            self._owner.save_later(self, entry.point)
+        if not self.video.length(entry.point.chunk):
+            self._state = "finished"
+            self.tell()
+        self._owner.wake()
+        return chunk
+
+    def _ended(self) -> End | None:
+        if self._state == "running":
+            return None
+        return End(self._state, self._message, self._chunks)
+
+    def _leave(self, state: Literal["closed", "failed"]) -> None:
+        self._state, self._epoch, self._opening = state, self._epoch + 1, None
+        self._points.clear()
+        self._unsent.clear()
+        self._pending.clear()
+        self._owner.left(self)
+        self.tell()

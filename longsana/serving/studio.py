@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
+import logging
+import statistics
+import threading
+import time
+import traceback
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from longsana.config import InferenceConfig
-from longsana.serving.session import Session
-from longsana.serving.values import Figures, Limits, Order
+from longsana.published import DISTILLED
+from longsana.runtime.errors import InputError
+from longsana.sampling.captions import caption_encoder
+from longsana.sampling.engine import Engine
+from longsana.serving.making import Event, Maker, Point, bytes_of, nbytes
+from longsana.serving.orders import video_of
+from longsana.serving.session import Dropped, Session, Task
+from longsana.serving.snapshots import Snapshots
+from longsana.serving.values import Figures, Full, Limits, Order
+
+log = logging.getLogger(__name__)
+
+MEASURED = 32
+"""Last chunks that medians are taken of."""
+MARGIN, SPARE = 1.3, 0.1
+"""A lead is `SPARE` seconds and `MARGIN` times what making a chunk again takes by measure."""
+ON_CPU = 2 << 30
+"""Bytes for all sessions' memory where there is no GPU."""
+OF_FREE = 0.8
+"""The share of a GPU's free memory that is for sessions; the rest is for what a chunk needs while it is made."""
+WARM_UP = "a warm-up"
+"""The prompt of the chunks that are made before the first session, and by which times and memory are known."""
+
+
+class Times:
+    """The median of the last `MEASURED` times, in seconds."""
+
+    def __init__(self, first: float) -> None:
+        self._last, self.median = deque([first], MEASURED), first
+
+    def add(self, seconds: float) -> None:
+        self._last.append(seconds)
+        self.median = statistics.median(self._last)
 
 
 class Studio:
@@ -19,6 +59,8 @@ class Studio:
             session = studio.start(Order("a harbour at dawn"))
             while not isinstance(piece := session.take(None), End):
                 ...
+
+    A chunk that fails, or for which the GPU has no memory, ends its session and no other.
 
     snapshots: the folder that has them, made if it is missing, for this process alone; None: none can be saved.
 
@@ -34,31 +76,102 @@ class Studio:
         limits: Limits | None = None,
         snapshots: Path | None = None,
     ) -> None:
-        raise NotImplementedError
+        self.limits = limits or Limits()
+        engine = Engine(config, device)
+        if engine.config.scheduler.sampling_algo != DISTILLED:
+            raise InputError(
+                f"scheduler.sampling_algo={engine.config.scheduler.sampling_algo}: makes whole clips; live videos need "
+                f"the distilled model ({DISTILLED})"
+            )
+        self._config, self._device = engine.config, engine.device
+        self.coding = engine.config.video.crf, engine.config.video.threads
+        self.lock = threading.RLock()
+        self._work, self._closed = threading.Condition(self.lock), False
+        self._sessions: dict[str, Session] = {}
+        self._queue: deque[Session] = deque()
+        self._seconds: dict[tuple[int, int, int], Times] = {}
+        self._recent: deque[tuple[float, float]] = deque(maxlen=MEASURED)
+        self._bytes: dict[tuple[int, int], tuple[int, int]] = {}
+        self._made = self._dropped = self._failures = 0
+        with ExitStack() as undo:
+            self._snapshots: Snapshots | None = None
+            if snapshots is not None:
+                held = Snapshots.opened(snapshots, self.limits.snapshots, self.limits.snapshot_bytes)
+                self._snapshots = undo.enter_context(held)
+            encode = undo.enter_context(caption_encoder(engine.config, engine.device))
+            self._maker = Maker(engine, encode, self.limits.captions)
+            self._warm_up()
+            self._most_bytes = self.limits.memory_bytes or self._room()
+            self._coder = ThreadPoolExecutor(1, "encoder of chunks")
+            self._saver = ThreadPoolExecutor(1, "snapshots")
+            undo.callback(self._saver.shutdown)
+            undo.callback(self._coder.shutdown)
+            self._worker = threading.Thread(target=self._run, name="maker of chunks", daemon=True)
+            self._worker.start()
+            self._undo = undo.pop_all()
 
     def start(self, order: Order) -> Session:
         """Begin a session; it waits in the queue where there is no place (`Session.position`).
 
-        One session at a time goes on from the last snapshot of another that is still running: a second one becomes a
-        fork, with an id of its own, since a snapshot is a value that nobody changes.
+        A snapshot is a value that nobody changes: all sessions that go on from one, or beside the session that saved
+        it, are sessions of their own, with ids and snapshots of their own. So no two ever write the same one.
 
         Raises:
             InputError: no such video can be made; one line, which begins with the field of the order.
             Full: as many wait as may.
         """
-        raise NotImplementedError
+        state, begin = None, Point()
+        if order.snapshot is not None:
+            if self._snapshots is None:
+                raise InputError("snapshot: this studio keeps none; start it with a folder for them")
+            state = self._snapshots.load(order.snapshot)
+        video = video_of(order, self._config, self.limits, state)
+        if state is not None:
+            begin = self._maker.point(state, video.last)
+        opening = None if video.film is None else self._maker.opening(video)
+        session = Session(self, order, video, [begin] if opening is None else [], opening)
+        with self.lock:
+            return self._take_in(session)
 
     def session(self, id: str) -> Session | None:
-        """The session of this id, until it is closed, or has ended and all of it was taken."""
-        raise NotImplementedError
+        """The session of this id, until it is closed or has failed."""
+        with self.lock:
+            return self._sessions.get(id)
 
     def figures(self) -> Figures:
         """Measure. It takes no part in the work, and waits for none."""
-        raise NotImplementedError
+        sizes = [] if self._snapshots is None else self._snapshots.sizes()
+        with self.lock:
+            sessions = list(self._sessions.values())
+            running = [session for session in sessions if not session.place]
+            wall, shown = (sum(part) for part in zip(*self._recent, strict=True)) if self._recent else (0.0, 0.0)
+            return Figures(
+                tuple(session.figures() for session in sessions),
+                len(running),
+                len(self._queue),
+                sum(map(self._load, running)),
+                nbytes(point for session in sessions for point in session.points()),
+                self._most_bytes,
+                {key: times.median for key, times in self._seconds.items()},
+                wall / shown if shown else None,
+                self._made,
+                self._dropped,
+                self._failures,
+                len(sizes),
+                sum(sizes),
+            )
 
     def close(self) -> None:
         """End all sessions and the thread. Snapshots that are being written are finished."""
-        raise NotImplementedError
+        with self.lock:
+            if self._closed:
+                return
+            self._closed = True
+            for session in list(self._sessions.values()):
+                session.close()
+            self._work.notify_all()
+        self._worker.join()
+        self._undo.close()
 
     def __enter__(self) -> Studio:
         return self
@@ -67,3 +180,235 @@ class Studio:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    # For sessions, with the lock --------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Look for work again."""
+        self._work.notify_all()
+
+    def pixel_frames(self, latents: int) -> int:
+        """Count the pictures of so many latents that do not open a video."""
+        return self._maker.engine.geometry.pixel_frames(latents, first=False)
+
+    def count_dropped(self, chunks: int) -> None:
+        """Note chunks that were made and never taken."""
+        self._dropped += chunks
+
+    def left(self, session: Session) -> None:
+        """Give the place of a session that has ended to another."""
+        self._sessions.pop(session.id, None)
+        if session in self._queue:
+            self._queue.remove(session)
+        session.place = 0
+        self._admit()
+
+    def lead(self, session: Session) -> float:
+        """Seconds that a session is to be ahead of its viewer: what making its next chunk again takes, others' too."""
+        if session.order.lead is not None:
+            return session.order.lead
+        others = [self._estimate(other) for other in self._running() if other is not session and other.order.pace]
+        return min(self.limits.most_lead, SPARE + MARGIN * self._estimate(session) + max(others, default=0.0))
+
+    def may_keep(self, session: Session) -> int:
+        """Count the chunks that memory lets a session go back by, at least one."""
+        states, whole = self._bytes_of(session)
+        share = self._most_bytes // max(1, len(self._running()))
+        # Beside the points to go back to: the one in progress, two that wait, and states before chunks that are held.
+        return max(1, min(self.limits.kept, (share - states * session.video.kept) // max(1, whole) - 3))
+
+    def save(self, session: Session, point: Point) -> str:
+        """Save a state; returns its id. Called without the lock."""
+        if self._snapshots is None:
+            raise InputError("snapshot: this studio keeps none; start it with a folder for them")
+        return self._snapshots.save(self._maker.state(session.video, point))
+
+    def save_later(self, session: Session, point: Point) -> None:
+        """Save a state in the background; not if the last one is still being written, so that nothing piles up."""
+        if self._snapshots is None or session.saving or self._closed:
+            return
+        session.saving = True
+        self._saver.submit(self._save, session, point)
+
+    def forked(self, session: Session, points: list[Point], events: list[Event]) -> Session:
+        """Begin a session at the last of these points of another."""
+        fork = Session(self, session.order, session.video, points)
+        fork.await_events(events)
+        return self._take_in(fork)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _take_in(self, session: Session) -> Session:
+        if self._closed:
+            raise InputError("studio: is closed")
+        if len(self._queue) >= self.limits.queue:
+            raise Full(f"full: {len(self._queue)} sessions wait already; try again later")
+        self._sessions[session.id] = session
+        self._queue.append(session)
+        session.place = len(self._queue)
+        self._admit()
+        return session
+
+    def _admit(self) -> None:
+        """Give places to those that wait, in their order, as long as there is time and memory."""
+        while self._queue and not self._closed and self._has_room(self._queue[0]):
+            self._queue.popleft().place = 0
+            for session in self._running():
+                session.trim()
+        for place, session in enumerate(self._queue, 1):
+            session.place = place
+        for session in self._sessions.values():
+            session.tell()
+        self._work.notify_all()
+
+    def _has_room(self, session: Session) -> bool:
+        running = self._running()
+        if len(running) >= self.limits.sessions:
+            return False
+        if not running:
+            return True
+        if sum(map(self._load, (*running, session))) > self.limits.load and session.order.pace:
+            return False
+        return sum(map(self._least_bytes, (*running, session))) <= self._most_bytes
+
+    def _running(self) -> list[Session]:
+        return [session for session in self._sessions.values() if not session.place]
+
+    def _load(self, session: Session) -> float:
+        """The share of the worker's time that a session takes at its viewer's pace."""
+        return self._estimate(session) / session.seconds if session.order.pace and session.seconds else 0.0
+
+    def _estimate(self, session: Session) -> float:
+        """Seconds that the next chunk of a session will take: measured of its size, or in proportion to another."""
+        height, width, latents = key = _key(session.video.size, session.latents)
+        if key in self._seconds:
+            return self._seconds[key].median
+        # The nearest in work; more of it is taken to take as much more time.
+        work = height * width * latents
+        near = min(self._seconds, key=lambda known: abs(known[0] * known[1] * known[2] - work))
+        return self._seconds[near].median * work / (near[0] * near[1] * near[2])
+
+    def _bytes_of(self, session: Session) -> tuple[int, int]:
+        """Bytes of a network's state, and of all of a point, of a session's size."""
+        size = session.video.size
+        if size in self._bytes:
+            return self._bytes[size]
+        near = min(self._bytes, key=lambda known: abs(known[0] * known[1] - size[0] * size[1]))
+        more = size[0] * size[1] / (near[0] * near[1])
+        return int(self._bytes[near][0] * more), int(self._bytes[near][1] * more)
+
+    def _least_bytes(self, session: Session) -> int:
+        states, whole = self._bytes_of(session)
+        return states * session.video.kept + 5 * whole
+
+    def _room(self) -> int:
+        if self._device.type != "cuda":
+            return ON_CPU
+        torch.cuda.empty_cache()
+        return int(OF_FREE * torch.cuda.mem_get_info(self._device)[0])
+
+    def _warm_up(self) -> None:
+        """Make two chunks of the config's size, so that times and memory are known before a session is taken in."""
+        video = video_of(Order(WARM_UP, chunk_frames=2, prompt_change="keep"), self._config, self.limits, None)
+        point = Point()
+        for _ in range(2):
+            began = time.monotonic()
+            point = self._maker.make(video, point).point
+            assert point.after is not None
+            memory = point.after()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self._seconds[_key(video.size, video.length(1))] = Times(time.monotonic() - began)
+        self._bytes[video.size] = bytes_of(memory)
+
+    def _run(self) -> None:
+        """The thread."""
+        while True:
+            with self.lock:
+                while not self._closed and not any(session.wants() for session in self._sessions.values()):
+                    self._work.wait()
+                if self._closed:
+                    return
+                wanting = (session for session in self._sessions.values() if session.wants())
+                session = min(wanting, key=Session.dry)
+                task = session.turn()
+            self._turn(session, task)
+            del session, task  # which hold memory of one that may be closed while the next waits
+
+    def _turn(self, session: Session, task: Task) -> None:
+        began = time.monotonic()
+        try:
+            if task.point is None:
+                session.open_on()
+                return
+            made = self._maker.make(session.video, task.point, task.events, partial(session.step_on, task.epoch))
+            seconds = time.monotonic() - began
+            with self.lock:
+                entry = session.made(task, made, seconds)
+                if entry is None:
+                    raise Dropped
+                self._made += 1
+                shown = entry.frames / session.fps
+            # Its pictures are on their way before it is absorbed.
+            self._coder.submit(self._code, session, entry)
+            if session.video.length(made.point.chunk):
+                session.check(task.epoch)
+                assert made.point.after is not None
+                memory = made.point.after()
+                with self.lock:
+                    self._bytes[session.video.size] = bytes_of(memory)
+            seconds = time.monotonic() - began
+            key = _key(session.video.size, session.video.length(task.point.chunk))
+            with self.lock:
+                if key in self._seconds:
+                    self._seconds[key].add(seconds)
+                else:
+                    self._seconds[key] = Times(seconds)
+                self._recent.append((seconds, shown))
+        except Dropped:
+            with self.lock:
+                self._dropped += 1
+        except Exception as error:
+            self._fail(session, error)
+
+    def _code(self, session: Session, entry: object) -> None:
+        try:
+            session.code(entry)  # type: ignore[arg-type]
+        except Exception as error:
+            self._fail(session, error)
+
+    def _fail(self, session: Session, error: Exception) -> None:
+        """End a session whose chunk failed; others go on."""
+        if isinstance(error, torch.OutOfMemoryError):
+            message = "out of memory on the GPU; begin another with a smaller size, or when others have ended"
+        elif isinstance(error, InputError | FloatingPointError):
+            message = str(error)
+        else:
+            message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
+            log.error("session %s failed", session.id, exc_info=error)
+        traceback.clear_frames(error.__traceback__)  # which hold tensors
+        with self.lock:
+            self._failures += 1
+            session.fail(message)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _save(self, session: Session, point: Point) -> None:
+        """Save a session's state of itself, in place of the one before; a disk that fails is the next one's chance."""
+        assert self._snapshots is not None
+        try:
+            id = self.save(session, point)
+        except Exception as error:
+            log.warning("session %s: no snapshot was saved: %s", session.id, error)
+            return
+        finally:
+            with self.lock:
+                session.saving = False
+        with self.lock:
+            before, session.snapshot_id = session.snapshot_id, id
+        if before:
+            self._snapshots.remove(before)
+
+
+def _key(size: tuple[int, int], latents: int) -> tuple[int, int, int]:
+    return size[0], size[1], latents

@@ -28,7 +28,8 @@ class Limits:
     load: share of the time that sessions at their viewers' pace may take together, by measured speed; the first is
         always taken in.
     most_lead: seconds that an order may ask to be ahead of its viewer, at most.
-    most_pixels: height times width of a video, at most. most_frames: pixel frames of a video with an end, at most.
+    most_pixels: height times width of a video, at most. most_chunk_frames: latent frames of a chunk, at most.
+    most_frames: pixel frames of a video with an end, at most.
     most_prompt: characters of a prompt, at most. most_events: changes of prompt that wait for a chunk, at most.
     captions: texts whose embeddings are kept, for all sessions together.
     snapshots, snapshot_bytes: files that the folder of snapshots holds, at most; the oldest go.
@@ -41,6 +42,7 @@ class Limits:
     load: float = 0.9
     most_lead: float = 10.0
     most_pixels: int = 1280 * 720
+    most_chunk_frames: int = 20
     most_frames: int = 16 * 3600
     most_prompt: int = 20_000
     most_events: int = 16

@@ -1,0 +1,180 @@
+"""Orders, read and checked before anything is made, and the videos that they are."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from longsana.chunks import ChunkPlan
+from longsana.config import InferenceConfig
+from longsana.data.pictures import FORMATS, told
+from longsana.data.story import Change, Outline, place_parts, read_part
+from longsana.encoders.geometry import geometry
+from longsana.pipelines.films import Film
+from longsana.pipelines.images import picture_of
+from longsana.pipelines.prompts import only_words
+from longsana.pipelines.turns import Begun, lengths_of, told_by
+from longsana.runtime.arguments import TEXT, Flag, Number, OneOf, Rule, Whole
+from longsana.runtime.errors import InputError
+from longsana.runtime.settings import check_bounds
+from longsana.sampling.checks import check_first_chunk, check_size
+from longsana.sampling.continuation import SEED, Continuation, Telling
+from longsana.serving.making import Event, Video, no_picture
+from longsana.serving.values import Limits, Order
+
+FPS = Number(above=0, most=240)
+
+
+def video_of(order: Order, config: InferenceConfig, limits: Limits, state: Continuation | None) -> Video:
+    """Read an order. state: of its snapshot.
+
+    Raises:
+        InputError: no such video can be made; one line, which begins with the field.
+    """
+    sampling, usual = config.sampling, Telling(*(getattr(config.sampling, name) for name in Telling._fields))
+    if state is not None:
+        usual = state.telling or usual
+    order = _settled(order, limits)
+    told = {name: value for name in Telling._fields if (value := getattr(order, name, None)) is not None}
+    telling = usual._replace(**told).settled("order")
+    check_first_chunk(telling.first_chunk_frames, telling.chunk_frames, ("first_chunk_frames", "chunk_frames"))
+    size = (order.height or sampling.height, order.width or sampling.width)
+    if state is not None:
+        if (order.height or state.size[0], order.width or state.size[1]) != state.size:
+            raise InputError(f"height={order.height}, width={order.width}: the snapshot's video has {state.size}")
+        size = state.size
+    if size[0] * size[1] > limits.most_pixels:
+        raise InputError(
+            f"height={size[0]}, width={size[1]}: too large; their product must be at most {limits.most_pixels:,}"
+        )
+    check_bounds(replace(sampling, height=size[0], width=size[1]))
+    check_size(config, *size)
+    begins = state is None and order.film is None
+    if not begins and (order.image is not None or (state is not None and order.film is not None)):
+        raise InputError("image, film, snapshot: a video begins with one of them")
+    pictures = {} if order.image is None else {0: _picture(order.image, size, config)}
+    film = None if order.film is None else _film(order, telling.fps, size)
+    if order.prompt is None and state is None:
+        raise InputError("prompt: missing; without a snapshot there is none to go on with")
+    text = None if order.prompt is None else words_of(order.prompt, limits)
+    shape = geometry(config.vae)
+
+    def lengths() -> Any:
+        return lengths_of(order.num_frames, telling, shape, begins=begins, picture=bool(pictures))
+
+    change = Change.parse(telling.prompt_change)
+
+    def place(parts: int, marks: Any, plan: ChunkPlan) -> Outline:
+        return Outline(place_parts(parts, marks, plan, shape, telling.fps, change), len(plan))
+
+    steps = telling.transition_chunks
+    own: dict[str, Any] = {"film": film is not None, "pictures": pictures, "read": no_picture}
+    script = told_by(text, state, lengths(), place, change, steps, **own)
+    known = tuple(islice(script.turns, max(1, len(script.plan) - script.done) + 1 if script.plan else 1))
+    if state is not None:
+        for chunk, turn in enumerate(known):
+            state.recent.check(turn.change, chunk)
+    return Video(
+        size,
+        telling.fps,
+        order.seed if order.seed is not None else sampling.seed if state is None else state.seed,
+        endless=order.num_frames is None,
+        lengths=tuple(islice(lengths(), 3)) if order.num_frames is None else tuple(lengths()),
+        telling=telling,
+        turn=known[0],
+        story=known if script.plan else (),
+        last=None if state is None else Begun.of(state, place).last,
+        begun=("", 0) if state is None else (state.prompt, state.repetition),
+        done=script.done,
+        plan=script.plan,
+        pictures=script.pictures,
+        film=film,
+        kept=max(limits.kept, change.chunks),
+        saved=None if state is None or state.recent.reach > len(state.recent.chunks) else _saved(state),
+    )
+
+
+def event_of(
+    prompt: str, id: str, policy: str | None, transition_chunks: int | None, video: Video, done: int, limits: Limits
+) -> Event:
+    """Read a change of prompt of a video after so many chunks.
+
+    Raises:
+        InputError: it is none, or reaches farther back than anything is held.
+    """
+    text = words_of(prompt, limits)
+    try:
+        words, own = read_part(text)
+        told = own or Change.parse(TEXT.settle("policy", video.telling.prompt_change if policy is None else policy))
+    except InputError as error:
+        raise InputError(f"prompt: {error}") from error
+    if not video.reaches(told, done):
+        raise InputError(f"policy={told}: reaches back to chunks that are not kept; at most {video.kept} are")
+    steps = video.telling.transition_chunks if transition_chunks is None else transition_chunks
+    return Event(id, words, told, Whole(0, 1000).settle("transition_chunks", steps))
+
+
+def words_of(prompt: str, limits: Limits) -> str:
+    """A prompt without spaces around it; InputError where it is no text, too long, or without words."""
+    text = only_words(TEXT.settle("prompt", prompt)).strip()
+    if not text or len(text) > limits.most_prompt:
+        raise InputError(f"prompt: of {len(text):,} characters; must have 1 to {limits.most_prompt:,}")
+    return text
+
+
+def _settled(order: Order, limits: Limits) -> Order:
+    rules: Mapping[str, Rule] = {
+        "num_frames": Whole(1, limits.most_frames),
+        "seed": SEED,
+        "height": Whole(1),
+        "width": Whole(1),
+        "fps": FPS,
+        "chunk_frames": Whole(1, limits.most_chunk_frames),
+        "first_chunk_frames": Whole(0, limits.most_chunk_frames + 1),
+        "prompt_change": TEXT,
+        "transition_chunks": Whole(0, 1000),
+        "lead": Number(least=0, most=limits.most_lead),
+        "pace": Flag(),
+        "media": OneOf(("mp4", "pixels")),
+        "snapshot_every": Whole(0),
+    }
+    given = {name: getattr(order, name) for name in rules}
+    order = replace(
+        order, **{name: rules[name].settle(name, value) for name, value in given.items() if value is not None}
+    )
+    if order.prompt_change is not None:
+        try:
+            change = Change.parse(order.prompt_change)
+        except InputError as error:
+            raise InputError(f"prompt_change: {error}") from error
+        if change.chunks > limits.kept:
+            raise InputError(
+                f"prompt_change={change}: reaches back farther than the {limits.kept} chunks that are kept"
+            )
+    return order
+
+
+def _picture(data: bytes, size: tuple[int, int], config: InferenceConfig) -> np.ndarray:
+    with told("image"):
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return picture_of(picture, size, config.sampling.image_fit)
+
+
+def _film(order: Order, fps: float, size: tuple[int, int]) -> Film:
+    assert order.film is not None
+    try:
+        return Film.of(order.film, fps, size)
+    except InputError as error:
+        # The name of a file of the server's is nobody's business.
+        raise InputError(f"film: {str(error).removeprefix(f'video: {order.film}: ')}") from error
+
+
+def _saved(state: Continuation) -> tuple[int, int]:
+    chunks = state.recent.chunks
+    return len(chunks), next((n for n, kept in enumerate(reversed(chunks)) if kept.before is None), len(chunks))
