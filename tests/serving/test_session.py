@@ -1,0 +1,241 @@
+"""A session gives, to the bit, what a stream gives that was told the same from the start."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from longsana.pipelines.video import LongSanaVideoPipeline
+from longsana.serving.session import Session
+from longsana.serving.studio import Studio
+from longsana.serving.values import End
+from tests.serving.viewing import (
+    OTHER,
+    PROMPT,
+    THIRD,
+    WAIT,
+    followed,
+    order,
+    pictures,
+    streamed,
+    taken,
+)
+
+POLICIES = ("keep", "recache=1", "recache=2", "rebuild=1", "rebuild=3", "cut")
+
+
+@pytest.fixture
+def ordered(studio: Studio) -> Iterator[Any]:
+    begun: list[Session] = []
+
+    def start(**changes: Any) -> Session:
+        begun.append(studio.start(order(**changes)))
+        return begun[-1]
+
+    yield start
+    for session in [*begun, *studio._sessions.values()]:
+        session.close()
+
+
+def latents_of(session: Session) -> torch.Tensor:
+    """The last latents (1, C, T, h, w) at the point after the chunk that was taken last."""
+    after = session._points[-1].after
+    assert after is not None
+    found = after().moment.latents
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("own", [{}, {"first_chunk_frames": 1}, {"num_frames": 25}])
+def test_it_is_a_stream(ordered: Any, pipe: LongSanaVideoPipeline, own: dict[str, Any]) -> None:
+    session = ordered(**own)
+    chunks = taken(session, 3)
+    stream = followed(pipe, 3, **own)
+    assert np.array_equal(pictures(session, chunks), streamed(pipe, 3, **own))
+    assert torch.equal(latents_of(session), stream[-1].state.latents)
+    assert [chunk.index for chunk in chunks] == [chunk.generation_index for chunk in chunks] == [0, 1, 2]
+    frames = [chunk.frames for chunk in chunks]
+    assert [chunk.pts_seconds for chunk in chunks] == [sum(frames[:n]) / 16 for n in range(3)]
+    if "num_frames" in own:
+        assert session.take(WAIT) == session.take(WAIT) == End("finished", "", 3)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_change_counts_from_the_last_chunk_that_was_taken(
+    ordered: Any, studio: Studio, pipe: LongSanaVideoPipeline, policy: str
+) -> None:
+    session = ordered()
+    first = taken(session, 2)
+    while session.due is None:  # what it makes now is dropped
+        pass
+    dropped = studio.figures().chunks_dropped
+    id = session.change(OTHER, "mine", policy)
+    rest = taken(session, 2)
+    assert studio.figures().chunks_dropped > dropped
+    told = [PROMPT, PROMPT, f"[{policy}] {OTHER}"]
+    kept = "recache=4" if policy != "rebuild=3" else policy
+    stream = followed(pipe, 4, told, prompt_change=kept)
+    assert np.array_equal(pictures(session, first + rest), streamed(pipe, 4, told, prompt_change=kept))
+    assert torch.equal(latents_of(session), stream[-1].state.latents)
+    assert id == "mine" and [chunk.started for chunk in first + rest] == [(), (), ("mine",), ()]
+    assert [chunk.completed for chunk in rest] == [("mine",), ()] and not rest[0].active
+
+
+def test_transitions_interrupt_each_other(ordered: Any, pipe: LongSanaVideoPipeline) -> None:
+    session = ordered(transition_chunks=2)
+    chunks = taken(session, 2)
+    a = session.change(OTHER)
+    chunks += taken(session, 1)
+    session.change(THIRD, "never shown")
+    b = session.change(THIRD, "b")
+    chunks += taken(session, 3)
+    told = [PROMPT, PROMPT, OTHER, THIRD]
+    assert np.array_equal(pictures(session, chunks), streamed(pipe, 6, told, transition_chunks=2))
+    assert [chunk.started for chunk in chunks] == [(), (), (a,), ("never shown", b), (), ()]
+    assert [chunk.active for chunk in chunks] == [(), (), (a,), (b,), (b,), ()]
+    assert [chunk.completed for chunk in chunks] == [(), (), (), (a, "never shown"), (), (b,)]
+
+
+def test_changes_before_the_first_chunk(ordered: Any, pipe: LongSanaVideoPipeline) -> None:
+    session = ordered()
+    session.change(OTHER, policy="cut")
+    assert np.array_equal(pictures(session, taken(session, 2)), streamed(pipe, 2, OTHER))
+
+
+def test_a_story_and_what_interrupts_it(ordered: Any, pipe: LongSanaVideoPipeline) -> None:
+    story = f"{PROMPT}[0.5s] | [rebuild=1] {OTHER}[0.5s] | [cut] {THIRD}"
+    own: dict[str, Any] = {"num_frames": 41, "prompt_change": "rebuild=1"}
+    session = ordered(prompt=story, **own)
+    chunks = taken(session, 5)
+    stream = followed(pipe, 5, story, **own)
+    assert np.array_equal(pictures(session, chunks), streamed(pipe, 5, story, **own))
+    again = ordered(prompt=story, **own)
+    taken(again, 2)
+    again.change(THIRD)
+    rest = taken(again, 2)
+    told = streamed(pipe, 2, [THIRD], state=stream[1].state, num_frames=16)
+    assert np.array_equal(pictures(again, rest), told)
+
+
+def test_a_fork_goes_on_as_the_original_and_shares_its_states(ordered: Any, studio: Studio) -> None:
+    session = ordered()
+    taken(session, 2)
+    before = studio.figures().memory_bytes
+    fork = session.fork()
+    assert fork.id != session.id and fork.state == "running"
+    fork.pause()
+    assert studio.figures().memory_bytes < 2 * before
+    fork.resume()
+    branch = session.fork()
+    branch.change(OTHER, policy="cut")
+    own, others, branched = taken(session, 3), taken(fork, 3), taken(branch, 2)
+    assert np.array_equal(pictures(session, own), pictures(fork, others))
+    assert not np.array_equal(pictures(session, own[:2]), pictures(branch, branched))
+    assert [chunk.index for chunk in others] == [0, 1, 2] and [chunk.generation_index for chunk in others] == [2, 3, 4]
+    waiting = session.fork()
+    session.change(THIRD)
+    heir = session.fork()
+    assert np.array_equal(pictures(session, taken(session, 1)), pictures(heir, taken(heir, 1)))
+    assert not np.array_equal(pictures(waiting, taken(waiting, 1)), pictures(heir, taken(heir.fork(), 1)))
+
+
+def test_a_rewind_makes_the_same_chunk_again(ordered: Any) -> None:
+    session = ordered(media="mp4")
+    plain = ordered()
+    chunks = taken(session, 4)
+    session.rewind(2)
+    chunks += taken(session, 1)
+    session.change(OTHER)
+    chunks += taken(session, 1)
+    assert [chunk.generation_index for chunk in chunks] == [0, 1, 2, 3, 2, 3]
+    assert [chunk.index for chunk in chunks] == list(range(6)) and chunks[0].init == session.init
+    with av.open(io.BytesIO(session.init + b"".join(chunk.data for chunk in chunks)), format="mp4") as film:
+        frames = list(film.decode(video=0))
+    assert [frame.pts * frame.time_base for frame in frames if frame.pts is not None] == [
+        Fraction(k, 16) for k in range(9 + 8 * 5)
+    ]
+    shown = np.stack([frame.to_ndarray(format="rgb24") for frame in frames]).astype(int)
+    assert np.abs(shown[17:25] - pictures(plain, taken(plain, 3))[17:]).mean() < 8
+    assert np.abs(shown[17:25] - shown[33:41]).mean() < 2  # the same pictures, coded a second time
+    with pytest.raises(ValueError, match="rewind=9: 4 chunks are kept"):
+        session.rewind(9)
+
+
+def test_a_rewind_goes_back_to_the_prompt_that_was_there(ordered: Any) -> None:
+    session = ordered()
+    chunks = taken(session, 2)
+    session.change(OTHER, policy="cut")
+    chunks += taken(session, 1)
+    session.rewind(2)
+    assert np.array_equal(pictures(session, taken(session, 1)), pictures(session, chunks[1:2]))
+    ended = ordered(num_frames=17)
+    last = taken(ended, 2)[1:]
+    assert isinstance(ended.take(WAIT), End) and ended.state == "finished"
+    ended.rewind(1)
+    assert np.array_equal(pictures(ended, taken(ended, 1)), pictures(ended, last))
+
+
+def test_a_pause_changes_nothing(ordered: Any) -> None:
+    session, other = ordered(), ordered()
+    first = taken(session, 1)
+    session.pause()
+    assert session.take(0.3) is None and session.state == "paused" and session.due is None
+    made = len(session._unsent)
+    session.resume()
+    assert made <= 2
+    assert np.array_equal(pictures(session, first + taken(session, 2)), pictures(other, taken(other, 3)))
+
+
+def test_a_picture_first(ordered: Any, pipe: LongSanaVideoPipeline) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    session = ordered(image=data.getvalue())
+    assert np.array_equal(pictures(session, taken(session, 2)), streamed(pipe, 2, image=picture))
+
+
+def test_a_film_first(ordered: Any, pipe: LongSanaVideoPipeline, tmp_path: Any) -> None:
+    path = tmp_path / "film.mp4"
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for k in range(17):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 10 * k, np.uint8), format="rgb24")
+            film.mux(stream.encode(frame))
+        film.mux(stream.encode(None))
+    session = ordered(film=path)
+    own: dict[str, Any] = {"video": path, "new_frames_only": True}
+    assert np.array_equal(pictures(session, taken(session, 2)), streamed(pipe, 2, **own))
+
+
+def test_what_cannot_be_is_refused(ordered: Any) -> None:
+    session = ordered()
+    for arguments, said in [
+        (("  ",), "prompt: of 0 characters"),
+        (("x" * 30_000,), "prompt: of 30,000 characters"),
+        ((OTHER, "", "recache=9"), "policy=recache=9: reaches back"),
+        ((OTHER, "", "recahe=1"), "recahe=1' is no change of the past"),
+        ((OTHER, "", None, -1), "transition_chunks=-1"),
+        (("[cut]",), "without words"),
+    ]:
+        with pytest.raises(ValueError, match=said) as error:
+            session.change(*arguments)
+        assert "\n" not in str(error.value)
+    for _ in range(16):
+        session.change(OTHER)
+    with pytest.raises(ValueError, match="16 changes wait"):
+        session.change(OTHER)
+    session.close()
+    session.close()
+    assert session.take(None) == End("closed", "", 0) and session.state == "closed"
+    for method in (session.pause, session.resume, session.fork, session.snapshot, lambda: session.change(OTHER)):
+        with pytest.raises(ValueError, match="session: has ended"):
+            method()
