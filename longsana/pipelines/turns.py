@@ -253,9 +253,7 @@ def latents_more(num_frames: int, geometry: VAEGeometry) -> int:
     """Count the latents of so many more pixel frames; InputError where no whole number has them."""
     latents, rest = divmod(num_frames, geometry.time_stride)
     if rest or latents < 1:
-        raise InputError(
-            f"num_frames={num_frames}: a video that goes on grows by multiples of {geometry.time_stride}"
-        )
+        raise InputError(f"num_frames={num_frames}: a video that goes on grows by multiples of {geometry.time_stride}")
     return latents
 
 

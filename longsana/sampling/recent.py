@@ -36,9 +36,8 @@ class Holds(Protocol):
 
     def begin(self, change: Change | None, state: CausalState | None, absorb: Absorb) -> CausalState | None: ...
 
-    def keep(
-        self, x0: Tensor, before: CausalState | None, after: CausalState, *, joins: bool = False
-    ) -> CausalState: ...
+    def keep(self, x0: Tensor, before: CausalState | None, after: CausalState, *, joins: bool = False) -> CausalState:
+        """Hold a chunk, x0 (B, C, T, H, W)."""
 
     def copy(self) -> Held: ...
 

@@ -47,7 +47,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Video:
-    """All that is decided of a video before its first chunk.
+    """A video as it is decided before its first chunk.
 
     size: height and width in pixels. fps: pictures a second. lengths: latent frames of each chunk; of an endless one of
     the first chunks, of which the last goes on. telling: by which prompts become captions; see there.
@@ -55,8 +55,8 @@ class Video:
     last: the turn of the chunk before them, in a state that the video goes on from. begun: prompt and repetition of
     that state. done, plan: chunks before it, and those that a story was planned in, for the states to come.
     pictures: (H, W, 3), uint8, or latents (1, C, 1, h, w), by the part of the story that begins with it; see `Turn`.
-    film: that it goes on from. kept: last chunks that are held, that changes may reach back to. saved: chunks of them
-    that the state has, and of how many it has the state before; None: all that there were.
+    film: that it goes on from. kept: last chunks that are held, that changes may reach back to. saved: how many of
+    them the state has, of how many the state before, and whether that is all that there were; None: there is no state.
     """
 
     size: tuple[int, int]
@@ -74,14 +74,15 @@ class Video:
     pictures: Mapping[int, np.ndarray | Tensor] = field(default_factory=dict)
     film: Film | None = None
     kept: int = 1
-    saved: tuple[int, int] | None = None
+    saved: tuple[int, int, bool] | None = None
 
     def reaches(self, change: Change, done: int) -> bool:
         """Tell whether a change can be made after so many chunks of this video."""
-        if self.saved is None:
+        if self.saved is None or change.kind in ("keep", "cut"):
             return change.chunks <= self.kept
-        chunks, states = self.saved
-        return change.chunks <= min(self.kept, done + (states if change.kind == "recache" else chunks))
+        chunks, states, whole = self.saved
+        again = min(change.chunks, done + chunks) if whole else change.chunks
+        return change.chunks <= self.kept and again <= done + (states if change.kind == "recache" else chunks)
 
     def length(self, chunk: int) -> int:
         """Count the latent frames of a chunk; 0 after the last one."""
@@ -112,7 +113,7 @@ class Video:
 
 
 class Memory(NamedTuple):
-    """What a network and a decoder remember of a video. whole: see `SharedPast`."""
+    """The memory of a video: the network's and the decoder's. whole: see `SharedPast`."""
 
     moment: Moment
     whole: bool = True
@@ -291,7 +292,8 @@ class Maker:
             words="" if story else turn.words,
             before=turn.before if turn.faded and not story else "",
             faded=0 if story else turn.faded,
-            telling=video.telling,
+            # A transition goes on as it began; the format has one number for it and for changes to come.
+            telling=video.telling._replace(transition_chunks=point.transition_chunks) if turn.faded else video.telling,
             pictures={part: latents for part, latents in pictures.items() if part not in begun},
         )
 
@@ -317,7 +319,8 @@ class Maker:
             moment = restored(state.moment.to(self.engine.device), self.decoder)
             return Memory(moment, state.recent.reach > len(state.recent.chunks))
 
-        return Point(after=Later(after), turn=turn)
+        steps = 0 if state.telling is None else state.telling.transition_chunks
+        return Point(after=Later(after), turn=turn, transition_chunks=steps)
 
     def _embed(self, words: str) -> CompactEmbedding:
         return self._encode(Prompt(1, words, (words,), 0, *self._size)).parts[0]

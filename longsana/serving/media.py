@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import struct
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType
 
 from longsana.runtime.fragments import Picture, codecs, fragment, header
@@ -24,20 +26,37 @@ class ChunkEncoder:
 
     def __init__(self, width: int, height: int, fps: float, crf: int, threads: int) -> None:
         self.rate = Fraction(fps).limit_denominator(1001)
-        self._encoder = zerolatency_encoder(width, height, self.rate, crf, threads, x264="keyint=infinite")
+        self._settings = width, height, self.rate, crf, threads
         self._coded = 0
-        sets = bytes(self._encoder.extradata or b"")
-        self.init = header(width, height, self.rate, [sets], reordered=0)
-        self.mime = f'video/mp4; codecs="{codecs(sets)}"'
+
+    @cached_property
+    def _encoder(self) -> VideoCodecContext:
+        """The encoder, opened when something is asked of it: who waits in a queue needs none."""
+        return zerolatency_encoder(*self._settings, x264="keyint=infinite")
+
+    @property
+    def _sets(self) -> bytes:
+        return bytes(self._encoder.extradata or b"")
+
+    @cached_property
+    def init(self) -> bytes:
+        """The init segment, ftyp and moov."""
+        width, height, rate, *_ = self._settings
+        return header(width, height, rate, [self._sets], reordered=0)
+
+    @property
+    def mime(self) -> str:
+        """The media's type, with its codec."""
+        return f'video/mp4; codecs="{codecs(self._sets)}"'
 
     def code(self, pixels: np.ndarray) -> list[Picture]:
         """Code the pictures (F, H, W, 3), uint8, of a chunk, at least one; their places count from 0."""
-        coded = []
+        coded, encoder = [], self._encoder
         for place, picture in enumerate(np.ascontiguousarray(pixels)):
             frame = frame_of(picture, self._coded)
             frame.pict_type = PictureType.I if place == 0 else PictureType.NONE
             self._coded += 1
-            coded += [picture_of(packet)._replace(place=place) for packet in self._encoder.encode(frame)]
+            coded += [picture_of(packet)._replace(place=place) for packet in encoder.encode(frame)]
         assert len(coded) == len(pixels) and coded[0].is_key, "an encoder that keeps pictures back"
         return coded
 

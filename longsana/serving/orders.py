@@ -96,7 +96,7 @@ def video_of(order: Order, config: InferenceConfig, limits: Limits, state: Conti
         pictures=script.pictures,
         film=film,
         kept=max(limits.kept, change.chunks),
-        saved=None if state is None or state.recent.reach > len(state.recent.chunks) else _saved(state),
+        saved=None if state is None else _saved(state),
     )
 
 
@@ -175,6 +175,7 @@ def _film(order: Order, fps: float, size: tuple[int, int]) -> Film:
         raise InputError(f"film: {str(error).removeprefix(f'video: {order.film}: ')}") from error
 
 
-def _saved(state: Continuation) -> tuple[int, int]:
+def _saved(state: Continuation) -> tuple[int, int, bool]:
     chunks = state.recent.chunks
-    return len(chunks), next((n for n, kept in enumerate(reversed(chunks)) if kept.before is None), len(chunks))
+    states = next((count for count, kept in enumerate(reversed(chunks)) if kept.before is None), len(chunks))
+    return len(chunks), states, state.recent.reach > len(chunks)

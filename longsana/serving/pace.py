@@ -18,11 +18,11 @@ class Pace:
         self._paused: float | None = None
 
     def due(self, pts: float, lead: float) -> float:
-        """When a piece may be taken that is shown from `pts` on, `lead` seconds ahead of it."""
+        """The moment from which a piece may be taken that is shown from `pts` on, `lead` seconds ahead of it."""
         return 0.0 if self.zero is None else self.zero + pts - lead
 
     def dry(self, pts: float) -> float | None:
-        """When the viewer runs dry who has all before `pts`."""
+        """The moment at which a viewer runs dry who has all before `pts`."""
         return None if self.zero is None else self.zero + pts
 
     def took(self, pts: float, now: float, ready: float) -> None:

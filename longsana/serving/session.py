@@ -99,7 +99,8 @@ class Session:
 
     What was made and not yet taken is never binding: a change of prompt, a rewind or a fork counts from the last chunk
     that was taken, and what comes after that is made again. Then the session gives, to the bit, the pictures of one
-    that was told the same from the start.
+    that was told the same from the start. One viewer takes its pieces; `fork` is for another one. It has its place, and
+    the memory of its last chunks, until it is closed or fails, also when all of it was taken.
 
     id: 32 random hex digits. height, width, fps: of the video. started: when it was ordered (`time.monotonic`).
     """
@@ -147,7 +148,7 @@ class Session:
 
     @property
     def state(self) -> str:
-        """See `SessionFigures`."""
+        """The state, of those that `SessionFigures` has."""
         with self._owner.lock:
             if self._state != "running":
                 return self._state
@@ -345,7 +346,7 @@ class Session:
         return ahead < self._owner.lead(self) and len(self._unsent) <= self.video.kept
 
     def dry(self) -> float:
-        """When its viewer has nothing left of what was made; of one that has nothing yet, when it ordered.
+        """The moment at which its viewer has nothing left of what was made; of one that had nothing, when it ordered.
 
         One without a pace has a turn at least each few seconds, and otherwise what others leave.
         """

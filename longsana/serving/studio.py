@@ -309,7 +309,7 @@ class Studio:
 
     def _warm_up(self) -> None:
         """Make two chunks of the config's size, so that times and memory are known before a session is taken in."""
-        video = video_of(Order(WARM_UP, chunk_frames=2, prompt_change="keep"), self._config, self.limits, None)
+        video = video_of(Order(WARM_UP, prompt_change="keep"), self._config, self.limits, None)
         point = Point()
         for _ in range(2):
             began = time.monotonic()

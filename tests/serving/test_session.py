@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import av
@@ -17,6 +19,8 @@ from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.serving.session import Session
 from longsana.serving.studio import Studio
 from longsana.serving.values import End
+from tests.pipelines.repository import around
+from tests.sampling.test_ltx2 import small_720p
 from tests.serving.viewing import (
     OTHER,
     PROMPT,
@@ -25,6 +29,7 @@ from tests.serving.viewing import (
     followed,
     order,
     pictures,
+    shown,
     streamed,
     taken,
 )
@@ -74,8 +79,8 @@ def test_a_change_counts_from_the_last_chunk_that_was_taken(
 ) -> None:
     session = ordered()
     first = taken(session, 2)
-    while session.due is None:  # what it makes now is dropped
-        pass
+    while session.due is None:  # what is ready now is dropped
+        time.sleep(0.005)
     dropped = studio.figures().chunks_dropped
     id = session.change(OTHER, "mine", policy)
     rest = taken(session, 2)
@@ -239,3 +244,25 @@ def test_what_cannot_be_is_refused(ordered: Any) -> None:
     for method in (session.pause, session.resume, session.fork, session.snapshot, lambda: session.change(OTHER)):
         with pytest.raises(ValueError, match="session: has ended"):
             method()
+
+
+def test_a_decoder_that_looks_ahead(tmp_path: Path) -> None:
+    config = small_720p(tmp_path, decoder_causal=False)
+    with Studio(config) as studio:
+        text = studio._maker._encode.encoder
+        pipe = around(studio._maker.network, studio._maker.decoder, text.tokenizer, text.model, tmp_path)
+        size = {"height": config.sampling.height, "width": config.sampling.width}
+        own = {"num_frames": 97, "chunk_frames": 3, "first_chunk_frames": 2}
+        session = studio.start(order(**own))
+        session.change(OTHER, "first")
+        chunks = []
+        while not isinstance(piece := session.take(WAIT), End):
+            assert piece is not None
+            chunks.append(piece)
+        stream = shown(list(pipe.stream(OTHER, generator=torch.Generator().manual_seed(11), **own, **size)))
+    assert np.array_equal(pictures(session, chunks), stream) and len(stream) == 97
+    assert (
+        len(chunks) < 5
+        and chunks[0].started == ("first",)
+        and [chunk.index for chunk in chunks] == [*range(len(chunks))]
+    )
