@@ -396,15 +396,16 @@ class Decoding:
     """The decoder's side of a batch of videos, and what a video needs to go on from it.
 
     begun: what they go on from; see `Videos`.
-    start: latents decoded so far.
+    start: latents decoded so far. hidden: frames to come that are not shown; None: those that wait in `begun`.
     """
 
-    def __init__(self, decoder: VideoVAE, begun: Moment | None = None) -> None:
+    def __init__(self, decoder: VideoVAE, begun: Moment | None = None, hidden: int | None = None) -> None:
         self.decoder = decoder
         self.start = 0 if begun is None else begun.network.frames
         self._cache = None if begun is None else begun.decoder
         self._latents = None if begun is None else begun.latents
-        self._hidden = self._waiting = 0 if begun is None else begun.waiting
+        self._waiting = 0 if begun is None else begun.waiting
+        self.hidden = self._waiting if hidden is None else hidden
 
     def __call__(self, latents: Tensor, name: str, *, more: bool, keep: bool = False) -> Tensor:
         """Decode the next latents (B, C, T, h, w) to pixels (B, F, H, W, 3), uint8, on the host.
@@ -424,7 +425,7 @@ class Decoding:
             end, _ = self.decoder.decode_end(self._cache)
             shown = to_host(VideoVAE.to_uint8(end), name, {"decoded frames": end})
             pixels = torch.cat([pixels, shown], dim=1)
-        hidden, self._hidden = self._hidden, max(self._hidden - pixels.shape[1], 0)
+        hidden, self.hidden = self.hidden, max(self.hidden - pixels.shape[1], 0)
         return pixels[:, hidden:] if hidden else pixels
 
     def moment(self, state: CausalState, recent: Held, pictures: Mapping[int, Tensor] | None = None) -> Moment:

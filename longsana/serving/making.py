@@ -113,10 +113,14 @@ class Video:
 
 
 class Memory(NamedTuple):
-    """The memory of a video: the network's and the decoder's. whole: see `SharedPast`."""
+    """The memory of a video: the network's and the decoder's. whole: see `SharedPast`.
+
+    hidden: frames to come that are not shown, since they are of what was before; a decoder that looks ahead has them.
+    """
 
     moment: Moment
     whole: bool = True
+    hidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ class Maker:
             shown, used = shown + frames.pixels.shape[1], used + frames.latents.shape[2]
             yield None
         hidden = self.decoder.geometry.pixel_frames(used) - shown  # of a decoder that looks ahead
-        yield Point(after=Later.of(Memory(moment._replace(waiting=hidden), past.whole)), turn=video.turn)
+        yield Point(after=Later.of(Memory(moment._replace(waiting=hidden), past.whole, hidden)), turn=video.turn)
 
     @torch.no_grad()
     def make(self, video: Video, point: Point, events: Sequence[Event] = (), on_step: StepEnd = go_on) -> Made:
@@ -241,14 +245,17 @@ class Maker:
                 on_step=on_step,
             )
         )
-        decoding, more = Decoding(self.decoder, moment), video.length(point.chunk + 1) > 0
+        decoding, more = (
+            Decoding(self.decoder, moment, 0 if before is None else before.hidden),
+            video.length(point.chunk + 1) > 0,
+        )
         *opening, end = stretches(chunk.latents, chunk.start, video.telling.chunk_frames)
         shown = [decoding(piece, name, more=True) for piece in opening]
         shown.append(decoding(end, name, more=more, keep=True))
 
         def absorbed() -> Memory:
             assert chunk.state is not None
-            return Memory(decoding.moment(chunk.state, past.copy()), past.whole)
+            return Memory(decoding.moment(chunk.state, past.copy()), past.whole, decoding.hidden)
 
         ids = tuple(event.id for event in events)
         known = (*point.active, *ids)
@@ -265,7 +272,7 @@ class Maker:
         """
         turn = point.turn
         assert point.after is not None and turn is not None
-        (network, decoder, latents, waiting, recent, _), whole = point.after()
+        (network, decoder, latents, waiting, recent, _), whole, _ = point.after()
         change = Change.parse(video.telling.prompt_change)
         states = change.chunks if change.kind == "recache" else 0
         first = len(recent.chunks) - states
@@ -317,7 +324,7 @@ class Maker:
 
         def after() -> Memory:
             moment = restored(state.moment.to(self.engine.device), self.decoder)
-            return Memory(moment, state.recent.reach > len(state.recent.chunks))
+            return Memory(moment, state.recent.reach > len(state.recent.chunks), moment.waiting)
 
         steps = 0 if state.telling is None else state.telling.transition_chunks
         return Point(after=Later(after), turn=turn, transition_chunks=steps)
