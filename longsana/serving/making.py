@@ -280,8 +280,8 @@ class Maker:
             kept if number >= first else kept._replace(before=None) for number, kept in enumerate(recent.chunks)
         )
         story = bool(video.plan) and not point.steered
-        pictures = {part: self._latents_of(picture) for part, picture in video.pictures.items()} if story else {}
         begun = {one.begins for one in video.story[: point.chunk]}
+        to_come = {part: own for part, own in video.pictures.items() if story and part not in begun}
         return Continuation(
             network,
             decoder,
@@ -301,7 +301,7 @@ class Maker:
             faded=0 if story else turn.faded,
             # A transition goes on as it began; the format has one number for it and for changes to come.
             telling=video.telling._replace(transition_chunks=point.transition_chunks) if turn.faded else video.telling,
-            pictures={part: latents for part, latents in pictures.items() if part not in begun},
+            pictures={part: self._latents_of(picture) for part, picture in to_come.items()},
         )
 
     def point(self, state: Continuation, turn: Turn | None) -> Point:

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
+from longsana.runtime.arguments import TEXT
 from longsana.runtime.errors import InputError
 from longsana.runtime.fragments import Picture
 from longsana.serving.making import Event, Made, Point, Video, nbytes
@@ -25,6 +26,8 @@ from longsana.serving.values import Chunk, End, Limits, Order, SessionFigures
 
 log = logging.getLogger(__name__)
 
+MOST_OF_AN_ID = 200
+"""Characters of an event's id."""
 PATIENCE = 5.0
 """Seconds after which a session without a pace has a turn before viewers who are not dry yet."""
 UNPACED = 2
@@ -120,7 +123,7 @@ class Session:
         self.order, self.video = order, video
         self.place = 0  # in the queue; 0: it has a place
         self.last_turn = 0.0
-        self.snapshot_id = ""
+        self.snapshots: deque[str] = deque()  # that were saved of itself and are kept
         self.saving = False
         self._owner, self._opening = owner, opening
         self._state: Literal["running", "finished", "closed", "failed"] = "running"
@@ -226,7 +229,9 @@ class Session:
         with self._owner.lock:
             self._check_alive()
             done = self._points[-1].chunk if self._points else 0
-            id = event_id or secrets.token_hex(8)
+            id = TEXT.settle("event_id", event_id) or secrets.token_hex(8)
+            if len(id) > MOST_OF_AN_ID:
+                raise InputError(f"event_id: of {len(id):,} characters; must have at most {MOST_OF_AN_ID}")
             event = event_of(prompt, id, policy, transition_chunks, self.video, done, self._owner.limits)
             waiting = sum(len(entry.events) for entry in self._unsent) + len(self._pending)
             if waiting >= self._owner.limits.most_events:
@@ -343,7 +348,7 @@ class Session:
         if not self._unsent or not self.order.pace:
             return len(self._unsent) < UNPACED
         ahead = self._seconds(sum(entry.frames for entry in self._unsent))
-        return ahead < self._owner.lead(self) and len(self._unsent) <= self.video.kept
+        return ahead < self._owner.lead(self) and len(self._unsent) <= self._owner.may_keep(self)
 
     def dry(self) -> float:
         """The moment at which its viewer has nothing left of what was made; of one that had nothing, when it ordered.
@@ -513,7 +518,7 @@ class Session:
             (*completed, *entry.completed),
             entry.generation_ms,
             entry.encode_ms,
-            self.snapshot_id,
+            self.snapshots[-1] if self.snapshots else "",
         )
         self._pace.took(pts, now, entry.ready)
         self._chunks, self._pictures = self._chunks + 1, self._pictures + entry.frames

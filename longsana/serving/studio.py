@@ -60,7 +60,8 @@ class Studio:
             while not isinstance(piece := session.take(None), End):
                 ...
 
-    A chunk that fails, or for which the GPU has no memory, ends its session and no other.
+    A chunk that fails, or for which the GPU has no memory, ends its session and no other. Passes are not recorded as
+    CUDA graphs (`sampling.cuda_graphs`), which serve one video at a time; a tiny decoder's calls are.
 
     snapshots: the folder that has them, made if it is missing, for this process alone; None: none can be saved.
 
@@ -214,8 +215,8 @@ class Studio:
         """Count the chunks that memory lets a session go back by, at least one."""
         states, whole = self._bytes_of(session)
         share = self._most_bytes // max(1, len(self._running()))
-        # Beside the points to go back to: the one in progress, two that wait, and states before chunks that are held.
-        return max(1, min(self.limits.kept, (share - states * session.video.kept) // max(1, whole) - 3))
+        # The point that it stands at, as many that wait, one more, and the one in progress; and states before chunks.
+        return max(1, min(self.limits.kept, ((share - states * session.video.kept) // max(1, whole) - 3) // 2))
 
     def save(self, session: Session, point: Point) -> str:
         """Save a state; returns its id. Called without the lock."""
@@ -394,7 +395,7 @@ class Studio:
             torch.cuda.empty_cache()
 
     def _save(self, session: Session, point: Point) -> None:
-        """Save a session's state of itself, in place of the one before; a disk that fails is the next one's chance."""
+        """Save a session's state of itself, in place of the last but one; where a disk fails, the next is tried."""
         assert self._snapshots is not None
         try:
             id = self.save(session, point)
@@ -404,10 +405,12 @@ class Studio:
         finally:
             with self.lock:
                 session.saving = False
+        # A viewer may know no later one than the one before: both stay.
         with self.lock:
-            before, session.snapshot_id = session.snapshot_id, id
-        if before:
-            self._snapshots.remove(before)
+            session.snapshots.append(id)
+            known = session.snapshots.popleft() if len(session.snapshots) > 2 else ""
+        if known:
+            self._snapshots.remove(known)
 
 
 def _key(size: tuple[int, int], latents: int) -> tuple[int, int, int]:

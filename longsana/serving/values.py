@@ -98,7 +98,8 @@ class Chunk:
     started: ids of the changes of prompt that take effect with it. active: of those whose transition goes on after it.
         completed: of those whose prompt it shows alone, or that another one has replaced.
     generation_ms, encode_ms: wall time of the worker, without waiting for a turn; of the encoder.
-    snapshot: id of the state before it that was saved of itself, the last one so far; "" where there is none.
+    snapshot: id of the last state that the session has saved of itself (`Order.snapshot_every`), of a chunk before; ""
+        where there is none. That and the one before it are kept.
     """
 
     data: bytes
