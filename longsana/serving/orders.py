@@ -172,7 +172,8 @@ def _film(order: Order, fps: float, size: tuple[int, int]) -> Film:
         return Film.of(order.film, fps, size)
     except InputError as error:
         # The name of a file of the server's is nobody's business.
-        raise InputError(f"film: {str(error).removeprefix(f'video: {order.film}: ')}") from error
+        said = str(error).removeprefix("video: ").replace(f"{order.film}: ", "").replace(str(order.film), "the file")
+        raise InputError(f"film: {said}") from error
 
 
 def _saved(state: Continuation) -> tuple[int, int, bool]:

@@ -87,7 +87,7 @@ class Studio:
         self._config, self._device = engine.config, engine.device
         self.coding = engine.config.video.crf, engine.config.video.threads
         self.lock = threading.RLock()
-        self._work, self._closed = threading.Condition(self.lock), False
+        self._work, self._closed, self._busy = threading.Condition(self.lock), False, False
         self._sessions: dict[str, Session] = {}
         self._queue: deque[Session] = deque()
         self._seconds: dict[tuple[int, int, int], Times] = {}
@@ -116,6 +116,8 @@ class Studio:
 
         A snapshot is a value that nobody changes: all sessions that go on from one, or beside the session that saved
         it, are sessions of their own, with ids and snapshots of their own. So no two ever write the same one.
+
+        It reads all of a picture, a film or a snapshot, which may take seconds, for which no other session waits.
 
         Raises:
             InputError: no such video can be made; one line, which begins with the field of the order.
@@ -326,13 +328,14 @@ class Studio:
         """The thread."""
         while True:
             with self.lock:
+                self._busy = False
                 while not self._closed and not any(session.wants() for session in self._sessions.values()):
                     self._work.wait()
                 if self._closed:
                     return
                 wanting = (session for session in self._sessions.values() if session.wants())
                 session = min(wanting, key=Session.dry)
-                task = session.turn()
+                task, self._busy = session.turn(), True
             self._turn(session, task)
             del session, task  # which hold memory of one that may be closed while the next waits
 

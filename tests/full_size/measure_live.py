@@ -76,13 +76,16 @@ def main() -> None:
     parser.add_argument("--changes", type=int, default=20)
     parser.add_argument("--others", type=int, default=0, help="more viewers")
     parser.add_argument("--lead", type=float, help="seconds ahead of the viewer; by measure otherwise")
+    parser.add_argument(
+        "--first", type=int, default=0, help="latent frames of the first chunk; 0: one more than others"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     busy = psutil.cpu_percent(1.0)
     draw = random.Random(0)
     with Studio(load_config(CONFIG)) as studio:
-        order = Order(PROMPTS[0], chunk_frames=options.chunks, first_chunk_frames=1, lead=options.lead)
+        order = Order(PROMPTS[0], chunk_frames=options.chunks, first_chunk_frames=options.first, lead=options.lead)
         viewers = [Viewer(studio.start(order)) for _ in range(1 + options.others)]
         viewer = viewers[0]
         time.sleep(3)

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from longsana.config import InferenceConfig
+from longsana.serving.making import Point
 from longsana.serving.session import Session
-from longsana.serving.studio import Studio
+from longsana.serving.studio import Studio, Times
 from longsana.serving.values import Chunk, End, Full, Limits
 from tests.serving.viewing import OTHER, PROMPT, WAIT, order, pictures, taken
 
@@ -41,9 +42,12 @@ def emptied(studio: Studio, narrow: Studio) -> Iterator[None]:
 def settled(studio: Studio) -> None:
     """Wait until the worker has nothing to do."""
     end = time.monotonic() + WAIT
-    while any(session.wants() for session in studio._sessions.values()) and time.monotonic() < end:
+    while time.monotonic() < end:
+        with studio.lock:
+            if not studio._busy and not any(session.wants() for session in studio._sessions.values()):
+                return
         time.sleep(0.01)
-    time.sleep(0.1)  # the chunk in progress
+    raise AssertionError("the worker never came to rest")
 
 
 def test_sessions_take_turns(studio: Studio) -> None:
@@ -88,9 +92,23 @@ def test_a_viewer_with_a_pace_gets_pieces_in_time(studio: Studio) -> None:
     # Never sooner than the lead allows; how late it may be depends on the machine.
     for chunk, moment in zip(chunks[1:], arrived[1:], strict=True):
         assert moment - arrived[0] >= chunk.pts_seconds - 0.1 - 0.02
-    fast = studio.start(order(pace=True, lead=9))
-    taken(fast, 4)
-    assert time.monotonic() - fast.started < 60
+
+
+def test_pictures_do_not_wait_for_the_pass_that_absorbs_them(studio: Studio) -> None:
+    video = studio.start(order()).video
+    made = studio._maker.make(video, Point())
+    assert len(made.pixels) == 9 and made.point.after is not None and made.point.after.made is None
+    assert made.point.after().moment.network.frames == 3
+
+
+def test_a_text_is_encoded_once(studio: Studio) -> None:
+    session = studio.start(order(prompt="A text of its own"))
+    taken(session, 1)
+    before = studio._maker._caption.cache_info().misses
+    for text in ("Another text of its own", "A text of its own", "Another text of its own"):
+        session.change(text)
+        taken(session, 2)
+    assert studio._maker._caption.cache_info().misses == before + 1
 
 
 def test_memory_does_not_grow_and_goes_when_a_session_leaves(narrow: Studio) -> None:
@@ -139,17 +157,16 @@ def test_one_is_taken_in_by_measured_speed(narrow: Studio) -> None:
     key = (32, 48, 3)
     before = dict(narrow._seconds)
     try:
-        narrow._seconds = {key: replace_median(10.0)}
-        first, second, third = (narrow.start(order(pace=pace)) for pace in (True, False, True))
-        assert [session.position for session in (first, second, third)] == [0, 0, 1]
+        with narrow.lock:  # nothing is measured meanwhile
+            narrow._seconds = {key: Times(10.0)}
+            first, second = narrow.start(order(pace=True)), narrow.start(order(pace=True))
+            assert (first.position, second.position) == (0, 1)
+            assert narrow.figures().load > 1
+            narrow._seconds = {key: Times(0.01)}
+            narrow._admit()
+            assert second.position == 0
     finally:
         narrow._seconds = before
-
-
-def replace_median(seconds: float) -> Any:
-    from longsana.serving.studio import Times
-
-    return Times(seconds)
 
 
 @pytest.mark.parametrize(
