@@ -23,7 +23,8 @@ from longsana.sampling.captions import caption_encoder
 from longsana.sampling.engine import Engine
 from longsana.serving.making import Event, Maker, Point, bytes_of, nbytes
 from longsana.serving.orders import video_of
-from longsana.serving.session import Dropped, Session, Task
+from longsana.serving.owner import Dropped, Entry, Task
+from longsana.serving.session import Session
 from longsana.serving.snapshots import Snapshots
 from longsana.serving.values import Figures, Full, Limits, Order
 
@@ -375,9 +376,9 @@ class Studio:
         except Exception as error:
             self._fail(session, error)
 
-    def _code(self, session: Session, entry: object) -> None:
+    def _code(self, session: Session, entry: Entry) -> None:
         try:
-            session.code(entry)  # type: ignore[arg-type]
+            session.code(entry)
         except Exception as error:
             self._fail(session, error)
 
