@@ -35,6 +35,8 @@ LATENTS = "latents"
 MEAN, DEVIATION = "latents_mean", "latents_std"
 WAN_LATENTS: Final = "3b36f1d3286ce7c18c7a6711af066d9ac5144a407f7c451f1a4bbd1556709316"
 """The `latents_key` of the published Wan 2.1 VAE, which a VAE has whose files do not say another mean."""
+ENDS = ("decoder.1.weight", "decoder.22.weight")
+"""A decoder's first and last convolution, whose shapes tell kinds apart."""
 BLOCKS = 3
 """Memory blocks of a level."""
 PARAMETERS = ("conv.0", "conv.2", "conv.4")
@@ -187,10 +189,14 @@ def open_tiny(kind: TinyKind, source: str, path: Path, *, headers_only: bool = F
         return {}
     entries = open_weights(found.file)
     needed = {name: told_shape(shape) for name, shape in tiny_tensors(kind).items()}
-    if told := misfit({name: told_shape(entry.shape) for name, entry in entries.items()}, needed):
+    shapes = {name: told_shape(entry.shape) for name, entry in entries.items()}
+    if told := misfit(shapes, needed):
+        if all(shapes.get(name) == needed[name] for name in ENDS):
+            raise InputError(f"{source}: not a {kind.name} as it is published: {told}; vae.decoder needs a whole one")
+        others = [name for name in (*fitting(kind.vae_type), FULL) if name != kind.name]
         raise InputError(
-            f"{source}: not a file of a {kind.name}{_likeness(entries)}; give one that is, or set vae.decoder to its "
-            f"kind if that is {' or '.join(TINY)} ({told})"
+            f"{source}: not a file of a {kind.name}{_likeness(entries)}; give one that is, or set vae.decoder to "
+            f"{' or '.join(others)} ({told})"
         )
     return entries
 
@@ -268,7 +274,7 @@ def latents_of(path: Path) -> str | None:
 
 def _likeness(entries: Mapping[str, Entry]) -> str:
     """Tell in a few words what a file decodes, where its first and last convolution say it."""
-    first, last = (entries[name].shape if name in entries else () for name in ("decoder.1.weight", "decoder.22.weight"))
+    first, last = (entries[name].shape if name in entries else () for name in ENDS)
     if len(first) != 4 or len(last) != 4:
         return ""
     patch = isqrt(last[0] // 3)

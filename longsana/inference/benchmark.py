@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
+from longsana.encoders.tiny_layouts import FULL, source_of
 from longsana.inference.first_picture import Watcher
 from longsana.inference.microbenchmark import (
     Loaded,
@@ -110,6 +111,9 @@ def benchmark(
             "backend": "compile" if compiled else backend(),
             "dtype": {"network": str(loaded.model.dtype), "vae": str(loaded.vae.dtype)},
             "decoder": config.vae.decoder,
+            "decoder's file": None if config.vae.decoder == FULL else source_of(config.vae),
+            "replayed": config.sampling.cuda_graphs,
+            "float8": config.model.float8,
             "seed": config.sampling.seed if prompt.seed is None else prompt.seed,
         },
         **_speeds(warm, text),

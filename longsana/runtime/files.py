@@ -76,10 +76,17 @@ def open_exclusive(path: Path) -> BinaryIO:
 
     Raises:
         BlockingIOError: another process is writing it.
+        OSError: it is a symbolic link, which is not followed: what it points to is somebody else's.
     """
     for left in reversed(range(TRIES)):
         # Not opened with "wb": that would empty what another process is writing.
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OSError(errno.ELOOP, "a symbolic link, which is not followed; remove it", str(path)) from error
+            raise
+        file = os.fdopen(descriptor, "r+b")
         try:
             _lock(file, path)
             if not left or _names(path, file):

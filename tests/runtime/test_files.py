@@ -102,6 +102,18 @@ def test_a_lock_that_outlived_its_host_is_left_behind_by_deleting_its_file(holde
             pass
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_the_place_of_a_partial_file_is_not_followed(tmp_path: Path, there: bool) -> None:
+    target = tmp_path / "target"
+    if there:
+        target.write_text("precious")
+    (tmp_path / "file").symlink_to(target)
+    with pytest.raises(OSError, match="a symbolic link, which is not followed; remove it") as caught:
+        open_exclusive(tmp_path / "file")
+    assert caught.value.filename == str(tmp_path / "file")
+    assert target.exists() == there and (not there or target.read_text() == "precious")
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
 def test_without_locks_it_goes_on_and_says_so_once(number: int, tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(fcntl, "flock", failing(number))
