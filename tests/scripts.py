@@ -12,6 +12,7 @@ COMMANDS = {
     "inference_sana_video": "generate",
     "evaluate": "evaluate",
     "benchmark": "benchmark",
+    "serve": "serve",
     "train_longsana": "train",
     "generate_ode_pairs": "ode_pairs",
     "export": "export",

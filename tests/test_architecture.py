@@ -43,6 +43,11 @@ OWNERS = {
         "longsana/inference/microbenchmark.py",  # a peer
     },
     "wandb": {"longsana/runtime/logging.py"},
+    "fastapi": {"longsana/serving/app.py"},
+    "starlette": {"longsana/serving/app.py"},
+    "uvicorn": {"longsana/commands/serve.py"},
+    "websockets": {"longsana/serving/client.py"},
+    "prometheus_client": {"longsana/serving/metrics.py"},
 }
 
 
@@ -95,6 +100,7 @@ def test_imports_point_down():
         ("longsana/weights/network.py", "import diffusers.models"),
         ("longsana/sampling/engine.py", "def f():\n    from transformers import AutoTokenizer"),
         ("inference_video_scripts/x.py", "import wandb"),
+        ("longsana/serving/live.py", "from starlette.websockets import WebSocket"),
     ],
 )
 def test_imports_that_point_up_are_seen(path, source):

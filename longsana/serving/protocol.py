@@ -198,7 +198,7 @@ def _order(
     num_frames = _take(fields, "num_frames", Whole(1, served.limits.most_frames))
     seconds = _take(fields, "seconds", Number(above=0, most=1e6))
     if num_frames is None and seconds is not None:
-        num_frames = served.frames(seconds, fps)
+        num_frames = served.frames(seconds, fps) - (snapshot is not None)  # the first latent was in the past
     elif num_frames is None and not endless:
         num_frames = served.num_frames
     if num_frames is not None and num_frames > served.limits.most_frames:

@@ -8,6 +8,9 @@ from longsana.config import InferenceConfig
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.serving.studio import Studio
 from tests.pipelines.repository import quiet, shapes_config, shapes_repository
+from tests.serving.server import running
+
+__all__ = ["running"]
 
 
 @pytest.fixture(scope="session")
