@@ -161,7 +161,7 @@ class Jobs:
         now = time.time()
         with self._lock:
             for job in list(self._jobs.values()):
-                if (job.expires or now + 1) <= now:
+                if job.expires is not None and job.expires <= now:
                     self._drop(job)
 
     def close(self) -> None:

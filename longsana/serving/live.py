@@ -49,7 +49,7 @@ class Socket(Protocol):
 
 
 class Connections:
-    """All viewers of a studio, in one event loop. A session has at most one; a second one takes its place.
+    """Viewers of a studio, in one event loop. A session has at most one; a second one takes its place.
 
     linger, stall, start_within: seconds, see the constants. most: connections at a time.
     """

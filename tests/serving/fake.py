@@ -94,7 +94,7 @@ class FakeSession:
         if self.zero is None:
             self.zero = time.monotonic()
         saved = self.order.snapshot_every
-        if saved and self.sent and self.sent % saved == 0:
+        if saved and self.sent and self.sent % saved == 0 and self.studio.disk is None:
             self.snapshots = self.studio.save(replace(self.point), self)
         pixels = np.full((FRAMES, self.height, self.width, 3), colour(self.point.prompt), np.uint8)
         pixels[:, : self.point.number % self.height] //= 2  # chunks differ
