@@ -1,0 +1,166 @@
+"""The page in a real browser, over the small default: what is typed is seen, a fork and a reload go on.
+
+Without Chromium at `CHROMIUM` the test is skipped; with LONGSANA_BROWSER=required, as in CI, that is a failure.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longsana.commands.generate import DEFAULT_CONFIG
+from longsana.commands.serve import served_by
+from longsana.config import InferenceConfig, load_config
+from longsana.serving.studio import Studio
+from longsana.serving.values import Limits
+from longsana.shapes.scenes import parse_caption
+from longsana.shapes.sight import observe
+from longsana.shapes.verifier import judge
+from tests.serving.server import Running
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = Path(os.environ.get("LONGSANA_CHROMIUM", "/usr/bin/chromium"))
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
+RED = "A big red circle moves slowly to the right on a black background."
+BLUE = "A big blue square stays still on a gray background."
+YELLOW = "A big yellow circle stays still on a teal background."
+SHOT = """async (n) => {
+  const video = document.querySelectorAll("video")[n], canvas = document.createElement("canvas");
+  canvas.width = video.videoWidth; canvas.height = video.videoHeight;
+  canvas.getContext("2d", { willReadFrequently: true }).drawImage(video, 0, 0);
+  const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  let text = "";
+  for (let i = 0; i < pixels.length; i += 4096) text += String.fromCharCode(...pixels.subarray(i, i + 4096));
+  return [canvas.height, canvas.width, btoa(text)];
+}"""
+
+pytestmark = pytest.mark.xdist_group("browser")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    reason = "" if CHROMIUM.exists() else f"there is no browser at {CHROMIUM}"
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        reason = "playwright is not installed"
+    if reason and os.environ.get("LONGSANA_BROWSER") == "required":
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+def until(page: Any, expression: str, seconds: float = 60.0) -> None:
+    """Wait for an expression of the page's; its policy forbids what Playwright's own way would do."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, (expression, page.inner_text("body"))
+        page.wait_for_timeout(50)
+
+
+def shows(page: Any, caption: str, player: int = 0) -> bool:
+    """Whether the verifier sees in a player's picture what a caption says, motion aside."""
+    height, width, text = page.evaluate(SHOT, player)
+    picture = np.frombuffer(base64.b64decode(text), np.uint8).reshape(1, 1, height, width, 4)[..., :3]
+    promise = parse_caption(caption)
+    assert promise is not None, caption
+    verdicts = judge(observe(torch.from_numpy(picture.copy())), [promise])
+    return all(float(verdict.min()) == 1 for verdict in (verdicts.colour, verdicts.kind, verdicts.background))
+
+
+def sees(page: Any, caption: str, player: int = 0, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not shows(page, caption, player):
+        assert time.monotonic() < end, (caption, page.inner_text("body"))
+        page.wait_for_timeout(200)
+
+
+def playing(player: int) -> str:
+    """An expression: the player shows pictures."""
+    return (
+        "((v) => v && v.videoWidth && v.buffered.length && v.currentTime > v.buffered.start(0))"
+        f"(document.querySelectorAll('video')[{player}])"
+    )
+
+
+def seen(text: str, player: int = 0) -> str:
+    """An expression: the player says that the prompt is seen."""
+    return (
+        f"[...(document.querySelectorAll('#players section')[{player}]?.querySelectorAll('ol li') || [])]"
+        f".some((li) => li.dataset.state === 'seen' && li.textContent.startsWith({text!r}))"
+    )
+
+
+@pytest.mark.timeout(240)
+def test_one_types_a_prompt_forks_and_loads_the_page_again(
+    browser: Any, running: Callable[..., Running], tmp_path: Path
+) -> None:
+    config: InferenceConfig = load_config(ROOT / DEFAULT_CONFIG)
+    limits = Limits(sessions=4, load=100.0)  # however busy the machine is
+    server = running(Studio(config, limits=limits, snapshots=tmp_path / "s"), served_by(config, "small", limits, 2))
+    page = browser.new_context(viewport={"width": 360, "height": 780}).new_page()  # a phone's
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+    page.goto(server.url)
+    until(page, "document.getElementById('model').textContent.startsWith('small')")
+    page.focus("#prompt")  # from here on with the keyboard alone
+    page.keyboard.press("Control+a")
+    page.keyboard.type(RED)
+    page.keyboard.press("Enter")
+    until(page, playing(0))
+    sees(page, RED)
+    page.focus("#players textarea")
+    page.keyboard.press("Control+a")
+    page.keyboard.type(BLUE)
+    page.keyboard.press("Enter")
+    until(page, seen(BLUE))
+    sees(page, BLUE)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
+    page.focus("[data-do=fork]")
+    page.keyboard.press("Enter")
+    until(page, playing(1))
+    page.focus("#players section:nth-child(2) textarea")
+    page.keyboard.press("Control+a")
+    page.keyboard.type(YELLOW)
+    page.keyboard.press("Enter")
+    until(page, seen(YELLOW, 1))
+    sees(page, YELLOW, 1)
+    assert shows(page, BLUE) or sees(page, BLUE) is None  # which goes on as it was
+    page.focus("[data-do=snapshot]")
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('#players ul li')")
+    ids = {session.id for session in server.studio.figures().sessions}
+    page.reload()
+    until(page, playing(0))
+    until(page, playing(1))
+    sees(page, BLUE)
+    sees(page, YELLOW, 1)
+    assert {session.id for session in server.studio.figures().sessions} == ids and len(ids) == 2
+    assert page.evaluate("document.querySelectorAll('#players ul li').length") == 1
+    page.focus("[data-do=pause]")
+    page.keyboard.press("Space")
+    until(page, "document.querySelector('[data-do=pause]').getAttribute('aria-pressed') === 'true'")
+    page.keyboard.press("Space")
+    until(page, "document.querySelector('[data-do=pause]').getAttribute('aria-pressed') === 'false'")
+    page.goto("about:blank")
+    for session in list(ids):  # as after a restart: the sessions are gone, their snapshots are not
+        server.studio.session(session).close()
+    page.goto(server.url)
+    until(page, playing(0))
+    until(page, playing(1))
+    sees(page, BLUE)
+    assert ids.isdisjoint(session.id for session in server.studio.figures().sessions)
+    assert [error for error in errors if "favicon" not in error] == []

@@ -1,0 +1,118 @@
+"""`longsana serve`: what it refuses, and that clients go on after it was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from longsana.commands import serve
+from longsana.serving.client import LiveVideo, Refused
+from tests.forks import Fork, Forks
+from tests.serving.test_media import decoded
+
+BASE = "configs/sana_video_config/Sana_2000M_480px_AdamW_fsdp.yaml"
+SMALL = ["sampling.height=32", "sampling.width=48", "sampling.chunk_frames=2", "sampling.first_chunk_frames=2"]
+KEY = {"Authorization": "Bearer s3cret"}
+PROMPT = "a small red circle moves slowly to the right on a black background"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config", BASE], "makes whole clips"),
+        (["--port", "70000"], "--port 70000: must be from 0 to 65535"),
+        (["--host", "no.such.host.invalid"], "cannot listen there"),
+        (["--origin", "example.org"], "--origin example.org: must be http://"),
+        (["--origin", "https://example.org/page"], "no path"),
+        (["--sessions", "0"], "--sessions 0: must be from 1"),
+        (["--snapshot_every", "-2"], "--snapshot_every -2"),
+        (["--work_dir", "/dev/null/x"], "choose another --work_dir"),
+        (["--prot", "1"], "unknown option --prot"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    given = arguments if "--work_dir" in arguments else [*arguments, "--work_dir", str(tmp_path)]
+    assert serve.main(given) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1
+
+
+def test_a_port_in_use_and_a_missing_extra(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert serve.main(["--port", str(port), "--work_dir", str(tmp_path)]) == 2
+        assert f"--port {port}: cannot listen there (Address already in use)" in capsys.readouterr().err
+    monkeypatch.setitem(serve.NEEDED, "no_such_module", "no-such-package")
+    assert serve.main(["--work_dir", str(tmp_path)]) == 2
+    assert "needs no-such-package: pip install 'longsana[serve]'" in capsys.readouterr().err
+
+
+def test_only_loopback_is_local() -> None:
+    local = ["127.0.0.1", "127.8.8.8", "::1", "localhost"]
+    assert [serve.is_local(host) for host in [*local, "0.0.0.0", "::", "10.0.0.1", "example.org"]] == [True] * 4 + [
+        False
+    ] * 4
+
+
+def up(forks: Forks, port: int, folder: Path) -> Fork:
+    """A server that answers."""
+    fork = forks.start(
+        "serve",
+        ["--port", port, "--work_dir", folder, "--snapshot_every", "1", "--threads", "1", *SMALL],
+        LONGSANA_API_KEY="s3cret",
+    )
+    end = time.monotonic() + 60
+    while True:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                return fork
+        assert fork.returncode is None and time.monotonic() < end, fork.output.read()
+        time.sleep(0.05)
+
+
+def test_clients_go_on_after_the_server_was_killed(forks: Forks, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    server = up(forks, port, tmp_path)
+    made = httpx.post(f"{url}/v1/videos/sync", json={"prompt": PROMPT, "num_frames": 9}, timeout=60, headers=KEY)
+    assert len(decoded(made.content)[0]) == 9
+    httpx.post(
+        f"{url}/v1/videos", json={"prompt": PROMPT, "num_frames": 401}, headers=KEY
+    )  # of which a part is written
+    with LiveVideo(url, key="s3cret", prompt=PROMPT, num_frames=None) as video:
+        last = -1
+        for piece in video:
+            last = piece.metadata["generation_chunk_index"]
+            if video.state is not None and last > 2:
+                break
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises((Refused, OSError)):
+            for _ in video:
+                pass
+    assert server.wait() == -signal.SIGKILL
+    server = up(forks, port, tmp_path)
+    assert list((tmp_path / "videos").glob("*.mp4")) == list((tmp_path / "videos").glob(".*.mp4")) == []
+    with LiveVideo(url, key="s3cret", session_id=video.session_id, state=video.state) as again:
+        piece = next(iter(again))
+        assert 0 < piece.metadata["generation_chunk_index"] <= last + 1 and len(decoded(piece.data)[0]) > 0
+    server.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        assert server.wait(60) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; sessions go on" in server.output.read()
