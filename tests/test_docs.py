@@ -23,6 +23,12 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"
 CONFIGS = ROOT / "configs/sana_video_config/longsana/480ms"
 FOLDERS = "longsana|tests|docs|configs|asset|train_video_scripts|inference_video_scripts"
 SETTINGS = {*leaf_keys(TrainingConfig), *leaf_keys(OdePairsConfig), *TRAINING.rules, *TRAINING.references}
+MESSAGES = {
+    name
+    for file in ("protocol", "live")
+    for name in re.findall(r'"(video\.\w+)"', (ROOT / f"longsana/serving/{file}.py").read_text(encoding="utf-8"))
+}
+"""Messages of live sessions that are called as settings might be."""
 SECTIONS = "|".join(sorted({name.partition(".")[0] for name in SETTINGS if "." in name}))
 STARTS = ("python", "accelerate", "torchrun", "longsana")
 
@@ -114,7 +120,7 @@ def test_settings_that_are_named_exist(document: Path) -> None:
     codes = inline(document.read_text(encoding="utf-8"))
     named = {name for code in codes for name in re.findall(rf"(?<![\w./])(?:{SECTIONS})\.[a-z]\w*", code)}
     files = {name for name in named if name.rpartition(".")[2] in ("pth", "pt", "py", "json", "yaml", "safetensors")}
-    assert named - files <= SETTINGS, named - files - SETTINGS
+    assert named - files <= SETTINGS | MESSAGES, named - files - SETTINGS - MESSAGES
     for setting in {found for code in codes for found in re.findall(rf"^((?:{SECTIONS})\.\w+=\S+)$", code)}:
         pairs = setting.startswith("pairs.")
         schema = OdePairsConfig if pairs else TrainingConfig
@@ -168,6 +174,14 @@ def test_the_readme_is_short_and_links_to_every_page() -> None:
     assert len(text.splitlines()) <= 180
     assert len(text.encode()) <= 11_000
     assert {path.relative_to(ROOT).as_posix() for path in PAGES} <= set(re.findall(r"\]\((docs/\w+\.md)", text))
+
+
+def test_what_a_server_takes_and_says_is_in_its_page() -> None:
+    text = (ROOT / "docs/live.md").read_text(encoding="utf-8")
+    own = re.findall(r'add_argument\(\s*"(--\w+)"', (ROOT / "longsana/commands/serve.py").read_text(encoding="utf-8"))
+    said = re.findall(r'_message\(\s*"([\w.]+)"', (ROOT / "longsana/serving/live.py").read_text(encoding="utf-8"))
+    assert len(own) > 5 and {flag for flag in own if flag not in text} <= {"--config"}
+    assert len(said) > 8 and {message for message in said if message not in text} == set()
 
 
 def test_every_setting_of_a_video_is_in_a_page() -> None:

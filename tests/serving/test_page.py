@@ -1,6 +1,7 @@
 """The page in a real browser, over the small default: what is typed is seen, a fork and a reload go on.
 
 Without Chromium at `CHROMIUM` the test is skipped; with LONGSANA_BROWSER=required, as in CI, that is a failure.
+LONGSANA_SCREENSHOTS names a folder for the pictures of docs/live.md.
 """
 
 from __future__ import annotations
@@ -95,6 +96,22 @@ def playing(player: int) -> str:
     )
 
 
+def screenshots(page: Any) -> None:
+    """Take the pictures of the documents: two players side by side, and a phone in the dark."""
+    folder = os.environ.get("LONGSANA_SCREENSHOTS")
+    if folder is None:
+        return
+    phone = page.viewport_size
+    page.evaluate("document.activeElement.blur()")
+    for name, size, scheme in [("desktop", {"width": 960, "height": 900}, "light"), ("phone", phone, "dark")]:
+        page.set_viewport_size(size)
+        page.emulate_media(color_scheme=scheme)
+        page.evaluate("scrollTo(0, 0)")
+        page.wait_for_timeout(500)
+        page.screenshot(path=Path(folder) / f"{name}.png")
+    page.emulate_media(color_scheme="light")
+
+
 def seen(text: str, player: int = 0) -> str:
     """An expression: the player says that the prompt is seen."""
     return (
@@ -142,6 +159,7 @@ def test_one_types_a_prompt_forks_and_loads_the_page_again(
     page.focus("[data-do=snapshot]")
     page.keyboard.press("Enter")
     until(page, "document.querySelector('#players ul li')")
+    screenshots(page)
     ids = {session.id for session in server.studio.figures().sessions}
     page.reload()
     until(page, playing(0))
