@@ -153,6 +153,12 @@ class Connections:
         session, code = viewer.session, None
         try:
             code = await viewer.run()
+        except Gone:
+            pass
+        except Exception:  # a defect; others go on
+            log.exception("session %s", session.id)
+            await _farewell(viewer.socket, failure("an error of the server ended this video", "failed"))
+            code = protocol.FAILED
         finally:
             if self._viewers.get(session.id) is viewer:
                 del self._viewers[session.id]
@@ -198,8 +204,11 @@ class Viewer:
         if self._moved.is_set():
             return await self._say_moved()
         for task in ended:  # the sender's word counts first
-            with contextlib.suppress(Gone):
+            error = task.exception()
+            if error is None:
                 return task.result()
+            if not isinstance(error, Gone):
+                raise error
         return None
 
     async def leave(self) -> None:
@@ -214,8 +223,7 @@ class Viewer:
     async def _cancel(self) -> None:
         for task in self._tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _send_all(self) -> int:
         loop, session = asyncio.get_running_loop(), self.session

@@ -83,6 +83,8 @@ class FakeSession:
         if self.due is None or self.due > 0:
             time.sleep(min(timeout or 0.0, 0.01))
             return None
+        if "break" in self.point.prompt:
+            raise ZeroDivisionError
         if "fail" in self.point.prompt:
             self.end("failed")
             return self.take()

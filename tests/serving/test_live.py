@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import threading
@@ -295,7 +296,7 @@ def storm(server: Running, seconds: float) -> int:
 
 
 @pytest.mark.parametrize("seconds", [1.0, pytest.param(20.0, marks=pytest.mark.slow)])
-def test_a_storm_of_connections_leaves_nothing(running: Run, seconds: float) -> None:
+def test_a_storm_of_connections_leaves_nothing(running: Run, seconds: float, caplog: pytest.LogCaptureFixture) -> None:
     server = running(linger=0.05)
     threads = threading.active_count()
     assert storm(server, seconds) > 15 * seconds
@@ -303,6 +304,20 @@ def test_a_storm_of_connections_leaves_nothing(running: Run, seconds: float) -> 
     assert server.studio.most < 40 and threading.active_count() <= threads + 8
     with LiveVideo(server.url, prompt="red", num_frames=8) as video:
         assert len(list(video)) == 1
+    gc.collect()
+    assert caplog.messages == []  # nor is a log filled
+
+
+def test_a_defect_ends_its_own_session(running: Run, caplog: pytest.LogCaptureFixture) -> None:
+    server = running()
+    with LiveVideo(server.url, prompt="red", num_frames=None) as video:
+        with connect(server.socket) as bad:
+            bad.send(START.replace("red", "break"))
+            said, code = ending(bad)
+            assert said[-1]["message"] == "an error of the server ended this video" and code == 1011
+        video.change("green")
+        next(iter(video))
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_pages_of_others_and_wrong_keys_stay_out(running: Run) -> None:
