@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from longsana.commands.generate import DEFAULT_CONFIG
 from longsana.commands.serve import served_by
@@ -126,13 +127,13 @@ def test_one_types_a_prompt_forks_and_loads_the_page_again(
 ) -> None:
     config: InferenceConfig = load_config(ROOT / DEFAULT_CONFIG)
     limits = Limits(sessions=4, load=100.0)  # however busy the machine is
-    server = running(Studio(config, limits=limits, snapshots=tmp_path / "s"), served_by(config, "small", limits, 2))
+    server = running(Studio(config, limits=limits, snapshots=tmp_path / "s"), served_by(config, "longsana", limits, 2))
     page = browser.new_context(viewport={"width": 360, "height": 780}).new_page()  # a phone's
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
     page.goto(server.url)
-    until(page, "document.getElementById('model').textContent.startsWith('small')")
+    until(page, "document.getElementById('model').textContent.startsWith('longsana')")
     page.focus("#prompt")  # from here on with the keyboard alone
     page.keyboard.press("Control+a")
     page.keyboard.type(RED)
@@ -173,6 +174,12 @@ def test_one_types_a_prompt_forks_and_loads_the_page_again(
     until(page, "document.querySelector('[data-do=pause]').getAttribute('aria-pressed') === 'true'")
     page.keyboard.press("Space")
     until(page, "document.querySelector('[data-do=pause]').getAttribute('aria-pressed') === 'false'")
+    page.evaluate("players[0].socket.close()")  # a connection that is lost
+    until(page, "players[0].socket?.readyState === 0 || players[0].tries > 0")
+    until(page, "players[0].socket?.readyState === 1 && players[0].chunks.length")
+    until(page, playing(0))
+    sees(page, BLUE)
+    assert {session.id for session in server.studio.figures().sessions} == ids
     page.goto("about:blank")
     for session in list(ids):  # as after a restart: the sessions are gone, their snapshots are not
         server.studio.session(session).close()
@@ -181,4 +188,16 @@ def test_one_types_a_prompt_forks_and_loads_the_page_again(
     until(page, playing(1))
     sees(page, BLUE)
     assert ids.isdisjoint(session.id for session in server.studio.figures().sessions)
+    for player in (1, 0):
+        page.locator("[data-do=stop]").nth(player).click()
+        until(page, f"document.querySelectorAll('[data-do=stop]')[{player}].textContent === 'Close'")
+        page.locator("[data-do=stop]").nth(player).click()
+    assert server.studio.figures().sessions == () and page.locator("video").count() == 0
+    picture = tmp_path / "a.png"  # what a video begins with
+    Image.new("RGB", (640, 384), (14, 74, 76)).save(picture)
+    page.set_input_files("#picture", picture)
+    page.fill("#prompt", YELLOW)
+    page.keyboard.press("Enter")
+    until(page, playing(0))
+    assert page.locator(".state.bad").count() == 0
     assert [error for error in errors if "favicon" not in error] == []
