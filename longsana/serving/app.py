@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.background import BackgroundTask
 from starlette.datastructures import UploadFile
+from starlette.middleware.cors import CORSMiddleware
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from longsana.runtime.errors import InputError
@@ -99,6 +100,9 @@ def create_app(
 
     app = FastAPI(title="LongSANA", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Guard, key=key, origins=origins, local=local)
+    if origins:  # outside of the door, since what a browser asks first has no key
+        methods, names = ["GET", "POST", "DELETE"], ["Authorization", "Content-Type"]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=names)
     _add_errors(app, measurements)
     _add_page(app)
     _add_videos(app, served, jobs)
@@ -131,7 +135,7 @@ def create_app(
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(measurements.text(), media_type=CONTENT_TYPE)
+        return Response(await asyncio.to_thread(measurements.text), media_type=CONTENT_TYPE)
 
     started = time.time()
     return app

@@ -60,7 +60,7 @@ class Guard:
         if not self._is_ours(host):
             return 421, "this server does not go by that name; use localhost, or start it with --origin"
         origin = headers.get(b"origin")
-        if origin is not None and origin not in self._origins and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin not in self._origins and origin.partition("://")[2].lower() != host.lower():
             return 403, "pages of other servers may not use this one; start it with --origin"
         if self._key is not None and scope["path"] not in OPEN and not self._knows_key(scope, headers):
             return 401, "the API key is missing or wrong"

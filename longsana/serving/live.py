@@ -110,7 +110,7 @@ class Connections:
             text = await asyncio.wait_for(socket.receive(), self._start_within)
             if text is None:
                 return
-            start = protocol.read_start(text, self.served)
+            start = await asyncio.to_thread(protocol.read_start, text, self.served)  # it may have a picture
             session, is_new = await self._session(start)
         except asyncio.TimeoutError:
             said = failure(f"no session.start within {self._start_within:g} s", "timeout")
@@ -257,7 +257,7 @@ class Viewer:
         said = 0
         while position := self.session.position:
             if position != said:
-                depth = self._connections.studio.figures().waiting
+                depth = (await asyncio.to_thread(self._connections.studio.figures)).waiting
                 await self._say(self._message("session.queued", position=position, queue_depth=max(depth, position)))
                 said = position
             self._wake.clear()

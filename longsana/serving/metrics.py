@@ -21,7 +21,7 @@ SLACK = 0.05
 
 
 class Measurements:
-    """Counts what is sent; `text` is what /metrics answers. Used by one thread."""
+    """Counts what is sent; `text` is what /metrics answers, from any thread."""
 
     def __init__(self, studio: Studio) -> None:
         self._registry = CollectorRegistry(auto_describe=True)

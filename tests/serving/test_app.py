@@ -216,8 +216,19 @@ def test_the_door(running: Run) -> None:
     assert status("/v1/models", **key, origin="http://evil.example") == 403
     assert status("/v1/models", **key, origin=server.url) == 200
     assert status("/", host="evil.example") == 421 and status("/", host="localhost:1") == 200
+    assert status("/openapi.json", **key) == 200
     for path in ("/v1/videos/..%2f..%2fetc%2fpasswd", "/v1/videos/../../etc/passwd/content", "/../etc/passwd", "/no"):
         assert status(path, **key) == 404
+
+
+def test_a_page_that_is_named_may_ask(running: Run) -> None:
+    url = running(key="s3cret", origins=("https://studio.example",)).url + "/v1/videos"
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    for origin, allowed in [("https://studio.example", True), ("https://evil.example", False)]:
+        answer = httpx.options(url, headers={"origin": origin, **asks})
+        assert (answer.headers.get("access-control-allow-origin") == origin) == allowed
+    more = {"origin": "https://studio.example", "authorization": "Bearer s3cret"}
+    assert httpx.get(url, headers=more).headers["access-control-allow-origin"] == "https://studio.example"
 
 
 def test_the_page_is_one_small_file_under_a_strict_policy(running: Run) -> None:
