@@ -28,6 +28,7 @@ from longsana.config import InferenceConfig, load_config
 from longsana.encoders.geometry import geometry
 from longsana.inference.flags import check_settings, parse_flags
 from longsana.published import DISTILLED
+from longsana.runtime import stop
 from longsana.runtime.commandline import Parser, run_command, typed_path, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
@@ -196,6 +197,9 @@ def run(request: Request, world: World) -> int:
         log.warning("anyone who reaches %s can use this server; set %s to ask for a key", host, KEY)
 
     class Server(uvicorn.Server):
+        async def on_tick(self, counter: int) -> bool:
+            return await super().on_tick(counter) or bool(asked())
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             where = f"[{host}]" if ":" in host else host
@@ -211,7 +215,9 @@ def run(request: Request, world: World) -> int:
         jobs = Jobs(studio, served, folder)
         stack.callback(jobs.close)
         app = create_app(studio, served, jobs, key=request.key, origins=request.origins, local=local)
-        Server(uvicorn.Config(app, **uvicorn_settings())).run([request.listening])
+        with stop.deferred() as asked:  # SIGHUP too ends what is open first, as the others, which are uvicorn's
+            Server(uvicorn.Config(app, **uvicorn_settings())).run([request.listening])
+        stop.check()
     return 0
 
 
