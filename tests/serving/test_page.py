@@ -36,6 +36,7 @@ BLUE = "A big blue square stays still on a gray background."
 YELLOW = "A big yellow circle stays still on a teal background."
 SHOT = """async (n) => {
   const video = document.querySelectorAll("video")[n], canvas = document.createElement("canvas");
+  if (!video || !video.videoWidth) return null;
   canvas.width = video.videoWidth; canvas.height = video.videoHeight;
   canvas.getContext("2d", { willReadFrequently: true }).drawImage(video, 0, 0);
   const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
@@ -74,7 +75,10 @@ def until(page: Any, expression: str, seconds: float = 60.0) -> None:
 
 def shows(page: Any, caption: str, player: int = 0) -> bool:
     """Whether the verifier sees in a player's picture what a caption says, motion aside."""
-    height, width, text = page.evaluate(SHOT, player)
+    shot = page.evaluate(SHOT, player)
+    if shot is None:
+        return False
+    height, width, text = shot
     picture = np.frombuffer(base64.b64decode(text), np.uint8).reshape(1, 1, height, width, 4)[..., :3]
     promise = parse_caption(caption)
     assert promise is not None, caption
@@ -156,7 +160,7 @@ def test_one_types_a_prompt_forks_and_loads_the_page_again(
     page.keyboard.press("Enter")
     until(page, seen(YELLOW, 1))
     sees(page, YELLOW, 1)
-    assert shows(page, BLUE) or sees(page, BLUE) is None  # which goes on as it was
+    sees(page, BLUE)  # which goes on as it was
     page.focus("[data-do=snapshot]")
     page.keyboard.press("Enter")
     until(page, "document.querySelector('#players ul li')")
@@ -175,8 +179,8 @@ def test_one_types_a_prompt_forks_and_loads_the_page_again(
     page.keyboard.press("Space")
     until(page, "document.querySelector('[data-do=pause]').getAttribute('aria-pressed') === 'false'")
     page.evaluate("players[0].socket.close()")  # a connection that is lost
-    until(page, "players[0].socket?.readyState === 0 || players[0].tries > 0")
-    until(page, "players[0].socket?.readyState === 1 && players[0].chunks.length")
+    until(page, "players[0].tries > 0")
+    until(page, "players[0].tries === 0 && players[0].chunks.length")
     until(page, playing(0))
     sees(page, BLUE)
     assert {session.id for session in server.studio.figures().sessions} == ids
