@@ -7,15 +7,21 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
 import pytest
 
 from longsana.commands import serve
-from longsana.serving.client import LiveVideo, Refused
+from longsana.config import InferenceConfig
+from longsana.serving.client import LiveVideo, Piece, Refused
+from longsana.serving.studio import Studio
+from longsana.serving.values import Limits
 from tests.forks import Fork, Forks
+from tests.serving.server import Running
 from tests.serving.test_media import decoded
 
 BASE = "configs/sana_video_config/Sana_2000M_480px_AdamW_fsdp.yaml"
@@ -67,6 +73,41 @@ def test_only_loopback_is_local() -> None:
     assert [serve.is_local(host) for host in [*local, "0.0.0.0", "::", "10.0.0.1", "example.org"]] == [True] * 4 + [
         False
     ] * 4
+
+
+def test_forty_chunks_of_the_network_are_steered_through_the_socket(
+    running: Callable[..., Running], config: InferenceConfig, tmp_path: Path
+) -> None:
+    studio = Studio(config, limits=Limits(load=100.0), snapshots=tmp_path / "snapshots")
+    server = running(studio, serve.served_by(config, "small", studio.limits, 4))
+    pieces: list[Piece] = []
+    with LiveVideo(server.url, prompt=PROMPT, num_frames=None, extra_params={"pace_to_media_time": False}) as video:
+        events, shown = {}, []
+        for piece in video:
+            pieces.append(piece)
+            shown += piece.metadata["started_event_ids"]
+            if len(pieces) in (5, 6, 20):
+                events[video.change(f"a big blue square stays still on a gray background, {len(pieces)}")] = len(pieces)
+            if len(pieces) == 12:
+                video.rewind(2)
+            if len(pieces) == 15:
+                fork = video.fork()
+            if len(pieces) == 40:
+                break
+        assert shown == list(events)  # each once, in its order
+        with LiveVideo(server.url, session_id=fork) as other:
+            first = next(iter(other))
+            assert first.metadata["pts_seconds"] == 0 and len(decoded(first.data)[0]) == first.metadata["num_frames"]
+            other.stop()
+    told = [piece.metadata for piece in pieces]
+    times, _ = decoded(b"".join(piece.data for piece in pieces))
+    assert [one["transport_chunk_index"] for one in told] == list(range(40))
+    assert times == [count / 16 for count in range(sum(one["num_frames"] for one in told))]
+    steps = [after["generation_chunk_index"] - one["generation_chunk_index"] for one, after in pairwise(told)]
+    assert sorted(set(steps)) == [-1, 1] and steps.count(-1) == 1
+    assert studio.figures().chunks_dropped > 0 and video.state is not None
+    with LiveVideo(server.url, state=video.state) as again:
+        assert next(iter(again)).metadata["generation_chunk_index"] > 20
 
 
 def up(forks: Forks, port: int, folder: Path) -> Fork:
