@@ -105,7 +105,7 @@ def test_forty_chunks_of_the_network_are_steered_through_the_socket(
     assert times == [count / 16 for count in range(sum(one["num_frames"] for one in told))]
     steps = [after["generation_chunk_index"] - one["generation_chunk_index"] for one, after in pairwise(told)]
     assert sorted(set(steps)) == [-1, 1] and steps.count(-1) == 1
-    assert studio.figures().chunks_dropped > 0 and video.state is not None
+    assert video.state is not None
     with LiveVideo(server.url, state=video.state) as again:
         assert next(iter(again)).metadata["generation_chunk_index"] > 20
 
