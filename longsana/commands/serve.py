@@ -15,6 +15,7 @@ import importlib.util
 import ipaddress
 import logging
 import os
+import re
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -109,8 +110,10 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     check_writable(options.work_dir)
     limits = replace(usual, sessions=options.sessions, queue=options.queue)
     served = served_by(config, config_path.stem, limits, options.snapshot_every)
-    listening = listen(options.host, options.port)
     key = os.environ.get(KEY) or None
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise InputError(f"{KEY}: has characters that no header can carry; use letters, digits and signs of ASCII")
+    listening = listen(options.host, options.port)
     return Request(config, served, listening, options.work_dir, tuple(options.origin), key, options.threads)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, WebSocket
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.background import BackgroundTask
 from starlette.datastructures import UploadFile
@@ -152,6 +153,12 @@ def _add_errors(app: FastAPI, measurements: Measurements) -> None:
             return refuse(503, str(error))
         field = re.match(r"[\w.]+(?=[:=])", str(error))
         return refuse(400, str(error), field[0] if field else None)
+
+    @app.exception_handler(RequestValidationError)
+    async def misfit(request: Request, error: RequestValidationError) -> Response:  # of the query
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return refuse(400, f"{name}: {first['msg']}", name)
 
     @app.exception_handler(TooLong)
     async def too_long(request: Request, error: TooLong) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from typing import Any, Protocol
@@ -266,12 +267,17 @@ class Viewer:
         self._heard = time.monotonic()
 
     async def _wait(self, due: float | None) -> None:
-        """Wait until something may have changed, or the next piece is due."""
-        left = self._heard + self._connections.stall - time.monotonic()
+        """Wait until something may have changed, or the next piece is due.
+
+        Only who has paused can be silent too long: a viewer who waits for a chunk owes nothing, however long it takes.
+        """
+        is_paused = self.session.state == "paused"
+        left = self._heard + self._connections.stall - time.monotonic() if is_paused else math.inf
         if left <= 0:
             raise _Stalled(f"nothing was sent or heard for {self._connections.stall:g} s; send session.ping to wait")
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), left if due is None else min(left, max(due, 0.001)))
+            most = min(left, math.inf if due is None else max(due, 0.001))
+            await asyncio.wait_for(self._wake.wait(), None if most == math.inf else most)
 
     def _start(self) -> dict[str, Any]:
         session = self.session

@@ -103,7 +103,7 @@ _TYPES = ("session.interaction", "session.rewind", *(f"session.{name}" for name 
 
 _SEED = Whole(-(2**63), 2**63 - 1)
 _SIDE = Whole(1, 16_384)
-_FPS = Number(above=0, most=1000)
+_FPS = Number(least=1, most=240)
 _OBJECT = Is(dict, "an object")
 _FIXED: dict[str, Rule] = {"num_inference_steps": Whole(1, 10_000), "guidance_scale": Number(), "flow_shift": Number()}
 

@@ -83,6 +83,12 @@ def test_what_cannot_be_made_is_said_at_once(running: Run, body: dict[str, Any],
     assert folder_of(server.folder) == [] and not server.studio.sessions
 
 
+def test_a_query_that_is_none_is_one_line(running: Run) -> None:
+    answer = httpx.get(f"{running().url}/v1/videos?limit=abc")
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "limit" and error["message"].startswith("limit: ")
+
+
 def test_a_picture_may_be_a_field_of_a_form(running: Run) -> None:
     form = {"prompt": "red", "input_reference[image_url]": data_url(png())}
     answer = httpx.post(f"{running().url}/v1/videos", files={name: (None, value) for name, value in form.items()})

@@ -18,7 +18,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from longsana.serving.client import LiveVideo, Refused
 from longsana.serving.values import Limits
-from tests.serving.fake import FRAMES, FakeStudio, served
+from tests.serving.fake import FRAMES, FakeSession, FakeStudio, served
 from tests.serving.server import Running
 from tests.serving.test_media import decoded
 
@@ -264,6 +264,18 @@ def test_a_silent_viewer_of_a_paused_session_is_given_up(running: Run) -> None:
         said, code = ending(client)
         assert said[-1]["code"] == "stalled" and code == 1008
     until(lambda: not server.studio.sessions)
+
+
+def test_a_viewer_whose_chunk_takes_long_is_not_given_up(running: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server owes it, and nothing is owed by who waits."""
+    take, ready = FakeSession.take, time.monotonic() + 0.8
+    late = lambda session, timeout=0.0: take(session, timeout) if time.monotonic() > ready else None  # noqa: E731
+    monkeypatch.setattr(FakeSession, "take", late)
+    with connect(running(stall=0.2, linger=0.1).socket) as client:
+        client.send(START)
+        while not isinstance(said := client.recv(10), bytes):
+            assert json.loads(said)["type"] != "error"
+    assert time.monotonic() > ready
 
 
 def test_a_slow_reader_costs_one_chunk_and_is_given_up(running: Run) -> None:

@@ -68,6 +68,16 @@ def test_a_port_in_use_and_a_missing_extra(
     assert "needs no-such-package: pip install 'longsana[serve]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["ключ", "two words", "a\tb"])
+def test_a_key_that_no_header_carries_is_refused(
+    key: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(serve.KEY, key)
+    assert serve.main(["--port", "0", "--work_dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{serve.KEY}: has characters that no header can carry" in error and key not in error
+
+
 def test_only_loopback_is_local() -> None:
     local = ["127.0.0.1", "127.8.8.8", "::1", "localhost"]
     assert [serve.is_local(host) for host in [*local, "0.0.0.0", "::", "10.0.0.1", "example.org"]] == [True] * 4 + [
