@@ -25,6 +25,8 @@ LINGER = 20.0
 """Seconds for which a session waits, paused, for a viewer whose connection has gone."""
 FAREWELL = 2.0
 """Seconds that a viewer is given to hear why his connection ends."""
+FORKS = 2
+"""Forks of one viewer that wait for a connection of their own, at most."""
 ENDED = ("finished", "closed", "failed")
 
 
@@ -95,6 +97,10 @@ class Connections:
         loop = asyncio.get_running_loop()
         self._lingering[session.id] = loop.call_later(self._linger, self._give_up, session), resume
 
+    def lingers(self, id: str) -> bool:
+        """Tell whether a session waits for a viewer."""
+        return id in self._lingering
+
     def close(self) -> None:
         """End the sessions that nobody watches."""
         for id, (timer, _) in list(self._lingering.items()):
@@ -163,7 +169,8 @@ class Connections:
         finally:
             if self._viewers.get(session.id) is viewer:
                 del self._viewers[session.id]
-                if code in (None, protocol.INVALID):  # he may come back
+                # He may come back; who never had a place begins again.
+                if code in (None, protocol.INVALID) and not session.position:
                     self.linger(session, pause=True)
                 else:
                     session.close()
@@ -188,6 +195,7 @@ class Viewer:
         self._speaking = asyncio.Lock()  # a chunk's two messages follow each other
         self._heard = time.monotonic()
         self._tasks: list[asyncio.Task[int | None]] = []
+        self._forks: list[str] = []  # that nobody may have taken yet
         self._moved = asyncio.Event()
         self._snapshot: tuple[int, str] = (0, "")
         self._taken = 0
@@ -353,7 +361,11 @@ class Viewer:
         if asked.name == "snapshot":
             return self._message("session.snapshot.created", state=protocol.state_value(await self._save()))
         if asked.name == "fork":
+            self._forks = [id for id in self._forks if self._connections.lingers(id)]
+            if len(self._forks) >= FORKS:
+                raise InputError(f"session.fork: {FORKS} forks wait for a connection of their own; take one first")
             other = session.fork()
+            self._forks.append(other.id)
             self._connections.linger(other, pause=False)
             return self._message("session.forked", session_id=other.id)
         if asked.name == "pause":

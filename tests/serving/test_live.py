@@ -17,6 +17,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from longsana.serving.client import LiveVideo, Refused
+from longsana.serving.live import FORKS
 from longsana.serving.values import Limits
 from tests.serving.fake import FRAMES, FakeSession, FakeStudio, served
 from tests.serving.server import Running
@@ -150,6 +151,29 @@ def test_a_fork_is_a_session_that_waits_for_its_socket(running: Run) -> None:
                     break
             assert hue(data) == "blue" and decoded(data)[0][0] == 0
         assert hue(video._pieces[-1].data if video._pieces and video._pieces[-1].metadata["init"] else data) == "blue"
+
+
+def test_forks_that_nobody_takes_are_few(running: Run) -> None:
+    server = running()
+    with LiveVideo(server.url, prompt="red", num_frames=None) as video:
+        next(iter(video))
+        first = [video.fork() for _ in range(FORKS)]
+        with pytest.raises(Refused, match="forks wait for a connection of their own; take one first"):
+            video.fork()
+        assert len(server.studio.sessions) == 1 + FORKS
+        with LiveVideo(server.url, session_id=first[0]) as other:
+            next(iter(other))
+            assert video.fork() not in first, "one was taken"
+
+
+def test_who_leaves_the_queue_is_in_it_no_more(running: Run) -> None:
+    server = running(FakeStudio(limits=Limits(sessions=1)))
+    with LiveVideo(server.url, prompt="red", num_frames=None) as video:
+        next(iter(video))
+        with connect(server.socket) as waiting:
+            waiting.send(START)
+            assert json.loads(waiting.recv(10))["type"] == "session.queued"
+        until(lambda: list(server.studio.sessions) == [video.session_id])
 
 
 def test_snapshots_are_told_and_gone_on_from(running: Run) -> None:
