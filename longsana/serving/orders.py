@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
@@ -160,8 +161,13 @@ def _settled(order: Order, limits: Limits) -> Order:
     return order
 
 
+DECODING = 2
+"""Pictures that are decoded at a time, each of up to some 300 MB, however many clients send one."""
+_decoding = threading.BoundedSemaphore(DECODING)
+
+
 def _picture(data: bytes, size: tuple[int, int], config: InferenceConfig) -> np.ndarray:
-    with told("image"):
+    with _decoding, told("image"):
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             return picture_of(picture, size, config.sampling.image_fit)
 
