@@ -27,9 +27,7 @@ from longsana.runtime.settings import check_bounds
 from longsana.sampling.checks import check_first_chunk, check_size
 from longsana.sampling.continuation import SEED, Continuation, Telling
 from longsana.serving.making import Event, Video, no_picture
-from longsana.serving.values import Limits, Order
-
-FPS = Number(above=0, most=240)
+from longsana.serving.values import FPS, Limits, Order
 
 
 def video_of(order: Order, config: InferenceConfig, limits: Limits, state: Continuation | None) -> Video:

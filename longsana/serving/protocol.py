@@ -22,7 +22,7 @@ from longsana.data.story import PICTURE
 from longsana.runtime.arguments import TEXT, Flag, Is, Number, OneOf, Rule, Whole
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.foreign import check_characters, parse_json
-from longsana.serving.values import Chunk, End, Limits, Order
+from longsana.serving.values import FPS, Chunk, End, Limits, Order
 
 MOST_START = 4 << 20
 MOST_LATER = 128 << 10
@@ -30,7 +30,7 @@ MOST_LATER = 128 << 10
 START_WITHIN = 10.0
 """Seconds within which the first message comes."""
 STALL = 60.0
-"""Seconds without a chunk or a message of the client's after which a connection is given up."""
+"""Seconds of silence of a client who has paused, or with a chunk unread, after which a connection is given up."""
 MOST_PICTURE_PIXELS = 1 << 25
 """Width times height of a picture that a client sends."""
 STATE_KIND, STATE_VERSION = "longsana.v1", 1
@@ -103,7 +103,6 @@ _TYPES = ("session.interaction", "session.rewind", *(f"session.{name}" for name 
 
 _SEED = Whole(-(2**63), 2**63 - 1)
 _SIDE = Whole(1, 16_384)
-_FPS = Number(least=1, most=240)
 _OBJECT = Is(dict, "an object")
 _FIXED: dict[str, Rule] = {"num_inference_steps": Whole(1, 10_000), "guidance_scale": Number(), "flow_shift": Number()}
 
@@ -192,7 +191,7 @@ def _order(
         if value is not None and name in served.fixed and value != served.fixed[name]:
             raise InputError(f"{name}={value:g}: must be {served.fixed[name]:g}, as this model was trained")
     height, width = _size(fields, served)
-    fps = _take(fields, "fps", _FPS)
+    fps = _take(fields, "fps", FPS)
     # An absent length is the model's usual one, as it is elsewhere; null, and going on, is a video without an end.
     endless = live and ("num_frames" in fields or snapshot is not None)
     num_frames = _take(fields, "num_frames", Whole(1, served.limits.most_frames))

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from longsana.runtime.arguments import Number
 from longsana.runtime.errors import InputError
 
+FPS = Number(least=1, most=240)
+"""Pictures a second that a live video may have."""
 Media = Literal["mp4", "pixels"]
 """The form of a session's chunks: pieces of one fragmented mp4 (H.264), or plain pictures (F, H, W, 3), uint8."""
 
