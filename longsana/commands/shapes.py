@@ -176,11 +176,7 @@ def train_text(request: Request) -> None:
     """Train the text encoder."""
     from longsana.shapes.train_text_encoder import TextTrainingConfig, train_text_encoder
 
-    config = load_config(
-        locate(request.config_path or f"{CONFIGS}/text_encoder.yaml", "--config_path"),
-        [f"world={request.world}", *request.settings],
-        TextTrainingConfig,
-    )
+    config = _training_config(request, "text_encoder.yaml", TextTrainingConfig)
     _make(request.folder, request.device, lambda folder: train_text_encoder(config, folder, request.device))
 
 
@@ -188,11 +184,7 @@ def train_vae(request: Request) -> None:
     """Train the VAE, by the config of its world."""
     from longsana.shapes import train_vae
 
-    config = load_config(
-        locate(request.config_path or f"{CONFIGS}/{VAES[request.world]}", "--config_path"),
-        [f"world={request.world}", *request.settings],
-        train_vae.VAETrainingConfig,
-    )
+    config = _training_config(request, VAES[request.world], train_vae.VAETrainingConfig)
     _make(request.folder, request.device, lambda folder: train_vae.train_vae(config, folder, request.device))
 
 
@@ -200,12 +192,14 @@ def train_decoder(request: Request) -> None:
     """Train the tiny decoder of a VAE's latents."""
     from longsana.shapes import train_decoder
 
-    config = load_config(
-        locate(request.config_path or f"{CONFIGS}/decoder.yaml", "--config_path"),
-        [f"world={request.world}", *request.settings],
-        train_decoder.DecoderTrainingConfig,
-    )
+    config = _training_config(request, "decoder.yaml", train_decoder.DecoderTrainingConfig)
     _make(request.folder, request.device, lambda folder: train_decoder.train_decoder(config, folder, request.device))
+
+
+def _training_config(request: Request, usual: str, kind: type[Any]) -> Any:
+    """Load the config of a part's training, of this kind. usual: the file where none is said."""
+    path = locate(request.config_path or f"{CONFIGS}/{usual}", "--config_path")
+    return load_config(path, [f"world={request.world}", *request.settings], kind)
 
 
 def _make(target: Path, device: torch.device, fill: Callable[[Path], float | None]) -> None:

@@ -208,12 +208,20 @@ def check_tiny(config: VAEConfig, path: Path) -> None:
     Raises:
         InputError: what is wrong.
     """
-    source = source_of(config)
-    open_tiny(TINY[config.decoder], source, path, headers_only=True)
+    open_tiny(TINY[config.decoder], source_of(config), path, headers_only=True)
+    check_own_latents(config, latents_of(path))
+
+
+def check_own_latents(config: VAEConfig, own: str | None) -> None:
+    """Refuse a decoder of the latents `own`, see `latents_of`, beside `config.vae_pretrained` if that has others.
+
+    Raises:
+        InputError: it has others.
+    """
     check_latents(
-        latents_of(path),
+        own,
         _latents_of_vae(config),
-        f"vae.decoder_pretrained={source}",
+        f"vae.decoder_pretrained={source_of(config)}",
         f"vae.vae_pretrained={config.vae_pretrained}",
         "vae.decoder=full",
     )

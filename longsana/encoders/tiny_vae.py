@@ -18,14 +18,13 @@ from longsana.config import VAEConfig
 from longsana.encoders import tiny_decoder
 from longsana.encoders.geometry import GEOMETRIES, geometry
 from longsana.encoders.tiny_graphs import ReplayedDecoder
-from longsana.encoders.tiny_layouts import FULL, TINY, check_tiny, seed_of_tiny, source_of
+from longsana.encoders.tiny_layouts import FULL, TINY, check_own_latents, source_of
 from longsana.encoders.tiny_network import TinyNetwork, load_tiny
 from longsana.encoders.vae import VAES, EncodeCache, VideoVAE
 from longsana.encoders.vae_files import WAN, Model
 from longsana.runtime.arguments import Whole, settled
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
-from longsana.runtime.hub import locate
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,9 +69,8 @@ class TinyVAE(VideoVAE):
         source = source_of(config)
         whole = replace(config, decoder=FULL, decoder_pretrained=None, encoder=FULL)
         encoder = partial(VAES[config.vae_type].load, whole, device, dtype)
-        if seed_of_tiny(source) is None:
-            check_tiny(config, locate(source, "vae.decoder_pretrained"))
         network = load_tiny(TINY[config.decoder], source, device, dtype)
+        check_own_latents(config, network.latents)
         assert GEOMETRIES[network.kind.vae_type] == geometry(config)
         return cls(network, config.latents_per_call, encoder if config.encoder == FULL else None)
 

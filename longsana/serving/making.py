@@ -245,10 +245,8 @@ class Maker:
                 on_step=on_step,
             )
         )
-        decoding, more = (
-            Decoding(self.decoder, moment, 0 if before is None else before.hidden),
-            video.length(point.chunk + 1) > 0,
-        )
+        decoding = Decoding(self.decoder, moment, 0 if before is None else before.hidden)
+        more = video.length(point.chunk + 1) > 0
         *opening, end = stretches(chunk.latents, chunk.start, video.telling.chunk_frames)
         shown = [decoding(piece, name, more=True) for piece in opening]
         shown.append(decoding(end, name, more=more, keep=True))
