@@ -190,7 +190,7 @@ class Engine:
         config = self.config.vae
         with blame("vae.vae_pretrained" if config.decoder == FULL else "vae.decoder_pretrained"):
             vae = load_vae(config, self.device, resolve_dtype(config.weight_dtype, self.device))
-        if isinstance(vae, TinyVAE) and self._recorded:
+        if isinstance(vae, TinyVAE) and self.recorded:
             vae.replay()
         return vae
 
@@ -245,7 +245,7 @@ class Engine:
             PromptNoise(seeds, keys),
             self.device,
             sampling.cfg_scale,
-            recorded=self._recorded,
+            recorded=self.recorded,
             null_caption=sampling.cfg_scale != 1 and sampling.null_caption == "learned",
             outlines=outlines,
             transition_chunks=sampling.transition_chunks,
@@ -285,7 +285,8 @@ class Engine:
         )
 
     @property
-    def _recorded(self) -> bool:
+    def recorded(self) -> bool:
+        """Tell whether passes and a tiny decoder's calls are replayed as CUDA graphs."""
         return self.config.sampling.cuda_graphs and self.device.type == "cuda"
 
     def first_of(self, decoder: VideoVAE, prompts: Sequence[Prompt], videos: Videos) -> dict[int, Tensor]:

@@ -7,7 +7,8 @@ network itself, which is the slow twin.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -32,47 +33,66 @@ class _Kind(NamedTuple):
         return self.text is other.text and self[1:] == other[1:]
 
 
+@dataclass
+class _Known:
+    kind: _Kind
+    passes: int = 0
+    recording: RecordedPass | None = None
+
+
 class ReplayedNetwork:
     """A network on one GPU, for passes without gradients with a caption that is the same object for many of them.
 
-    Values in, values out, like the network: what it returns is the caller's own. One recording is kept until a video
-    begins or another caption comes. Its memory, beside all else: a pass's activations, and two states. Passes without
-    a state, and the first of each kind, are the network's own.
+    Values in, values out, like the network: what it returns is the caller's own. Passes without a state, and the first
+    of each kind, are the network's own.
+
+    most: recordings that are kept, the last ones used: of one video one, which another caption or length replaces.
+        Each has two states, and all together a pass's activations.
     """
 
-    def __init__(self, model: LongSanaDiT) -> None:
-        self.model = model
-        self._kind: _Kind | None = None
-        self._passes = 0
-        self._recording: RecordedPass | None = None
+    def __init__(self, model: LongSanaDiT, most: int = 1) -> None:
+        self.model, self._most = model, most
+        self._known: list[_Known] = []
 
     def __call__(
         self, x: Tensor, t: Tensor, text: Text, *, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
         if state is None:
-            self._kind = self._recording = None
             return self.model(x, t, text)
         kind = _Kind(text, tuple((part.shape, part.dtype) for part in (x, t, *state[:3])), state.sinks)
-        if self._kind is None or not self._kind.fits(kind):
-            self._kind, self._passes, self._recording = kind, 0, None
-        self._passes += 1
-        if self._passes <= PLAIN_PASSES:
+        own = next((known for known in self._known if known.kind.fits(kind)), None) or _Known(kind)
+        # The last one used first; those that make room are gone before another is recorded.
+        self._known = [own, *(known for known in self._known if known is not own)][: self._most]
+        own.passes += 1
+        if own.passes <= PLAIN_PASSES:
             return self.model(x, t, text, state=state)
-        if self._recording is None:
-            self._recording = RecordedPass(self.model, x, t, text, state)
-        return self._recording.replay(x, t, state)
+        if own.recording is None:
+            own.recording = RecordedPass(self.model, x, t, text, state, self._pool)
+        return own.recording.replay(x, t, state)
+
+    @property
+    def _pool(self) -> Any:
+        """The memory of the recordings, of which one is replayed at a time."""
+        return next((known.recording.pool for known in self._known if known.recording is not None), None)
 
 
 class RecordedPass:
-    """One pass, recorded. It reads the network's weights and the caption where they lie."""
+    """One pass, recorded. It reads the network's weights and the caption where they lie. pool: see `Recording`."""
 
-    def __init__(self, model: LongSanaDiT, x: Tensor, t: Tensor, text: Text, state: CausalState) -> None:
+    def __init__(
+        self, model: LongSanaDiT, x: Tensor, t: Tensor, text: Text, state: CausalState, pool: Any = None
+    ) -> None:
         def run(x: Tensor, t: Tensor, *past: Tensor) -> list[Tensor]:
             velocity, after = model(x, t, text, state=state_of(past, state.sinks))
             return [velocity, *after[:3]]
 
-        self._recording = Recording(run, [x, t, *tensors_of(state)], warm_up=run)
+        self._recording = Recording(run, [x, t, *tensors_of(state)], warm_up=run, pool=pool)
         self._sinks = model.past.sunk(state.sinks, 1)  # after the pass
+
+    @property
+    def pool(self) -> Any:
+        """The graph's memory."""
+        return self._recording.pool
 
     def replay(self, x: Tensor, t: Tensor, state: CausalState) -> tuple[Tensor, CausalState]:
         """Velocity (B, C, T, H, W) and the state after x, of the shapes that were recorded; the caller's own."""

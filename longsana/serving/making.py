@@ -27,11 +27,14 @@ from longsana.sampling.captions import Caption, CaptionEncoder, stacked
 from longsana.sampling.continuation import Continuation, Moment, Telling, mark_of, restored, vae_mark_of
 from longsana.sampling.engine import Decoding, Engine, stretches
 from longsana.sampling.films import absorb_film, film_latents
+from longsana.sampling.graphs import ReplayedNetwork
 from longsana.sampling.recent import Held
-from longsana.sampling.sampler import StepEnd, generate, go_on
+from longsana.sampling.sampler import Network, StepEnd, generate, go_on
 from longsana.sampling.transition import Way, blend
 from longsana.serving.past import SharedPast
 
+RECORDINGS = 4
+"""Kinds of passes that are kept as CUDA graphs, of captions and sizes: each has two states of the network's."""
 TEXTS = 4
 """Captions whose keys and values stay on the device, for all sessions: 54 MB each with the published network."""
 
@@ -184,6 +187,7 @@ class Maker:
     def __init__(self, engine: Engine, encode: CaptionEncoder, captions: int) -> None:
         self.engine, self.network, self.decoder = engine, *engine.load()
         self.marks = mark_of(self.network), vae_mark_of(self.decoder)
+        self._passes: Network = ReplayedNetwork(self.network, RECORDINGS) if engine.recorded else self.network
         self._sampling = engine.config.sampling
         self._schedule = FlowSchedule.from_config(engine.config.scheduler)
         self._encode = encode
@@ -230,7 +234,7 @@ class Maker:
         )
         chunk = next(
             generate(
-                self.network,
+                self._passes,
                 self._schedule,
                 [self._text(turn.before, turn.words, turn.share, video.telling.transition)],
                 ChunkPlan((video.length(point.chunk),)),

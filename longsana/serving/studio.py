@@ -61,8 +61,7 @@ class Studio:
             while not isinstance(piece := session.take(None), End):
                 ...
 
-    A chunk that fails, or for which the GPU has no memory, ends its session and no other. Passes are not recorded as
-    CUDA graphs (`sampling.cuda_graphs`), which serve one video at a time; a tiny decoder's calls are.
+    A chunk that fails, or for which the GPU has no memory, ends its session and no other.
 
     snapshots: the folder that has them, made if it is missing, for this process alone; None: none can be saved.
 

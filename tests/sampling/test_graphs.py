@@ -33,7 +33,9 @@ class Counted:
     made: list[Any]
     replayed: int
 
-    def __init__(self, model: LongSanaDiT, x: Tensor, t: Tensor, text: TextMemory, state: Any) -> None:
+    pool = None
+
+    def __init__(self, model: LongSanaDiT, x: Tensor, t: Tensor, text: TextMemory, state: Any, pool: None) -> None:
         self._model, self._text = model, text
         Counted.made.append(text)
 
@@ -73,9 +75,9 @@ def test_a_video_is_recorded_from_its_third_chunk_on(counted: type[Counted]) -> 
     network, text = ReplayedNetwork(model), caption(model, 0)
     assert torch.equal(video(network, [text] * 5), video(model, [text] * 5))
     assert (len(counted.made), counted.replayed) == (1, 15)
-    # The next video begins without a state, and is recorded anew.
+    # The next one with this caption is replayed from its second chunk on: the first has no state.
     assert torch.equal(video(network, [text] * 5), video(model, [text] * 5))
-    assert (len(counted.made), counted.replayed) == (2, 30)
+    assert (len(counted.made), counted.replayed) == (1, 35)
 
 
 @torch.no_grad()
@@ -104,6 +106,24 @@ def test_another_caption_is_another_recording(counted: type[Counted]) -> None:
     assert counted.made[0] is first and counted.made[1] is second
 
 
+@torch.no_grad()
+def test_as_many_recordings_are_kept_as_there_is_room_for(counted: type[Counted]) -> None:
+    """Two videos whose chunks take turns, as viewers' do; a third one takes the place of the one used longest ago."""
+    model = build_model(SHAPES, device="cpu", dtype=torch.float32)
+    network, texts = ReplayedNetwork(model, most=2), [caption(model, seed) for seed in range(3)]
+    x, t = torch.randn(1, 16, 2, 4, 6), torch.zeros(1)
+    _, state = model(x, t, texts[0])
+    for _ in range(replay.PLAIN_PASSES + 2):
+        for text in texts[:2]:
+            assert torch.equal(network(x, t, text, state=state)[0], model(x, t, text, state=state)[0])
+    assert (len(counted.made), counted.replayed) == (2, 4)
+    network(x, t, texts[2], state=state)
+    network(x, t, texts[1], state=state)
+    assert counted.replayed == 5
+    network(x, t, texts[0], state=state)
+    assert counted.replayed == 5
+
+
 @pytest.mark.parametrize("change", ["recache=2", "rebuild=2", "cut"])
 @torch.no_grad()
 def test_a_past_that_changes_is_replayed_too(counted: type[Counted], change: str) -> None:
@@ -113,6 +133,10 @@ def test_a_past_that_changes_is_replayed_too(counted: type[Counted], change: str
     texts, changes = [first, first, second, second, second], {2: Change.parse(change)}
     assert torch.equal(video(network, texts, changes=changes), video(model, texts, changes=changes))
     assert [made is second for made in counted.made][-1]
+
+
+def recorded(network: ReplayedNetwork) -> bool:
+    return any(known.recording is not None for known in network._known)
 
 
 def past_of(settings: dict[str, Any], device: str, dtype: torch.dtype) -> LongSanaDiT:
@@ -130,7 +154,7 @@ def test_recorded_passes_of_every_past(graphs: None, settings: dict[str, Any]) -
     model = past_of(settings, "cpu", torch.float32)
     network, text = ReplayedNetwork(model), caption(model, 0)
     assert torch.equal(video(network, [text] * 5), video(model, [text] * 5))
-    assert network._recording is not None
+    assert recorded(network)
     x, t = torch.randn(1, 16, 2, 4, 6), torch.zeros(1)
     states: list[Any] = [None, None]
     for _ in range(replay.PLAIN_PASSES + 4):
@@ -147,7 +171,7 @@ def test_replayed_passes_of_every_past(dtype: torch.dtype, settings: dict[str, A
     model = past_of(settings, "cuda", dtype)
     network, text = ReplayedNetwork(model), caption(model, 0)
     assert torch.equal(video(network, [text] * 5, "cuda"), video(model, [text] * 5, "cuda"))
-    assert network._recording is not None
+    assert recorded(network)
 
 
 @pytest.mark.gpu
@@ -160,7 +184,7 @@ def test_replayed_passes_are_the_passes_themselves(dtype: torch.dtype) -> None:
     for seed in (0, 1):
         text = caption(model, seed)
         assert torch.equal(video(network, [text] * 5, "cuda"), video(model, [text] * 5, "cuda"))
-        assert network._recording is not None
+        assert recorded(network)
     x, t, text = torch.randn(1, 16, 2, 4, 6, device="cuda"), torch.zeros(1, device="cuda"), caption(model, 2)
     _, state = model(x, t, text)
     for _ in range(replay.PLAIN_PASSES):
@@ -170,3 +194,22 @@ def test_replayed_passes_are_the_passes_themselves(dtype: torch.dtype) -> None:
     network(2 * x, t, text, state=after)
     assert all(torch.equal(a, b) for a, b in zip((velocity, *after[:3]), kept, strict=True))
     assert after.frames == 4
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_recordings_that_share_memory_take_turns() -> None:
+    """To the bit, of several captions and lengths, each going on from its own state."""
+    model = build_model(SHAPES, device="cuda", dtype=torch.bfloat16)
+    network, t = ReplayedNetwork(model, most=3), torch.full((1,), 500.0, device="cuda")
+    kinds = [(caption(model, seed), torch.randn(1, 16, n, 4, 6, device="cuda")) for seed, n in enumerate((2, 3, 2))]
+    plain = [model(x, t, text)[1] for text, x in kinds]
+    own = list(plain)
+    for _ in range(replay.PLAIN_PASSES + 3):
+        for number, (text, x) in enumerate(kinds):
+            expected, plain[number] = model(x, t, text, state=plain[number])
+            velocity, own[number] = network(x, t, text, state=own[number])
+            assert torch.equal(velocity, expected)
+    assert all(known.recording is not None for known in network._known) and len(network._known) == 3
+    for one, other in zip(own, plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
