@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -158,10 +159,42 @@ def nbytes(points: Iterable[Point]) -> int:
     return sum(storages.values())
 
 
-def bytes_of(memory: Memory) -> tuple[int, int]:
-    """Bytes of the network's state, and of all that is remembered beside last chunks that are held."""
-    own = memory._replace(moment=memory.moment._replace(recent=Held()))
-    return memory.moment.network.nbytes, nbytes([Point(after=Later.of(own))])
+class Bytes(NamedTuple):
+    """The memory of a point: the network's state; and all beside last chunks that are held, and that of the decoder."""
+
+    state: int
+    whole: int
+    decoder: int
+
+    @classmethod
+    def of(cls, memory: Memory) -> Bytes:
+        """Measure."""
+        decoder, own = memory.moment.decoder, memory._replace(moment=memory.moment._replace(recent=Held()))
+        return cls(
+            memory.moment.network.nbytes,
+            nbytes([Point(after=Later.of(own))]),
+            0 if decoder is None else decoder.nbytes,
+        )
+
+    def times(self, factor: float) -> Bytes:
+        """The memory of a size of so many times the pixels."""
+        return Bytes(*(int(part * factor) for part in self))
+
+    @property
+    def thin(self) -> int:
+        """Bytes without the decoder's; see `thinned`."""
+        return self.whole - self.decoder
+
+
+def thinned(point: Point) -> Point:
+    """A point without the decoder's memory, which is rebuilt from the last latents where somebody goes on from it.
+
+    Its frames then differ by less than a step of 8 bits (docs/usage.md, states).
+    """
+    memory = None if point.after is None else point.after.made
+    if memory is None or memory.moment.decoder is None or memory.moment.latents is None:
+        return point
+    return replace(point, after=Later.of(memory._replace(moment=memory.moment._replace(decoder=None))))
 
 
 class Made(NamedTuple):
@@ -217,10 +250,18 @@ class Maker:
         yield Point(after=Later.of(Memory(moment._replace(waiting=hidden), past.whole, hidden)), turn=video.turn)
 
     @torch.no_grad()
-    def make(self, video: Video, point: Point, events: Sequence[Event] = (), on_step: StepEnd = go_on) -> Made:
+    def make(
+        self,
+        video: Video,
+        point: Point,
+        events: Sequence[Event] = (),
+        on_step: StepEnd = go_on,
+        between: Callable[[], object] | None = None,
+    ) -> Made:
         """Make the chunk after a point, without absorbing it: that waits until somebody asks for `point.after`.
 
-        events: that came since. on_step: see `StepEnd`; it may raise, which leaves nothing behind.
+        events: that came since. on_step: see `StepEnd`; it may raise, which leaves nothing behind. between: is called
+        between the decoder's groups, which then are decoded one by one, to the same frames; it may raise, too.
 
         Raises:
             InputError: the change of prompt reaches back to what is not held.
@@ -228,7 +269,8 @@ class Maker:
         """
         turn, steps = video.told(point, events[-1] if events else None)
         before = None if point.after is None else point.after()
-        moment, name = None if before is None else before.moment, f"chunk {point.chunk}"
+        moment = None if before is None else restored(before.moment, self.decoder)
+        name = f"chunk {point.chunk}"
         past = SharedPast(
             Held() if before is None else before.moment.recent, video.kept, whole=not before or before.whole
         )
@@ -251,9 +293,17 @@ class Maker:
         )
         decoding = Decoding(self.decoder, moment, 0 if before is None else before.hidden)
         more = video.length(point.chunk + 1) > 0
-        *opening, end = stretches(chunk.latents, chunk.start, video.telling.chunk_frames)
-        shown = [decoding(piece, name, more=True) for piece in opening]
-        shown.append(decoding(end, name, more=more, keep=True))
+        pieces = list(stretches(chunk.latents, chunk.start, video.telling.chunk_frames))
+        if between is not None:
+            starts = accumulate([piece.shape[2] for piece in pieces[:-1]], initial=chunk.start)
+            both = zip(pieces, starts, strict=True)
+            pieces = [part for piece, start in both for part in self.decoder.grouped(piece, start)]
+        shown = []
+        for piece in pieces[:-1]:
+            shown.append(decoding(piece, name, more=True))
+            if between is not None:
+                between()
+        shown.append(decoding(pieces[-1], name, more=more, keep=True))
 
         def absorbed() -> Memory:
             assert chunk.state is not None

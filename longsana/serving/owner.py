@@ -40,11 +40,14 @@ class Owner(Protocol):
     def left(self, session: Session) -> None:
         """Give the place of a session that has ended to another; called with the lock."""
 
+    def keeps_pace(self, session: Session) -> bool:
+        """Tell whether a session has a viewer's pace, and chunks are made fast enough for it."""
+
     def lead(self, session: Session) -> float:
         """Seconds that a session should be ahead of its viewer."""
 
-    def may_keep(self, session: Session) -> int:
-        """Count the chunks that memory lets a session go back by."""
+    def may_keep(self, session: Session) -> tuple[int, int]:
+        """Count the chunks that memory lets a session go back by, and the last of them with the decoder's memory."""
 
     def save(self, session: Session, point: Point) -> str:
         """Save a state; returns its id. Called without the lock."""

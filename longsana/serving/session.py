@@ -11,11 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
-from torch import Tensor
-
 from longsana.runtime.arguments import TEXT
 from longsana.runtime.errors import InputError
-from longsana.serving.making import Event, Made, Point, Video, nbytes
+from longsana.serving.making import Event, Made, Point, Video, nbytes, thinned
 from longsana.serving.media import ChunkEncoder
 from longsana.serving.orders import event_of
 from longsana.serving.owner import Dropped, Entry, Owner, Task
@@ -37,8 +35,9 @@ class Session:
 
     What was made and not yet taken is never binding: a change of prompt, a rewind or a fork counts from the last chunk
     that was taken, and what comes after that is made again. Then the session gives, to the bit, the pictures of one
-    that was told the same from the start. One viewer takes its pieces; `fork` is for another one. It has its place, and
-    the memory of its last chunks, until it is closed or fails, also when all of it was taken.
+    that was told the same from the start; where memory is short, a rewind does so to rounding (see `thinned`). One
+    viewer takes its pieces; `fork` is for another one. It has its place, and the memory of its last chunks, until it is
+    closed or fails, also when all of it was taken.
 
     id: 32 random hex digits. height, width, fps: of the video. started: when it was ordered (`time.monotonic`).
     """
@@ -283,14 +282,14 @@ class Session:
         if not self._unsent or not self.order.pace:
             return len(self._unsent) < UNPACED
         ahead = self._seconds(sum(entry.frames for entry in self._unsent))
-        return ahead < self._owner.lead(self) and len(self._unsent) <= self._owner.may_keep(self)
+        return ahead < self._owner.lead(self) and len(self._unsent) <= max(1, self._owner.may_keep(self)[1])
 
     def dry(self) -> float:
         """The moment at which its viewer has nothing left of what was made; of one that had nothing, when it ordered.
 
-        One without a pace has a turn at least each few seconds, and otherwise what others leave.
+        One that keeps no pace has a turn at least each few seconds, and otherwise what others leave.
         """
-        if not self.order.pace:
+        if not self._owner.keeps_pace(self):
             return max(self.started, self.last_turn) + PATIENCE
         made = self._pictures + sum(entry.frames for entry in self._unsent)
         found = self._pace.dry(self._seconds(made))
@@ -312,11 +311,6 @@ class Session:
         """Raise Dropped if a turn of this epoch is not wanted any more; needs no lock."""
         if epoch != self._epoch:
             raise Dropped
-
-    def step_on(self, epoch: int, step: int, x: Tensor) -> Tensor:
-        """Follow the steps of a chunk, x of any shape, and end it where it is not wanted any more."""
-        self.check(epoch)
-        return x
 
     def open_on(self) -> None:
         """Make a step of the film that comes first; called by the worker, without the lock."""
@@ -370,8 +364,11 @@ class Session:
 
     def trim(self) -> None:
         """Let go of what memory has no room for."""
-        while len(self._points) > self._owner.may_keep(self) + 1:
+        kept, whole = self._owner.may_keep(self)
+        while len(self._points) > kept + 1:
             self._points.popleft()
+        for number in range(len(self._points) - 1 - whole):
+            self._points[number] = thinned(self._points[number])
 
     def figures(self) -> SessionFigures:
         """Measure the session."""

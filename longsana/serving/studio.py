@@ -15,13 +15,14 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from torch import Tensor
 
 from longsana.config import InferenceConfig
 from longsana.published import DISTILLED
 from longsana.runtime.errors import InputError
 from longsana.sampling.captions import caption_encoder
 from longsana.sampling.engine import Engine
-from longsana.serving.making import Event, Maker, Point, bytes_of, nbytes
+from longsana.serving.making import Bytes, Event, Maker, Point, nbytes
 from longsana.serving.orders import video_of
 from longsana.serving.owner import Dropped, Entry, Task
 from longsana.serving.session import Session
@@ -92,7 +93,9 @@ class Studio:
         self._queue: deque[Session] = deque()
         self._seconds: dict[tuple[int, int, int], Times] = {}
         self._recent: deque[tuple[float, float]] = deque(maxlen=MEASURED)
-        self._bytes: dict[tuple[int, int], tuple[int, int]] = {}
+        self._bytes: dict[tuple[int, int], Bytes] = {}
+        self._given = 0.0  # seconds of chunks that were made while another one waited
+        self._passes = sum(step > 0 for step in engine.config.scheduler.denoising_step_list) + 1
         self._made = self._dropped = self._failures = 0
         with ExitStack() as undo:
             self._snapshots: Snapshots | None = None
@@ -207,18 +210,33 @@ class Studio:
         self._admit()
 
     def lead(self, session: Session) -> float:
-        """Seconds that a session is to be ahead of its viewer: what making its next chunk again takes, others' too."""
+        """Seconds that a session is to be ahead of its viewer: what making its next chunk again takes, and the longest
+        that others hold it up."""
         if session.order.lead is not None:
             return session.order.lead
-        others = [self._estimate(other) for other in self._running() if other is not session and other.order.pace]
+        others = [
+            self._estimate(other) / (1 if self.keeps_pace(other) else self._passes)
+            for other in self._running()
+            if other is not session
+        ]
         return min(self.limits.most_lead, SPARE + MARGIN * self._estimate(session) + max(others, default=0.0))
 
-    def may_keep(self, session: Session) -> int:
-        """Count the chunks that memory lets a session go back by, at least one."""
-        states, whole = self._bytes_of(session)
-        share = self._most_bytes // max(1, len(self._running()))
+    def keeps_pace(self, session: Session) -> bool:
+        """Tell whether a session has a viewer's pace, and chunks are made fast enough for it if nobody else has any.
+
+        One that does not takes what others leave, and counts for nothing where others are taken in.
+        """
+        return 0 < self._load(session) <= self.limits.load
+
+    def may_keep(self, session: Session) -> tuple[int, int]:
+        """Count the chunks that memory lets a session go back by, at least one, and the last of them with the decoder's
+        memory."""
+        own = self._bytes_of(session)
+        share = self._most_bytes // max(1, len(self._running())) - own.state * session.video.kept
         # The point that it stands at, as many that wait, one more, and the one in progress; and states before chunks.
-        return max(1, min(self.limits.kept, ((share - states * session.video.kept) // max(1, whole) - 3) // 2))
+        whole = max(0, min(self.limits.kept, (share // max(1, own.whole) - 3) // 2))
+        left = (share - (2 * whole + 3) * own.whole) // max(1, own.thin)
+        return max(1, min(self.limits.kept, whole + max(0, left))), whole
 
     def save(self, session: Session, point: Point) -> str:
         """Save a state; returns its id. Called without the lock."""
@@ -270,7 +288,8 @@ class Studio:
             return False
         if not running:
             return True
-        if sum(map(self._load, (*running, session))) > self.limits.load and session.order.pace:
+        paced = [self._load(one) for one in (*running, session) if self.keeps_pace(one)]
+        if sum(paced) > self.limits.load and self.keeps_pace(session):
             return False
         return sum(map(self._least_bytes, (*running, session))) <= self._most_bytes
 
@@ -291,18 +310,18 @@ class Studio:
         near = min(self._seconds, key=lambda known: abs(known[0] * known[1] * known[2] - work))
         return self._seconds[near].median * work / (near[0] * near[1] * near[2])
 
-    def _bytes_of(self, session: Session) -> tuple[int, int]:
-        """Bytes of a network's state, and of all of a point, of a session's size."""
+    def _bytes_of(self, session: Session) -> Bytes:
+        """The memory of a point of a session's size."""
         size = session.video.size
         if size in self._bytes:
             return self._bytes[size]
         near = min(self._bytes, key=lambda known: abs(known[0] * known[1] - size[0] * size[1]))
-        more = size[0] * size[1] / (near[0] * near[1])
-        return int(self._bytes[near][0] * more), int(self._bytes[near][1] * more)
+        return self._bytes[near].times(size[0] * size[1] / (near[0] * near[1]))
 
     def _least_bytes(self, session: Session) -> int:
-        states, whole = self._bytes_of(session)
-        return states * session.video.kept + 5 * whole
+        own = self._bytes_of(session)
+        # See `may_keep`.
+        return own.state * session.video.kept + 4 * own.whole + own.thin
 
     def _room(self) -> int:
         if self._device.type != "cuda":
@@ -322,7 +341,7 @@ class Studio:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self._seconds[_key(video.size, video.length(1))] = Times(time.monotonic() - began)
-        self._bytes[video.size] = bytes_of(memory)
+        self._bytes[video.size] = Bytes.of(memory)
 
     def _run(self) -> None:
         """The thread."""
@@ -339,14 +358,43 @@ class Studio:
             self._turn(session, task)
             del session, task  # which hold memory of one that may be closed while the next waits
 
-    def _turn(self, session: Session, task: Task) -> None:
+    def _give_way(self, session: Session, epoch: int) -> None:
+        """Between passes of a chunk that no viewer waits for in media time, make those that others wait for.
+
+        Raises:
+            Dropped: the chunk is not wanted any more.
+        """
         began = time.monotonic()
+        while not self._closed:
+            session.check(epoch)
+            with self.lock:
+                waiting = [one for one in self._sessions.values() if self.keeps_pace(one) and one.wants()]
+                if not waiting:
+                    break
+                other = min(waiting, key=Session.dry)
+                task = other.turn()
+            self._turn(other, task)
+            del other, task
+        self._given += time.monotonic() - began
+        session.check(epoch)
+
+    def _turn(self, session: Session, task: Task) -> None:
+        began = time.monotonic() - self._given
+        epoch = task.epoch
         try:
             if task.point is None:
                 session.open_on()
                 return
-            made = self._maker.make(session.video, task.point, task.events, partial(session.step_on, task.epoch))
-            seconds = time.monotonic() - began
+            with self.lock:
+                paced = self.keeps_pace(session)
+            between = partial(session.check if paced else partial(self._give_way, session), epoch)
+
+            def on_step(step: int, x: Tensor) -> Tensor:
+                between()
+                return x
+
+            made = self._maker.make(session.video, task.point, task.events, on_step, None if paced else between)
+            seconds = time.monotonic() - self._given - began
             with self.lock:
                 entry = session.made(task, made, seconds)
                 if entry is None:
@@ -360,8 +408,8 @@ class Studio:
                 assert made.point.after is not None
                 memory = made.point.after()
                 with self.lock:
-                    self._bytes[session.video.size] = bytes_of(memory)
-            seconds = time.monotonic() - began
+                    self._bytes[session.video.size] = Bytes.of(memory)
+            seconds = time.monotonic() - self._given - began
             key = _key(session.video.size, session.video.length(task.point.chunk))
             with self.lock:
                 if key in self._seconds:

@@ -26,10 +26,11 @@ class Limits:
     sessions: that have a place at a time, paused ones included. queue: that wait for one; a further one is refused.
     kept: last chunks of a session whose states are kept, for `rewind`, `fork` and changes of the past; at least 1.
     memory_bytes: for the states and decoders' memories of all sessions; None: 80 % of what is free on the GPU when the
-        studio opens, and 2 GiB on a CPU. Where it is short, fewer chunks are kept, at least one; where that is too
-        much as well, a session waits.
-    load: share of the time that sessions at their viewers' pace may take together, by measured speed; the first is
-        always taken in.
+        studio opens, and 2 GiB on a CPU. Where it is short, earlier chunks are kept without the decoder's memory, then
+        fewer of them, at least one; where that is too much as well, a session waits.
+    load: share of the time that sessions at their viewers' pace may take together, by measured speed. One that takes
+        more than that alone, or has no pace, is made in the time that others leave, and gives way to them between
+        passes of the network and groups of the decoder.
     most_lead: seconds that an order may ask to be ahead of its viewer, at most.
     most_pixels: height times width of a video, at most. most_chunk_frames: latent frames of a chunk, at most.
     most_frames: pixel frames of a video with an end, at most.

@@ -134,6 +134,27 @@ def test_short_memory_keeps_fewer_chunks(config: InferenceConfig) -> None:
         first, second = studio.start(order()), studio.start(order())
         taken(first, 5)
         assert len(first._points) == 2 and second.position == 1  # one is always taken in
+        assert [point.after is None or point.after().moment.decoder is None for point in first._points] == [True, False]
+
+
+def test_earlier_chunks_go_without_the_decoders_memory_first(config: InferenceConfig) -> None:
+    """Of which a rewind knows nothing but rounding."""
+    with Studio(config, limits=Limits(kept=3)) as studio:
+        own = studio._bytes[32, 48]
+        assert own.whole > 2 * own.thin  # else it would not pay
+        studio._most_bytes = 3 * own.state + 4 * own.whole + 3 * own.thin
+        session = studio.start(order())
+        first = taken(session, 5)
+        assert [point.after().moment.decoder is None for point in session._points if point.after] == [True] * 3 + [
+            False
+        ]
+        settled(studio)
+        assert studio.figures().memory_bytes <= studio._most_bytes
+        session.rewind(3)
+        again = taken(session, 3)
+        assert [chunk.generation_index for chunk in again] == [2, 3, 4]
+        difference = pictures(session, again).astype(int) - pictures(session, first[2:])
+        assert abs(difference).max() <= 2
 
 
 def test_the_queue(narrow: Studio) -> None:
@@ -154,19 +175,72 @@ def test_the_queue(narrow: Studio) -> None:
 
 
 def test_one_is_taken_in_by_measured_speed(narrow: Studio) -> None:
-    key = (32, 48, 3)
+    key = (32, 48, 2)
     before = dict(narrow._seconds)
     try:
         with narrow.lock:  # nothing is measured meanwhile
-            narrow._seconds = {key: Times(10.0)}
+            narrow._seconds = {key: Times(0.28)}
             first, second = narrow.start(order(pace=True)), narrow.start(order(pace=True))
             assert (first.position, second.position) == (0, 1)
-            assert narrow.figures().load > 1
+            assert 0.5 < narrow.figures().load < narrow.limits.load and narrow.keeps_pace(first)
             narrow._seconds = {key: Times(0.01)}
             narrow._admit()
             assert second.position == 0
+            second.close()
+            # One that is slower than its pace anyway holds no place of others.
+            narrow._seconds = {key: Times(0.3), (64, 96, 2): Times(10.0)}
+            first.close()
+            slow, third = narrow.start(order(pace=True, height=64, width=96)), narrow.start(order(pace=True))
+            assert (slow.position, third.position) == (0, 0) and not narrow.keeps_pace(slow)
+            assert narrow.lead(third) > 10.0 / narrow._passes
     finally:
         narrow._seconds = before
+
+
+def test_what_nobody_waits_for_gives_way(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A viewer who comes while a file is made gets his chunks between its passes; no bit of either changes."""
+    alone = studio.start(order(num_frames=17, height=64, width=96, seed=3))
+    file = pictures(alone, taken(alone, 2))
+    other = studio.start(order(seed=5))
+    video = pictures(other, taken(other, 2))
+    for one in (alone, other):
+        one.close()
+    settled(studio)
+    give, make = studio._give_way, studio._maker.make
+    viewers: list[Session] = []
+    done: list[int] = []
+
+    def give_way(session: Session, epoch: int) -> None:
+        if not viewers:
+            viewers.append(studio.start(order(pace=True, lead=9.0, seed=5)))
+        give(session, epoch)
+
+    def making(video: Any, *arguments: Any) -> Any:
+        made = make(video, *arguments)
+        done.append(video.seed)
+        return made
+
+    monkeypatch.setattr(studio, "_give_way", give_way)
+    monkeypatch.setattr(studio._maker, "make", making)
+    job = studio.start(order(num_frames=17, height=64, width=96, seed=3))
+    assert np.array_equal(pictures(job, taken(job, 2)), file)
+    assert np.array_equal(pictures(viewers[0], taken(viewers[0], 2)), video)
+    assert done.index(5) < done.index(3)
+
+
+def test_a_chunk_that_gives_way_ends_with_its_session(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    give, made = studio._give_way, studio.figures().chunks_made
+
+    def give_way(session: Session, epoch: int) -> None:
+        session.close()
+        give(session, epoch)
+
+    monkeypatch.setattr(studio, "_give_way", give_way)
+    job = studio.start(order())
+    end = job.take(WAIT)
+    assert isinstance(end, End) and end.reason == "closed"
+    settled(studio)
+    assert studio.figures().chunks_made == made
 
 
 @pytest.mark.parametrize(
