@@ -8,9 +8,9 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
@@ -23,7 +23,7 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 from longsana.runtime.errors import InputError
 from longsana.runtime.foreign import parse_json
 from longsana.serving import protocol
-from longsana.serving.guard import PROTOCOL, Guard, TooLong, error_value
+from longsana.serving.guard import Guard, TooLong, error_value, spoken
 from longsana.serving.jobs import Job, Jobs
 from longsana.serving.live import LINGER, Connections, Gone
 from longsana.serving.metrics import CONTENT_TYPE, Measurements
@@ -35,6 +35,7 @@ PAGE = Path(__file__).with_name("page.html")
 EXPIRE = 60.0
 """Seconds between two looks for videos that are too old."""
 MOST_FIELDS = 64
+Reader = TypeVar("Reader", bound=Callable[..., Awaitable[Any]])
 
 
 class _Socket:
@@ -102,7 +103,7 @@ def create_app(
     app = FastAPI(title="LongSANA", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Guard, key=key, origins=origins, local=local)
     if origins:  # outside of the door, since what a browser asks first has no key
-        methods, names = ["GET", "POST", "DELETE"], ["Authorization", "Content-Type"]
+        methods, names = ["GET", "HEAD", "POST", "DELETE"], ["Authorization", "Content-Type"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=names)
     _add_errors(app, measurements)
     _add_page(app)
@@ -110,11 +111,10 @@ def create_app(
 
     @app.websocket("/v1/realtime/video")
     async def realtime(socket: WebSocket) -> None:
-        spoken = PROTOCOL if PROTOCOL in socket.scope.get("subprotocols", ()) else None
-        await socket.accept(subprotocol=spoken)
+        await socket.accept(subprotocol=spoken(socket.scope))
         await connections.serve(_Socket(socket))
 
-    @app.get("/v1/models")
+    @_reads(app, "/v1/models")
     async def models() -> dict[str, Any]:
         model = {
             "id": served.name,
@@ -130,16 +130,26 @@ def create_app(
         }
         return {"object": "list", "data": [model]}
 
-    @app.get("/health")
+    @_reads(app, "/health")
     async def health() -> dict[str, Any]:
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @_reads(app, "/metrics")
     async def metrics() -> Response:
         return Response(await asyncio.to_thread(measurements.text), media_type=CONTENT_TYPE)
 
     started = time.time()
     return app
+
+
+def _reads(app: FastAPI, path: str, **more: Any) -> Callable[[Reader], Reader]:
+    """Decorate what answers GET at a path, and HEAD, of whose answer uvicorn sends the headers alone."""
+
+    def add(function: Reader) -> Reader:
+        app.head(path, include_in_schema=False)(function)
+        return app.get(path, **more)(function)
+
+    return add
 
 
 def _add_errors(app: FastAPI, measurements: Measurements) -> None:
@@ -191,7 +201,7 @@ def _add_page(app: FastAPI) -> None:
         "Cache-Control": "no-cache",
     }
 
-    @app.get("/", include_in_schema=False)
+    @_reads(app, "/", include_in_schema=False)
     async def page() -> Response:
         return HTMLResponse(text, headers=headers)
 
@@ -233,7 +243,7 @@ def _add_videos(app: FastAPI, served: Served, jobs: Jobs) -> None:
             gone.cancel()
         return FileResponse(jobs.file(job), media_type="video/mp4", background=BackgroundTask(jobs.delete, job.id))
 
-    @app.get("/v1/videos")
+    @_reads(app, "/v1/videos")
     async def list_videos(after: str | None = None, limit: int = 20, order: str = "desc") -> dict[str, Any]:
         found, more = jobs.list(after, min(max(limit, 1), 100), newest_first=order != "asc")
         ids = [job.id for job in found]
@@ -245,11 +255,11 @@ def _add_videos(app: FastAPI, served: Served, jobs: Jobs) -> None:
             "has_more": more,
         }
 
-    @app.get("/v1/videos/{id}")
+    @_reads(app, "/v1/videos/{id}")
     async def get_video(id: str) -> dict[str, Any]:
         return known(id).value(served.name)
 
-    @app.get("/v1/videos/{id}/content")
+    @_reads(app, "/v1/videos/{id}/content")
     async def content(id: str) -> Response:
         job = known(id)
         if job.status != "completed":

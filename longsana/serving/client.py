@@ -184,7 +184,7 @@ class LiveVideo:
         try:
             self._socket.send(json.dumps(message))
         except ConnectionClosed as error:
-            raise Refused(f"the connection is closed ({error})") from error
+            raise _closed(error) from error
 
     def _until(self, kind: str) -> dict[str, Any]:
         while True:
@@ -205,7 +205,7 @@ class LiveVideo:
                 self.state = message.get("state", self.state)
         except ConnectionClosed as error:
             self._ended = True
-            raise Refused(f"the connection is closed ({error})") from error
+            raise _closed(error) from error
         if message["type"] == "error":
             raise Refused(message["message"], message.get("code", ""))
         if message["type"] == "session.moved":
@@ -214,3 +214,9 @@ class LiveVideo:
         if message["type"] == "session.done":
             self._ended, self.done = True, message
         return message
+
+
+def _closed(error: ConnectionClosed) -> Refused:
+    """Say of a connection that is closed why, in the server's words where it said any."""
+    reason = error.rcvd.reason if error.rcvd is not None else ""
+    return Refused(f"the server refuses: {reason}" if reason else f"the connection is closed ({error})")

@@ -50,18 +50,20 @@ class Guard:
             refusal = 413, f"a body of more than {MOST_BODY} bytes"
         if refusal is None:
             await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008, "reason": refusal[1]})
-        else:
+        elif scope["type"] == "http":
             await _answer(send, *refusal)
+        else:  # a page hears why of a WebSocket alone that was accepted first
+            await receive()
+            await send({"type": "websocket.accept", "subprotocol": spoken(scope)})
+            await send({"type": "websocket.close", "code": 1008, "reason": refusal[1]})
 
     def _refusal(self, scope: Message, headers: dict[bytes, str]) -> tuple[int, str] | None:
         host = headers.get(b"host", "")
         if not self._is_ours(host):
-            return 421, "this server does not go by that name; use localhost, or start it with --origin"
+            return 421, "this server does not go by that name; use localhost, or have it started with --origin"
         origin = headers.get(b"origin")
         if origin is not None and origin not in self._origins and origin.partition("://")[2].lower() != host.lower():
-            return 403, "pages of other servers may not use this one; start it with --origin"
+            return 403, "pages of other servers may not use this one, unless it is started with --origin"
         if self._key is not None and scope["path"] not in OPEN and not self._knows_key(scope, headers):
             return 401, "the API key is missing or wrong"
         return None
@@ -90,6 +92,11 @@ class Guard:
                     continue
         key = (self._key or "").encode()
         return any(hmac.compare_digest(one.strip().encode("utf-8", "replace"), key) for one in found)
+
+
+def spoken(scope: Message) -> str | None:
+    """The subprotocol to speak: a browser that names some hears nothing else."""
+    return PROTOCOL if PROTOCOL in scope.get("subprotocols", ()) else None
 
 
 class TooLong(Exception):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from longsana.commands.serve import uvicorn_settings
 from longsana.serving.app import create_app
@@ -24,6 +25,7 @@ class Running:
     """A server that listens. studio: a `FakeStudio` unless another one was given."""
 
     port: int
+    app: FastAPI
     studio: Any
     jobs: Jobs
     folder: Path
@@ -55,7 +57,7 @@ def running(tmp_path: Path) -> Iterator[Callable[..., Running]]:
         while not server.started:
             assert thread.is_alive() and time.monotonic() < until
             time.sleep(0.005)
-        found = Running(server.servers[0].sockets[0].getsockname()[1], studio, made, folder)
+        found = Running(server.servers[0].sockets[0].getsockname()[1], app, studio, made, folder)
         started.append((server, thread, found))
         return found
 

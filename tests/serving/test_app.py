@@ -227,6 +227,21 @@ def test_the_door(running: Run) -> None:
         assert status(path, **key) == 404
 
 
+def test_head_is_get_without_its_body(running: Run) -> None:
+    server = running(key="s3cret")
+    with httpx.Client(base_url=server.url, headers={"authorization": "Bearer s3cret"}) as client:
+        video = finished(client, client.post("/v1/videos", json={"prompt": "red", "num_frames": 16}).json())
+        paths = [route.path for route in server.app.routes if "GET" in getattr(route, "methods", ())]
+        assert {"/", "/health", "/metrics", "/v1/models", "/v1/videos/{id}/content"} <= set(paths)
+        for path in (*(path.format(id=video["id"]) for path in paths), "/v1/videos/no", "/no"):
+            whole, head = client.get(path), client.head(path)
+            assert (head.status_code, head.content) == (whole.status_code, b""), path
+            if path != "/metrics":  # which have changed
+                del whole.headers["date"], head.headers["date"]
+                assert head.headers == whole.headers, path
+    assert httpx.head(server.url + "/v1/models").status_code == 401
+
+
 def test_a_page_that_is_named_may_ask(running: Run) -> None:
     url = running(key="s3cret", origins=("https://studio.example",)).url + "/v1/videos"
     asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}

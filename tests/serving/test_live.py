@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from longsana.serving.client import LiveVideo, Refused
@@ -358,24 +358,38 @@ def test_a_defect_ends_its_own_session(running: Run, caplog: pytest.LogCaptureFi
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_pages_of_others_and_wrong_keys_stay_out(running: Run) -> None:
+def test_pages_of_others_and_wrong_keys_stay_out_and_hear_why(running: Run, caplog: pytest.LogCaptureFixture) -> None:
     server = running(key="s3cret", origins=("https://studio.example",))
-    with pytest.raises(InvalidStatus), connect(server.socket):
-        pass
     bearer = {"Authorization": "Bearer s3cret"}
-    for origin, host in [("http://evil.example", None), ("null", None), ("http://evil.example", "evil.example")]:
-        more = {**bearer, "Host": host} if host else bearer
-        with pytest.raises(InvalidStatus), connect(server.socket, origin=origin, additional_headers=more):
-            pass
+
+    def refusal(url: str = server.socket, **more: Any) -> tuple[list[dict[str, Any]], int, str]:
+        with connect(url, sock=socket.create_connection(("127.0.0.1", server.port)), **more) as client:
+            said, _ = ending(client)
+            return said, client.close_code or 0, client.close_reason or ""
+
+    assert refusal() == ([], 1008, "the API key is missing or wrong")
+    assert refusal(subprotocols=["longsana", "longsana.key.eA"]) == refusal()  # as a page says it
+    led = server.socket.replace("127.0.0.1", "evil.example")  # by somebody's DNS
+    for origin, url, why in [
+        ("http://evil.example", server.socket, "pages of other servers"),
+        ("null", server.socket, "pages of other servers"),
+        ("http://evil.example", led, "go by that name"),
+    ]:
+        said, code, reason = refusal(url, origin=origin, additional_headers=bearer)
+        assert (said, code) == ([], 1008) and why in reason
     for origin in (f"http://127.0.0.1:{server.port}", "https://studio.example"):
-        with connect(server.socket, origin=origin, additional_headers=bearer):
-            pass
-    with connect(server.socket, subprotocols=["longsana", "longsana.key.czNjcmV0"]) as client:  # as a page says it
+        with connect(server.socket, origin=origin, additional_headers=bearer) as client:
+            client.send(START)
+            assert json.loads(client.recv(10))["type"] == "video.start"
+    with connect(server.socket, subprotocols=["longsana", "longsana.key.czNjcmV0"]) as client:
         assert client.subprotocol == "longsana"
-    with pytest.raises(Refused, match="refuses"):
+        client.send(START)
+        assert json.loads(client.recv(10))["type"] == "video.start"
+    with pytest.raises(Refused, match=r"^the server refuses: the API key is missing or wrong$"):
         LiveVideo(server.url, key="wrong", prompt="red")
     with LiveVideo(server.url, key="s3cret", prompt="red", num_frames=8) as video:
         assert len(list(video)) == 1
+    assert caplog.messages == []
 
 
 def test_twenty_sessions(running: Run) -> None:
