@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 MOST_OF_AN_ID = 200
 """Characters of an event's id."""
+KNOWN_IDS = 1024
+"""Last events of a session whose ids may not be used again."""
 PATIENCE = 5.0
 """Seconds after which a session without a pace has a turn before viewers who are not dry yet."""
 UNPACED = 2
@@ -71,6 +73,7 @@ class Session:
         self._points: deque[Point] = deque(begin)
         self._unsent: deque[Entry] = deque()
         self._pending: deque[Event] = deque()
+        self._ids: deque[str] = deque(maxlen=KNOWN_IDS)
         self._carried: tuple[tuple[str, ...], tuple[str, ...]] = (), ()
         self._epoch = 0  # counts what has made the chunk in progress worthless
         self._pace = Pace()
@@ -157,8 +160,8 @@ class Session:
         transition_chunks: over which one caption becomes the other; None: the session's own.
 
         Raises:
-            InputError: one of them is none, the policy reaches farther back than `Limits.kept`, too many changes wait,
-                or the session has ended.
+            InputError: one of them is none, the id is that of an earlier event, the policy reaches farther back than
+                `Limits.kept`, too many changes wait, or the session has ended.
         """
         with self._owner.lock:
             self._check_alive()
@@ -166,6 +169,8 @@ class Session:
             id = TEXT.settle("event_id", event_id) or secrets.token_hex(8)
             if len(id) > MOST_OF_AN_ID:
                 raise InputError(f"event_id: of {len(id):,} characters; must have at most {MOST_OF_AN_ID}")
+            if id in self._ids:
+                raise InputError(f"event_id={id}: names an earlier change of this session; give each one of its own")
             event = event_of(prompt, id, policy, transition_chunks, self.video, done, self._owner.limits)
             waiting = sum(len(entry.events) for entry in self._unsent) + len(self._pending)
             if waiting >= self._owner.limits.most_events:
@@ -173,6 +178,7 @@ class Session:
             if not self.video.length(done):
                 raise InputError("prompt: the video has ended; rewind it, or begin another")
             self._drop()
+            self._ids.append(id)
             self._pending.append(event)
             self._owner.wake()
             return id
@@ -306,6 +312,7 @@ class Session:
     def await_events(self, events: list[Event]) -> None:
         """Have changes of prompt wait for the next chunk."""
         self._pending.extend(events)
+        self._ids.extend(event.id for event in events)
 
     def check(self, epoch: int) -> None:
         """Raise Dropped if a turn of this epoch is not wanted any more; needs no lock."""

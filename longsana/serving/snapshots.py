@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import secrets
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable, hold_folder, partial_name
@@ -17,24 +19,48 @@ ID = re.compile(r"[0-9a-f]{32}")
 SUFFIX = ".safetensors"
 
 
+class _Owner(NamedTuple):
+    """Whose a snapshot is. session: its id; "": one of before this process. asked: somebody asked for it."""
+
+    session: str = ""
+    asked: bool = False
+
+
+class _File(NamedTuple):
+    """A snapshot, sorted by the time at which it was written."""
+
+    written: int
+    size: int
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.path.stem
+
+
 class Snapshots:
-    """Saved states by random ids, which are no paths, whole or not there; a bounded number of them, the oldest go.
+    """Saved states by random ids, which are no paths, whole or not there; a bounded number of them.
+
+    Where there are too many, the session that has most of them loses one: the oldest that was asked for, or else the
+    oldest. So none loses one to a session that has more. Those of before this process count as one session's.
 
     Files are those of `Continuation.save`, without the decoder's memory, which is rebuilt from the last latents.
 
-    most, most_bytes: files, and their bytes, that there are after a new one.
+    most, most_bytes: files, and their bytes, that there are after a new one. most_asked: of one session, of those that
+    were asked for.
     """
 
-    def __init__(self, folder: Path, most: int, most_bytes: int) -> None:
-        self.folder, self._most, self._most_bytes = folder, most, most_bytes
+    def __init__(self, folder: Path, most: int, most_bytes: int, most_asked: int = 16) -> None:
+        self.folder, self._most, self._most_bytes, self._most_asked = folder, most, most_bytes, most_asked
+        self._owners: dict[str, _Owner] = {}
         self._lock = threading.Lock()
         for left in folder.glob(partial_name(Path(f"*{SUFFIX}")).name):  # of a process that was killed
             left.unlink(missing_ok=True)
-        self._make_room(0)
+        self._make_room()
 
     @classmethod
     @contextmanager
-    def opened(cls, folder: Path, most: int, most_bytes: int) -> Iterator[Snapshots]:
+    def opened(cls, folder: Path, most: int, most_bytes: int, most_asked: int = 16) -> Iterator[Snapshots]:
         """Have a folder, made if it is missing, for this process alone inside the block.
 
         Raises:
@@ -42,19 +68,20 @@ class Snapshots:
         """
         check_writable(folder, "folder of snapshots")
         with hold_folder(folder, "folder of snapshots"):
-            yield cls(folder, most, most_bytes)
+            yield cls(folder, most, most_bytes, most_asked)
 
-    def save(self, state: Continuation) -> str:
-        """Save a state; returns its id.
+    def save(self, state: Continuation, session: str, *, asked: bool = True) -> str:
+        """Save a state of a session, which somebody asked for or which is saved of itself; returns its id.
 
         Raises:
             OSError: the disk is full, or failed; nothing of it is left.
         """
         with self._lock:
-            self._make_room(1)
-            id = secrets.token_hex(16)
+            owner, id = _Owner(session, asked), secrets.token_hex(16)
+            self._make_room(owner)
             state.save(self._path(id), "latents")
-            self._make_room(0, newest=id)
+            self._owners[id] = owner
+            self._make_room(newest=id)
             return id
 
     def load(self, id: str) -> Continuation:
@@ -78,27 +105,47 @@ class Snapshots:
 
     def sizes(self) -> list[int]:
         """Bytes of each file, the oldest first."""
-        return [size for _, size, _ in self._files()]
+        return [file.size for file in self._files()]
 
     def _path(self, id: str) -> Path:
         if not isinstance(id, str) or ID.fullmatch(id) is None:
             raise InputError(f"snapshot={id!r:.60}: must be the id of one, 32 digits from 0 to f")
         return self.folder / f"{id}{SUFFIX}"
 
-    def _files(self) -> list[tuple[int, int, Path]]:
+    def _files(self) -> list[_File]:
         found = []
         for path in self.folder.glob(f"*{SUFFIX}"):
             if ID.fullmatch(path.stem):
                 with suppress(FileNotFoundError):
                     status = path.stat()
-                    found.append((status.st_mtime_ns, status.st_size, path))
+                    found.append(_File(status.st_mtime_ns, status.st_size, path))
         return sorted(found)
 
-    def _make_room(self, coming: int, newest: str = "") -> None:
+    def _make_room(self, coming: _Owner | None = None, newest: str = "") -> None:
+        """Remove what is too much, with one that is to come, or else without the newest, which stays."""
         files = self._files()
-        total = sum(size for _, size, _ in files)
-        while files and (len(files) + coming > self._most or total > self._most_bytes) and files[0][2].stem != newest:
-            _, size, path = files.pop(0)
-            total -= size
+        self._owners = {file.id: self._owners.get(file.id, _Owner()) for file in files}
+        while gone := self._too_much([file for file in files if file.id != newest], files, coming):
+            files.remove(gone)
+            del self._owners[gone.id]
             with suppress(OSError):
-                path.unlink(missing_ok=True)
+                gone.path.unlink(missing_ok=True)
+
+    def _too_much(self, old: list[_File], files: list[_File], coming: _Owner | None) -> _File | None:
+        """The one of the old files that goes next; None if all may stay."""
+        owners = [self._owners[file.id] for file in files] + ([] if coming is None else [coming])
+        if coming is not None and coming.asked and owners.count(coming) > self._most_asked:
+            return next((file for file in old if self._owners[file.id] == coming), None)
+        too_many = len(owners) > self._most
+        if not too_many and sum(file.size for file in files) <= self._most_bytes:
+            return None
+        has = Counter(owner.session for owner in owners)
+        if not too_many:
+            has = Counter()
+            for file in files:
+                has[self._owners[file.id].session] += file.size
+        if not old:
+            return None
+        loser = max((self._owners[file.id].session for file in old), key=lambda session: has[session])
+        own = [file for file in old if self._owners[file.id].session == loser]
+        return next((file for file in own if self._owners[file.id].asked), own[0])

@@ -100,8 +100,8 @@ class Studio:
         with ExitStack() as undo:
             self._snapshots: Snapshots | None = None
             if snapshots is not None:
-                held = Snapshots.opened(snapshots, self.limits.snapshots, self.limits.snapshot_bytes)
-                self._snapshots = undo.enter_context(held)
+                most = self.limits.snapshots, self.limits.snapshot_bytes, self.limits.session_snapshots
+                self._snapshots = undo.enter_context(Snapshots.opened(snapshots, *most))
             encode = undo.enter_context(caption_encoder(engine.config, engine.device))
             self._maker = Maker(engine, encode, self.limits.captions)
             self._warm_up()
@@ -242,7 +242,7 @@ class Studio:
         """Save a state; returns its id. Called without the lock."""
         if self._snapshots is None:
             raise InputError("snapshot: this studio keeps none; start it with a folder for them")
-        return self._snapshots.save(self._maker.state(session.video, point))
+        return self._snapshots.save(self._maker.state(session.video, point), session.id)
 
     def save_later(self, session: Session, point: Point) -> None:
         """Save a state in the background; not if the last one is still being written, so that nothing piles up."""
@@ -449,7 +449,7 @@ class Studio:
         """Save a session's state of itself, in place of the last but one; where a disk fails, the next is tried."""
         assert self._snapshots is not None
         try:
-            id = self.save(session, point)
+            id = self._snapshots.save(self._maker.state(session.video, point), session.id, asked=False)
         except Exception as error:
             log.warning("session %s: no snapshot was saved: %s", session.id, error)
             return

@@ -36,7 +36,8 @@ class Limits:
     most_frames: pixel frames of a video with an end, at most.
     most_prompt: characters of a prompt, at most. most_events: changes of prompt that wait for a chunk, at most.
     captions: texts whose embeddings are kept, for all sessions together.
-    snapshots, snapshot_bytes: files that the folder of snapshots holds, at most; the oldest go.
+    snapshots, snapshot_bytes: files that the folder of snapshots holds, at most; those of the session that has most go.
+    session_snapshots: of one session, of those that are asked for, at most; the oldest go.
     """
 
     sessions: int = 16
@@ -53,6 +54,7 @@ class Limits:
     captions: int = 64
     snapshots: int = 256
     snapshot_bytes: int = 64 << 30
+    session_snapshots: int = 16
 
 
 @dataclass(frozen=True)

@@ -234,16 +234,37 @@ def test_what_cannot_be_is_refused(ordered: Any) -> None:
         with pytest.raises(ValueError, match=said) as error:
             session.change(*arguments)
         assert "\n" not in str(error.value)
-    for _ in range(16):
-        session.change(OTHER)
+    for number in range(16):
+        session.change(OTHER, f"e{number}")
     with pytest.raises(ValueError, match="16 changes wait"):
-        session.change(OTHER)
+        session.change(OTHER, "late")
     session.close()
     session.close()
     assert session.take(None) == End("closed", "", 0) and session.state == "closed"
     for method in (session.pause, session.resume, session.fork, session.snapshot, lambda: session.change(OTHER)):
         with pytest.raises(ValueError, match="session: has ended"):
             method()
+
+
+def test_an_id_names_one_change(ordered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longsana.serving.session.KNOWN_IDS", 3)
+    session = ordered()
+    taken(session, 1)
+    session.change(OTHER, "mine")
+    fork = session.fork()
+    for heir in (session, fork):  # in which it waits too
+        with pytest.raises(ValueError, match="event_id=mine: names an earlier change"):
+            heir.change(THIRD, "mine")
+    assert [chunk.started for one in (session, fork) for chunk in taken(one, 2)] == [("mine",), ()] * 2
+    session.rewind(1)
+    with pytest.raises(ValueError, match="event_id=mine"):
+        session.change(THIRD, "mine")
+    with pytest.raises(ValueError, match="no change of the past"):
+        session.change(THIRD, "again", "recahe=1")
+    assert session.change(THIRD, "again") == "again"  # what was refused named nothing
+    for _ in range(3):
+        session.change(THIRD)
+    assert session.change(THIRD, "mine") == "mine", "an old one is forgotten"
 
 
 def test_a_decoder_that_looks_ahead(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +128,19 @@ def state_of(studio: Studio) -> Continuation:
     return state
 
 
+class OfHundredBytes:
+    """A state of which the file's size alone counts."""
+
+    def save(self, path: Path, memory: str) -> None:
+        path.write_bytes(bytes(100))
+
+
 def test_their_number_is_bounded(studio: Studio, tmp_path: Path) -> None:
     state = state_of(studio)
     (tmp_path / f".{'0' * 32}.partial.safetensors").write_bytes(b"of a process that was killed")
     (tmp_path / "notes.safetensors").write_bytes(b"somebody's")
     with Snapshots.opened(tmp_path, 3, 10**9) as folder:
-        ids = [folder.save(state) for _ in range(5)]
+        ids = [folder.save(state, "a") for _ in range(5)]
         assert sorted(path.stem for path in tmp_path.glob("*.safetensors")) == sorted([*ids[2:], "notes"])
         with pytest.raises(ValueError, match="there is none of this id"):
             folder.load(ids[0])
@@ -140,9 +149,9 @@ def test_their_number_is_bounded(studio: Studio, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
     size = (tmp_path / f"{ids[-1]}.safetensors").stat().st_size
     folder = Snapshots(tmp_path, 9, 2 * size)
-    last = [folder.save(state) for _ in range(3)]
+    last = [folder.save(state, session) for session in "abc"]
     assert sorted(path.stem for path in tmp_path.glob("*.safetensors")) == sorted([*last[1:], "notes"])
-    assert Snapshots(tmp_path, 9, 1).save(state)  # the newest stays, whatever its size
+    assert Snapshots(tmp_path, 9, 1).save(state, "a")  # the newest stays, whatever its size
     damaged = tmp_path / f"{'1' * 32}.safetensors"
     damaged.write_bytes(b"\x80\x04pickle")
     with pytest.raises(ValueError, match=r"^snapshot=1+: a PyTorch file, or another pickle") as error:
@@ -150,14 +159,45 @@ def test_their_number_is_bounded(studio: Studio, tmp_path: Path) -> None:
     assert str(tmp_path) not in str(error.value)
 
 
+@pytest.mark.parametrize("bounds", [(12, 10**9), (10**9, 1200)])
+def test_none_goes_for_a_session_that_has_more(tmp_path: Path, bounds: tuple[int, int]) -> None:
+    folder, rng = Snapshots(tmp_path, *bounds, most_asked=5), random.Random(3)
+    held: dict[str, tuple[str, bool]] = {}  # whose they are, the oldest first
+    lost = Counter[str]()
+    for moment in range(300):
+        session, asked = rng.choice("aaaabbcd"), rng.random() < 0.7
+        before = dict(held)
+        held[folder.save(OfHundredBytes(), session, asked=asked)] = session, asked  # type: ignore[arg-type]
+        *_, new = held
+        os.utime(tmp_path / f"{new}.safetensors", ns=(moment, moment))  # as a clock would that is fine enough
+        left = {path.stem for path in tmp_path.iterdir()}
+        gone = [held.pop(id) for id in before if id not in left]
+        assert new in left and len(left) <= 12 and len(gone) <= 1
+        assert max(Counter(owner for owner in held.values() if owner[1]).values(), default=0) <= 5
+        for owner, _ in gone:
+            has = [one for one, _ in before.values()].count(owner)
+            assert owner == session or has >= [one for one, _ in held.values()].count(session)
+            own = [(id, known[1]) for id, known in before.items() if known[0] == owner]
+            first = next((id for id, known in own if known), own[0][0])
+            assert first not in left, "the oldest that was asked for goes first"
+            lost[owner] += owner != session
+    assert lost["a"] > 0 and len(left) == 12
+    again = Snapshots(tmp_path, 4, 10**9)  # those of another process are one session's
+    assert {path.stem for path in tmp_path.iterdir()} == set(list(held)[-4:])
+    mine = again.save(OfHundredBytes(), "a")  # type: ignore[arg-type]
+    for _ in range(3):
+        again.save(OfHundredBytes(), "b", asked=False)  # type: ignore[arg-type]
+    assert mine in {path.stem for path in tmp_path.iterdir()}
+
+
 def test_another_network_is_refused(config: InferenceConfig, studio: Studio) -> None:
     assert studio._snapshots is not None
     state = state_of(studio)
-    other = studio._snapshots.save(state._replace(marks=("0" * 64, state.marks[1])))
+    other = studio._snapshots.save(state._replace(marks=("0" * 64, state.marks[1])), "a")
     with pytest.raises(ValueError, match="snapshot: of another network"):
         studio.start(order(prompt=None, snapshot=other))
     with pytest.raises(ValueError, match="the snapshot's video has"):
-        studio.start(order(prompt=None, snapshot=studio._snapshots.save(state), height=48))
+        studio.start(order(prompt=None, snapshot=studio._snapshots.save(state, "a"), height=48))
 
 
 KILLED = """
