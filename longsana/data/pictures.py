@@ -61,8 +61,16 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield picture
 
 
-def fit_picture(picture: Image.Image, height: int, width: int, fit: Fit = "cover") -> np.ndarray:
+def fit_picture(
+    picture: Image.Image,
+    height: int,
+    width: int,
+    fit: Fit = "cover",
+    remedy: str = "crop it, or use --image_fit=stretch",
+) -> np.ndarray:
     """Fit a picture of Pillow, in any mode, to a size: (height, width, 3), uint8.
+
+    remedy: what to do where its shape is too far from the video's, for the message.
 
     Raises:
         InputError: there is no such fit, the picture has no pixel or is one of floats, or its shape is so far from the
@@ -80,7 +88,7 @@ def fit_picture(picture: Image.Image, height: int, width: int, fit: Fit = "cover
     if high * wide > MOST_PIXELS:
         raise InputError(
             f"a picture of {colours.height}x{colours.width} covers {height}x{width} only at {high}x{wide}, which is "
-            "too large; crop it, or use --image_fit=stretch"
+            f"too large; {remedy}"
         )
     top, left = (high - height) // 2, (wide - width) // 2
     scaled = colours.resize((wide, high), Image.Resampling.BICUBIC)

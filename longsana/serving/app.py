@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
@@ -218,9 +218,9 @@ def _add_videos(app: FastAPI, served: Served, jobs: Jobs) -> None:
         return JSONResponse(error_value(404, "there is no such video, or no longer"), 404)
 
     async def create(request: Request) -> Job:
-        fields, picture = await _body(request)
-        order = await asyncio.to_thread(protocol.read_video, fields, picture, served)
-        return await asyncio.to_thread(jobs.create, order)
+        start = await asyncio.to_thread(protocol.read_video, await _body(request), served)
+        with protocol.named(start.names):
+            return await asyncio.to_thread(jobs.create, start.order)
 
     @app.post("/v1/videos")
     async def create_video(request: Request) -> dict[str, Any]:
@@ -244,8 +244,10 @@ def _add_videos(app: FastAPI, served: Served, jobs: Jobs) -> None:
         return FileResponse(jobs.file(job), media_type="video/mp4", background=BackgroundTask(jobs.delete, job.id))
 
     @_reads(app, "/v1/videos")
-    async def list_videos(after: str | None = None, limit: int = 20, order: str = "desc") -> dict[str, Any]:
-        found, more = jobs.list(after, min(max(limit, 1), 100), newest_first=order != "asc")
+    async def list_videos(
+        after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
+    ) -> dict[str, Any]:
+        found, more = jobs.list(after, min(max(limit, 1), 100), newest_first=order == "desc")
         ids = [job.id for job in found]
         return {
             "object": "list",
@@ -282,8 +284,8 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _body(request: Request) -> tuple[dict[str, Any], bytes | None]:
-    """Read the fields of a form or of JSON, and a picture that came as a file."""
+async def _body(request: Request) -> dict[str, Any]:
+    """Read the fields of a form, of which a file is its bytes, or of JSON."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         try:
@@ -292,19 +294,18 @@ async def _body(request: Request) -> tuple[dict[str, Any], bytes | None]:
             raise InputError(f"a body that is not JSON: {error}") from error
         if not isinstance(fields, dict):
             raise InputError("the body must be a JSON object")
-        return fields, None
+        return fields
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         raise InputError("the body must be application/json or multipart/form-data")
     form: dict[str, Any] = {}
-    picture = None
     async with request.form(max_files=1, max_fields=MOST_FIELDS, max_part_size=protocol.MOST_START) as parts:
         for name, value in parts.multi_items():
             if isinstance(value, UploadFile):
-                picture = await value.read() or None
+                form[name] = await value.read() or None
             elif found := re.fullmatch(r"(\w+)\[(\w+)\]", name):  # an object's field, as clients write them in forms
                 inner = form.setdefault(found[1], {})
                 if isinstance(inner, dict):
                     inner[found[2]] = value
             else:
                 form[name] = value
-    return form, picture
+    return form

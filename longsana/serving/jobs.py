@@ -103,9 +103,10 @@ class Jobs:
         """Take in a job; it may wait for the studio.
 
         Raises:
-            InputError: no such video can be made, as far as that is known without a place in the studio.
+            InputError: no such video can be made; one line, which begins with the field of the order.
             Full: as many wait as may.
         """
+        self._studio.check(order)  # at once, before it waits, or takes the place of a video that is finished
         self.expire()
         height, width = order.height or self._served.height, order.width or self._served.width
         seconds = (order.num_frames or 0) / (order.fps or self._served.fps)
@@ -120,7 +121,7 @@ class Jobs:
                 self._drop(old)
             begins = sum(not one.ended.done() for one in self._jobs.values()) < self._at_a_time
             self._jobs[job.id] = job
-        if begins:  # then what is wrong with the order is said at once
+        if begins:  # then the studio may be full
             try:
                 job.session = self._studio.start(order)
             except BaseException:

@@ -142,7 +142,8 @@ class Connections:
                 return before, False
             if start.order.snapshot is None and start.order.prompt is None:
                 raise InputError("extra_params.session_id: there is no such session any more; start a new one")
-        return await asyncio.to_thread(self.studio.start, start.order), True
+        with protocol.named(start.names):
+            return await asyncio.to_thread(self.studio.start, start.order), True
 
     async def _move(self, viewer: Viewer) -> None:
         """Give a viewer the session's place, which another one may have."""
@@ -333,7 +334,8 @@ class Viewer:
             try:
                 asked = protocol.read_later(text, self._served)
                 event_id = asked.event_id if isinstance(asked, Interaction) else ""
-                said = await self._do(asked)
+                with protocol.named(protocol.LATER):
+                    said = await self._do(asked)
             except Full as error:
                 said = self._error(str(error), "no_capacity", event_id)
             except InputError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 
@@ -14,12 +16,10 @@ from PIL import Image
 
 from longsana.chunks import ChunkPlan
 from longsana.config import InferenceConfig
-from longsana.data.pictures import FORMATS, told
+from longsana.data.pictures import FORMATS, check_header, fit_picture, told
 from longsana.data.story import Change, Outline, place_parts, read_part
 from longsana.encoders.geometry import geometry
 from longsana.pipelines.films import Film
-from longsana.pipelines.images import picture_of
-from longsana.pipelines.prompts import only_words
 from longsana.pipelines.turns import Begun, lengths_of, told_by
 from longsana.runtime.arguments import TEXT, Flag, Number, OneOf, Rule, Whole
 from longsana.runtime.errors import InputError
@@ -27,7 +27,9 @@ from longsana.runtime.settings import check_bounds
 from longsana.sampling.checks import check_first_chunk, check_size
 from longsana.sampling.continuation import SEED, Continuation, Telling
 from longsana.serving.making import Event, Video, no_picture
-from longsana.serving.values import FPS, Limits, Order
+from longsana.serving.values import FPS, Limits, Order, Words
+
+_FIELDS = frozenset(field.name for field in fields(Order))
 
 
 def video_of(order: Order, config: InferenceConfig, limits: Limits, state: Continuation | None) -> Video:
@@ -42,15 +44,23 @@ def video_of(order: Order, config: InferenceConfig, limits: Limits, state: Conti
     order = _settled(order, limits)
     told = {name: value for name in Telling._fields if (value := getattr(order, name, None)) is not None}
     telling = usual._replace(**told).settled("order")
+    if order.first_chunk_frames is None and telling.first_chunk_frames > telling.chunk_frames + 1:
+        raise InputError(
+            f"chunk_frames={telling.chunk_frames}: must be at least {telling.first_chunk_frames - 1} with this model's "
+            f"first chunk of {telling.first_chunk_frames}"
+        )
     check_first_chunk(telling.first_chunk_frames, telling.chunk_frames, ("first_chunk_frames", "chunk_frames"))
     size = (order.height or sampling.height, order.width or sampling.width)
     if state is not None:
-        if (order.height or state.size[0], order.width or state.size[1]) != state.size:
-            raise InputError(f"height={order.height}, width={order.width}: the snapshot's video has {state.size}")
+        for name, asked, has in zip(("height", "width"), (order.height, order.width), state.size, strict=True):
+            if asked not in (None, has):
+                raise InputError(f"{name}={asked}: the snapshot's video has {has}; leave it out")
         size = state.size
     if size[0] * size[1] > limits.most_pixels:
+        name, side = ("height", size[0]) if order.width is None else ("width", size[1])
         raise InputError(
-            f"height={size[0]}, width={size[1]}: too large; their product must be at most {limits.most_pixels:,}"
+            f"{name}={side}: {size[1]}x{size[0]} is too large; width times height must be at most "
+            f"{limits.most_pixels:,}"
         )
     check_bounds(replace(sampling, height=size[0], width=size[1]))
     check_size(config, *size)
@@ -61,7 +71,7 @@ def video_of(order: Order, config: InferenceConfig, limits: Limits, state: Conti
     film = None if order.film is None else _film(order, telling.fps, size)
     if order.prompt is None and state is None:
         raise InputError("prompt: missing; without a snapshot there is none to go on with")
-    text = None if order.prompt is None else words_of(order.prompt, limits)
+    text = None if order.prompt is None else Words(limits.most_prompt).settle("prompt", order.prompt)
     shape = geometry(config.vae)
 
     def lengths() -> Any:
@@ -74,11 +84,12 @@ def video_of(order: Order, config: InferenceConfig, limits: Limits, state: Conti
 
     steps = telling.transition_chunks
     own: dict[str, Any] = {"film": film is not None, "pictures": pictures, "read": no_picture}
-    script = told_by(text, state, lengths(), place, change, steps, **own)
-    known = tuple(islice(script.turns, max(1, len(script.plan) - script.done) + 1 if script.plan else 1))
-    if state is not None:
-        for chunk, turn in enumerate(known):
-            state.recent.check(turn.change, chunk)
+    with _about("snapshot" if text is None else "prompt"):
+        script = told_by(text, state, lengths(), place, change, steps, **own)
+        known = tuple(islice(script.turns, max(1, len(script.plan) - script.done) + 1 if script.plan else 1))
+        if state is not None:
+            for chunk, turn in enumerate(known):
+                state.recent.check(turn.change, chunk)
     return Video(
         size,
         telling.fps,
@@ -107,24 +118,31 @@ def event_of(
     Raises:
         InputError: it is none, or reaches farther back than anything is held.
     """
-    text = words_of(prompt, limits)
-    try:
+    text = Words(limits.most_prompt).settle("prompt", prompt)
+    with _about("prompt"):
         words, own = read_part(text)
-        told = own or Change.parse(TEXT.settle("policy", video.telling.prompt_change if policy is None else policy))
-    except InputError as error:
-        raise InputError(f"prompt: {error}") from error
+    if own is None:
+        policy = TEXT.settle("policy", video.telling.prompt_change if policy is None else policy)
+        with _about("policy"):
+            told, where = Change.parse(policy), f"policy={policy}"
+    else:
+        told, where = own, f"prompt: [{own}]"
     if not video.reaches(told, done):
-        raise InputError(f"policy={told}: reaches back to chunks that are not kept; at most {video.kept} are")
+        raise InputError(f"{where}: reaches back to chunks that are not kept; at most {video.kept} are")
     steps = video.telling.transition_chunks if transition_chunks is None else transition_chunks
     return Event(id, words, told, Whole(0, 1000).settle("transition_chunks", steps))
 
 
-def words_of(prompt: str, limits: Limits) -> str:
-    """A prompt without spaces around it; InputError where it is no text, too long, or without words."""
-    text = only_words(TEXT.settle("prompt", prompt)).strip()
-    if not text or len(text) > limits.most_prompt:
-        raise InputError(f"prompt: of {len(text):,} characters; must have 1 to {limits.most_prompt:,}")
-    return text
+@contextmanager
+def _about(field: str) -> Iterator[None]:
+    """Say a field of the order first, in errors that begin with none."""
+    try:
+        yield
+    except InputError as error:
+        found = re.match(r"(\w+)[:=]", str(error))
+        if found is not None and found[1] in _FIELDS:
+            raise
+        raise InputError(f"{field}: {error}") from error
 
 
 def _settled(order: Order, limits: Limits) -> Order:
@@ -148,10 +166,8 @@ def _settled(order: Order, limits: Limits) -> Order:
         order, **{name: rules[name].settle(name, value) for name, value in given.items() if value is not None}
     )
     if order.prompt_change is not None:
-        try:
+        with _about("prompt_change"):
             change = Change.parse(order.prompt_change)
-        except InputError as error:
-            raise InputError(f"prompt_change: {error}") from error
         if change.chunks > limits.kept:
             raise InputError(
                 f"prompt_change={change}: reaches back farther than the {limits.kept} chunks that are kept"
@@ -167,7 +183,8 @@ _decoding = threading.BoundedSemaphore(DECODING)
 def _picture(data: bytes, size: tuple[int, int], config: InferenceConfig) -> np.ndarray:
     with _decoding, told("image"):
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            return picture_of(picture, size, config.sampling.image_fit)
+            check_header(picture)
+            return fit_picture(picture, *size, config.sampling.image_fit, remedy="crop it")
 
 
 def _film(order: Order, fps: float, size: tuple[int, int]) -> Film:

@@ -11,18 +11,18 @@ import binascii
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from longsana.data.pictures import FORMATS, check_header, told
-from longsana.data.story import PICTURE
 from longsana.runtime.arguments import TEXT, Flag, Is, Number, OneOf, Rule, Whole
 from longsana.runtime.errors import InputError, did_you_mean
-from longsana.runtime.foreign import check_characters, parse_json
-from longsana.serving.values import FPS, Chunk, End, Limits, Order
+from longsana.runtime.foreign import parse_json
+from longsana.serving.values import FPS, Chunk, End, Limits, Order, Words
 
 MOST_START = 4 << 20
 MOST_LATER = 128 << 10
@@ -70,10 +70,15 @@ class Served:
 
 
 class Start(NamedTuple):
-    """A `session.start`. session_id: of the session that the client had before, and goes on with if it still is."""
+    """A `session.start`, or a body of `/v1/videos`.
+
+    names: where the client wrote what fields of the order say, for `named`.
+    session_id: of the session that the client had before, and goes on with if it still is.
+    """
 
     order: Order
-    session_id: str | None
+    names: Mapping[str, str]
+    session_id: str | None = None
 
 
 class Interaction(NamedTuple):
@@ -98,12 +103,23 @@ class Plain(NamedTuple):
 
 
 Later = Interaction | Rewind | Plain
+LATER = {
+    "prompt": "interaction.event.prompt",
+    "policy": "interaction.event.policy",
+    "event_id": "interaction.event_id",
+    "transition_chunks": "interaction.transition_chunks",
+    "rewind": "chunks",
+    "snapshot": "session.snapshot",
+    "fork": "session.fork",
+}
+"""Where a client wrote what arguments of a session's methods say, for `named`."""
 PLAIN = ("ping", "stop", "pause", "resume", "snapshot", "fork")
 _TYPES = ("session.interaction", "session.rewind", *(f"session.{name}" for name in PLAIN))
 
 _SEED = Whole(-(2**63), 2**63 - 1)
 _SIDE = Whole(1, 16_384)
 _OBJECT = Is(dict, "an object")
+_STATE = "extra_params.continuation_state"
 _FIXED: dict[str, Rule] = {"num_inference_steps": Whole(1, 10_000), "guidance_scale": Number(), "flow_shift": Number()}
 
 
@@ -121,10 +137,10 @@ def read_start(text: str | bytes, served: Served) -> Start:
     extra = _take(fields, "extra_params", _OBJECT) or {}
     session_id = _take_id(extra, "session_id", "extra_params.session_id")
     snapshot = _snapshot(extra, served)
-    order = _order(fields, extra, served, snapshot, live=True)
-    if order.prompt is None and session_id is None and snapshot is None:
+    start = _order(fields, extra, served, snapshot, live=True)
+    if start.order.prompt is None and session_id is None and snapshot is None:
         raise InputError("prompt: is missing; say what is to be seen")
-    return Start(order, session_id)
+    return start._replace(session_id=session_id)
 
 
 def read_later(text: str | bytes, served: Served) -> Later:
@@ -143,10 +159,13 @@ def read_later(text: str | bytes, served: Served) -> Later:
         name = kind.removeprefix("session.")
         if kind not in _TYPES:
             raise InputError(f"type={_short(kind)}: there is no such message{did_you_mean(kind[:60], _TYPES)}")
+        if name == "snapshot" and not served.snapshots:
+            raise InputError(f"type={kind}: this server keeps no snapshots; session.fork goes on from here as well")
         return Plain(name)
     inner = _needed(_take(fields, "interaction", _OBJECT), "interaction")
     event = _needed(_take(inner, "event", _OBJECT, "interaction.event"), "interaction.event")
-    prompt = _needed(_prompt(event, "interaction.event.prompt", served), "interaction.event.prompt")
+    prompt = _take(event, "prompt", Words(served.limits.most_prompt), "interaction.event.prompt")
+    prompt = _needed(prompt, "interaction.event.prompt")
     event_id = _take(inner, "event_id", TEXT, "interaction.event_id") or ""
     if event_id and not _EVENT_ID.fullmatch(event_id):
         raise InputError("interaction.event_id: must be 1 to 128 visible ASCII characters")
@@ -157,69 +176,98 @@ def read_later(text: str | bytes, served: Served) -> Later:
     return Interaction(prompt, event_id, policy, chunks)
 
 
-def read_video(fields: Mapping[str, Any], picture: bytes | None, served: Served) -> Order:
+def read_video(fields: Mapping[str, Any], served: Served) -> Start:
     """Read the body of a request to `/v1/videos`, whose `seconds`, `size` and so on may be texts, as in a form.
 
-    picture: bytes of the file that was sent as `input_reference`.
+    A file of a form is its bytes.
 
     Raises:
         InputError: no such video can be made; one line that begins with the field.
     """
     fields = {name: _from_form(name, value) for name, value in fields.items()}
     extra = _take(fields, "extra_params", _OBJECT) or {}
-    order = _order(fields, extra, served, None, live=False, picture=picture)
-    _needed(order.prompt, "prompt")
-    return order
+    start = _order(fields, extra, served, None, live=False)
+    _needed(start.order.prompt, "prompt")
+    return start
 
 
-def _order(
-    fields: dict[str, Any],
-    extra: dict[str, Any],
-    served: Served,
-    snapshot: str | None,
-    *,
-    live: bool,
-    picture: bytes | None = None,
-) -> Order:
+@contextmanager
+def named(names: Mapping[str, str]) -> Iterator[None]:
+    """Have errors of a studio or a session, which begin with its name for a field, begin with the client's."""
+    try:
+        yield
+    except InputError as error:
+        own = re.match(r"\w+(?=[:=])", str(error))
+        if own is None or own[0] not in names:
+            raise
+        raise type(error)(names[own[0]] + str(error)[own.end() :]) from error
+
+
+def _order(fields: dict[str, Any], extra: dict[str, Any], served: Served, snapshot: str | None, *, live: bool) -> Start:
     """Read what a WebSocket and a request have in common."""
-    fields = {**(_take(fields, "sampling_params", _OBJECT) or {}), **fields}
-    model = _take(fields, "model", TEXT)
+    inner = _take(fields, "sampling_params", _OBJECT) or {}
+    outer, fields = fields, {**inner, **fields}
+
+    def where(name: str) -> str:
+        return f"sampling_params.{name}" if name in inner and name not in outer else name
+
+    def take(name: str, rule: Rule) -> Any:
+        return _take(fields, name, rule, where(name))
+
+    model = take("model", TEXT)
     if model not in (None, "", served.name):
-        raise InputError(f"model={_short(model)}: here is {served.name} alone")
+        raise InputError(f"{where('model')}={_short(model)}: here is {served.name} alone")
     for name, rule in _FIXED.items():
-        value = _take(fields, name, rule)
+        value = take(name, rule)
         if value is not None and name in served.fixed and value != served.fixed[name]:
-            raise InputError(f"{name}={value:g}: must be {served.fixed[name]:g}, as this model was trained")
-    height, width = _size(fields, served)
-    fps = _take(fields, "fps", FPS)
+            raise InputError(f"{where(name)}={value:g}: must be {served.fixed[name]:g}, as this model was trained")
+    names = {name: where(name) for name in ("prompt", "num_frames", "seed", "height", "width", "fps")}
+    names |= {"chunk_frames": "extra_params.chunk_frames", "lead": "extra_params.pacing_lead_seconds"}
+    names["snapshot"] = f"{_STATE}.payload.blob_id"
+    height, width = take("height", _SIDE), take("width", _SIDE)
+    size = take("size", TEXT)
+    if size is not None and height is None and width is None:
+        if not (found := _SIZE.fullmatch(size)):
+            usual = f"{served.width}x{served.height}"
+            raise InputError(f"{where('size')}={_short(size)}: must be WIDTHxHEIGHT, such as {usual}")
+        width, height = (_SIDE.settle(where("size"), int(side)) for side in found.groups())
+        names |= {side: f"{where('size')}: {side}" for side in ("height", "width")}
+    fps = take("fps", FPS)
     # An absent length is the model's usual one, as it is elsewhere; null, and going on, is a video without an end.
     endless = live and ("num_frames" in fields or snapshot is not None)
-    num_frames = _take(fields, "num_frames", Whole(1, served.limits.most_frames))
-    seconds = _take(fields, "seconds", Number(above=0, most=1e6))
+    num_frames = take("num_frames", Whole(1, served.limits.most_frames))
+    seconds = take("seconds", Number(above=0, most=1e6))
     if num_frames is None and seconds is not None:
         num_frames = served.frames(seconds, fps) - (snapshot is not None)  # the first latent was in the past
     elif num_frames is None and not endless:
         num_frames = served.num_frames
     if num_frames is not None and num_frames > served.limits.most_frames:
-        raise InputError(f"seconds={seconds:g}: {num_frames} frames; at most {served.limits.most_frames} are made here")
+        most = f"at most {served.limits.most_frames} are made here"
+        raise InputError(f"{where('seconds')}={seconds:g}: {num_frames} frames; {most}")
     pace = _take(extra, "pace_to_media_time", Flag(), "extra_params.pace_to_media_time")
     lead = Number(0, served.limits.most_lead)
-    # A viewer who falls behind by more than this is left to it: media time waits for him here.
-    _take(extra, "pacing_max_lag_seconds", Number(0), "extra_params.pacing_max_lag_seconds")
-    return Order(
-        prompt=_prompt(fields, "prompt", served),
+    if extra.get("pacing_max_lag_seconds") is not None:
+        raise InputError(
+            "extra_params.pacing_max_lag_seconds: is not supported; leave it out. Media time waits for a viewer who "
+            "falls behind, and no chunk is left out"
+        )
+    picture = "input_reference" if "image_reference" not in fields else "image_reference"
+    names["image"] = where(picture)
+    order = Order(
+        prompt=take("prompt", Words(served.limits.most_prompt)),
         num_frames=num_frames,
-        seed=_take(fields, "seed", _SEED),
+        seed=take("seed", _SEED),
         height=height,
         width=width,
         fps=fps,
         chunk_frames=_take(extra, "chunk_frames", Whole(1, 1000), "extra_params.chunk_frames"),
-        image=_picture(fields, picture),
+        image=_picture(names["image"], fields.get(picture)),
         snapshot=snapshot,
         pace=live if pace is None else pace and live,
         lead=_take(extra, "pacing_lead_seconds", lead, "extra_params.pacing_lead_seconds"),
         snapshot_every=served.snapshot_every if live and served.snapshots else 0,
     )
+    return Start(order, names)
 
 
 def _fields(text: str | bytes, most: int) -> dict[str, Any]:
@@ -261,7 +309,7 @@ def _take_id(fields: Mapping[str, Any], name: str, shown: str) -> str | None:
 
 def _snapshot(extra: dict[str, Any], served: Served) -> str | None:
     """Read `continuation_state`: the id of a snapshot."""
-    shown = "extra_params.continuation_state"
+    shown = _STATE
     state = _take(extra, "continuation_state", _OBJECT, shown)
     if state is None:
         return None
@@ -276,52 +324,22 @@ def _snapshot(extra: dict[str, Any], served: Served) -> str | None:
     return str(_needed(_take_id(payload, "blob_id", shown), shown))
 
 
-def _prompt(fields: Mapping[str, Any], shown: str, served: Served) -> str | None:
-    prompt = _take(fields, "prompt", TEXT, shown)
-    if prompt is None:
-        return None
-    if not prompt.strip():
-        raise InputError(f"{shown}: is empty; say what is to be seen")
-    if len(prompt) > served.limits.most_prompt:
-        raise InputError(f"{shown}: {len(prompt)} characters; at most {served.limits.most_prompt} are read")
-    check_characters(prompt, shown)
-    if PICTURE in prompt:  # in prompt files it names a file
-        raise InputError(f"{shown}: {PICTURE} in it; a picture is sent as image_reference, never named")
-    return str(prompt)
-
-
-def _size(fields: Mapping[str, Any], served: Served) -> tuple[int | None, int | None]:
-    """Read height and width: fields of their own, or `size`."""
-    height, width = _take(fields, "height", _SIDE), _take(fields, "width", _SIDE)
-    size = _take(fields, "size", TEXT)
-    if size is not None and height is None and width is None:
-        if not (found := _SIZE.fullmatch(size)):
-            raise InputError(f"size={_short(size)}: must be WIDTHxHEIGHT, such as {served.width}x{served.height}")
-        width, height = (_SIDE.settle("size", int(side)) for side in found.groups())
-    pixels = (height or served.height) * (width or served.width)
-    if pixels > served.limits.most_pixels:
-        raise InputError(f"size: {pixels} pixels a picture; at most {served.limits.most_pixels} are made here")
-    return height, width
-
-
-def _picture(fields: Mapping[str, Any], sent: bytes | None) -> bytes | None:
+def _picture(name: str, sent: Any) -> bytes | None:
     """The bytes of the picture to begin with, checked by their head; nothing is fetched from anywhere."""
-    name = "input_reference" if "image_reference" not in fields else "image_reference"
-    reference = fields.get(name)
-    if sent is None and reference is not None:
-        if isinstance(reference, dict):
-            if reference.get("file_id") is not None:
-                raise InputError(f"{name}.file_id: there are no files here; send the picture")
-            reference = reference.get("image_url")
-        text = reference if isinstance(reference, str) else ""
+    if sent is None:
+        return None
+    if isinstance(sent, dict):
+        if sent.get("file_id") is not None:
+            raise InputError(f"{name}.file_id: there are no files here; send the picture")
+        sent = sent.get("image_url")
+    if not isinstance(sent, bytes):
+        text = sent if isinstance(sent, str) else ""
         if (found := _DATA_URL.match(text)) is None:
             raise InputError(f"{name}: must be a data URL, data:image/png;base64,...; nothing is fetched")
         try:
             sent = base64.b64decode(text[found.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
             raise InputError(f"{name}: is not base64") from error
-    if sent is None:
-        return None
     with told(name), Image.open(io.BytesIO(sent), formats=FORMATS) as picture:
         if picture.width * picture.height > MOST_PICTURE_PIXELS:
             raise InputError(f"{name}: {picture.width}x{picture.height} pixels; at most {MOST_PICTURE_PIXELS} in all")

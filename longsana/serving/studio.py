@@ -22,7 +22,7 @@ from longsana.published import DISTILLED
 from longsana.runtime.errors import InputError
 from longsana.sampling.captions import caption_encoder
 from longsana.sampling.engine import Engine
-from longsana.serving.making import Bytes, Event, Maker, Point, nbytes
+from longsana.serving.making import Bytes, Event, Maker, Point, Video, nbytes
 from longsana.serving.orders import video_of
 from longsana.serving.owner import Dropped, Entry, Task
 from longsana.serving.session import Session
@@ -126,18 +126,19 @@ class Studio:
             InputError: no such video can be made; one line, which begins with the field of the order.
             Full: as many wait as may.
         """
-        state, begin = None, Point()
-        if order.snapshot is not None:
-            if self._snapshots is None:
-                raise InputError("snapshot: this studio keeps none; start it with a folder for them")
-            state = self._snapshots.load(order.snapshot)
-        video = video_of(order, self._config, self.limits, state)
-        if state is not None:
-            begin = self._maker.point(state, video.last)
+        video, begin = self._read(order)
         opening = None if video.film is None else self._maker.opening(video)
         session = Session(self, order, video, [begin] if opening is None else [], opening)
         with self.lock:
             return self._take_in(session)
+
+    def check(self, order: Order) -> None:
+        """Refuse an order as `start` would, as far as that is known without a place for it.
+
+        Raises:
+            InputError: no such video can be made; one line, which begins with the field of the order.
+        """
+        self._read(order)
 
     def session(self, id: str) -> Session | None:
         """The session of this id, until it is closed or has failed."""
@@ -258,6 +259,16 @@ class Studio:
         return self._take_in(fork)
 
     # ------------------------------------------------------------------------------------------------------------------
+
+    def _read(self, order: Order) -> tuple[Video, Point]:
+        """The video that is asked for, and the point that it begins at."""
+        if order.snapshot is None:
+            return video_of(order, self._config, self.limits, None), Point()
+        if self._snapshots is None:
+            raise InputError("snapshot: this studio keeps none; start it with a folder for them")
+        state = self._snapshots.load(order.snapshot)
+        video = video_of(order, self._config, self.limits, state)
+        return video, self._maker.point(state, video.last)
 
     def _take_in(self, session: Session) -> Session:
         if self._closed:

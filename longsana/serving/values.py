@@ -4,15 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from longsana.runtime.arguments import Number
+from longsana.data.story import PICTURE
+from longsana.runtime.arguments import TEXT, Number
 from longsana.runtime.errors import InputError
+from longsana.runtime.foreign import check_characters
 
 FPS = Number(least=1, most=240)
 """Pictures a second that a live video may have."""
 Media = Literal["mp4", "pixels"]
 """The form of a session's chunks: pieces of one fragmented mp4 (H.264), or plain pictures (F, H, W, 3), uint8."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """A prompt without the spaces around it: at least one character and at most `most`, and no name of a picture."""
+
+    most: int
+
+    def settle(self, name: str, value: Any) -> str:
+        text = str(TEXT.settle(name, value)).strip()
+        if not text:
+            raise InputError(f"{name}: is empty; say what is to be seen")
+        if len(text) > self.most:
+            raise InputError(f"{name}: {len(text):,} characters; at most {self.most:,} are read")
+        check_characters(text, name)
+        if PICTURE in text:  # in prompt files it names a file
+            raise InputError(f"{name}: {PICTURE} in it; a picture comes with the order of a video, and is never named")
+        return text
 
 
 class Full(InputError):

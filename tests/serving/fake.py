@@ -148,7 +148,7 @@ class FakeSession:
 
     def rewind(self, chunks: int) -> None:
         if chunks > len(self.history):
-            raise InputError(f"chunks={chunks}: {len(self.history)} are kept")
+            raise InputError(f"rewind={chunks}: {len(self.history)} are kept")
         self.point = self.history[-chunks]
         del self.history[-chunks:]
 
@@ -197,13 +197,16 @@ class FakeStudio:
         self.saved[id] = point, session.id
         return id
 
-    def start(self, order: Order) -> FakeSession:
+    def check(self, order: Order) -> None:
         if (order.height or HEIGHT) % 16 or (order.width or WIDTH) % 16:
             raise InputError(f"height={order.height}: must be a multiple of 16")
+
+    def start(self, order: Order) -> FakeSession:
+        self.check(order)
         if order.snapshot is None:
             return self.add(FakeSession(self, order, Point(order.prompt or "", 0)))
         if order.snapshot not in self.saved:
-            raise InputError("snapshot: there is no such one")
+            raise InputError(f"snapshot={order.snapshot}: there is no such one")
         point, id = self.saved[order.snapshot]
         return self.add(FakeSession(self, order, point, "" if id in self.sessions else id))
 

@@ -67,6 +67,7 @@ def test_a_video_is_made_shown_listed_and_deleted(running: Run) -> None:
 @pytest.mark.parametrize(
     ("body", "field"),
     [
+        ({"prompt": "a", "sampling_params": {"size": "33x33"}}, "sampling_params.size"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": "a", "size": "9999x9999"}, "size"),
         ({"prompt": "a", "model": "sora-2"}, "model"),
@@ -83,10 +84,29 @@ def test_what_cannot_be_made_is_said_at_once(running: Run, body: dict[str, Any],
     assert folder_of(server.folder) == [] and not server.studio.sessions
 
 
+def test_that_is_said_at_once_too_where_others_wait(running: Run) -> None:
+    server = running(jobs={"most": 2})
+    with httpx.Client(base_url=server.url) as client:
+        done = finished(client, client.post("/v1/videos", json={"prompt": "red", "num_frames": 8}).json())
+        for _ in range(9):  # none takes the place of the one that is finished
+            assert client.post("/v1/videos", json={"prompt": "a", "height": 33}).status_code == 400
+        endless = {"prompt": "red", "num_frames": 50_000}
+        waiting = [client.post("/v1/videos", json=endless).json()["id"] for _ in range(2)]
+        assert client.get(f"/v1/videos/{done['id']}").status_code == 404
+        wrong = client.post("/v1/videos", json={"prompt": "a", "size": "48x33"})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "size")
+        assert client.post("/v1/videos", json={"prompt": "a"}).status_code == 503
+        for id in waiting:
+            client.delete(f"/v1/videos/{id}")
+    until(lambda: not server.studio.sessions)
+
+
 def test_a_query_that_is_none_is_one_line(running: Run) -> None:
-    answer = httpx.get(f"{running().url}/v1/videos?limit=abc")
-    error = answer.json()["error"]
-    assert answer.status_code == 400 and error["param"] == "limit" and error["message"].startswith("limit: ")
+    server = running()
+    for name, value in {"limit": "abc", "order": "up"}.items():
+        answer = httpx.get(f"{server.url}/v1/videos", params={name: value})
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["param"] == name and error["message"].startswith(f"{name}: ")
 
 
 def test_a_picture_may_be_a_field_of_a_form(running: Run) -> None:

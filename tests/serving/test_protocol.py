@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 from typing import Any
@@ -91,13 +92,13 @@ def test_rubbish_is_refused_in_one_line(text: str | bytes, said: str) -> None:
     [
         ({"prompt": " "}, "prompt: is empty"),
         ({"prompt": 3}, "prompt=3"),
-        ({"prompt": "x" * 20_001}, "20001 characters"),
+        ({"prompt": "x" * 20_001}, "prompt: 20,001 characters"),
         ({"prompt": "a<image>/etc/passwd"}, "prompt: <image>"),
         ({"model": "other"}, "here is longsana alone"),
         ({"format": "webm"}, "format=webm"),
         ({"size": "0x5"}, "size=0: must be at least 1"),
         ({"size": "big"}, "must be WIDTHxHEIGHT, such as 160x96"),
-        ({"width": 16_384, "height": 16_384}, "pixels a picture; at most"),
+        ({"sampling_params": {"size": "big"}}, "sampling_params.size=big: must be WIDTHxHEIGHT"),
         ({"seed": True}, "seed=True"),
         ({"seed": 2**64}, "seed="),
         ({"fps": 1e-9}, "fps=1e-09: must be at least 1"),
@@ -108,6 +109,7 @@ def test_rubbish_is_refused_in_one_line(text: str | bytes, said: str) -> None:
         ({"extra_params": []}, "extra_params"),
         ({"extra_params": {"session_id": "../a"}}, "extra_params.session_id"),
         ({"extra_params": {"pacing_lead_seconds": 99}}, "extra_params.pacing_lead_seconds=99"),
+        ({"extra_params": {"pacing_max_lag_seconds": 2}}, "pacing_max_lag_seconds: is not supported; leave it out"),
         ({"extra_params": {"continuation_state": {"kind": "pickle"}}}, "kind: must be longsana.v1"),
         ({"extra_params": {"continuation_state": protocol.state_value("../../etc/passwd")}}, "blob_id"),
         ({"image_reference": "/etc/passwd"}, "nothing is fetched"),
@@ -116,7 +118,7 @@ def test_rubbish_is_refused_in_one_line(text: str | bytes, said: str) -> None:
         ({"image_reference": "data:image/png;base64,%%%"}, "is not base64"),
         ({"image_reference": data_url(b"no picture")}, "image_reference: no picture"),
     ],
-    ids=range(26),
+    ids=range(27),
 )
 def test_what_cannot_be_had_is_refused_by_its_field(fields: dict[str, Any], said: str) -> None:
     assert said in refused(start, **fields)
@@ -145,16 +147,19 @@ def test_later_messages() -> None:
     assert "never named" in refused(later, type="session.interaction", interaction=named)
     spaced = {"event": {"prompt": "a"}, "event_id": "a\nb"}
     assert "event_id" in refused(later, type="session.interaction", interaction=spaced)
+    less = dataclasses.replace(SERVED, snapshots=False)
+    assert "keeps no snapshots" in refused(read_later, '{"type":"session.snapshot"}', less)
     assert "131072 bytes" in refused(read_later, '{"type":"' + "x" * (128 << 10) + '"}', SERVED)
 
 
 def test_a_form_is_read_as_json_is() -> None:
     form = {"prompt": "12", "seconds": "4", "size": "160x96", "seed": "3", "extra_params": '{"chunk_frames": 5}'}
-    order = read_video(form, png(), SERVED)
+    form = {**form, "input_reference": png()}
+    order = read_video(form, SERVED).order
     assert order == Order("12", 65, 3, 96, 160, chunk_frames=5, image=png(), pace=False)
-    assert read_video({**form, "seconds": 4, "seed": 3, "extra_params": {"chunk_frames": 5}}, png(), SERVED) == order
-    assert "prompt: is missing" in refused(read_video, {"seconds": "4"}, None, SERVED)
-    assert "seconds='long'" in refused(read_video, {"prompt": "a", "seconds": "long"}, None, SERVED)
+    assert read_video({**form, "seconds": 4, "seed": 3, "extra_params": {"chunk_frames": 5}}, SERVED).order == order
+    assert "prompt: is missing" in refused(read_video, {"seconds": "4"}, SERVED)
+    assert "seconds='long'" in refused(read_video, {"prompt": "a", "seconds": "long"}, SERVED)
 
 
 def test_what_the_server_says_is_json() -> None:

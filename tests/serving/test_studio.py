@@ -336,9 +336,9 @@ def test_threads_steer_at_once(studio: Studio) -> None:
     ("changes", "said"),
     [
         ({"prompt": None}, "prompt: missing"),
-        ({"prompt": " "}, "prompt: of 0 characters"),
+        ({"prompt": " "}, "prompt: is empty"),
         ({"prompt": f"[cut] {PROMPT}"}, "the first has no past"),
-        ({"prompt": "a<image>/etc/passwd"}, "prompt: '<image>' names a picture"),
+        ({"prompt": "a<image>/etc/passwd"}, "prompt: <image> in it; a picture comes with the order"),
         ({"prompt": f"{PROMPT}[1s] | {OTHER}"}, "prompt: a story in a stream without an end"),
         ({"num_frames": 24}, "num_frames=24: must be 4n\\+1"),
         ({"num_frames": 10**9}, "num_frames="),
