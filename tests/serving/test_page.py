@@ -10,6 +10,7 @@ import base64
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from longsana.serving.values import Limits
 from longsana.shapes.scenes import parse_caption
 from longsana.shapes.sight import observe
 from longsana.shapes.verifier import judge
+from tests.serving.fake import served
 from tests.serving.server import Running
 
 ROOT = Path(__file__).parents[2]
@@ -205,3 +207,77 @@ def test_one_types_a_prompt_forks_and_loads_the_page_again(
     until(page, playing(0))
     assert page.locator(".state.bad").count() == 0
     assert [error for error in errors if "favicon" not in error] == []
+
+
+ENTRIES = "[...document.querySelectorAll('#players section ol li')]"
+HEBREW = "עיגול אדום זז ימינה"
+
+
+def test_what_is_typed_is_checked_shortened_and_kept(browser: Any, running: Callable[..., Running]) -> None:
+    server = running(key="s3cret")  # whose chunks show a prompt's colour
+    page = browser.new_context(viewport={"width": 360, "height": 780}).new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(server.url)
+    page.fill("#key", "s3cret")
+    page.keyboard.press("Enter")
+    until(page, "document.getElementById('model').textContent.startsWith('fake')")
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
+    page.fill("#prompt", "  ")
+    page.keyboard.press("Enter")
+    until(page, "document.getElementById('said').textContent.startsWith('A prompt is missing')")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.fill("#prompt", HEBREW)
+    page.fill("#seed", "9007199254740993")  # which JavaScript would round
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.getElementById('seed').validity.rangeOverflow && !players.some(Boolean)")
+    assert not server.studio.sessions
+    page.fill("#seed", str(2**53 - 1))
+    page.keyboard.press("Enter")
+    until(page, playing(0))
+    (session,) = server.studio.sessions.values()
+    assert session.order.seed == 2**53 - 1
+    directions = "((li) => [li.querySelector('bdi'), li].map((one) => getComputedStyle(one).direction))"
+    assert page.evaluate(f"{directions}({ENTRIES}[0])") == ["rtl", "ltr"]
+    box = page.locator("#players textarea")
+    box.fill(" ")
+    box.press("Enter")
+    assert "A prompt is missing" in page.locator(".state").inner_text() and page.evaluate(f"{ENTRIES}.length") == 1
+    long = "a green square that is told in many words " * 450
+    box.fill(long)
+    box.press("Enter")
+    until(page, f"{ENTRIES}.at(-1).dataset.state === 'seen'")
+    assert len(page.locator("ol li").last.inner_text()) < 300
+    page.locator("summary").focus()
+    page.keyboard.press("Enter")
+    number = page.evaluate("players[0].chunks.at(-1).number")
+    until(page, f"players[0].chunks.at(-1).number > {number} + 1")
+    assert page.evaluate("document.activeElement.tagName") == "SUMMARY"  # nor is it folded again
+    assert long.strip() in page.locator("ol li").last.inner_text()
+    page.keyboard.press("Enter")
+    for name in ("red", "blue", "gray") * 3:
+        box.fill(f"a {name} square")
+        box.press("Enter")
+    assert page.evaluate("((ol) => ol.scrollHeight - ol.clientHeight - ol.scrollTop < 2)(document.querySelector('ol'))")
+    page.click("[data-do=snapshot]")
+    until(page, "document.querySelector('#players ul li')")
+    page.click("[data-do=stop]")
+    until(page, "players[0].ended")
+    page.click("#players ul button")
+    until(page, playing(1))
+    assert page.locator("#players section").count() == 2 and page.locator("#players ul li").count() == 1
+    page.evaluate("sessionStorage.setItem('longsana.key', 'another'); players[1].socket.close()")
+    until(page, "players[1].element.dataset.state === 'the API key is missing or wrong'")
+    until(page, "!document.getElementById('locked').hidden")
+    assert errors == []
+
+
+def test_a_snapshot_is_offered_where_there_are_any(browser: Any, running: Callable[..., Running]) -> None:
+    page = browser.new_context().new_page()
+    page.goto(running(what=replace(served(), snapshots=False)).url)
+    until(page, "document.getElementById('model').textContent.startsWith('fake')")
+    page.focus("#prompt")
+    page.keyboard.press("Enter")
+    until(page, playing(0))
+    assert page.locator("[data-do=snapshot]").count() == 0
+    assert page.get_by_text("This server keeps no snapshots").is_visible()
