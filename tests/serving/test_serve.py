@@ -99,6 +99,10 @@ def test_forty_chunks_of_the_network_are_steered_through_the_socket(
             if len(pieces) in (5, 6, 20):
                 events[video.change(f"a big blue square stays still on a gray background, {len(pieces)}")] = len(pieces)
             if len(pieces) == 12:
+                with pytest.raises(Refused, match=r"^interaction\.event\.prompt: \[recache=9\]: reaches back"):
+                    video.change(f"[recache=9] {PROMPT}")
+                with pytest.raises(Refused, match=r"^chunks=99: 4 chunks are kept"):
+                    video.rewind(99)
                 video.rewind(2)
             if len(pieces) == 15:
                 fork = video.fork()
@@ -115,7 +119,11 @@ def test_forty_chunks_of_the_network_are_steered_through_the_socket(
     assert times == [count / 16 for count in range(sum(one["num_frames"] for one in told))]
     steps = [after["generation_chunk_index"] - one["generation_chunk_index"] for one, after in pairwise(told)]
     assert sorted(set(steps)) == [-1, 1] and steps.count(-1) == 1
+    wrong = httpx.post(f"{server.url}/v1/videos", json={"prompt": PROMPT, "size": "48x33"}).json()["error"]
+    assert wrong["param"] == "size" and wrong["message"].startswith("size: height=33: must be a multiple of 16")
     assert video.state is not None
+    with pytest.raises(Refused, match=r"^width=64: the snapshot's video has 48; leave it out"):
+        LiveVideo(server.url, state=video.state, width=64)
     with LiveVideo(server.url, state=video.state) as again:
         assert next(iter(again)).metadata["generation_chunk_index"] > 20
 
