@@ -29,7 +29,8 @@ from longsana.sampling.continuation import SEED, Continuation, Telling
 from longsana.serving.making import Event, Video, no_picture
 from longsana.serving.values import FPS, Limits, Order, Words
 
-_FIELDS = frozenset(field.name for field in fields(Order))
+_FIELDS = frozenset({field.name for field in fields(Order)} | {"policy"})
+"""What errors of orders and of changes of prompt begin with."""
 
 
 def video_of(order: Order, config: InferenceConfig, limits: Limits, state: Continuation | None) -> Video:
@@ -121,14 +122,16 @@ def event_of(
     text = Words(limits.most_prompt).settle("prompt", prompt)
     with _about("prompt"):
         words, own = read_part(text)
-    if own is None:
-        policy = TEXT.settle("policy", video.telling.prompt_change if policy is None else policy)
-        with _about("policy"):
-            told, where = Change.parse(policy), f"policy={policy}"
-    else:
+    if own is not None:
         told, where = own, f"prompt: [{own}]"
+    elif policy is None:
+        told = Change.parse(video.telling.prompt_change)
+        where = f"prompt: {told}, as this session changes its prompts,"
+    else:
+        with _about("policy"):
+            told, where = Change.parse(TEXT.settle("policy", policy)), f"policy={policy}:"
     if not video.reaches(told, done):
-        raise InputError(f"{where}: reaches back to chunks that are not kept; at most {video.kept} are")
+        raise InputError(f"{where} reaches back to chunks that are not kept; at most {video.kept} are")
     steps = video.telling.transition_chunks if transition_chunks is None else transition_chunks
     return Event(id, words, told, Whole(0, 1000).settle("transition_chunks", steps))
 

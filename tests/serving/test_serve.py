@@ -99,7 +99,7 @@ def test_forty_chunks_of_the_network_are_steered_through_the_socket(
             if len(pieces) in (5, 6, 20):
                 events[video.change(f"a big blue square stays still on a gray background, {len(pieces)}")] = len(pieces)
             if len(pieces) == 12:
-                with pytest.raises(Refused, match=r"^interaction\.event\.prompt: \[recache=9\]: reaches back"):
+                with pytest.raises(Refused, match=r"^interaction\.event\.prompt: \[recache=9\] reaches back"):
                     video.change(f"[recache=9] {PROMPT}")
                 with pytest.raises(Refused, match=r"^chunks=99: 4 chunks are kept"):
                     video.rewind(99)
