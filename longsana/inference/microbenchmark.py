@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
@@ -21,7 +22,7 @@ from longsana.flow.schedule import FlowSchedule
 from longsana.models import attention, dit
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, TextMemory
-from longsana.models.float8 import PRODUCTS, Float8Linear, to_float8
+from longsana.models.float8 import PRODUCTS, in_float8, to_float8
 from longsana.models.rope import rotary
 from longsana.ops import FUSED, reference
 from longsana.ops.dispatch import WITHOUT_GRADIENTS, can_fuse, fused_twin, inductor_options
@@ -71,7 +72,8 @@ class Case(NamedTuple):
         returned = operation(*inputs, **self.settings)
         if self.written is not None:
             returned = inputs[self.written]
-        return returned if isinstance(returned, tuple) else (returned,)
+        tensors: list[Tensor] = tree_leaves(returned)
+        return tuple(tensors)
 
     def once(self, operation: Callable[..., Any]) -> tuple[Tensor, ...]:
         """Run on copies of the inputs, which it may change."""
@@ -187,6 +189,9 @@ def cases(loaded: Loaded, size: tuple[int, int]) -> Iterator[Case]:
     yield Case("norm_modulate", (x, shift, scale, dit.NORM_EPS), {})
     yield Case("add_norm_modulate", (x, h, shift, scale, dit.NORM_EPS), {})
     yield Case("gated_residual", (x, gate, h, h.clone()), {})
+    yield Case("norm_modulate_rows", (x, shift, scale, dit.NORM_EPS), {})
+    yield Case("add_norm_modulate_rows", (x, h, shift, scale, dit.NORM_EPS), {})
+    yield Case("gated_residual_rows", (x, gate, h), {})
     qkv = random(1, frames * tokens, 3 * width)
     weight = random(width)
     unread = 2 * qkv.numel() // 3 * qkv.element_size()  # v, which is not written either
@@ -205,9 +210,10 @@ def cases(loaded: Loaded, size: tuple[int, int]) -> Iterator[Case]:
     wide, filters = random(1, frames, tokens, 2 * inner), random(2 * inner, 1, 3, 3) / 3
     yield Case("gated_conv", (wide, filters, random(2 * inner), grid), {})
     del wide
-    yield Case("quantise_rows", (x.flatten(0, 2),), {})
+    yield Case("quantise_rows", (x,), {})
     taps = random(width, width, 3, 1) / (3 * width) ** 0.5
     conv = {"lengths": [frames]}
+    yield Case("neighbour_rows", (x, x[:, 0]), conv)
     yield Case("temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)
     # The decoder's widest step, for one latent.
     channels, side = loaded.vae.widest
@@ -292,10 +298,9 @@ def measure_float8(loaded: Loaded, size: tuple[int, int]) -> dict[str, float]:
 
     report: dict[str, float] = {}
 
-    def compare(name: str, module: nn.Module, inputs: tuple[Tensor], exact: Tensor) -> None:
-        assert isinstance(module, nn.Linear)
+    def compare(name: str, module: nn.Module, inputs: tuple[Any, ...], exact: Tensor) -> None:
         key = f"error of {name}"
-        report[key] = max(report.get(key, 0.0), relative_error(Float8Linear(module)(*inputs), exact))
+        report[key] = max(report.get(key, 0.0), relative_error(in_float8(module)(*inputs), exact))
 
     hooks = [
         block.get_submodule(name).register_forward_hook(partial(compare, name))

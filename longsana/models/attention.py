@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from longsana.models.past import Reach
 from longsana.models.rope import Rotary
-from longsana.ops import linear_attention, qk_features
+from longsana.ops import Float8Rows, linear_attention, qk_features
 
 NORM_EPS = 1e-5
 
@@ -27,11 +27,14 @@ class LinearAttention(nn.Module):
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, kv: Tensor, k_sum: Tensor, lengths: Sequence[int], reach: Reach
+        self, x: Tensor | Float8Rows, rotary: Rotary, kv: Tensor, k_sum: Tensor, lengths: Sequence[int], reach: Reach
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (B, N, D); kv, k_sum: as in `LayerState`; lengths: tokens of each chunk. Returns x's like, next sums."""
+        """x: (B, ..., D), N tokens; kv, k_sum: as in `LayerState`; lengths: tokens of each chunk.
+
+        Returns (B, N, D) and the next sums.
+        """
         window, decay, sink = reach
-        qkv = self.qkv(x)
+        qkv = self.qkv(x).flatten(1, -2)
         parts = qk_features(qkv, self.q_norm.weight, self.k_norm.weight, NORM_EPS)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         out, kv, k_sum = linear_attention(
@@ -52,11 +55,14 @@ class CrossAttention(nn.Module):
         self.k_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.out = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """x: (B, N, D); text: (B, L, D), or what `read` made of it; mask: (B, L), True where x may look."""
+    def forward(self, x: Tensor | Float8Rows, text: Tensor | tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """x: (B, ..., D), N tokens; text: (B, L, D), or its cache; mask: (B, L), True where x may look.
+
+        Returns (B, N, D).
+        """
         k, v = self.cache_caption(text) if isinstance(text, Tensor) else text
         mask = None if mask is None else mask[:, None, None]
-        out = F.scaled_dot_product_attention(self._heads(self.q_norm(self.q(x))), k, v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(self._heads(self.q_norm(self.q(x).flatten(1, -2))), k, v, attn_mask=mask)
         return self.out(out.transpose(1, 2).flatten(-2))
 
     def cache_caption(self, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,17 @@ from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
 from longsana.models.attention import CrossAttention, LinearAttention
 from longsana.models.embeddings import CaptionEmbedding, PatchEmbedding, Text, TextEmbedding, TextMemory, TimeEmbedding
-from longsana.models.feed_forward import MixFeedForward
+from longsana.models.feed_forward import MixFeedForward, TemporalConv
 from longsana.models.past import LEARNED, Past, Reach
 from longsana.models.rope import Rotary, rotary
-from longsana.ops import add_norm_modulate, gated_residual, norm_modulate
+from longsana.ops import (
+    add_norm_modulate,
+    add_norm_modulate_rows,
+    gated_residual,
+    gated_residual_rows,
+    norm_modulate,
+    norm_modulate_rows,
+)
 from longsana.ops.reference import accumulation_dtype
 from longsana.state import CausalState, LayerState
 
@@ -29,6 +36,9 @@ NORM_EPS = 1e-6
 
 
 class Block(nn.Module):
+    float8 = False
+    """Whether products read rows in float8 (see `models.float8`), which the operations before them then write."""
+
     def __init__(self, hidden_size: int, num_heads: int, config: ModelConfig) -> None:
         super().__init__()
         self.modulation = nn.Parameter(torch.empty(6, hidden_size))
@@ -54,13 +64,18 @@ class Block(nn.Module):
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.modulation + modulation)[:, :, None].unbind(dim=-2)
         tokens = x.shape[2]
+        norm = norm_modulate_rows if self.float8 else norm_modulate
+        add_norm = add_norm_modulate_rows if self.float8 else add_norm_modulate
 
-        h = norm_modulate(x, shift_1, scale_1, NORM_EPS).flatten(1, 2)
+        h = norm(x, shift_1, scale_1, NORM_EPS)
         h, kv, k_sum = self.attn(h, rotary, state.kv, state.k_sum, [n * tokens for n in plan.lengths], reach)
-        x = gated_residual(x, gate_1, h.view(x.shape))
+        if self.float8:
+            x, h = gated_residual_rows(x, gate_1, h.view(x.shape))
+        else:
+            x = h = gated_residual(x, gate_1, h.view(x.shape))
 
-        h = self.cross_attn(x.flatten(1, 2), text, mask).view(x.shape)
-        x, h = add_norm_modulate(x, h, shift_2, scale_2, NORM_EPS)
+        h = self.cross_attn(h, text, mask)
+        x, h = add_norm(x, h.view(x.shape), shift_2, scale_2, NORM_EPS)
 
         h, mixed, tail = self.feed_forward(h, size, state.tail, plan.lengths)
         return gated_residual(x, gate_2, h, mixed), LayerState(kv, k_sum, tail)
@@ -250,8 +265,9 @@ class LongSanaDiT(nn.Module):
                 nn.init.constant_(module.weight, 0.01 if name == "text_embed.norm" else 1.0)
             elif isinstance(module, MixFeedForward):
                 fill(module.depthwise.weight, bound=1 / 3)  # 1 / sqrt(fan-in)
+            elif isinstance(module, TemporalConv):
                 # Zero, so that a network that starts from an image model starts without temporal mixing.
-                nn.init.zeros_(module.temporal.weight)
+                nn.init.zeros_(module.weight)
             elif isinstance(module, nn.Linear):
                 if name.startswith(("time_embed", "text_embed")):
                     fill(module.weight, std=0.02)

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from longsana.ops import gated_conv, temporal_conv
+from longsana.ops import Float8Rows, gated_conv, temporal_conv
+
+
+class TemporalConv(nn.Module):
+    """The convolution over three frames of which none lies in a later chunk."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, width, 3, 1))
+
+    def forward(self, x: Tensor, tail: Tensor, lengths: Sequence[int]) -> Tensor:
+        """x: (B, T, S, D); tail: (B, S, D), the frame before; lengths: frames of each chunk. Returns x's like."""
+        return temporal_conv(x, tail, self.weight, lengths=lengths)
 
 
 class MixFeedForward(nn.Module):
@@ -16,18 +29,19 @@ class MixFeedForward(nn.Module):
         super().__init__()
         inner = int(mlp_ratio * hidden_size)
         self.expand = nn.Linear(hidden_size, 2 * inner)
-        # The convolutions hold weights; operations are their forwards.
+        # It holds weights; `gated_conv` is its forward.
         self.depthwise = nn.Conv2d(2 * inner, 2 * inner, 3, padding=1, groups=2 * inner)
         self.project = nn.Linear(inner, hidden_size, bias=False)
-        self.temporal = nn.Conv2d(hidden_size, hidden_size, (3, 1), bias=False)
+        self.temporal = TemporalConv(hidden_size)
 
     def optimize_layout(self) -> None:
         """Lay the taps out in memory as the fused operations read them, outermost; shapes and values stay."""
         for conv in (self.depthwise, self.temporal):
-            conv.weight.data = conv.weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+            if isinstance(conv, nn.Conv2d | TemporalConv):  # and not its replacement in float8
+                conv.weight.data = conv.weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
     def forward(
-        self, x: Tensor, size: tuple[int, int], tail: Tensor, lengths: Sequence[int]
+        self, x: Tensor | Float8Rows, size: tuple[int, int], tail: Tensor, lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, T, S, D) with S = size[0] * size[1]; tail: (B, S, D); lengths: frames of each chunk.
 
@@ -35,6 +49,6 @@ class MixFeedForward(nn.Module):
         """
         bias = self.depthwise.bias
         assert bias is not None
-        x = self.project(gated_conv(self.expand(x), self.depthwise.weight, bias, size))
+        h: Tensor = self.project(gated_conv(self.expand(x), self.depthwise.weight, bias, size))
         # A clone: a slice would keep the whole activation alive for as long as the state lives.
-        return x, temporal_conv(x, tail, self.temporal.weight, lengths=lengths), x[:, -1].clone()
+        return h, self.temporal(h, tail, lengths), h[:, -1].clone()

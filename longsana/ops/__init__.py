@@ -8,30 +8,39 @@ always go to the twins.
 
 from longsana.ops import reference
 from longsana.ops.dispatch import backend, operation
+from longsana.ops.reference import Float8Rows
 
 FUSED = {
     "add_norm_modulate": "norms",
+    "add_norm_modulate_rows": "norms",
     "add_shortcut": "decoder",
     "copy_into": "decoder",
     "gated_conv": "gated_conv",
     "gated_residual": "norms",
+    "gated_residual_rows": "norms",
     "linear_attention": "attention",
+    "neighbour_rows": "float8",
     "norm_modulate": "norms",
+    "norm_modulate_rows": "norms",
     "norm_silu_into": "decoder",
     "qk_features": "norms",
-    "quantise_rows": "norms",
+    "quantise_rows": "float8",
     "relu_into": "decoder",
     "temporal_conv": "temporal",
 }
 """Module of this package that holds the fused implementation, under the same name."""
 
 add_norm_modulate = operation(reference.add_norm_modulate, FUSED)
+add_norm_modulate_rows = operation(reference.add_norm_modulate_rows, FUSED)
 add_shortcut = operation(reference.add_shortcut, FUSED)
 copy_into = operation(reference.copy_into, FUSED)
 gated_conv = operation(reference.gated_conv, FUSED)
 gated_residual = operation(reference.gated_residual, FUSED)
+gated_residual_rows = operation(reference.gated_residual_rows, FUSED)
 linear_attention = operation(reference.linear_attention, FUSED)
+neighbour_rows = operation(reference.neighbour_rows, FUSED)
 norm_modulate = operation(reference.norm_modulate, FUSED)
+norm_modulate_rows = operation(reference.norm_modulate_rows, FUSED)
 norm_silu_into = operation(reference.norm_silu_into, FUSED)
 qk_features = operation(reference.qk_features, FUSED)
 quantise_rows = operation(reference.quantise_rows, FUSED)
@@ -40,14 +49,19 @@ temporal_conv = operation(reference.temporal_conv, FUSED)
 
 __all__ = [
     "FUSED",
+    "Float8Rows",
     "add_norm_modulate",
+    "add_norm_modulate_rows",
     "add_shortcut",
     "backend",
     "copy_into",
     "gated_conv",
     "gated_residual",
+    "gated_residual_rows",
     "linear_attention",
+    "neighbour_rows",
     "norm_modulate",
+    "norm_modulate_rows",
     "norm_silu_into",
     "qk_features",
     "quantise_rows",

@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 VARIABLE = "LONGSANA_OPS"
 SHARED_MEMORY = 227 << 10
 """Bytes that a program may have, to hold the kernels' tiles: on H100, H200, B200, not on their smaller relatives."""
-WITHOUT_GRADIENTS = ("add_shortcut", "copy_into", "norm_silu_into", "quantise_rows", "relu_into")
+WITHOUT_GRADIENTS = (
+    *("add_norm_modulate_rows", "gated_residual_rows", "neighbour_rows", "norm_modulate_rows", "quantise_rows"),
+    *("add_shortcut", "copy_into", "norm_silu_into", "relu_into"),
+)
 """Operations that are fused only where nothing is differentiated."""
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longsana.ops.dispatch import shares
-from longsana.ops.reference import FLOAT8_MAX
+from longsana.ops.float8 import empty_rows, store_float8
+from longsana.ops.reference import Float8Rows
 
 WARPS = 4
 PROGRAMS = 396
@@ -48,10 +49,10 @@ def _features_kernel(
 
 @triton.jit
 def _modulate_kernel(
-    x, h, shift, scale, total, y, moments, tokens, frames, clip_stride, frame_stride,
+    x, h, shift, scale, total, y, moments, scales, tokens, frames, clip_stride, frame_stride,
     width: tl.constexpr, eps: tl.constexpr, ADD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """moments (tokens, 2): means of rows, and what they are multiplied by."""
+    """moments (tokens, 2): means of rows, and what they are multiplied by; scales (tokens,): y is in float8."""
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     inside = lane < width
@@ -67,11 +68,16 @@ def _modulate_kernel(
     mean = tl.sum(value, 0) / width
     centred = tl.where(inside, value - mean, 0.0)
     factor = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
-    tl.store(moments + token * 2, mean)
-    tl.store(moments + token * 2 + 1, factor)
+    if moments is not None:
+        tl.store(moments + token * 2, mean)
+        tl.store(moments + token * 2 + 1, factor)
     by = tl.load(scale + modulation, inside, 0.0).to(tl.float32)
     to = tl.load(shift + modulation, inside, 0.0).to(tl.float32)
-    tl.store(y + row, (centred * factor * (1 + by) + to).to(y.dtype.element_ty), inside)
+    value = (centred * factor * (1 + by) + to).to(x.dtype.element_ty)
+    if scales is None:
+        tl.store(y + row, value, inside)
+    else:
+        store_float8(value, y + row, scales + token, inside)
 
 
 @triton.jit
@@ -85,8 +91,10 @@ def _sum(h, more, row, inside):
 
 @triton.jit
 def _residual_kernel(
-    x, gate, h, more, y, tokens, frames, clip_stride, frame_stride, width: tl.constexpr, LANES: tl.constexpr
-):
+    x, gate, h, more, y, rows, scales, tokens, frames, clip_stride, frame_stride,
+    width: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """rows and scales (tokens,): y in float8, where that is wanted."""
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     inside = lane < width
@@ -95,7 +103,10 @@ def _residual_kernel(
     row = token * width + lane
     value = tl.load(x + row, inside, 0.0).to(tl.float32)
     value += by.to(tl.float32) * _sum(h, more, row, inside)
-    tl.store(y + row, value.to(y.dtype.element_ty), inside)
+    rounded = value.to(y.dtype.element_ty)
+    tl.store(y + row, rounded, inside)
+    if rows is not None:
+        store_float8(rounded, rows + row, scales + token, inside)
 
 
 @triton.jit
@@ -185,17 +196,6 @@ def _residual_gradients_kernel(
     tl.store(of_gate + (frame * tl.num_programs(1) + part) * width + lane, total, inside)
 
 
-@triton.jit
-def _quantise_kernel(x, y, scales, width: tl.constexpr, largest: tl.constexpr, LANES: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, LANES)
-    inside = lane < width
-    value = tl.load(x + token * width + lane, inside, 0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / largest
-    tl.store(y + token * width + lane, (value / scale).to(y.dtype.element_ty), inside)
-    tl.store(scales + token, scale)
-
-
 def qk_features(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Fuse `reference.qk_features`: qkv (B, N, 3 D) to q, k, v (B, N, D), v a view; weights (D,)."""
     q, k, v = _Features.apply(qkv, q_weight, k_weight, eps)
@@ -242,7 +242,9 @@ class _NormModulate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
-        ctx.save_for_backward(x, scale, _modulate(x, x, shift, scale, x, y, eps, add=False))
+        moments = _empty_moments(x)
+        _modulate(x, None, shift, scale, x, y, eps, moments=moments)
+        ctx.save_for_backward(x, scale, moments)
         return y
 
     @staticmethod
@@ -250,6 +252,14 @@ class _NormModulate(torch.autograd.Function):
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, moments = ctx.saved_tensors
         return (*_modulate_gradients(x, scale, moments, None, of_y), None)
+
+
+def norm_modulate_rows(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Float8Rows:
+    """Fuse `reference.norm_modulate_rows`: x (B, T, S, D) to rows like it; shift and scale (B, 1 or T, 1, D)."""
+    x = x.contiguous()
+    y = empty_rows(x)
+    _modulate(x, None, shift, scale, x, y.rows, eps, scales=y.scale)
+    return y
 
 
 def add_norm_modulate(x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -263,7 +273,9 @@ class _AddNormModulate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x, h = x.contiguous(), h.contiguous()
         total, y = torch.empty_like(x), torch.empty_like(x)
-        ctx.save_for_backward(total, scale, _modulate(x, h, shift, scale, total, y, eps, add=True))
+        moments = _empty_moments(x)
+        _modulate(x, h, shift, scale, total, y, eps, moments=moments)
+        ctx.save_for_backward(total, scale, moments)
         return total, y
 
     @staticmethod
@@ -272,6 +284,14 @@ class _AddNormModulate(torch.autograd.Function):
         total, scale, moments = ctx.saved_tensors
         of_x, of_shift, of_scale = _modulate_gradients(total, scale, moments, of_total, of_y)
         return of_x, of_x, of_shift, of_scale, None
+
+
+def add_norm_modulate_rows(x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Float8Rows]:
+    """Fuse `reference.add_norm_modulate_rows`: `add_norm_modulate` of (B, T, S, D), y as rows."""
+    x, h = x.contiguous(), h.contiguous()
+    total, y = torch.empty_like(x), empty_rows(x)
+    _modulate(x, h, shift, scale, total, y.rows, eps, scales=y.scale)
+    return total, y
 
 
 def gated_residual(x: Tensor, gate: Tensor, h: Tensor, more: Tensor | None = None) -> Tensor:
@@ -286,12 +306,7 @@ class _GatedResidual(torch.autograd.Function):
         x, h = x.contiguous(), h.contiguous()
         more = None if more is None else more.contiguous()
         ctx.save_for_backward(gate, h, more)
-        y = torch.empty_like(x)
-        batch, frames, tokens, width = x.shape
-        _residual_kernel[(batch * frames * tokens,)](
-            x, gate, h, more, y, tokens, frames, *_frame_strides(gate, x), width, **_row(width)
-        )
-        return y
+        return _residual(x, gate, h, more, None)
 
     @staticmethod
     @once_differentiable
@@ -307,27 +322,47 @@ class _GatedResidual(torch.autograd.Function):
         return of_y, _of_modulation(of_gate, gate), of_h, None if more is None else of_h
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Fuse `reference.quantise_rows`: x (N, D) to float8_e4m3fn (N, D) and scales (N, 1), float32."""
-    x = x.contiguous()
-    count, width = x.shape
-    y, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(count, 1, dtype=torch.float32)
-    _quantise_kernel[(count,)](x, y, scale, width, FLOAT8_MAX, **_row(width))
-    return y, scale
+def gated_residual_rows(x: Tensor, gate: Tensor, h: Tensor) -> tuple[Tensor, Float8Rows]:
+    """Fuse `reference.gated_residual_rows`: `gated_residual` of (B, T, S, D), and y as rows."""
+    x, h = x.contiguous(), h.contiguous()
+    rows = empty_rows(x)
+    return _residual(x, gate, h, None, rows), rows
+
+
+def _residual(x: Tensor, gate: Tensor, h: Tensor, more: Tensor | None, rows: Float8Rows | None) -> Tensor:
+    """Return the sum as a tensor like x; fill rows with it, if there are any."""
+    y = torch.empty_like(x)
+    batch, frames, tokens, width = x.shape
+    _residual_kernel[(batch * frames * tokens,)](
+        x, gate, h, more, y, *(rows or (None, None)), tokens, frames, *_frame_strides(gate, x), width, **_row(width)
+    )
+    return y
+
+
+def _empty_moments(x: Tensor) -> Tensor:
+    return x.new_empty(x.numel() // x.shape[-1], 2, dtype=torch.float32)
 
 
 def _modulate(
-    x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, total: Tensor, y: Tensor, eps: float, *, add: bool
-) -> Tensor:
-    """Fill total and y; the moments of total's tokens."""
+    x: Tensor,
+    h: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    total: Tensor,
+    y: Tensor,
+    eps: float,
+    *,
+    moments: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> None:
+    """Fill y, total where there is an h, and moments or scales; see `_modulate_kernel`."""
     batch, frames, tokens, width = x.shape
     strides = _frame_strides(shift, x)
     assert strides == _frame_strides(scale, x)
-    moments = x.new_empty(batch * frames * tokens, 2, dtype=torch.float32)
     _modulate_kernel[(batch * frames * tokens,)](
-        x, h, shift, scale, total, y, moments, tokens, frames, *strides, width, eps, add, **_row(width)
-    )
-    return moments
+        x, h, shift, scale, total, y, moments, scales, tokens, frames, *strides, width, eps, h is not None,
+        **_row(width),
+    )  # fmt: skip
 
 
 def _modulate_gradients(

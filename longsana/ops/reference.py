@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+class Float8Rows(NamedTuple):
+    """A tensor (..., D) as products in float8 read it: its rows, and what each is multiplied by.
+
+    rows: (..., D) in float8_e4m3fn, the largest of each row 448 in size. scale: (..., 1) in float32.
+    """
+
+    rows: Tensor
+    scale: Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -166,17 +177,41 @@ def gated_conv(x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -
     return (value * F.silu(gate)).reshape(*x.shape[:-1], -1)
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float8 (e4m3) numbers and a float32 scale for each row, whose product is near x.
+def quantise_rows(x: Tensor) -> Float8Rows:
+    """Round x: (..., D) to float8, each row by a scale of its own."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FLOAT8_MAX
+    return Float8Rows((x.float() / scale).to(torch.float8_e4m3fn), scale)
+
+
+def norm_modulate_rows(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Float8Rows:
+    """Return `norm_modulate` as rows of (B, T, S, D)."""
+    return quantise_rows(norm_modulate(x, shift, scale, eps))
+
+
+def add_norm_modulate_rows(x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Float8Rows]:
+    """Return `add_norm_modulate`, (B, T, S, D) both, the second as rows."""
+    x, y = add_norm_modulate(x, h, shift, scale, eps)
+    return x, quantise_rows(y)
+
+
+def gated_residual_rows(x: Tensor, gate: Tensor, h: Tensor) -> tuple[Tensor, Float8Rows]:
+    """Return `gated_residual`, (B, T, S, D), and once more as rows."""
+    x = gated_residual(x, gate, h)
+    return x, quantise_rows(x)
+
+
+def neighbour_rows(x: Tensor, tail: Tensor, *, lengths: Sequence[int]) -> Float8Rows:
+    """Rows whose product with the taps side by side, (D, 3 D), is `temporal_conv`: three frames and one scale.
 
     Args:
-        x: (N, D).
+        x, tail, lengths: see `temporal_conv`.
 
     Returns:
-        (N, D) in float8_e4m3fn, the largest of each row 448 in size; and (N, 1).
+        Rows of (B, T, S, 3 D): of each token what it sees in the frame before, in its own, and in the next.
     """
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FLOAT8_MAX
-    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+    before = torch.cat([tail[:, None], x[:, :-1]], dim=1)
+    after = [F.pad(chunk[:, 1:], (0, 0, 0, 0, 0, 1)) for chunk in x.split(list(lengths), dim=1)]
+    return quantise_rows(torch.cat([before, x, torch.cat(after, dim=1)], dim=-1))
 
 
 def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int]) -> Tensor:

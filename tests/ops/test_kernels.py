@@ -16,8 +16,8 @@ from torch import Tensor
 from longsana.ops import reference, temporal
 
 pytest.importorskip("triton")
-attention, gated_conv, norms = (
-    importlib.import_module(f"longsana.ops.{name}") for name in ("attention", "gated_conv", "norms")
+attention, float8, gated_conv, norms = (
+    importlib.import_module(f"longsana.ops.{name}") for name in ("attention", "float8", "gated_conv", "norms")
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -139,13 +139,54 @@ def test_gradients_of_qk_features(shape, dtype, tolerance, programs, monkeypatch
 @pytest.mark.parametrize("shape", [(5, 56), (1, 8), (3, 100)])
 def test_quantise_rows(shape, dtype):
     x = (random(*shape) * torch.logspace(-2, 2, shape[0], dtype=torch.float64)[:, None]).to(dtype)
-    rows, scale = norms.quantise_rows(x.to(DEVICE))
-    wanted, wanted_scale = reference.quantise_rows(x)
-    torch.testing.assert_close(scale.cpu(), wanted_scale)
-    assert rows.cpu().float().isfinite().all()
-    near = (rows.cpu().float() - wanted.float()).abs() <= wanted.float().abs() / 8 + 2**-9
+    check_rows(float8.quantise_rows(x.to(DEVICE)), reference.quantise_rows(x))
+
+
+def check_rows(given: reference.Float8Rows, wanted: reference.Float8Rows) -> None:
+    """Hold that numbers are equal or neighbours: those in the middle go either way by the rounding of the scale."""
+    assert given.rows.dtype == torch.float8_e4m3fn and given.rows.shape == wanted.rows.shape
+    torch.testing.assert_close(given.scale.cpu(), wanted.scale)
+    rows, expected = given.rows.cpu().float(), wanted.rows.float()
+    assert rows.isfinite().all()
+    near = (rows - expected).abs() <= expected.abs() / 8 + 2**-9
     # Triton's interpreter loses the carry of numbers that round up to a power of two.
     assert near.all() if DEVICE == "cuda" else near.float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 56), (1, 1, 1, 8), (1, 2, 7, 100)])
+def test_rows_of_norms_and_residuals(shape, dtype):
+    """They are those of what the operation gives otherwise, to the bit."""
+    x, h = ((3 * random(*shape, seed=seed) + 0.5).to(DEVICE, dtype) for seed in (1, 2))
+    for frames in {1, shape[1]}:
+        parts = random(shape[0], frames, 3, shape[3], seed=3).to(DEVICE, dtype)
+        shift, scale, gate = parts[:, :, None].unbind(-2)
+        total, y = norms.add_norm_modulate(x, h, shift, scale, 1e-6)
+        given_total, given = norms.add_norm_modulate_rows(x, h, shift, scale, 1e-6)
+        assert torch.equal(given_total, total)
+        same_rows(given, float8.quantise_rows(y))
+        same_rows(
+            norms.norm_modulate_rows(x, shift, scale, 1e-6),
+            float8.quantise_rows(norms.norm_modulate(x, shift, scale, 1e-6)),
+        )
+        total = norms.gated_residual(x, gate, h)
+        given_total, given = norms.gated_residual_rows(x, gate, h)
+        assert torch.equal(given_total, total)
+        same_rows(given, float8.quantise_rows(total))
+
+
+def same_rows(given: reference.Float8Rows, wanted: reference.Float8Rows) -> None:
+    assert torch.equal(given.rows.view(torch.uint8), wanted.rows.view(torch.uint8))
+    assert torch.equal(given.scale, wanted.scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(1,), (4,), (3, 1, 2)])
+@pytest.mark.parametrize(("tokens", "width"), [(6, 24), (1, 100)])
+def test_neighbour_rows(tokens, width, lengths, dtype):
+    x, tail = random(2, sum(lengths), tokens, width, seed=1).to(dtype), random(2, tokens, width, seed=2).to(dtype)
+    given = float8.neighbour_rows(x.to(DEVICE), tail.to(DEVICE), lengths=lengths)
+    check_rows(given, reference.neighbour_rows(x, tail, lengths=lengths))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
