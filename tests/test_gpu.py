@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Iterator
@@ -19,9 +20,11 @@ from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
+from longsana.models.float8 import to_float8
 from longsana.ops import reference
 from longsana.ops.dispatch import inductor_options
 from longsana.runtime.distributed import World
+from longsana.sampling.graphs import RecordedPass
 from longsana.sampling.sampler import generate
 from longsana.training.graphs import replay_passes
 from longsana.training.parallel import connect, device_mesh, parallelise
@@ -142,6 +145,38 @@ def test_fused_operations_make_the_same_network(
         assert torch.allclose(expected, given, rtol=1e-3, atol=1e-4)
     for name, given in gradients(fused, "cuda").items():
         assert (given - grads[name]).norm() <= 1e-3 * grads[name].norm(), name
+
+
+@pytest.mark.parametrize(("batch", "frames"), [(1, 5), (2, 1)])
+@torch.no_grad()
+def test_passes_in_float8(batch: int, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain and fused they are near, as bfloat16 is; replayed they are themselves."""
+    model = build_model(SHAPES, device="cuda", dtype=torch.bfloat16)
+    rng = torch.Generator("cuda").manual_seed(0)
+    for block in model.blocks:
+        weight = block.feed_forward.temporal.weight  # zero in a new network
+        weight.normal_(0.0, 0.5 / (3 * weight.shape[0]) ** 0.5, generator=rng)
+    exact = copy.deepcopy(model)
+    to_float8(model)
+    x = torch.randn(batch, 16, frames, 12, 20, device="cuda", generator=rng)
+    t = torch.full((batch,), 700.0, device="cuda")
+    text = model.cache_caption(
+        TextEmbedding(torch.randn(1, 48, 64, device="cuda", generator=rng), torch.ones(1, 48, device="cuda").bool())
+    )
+    module = sys.modules["longsana.ops.dispatch"]  # longsana.ops.dispatch is also the name of the function
+    outputs = {}
+    for name in ("reference", "triton"):
+        monkeypatch.setattr(module, "backend", lambda name=name: name)
+        _, state = model(x, t, text)
+        outputs[name] = model(x, t, text, state=state)
+    velocity, after = outputs["triton"]
+    plain, plain_after = outputs["reference"]
+    assert (velocity - plain).norm() < 0.05 * plain.norm()
+    assert (after.kv - plain_after.kv).norm() < 0.05 * plain_after.kv.norm()
+    unrounded, _ = exact(x, t, text, state=exact(x, t, text)[1])
+    assert 0.002 < (velocity - unrounded).norm() / unrounded.norm() < 0.1
+    replayed, replayed_after = RecordedPass(model, x, t, text, state).replay(x, t, state)
+    assert torch.equal(replayed, velocity) and torch.equal(replayed_after.tail, after.tail)
 
 
 @pytest.mark.parametrize("settings", [{}, *PASTS])

