@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longsana.ops.reference import linear_attention, prefix_sums, rotate, temporal_conv
+from longsana.ops.reference import FLOAT8_MAX, linear_attention, neighbour_rows, prefix_sums, rotate, temporal_conv
 
 HEADS, DIM, EPS = 3, 8, 1e-6
 PLANS = [(5,), (3, 4, 2), (1, 1, 1, 6), (2, 2, 2, 2, 2)]
@@ -219,6 +219,18 @@ def test_temporal_conv_of_one_chunk_after_nothing_is_same_padded():
     out = temporal_conv(x, torch.zeros(2, 6, 5, dtype=torch.float64), weight, lengths=[7])
     expected = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=(1, 0)).permute(0, 2, 3, 1)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", PLANS)
+def test_rows_of_three_frames_make_the_temporal_convolution_a_product(lengths):
+    """Of numbers that float8 has, with the largest in every row, so that all scales are 1."""
+    x, tail = ((8 * randn(2, n, 6, 5, seed=n)).round().clamp(-16, 16) for n in (sum(lengths), 1))
+    x[..., 0] = FLOAT8_MAX
+    weight = randn(5, 5, 3, 1, seed=2)
+    rows, scale = neighbour_rows(x, tail[:, 0], lengths=lengths)
+    assert rows.shape == (2, sum(lengths), 6, 15) and (scale == 1).all()
+    product = rows.double() @ weight[..., 0].permute(2, 1, 0).flatten(0, 1)
+    torch.testing.assert_close(product, temporal_conv(x, tail[:, 0], weight, lengths=lengths), rtol=0, atol=1e-11)
 
 
 def heads(*shape: int, seed: int = 0) -> Tensor:
