@@ -81,7 +81,7 @@ def quantise_rows(x: Tensor) -> Float8Rows:
     """Fuse `reference.quantise_rows`: x (..., D) to rows like it."""
     x = x.contiguous()
     y, width = empty_rows(x), x.shape[-1]
-    _quantise_kernel[(y.scale.numel(),)](x, *y, width, **_row(width))
+    _quantise_kernel[(y.scale.numel(),)](x, *y, width, **row_launch(width))
     return y
 
 
@@ -92,10 +92,11 @@ def neighbour_rows(x: Tensor, tail: Tensor, *, lengths: Sequence[int]) -> Float8
     batch, frames, tokens, width = x.shape
     for start, end in itertools.pairwise([0, *itertools.accumulate(lengths)]):
         _neighbours_kernel[(batch * (end - start) * tokens,)](
-            x, tail, *y, tokens, frames, start, end - start, width, **_row(width)
+            x, tail, *y, tokens, frames, start, end - start, width, **row_launch(width)
         )
     return y
 
 
-def _row(width: int) -> dict[str, int]:
+def row_launch(width: int) -> dict[str, int]:
+    """Settings of a program that has a whole row."""
     return {"LANES": triton.next_power_of_2(width), "num_warps": WARPS}

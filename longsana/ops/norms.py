@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longsana.ops.dispatch import shares
-from longsana.ops.float8 import empty_rows, store_float8
+from longsana.ops.float8 import empty_rows, row_launch, store_float8
 from longsana.ops.reference import Float8Rows
 
 WARPS = 4
@@ -333,8 +333,9 @@ def _residual(x: Tensor, gate: Tensor, h: Tensor, more: Tensor | None, rows: Flo
     """Return the sum as a tensor like x; fill rows with it, if there are any."""
     y = torch.empty_like(x)
     batch, frames, tokens, width = x.shape
+    launch = _row(width) if rows is None else row_launch(width)
     _residual_kernel[(batch * frames * tokens,)](
-        x, gate, h, more, y, *(rows or (None, None)), tokens, frames, *_frame_strides(gate, x), width, **_row(width)
+        x, gate, h, more, y, *(rows or (None, None)), tokens, frames, *_frame_strides(gate, x), width, **launch
     )
     return y
 
@@ -359,10 +360,10 @@ def _modulate(
     batch, frames, tokens, width = x.shape
     strides = _frame_strides(shift, x)
     assert strides == _frame_strides(scale, x)
+    launch = _row(width) if scales is None else row_launch(width)
     _modulate_kernel[(batch * frames * tokens,)](
-        x, h, shift, scale, total, y, moments, scales, tokens, frames, *strides, width, eps, h is not None,
-        **_row(width),
-    )  # fmt: skip
+        x, h, shift, scale, total, y, moments, scales, tokens, frames, *strides, width, eps, h is not None, **launch
+    )
 
 
 def _modulate_gradients(
