@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longsana.ops.dispatch import shares
-from longsana.ops.float8 import empty_rows, row_launch, store_float8
-from longsana.ops.reference import Float8Rows
 
 WARPS = 4
 PROGRAMS = 396
@@ -49,10 +47,10 @@ def _features_kernel(
 
 @triton.jit
 def _modulate_kernel(
-    x, h, shift, scale, total, y, moments, scales, tokens, frames, clip_stride, frame_stride,
+    x, h, shift, scale, total, y, moments, tokens, frames, clip_stride, frame_stride,
     width: tl.constexpr, eps: tl.constexpr, ADD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """moments (tokens, 2): means of rows, and what they are multiplied by; scales (tokens,): y is in float8."""
+    """moments (tokens, 2): means of rows, and what they are multiplied by."""
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     inside = lane < width
@@ -68,16 +66,11 @@ def _modulate_kernel(
     mean = tl.sum(value, 0) / width
     centred = tl.where(inside, value - mean, 0.0)
     factor = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
-    if moments is not None:
-        tl.store(moments + token * 2, mean)
-        tl.store(moments + token * 2 + 1, factor)
+    tl.store(moments + token * 2, mean)
+    tl.store(moments + token * 2 + 1, factor)
     by = tl.load(scale + modulation, inside, 0.0).to(tl.float32)
     to = tl.load(shift + modulation, inside, 0.0).to(tl.float32)
-    value = (centred * factor * (1 + by) + to).to(x.dtype.element_ty)
-    if scales is None:
-        tl.store(y + row, value, inside)
-    else:
-        store_float8(value, y + row, scales + token, inside)
+    tl.store(y + row, (centred * factor * (1 + by) + to).to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -91,10 +84,8 @@ def _sum(h, more, row, inside):
 
 @triton.jit
 def _residual_kernel(
-    x, gate, h, more, y, rows, scales, tokens, frames, clip_stride, frame_stride,
-    width: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """rows and scales (tokens,): y in float8, where that is wanted."""
+    x, gate, h, more, y, tokens, frames, clip_stride, frame_stride, width: tl.constexpr, LANES: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     inside = lane < width
@@ -103,10 +94,7 @@ def _residual_kernel(
     row = token * width + lane
     value = tl.load(x + row, inside, 0.0).to(tl.float32)
     value += by.to(tl.float32) * _sum(h, more, row, inside)
-    rounded = value.to(y.dtype.element_ty)
-    tl.store(y + row, rounded, inside)
-    if rows is not None:
-        store_float8(rounded, rows + row, scales + token, inside)
+    tl.store(y + row, value.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -242,9 +230,7 @@ class _NormModulate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
-        moments = _empty_moments(x)
-        _modulate(x, None, shift, scale, x, y, eps, moments=moments)
-        ctx.save_for_backward(x, scale, moments)
+        ctx.save_for_backward(x, scale, _modulate(x, x, shift, scale, x, y, eps, add=False))
         return y
 
     @staticmethod
@@ -252,14 +238,6 @@ class _NormModulate(torch.autograd.Function):
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, moments = ctx.saved_tensors
         return (*_modulate_gradients(x, scale, moments, None, of_y), None)
-
-
-def norm_modulate_rows(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Float8Rows:
-    """Fuse `reference.norm_modulate_rows`: x (B, T, S, D) to rows like it; shift and scale (B, 1 or T, 1, D)."""
-    x = x.contiguous()
-    y = empty_rows(x)
-    _modulate(x, None, shift, scale, x, y.rows, eps, scales=y.scale)
-    return y
 
 
 def add_norm_modulate(x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -273,9 +251,7 @@ class _AddNormModulate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x, h = x.contiguous(), h.contiguous()
         total, y = torch.empty_like(x), torch.empty_like(x)
-        moments = _empty_moments(x)
-        _modulate(x, h, shift, scale, total, y, eps, moments=moments)
-        ctx.save_for_backward(total, scale, moments)
+        ctx.save_for_backward(total, scale, _modulate(x, h, shift, scale, total, y, eps, add=True))
         return total, y
 
     @staticmethod
@@ -284,14 +260,6 @@ class _AddNormModulate(torch.autograd.Function):
         total, scale, moments = ctx.saved_tensors
         of_x, of_shift, of_scale = _modulate_gradients(total, scale, moments, of_total, of_y)
         return of_x, of_x, of_shift, of_scale, None
-
-
-def add_norm_modulate_rows(x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Float8Rows]:
-    """Fuse `reference.add_norm_modulate_rows`: `add_norm_modulate` of (B, T, S, D), y as rows."""
-    x, h = x.contiguous(), h.contiguous()
-    total, y = torch.empty_like(x), empty_rows(x)
-    _modulate(x, h, shift, scale, total, y.rows, eps, scales=y.scale)
-    return total, y
 
 
 def gated_residual(x: Tensor, gate: Tensor, h: Tensor, more: Tensor | None = None) -> Tensor:
@@ -306,7 +274,12 @@ class _GatedResidual(torch.autograd.Function):
         x, h = x.contiguous(), h.contiguous()
         more = None if more is None else more.contiguous()
         ctx.save_for_backward(gate, h, more)
-        return _residual(x, gate, h, more, None)
+        y = torch.empty_like(x)
+        batch, frames, tokens, width = x.shape
+        _residual_kernel[(batch * frames * tokens,)](
+            x, gate, h, more, y, tokens, frames, *frame_strides(gate, x), width, **_row(width)
+        )
+        return y
 
     @staticmethod
     @once_differentiable
@@ -316,54 +289,24 @@ class _GatedResidual(torch.autograd.Function):
         parts, share = shares(tokens, batch * frames, programs=PROGRAMS)
         of_h, of_gate = torch.empty_like(h), h.new_empty(batch, frames, parts, width, dtype=torch.float32)
         _residual_gradients_kernel[(batch * frames, parts)](
-            gate, h, more, of_y.contiguous(), of_h, of_gate, tokens, frames, *_frame_strides(gate, h), share, width,
+            gate, h, more, of_y.contiguous(), of_h, of_gate, tokens, frames, *frame_strides(gate, h), share, width,
             **_row(width),
         )  # fmt: skip
         return of_y, _of_modulation(of_gate, gate), of_h, None if more is None else of_h
 
 
-def gated_residual_rows(x: Tensor, gate: Tensor, h: Tensor) -> tuple[Tensor, Float8Rows]:
-    """Fuse `reference.gated_residual_rows`: `gated_residual` of (B, T, S, D), and y as rows."""
-    x, h = x.contiguous(), h.contiguous()
-    rows = empty_rows(x)
-    return _residual(x, gate, h, None, rows), rows
-
-
-def _residual(x: Tensor, gate: Tensor, h: Tensor, more: Tensor | None, rows: Float8Rows | None) -> Tensor:
-    """Return the sum as a tensor like x; fill rows with it, if there are any."""
-    y = torch.empty_like(x)
-    batch, frames, tokens, width = x.shape
-    launch = _row(width) if rows is None else row_launch(width)
-    _residual_kernel[(batch * frames * tokens,)](
-        x, gate, h, more, y, *(rows or (None, None)), tokens, frames, *_frame_strides(gate, x), width, **launch
-    )
-    return y
-
-
-def _empty_moments(x: Tensor) -> Tensor:
-    return x.new_empty(x.numel() // x.shape[-1], 2, dtype=torch.float32)
-
-
 def _modulate(
-    x: Tensor,
-    h: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    total: Tensor,
-    y: Tensor,
-    eps: float,
-    *,
-    moments: Tensor | None = None,
-    scales: Tensor | None = None,
-) -> None:
-    """Fill y, total where there is an h, and moments or scales; see `_modulate_kernel`."""
+    x: Tensor, h: Tensor, shift: Tensor, scale: Tensor, total: Tensor, y: Tensor, eps: float, *, add: bool
+) -> Tensor:
+    """Fill total and y; the moments of total's tokens."""
     batch, frames, tokens, width = x.shape
-    strides = _frame_strides(shift, x)
-    assert strides == _frame_strides(scale, x)
-    launch = _row(width) if scales is None else row_launch(width)
+    strides = frame_strides(shift, x)
+    assert strides == frame_strides(scale, x)
+    moments = x.new_empty(batch * frames * tokens, 2, dtype=torch.float32)
     _modulate_kernel[(batch * frames * tokens,)](
-        x, h, shift, scale, total, y, moments, scales, tokens, frames, *strides, width, eps, h is not None, **launch
+        x, h, shift, scale, total, y, moments, tokens, frames, *strides, width, eps, add, **_row(width)
     )
+    return moments
 
 
 def _modulate_gradients(
@@ -377,7 +320,7 @@ def _modulate_gradients(
     of_shift, of_scale = (x.new_empty(batch, frames, parts, width, dtype=torch.float32) for _ in range(2))
     _modulate_gradients_kernel[(batch * frames, parts)](
         x, scale, moments, of_y if of_total is None else of_total.contiguous(), of_y, of_x, of_shift, of_scale, tokens,
-        frames, *_frame_strides(scale, x), share, width, of_total is not None, **_row(width),
+        frames, *frame_strides(scale, x), share, width, of_total is not None, **_row(width),
     )  # fmt: skip
     return of_x, _of_modulation(of_shift, scale), _of_modulation(of_scale, scale)
 
@@ -391,7 +334,7 @@ def _row(width: int) -> dict[str, int]:
     return {"LANES": triton.next_power_of_2(width), "num_warps": WARPS}
 
 
-def _frame_strides(modulation: Tensor, x: Tensor) -> tuple[int, int]:
+def frame_strides(modulation: Tensor, x: Tensor) -> tuple[int, int]:
     """Return the strides from clip to clip and from frame to frame of a modulation (B, 1 or T, 1, D)."""
     assert modulation.stride(-1) == 1 and modulation.shape[2] == 1, modulation.shape
     clip, frame, *_ = modulation.expand(*x.shape[:2], 1, -1).stride()

@@ -135,55 +135,52 @@ def test_gradients_of_qk_features(shape, dtype, tolerance, programs, monkeypatch
     compare_gradients("qk_features", norms, inputs, dtype, 2 * tolerance, eps=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(5, 56), (1, 8), (3, 100)])
+ROWS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+"""dtypes of what is made rows of."""
+
+
+@ROWS
+@pytest.mark.parametrize("shape", [(5, 56), (1, 8), (3, 100), (2, 2, 700), (1, 5000)])
 def test_quantise_rows(shape, dtype):
-    x = (random(*shape) * torch.logspace(-2, 2, shape[0], dtype=torch.float64)[:, None]).to(dtype)
+    sizes = torch.logspace(-2, 2, shape[0], dtype=torch.float64).view(-1, *[1] * (len(shape) - 1))
+    x = (random(*shape) * sizes).to(dtype)
     check_rows(float8.quantise_rows(x.to(DEVICE)), reference.quantise_rows(x))
 
 
-def check_rows(given: reference.Float8Rows, wanted: reference.Float8Rows) -> None:
-    """Hold that numbers are equal or neighbours: those in the middle go either way by the rounding of the scale."""
+def check_rows(given: reference.Float8Rows, wanted: reference.Float8Rows, rounding: float = 0.0) -> None:
+    """Hold that numbers are equal or neighbours: those in the middle go either way by the rounding of the scale.
+
+    rounding: of what the wanted rows were made of, relative.
+    """
     assert given.rows.dtype == torch.float8_e4m3fn and given.rows.shape == wanted.rows.shape
-    torch.testing.assert_close(given.scale.cpu(), wanted.scale)
+    torch.testing.assert_close(given.scale.cpu(), wanted.scale, rtol=1e-5 + rounding, atol=0)
     rows, expected = given.rows.cpu().float(), wanted.rows.float()
     assert rows.isfinite().all()
-    near = (rows - expected).abs() <= expected.abs() / 8 + 2**-9
+    near = (rows - expected).abs() <= expected.abs() / 8 + 2**-9 + rounding
     # Triton's interpreter loses the carry of numbers that round up to a power of two.
     assert near.all() if DEVICE == "cuda" else near.float().mean() > 0.9
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 56), (1, 1, 1, 8), (1, 2, 7, 100)])
+@ROWS
+@pytest.mark.parametrize("shape", [(2, 3, 5, 56), (1, 1, 1, 8), (1, 2, 7, 100), (1, 2, 1, 2500)])
 def test_rows_of_norms_and_residuals(shape, dtype):
-    """They are those of what the operation gives otherwise; a GPU may sum up a row in another order."""
-    x, h = ((3 * random(*shape, seed=seed) + 0.5).to(DEVICE, dtype) for seed in (1, 2))
+    x, h = ((3 * random(*shape, seed=seed) + 0.5).to(dtype) for seed in (1, 2))
+    rounding = 8 * torch.finfo(dtype).eps
     for frames in {1, shape[1]}:
-        parts = random(shape[0], frames, 3, shape[3], seed=3).to(DEVICE, dtype)
-        shift, scale, gate = parts[:, :, None].unbind(-2)
-        total, y = norms.add_norm_modulate(x, h, shift, scale, 1e-6)
-        given_total, given = norms.add_norm_modulate_rows(x, h, shift, scale, 1e-6)
-        assert torch.equal(given_total, total)
-        same_rows(given, float8.quantise_rows(y))
-        same_rows(
-            norms.norm_modulate_rows(x, shift, scale, 1e-6),
-            float8.quantise_rows(norms.norm_modulate(x, shift, scale, 1e-6)),
-        )
-        total = norms.gated_residual(x, gate, h)
-        given_total, given = norms.gated_residual_rows(x, gate, h)
-        assert torch.equal(given_total, total)
-        same_rows(given, float8.quantise_rows(total))
-
-
-def same_rows(given: reference.Float8Rows, wanted: reference.Float8Rows) -> None:
-    if DEVICE == "cpu":
-        assert torch.equal(given.rows.view(torch.uint8), wanted.rows.view(torch.uint8))
-        assert torch.equal(given.scale, wanted.scale)
-    else:
-        torch.testing.assert_close(given.scale, wanted.scale, rtol=2**-7, atol=0)
-        rows, expected = given.rows.float(), wanted.rows.float()
-        assert ((rows - expected).abs() <= expected.abs() / 8 + 2**-9).all()
-        assert (rows == expected).float().mean() > 0.9
+        # As the network has it: parts of one tensor, not contiguous.
+        shift, scale, gate = random(shape[0], frames, 3, shape[3], seed=3).to(dtype)[:, :, None].unbind(-2)
+        for name, inputs in (
+            ("norm_modulate_rows", (x, shift, scale, 1e-6)),
+            ("add_norm_modulate_rows", (x, h, shift, scale, 1e-6)),
+            ("gated_residual_rows", (x, gate, h)),
+        ):
+            exact = getattr(reference, name)(*(v.float() if isinstance(v, Tensor) else v for v in inputs))
+            given = getattr(float8, name)(*(v.to(DEVICE) if isinstance(v, Tensor) else v for v in inputs))
+            if not isinstance(exact, reference.Float8Rows):
+                (total, given), (wanted, exact) = given, exact
+                assert total.dtype == dtype
+                torch.testing.assert_close(total.cpu(), wanted.to(dtype), rtol=rounding, atol=rounding)
+            check_rows(given, exact, 1e-4)  # norms of few numbers are sums in another order
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
