@@ -61,7 +61,8 @@ def _size_of(row, PIECES: tl.constexpr):
 
 @triton.jit
 def _scaled(row, scale, PIECES: tl.constexpr):
-    factor, scaled = 1 / scale, ()
+    factor = 1 / scale
+    scaled = ()
     for i in tl.static_range(PIECES):
         scaled += (row[i] * factor,)
     return scaled
@@ -92,13 +93,15 @@ def _modulate_kernel(
     modulation = frame // frames * clip_stride + frame % frames * frame_stride
     row = _load(x + token * width, lane, width, PIECES, STEP)
     if h is not None:
-        more, summed = _load(h + token * width, lane, width, PIECES, STEP), ()
+        more = _load(h + token * width, lane, width, PIECES, STEP)
+        summed = ()
         for i in tl.static_range(PIECES):
             summed += (row[i] + more[i],)
         row = summed
         _store(row, total + token * width, lane, width, PIECES, STEP)
     mean = _sum_of(row, PIECES) / width
-    centred, squares = (), ()
+    centred = ()
+    squares = ()
     for i in tl.static_range(PIECES):
         centred += (tl.where(lane < width - i * STEP, row[i] - mean, 0.0),)
         squares += (centred[i] * centred[i],)
