@@ -1,8 +1,8 @@
 """Passes and scores of networks in float8 beside themselves in their own dtype.
 
-    python tests/full_size/measure_float8.py --out output/float8                        # all, one H200
-    python tests/full_size/measure_float8.py 480p 720p --out output/float8              # a minute
-    python tests/full_size/measure_float8.py scores --out output/float8                 # three minutes
+    python tests/full_size/measure_float8.py --out output/float8                        # all
+    python tests/full_size/measure_float8.py 480p 720p --out output/float8
+    python tests/full_size/measure_float8.py scores --out output/float8
 
 480p and 720p: ms of a pass of the 2B network over a chunk with a past, launched and replayed, and of each of its
 kernels; the errors that float8 makes in products and in the latents of three chunks. Random weights, those of
