@@ -29,7 +29,7 @@ from longsana.runtime.settings import PARTS, TEXT, bounded, check_bounds, parse_
 log = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-"""`auto` is bfloat16 on a GPU and float32 on a CPU."""
+"""`auto` is bfloat16 on a GPU and float32 on a CPU; GPUs before compute capability 8.0 take float32 for bfloat16."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from longsana.encoders.tiny_layouts import FULL
 from longsana.evaluation.report import table
 from longsana.inference.flags import check_settings, parse_flags
 from longsana.models.float8 import check_float8
-from longsana.ops.dispatch import VARIABLE, can_fuse
+from longsana.ops.dispatch import VARIABLE, obstacle
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
@@ -85,8 +85,8 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     if options.out.is_dir():
         raise InputError(f"--out {options.out}: is a folder; give the name of a file")
     check_writable(options.out.parent, "--out")
-    if options.backend == "triton" and not can_fuse():
-        raise InputError("--backend triton: needs an NVIDIA GPU with the shared memory of an H100; here there is none")
+    if options.backend == "triton" and (missing := obstacle()):
+        raise InputError(f"--backend triton: {missing}")
     if options.float8 and (config.model.float8 or options.backend == "compile"):
         raise InputError(
             "--float8: compares the network as it is with float8; not with model.float8 or --backend compile"

@@ -19,13 +19,13 @@ from longsana.config import ModelConfig
 from longsana.encoders.vae import VideoVAE
 from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule
-from longsana.models import attention, dit
+from longsana.models import attention, dit, float8
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, TextMemory
 from longsana.models.float8 import PRODUCTS, in_float8, to_float8
 from longsana.models.rope import rotary
 from longsana.ops import FUSED, reference
-from longsana.ops.dispatch import WITHOUT_GRADIENTS, can_fuse, fused_twin, inductor_options
+from longsana.ops.dispatch import WITHOUT_GRADIENTS, fused_twin, inductor_options, obstacle
 from longsana.sampling.engine import Engine
 from longsana.sampling.graphs import RecordedPass
 from longsana.sampling.sampler import generate
@@ -52,6 +52,22 @@ class Loaded(NamedTuple):
     vae: VideoVAE
 
 
+class Sizes(NamedTuple):
+    """Shapes and dtypes of what operations see in a chunk.
+
+    dtype: of the network. grid: tokens of a frame, down and across. picture: (T, H, W, C) of the decoder's widest step
+    for one latent, and decoder its dtype.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    network: ModelConfig
+    frames: int
+    grid: tuple[int, int]
+    picture: tuple[int, int, int, int]
+    decoder: torch.dtype
+
+
 class Case(NamedTuple):
     """An operation at the size of a chunk.
 
@@ -66,6 +82,11 @@ class Case(NamedTuple):
     unread: int = 0  # bytes of the inputs
     learned: int | None = None
     written: int | None = None
+
+    @property
+    def in_float8(self) -> bool:
+        """Tell whether rows are written in float8, which Triton has from compute capability 8.9 on."""
+        return self.name.endswith("_rows")
 
     def outputs(self, operation: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         """Run the operation on inputs and return what it returns, or writes."""
@@ -142,12 +163,12 @@ def measure_operations(loaded: Loaded, size: tuple[int, int]) -> dict[str, Any]:
     device, dtype = loaded.engine.device, loaded.model.dtype
     limits = ceilings(device, dtype)
     rows: dict[str, Any] = {}
-    for case in cases(loaded, size):
+    for case in cases(_sizes(loaded, size)):
         plain = getattr(reference, case.name)
         expected = case.once(plain)
         backends = {"reference": plain}
         row: dict[str, Any] = {}
-        if can_fuse():
+        if not obstacle() and (not case.in_float8 or torch.cuda.get_device_capability(device) >= float8.CAPABILITY):
             backends["fused"] = fused_twin(case.name, FUSED)
             row["difference"] = max(
                 float((a.float() - b.float()).abs().max() / b.float().abs().max())
@@ -173,13 +194,12 @@ def measure_operations(loaded: Loaded, size: tuple[int, int]) -> dict[str, Any]:
     return {"copy, GB/s": limits.bytes / 1e9, "product, TFLOP/s": limits.operations / 1e12, "operations": rows}
 
 
-def cases(loaded: Loaded, size: tuple[int, int]) -> Iterator[Case]:
-    config, device, dtype = loaded.engine.config, loaded.engine.device, loaded.model.dtype
-    network = config.model
+def cases(sizes: Sizes) -> Iterator[Case]:
+    """Every operation; on the meta device too, where nothing is computed."""
+    device, dtype, network, frames, grid, *_ = sizes
     width, inner, dim = _widths(network)
-    frames, grid = config.sampling.chunk_frames, _grid(loaded, size)
     tokens = math.prod(grid)
-    rng = torch.Generator(device).manual_seed(0)
+    rng = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float32, device=device, generator=rng).to(dtype)
@@ -216,11 +236,8 @@ def cases(loaded: Loaded, size: tuple[int, int]) -> Iterator[Case]:
     yield Case("neighbour_rows", (x, x[:, 0]), conv)
     yield Case("temporal_conv", (x, x[:, 0], taps), conv, 2 * 3 * frames * tokens * width * width)
     # The decoder's widest step, for one latent.
-    channels, side = loaded.vae.widest
-    frames, height, width = loaded.engine.geometry.time_stride, size[0] // side, size[1] // side
-    picture = torch.randn(1, frames, height, width, channels, dtype=torch.float32, device=device, generator=rng).to(
-        loaded.vae.dtype
-    )
+    frames, height, width, channels = sizes.picture
+    picture = torch.randn(1, *sizes.picture, dtype=torch.float32, device=device, generator=rng).to(sizes.decoder)
     buffer = picture.new_zeros(1, 2 + frames, height + 2, width + 2, channels)
     gamma = picture.new_ones(channels)
     bias = gamma.clone()
@@ -410,8 +427,12 @@ def _widths(network: ModelConfig) -> tuple[int, int, int]:
     return width, int(network.mlp_ratio * width), network.linear_head_dim
 
 
-def _grid(loaded: Loaded, size: tuple[int, int]) -> tuple[int, int]:
-    """Tokens down and across a frame."""
+def _sizes(loaded: Loaded, size: tuple[int, int]) -> Sizes:
+    """Sizes in a video of height x width pixels."""
+    engine, vae = loaded.engine, loaded.vae
     _, down, across = loaded.model.patch_size
-    height, width = loaded.engine.geometry.latent_size(*size)
-    return height // down, width // across
+    height, width = engine.geometry.latent_size(*size)
+    channels, side = vae.widest
+    picture = (engine.geometry.time_stride, size[0] // side, size[1] // side, channels)
+    grid, frames = (height // down, width // across), engine.config.sampling.chunk_frames
+    return Sizes(engine.device, loaded.model.dtype, engine.config.model, frames, grid, picture, vae.dtype)

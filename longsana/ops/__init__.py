@@ -1,9 +1,9 @@
 """Operations of the network; models import these names and nothing below.
 
 Each has a plain twin in `reference.py`, where its shapes are, and a fused implementation for GPUs. Which one runs is
-decided at the first operation on a GPU: the fused one on an NVIDIA GPU with the shared memory of an H100, unless the
-environment says LONGSANA_OPS=reference. Tensors on a CPU, in float64, or under torch.compile, which fuses on its own,
-always go to the twins.
+decided at the first operation on a GPU: the fused one on an NVIDIA GPU of compute capability 8.0 or newer, with tiles
+that fit its shared memory, unless the environment says LONGSANA_OPS=reference. Tensors on a CPU, in float64, or under
+torch.compile, which fuses on its own, always go to the twins.
 """
 
 from longsana.ops import reference

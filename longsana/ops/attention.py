@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from longsana.ops import reference
 from longsana.ops.activation import INTERPRETED
-from longsana.ops.dispatch import shares
+from longsana.ops.dispatch import shared_memory, shares
 from longsana.ops.reference import prefix_sums
 
 
@@ -36,10 +36,30 @@ class Tile(NamedTuple):
     stages: int
 
 
-SUMS, OUTPUT = Tile(64, 4, 2), Tile(64, 4, 1)
-OF_SUMS, OF_OUTPUT, OF_STATE = Tile(64, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1)
-"""The last three are of gradients: of what sums and outputs read, and of the sums that outputs read. Heads of 112 spill
-some hundred bytes (sm_90), and are faster than smaller tiles or more warps that spill none."""
+class Tiles(NamedTuple):
+    """Tiles of sums and outputs, and of gradients: of what sums and outputs read, and of the sums that outputs read.
+
+    apart: the gradients of keys are computed without those of values, as a head's sums and their transpose are more
+    than a program's shared memory.
+    """
+
+    sums: Tile
+    output: Tile
+    of_sums: Tile
+    of_output: Tile
+    of_state: Tile
+    apart: bool
+
+
+# Of 227 KB, for tensor cores that read a head's sums from shared memory: heads of 112 spill some hundred bytes, and are
+# faster than smaller tiles or more warps that spill none (sm_90). The others hold the sums in registers, which so few
+# tokens and so many warps leave room for; 64 tokens and 4 warps would spill up to 14 KB a thread (sm_80).
+TILES = {
+    227: Tiles(Tile(64, 4, 2), Tile(64, 4, 1), Tile(64, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), apart=False),
+    163: Tiles(Tile(64, 8, 2), Tile(16, 4, 2), Tile(32, 8, 2), Tile(32, 8, 1), Tile(32, 8, 1), apart=False),
+    99: Tiles(Tile(32, 8, 2), Tile(16, 8, 2), Tile(16, 8, 2), Tile(32, 8, 1), Tile(32, 8, 1), apart=True),
+}
+"""By `shared_memory`."""
 PROGRAMS = 264
 """Programs that keep a large GPU busy, twice its multiprocessors."""
 Span = tuple[int, int]
@@ -161,9 +181,10 @@ def _sums_kernel(
 @triton.jit
 def _sums_gradients_kernel(
     k, v, cos, sin, kv, k_sum, k_grad, v_grad, first, last, share, heads, k_clip, k_token, v_clip, v_token, clip_stride,
+    KEYS: tl.constexpr, VALUES: tl.constexpr,
     HALF: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """kv (B, heads, d, d) and k_sum (B, heads, d) are the gradients of the sums."""
+    """kv (B, heads, d, d) and k_sum (B, heads, d) are the gradients of the sums. KEYS, VALUES: whose are wanted."""
     head, clip = tl.program_id(1), tl.program_id(2).to(tl.int64)
     dim: tl.constexpr = 2 * HALF
     lane = tl.arange(0, LANES)
@@ -173,16 +194,22 @@ def _sums_gradients_kernel(
     for start in range(begin, end, TOKENS):
         token = start + tl.arange(0, TOKENS)
         there = token < end
-        key = _tile(k + clip * k_clip + head * dim, token, there, k_token, lane, dim)
-        value = _tile(v + clip * v_clip + head * dim, token, there, v_token, lane, dim)
+        if VALUES:
+            key = _tile(k + clip * k_clip + head * dim, token, there, k_token, lane, dim)
+        if KEYS:
+            value = _tile(v + clip * v_clip + head * dim, token, there, v_token, lane, dim)
         c, s = _angles(cos, sin, token, there, HALF, LANES // 2)
         zeros = tl.zeros((TOKENS, LANES), tl.float32)
-        of_key = _rotated(_product(value, _transposed(sums), zeros, EXACT), c, -s) + k_total[None, :]
-        of_value = _product(_rotated(key, c, s), sums, zeros, EXACT)
+        if KEYS:
+            of_key = _rotated(_product(value, _transposed(sums), zeros, EXACT), c, -s) + k_total[None, :]
+        if VALUES:
+            of_value = _product(_rotated(key, c, s), sums, zeros, EXACT)
         at = own + token[:, None] * heads * dim + lane[None, :]
         inside = there[:, None] & (lane < dim)[None, :]
-        tl.store(k_grad + at, of_key.to(k_grad.dtype.element_ty), inside)
-        tl.store(v_grad + at, of_value.to(v_grad.dtype.element_ty), inside)
+        if KEYS:
+            tl.store(k_grad + at, of_key.to(k_grad.dtype.element_ty), inside)
+        if VALUES:
+            tl.store(v_grad + at, of_value.to(v_grad.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -268,8 +295,8 @@ def linear_attention(
         o as (B, N, heads, d) in v's dtype, and the next kv and k_sum in float32. All that is differentiable there is
         here, the first time alone.
     """
-    if q.dtype == torch.float32 and q.shape[-1] > 64 and torch.is_grad_enabled():
-        # A head's sums, in all their bits and also transposed, are more than a multiprocessor's shared memory.
+    if q.dtype == torch.float32 and q.shape[-1] > 64 and (torch.is_grad_enabled() or shared_memory() < 163):
+        # A head's sums in all their bits are 128 KB, and gradients want them transposed, too.
         return reference.linear_attention(
             q, k, v, cos, sin, kv, k_sum, lengths=lengths, window=window, eps=eps, decay=decay, sink=sink
         )
@@ -288,7 +315,7 @@ class _Sums(torch.autograd.Function):
     def forward(ctx: Any, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, spans: list[Span]) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(k, v, cos, sin)
         ctx.spans = spans
-        return _sums(k, v, None, cos, sin, spans, SUMS)
+        return _sums(k, v, None, cos, sin, spans, _tiles().sums)
 
     @staticmethod
     @once_differentiable
@@ -296,12 +323,15 @@ class _Sums(torch.autograd.Function):
         k, v, cos, sin = ctx.saved_tensors
         batch, _, heads, _ = k.shape
         k_grad, v_grad = (part.new_empty(part.shape) for part in (k, v))
+        tile = _tiles().of_sums
         for chunk, (first, last) in enumerate(ctx.spans):
-            parts, share = _parts(last - first, batch * heads, OF_SUMS)
-            _sums_gradients_kernel[(parts, heads, batch)](
-                k, v, cos, sin, kv[:, chunk].contiguous(), k_sum[:, chunk].contiguous(), k_grad, v_grad, first, last,
-                share, heads, *_strides(k), *_strides(v), k_grad.stride(0), **_sizes(k, OF_SUMS),
-            )  # fmt: skip
+            parts, share = _parts(last - first, batch * heads, tile)
+            own_kv, own_k = kv[:, chunk].contiguous(), k_sum[:, chunk].contiguous()
+            for keys, values in ((True, False), (False, True)) if _tiles().apart else ((True, True),):
+                _sums_gradients_kernel[(parts, heads, batch)](
+                    k, v, cos, sin, own_kv, own_k, k_grad, v_grad, first, last, share, heads, *_strides(k),
+                    *_strides(v), k_grad.stride(0), keys, values, **_sizes(k, tile),
+                )  # fmt: skip
         return k_grad, v_grad, None, None, None
 
 
@@ -324,11 +354,12 @@ class _Output(torch.autograd.Function):
         ctx.spans, ctx.eps = spans, eps
         batch, _, heads, _ = q.shape
         out = q.new_empty(q.shape, dtype=dtype)
+        tile = _tiles().output
         for chunk, (first, last) in enumerate(spans):
-            parts, share = _parts(last - first, batch * heads, OUTPUT)
+            parts, share = _parts(last - first, batch * heads, tile)
             _output_kernel[(parts, heads, batch)](
                 q, cos, sin, kv[:, chunk].contiguous(), k_sum[:, chunk].contiguous(), out, first, last, share, heads,
-                *_strides(q), out.stride(0), eps, **_sizes(q, OUTPUT),
+                *_strides(q), out.stride(0), eps, **_sizes(q, tile),
             )  # fmt: skip
         return out
 
@@ -340,13 +371,14 @@ class _Output(torch.autograd.Function):
         grad = grad.contiguous()
         q_grad, n_grad = q.new_empty(q.shape), q.new_empty(q.shape, dtype=torch.float32)
         m_grad = q.new_empty(batch, count, heads, dtype=torch.float32)
+        tile = _tiles().of_output
         for chunk, (first, last) in enumerate(ctx.spans):
-            parts, share = _parts(last - first, batch * heads, OF_OUTPUT)
+            parts, share = _parts(last - first, batch * heads, tile)
             _output_gradients_kernel[(parts, heads, batch)](
                 q, grad, cos, sin, kv[:, chunk].contiguous(), k_sum[:, chunk].contiguous(), q_grad, n_grad, m_grad,
-                first, last, share, heads, *_strides(q), grad.stride(0), ctx.eps, **_sizes(q, OF_OUTPUT),
+                first, last, share, heads, *_strides(q), grad.stride(0), ctx.eps, **_sizes(q, tile),
             )  # fmt: skip
-        kv_grad, k_grad = _sums(q, n_grad, m_grad, cos, sin, ctx.spans, OF_STATE)
+        kv_grad, k_grad = _sums(q, n_grad, m_grad, cos, sin, ctx.spans, _tiles().of_state)
         return q_grad, None, None, kv_grad, k_grad, None, None, None
 
 
@@ -376,6 +408,10 @@ def _strides(part: Tensor) -> tuple[int, int]:
     clip, token, *_ = part.stride()
     assert part.shape[1] * token < 2**31, "offsets within a clip have 32 bits"
     return clip, token
+
+
+def _tiles() -> Tiles:
+    return TILES[shared_memory()]
 
 
 def _parts(tokens: int, others: int, tile: Tile) -> tuple[int, int]:

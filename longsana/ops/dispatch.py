@@ -12,13 +12,18 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from longsana.runtime.errors import InputError
+from longsana.runtime.gpu import shortcoming
+
 P = ParamSpec("P")
 R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 VARIABLE = "LONGSANA_OPS"
-SHARED_MEMORY = 227 << 10
-"""Bytes that a program may have, to hold the kernels' tiles: on H100, H200, B200, not on their smaller relatives."""
+MEMORY_VARIABLE = "LONGSANA_SHARED_MEMORY"
+SHARED_MEMORY = (227, 163, 99)
+"""KB of shared memory for a program that the kernels have tiles for: on H100, H200 and B200; on A100; on the smaller
+GPUs of these generations (compute capability 8.6, 8.9, 12.0), and so on all from 8.0 on."""
 WITHOUT_GRADIENTS = (
     *("add_norm_modulate_rows", "gated_residual_rows", "neighbour_rows", "norm_modulate_rows", "quantise_rows"),
     *("add_shortcut", "copy_into", "norm_silu_into", "relu_into"),
@@ -48,25 +53,53 @@ def backend() -> Literal["triton", "reference"]:
     Settled at the first operation on a GPU.
 
     Raises:
-        ValueError: it asks for something else.
+        InputError: it asks for something else, or LONGSANA_SHARED_MEMORY does.
     """
     wanted = os.environ.get(VARIABLE, "triton")
     if wanted not in ("triton", "reference"):
-        raise ValueError(f"{VARIABLE}={wanted}: must be triton or reference")
+        raise InputError(f"{VARIABLE}={wanted}: must be triton or reference")
     if wanted == "reference":
         return "reference"
-    if not can_fuse():
-        log.warning("plain PyTorch operations: the fused ones need an NVIDIA GPU with the shared memory of an H100")
+    if missing := obstacle():
+        log.warning("plain PyTorch operations: %s", missing)
         return "reference"
+    shared_memory()  # what it is asked for is wrong now, and not when there is a network
     return "triton"
 
 
-def can_fuse() -> bool:
-    """Tell whether the fused operations run here."""
+def obstacle() -> str | None:
+    """Say why the fused operations do not run here, if they do not."""
     if not torch.cuda.is_available() or torch.version.cuda is None:
-        return False
-    own: int = getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin")  # noqa: B009 (not in stubs)
-    return own >= SHARED_MEMORY
+        return "the fused ones need an NVIDIA GPU"
+    if short := shortcoming():
+        return f"the fused ones need {short}"
+    own, least = _own_shared_memory(), SHARED_MEMORY[-1]
+    return f"the fused ones need {least} KB of shared memory, and a program has {own} here" if own < least else None
+
+
+@cache
+def shared_memory() -> int:
+    """KB of shared memory that tiles are chosen for, one of SHARED_MEMORY: the most that this GPU has.
+
+    LONGSANA_SHARED_MEMORY lowers it. Where kernels run without a GPU, in Triton's interpreter, any may be asked for.
+
+    Raises:
+        InputError: there are no tiles for what it asks for, or this GPU has less.
+    """
+    own = _own_shared_memory() if torch.cuda.is_available() else SHARED_MEMORY[0]
+    wanted = os.environ.get(MEMORY_VARIABLE)
+    if wanted is None:
+        return next(size for size in SHARED_MEMORY if size <= own)
+    if wanted not in map(str, SHARED_MEMORY):
+        raise InputError(f"{MEMORY_VARIABLE}={wanted}: must be one of {', '.join(map(str, SHARED_MEMORY))} (KB)")
+    if int(wanted) > own:
+        raise InputError(f"{MEMORY_VARIABLE}={wanted}: a program has {own} KB on this GPU")
+    return int(wanted)
+
+
+def _own_shared_memory() -> int:
+    bytes_: int = getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin")  # noqa: B009 (no stub)
+    return bytes_ >> 10
 
 
 def operation(plain: Callable[P, R], modules: Mapping[str, str]) -> Callable[P, R]:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from longsana.models.dit import LongSanaDiT
+from longsana.runtime.gpu import has_bfloat16
 from longsana.training.config import AdamWConfig, TrainingConfig
 
 
@@ -199,7 +200,7 @@ def _muon(weights: list[nn.Parameter], settings: AdamWConfig) -> torch.optim.Opt
 
 def compute_dtype(config: TrainingConfig) -> torch.dtype:
     """The dtype in which networks that learn compute; their weights are float32."""
-    return torch.bfloat16 if config.train.mixed_precision else torch.float32
+    return torch.bfloat16 if config.train.mixed_precision and has_bfloat16() else torch.float32
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from longsana.models.dit import LongSanaDiT
 from longsana.runtime.arguments import Number, Whole, settled
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
+from longsana.runtime.gpu import has_bfloat16
 from longsana.runtime.hub import SEEDED, locate
 from longsana.weights.names import BASE_CLASS, CAUSAL_CLASS, chosen_past, written_past
 from longsana.weights.network import load_weights
@@ -24,9 +25,12 @@ log = logging.getLogger(__name__)
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The dtype that a setting asks for on this device; see `Dtype`."""
+    """The dtype that a setting asks for on this device; see `Dtype`. A GPU without bfloat16 takes float32 for it."""
+    on_gpu = device.type == "cuda"
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = "bfloat16" if on_gpu else "float32"
+    if dtype == "bfloat16" and on_gpu and not has_bfloat16():
+        return torch.float32
     resolved: torch.dtype = getattr(torch, dtype)
     return resolved
 

@@ -167,7 +167,7 @@ def test_bad_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--float8", "model.float8=true"], "--float8"),
         (["--threads", "0"], "--threads: 0: must be from 1 to 1024"),
         (["--out", str(tmp_path)], "is a folder"),
-        (["--backend", "triton"], "needs an NVIDIA GPU"),
+        (["--backend", "triton"], "need an NVIDIA GPU"),
     ):
         assert script.main(["--out", str(out), *arguments]) == 2
         assert says in capsys.readouterr().err
