@@ -45,9 +45,10 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def compiled(targets: Sequence[str], cache: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
     """Kernels by target, from a process whose Triton compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}  # no GPU's own memory is asked for
     run = subprocess.run(
         [sys.executable, "-m", "tests.ops.launches", *options, *targets],
-        cwd=ROOT, env=environment | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     launches = [json.loads(line) for line in run.stdout.splitlines()]
@@ -56,8 +57,11 @@ def compiled(targets: Sequence[str], cache: Path, *options: str) -> dict[str, li
 
 def check_shared_memory(found: dict[str, list[dict[str, Any]]]) -> None:
     for target, launches in found.items():
-        memory, _, dtype, *_ = target.split(":")
-        assert {launch["kernel"].partition(".")[0] for launch in launches} >= {"attention", "norms", "decoder"}, target
+        memory, _, dtype, *heads = target.split(":")
+        modules = {launch["kernel"].partition(".")[0] for launch in launches}
+        assert modules >= {"norms", "decoder"}, target
+        # A head's sums in float32 are more than 99 KB: that is plain.
+        assert ("attention" in modules) == (memory != "99" or dtype != "float32" or bool(heads)), target
         for launch in launches:
             assert launch["shared"] <= int(memory) << 10, launch
             assert dtype != "bfloat16" or launch["spilled"] <= SPILLED, launch
@@ -77,11 +81,20 @@ def test_kernels_of_every_set_fit_what_it_is_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float32:64", "float32:32", "bfloat16:32"])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_kernels_fit_on_every_generation(dtype: str, tmp_path: Path) -> None:
-    """Also B200, Jetson Orin, RTX 40 and 50; and heads of 32 and 64, whose gradients are fused in float32 too."""
+    """Also B200, Jetson Orin, RTX 40 and 50."""
     gpus = ("227:90", "227:100", "163:80", "163:87", "99:86", "99:89", "99:120")
     check_shared_memory(compiled([f"{gpu}:{dtype}" for gpu in gpus], tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16:32", "float32:32", "float32:64"])
+def test_kernels_of_smaller_heads_fit(dtype: str, tmp_path: Path) -> None:
+    """Gradients of heads of up to 64 are fused in float32 too."""
+    gpus = ("227:90", "163:80", "99:86", "99:120")
+    check_shared_memory(compiled([f"{gpu}:{dtype}" for gpu in gpus], tmp_path, "--without=gated_conv"))
 
 
 def largest_error(given: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[torch.dtype, float]:
