@@ -119,7 +119,9 @@ def check_twins(sizes: Sizes) -> None:
         with torch.no_grad():
             exact = wide.once(plain)
             for dtype, error in largest_error(case.once(fused), exact).items():
-                assert error < TOLERANCE[dtype], (case.name, dtype, error)
+                # Scales of rows in float8 are those of numbers that have been rounded.
+                scale = case.in_float8 and dtype == torch.float32
+                assert error < TOLERANCE[sizes.dtype if scale else dtype], (case.name, dtype, error)
         if case.name in WITHOUT_GRADIENTS:
             continue
         cotangents = [torch.randn(part.shape, generator=rng, device=sizes.device).to(sizes.dtype) for part in exact]
