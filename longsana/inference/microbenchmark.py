@@ -19,10 +19,10 @@ from longsana.config import ModelConfig
 from longsana.encoders.vae import VideoVAE
 from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule
-from longsana.models import attention, dit, float8
+from longsana.models import attention, dit
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, TextMemory
-from longsana.models.float8 import PRODUCTS, in_float8, to_float8
+from longsana.models.float8 import CAPABILITY, PRODUCTS, in_float8, to_float8
 from longsana.models.rope import rotary
 from longsana.ops import FUSED, reference
 from longsana.ops.dispatch import WITHOUT_GRADIENTS, fused_twin, inductor_options, obstacle
@@ -168,7 +168,7 @@ def measure_operations(loaded: Loaded, size: tuple[int, int]) -> dict[str, Any]:
         expected = case.once(plain)
         backends = {"reference": plain}
         row: dict[str, Any] = {}
-        if not obstacle() and (not case.in_float8 or torch.cuda.get_device_capability(device) >= float8.CAPABILITY):
+        if not obstacle() and (not case.in_float8 or torch.cuda.get_device_capability(device) >= CAPABILITY):
             backends["fused"] = fused_twin(case.name, FUSED)
             row["difference"] = max(
                 float((a.float() - b.float()).abs().max() / b.float().abs().max())

@@ -149,3 +149,22 @@ def test_operations_are_their_twins_at_full_size(size: str, memory: int) -> None
     assert max(launch.shared for launch in launches) > 64 << 10  # a head's sums are there
     for launch in launches:
         assert launch.shared <= memory << 10, launch
+
+
+@pytest.mark.slow
+def test_every_set_is_timed(tmp_path: Path) -> None:
+    """By the script that a GPU runs at full size; here in the interpreter."""
+    out = tmp_path / "tiles.json"
+    script = ROOT / "tests" / "full_size" / "measure_tiles.py"
+    run = subprocess.run(
+        [sys.executable, str(script), "--small", "--out", str(out)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    operations = FUSED.keys() - {"temporal_conv"}
+    for title, rows in json.loads(out.read_text())["ms"].items():
+        assert title in GRIDS and rows.keys() == operations
+        for name, row in rows.items():
+            wanted = {"forward"} if name in WITHOUT_GRADIENTS else {"forward", "with gradients"}
+            for way in ("plain", *(f"{memory} KB" for memory in SHARED_MEMORY)):
+                assert row[way].keys() == wanted and min(row[way].values()) > 0
+            assert f"| {name} " in run.stdout
