@@ -114,6 +114,7 @@ def render(title: str, rows: dict[str, Any], ways: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("output/tiles.json"), help="(default: %(default)s)")
+    parser.add_argument("--only", choices=GRIDS, help="one size (default: both)")
     parser.add_argument("--small", action="store_true", help="a small network, to see that it works")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,7 +125,7 @@ def main() -> None:
     ways = ["plain", *(["compiled"] if on_gpu else []), *(f"{memory} KB" for memory in sets)]
     report: dict[str, Any] = {"machine": machine(device), "torch": torch.__version__, "ms": {}}
     started = time.perf_counter()
-    for title in GRIDS:
+    for title in [options.only] if options.only else GRIDS:
         sizes = small(torch.bfloat16, device) if options.small else published(title, torch.bfloat16, device)
         rows: dict[str, Any] = {}
         report["ms"][title] = rows
