@@ -1,7 +1,8 @@
 """Signals that ask a command to stop, in any phase of it.
 
 SIGINT, SIGTERM and SIGHUP are one request. In most of a command it unwinds as `Stopped`, so that what is whole stays
-and what is partial goes; where work is saved first, `deferred` notes it. A request that is repeated within AGAIN
+and what is partial goes; where work is saved first, `deferred` notes it; while a module is imported, it ends the process
+at once. A request that is repeated within AGAIN
 seconds, as launchers and schedulers do, is the same one; a later one ends the process at once. A signal that is ignored
 when the command starts (nohup) stays ignored.
 
@@ -151,9 +152,19 @@ def _note(number: int, frame: FrameType | None) -> None:
     _requests.first, _requests.swallowed = (number, now), False
     if _requests.deferred:
         return
-    if not _requests.running:
+    # A module's initialisation may be C++ code that lets no exception through, and nothing of it is to be unwound.
+    if not _requests.running or _imports(frame):
         _end_at_once(number)
     raise Stopped(number)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Tell whether a module is being imported."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _ask_again(otherwise: Callable[[Any], object], unraisable: Any) -> None:

@@ -57,6 +57,21 @@ def test_before_a_command_runs_there_is_nothing_to_unwind() -> None:
     assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM\n")
 
 
+def test_an_import_is_not_unwound(tmp_path: Path) -> None:
+    """Its C++ code may let no exception through; what is partial goes all the same."""
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, time\ntry: os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)\n"
+        "finally: print('unwound', flush=True)\n"
+    )
+    body = f"""
+sys.path.insert(0, {str(tmp_path)!r})
+with stop.caught(lambda: print("removed", flush=True)):
+    import slow
+"""
+    done = program(body)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "removed\n", "stopped by SIGTERM\n")
+
+
 def test_a_repeated_signal_is_the_same_request_and_a_later_one_ends_at_once() -> None:
     body = """
 with stop.caught(lambda: print("removed", flush=True)):
