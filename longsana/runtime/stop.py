@@ -1,10 +1,9 @@
 """Signals that ask a command to stop, in any phase of it.
 
 SIGINT, SIGTERM and SIGHUP are one request. In most of a command it unwinds as `Stopped`, so that what is whole stays
-and what is partial goes; where work is saved first, `deferred` notes it; while a module is imported, it ends the process
-at once. A request that is repeated within AGAIN
-seconds, as launchers and schedulers do, is the same one; a later one ends the process at once. A signal that is ignored
-when the command starts (nohup) stays ignored.
+and what is partial goes; where work is saved first, `deferred` notes it; while a module is imported, it ends the
+process at once. A request that is repeated within AGAIN seconds, as launchers and schedulers do, is the same one; a
+later one ends the process at once. A signal that is ignored when the command starts (nohup) stays ignored.
 
 Nothing heavy is imported here: scripts call `catch` before their own imports, which take seconds.
 """
