@@ -67,22 +67,29 @@ def enlarging(weight: Tensor) -> Tensor:
 
 
 class Memory:
-    """One call of a decoder: its convolutions take what they remember in turn, and leave what they will."""
+    """One call of a decoder: its convolutions take what they remember in turn, and leave what they will.
 
-    def __init__(self, features: tuple[Tensor, ...] | None) -> None:
+    consumed: nobody looks at `features` again; what is left lies where what was taken did.
+    """
+
+    def __init__(self, features: tuple[Tensor, ...] | None, *, consumed: bool = False) -> None:
         self.first = features is None
         self.features: list[Tensor] = []
         self._past = iter(features or ())
+        self._consumed = consumed
+        self._taken: Tensor | None = None
 
     def recall(self) -> Tensor:
         """(B, T, H, W, C), what the same convolution left in the call before."""
         past = next(self._past).permute(0, 2, 3, 4, 1)
+        self._taken = past if self._consumed and past.is_contiguous() else None
         return past if past.stride(4) == 1 else past.contiguous()  # another layout may come from a checkpoint
 
     def remember(self, frames: Tensor) -> None:
         """Keep frames (B, 2, H, W, C) for the next call, as features (B, C, 2, H, W)."""
         # Copied: a view would keep the whole buffer alive.
-        own = frames.new_empty(frames.shape)
+        taken, self._taken = self._taken, None
+        own = frames.new_empty(frames.shape) if taken is None or taken.shape != frames.shape else taken
         if own.numel():
             copy_into(frames, own)
         self.features.append(own.permute(0, 4, 1, 2, 3))

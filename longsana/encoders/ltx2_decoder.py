@@ -58,14 +58,20 @@ def encoder_reach(model: Model) -> int:
 
 
 def decode(
-    model: Model, latents: Tensor, features: tuple[Tensor, ...] | None, *, seen: int = 0, last: bool = False
+    model: Model,
+    latents: Tensor,
+    features: tuple[Tensor, ...] | None,
+    *,
+    seen: int = 0,
+    last: bool = False,
+    consumed: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Frames of the next latents of a video, and what the decoder remembers of all so far.
 
     Args:
         model: without timesteps or noise; see `convolution.prepare`.
         latents: (B, C, T, h, w), not normalised, in the model's dtype; T >= 1.
-        features: what the call before returned; None at the start of a video. Only read.
+        features: what the call before returned; None at the start of a video. Only read, unless `consumed`.
         seen: latents of the video in earlier calls.
         last: whether the video ends here. Else a decoder that looks into the future keeps back what later latents may
             change, and gives it with them; nothing follows a last call.
@@ -76,7 +82,7 @@ def decode(
         beside it. Both in the model's dtype, channels-last.
     """
     decoder = model.decoder
-    step = _Step(features, seen=seen, ahead=int(not model.config.decoder_causal), last=last)
+    step = _Step(features, seen=seen, ahead=int(not model.config.decoder_causal), last=last, consumed=consumed)
     x = step.convolved(decoder.conv_in, latents.permute(0, 2, 3, 4, 1).contiguous())
     for resnet in decoder.mid_block.resnets:
         x = step.residual(resnet, x)
@@ -99,8 +105,10 @@ def decode(
 class _Step(Memory):
     """One pass of `decode`. seen: frames that the layer at hand was given in earlier calls; ahead: 1 if not causal."""
 
-    def __init__(self, features: tuple[Tensor, ...] | None, *, seen: int, ahead: int, last: bool) -> None:
-        super().__init__(features)
+    def __init__(
+        self, features: tuple[Tensor, ...] | None, *, seen: int, ahead: int, last: bool, consumed: bool
+    ) -> None:
+        super().__init__(features, consumed=consumed)
         self.seen, self.ahead, self.last = seen, ahead, last
 
     def convolved(self, layer: Layer, x: Tensor) -> Tensor:

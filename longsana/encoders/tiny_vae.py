@@ -170,6 +170,6 @@ class TinyVAE(VideoVAE):
         return (2 * shown - 1).clamp_(-1, 1)
 
     def _decode_group(
-        self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool
+        self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool, consumed: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self._decode(latents, features)

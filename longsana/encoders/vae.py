@@ -131,11 +131,11 @@ class VideoVAE(ABC):
 
     @abstractmethod
     def _decode_group(
-        self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool
+        self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool, consumed: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Frames, not clamped, of the next latents, and what is remembered. None: the start, one latent alone.
 
-        seen: latents before them; last: whether the video ends with them.
+        seen: latents before them; last: whether the video ends with them; consumed: see `decode_stream`.
         """
 
     @property
@@ -213,12 +213,14 @@ class VideoVAE(ABC):
 
     @torch.no_grad()
     def decode_stream(
-        self, latents: Tensor, cache: DecodeCache | None = None, *, more: bool = False
+        self, latents: Tensor, cache: DecodeCache | None = None, *, more: bool = False, consumed: bool = False
     ) -> tuple[Tensor, DecodeCache]:
         """Frames of the next latents (B, C, T, h, w) of a video, T >= 1, and the cache to decode the ones after.
 
         more: whether latents follow. Only a decoder that looks `ahead` asks: it keeps back the frames that they may
         change, and gives them in one call where the video ends, as its cache then does.
+        consumed: whether nobody will look at `cache` again: the next one may take its memory. Where it is large, a
+        decoder then holds it once and not twice.
 
         Returns float32 frames in [-1, 1], (B, 3, F, H, W), and NaN where the network's are not finite. A causal decoder
         gives all of these latents', F = `geometry.pixel_frames(T, first=cache is None)`.
@@ -237,7 +239,8 @@ class VideoVAE(ABC):
         for group in _groups(start, latents.shape[2], self.latents_per_call, ALONE):
             raw = self._denormalise(latents[:, :, group.start - start : group.stop - start])
             last = not more and group.stop == stop
-            decoded, features = self._decode_group(raw, features, group.start, last=last)
+            decoded, features = self._decode_group(raw, features, group.start, last=last, consumed=consumed)
+            consumed = True  # what lies between groups is nobody's
             frames.append(_clamped(decoded))
         assert features is not None, "no latents to decode"
         return torch.cat(frames, dim=2), DecodeCache(features, stop, ended=self.ahead > 0 and not more)
@@ -280,7 +283,7 @@ class VideoVAE(ABC):
     def to_uint8(frames: Tensor) -> Tensor:
         """Pictures (B, F, H, W, 3) uint8 of frames (B, 3, F, H, W) in [-1, 1]."""
         # Truncated, not rounded: what the published videos were written with.
-        return (127.5 * frames + 127.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+        return (127.5 * frames).add_(127.5).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
 
     def _normalise(self, raw: Tensor) -> Tensor:
         return (raw.float() - self._mean) / self._std
@@ -313,9 +316,9 @@ class WanVAE(VideoVAE):
         return both.chunk(2, dim=1)[0], features
 
     def _decode_group(
-        self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool
+        self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool, consumed: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return wan_decoder.decode(self.model, latents, features)
+        return wan_decoder.decode(self.model, latents, features, consumed=consumed)
 
 
 class LTX2VAE(VideoVAE):
@@ -351,9 +354,9 @@ class LTX2VAE(VideoVAE):
         return ltx2_decoder.ahead(model)
 
     def _decode_group(
-        self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool
+        self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool, consumed: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return ltx2_decoder.decode(self.model, latents, features, seen=seen, last=last)
+        return ltx2_decoder.decode(self.model, latents, features, seen=seen, last=last, consumed=consumed)
 
 
 VAES: dict[str, type[WanVAE | LTX2VAE]] = {kind.name: kind for kind in (WanVAE, LTX2VAE)}

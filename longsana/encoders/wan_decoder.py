@@ -14,13 +14,15 @@ from longsana.encoders.vae_files import Model
 from longsana.ops import add_shortcut, copy_into, norm_silu_into
 
 
-def decode(model: Model, latents: Tensor, features: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+def decode(
+    model: Model, latents: Tensor, features: tuple[Tensor, ...] | None, *, consumed: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Frames of the next latents of a video, and what the decoder remembers of all so far.
 
     Args:
         model: see `convolution.prepare`.
         latents: (B, C, T, h, w), not normalised, in the model's dtype. The first latent of a video comes alone.
-        features: what the call before returned; None at the start of a video. Only read.
+        features: what the call before returned; None at the start of a video. Only read, unless `consumed`.
 
     Returns:
         Frames (B, 3, F, 8 h, 8 w), not clamped, with F = 1 for the first latent and 4 T for others. Features: the last
@@ -28,7 +30,7 @@ def decode(model: Model, latents: Tensor, features: tuple[Tensor, ...] | None) -
         channels-last.
     """
     assert features is not None or latents.shape[2] == 1, "the first latent comes alone"
-    decoder, step = model.decoder, _Step(features)
+    decoder, step = model.decoder, _Step(features, consumed=consumed)
     x = linear(model.post_quant_conv, latents.permute(0, 2, 3, 4, 1))
     x = conv3d(decoder.conv_in, step.padded(x, border=1))
     x = step.residual(decoder.mid_block.resnets[0], x)

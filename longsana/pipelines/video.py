@@ -1136,7 +1136,9 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         shown = []
         for index, piece in enumerate(pieces, 1):
             last = index == len(pieces)
-            frames, cache = decode(vae, piece, cache, "video", more=more or not last, finish=lambda frames: frames)
+            own: dict[str, Any] = {"more": more or not last, "consumed": index > 1}
+            frames, cache = decode(vae, piece, cache, "video", finish=lambda frames: frames.movedim(2, 1), **own)
+            frames = frames.movedim(1, 2)
             shown.append(as_output(frames[:, :, hidden:], output_type))
             hidden = max(hidden - frames.shape[2], 0)
         return joined(shown), cache, hidden

@@ -404,6 +404,7 @@ class Decoding:
         self.decoder = decoder
         self.start = 0 if begun is None else begun.network.frames
         self._cache = None if begun is None else begun.decoder
+        self._own = False  # whether nobody else holds the cache
         self._latents = None if begun is None else begun.latents
         self._waiting = 0 if begun is None else begun.waiting
         self.hidden = self._waiting if hidden is None else hidden
@@ -418,7 +419,8 @@ class Decoding:
         """
         before, count = self.start, latents.shape[2]
         goes_on = more or (keep and self.decoder.ahead > 0)
-        pixels, self._cache = decode(self.decoder, latents, self._cache, name, more=goes_on)
+        pixels, self._cache = decode(self.decoder, latents, self._cache, name, more=goes_on, consumed=self._own)
+        self._own = True
         self.start += count
         self._waiting += self.decoder.geometry.pixel_frames(count, first=not before) - pixels.shape[1]
         self._latents = latest(self._latents, latents)
@@ -435,6 +437,7 @@ class Decoding:
         state, recent: the network's, after the same latents. pictures: (B, C, 1, h, w), to come; see `Moment`.
         """
         assert state.frames == self.start
+        self._own = False
         return Moment(state, self._cache, self._latents, self._waiting, recent, pictures or {})
 
 
@@ -511,14 +514,29 @@ def decode(
     name: str,
     *,
     more: bool,
+    consumed: bool = False,
     finish: Callable[[Tensor], Tensor] = VideoVAE.to_uint8,
 ) -> tuple[Tensor, DecodeCache]:
     """Decode the next latents (B, C, T, H, W); returns what `finish` makes of their frames, on the host, and the cache.
 
-    cache, more: see `VideoVAE.decode_stream`. name: of the stretch, in errors. finish: of (B, 3, F, h, w), float32.
+    cache, more, consumed: see `VideoVAE.decode_stream`. name: of the stretch, in errors. finish: of (B, 3, F, h, w),
+    float32, to what has frames second; a group of latents at a time, so that the floats of a stretch are never there
+    together.
 
     Raises:
         FloatingPointError: latents or decoded frames are not finite.
     """
-    decoded, cache = decoder.decode_stream(latents, cache, more=more)
-    return to_host(finish(decoded), name, {"latents": latents, "decoded frames": decoded}), cache
+    groups = decoder.grouped(latents, 0 if cache is None else cache.latents)
+    finished: list[Tensor] = []
+    extremes: list[Tensor] = []
+    for number, group in enumerate(groups, 1):
+        decoded, cache = decoder.decode_stream(group, cache, more=more or number < len(groups), consumed=consumed)
+        consumed = True
+        finished.append(finish(decoded))
+        if decoded.numel():  # a decoder that looks ahead may have none yet
+            extremes += decoded.aminmax()
+        del decoded
+    assert cache is not None, "no latents to decode"
+    seen = torch.stack(extremes) if extremes else latents.new_empty(0)
+    pixels = finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
+    return to_host(pixels, name, {"latents": latents, "decoded frames": seen}), cache

@@ -47,7 +47,7 @@ class Encoders(NamedTuple):
 
 
 PUBLISHED = {
-    "WanVAE": Encoders(vae_parameters=126_892_531, cache_values=2364.5, decode_values=6370),
+    "WanVAE": Encoders(vae_parameters=126_892_531, cache_values=2364.5, decode_values=4206),
     "LTX2VAE_diffusers": Encoders(vae_parameters=1_222_479_601, cache_values=330.25, decode_values=2280),
 }
 """By the type of the VAE, as they are published."""

@@ -49,3 +49,19 @@ def assert_nothing_is_transposed(vae: VideoVAE, latents: Tensor, cache: DecodeCa
     kernels = [event.key for event in seen.key_averages()]
     assert any("_norm_silu" in kernel for kernel in kernels), kernels
     assert not [kernel for kernel in kernels if "nchwtonhwc" in kernel.lower() or "nhwctonchw" in kernel.lower()]
+
+
+def assert_memory_is_taken_over(vae: VideoVAE, latents: Tensor) -> float:
+    """Whoever gives a cache away has the same frames and the same next cache, to the bit.
+
+    Returns the share of the cache's tensors that lie where the one before did; those of a copy lie elsewhere.
+    """
+    _, cache = vae.decode_stream(latents[:, :, :5], more=True)
+    places = {feature.data_ptr() for feature in cache.features if feature.numel()}
+    expected, other = vae.decode_stream(latents[:, :, 5:], cache, more=True)
+    assert not places & {feature.data_ptr() for feature in other.features}
+    given, after = vae.decode_stream(latents[:, :, 5:], cache, more=True, consumed=True)
+    assert torch.equal(given, expected)
+    for one, same in zip(after.features, other.features, strict=True):
+        assert torch.equal(one, same)
+    return len(places & {feature.data_ptr() for feature in after.features}) / len(places)

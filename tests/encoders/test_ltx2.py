@@ -22,7 +22,14 @@ from longsana.ops import FUSED
 from longsana.ops.dispatch import fused_twin
 from longsana.runtime.errors import InputError
 from longsana.training.memory import LiveBytes
-from tests.encoders.streaming import assert_nothing_is_transposed, draw, encoded_in_pieces, psnr, stream
+from tests.encoders.streaming import (
+    assert_memory_is_taken_over,
+    assert_nothing_is_transposed,
+    draw,
+    encoded_in_pieces,
+    psnr,
+    stream,
+)
 
 SMALL: dict[str, Any] = {
     "block_out_channels": (8, 8, 16, 16),
@@ -268,6 +275,13 @@ def test_an_end_that_comes_later(looking_ahead: str, count: int, latents_per_cal
     for ended in (after, vae.decode_stream(latents)[1]):
         with pytest.raises(ValueError, match="nothing waits"):
             vae.decode_end(ended)
+
+
+def test_a_cache_that_is_given_away_is_there_once(vae: LTX2VAE, looking_ahead: str) -> None:
+    """All of a causal decoder's; of one that looks ahead most: what waits in it grows at the start."""
+    latents = draw(1, 128, 9, 3, 4)
+    assert assert_memory_is_taken_over(vae, latents) == 1
+    assert assert_memory_is_taken_over(load(looking_ahead), latents) > 0.5
 
 
 def test_a_causal_decoder_keeps_nothing_back(vae: LTX2VAE) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from longsana.encoders import wan_decoder
 from longsana.encoders.vae import WanVAE, decode_clip, encode_clip
 from longsana.encoders.vae_files import new_model, save_model, to_original_layout
 from longsana.runtime.errors import InputError
-from tests.encoders.streaming import draw, encoded_in_pieces, stream
+from tests.encoders.streaming import assert_memory_is_taken_over, draw, encoded_in_pieces, stream
 
 SHAPE = Path(__file__).resolve().parents[2] / "asset/shapes/vae"
 CPU = torch.device("cpu")
@@ -102,7 +103,12 @@ def test_groups_are_counted_from_the_start_of_the_video(monkeypatch: pytest.Monk
     vae = load(f"seeded:{SHAPE}", latents_per_call=5)
     seen: list[int] = []
     decode = wan_decoder.decode
-    monkeypatch.setattr(wan_decoder, "decode", lambda net, x, past: seen.append(x.shape[2]) or decode(net, x, past))
+
+    def counted(net: Any, x: Tensor, past: Any, **how: Any) -> Any:
+        seen.append(x.shape[2])
+        return decode(net, x, past, **how)
+
+    monkeypatch.setattr(wan_decoder, "decode", counted)
     latents = draw(1, 16, 21, 2, 2)
     whole, _ = stream(vae, latents, (21,))
     assert seen == [1, 1, 4, 5, 5, 5]  # the first that moves does not wait for others
@@ -114,6 +120,10 @@ def test_groups_are_counted_from_the_start_of_the_video(monkeypatch: pytest.Monk
     odd, _ = stream(vae, latents, (3, 7, 11))
     assert seen == [1, 1, 1, 3, 4, 1, 5, 5]  # a cut inside a group splits it; the ones after are where they were
     torch.testing.assert_close(odd, whole, **ROUNDING)
+
+
+def test_a_cache_that_is_given_away_is_there_once(vae: WanVAE) -> None:
+    assert assert_memory_is_taken_over(vae, draw(1, 16, 9, 3, 4)) == 1
 
 
 def test_the_cache_is_a_value(vae: WanVAE) -> None:
