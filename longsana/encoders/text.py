@@ -76,7 +76,7 @@ class GemmaTextEncoder:
         check_text_folder(folder, caption_channels)
         tokenizer = _load_tokenizer(folder, gemma.vocab_size)
         instruction = instruction_text(config.chi_prompt)
-        model: Any = _random_model(gemma) if seeded else _load_model(folder, gemma, dtype)
+        model: Any = _random_model(gemma) if seeded else _load_model(folder, gemma, device, dtype)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         _exact_rotations(model)
         _set_softcap(model, config.softcap)
@@ -327,26 +327,32 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, what: 
 _ATTENTION = "eager"
 
 
-def _load_model(folder: Path, config: Gemma2Config, dtype: torch.dtype) -> Gemma2Model:
+def _load_model(folder: Path, config: Gemma2Config, device: torch.device | str, dtype: torch.dtype) -> Gemma2Model:
     from transformers import Gemma2Model
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # loading takes a second; the command has its own bars
     entries = open_text_weights(folder, config.to_dict())
     assert entries is not None
-    # A copy always: memory that maps the file would change, or crash us, with it.
-    weights = {name: entry.read().to(dtype, copy=True) for name, entry in entries.items()}
-    loaded: Any = Gemma2Model.from_pretrained(
-        None,  # not by its own reader, which opens whatever an index names
-        config=config,
-        state_dict=weights,
-        dtype=dtype,
-        attn_implementation=_ATTENTION,
-        output_loading_info=True,
-    )
-    model, report = loaded
-    assert not any(report.values()), report
+    config._attn_implementation = _ATTENTION
+    # Not by transformers' own reader, which opens whatever an index names, and holds all weights on the host.
+    with torch.device("meta"):
+        model = Gemma2Model(config)
+    # A copy always: memory that maps the file would change, or crash us, with it. Popped, so that a file that could
+    # not be mapped is freed as it is used up.
+    weights = {name: entries.pop(name).read().to(device, dtype, copy=True) for name in list(entries)}
+    model.load_state_dict(weights, strict=True, assign=True)
+    _fill_buffers(model, device)
     return model
+
+
+def _fill_buffers(model: Any, device: torch.device | str) -> None:
+    """Compute what no file holds, as the model's class does: the rotations, and in newer versions a constant."""
+    with torch.device(device):
+        model.rotary_emb = type(model.rotary_emb)(model.config)
+        embedding = model.embed_tokens
+        if hasattr(embedding, "embed_scale"):
+            embedding.embed_scale = torch.tensor(model.config.hidden_size**0.5)
+    missing = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not missing, f"this version of transformers computes {missing}, which nobody else does"
 
 
 def _exact_rotations(model: Any) -> None:
