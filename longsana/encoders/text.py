@@ -7,7 +7,8 @@ import hashlib
 import inspect
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,6 +39,8 @@ class GemmaTextEncoder:
 
     Prompts are encoded one at a time: an embedding is a function of its prompt alone. `encode_together` is for many
     prompts and a small encoder.
+
+    there: has the weights where they are used, inside; see `runtime.offload`.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class GemmaTextEncoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.model = model
+        self.there: Callable[[], AbstractContextManager[None]] = nullcontext
         self.instruction = instruction
         self.caption_length = caption_length
         # Two less than both together: <bos> is counted twice, and the instruction's last token, a lone space,
@@ -146,9 +150,10 @@ class GemmaTextEncoder:
         prefix, length = self._frame(instruction)
         texts = [prefix + prompt for prompt in prompts]
         tokenized = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        ids: Tensor = tokenized["input_ids"].to(self.model.device)
-        mask: Tensor = tokenized["attention_mask"].to(self.model.device)
-        hidden: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        with self.there():
+            ids: Tensor = tokenized["input_ids"].to(self.model.device)
+            mask: Tensor = tokenized["attention_mask"].to(self.model.device)
+            hidden: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         tail = length - (self.caption_length - 1)
         tokens = torch.cat([hidden[:, :1], hidden[:, tail:]], dim=1)
         return TextEmbedding(tokens, torch.cat([mask[:, :1], mask[:, tail:]], dim=1).bool())

@@ -61,6 +61,7 @@ from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite, to_host
 from longsana.runtime.later import Later
+from longsana.runtime.offload import Part, Turns
 from longsana.sampling.captions import Caption, stacked
 from longsana.sampling.checks import check_first_chunk
 from longsana.sampling.continuation import (
@@ -228,6 +229,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 raise InputError(f"{asked[0]}: has no meaning for the base model, which samples a clip as one chunk")
             uncompiled(transformer).set_past(**past)
         self._interrupt = False
+        self._text_part: Part | None = None  # the text encoder's, if it waits on the host
         self._num_timesteps = 0
         self._guidance_scale = 1.0
 
@@ -955,6 +957,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """Move as diffusers' own does; see `KEPT_DTYPE`."""
         if options.get("dtype") is KEPT_DTYPE:
             return self
+        if self._text_part is not None:
+            raise InputError("to: enable_text_encoder_offload has put every part in its place; call it afterwards")
         pipe: LongSanaVideoPipeline = super().to(*arguments, **options)
         return pipe
 
@@ -967,6 +971,34 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """Say that it changes nothing. See `enable_xformers_memory_efficient_attention`."""
         if valid:
             log.warning("enable_xformers_memory_efficient_attention changes nothing here: attention is linear")
+
+    def enable_text_encoder_offload(self, device: torch.device | str = "cuda") -> None:
+        """Keep the text encoder on the host, and have it on `device` while a prompt is encoded; all else stays there.
+
+        A change of prompt then costs the copy of its weights, which wait in pinned memory. In place of
+        `to(device)`, and of diffusers' own offloads, which are ended.
+
+        Raises:
+            InputError: there is no text encoder.
+        """
+        if self.text_encoder is None:
+            raise InputError("enable_text_encoder_offload: this pipeline has no text encoder")
+        if self._text_part is not None:
+            return
+        self.remove_all_hooks()
+        # First, and by itself: the host never has its weights twice, and the GPU not with all others.
+        self._text_part = Turns(torch.device(device)).add(self.text_encoder.to(device))
+        for part in self.components.values():
+            if isinstance(part, nn.Module) and part is not self.text_encoder:
+                part.to(device)
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """The device that all parts work on."""
+        if self._text_part is not None:
+            return self._text_part.device
+        device: torch.device = super()._execution_device
+        return device
 
     def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
         """Not possible: operations take weights from modules that are never called, so none would be there.
@@ -1196,6 +1228,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             caption_length=self.config["caption_length"],
             caption_channels=self.transformer.config.caption_channels,
         )
+        if self._text_part is not None:
+            encoder.there = self._text_part.there
         if surplus := encoder.overflow(text, instruction=instruction):
             log.warning("a prompt is too long by %d tokens; its end is cut off: %s", surplus, text)
         return compact(encoder.encode(text, instruction=instruction))

@@ -400,6 +400,41 @@ def test_model_cpu_offload_forward_pass(distilled_folder: Path, dtype: torch.dty
     assert {pipe.transformer.device.type, pipe.vae.device.type} == {"cpu"}
 
 
+def test_the_text_encoder_waits_between_prompts(pipe: LongSanaVideoPipeline) -> None:
+    """Where it works is here the host, too: its weights are other memory than those that wait."""
+    expected, other = (pipe(**inputs(prompt=prompt)).frames for prompt in (PROMPT, OTHER))
+    pipe.enable_text_encoder_offload("cpu")
+    weight = pipe.text_encoder.base_model.layers[0].mlp.up_proj.weight
+    waiting, seen = weight.data_ptr(), []
+    pipe.text_encoder.base_model.register_forward_hook(lambda *_: seen.append(weight.data_ptr()))
+    for prompt, frames in ((PROMPT, expected), (OTHER, other)):
+        assert torch.equal(pipe(**inputs(prompt=prompt)).frames, frames)
+        assert weight.data_ptr() == waiting
+    assert len(seen) == 2 and waiting not in seen
+    pipe.enable_text_encoder_offload("cpu")  # again changes nothing
+    assert weight.data_ptr() == waiting
+    with pytest.raises(InputError, match="to: enable_text_encoder_offload"):
+        pipe.to(torch.float64)
+    pipe.text_encoder = None
+    with pytest.raises(InputError, match="no text encoder"):
+        pipe.enable_text_encoder_offload()
+
+
+@pytest.mark.gpu
+def test_the_text_encoder_waits_on_the_host(distilled_folder: Path) -> None:
+    expected = LongSanaVideoPipeline.from_pretrained(distilled_folder).to("cuda")(**inputs()).frames
+    pipe = LongSanaVideoPipeline.from_pretrained(distilled_folder)
+    pipe.enable_text_encoder_offload()
+    assert torch.equal(pipe(**inputs()).frames, expected)
+    where = {name: next(getattr(pipe, name).parameters()) for name in ("text_encoder", "transformer", "vae")}
+    assert {name: part.device.type for name, part in where.items()} == {
+        "text_encoder": "cpu",
+        "transformer": "cuda",
+        "vae": "cuda",
+    }
+    assert where["text_encoder"].is_pinned()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("device_map", ["cuda", "balanced"])
 def test_pipeline_with_accelerator_device_map(distilled_folder: Path, device_map: str) -> None:
