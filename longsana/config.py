@@ -32,6 +32,9 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 """`auto` is bfloat16 on a GPU and float32 on a CPU; GPUs before compute capability 8.0 take float32 for bfloat16."""
 
 
+Offload = Literal["none", "text_encoder", "all"]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The four numbers that tell one published network from another."""
@@ -78,6 +81,8 @@ class ModelConfig:
     load_from: str = "seeded:0"  # path, hf://owner/repo/file, or seeded:N for random weights from seed N
     checkpoint_key: Literal["generator", "generator_ema", "critic"] = "generator"  # read from trainer checkpoints
     dtype: Dtype = "auto"
+    # Latent frames that a block's Mix-FFN takes at a time, within each of which it works; 0: all
+    feed_forward_frames: int = bounded(0, 0, 100_000)
     float8: bool = False  # inference: large matrix products in float8 with a scale a row, for GPUs from Hopper on
 
     def __post_init__(self) -> None:
@@ -167,6 +172,11 @@ class SamplingConfig:
     motion_score: int | None = bounded(10, -1000, 1000)
     high_motion: bool = False
     cuda_graphs: bool = False  # longlive_flow_euler on a GPU: replay passes of a long video, and a tiny decoder's calls
+    # GiB of the GPU that the command may have in all, by nvidia-smi, which chooses what makes it fit: see memory.py
+    memory: float | None = bounded(None, 1, 10_000)
+    # What waits on the host while others work on the GPU: nothing; in a live server network and text encoder for each
+    # other; or network, decoder and text encoder, each for the others
+    offload: Offload = "none"
     # What becomes of the past where a part of a prompt begins: keep, recache=K, rebuild=W or cut; see data/story.py
     prompt_change: str = "keep"
     transition_chunks: int = bounded(0, 0, 1000)  # over which one part's caption becomes the next one's

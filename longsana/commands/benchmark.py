@@ -82,6 +82,12 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     if config.sampling.bs != 1:
         raise InputError(f"--bs {config.sampling.bs}: one video is measured, so it must be 1")
     check_config(config)
+    held = config.sampling.memory is not None or config.sampling.offload != "none"
+    if held and (options.float8 or options.peer or options.backend == "compile"):
+        raise InputError(
+            "sampling.memory, sampling.offload: --float8, --peer and --backend compile have several networks on the "
+            "GPU; measure them without"
+        )
     if options.out.is_dir():
         raise InputError(f"--out {options.out}: is a folder; give the name of a file")
     check_writable(options.out.parent, "--out")

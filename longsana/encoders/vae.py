@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -66,6 +66,8 @@ class VideoVAE(ABC):
     """Encoder and decoder with frozen weights; no call leaves anything behind on the object.
 
     Kinds of VAE differ in their network alone, which is diffusers'. See `loading.load_vae`.
+
+    bring: has the weights on the device; called before each use of them. See `runtime.offload`.
     """
 
     name: ClassVar[str]  # of VAEConfig.vae_type
@@ -80,6 +82,7 @@ class VideoVAE(ABC):
         self.latents_per_call = latents_per_call
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.bring: Callable[[], None] = _are_there
         self._mean, self._std = (
             part.to(self.device, torch.float32).view(1, -1, 1, 1, 1) for part in self._statistics(model)
         )
@@ -172,6 +175,7 @@ class VideoVAE(ABC):
         """
         self.geometry.latent_frames(frames.shape[2])
         self.geometry.latent_size(*frames.shape[3:])
+        self.bring()
         return self._normalise(self._posterior_mean(frames.to(self.device, self.dtype)))
 
     @torch.no_grad()
@@ -187,6 +191,7 @@ class VideoVAE(ABC):
         opening = 0 if cache is None else 1
         self.geometry.latent_frames(frames.shape[2] + opening)
         self.geometry.latent_size(*frames.shape[3:])
+        self.bring()
         raw, features = self._encode_next(frames.to(self.device, self.dtype), cache)
         return self._normalise(raw), EncodeCache(features, raw.shape[2] + (0 if cache is None else cache.latents))
 
@@ -208,6 +213,7 @@ class VideoVAE(ABC):
 
         The slow twin of `decode_stream`: diffusers' own decoding, whose memory grows with the length.
         """
+        self.bring()
         frames: Tensor = self.model.decode(self._denormalise(latents)).sample
         return frames.float().clamp_(-1, 1)
 
@@ -235,6 +241,7 @@ class VideoVAE(ABC):
         features: tuple[Tensor, ...] | None = None if cache is None else cache.features
         if cache is not None and cache.ended:
             raise ValueError(f"the video of this cache has ended after {start} latents: decode those with more=True")
+        self.bring()
         frames: list[Tensor] = []
         for group in _groups(start, latents.shape[2], self.latents_per_call, ALONE):
             raw = self._denormalise(latents[:, :, group.start - start : group.stop - start])
@@ -262,6 +269,7 @@ class VideoVAE(ABC):
         """
         if not self.ahead or cache.ended:
             raise ValueError("nothing waits in this cache")
+        self.bring()
         batch, _, _, height, width = cache.features[0].shape  # what the first convolution remembers: latents
         none = torch.empty(batch, self.geometry.channels, 0, height, width, device=self.device, dtype=self.dtype)
         decoded, features = self._decode_group(none, cache.features, cache.latents, last=True)
@@ -290,6 +298,10 @@ class VideoVAE(ABC):
 
     def _denormalise(self, latents: Tensor) -> Tensor:
         return (latents.to(self.device, torch.float32) * self._std + self._mean).to(self.dtype)
+
+
+def _are_there() -> None:
+    """Bring nothing: the weights stay where they are used."""
 
 
 class WanVAE(VideoVAE):

@@ -50,6 +50,7 @@ from longsana.sampling.checks import check_weights, meaningless
 from longsana.sampling.continuation import Memory, Moment, mark_of, restored, vae_mark_of
 from longsana.sampling.engine import Engine, Frames
 from longsana.sampling.films import absorb_film, film_latents
+from longsana.sampling.memory import fit_memory, work_of
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,9 @@ def run_batch(
     Raises:
         InputError: weights are missing or do not fit.
     """
-    engine, beginning = Engine(config, device), beginning or Beginning()
+    beginning = beginning or Beginning()
+    config = _held(config, prompts, world, device, beginning)
+    engine = Engine(config, device)
 
     def plan() -> list[Job]:
         encodes = beginning.encodes(prompts)
@@ -125,6 +128,18 @@ def run_batch(
         failures=sorted(failure for result in results for failure in result[2]),
         disk=next((result[3] for result in results if result[3] is not None), None),
     )
+
+
+def _held(
+    config: InferenceConfig, prompts: Sequence[Prompt], world: World, device: torch.device, beginning: Beginning
+) -> InferenceConfig:
+    """Hold this process to `sampling.memory`, if that is set; see `fit_memory`."""
+    if config.sampling.memory is None:
+        return config
+    encodes, film = beginning.encodes(prompts), beginning.path is not None and beginning.state is None
+    world.on_main(lambda: check_weights(config, fetch=True, encodes=encodes))
+    known = {"encodes": encodes, "films": film, "saves": beginning.saves != NONE}
+    return fit_memory(config, device, work_of(config, prompts, goes_on=beginning.goes_on, **known))
 
 
 def _plan_jobs(
@@ -515,10 +530,11 @@ def _stop_if_out_of_memory(error: Exception, batch: Sequence[Job]) -> None:
     # The CPU's allocator raises a plain RuntimeError.
     if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
         return
-    prompt = batch[0].prompt
+    prompt, held = batch[0].prompt, batch[0].record["config"]["sampling"]["memory"]
     raise InputError(
         f"line {prompt.line}: {len(batch)} video{'s' if len(batch) > 1 else ''} of {prompt.height}x{prompt.width} "
         "at a time do not fit in memory; lower --bs, --height and --width, or vae.latents_per_call"
+        + ("" if held is None else f", or raise sampling.memory={held:g}")
     ) from error
 
 

@@ -39,6 +39,7 @@ from longsana.runtime.video import VideoWriter
 from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.checks import check_weights
 from longsana.sampling.engine import Engine
+from longsana.sampling.memory import fit_memory, work_of
 
 EXTRAS: dict[str, Callable[[Loaded, tuple[int, int]], dict[str, Any]]] = {
     "operations": measure_operations,
@@ -88,6 +89,7 @@ def benchmark(
     """
     started = {"process": time.time() - psutil.Process().create_time()}
     check_weights(config, fetch=True, encodes=bool(prompt.pictures))
+    config = fit_memory(config, device, work_of(config, [prompt], encodes=bool(prompt.pictures)))
     engine = Engine(config, device)
     (first_text, text), caption = _encode(engine, prompt, started)
     with _timed(started, "networks"):

@@ -283,10 +283,12 @@ def _work(loaded: Loaded, size: tuple[int, int]) -> Work:
 @torch.no_grad()
 def measure_passes(loaded: Loaded, size: tuple[int, int]) -> dict[str, float]:
     """ms of one pass over a chunk with a past, on a GPU also as the CUDA graph that it is replayed as; and of decoding
-    a chunk, for each frame."""
+    a chunk, for each frame. Where memory is held, it has no room for the graph."""
+    sampling = loaded.engine.config.sampling
+    held = sampling.memory is not None or sampling.offload != "none"
     device, work = loaded.engine.device, _work(loaded, size)
     passes = {"forward": 1000 * seconds(work.forward, device)}
-    if device.type == "cuda":
+    if device.type == "cuda" and not held:
         recording = RecordedPass(loaded.model, work.x, work.t, work.read, work.state)
         passes["forward, replayed"] = 1000 * seconds(partial(recording.replay, work.x, work.t, work.state), device)
     frames = loaded.engine.geometry.pixel_frames(work.x.shape[2], first=False)

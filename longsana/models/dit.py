@@ -44,7 +44,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(6, hidden_size))
         self.attn = LinearAttention(hidden_size, config.linear_head_dim, eps=config.linear_attn_eps)
         self.cross_attn = CrossAttention(hidden_size, num_heads, norm_eps=config.cross_norm_eps)
-        self.feed_forward = MixFeedForward(hidden_size, config.mlp_ratio)
+        self.feed_forward = MixFeedForward(hidden_size, config.mlp_ratio, config.feed_forward_frames)
 
     def forward(
         self,

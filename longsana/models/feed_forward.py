@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,14 @@ class TemporalConv(nn.Module):
 
 
 class MixFeedForward(nn.Module):
-    """Expand, 3x3 depthwise, gate, project; and, to be added to that, its temporal convolution."""
+    """Expand, 3x3 depthwise, gate, project; and, to be added to that, its temporal convolution.
 
-    def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
+    frames_per_call: latent frames that are expanded at a time, which is most of a pass's memory; 0: all.
+    """
+
+    def __init__(self, hidden_size: int, mlp_ratio: float, frames_per_call: int = 0) -> None:
         super().__init__()
+        self.frames_per_call = frames_per_call
         inner = int(mlp_ratio * hidden_size)
         self.expand = nn.Linear(hidden_size, 2 * inner)
         # It holds weights; `gated_conv` is its forward.
@@ -47,8 +51,23 @@ class MixFeedForward(nn.Module):
 
         Returns two terms of the output, which the residual adds in its own pass over memory, and the next tail.
         """
+        # No frame looks at another before the temporal convolution.
+        parts = [self._gated(part, size) for part in _pieces(x, self.frames_per_call)]
+        h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        # A clone: a slice would keep the whole activation alive for as long as the state lives.
+        return h, self.temporal(h, tail, lengths), h[:, -1].clone()
+
+    def _gated(self, x: Tensor | Float8Rows, size: tuple[int, int]) -> Tensor:
         bias = self.depthwise.bias
         assert bias is not None
         h: Tensor = self.project(gated_conv(self.expand(x), self.depthwise.weight, bias, size))
-        # A clone: a slice would keep the whole activation alive for as long as the state lives.
-        return h, self.temporal(h, tail, lengths), h[:, -1].clone()
+        return h
+
+
+def _pieces(x: Tensor | Float8Rows, frames: int) -> Iterator[Tensor | Float8Rows]:
+    """Cut x (B, T, S, D) into pieces of so many frames; 0: none is cut."""
+    if isinstance(x, Tensor):
+        yield from x.split(frames or x.shape[1], dim=1)
+    else:
+        for rows, scale in zip(*(part.split(frames or part.shape[1], dim=1) for part in x), strict=True):
+            yield Float8Rows(rows, scale.contiguous())

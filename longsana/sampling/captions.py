@@ -14,6 +14,7 @@ from longsana.config import InferenceConfig, SamplingConfig
 from longsana.data.prompts import Prompt
 from longsana.encoders.text import CompactEmbedding, GemmaTextEncoder, compact, expand, negative_text, with_motion
 from longsana.models.embeddings import TextEmbedding
+from longsana.runtime.offload import Turns
 from longsana.sampling.checks import blame
 from longsana.weights.build import resolve_dtype
 
@@ -30,8 +31,12 @@ class Caption(NamedTuple):
 
 
 @contextmanager
-def text_encoder(config: InferenceConfig, device: torch.device) -> Iterator[GemmaTextEncoder]:
+def text_encoder(
+    config: InferenceConfig, device: torch.device, turns: Turns | None = None
+) -> Iterator[GemmaTextEncoder]:
     """Load the text encoder, for as long as it is needed: its memory is free after the block, whoever still holds it.
+
+    turns: it takes part in them, with those that are on the device meanwhile; None: it stays where it works.
 
     Raises:
         InputError: it is missing, or does not fit the network; the message names the setting.
@@ -45,6 +50,8 @@ def text_encoder(config: InferenceConfig, device: torch.device) -> Iterator[Gemm
             device=device,
             dtype=resolve_dtype(text.dtype, device),
         )
+    if turns is not None:
+        encoder.there = turns.add(encoder.model).there
     try:
         yield encoder
     finally:
@@ -55,9 +62,11 @@ def text_encoder(config: InferenceConfig, device: torch.device) -> Iterator[Gemm
 
 
 @contextmanager
-def caption_encoder(config: InferenceConfig, device: torch.device) -> Iterator[CaptionEncoder]:
-    """Load the text encoder, for as long as it is needed, to encode prompts with. Raises: see `text_encoder`."""
-    with text_encoder(config, device) as encoder:
+def caption_encoder(
+    config: InferenceConfig, device: torch.device, turns: Turns | None = None
+) -> Iterator[CaptionEncoder]:
+    """Load the text encoder, for as long as it is needed, to encode prompts with. turns, Raises: see `text_encoder`."""
+    with text_encoder(config, device, turns) as encoder:
         yield CaptionEncoder(encoder, config.sampling)
 
 

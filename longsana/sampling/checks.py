@@ -111,6 +111,16 @@ def check_first_chunk(first: int, size: int, names: tuple[str, str]) -> None:
         )
 
 
+def check_no_memory(config: InferenceConfig) -> None:
+    """Refuse (InputError) what makes videos fit into a small GPU where networks learn, which need a large one."""
+    for name, plain in (("memory", None), ("offload", "none")):
+        if (value := getattr(config.sampling, name)) != plain:
+            raise InputError(
+                f"sampling.{name}={value}: has no meaning for training, whose networks stay on the GPU; leave it to "
+                "inference"
+            )
+
+
 def check_no_first_chunk(config: InferenceConfig) -> None:
     """Refuse (InputError) a first chunk of its own length where networks learn, whose clips are cut as published."""
     if first := config.sampling.first_chunk_frames:
@@ -134,6 +144,11 @@ def check_config(config: InferenceConfig) -> None:
     check_words(config.text_encoder.chi_prompt, "text_encoder.chi_prompt")
     check_words(sampling.negative_prompt or "", "sampling.negative_prompt")
     default_change(config)
+    if sampling.offload != "none" and sampling.cuda_graphs:
+        raise InputError(
+            f"sampling.offload={sampling.offload}: weights come and go, and sampling.cuda_graphs=true replays passes "
+            "over weights that stay; use one of them"
+        )
     check_first_chunk(
         sampling.first_chunk_frames, sampling.chunk_frames, ("sampling.first_chunk_frames", "sampling.chunk_frames")
     )

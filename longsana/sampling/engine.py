@@ -36,6 +36,7 @@ from longsana.runtime.clock import Clock
 from longsana.runtime.errors import InputError
 from longsana.runtime.finite import to_host
 from longsana.runtime.later import Later
+from longsana.runtime.offload import Turns
 from longsana.sampling.captions import Caption, stacked
 from longsana.sampling.checks import DISTILLED, DPM, WHOLE_CLIP, blame, check_config, chunk_plan, placed_parts
 from longsana.sampling.continuation import Moment, latest
@@ -165,6 +166,7 @@ class Engine:
     config: with values of the types that it names.
     geometry: of the VAE's latents.
     plan: the chunks of a video whose prompt says no length of its own.
+    turns: of the parts that `sampling.offload` lets wait on the host; None where all stay.
 
     Raises:
         InputError: a setting has another type, or no video can be made with it; see `check_config`.
@@ -176,6 +178,7 @@ class Engine:
         self.device = torch.device(device)
         self.geometry = geometry(self.config.vae)
         self.plan = chunk_plan(self.config)
+        self.turns = None if self.config.sampling.offload == "none" else Turns(self.device)
 
     def load(self) -> tuple[LongSanaDiT, VideoVAE]:
         """The network and the decoder that the config names.
@@ -190,8 +193,11 @@ class Engine:
         config = self.config.vae
         with blame("vae.vae_pretrained" if config.decoder == FULL else "vae.decoder_pretrained"):
             vae = load_vae(config, self.device, resolve_dtype(config.weight_dtype, self.device))
-        if isinstance(vae, TinyVAE) and self.recorded:
-            vae.replay()
+        if isinstance(vae, TinyVAE):
+            if self.recorded:
+                vae.replay()
+        elif self.turns is not None and self.config.sampling.offload == "all":
+            vae.bring = self.turns.add(vae.model).bring
         return vae
 
     def load_network(self) -> LongSanaDiT:
@@ -215,6 +221,11 @@ class Engine:
                     f"sampling.null_caption=learned: {config.model.load_from}: {error}; "
                     "use sampling.null_caption=negative_prompt"
                 ) from error
+        if self.turns is not None and (self.turns or config.sampling.offload == "all"):
+            bring = self.turns.add(network).bring
+            # All ways in: a pass, and a caption ahead of passes, which goes through this layer first.
+            for module in (network, network.text_embed):
+                module.register_forward_pre_hook(lambda *_: bring())
         return network
 
     def plan_of(self, prompt: Prompt, *, goes_on: bool = False) -> ChunkPlan:

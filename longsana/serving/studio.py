@@ -20,8 +20,10 @@ from torch import Tensor
 from longsana.config import InferenceConfig
 from longsana.published import DISTILLED
 from longsana.runtime.errors import InputError
+from longsana.runtime.gpu_memory import free_memory
 from longsana.sampling.captions import caption_encoder
 from longsana.sampling.engine import Engine
+from longsana.sampling.memory import fit_memory, work_of
 from longsana.serving.making import Bytes, Event, Maker, Point, Video, nbytes
 from longsana.serving.orders import video_of
 from longsana.serving.owner import Dropped, Entry, Task
@@ -79,6 +81,7 @@ class Studio:
         snapshots: Path | None = None,
     ) -> None:
         self.limits = limits or Limits()
+        config = fit_memory(config, torch.device(device), work_of(config, encodes=True, live=True))
         engine = Engine(config, device)
         if engine.config.scheduler.sampling_algo != DISTILLED:
             raise InputError(
@@ -102,7 +105,7 @@ class Studio:
             if snapshots is not None:
                 most = self.limits.snapshots, self.limits.snapshot_bytes, self.limits.session_snapshots
                 self._snapshots = undo.enter_context(Snapshots.opened(snapshots, *most))
-            encode = undo.enter_context(caption_encoder(engine.config, engine.device))
+            encode = undo.enter_context(caption_encoder(engine.config, engine.device, engine.turns))
             self._maker = Maker(engine, encode, self.limits.captions)
             self._warm_up()
             self._most_bytes = self.limits.memory_bytes or self._room()
@@ -337,8 +340,7 @@ class Studio:
     def _room(self) -> int:
         if self._device.type != "cuda":
             return ON_CPU
-        torch.cuda.empty_cache()
-        return int(OF_FREE * torch.cuda.mem_get_info(self._device)[0])
+        return int(OF_FREE * free_memory(self._device))
 
     def _warm_up(self) -> None:
         """Make two chunks of the config's size, so that times and memory are known before a session is taken in."""

@@ -41,6 +41,7 @@ from longsana.sampling.checks import (
     check_config,
     check_network,
     check_no_first_chunk,
+    check_no_memory,
     check_picture_sampler,
     check_weights,
 )
@@ -84,6 +85,7 @@ def check_training(config: TrainingConfig) -> None:
         if network.float8:
             raise InputError(f"{name}.float8=true: weights in float8 cannot be trained; it is for inference")
     check_no_first_chunk(config)
+    check_no_memory(config)
     if config.vae.encoder != FULL:
         raise InputError(
             f"vae.encoder={config.vae.encoder}: training encodes with the VAE itself, and a tiny decoder shows "

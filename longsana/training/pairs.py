@@ -13,7 +13,7 @@ from longsana.data.prompts import Prompt
 from longsana.data.trajectories import check_grid
 from longsana.flow.schedule import FlowSchedule, uniform_sigmas
 from longsana.runtime.errors import InputError
-from longsana.sampling.checks import check_config, check_no_first_chunk
+from longsana.sampling.checks import check_config, check_no_first_chunk, check_no_memory
 from longsana.training.config import OdePairsConfig
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ def check_pairs(config: OdePairsConfig) -> None:
     check_config(config)
     check_config(teacher_config(config))
     check_no_first_chunk(config)
+    check_no_memory(config)
     kept_steps(config)
 
 

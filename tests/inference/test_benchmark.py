@@ -165,6 +165,8 @@ def test_bad_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--bs", "2"], "--bs 2"),
         (["--float8", "--backend", "compile"], "--float8"),
         (["--float8", "model.float8=true"], "--float8"),
+        (["--float8", "--sampling.memory", "8"], "sampling.memory"),
+        (["--peer", "diffusers", "sampling.offload=all"], "sampling.offload"),
         (["--threads", "0"], "--threads: 0: must be from 1 to 1024"),
         (["--out", str(tmp_path)], "is a folder"),
         (["--backend", "triton"], "need an NVIDIA GPU"),
