@@ -33,8 +33,8 @@ from longsana.weights.build import empty_model, resolve_dtype
 log = logging.getLogger(__name__)
 
 GPU = torch.device("cuda")
-MARGIN = 1.03
-"""Of what is counted: what lies between tensors."""
+MARGIN = 1.05
+"""Of what is counted beside weights: what lies between tensors that come and go."""
 WORKSPACE = 128 << 20
 """Bytes of the libraries' products."""
 ENCODING_TEXT = 300 << 20
@@ -89,7 +89,7 @@ class Work(NamedTuple):
 
     size: height and width in pixels. frames: latent frames of the longest chunk, or of a clip. reach: states that are
     held for changes of the past. encodes: pictures or films are encoded. films: and films are. saves: states are.
-    live: a server makes them, which keeps the text encoder and moments to go on from.
+    live: a server makes them, which keeps the text encoder and moments to go on from. goes_on: from a state or film.
     """
 
     size: tuple[int, int]
@@ -99,6 +99,7 @@ class Work(NamedTuple):
     films: bool = False
     saves: bool = False
     live: bool = False
+    goes_on: bool = False
 
 
 class _Network(NamedTuple):
@@ -132,36 +133,36 @@ class _Decoding(NamedTuple):
 def needed(config: InferenceConfig, parts: Parts, work: Work, *, fused: bool = True) -> dict[str, float]:
     """GiB of a GPU that the whole process has at each of its fullest moments. fused: see `ops.backend`."""
     network, decoder = _network(config, work, fused=fused), _decoding(config, parts, work, fused=fused)
-    offload, live = config.sampling.offload, work.live
+    offload, live, saves = config.sampling.offload, work.live, work.saves
     alone = offload == "all" and config.vae.decoder == FULL  # network and decoder are never together
     text = parts.text_encoder * _itemsize(config.text_encoder.dtype)
-    stays = text if live and offload == "none" else 0
+    stays = decoder.encoder + (text if live and offload == "none" else 0)
+    beside_pass, beside_call = (0, 0) if alone else (decoder.weights, network.weights)
     graphs = 0.0
     if config.sampling.cuda_graphs:
         graphs += network.passing + 2 * network.state * (RECORDINGS if live else 1)
         graphs += 0 if config.vae.decoder == FULL else decoder.call + decoder.cache
-    states = network.state * (1 + work.reach) + (
-        POINTS * (network.state + decoder.cache) + network.state if live else 0
-    )
-    lasting = states + decoder.cache + network.text + graphs
-    beside = lasting + decoder.encoder + stays
-    decoding = max(decoder.call + decoder.pictures, 2 * decoder.pictures + 2 * decoder.floats)
+    # Of what a video goes on from, and of a live session's moments.
+    others = (work.goes_on + POINTS * live) * (network.state + decoder.cache) + network.state * live
+    lasting = network.state * (1 + work.reach) + decoder.cache + network.text + graphs + others
+    # A moment that is saved holds the decoder's memory, and the next call makes another.
+    calling = lasting + (decoder.cache if saves or live else 0)
+    frames = max(decoder.call + decoder.pictures, 2 * decoder.pictures + 2 * decoder.floats)
     moments = {
-        "encoding the text": text + ENCODING_TEXT,
-        "loading the network": network.loaded + stays,
-        "a pass": beside + network.weights + (0 if alone else decoder.weights) + network.passing,
-        "decoding": beside + (0 if alone else network.weights) + decoder.weights + decoding,
+        "encoding the text": (text, ENCODING_TEXT),
+        "loading the network": (network.loaded + stays, 0),
+        "a pass": (stays + network.weights + beside_pass, lasting + network.passing),
+        "decoding": (stays + decoder.weights + beside_call, calling + frames),
     }
     if live:
-        waits = network.weights if offload == "none" else 0
-        moments["encoding the text"] += lasting + waits + (0 if alone else decoder.weights)
-    if work.saves or live:  # a moment holds the decoder's memory, and the next call makes another
-        moments["decoding"] += decoder.cache
+        there = beside_pass + (network.weights if offload == "none" else 0)
+        moments["encoding the text"] = (text + there, lasting + ENCODING_TEXT)
     if work.encodes:
         of_vae = VAES[config.vae.vae_type]
         encoding = parts.width * _pixel(config, work) * (of_vae.film if work.films else of_vae.picture)
-        moments["encoding pictures"] = beside + (0 if alone else network.weights) + decoder.weights + encoding
-    return {name: (MARGIN * size + WORKSPACE + CONTEXT) / GIB for name, size in moments.items()}
+        moments["encoding pictures"] = (stays + decoder.weights + beside_call, lasting + encoding)
+    fixed = WORKSPACE + CONTEXT
+    return {name: (weights + MARGIN * other + fixed) / GIB for name, (weights, other) in moments.items()}
 
 
 def _network(config: InferenceConfig, work: Work, *, fused: bool) -> _Network:
@@ -372,7 +373,8 @@ def work_of(config: InferenceConfig, prompts: Sequence[Prompt] = (), *, goes_on:
     plans = [chunk_plan(config, frames, goes_on=goes_on) for frames in lengths]
     changes = [default_change(config), *(mark.change for prompt in prompts for mark in prompt.marks if mark.change)]
     reach = max(change.chunks if change.kind == "recache" else 0 for change in changes)
-    return Work(max(sizes, key=math.prod), max(_together(config, plan) for plan in plans), reach, **known)
+    frames = max(_together(config, plan) for plan in plans)
+    return Work(max(sizes, key=math.prod), frames, reach, goes_on=goes_on, **known)
 
 
 def _together(config: InferenceConfig, plan: ChunkPlan) -> int:

@@ -203,6 +203,8 @@ def change_prompt(row: Row) -> dict[str, Any]:
             caption = timed("encode, s", lambda prompt=prompt: encode(prompt))
             for name in ("chunk, s", "chunk again, s"):
                 timed(name, lambda prompt=prompt, own=caption: list(engine.sample(*models, [prompt], [own])))
+        with encode.encoder.there():
+            pass  # now both wait
         text = encode.encoder.model
         copies = {"text encoder, s": text, "network, s": models[0]}
         for name, module in copies.items():
@@ -210,7 +212,6 @@ def change_prompt(row: Row) -> dict[str, Any]:
             for _ in range(3):
                 weights = timed(name, lambda module=module: [one.to(device, copy=True) for one in module.parameters()])
                 del weights
-                torch.cuda.empty_cache()
         waits = {name: next(module.parameters()).device.type for name, module in copies.items()}
     medians = {name: sorted(seconds)[len(seconds) // 2] for name, seconds in figures.items()}
     return {"chosen": told(config), "seconds": medians, "each": figures, "where they wait": waits, **ending()}
