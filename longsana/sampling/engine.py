@@ -1,6 +1,6 @@
 """The engine, from captions to frames, of the batch command, validation, scores and the diffusers pipeline.
 
-Network and decoder are arguments, as a video's state is: `Engine` holds settings alone.
+Network and decoder are arguments, as a video's state is: `Engine` holds settings, and whose turn on the GPU it is.
 """
 
 from __future__ import annotations

@@ -234,10 +234,12 @@ def candidates(config: InferenceConfig, work: Work) -> Iterator[InferenceConfig]
     levels += ["all"] if vae.decoder == FULL else []
     # What the config lets wait, and more.
     allowed = levels[levels.index(sampling.offload) :] if sampling.offload in levels else [sampling.offload]
+    cuts, half = [model.feed_forward_frames], -(-work.frames // 2)
+    cuts += [half] if not 0 < model.feed_forward_frames <= half else []
     for offload in allowed:
         for recorded in [True, False] if sampling.cuda_graphs and offload == "none" else [False]:
             for latents in range(vae.latents_per_call, 0, -1):
-                for frames in dict.fromkeys([model.feed_forward_frames, -(-work.frames // 2)]):
+                for frames in cuts:
                     yield replace(
                         config,
                         model=replace(model, feed_forward_frames=frames),

@@ -89,6 +89,17 @@ def test_nothing_that_a_video_shows_is_chosen() -> None:
         assert chosen.scheduler == config.scheduler and chosen.text_encoder == config.text_encoder
 
 
+def test_what_the_config_says_is_the_most_that_is_chosen() -> None:
+    own = ("vae.latents_per_call=3", "model.feed_forward_frames=2", "sampling.offload=all")
+    config, _ = load(480, *own)
+    found = list(candidates(config, work_of(config)))
+    assert found[0] == config and len(found) == len(set(found)) == 3
+    assert {each.model.feed_forward_frames for each in found} == {2}
+    assert {each.sampling.offload for each in found} == {"all"}
+    config, _ = load(480, "model.feed_forward_frames=9")
+    assert {each.model.feed_forward_frames for each in candidates(config, work_of(config))} == {9, 6}
+
+
 def test_what_does_not_fit_is_told_with_what_would() -> None:
     config, parts = load(480)
     work = work_of(config)
