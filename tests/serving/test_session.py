@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from longsana.config import InferenceConfig, Offload
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.serving.session import Session
 from longsana.serving.studio import Studio
@@ -265,6 +267,26 @@ def test_an_id_names_one_change(ordered: Any, monkeypatch: pytest.MonkeyPatch) -
     for _ in range(3):
         session.change(THIRD)
     assert session.change(THIRD, "mine") == "mine", "an old one is forgotten"
+
+
+@pytest.mark.parametrize("offload", ["text_encoder", "all"])
+def test_what_waits_on_the_host_changes_no_bit(config: InferenceConfig, studio: Studio, offload: Offload) -> None:
+    """Text encoder, network and decoder take turns, at each change of prompt and in each chunk."""
+
+    def made(own: Studio) -> np.ndarray:
+        session = own.start(order())
+        chunks = taken(session, 1)
+        for words in (OTHER, THIRD):
+            session.change(words, words)
+            chunks += taken(session, 1)
+        session.close()
+        return pictures(session, chunks)
+
+    with Studio(replace(config, sampling=replace(config.sampling, offload=offload))) as waiting:
+        turns = waiting._maker.engine.turns
+        assert turns is not None and len(turns) == {"text_encoder": 2, "all": 3}[offload]
+        given = made(waiting)
+    assert np.array_equal(given, made(studio))
 
 
 def test_a_decoder_that_looks_ahead(tmp_path: Path) -> None:
