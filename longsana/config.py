@@ -32,7 +32,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 """`auto` is bfloat16 on a GPU and float32 on a CPU; GPUs before compute capability 8.0 take float32 for bfloat16."""
 
 
-Offload = Literal["none", "text_encoder", "all"]
+Offload = Literal["none", "encoder", "text_encoder", "all"]
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ class SamplingConfig:
     cuda_graphs: bool = False  # longlive_flow_euler on a GPU: replay passes of a long video, and a tiny decoder's calls
     # GiB of the GPU that the command may have in all, by nvidia-smi, which chooses what makes it fit: see memory.py
     memory: float | None = bounded(None, 1, 10_000)
-    # What waits on the host while others work on the GPU: nothing; in a live server network and text encoder for each
-    # other; or network, decoder and text encoder, each for the others
+    # What waits on the host while others work on the GPU, each with those before it: nothing; the VAE's encoder, until
+    # something is encoded; in a live server network and text encoder, for each other; the decoder, for these
     offload: Offload = "none"
     # What becomes of the past where a part of a prompt begins: keep, recache=K, rebuild=W or cut; see data/story.py
     prompt_change: str = "keep"

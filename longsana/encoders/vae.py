@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -67,7 +68,8 @@ class VideoVAE(ABC):
 
     Kinds of VAE differ in their network alone, which is diffusers'. See `loading.load_vae`.
 
-    bring: has the weights on the device; called before each use of them. See `runtime.offload`.
+    bring: has the weights on the device; called before each use of them. encoding: has those of the encoder there,
+    inside. See `runtime.offload`.
     """
 
     name: ClassVar[str]  # of VAEConfig.vae_type
@@ -83,6 +85,7 @@ class VideoVAE(ABC):
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.bring: Callable[[], None] = _are_there
+        self.encoding: Callable[[], AbstractContextManager[None]] = nullcontext
         self._mean, self._std = (
             part.to(self.device, torch.float32).view(1, -1, 1, 1, 1) for part in self._statistics(model)
         )
@@ -176,7 +179,8 @@ class VideoVAE(ABC):
         self.geometry.latent_frames(frames.shape[2])
         self.geometry.latent_size(*frames.shape[3:])
         self.bring()
-        return self._normalise(self._posterior_mean(frames.to(self.device, self.dtype)))
+        with self.encoding():
+            return self._normalise(self._posterior_mean(frames.to(self.device, self.dtype)))
 
     @torch.no_grad()
     def encode_stream(self, frames: Tensor, cache: EncodeCache | None = None) -> tuple[Tensor, EncodeCache]:
@@ -192,7 +196,8 @@ class VideoVAE(ABC):
         self.geometry.latent_frames(frames.shape[2] + opening)
         self.geometry.latent_size(*frames.shape[3:])
         self.bring()
-        raw, features = self._encode_next(frames.to(self.device, self.dtype), cache)
+        with self.encoding():
+            raw, features = self._encode_next(frames.to(self.device, self.dtype), cache)
         return self._normalise(raw), EncodeCache(features, raw.shape[2] + (0 if cache is None else cache.latents))
 
     def encode_pictures(self, pictures: Sequence[np.ndarray]) -> Tensor:

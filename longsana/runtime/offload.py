@@ -29,9 +29,12 @@ class Turns:
     def __len__(self) -> int:
         return len(self._parts)
 
-    def add(self, module: nn.Module) -> Part:
-        """Let a module take part, whose weights are on the device; they go to the host until it is its turn."""
-        part = Part(module, self)
+    def add(self, module: nn.Module, without: nn.Module | None = None) -> Part:
+        """Let a module take part, whose weights are on the device; they go to the host until it is its turn.
+
+        without: a part of it whose weights are none of these.
+        """
+        part = Part(module, self, without)
         self._parts.append(part)
         return part
 
@@ -46,9 +49,10 @@ class Turns:
 class Part:
     """A module among `Turns`. Its weights are tensors of the host while it waits, which can be read but not run."""
 
-    def __init__(self, module: nn.Module, turns: Turns) -> None:
+    def __init__(self, module: nn.Module, turns: Turns, without: nn.Module | None = None) -> None:
         self._turns = turns
-        self._tensors = [*module.parameters(), *module.buffers()]
+        others = set() if without is None else {id(tensor) for tensor in _tensors(without)}
+        self._tensors = [tensor for tensor in _tensors(module) if id(tensor) not in others]
         self._waiting = host_copies(self._tensors, pinned=turns.device.type == "cuda")
         self.is_there = True
         self.leave()
@@ -83,6 +87,10 @@ class Part:
             for tensor, waiting in zip(self._tensors, self._waiting, strict=True):
                 tensor.data = waiting
             self.is_there = False
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def host_copies(tensors: list[Tensor], *, pinned: bool) -> list[Tensor]:

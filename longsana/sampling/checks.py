@@ -144,7 +144,7 @@ def check_config(config: InferenceConfig) -> None:
     check_words(config.text_encoder.chi_prompt, "text_encoder.chi_prompt")
     check_words(sampling.negative_prompt or "", "sampling.negative_prompt")
     default_change(config)
-    if sampling.offload != "none" and sampling.cuda_graphs:
+    if sampling.offload in ("text_encoder", "all") and sampling.cuda_graphs:
         raise InputError(
             f"sampling.offload={sampling.offload}: weights come and go, and sampling.cuda_graphs=true replays passes "
             "over weights that stay; use one of them"

@@ -196,8 +196,11 @@ class Engine:
         if isinstance(vae, TinyVAE):
             if self.recorded:
                 vae.replay()
-        elif self.turns is not None and self.config.sampling.offload == "all":
-            vae.bring = self.turns.add(vae.model).bring
+        elif self.turns is not None:
+            encoder = vae.model.encoder
+            vae.encoding = Turns(self.device).add(encoder).there
+            if self.config.sampling.offload == "all":
+                vae.bring = self.turns.add(vae.model, without=encoder).bring
         return vae
 
     def load_network(self) -> LongSanaDiT:

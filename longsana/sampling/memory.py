@@ -76,10 +76,11 @@ TINY_DECODERS = {
 class Parts(NamedTuple):
     """The sizes that a config does not say: how many numbers the VAE and the text encoder have.
 
-    width: of the VAE, against the published one.
+    encoder: of the VAE's. width: of the VAE, against the published one.
     """
 
     vae: int
+    encoder: int
     text_encoder: int
     width: float = 1.0
 
@@ -119,11 +120,12 @@ class _Network(NamedTuple):
 class _Decoding(NamedTuple):
     """Bytes of what decodes: weights, and those of a VAE that encodes beside it; its memory; a call at its fullest.
 
-    pictures: 8-bit ones of a stretch. floats: of a call.
+    waiting: weights that come to encode. pictures: 8-bit ones of a stretch. floats: of a call.
     """
 
     weights: int
     encoder: int
+    waiting: int
     cache: float
     call: float
     pictures: int
@@ -136,7 +138,8 @@ def needed(config: InferenceConfig, parts: Parts, work: Work, *, fused: bool = T
     offload, live, saves = config.sampling.offload, work.live, work.saves
     alone = offload == "all" and config.vae.decoder == FULL  # network and decoder are never together
     text = parts.text_encoder * _itemsize(config.text_encoder.dtype)
-    stays = decoder.encoder + (text if live and offload == "none" else 0)
+    together = offload in ("none", "encoder")
+    stays = decoder.encoder + (text if live and together else 0)
     beside_pass, beside_call = (0, 0) if alone else (decoder.weights, network.weights)
     graphs = 0.0
     if config.sampling.cuda_graphs:
@@ -155,12 +158,12 @@ def needed(config: InferenceConfig, parts: Parts, work: Work, *, fused: bool = T
         "decoding": (stays + decoder.weights + beside_call, calling + frames),
     }
     if live:
-        there = beside_pass + (network.weights if offload == "none" else 0)
+        there = beside_pass + (network.weights if together else 0)
         moments["encoding the text"] = (text + there, lasting + ENCODING_TEXT)
     if work.encodes:
         of_vae = VAES[config.vae.vae_type]
         encoding = parts.width * _pixel(config, work) * (of_vae.film if work.films else of_vae.picture)
-        moments["encoding pictures"] = (stays + decoder.weights + beside_call, lasting + encoding)
+        moments["encoding pictures"] = (stays + decoder.weights + decoder.waiting + beside_call, lasting + encoding)
     fixed = WORKSPACE + CONTEXT
     return {name: (weights + MARGIN * other + fixed) / GIB for name, (weights, other) in moments.items()}
 
@@ -203,7 +206,11 @@ def _sizes(model: ModelConfig, videos: int, latent_size: tuple[int, int]) -> tup
 def _decoding(config: InferenceConfig, parts: Parts, work: Work, *, fused: bool) -> _Decoding:
     vae, pixel, shape = config.vae, _pixel(config, work), geometry(config.vae)
     weights, encoder, own = parts.vae * _itemsize(vae.weight_dtype), 0, VAES[vae.vae_type]
-    if vae.decoder != FULL:
+    waiting = 0 if config.sampling.offload == "none" else parts.encoder * _itemsize(vae.weight_dtype)
+    if vae.decoder == FULL:
+        weights -= waiting
+    else:
+        waiting = 0
         encoder, own = weights if work.encodes and vae.encoder == FULL else 0, TINY_DECODERS[vae.decoder]
         # Beside the network's own there are those that are laid out for it.
         weights = 2 * _itemsize(vae.weight_dtype) * _numbers(tiny_tensors(TINY[vae.decoder]))
@@ -213,7 +220,7 @@ def _decoding(config: InferenceConfig, parts: Parts, work: Work, *, fused: bool)
     pictures = frame * shape.time_stride * min(config.sampling.chunk_frames + 1, work.frames)
     floats = 4 * frame * shape.time_stride * vae.latents_per_call
     call = scaled * (constant + each * vae.latents_per_call)
-    return _Decoding(weights, encoder, scaled * own.cache, call, pictures, floats)
+    return _Decoding(weights, encoder, waiting, scaled * own.cache, call, pictures, floats)
 
 
 def _pixel(config: InferenceConfig, work: Work) -> int:
@@ -228,8 +235,9 @@ def _itemsize(dtype: Dtype) -> int:
 def candidates(config: InferenceConfig, work: Work) -> Iterator[InferenceConfig]:
     """The config with other settings of memory, the fastest first; each is the same video but for rounding."""
     model, vae, sampling = config.model, config.vae, config.sampling
-    # A tiny decoder is no reason for the network to leave.
+    # A tiny decoder is no reason for the network to leave, and has a VAE beside it only to encode.
     levels: list[Offload] = ["none"]
+    levels += ["encoder"] if vae.decoder == FULL else []
     levels += ["text_encoder"] if work.live else []
     levels += ["all"] if vae.decoder == FULL else []
     # What the config lets wait, and more.
@@ -237,9 +245,11 @@ def candidates(config: InferenceConfig, work: Work) -> Iterator[InferenceConfig]
     cuts, half = [model.feed_forward_frames], -(-work.frames // 2)
     cuts += [half] if not 0 < model.feed_forward_frames <= half else []
     for offload in allowed:
-        for recorded in [True, False] if sampling.cuda_graphs and offload == "none" else [False]:
-            for latents in range(vae.latents_per_call, 0, -1):
-                for frames in cuts:
+        recordings = [True, False] if sampling.cuda_graphs and offload in ("none", "encoder") else [False]
+        free = offload == "none" and "encoder" in allowed and not work.encodes  # the next level costs nothing
+        for recorded in recordings[:1] if free else recordings:
+            for latents in [vae.latents_per_call] if free else range(vae.latents_per_call, 0, -1):
+                for frames in cuts[:1] if free else cuts:
                     yield replace(
                         config,
                         model=replace(model, feed_forward_frames=frames),
@@ -347,12 +357,14 @@ def parts_of(config: InferenceConfig, *, encodes: bool) -> Parts:
         InputError: they are not there, or none; or the decoder looks ahead, so that a video's end is not bounded.
     """
     source, class_name = config.vae.vae_pretrained, CLASSES[config.vae.vae_type]
-    vae, width = 0, 1.0
+    vae, encoder, width = 0, 0, 1.0
     if uses_vae(config.vae, encodes=encodes):
         path = locate(source.removeprefix(SEEDED), "vae.vae_pretrained", "vae")
         files = open_vae(source, path, class_name, headers_only=True)
         wan = config.vae.vae_type == "WanVAE"
-        vae = _numbers((wan_tensors if wan else ltx2_tensors)(files.config))
+        tensors = (wan_tensors if wan else ltx2_tensors)(files.config) or {}
+        vae = _numbers(tensors)
+        encoder = _numbers({name: shape for name, shape in tensors.items() if name.startswith("encoder.")})
         width = files.config.get("base_dim", WAN_WIDTH) / WAN_WIDTH if wan else 1.0
         if not wan and config.vae.decoder == FULL and not files.config.get("decoder_causal", True):
             raise InputError(
@@ -360,11 +372,12 @@ def parts_of(config: InferenceConfig, *, encodes: bool) -> Parts:
                 "a video in one call, which nothing here makes smaller; leave it out"
             )
     folder = locate(config.text_encoder.text_encoder_name.removeprefix(SEEDED), "text_encoder.text_encoder_name")
-    return Parts(vae, _numbers(gemma_tensors(check_text_folder(folder, config.model.caption_channels))), width)
+    text_encoder = _numbers(gemma_tensors(check_text_folder(folder, config.model.caption_channels)))
+    return Parts(vae, encoder, text_encoder, width)
 
 
-def _numbers(tensors: Mapping[str, Shape] | None) -> int:
-    return sum(math.prod(shape) for shape in (tensors or {}).values())
+def _numbers(tensors: Mapping[str, Shape]) -> int:
+    return sum(math.prod(shape) for shape in tensors.values())
 
 
 def work_of(config: InferenceConfig, prompts: Sequence[Prompt] = (), *, goes_on: bool = False, **known: Any) -> Work:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan
@@ -34,8 +35,12 @@ from longsana.weights.build import build_model, empty_model
 
 CONFIGS = "configs/sana_video_config/"
 SIZES = {
-    480: (CONFIGS + "Sana_2000M_480px_adamW_fsdp_longsana.yaml", Parts(126_892_531, 2_614_341_888), "taew2_1"),
-    720: (CONFIGS + "Sana_2000M_720px_longsana.yaml", Parts(1_222_479_601, 2_614_341_888), "taeltx_2"),
+    480: (
+        CONFIGS + "Sana_2000M_480px_adamW_fsdp_longsana.yaml",
+        Parts(126_892_531, 53_595_872, 2_614_341_888),
+        "taew2_1",
+    ),
+    720: (CONFIGS + "Sana_2000M_720px_longsana.yaml", Parts(1_222_479_601, 694_098_881, 2_614_341_888), "taeltx_2"),
 }
 LADDER = (80, 24, 20, 16, 14, 12, 11, 10, 9, 8.5, 8, 7.5, 7, 6.5, 6.3)
 DTYPE = torch.bfloat16
@@ -272,11 +277,41 @@ def video(*settings: str, live: bool = False) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("settings", "live"),
-    [(("sampling.offload=all",), False), (("sampling.offload=all",), True), (("sampling.offload=text_encoder",), True)],
+    [
+        (("sampling.offload=encoder",), False),
+        (("sampling.offload=all",), False),
+        (("sampling.offload=all",), True),
+        (("sampling.offload=text_encoder",), True),
+    ],
 )
 def test_taking_turns_changes_no_bit(settings: tuple[str, ...], live: bool) -> None:
     expected, given = video(), video(*settings, live=live)
     assert all(torch.equal(*pair) for pair in zip(expected, given, strict=True))
+
+
+@pytest.mark.parametrize("offload", ["encoder", "all"])
+def test_an_encoder_comes_for_what_it_encodes(offload: str) -> None:
+    """And leaves: a decoder's turn has no weights of it."""
+    picture = np.random.default_rng(0).integers(256, size=(32, 48, 3), dtype=np.uint8)
+    plain, own = (
+        Engine(load_config(SHAPES, [*SMALL, f"sampling.offload={how}"]), "cpu").load_decoder()
+        for how in ("none", offload)
+    )
+    encoder, decoder = (next(part.parameters()) for part in (own.model.encoder, own.model.decoder))
+    waiting = encoder.data_ptr(), decoder.data_ptr()
+    assert torch.equal(own.encode_pictures([picture]), plain.encode_pictures([picture]))
+    assert encoder.data_ptr() == waiting[0]
+    latents = torch.randn(1, 16, 3, 4, 6)
+    assert torch.equal(own.decode_stream(latents)[0], plain.decode_stream(latents)[0])
+    assert encoder.data_ptr() == waiting[0] and (decoder.data_ptr() == waiting[1]) == (offload == "encoder")
+
+
+def test_what_costs_nothing_comes_first() -> None:
+    """Where nothing is encoded the encoder waits before anything else is changed; else it is one of several ways."""
+    config, _ = load(720)
+    first, second = list(candidates(config, work_of(config)))[:2]
+    assert first == config and second == replace(config, sampling=replace(config.sampling, offload="encoder"))
+    assert list(candidates(config, work_of(config, encodes=True)))[1].sampling.offload == "none"
 
 
 def test_fewer_frames_of_the_feed_forward_differ_by_rounding() -> None:
