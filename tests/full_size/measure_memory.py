@@ -76,8 +76,7 @@ class Looks:
     def __init__(self, pid: int) -> None:
         self.peak = self.anonymous = self.resident = 0
         self._pid, self._ended = pid, threading.Event()
-        query = ["--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--loop-ms={EVERY}"]
-        self._asked = subprocess.Popen(["nvidia-smi", *query], stdout=subprocess.PIPE, text=True)
+        self._asked = subprocess.Popen([*asking(), f"--loop-ms={EVERY}"], stdout=subprocess.PIPE, text=True)
         self._threads = [threading.Thread(target=work) for work in (self._look, self._look_at_host)]
         for thread in self._threads:
             thread.start()
@@ -106,10 +105,15 @@ class Looks:
                 self.resident = max(self.resident, 1024 * int(sizes["VmRSS"].split()[0]))
 
 
+def asking() -> list[str]:
+    """The command that tells the MiB that this process's GPU has used: the first that it may see."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+
+
 def used_now() -> int:
     """MiB that the GPU has used."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+    return int(subprocess.run(asking(), capture_output=True, text=True, check=True).stdout.split()[0])
 
 
 def in_a_fork(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
