@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from longsana.models.past import Reach
 from longsana.models.rope import Rotary
 from longsana.ops import Float8Rows, linear_attention, qk_features
+from longsana.runtime.peers import Peers
 
 NORM_EPS = 1e-5
 
@@ -27,9 +28,17 @@ class LinearAttention(nn.Module):
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, x: Tensor | Float8Rows, rotary: Rotary, kv: Tensor, k_sum: Tensor, lengths: Sequence[int], reach: Reach
+        self,
+        x: Tensor | Float8Rows,
+        rotary: Rotary,
+        kv: Tensor,
+        k_sum: Tensor,
+        lengths: Sequence[int],
+        reach: Reach,
+        peers: Peers | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (B, ..., D), N tokens; kv, k_sum: as in `LayerState`; lengths: tokens of each chunk.
+        """x: (B, ..., D), N tokens; kv, k_sum: as in `LayerState`; lengths: tokens of each chunk; peers: see the
+        network.
 
         Returns (B, N, D) and the next sums.
         """
@@ -38,8 +47,9 @@ class LinearAttention(nn.Module):
         parts = qk_features(qkv, self.q_norm.weight, self.k_norm.weight, NORM_EPS)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         out, kv, k_sum = linear_attention(
-            q, k, v, *rotary, kv, k_sum, lengths=lengths, window=window, eps=self.eps, decay=decay, sink=sink
-        )
+            q, k, v, *rotary, kv, k_sum, lengths=lengths, window=window, eps=self.eps, decay=decay, sink=sink,
+            total=None if peers is None else peers.total,
+        )  # fmt: skip
         return self.out(out.flatten(-2)), kv, k_sum
 
 

@@ -30,6 +30,7 @@ from longsana.ops import (
     norm_modulate_rows,
 )
 from longsana.ops.reference import accumulation_dtype
+from longsana.runtime.peers import Peers
 from longsana.state import CausalState, LayerState
 
 NORM_EPS = 1e-6
@@ -57,8 +58,9 @@ class Block(nn.Module):
         plan: ChunkPlan,
         state: LayerState,
         reach: Reach,
+        peers: Peers | None = None,
     ) -> tuple[Tensor, LayerState]:
-        """x: (B, T, S, D); modulation: (B, 1 or T, 6, D); text, mask: see `CrossAttention`.
+        """x: (B, T, S, D); modulation: (B, 1 or T, 6, D); text, mask: see `CrossAttention`; peers: see the network.
 
         Returns x's like and the next state.
         """
@@ -68,7 +70,7 @@ class Block(nn.Module):
         add_norm = add_norm_modulate_rows if self.float8 else add_norm_modulate
 
         h = norm(x, shift_1, scale_1, NORM_EPS)
-        h, kv, k_sum = self.attn(h, rotary, state.kv, state.k_sum, [n * tokens for n in plan.lengths], reach)
+        h, kv, k_sum = self.attn(h, rotary, state.kv, state.k_sum, [n * tokens for n in plan.lengths], reach, peers)
         if self.float8:
             x, h = gated_residual_rows(x, gate_1, h.view(x.shape))
         else:
@@ -77,7 +79,7 @@ class Block(nn.Module):
         h = self.cross_attn(h, text, mask)
         x, h = add_norm(x, h.view(x.shape), shift_2, scale_2, NORM_EPS)
 
-        h, mixed, tail = self.feed_forward(h, size, state.tail, plan.lengths)
+        h, mixed, tail = self.feed_forward(h, size, state.tail, plan.lengths, peers)
         return gated_residual(x, gate_2, h, mixed), LayerState(kv, k_sum, tail)
 
 
@@ -133,6 +135,7 @@ class LongSanaDiT(nn.Module):
         *,
         plan: ChunkPlan | None = None,
         state: CausalState | None = None,
+        peers: Peers | None = None,
     ) -> tuple[Tensor, CausalState]:
         """Velocity of noisy latents, and the state after them.
 
@@ -142,6 +145,9 @@ class LongSanaDiT(nn.Module):
             text: tokens (B, L, caption_channels) and mask (B, L); or what `read` made of them.
             plan: chunks of the T frames; a frame sees its own chunk and everything before. None is one chunk.
             state: what is kept of everything before the first frame (see `models.past`); None is nothing.
+            peers: processes that call this with the same arguments, and each compute some frames of the one chunk; all
+                of them return all of it. Where it has fewer frames than there are processes, each computes all. Without
+                gradients.
 
         Returns:
             Velocity (noise - clean) like x in the network's dtype, and the state that includes x's frames.
@@ -151,6 +157,12 @@ class LongSanaDiT(nn.Module):
         size = (latent_size[0] // self.patch_size[1], latent_size[1] // self.patch_size[2])
         state = state or self.empty_state(batch, latent_size[0], latent_size[1])
         self._check(x, t, plan, state)
+        own = range(frames)  # that this process computes
+        if peers is not None and len(plan) == 1 and peers.size <= frames:
+            own = peers.share(frames)
+            x, t = x[:, :, own.start : own.stop], t if t.dim() == 1 else t[:, own.start : own.stop]
+        else:
+            peers = None
 
         x = self.patch_embed(x.to(self.dtype))
         embedding, modulation = self.time_embed(t.view(batch, -1))
@@ -160,8 +172,8 @@ class LongSanaDiT(nn.Module):
             captions = [self.text_embed(text.tokens)] * len(self.blocks)
         rotation = rotary(
             self.config.linear_head_dim,
-            state.frames,
-            (frames, *size),
+            state.frames + own.start,
+            (len(own), *size),
             dtype=accumulation_dtype(self.dtype),
             device=x.device,
         )
@@ -173,14 +185,16 @@ class LongSanaDiT(nn.Module):
             device=x.device,
         )
         sink = self.past.joins(state.sinks)
-        layers = []
+        layers, part = [], plan if peers is None else ChunkPlan((len(own),))
         for block, caption, memory, decay in zip(self.blocks, captions, state.layers(), factors, strict=True):
             reach = Reach(self.past.window, decay, sink)
-            x, memory = block(x, modulation, caption, text.mask, rotation, size, plan, memory, reach)
+            x, memory = block(x, modulation, caption, text.mask, rotation, size, part, memory, reach, peers)
             layers.append(memory)
-        patches = self.final(x, embedding)
+        velocity = self._unpatchify(self.final(x, embedding), size)
+        if peers is not None:
+            velocity = peers.whole(velocity, 2, frames)
         after = CausalState.stack(layers, state.frames + frames, self.past.sunk(state.sinks, len(plan)))
-        return self._unpatchify(patches, size), after
+        return velocity, after
 
     def cache_caption(self, text: TextEmbedding) -> TextMemory:
         """A caption for many passes: keys and values are computed once, and a single caption loses its padding.

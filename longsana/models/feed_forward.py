@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longsana.ops import Float8Rows, gated_conv, temporal_conv
+from longsana.runtime.peers import Peers
 
 
 class TemporalConv(nn.Module):
@@ -17,9 +18,12 @@ class TemporalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, width, 3, 1))
 
-    def forward(self, x: Tensor, tail: Tensor, lengths: Sequence[int]) -> Tensor:
-        """x: (B, T, S, D); tail: (B, S, D), the frame before; lengths: frames of each chunk. Returns x's like."""
-        return temporal_conv(x, tail, self.weight, lengths=lengths)
+    def forward(self, x: Tensor, tail: Tensor, lengths: Sequence[int], ahead: Tensor | None = None) -> Tensor:
+        """x: (B, T, S, D); tail: (B, S, D), the frame before; lengths: frames of each chunk; ahead: see the operation.
+
+        Returns x's like.
+        """
+        return temporal_conv(x, tail, self.weight, lengths=lengths, ahead=ahead)
 
 
 class MixFeedForward(nn.Module):
@@ -45,15 +49,24 @@ class MixFeedForward(nn.Module):
                 conv.weight.data = conv.weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
     def forward(
-        self, x: Tensor | Float8Rows, size: tuple[int, int], tail: Tensor, lengths: Sequence[int]
+        self,
+        x: Tensor | Float8Rows,
+        size: tuple[int, int],
+        tail: Tensor,
+        lengths: Sequence[int],
+        peers: Peers | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (B, T, S, D) with S = size[0] * size[1]; tail: (B, S, D); lengths: frames of each chunk.
+        """x: (B, T, S, D) with S = size[0] * size[1]; tail: (B, S, D); lengths: frames of each chunk; peers: see the
+        network.
 
         Returns two terms of the output, which the residual adds in its own pass over memory, and the next tail.
         """
         # No frame looks at another before the temporal convolution.
         parts = [self._gated(part, size) for part in _pieces(x, self.frames_per_call)]
         h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if peers is not None:
+            before, ahead, last = peers.edges(h)
+            return h, self.temporal(h, tail if before is None else before, lengths, ahead), last
         # A clone: a slice would keep the whole activation alive for as long as the state lives.
         return h, self.temporal(h, tail, lengths), h[:, -1].clone()
 

@@ -58,9 +58,9 @@ class Float8TemporalConv(nn.Module):
         super().__init__()
         self.taps = Float8Linear(weight[..., 0].transpose(1, 2).flatten(1), None)
 
-    def forward(self, x: Tensor, tail: Tensor, lengths: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, tail: Tensor, lengths: Sequence[int], ahead: Tensor | None = None) -> Tensor:
         """x: (B, T, S, D), as `TemporalConv` takes and returns it."""
-        out: Tensor = self.taps(neighbour_rows(x, tail, lengths=lengths))
+        out: Tensor = self.taps(neighbour_rows(x, tail, lengths=lengths, ahead=ahead))
         return out
 
 

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from longsana.ops import reference
 from longsana.ops.activation import INTERPRETED
 from longsana.ops.dispatch import shared_memory, shares
-from longsana.ops.reference import prefix_sums
+from longsana.ops.reference import Total, prefix_sums
 
 
 class Tile(NamedTuple):
@@ -282,6 +282,7 @@ def linear_attention(
     eps: float,
     decay: Tensor | None = None,
     sink: int | None = None,
+    total: Total | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Block-causal linear attention with carried state, as `reference.linear_attention` says.
 
@@ -298,11 +299,13 @@ def linear_attention(
     if q.dtype == torch.float32 and q.shape[-1] > 64 and (torch.is_grad_enabled() or shared_memory() < 163):
         # A head's sums in all their bits are 128 KB, and gradients want them transposed, too.
         return reference.linear_attention(
-            q, k, v, cos, sin, kv, k_sum, lengths=lengths, window=window, eps=eps, decay=decay, sink=sink
+            q, k, v, cos, sin, kv, k_sum, lengths=lengths, window=window, eps=eps, decay=decay, sink=sink, total=total
         )
     spans = list(itertools.pairwise([0, *itertools.accumulate(lengths)]))
     cos, sin = cos.contiguous(), sin.contiguous()
     own_kv, own_k = _Sums.apply(k, v, cos, sin, spans)
+    if total is not None:
+        own_kv, own_k = total([own_kv, own_k])
     kv_seen, kv = prefix_sums(kv, own_kv, window, decay, sink)
     k_seen, k_sum = prefix_sums(k_sum, own_k, window, decay, sink)
     return _Output.apply(q, cos, sin, kv_seen, k_seen, spans, eps, v.dtype), kv, k_sum

@@ -133,10 +133,10 @@ def _residual_kernel(
 
 @triton.jit
 def _neighbours_kernel(
-    x, tail, y, scales, tokens, frames, start, length,
+    x, tail, ahead, y, scales, tokens, frames, start, length,
     width: tl.constexpr, PIECES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The tokens of one chunk, `length` frames from `start`."""
+    """The tokens of one chunk, `length` frames from `start`; ahead: the frame after them, where there is one."""
     number, lane = tl.program_id(0).to(tl.int64), tl.arange(0, STEP)
     clip, cell = number // (length * tokens), number % tokens
     frame = start + number // tokens % length
@@ -148,6 +148,12 @@ def _neighbours_kernel(
     kept = _load(tail + (clip * tokens + cell) * width, lane, tl.where(frame > 0, 0, width), PIECES, STEP)
     here = _load(source, lane, width, PIECES, STEP)
     after = _load(source + step, lane, last, PIECES, STEP)
+    if ahead is not None:
+        beyond = _load(ahead + (clip * tokens + cell) * width, lane, width - last, PIECES, STEP)
+        right = ()
+        for i in tl.static_range(PIECES):
+            right += (after[i] + beyond[i],)
+        after = right
     left = ()
     for i in tl.static_range(PIECES):
         left += (before[i] + kept[i],)
@@ -191,15 +197,17 @@ def gated_residual_rows(x: Tensor, gate: Tensor, h: Tensor) -> tuple[Tensor, Flo
     return total, y
 
 
-def neighbour_rows(x: Tensor, tail: Tensor, *, lengths: Sequence[int]) -> Float8Rows:
-    """Fuse `reference.neighbour_rows`: x (B, T, S, D), tail (B, S, D), to rows of (B, T, S, 3 D)."""
+def neighbour_rows(x: Tensor, tail: Tensor, *, lengths: Sequence[int], ahead: Tensor | None = None) -> Float8Rows:
+    """Fuse `reference.neighbour_rows`: x (B, T, S, D), tail, ahead (B, S, D), to rows of (B, T, S, 3 D)."""
     x, tail = x.contiguous(), tail.contiguous()
+    ahead = None if ahead is None else ahead.contiguous()
     y = _empty_rows(x, 3)
     batch, frames, tokens, width = x.shape
     for start, end in itertools.pairwise([0, *itertools.accumulate(lengths)]):
         _neighbours_kernel[(batch * (end - start) * tokens,)](
-            x, tail, *y, tokens, frames, start, end - start, width, **_launch(width, 3)
-        )
+            x, tail, ahead if end == frames else None, *y, tokens, frames, start, end - start, width,
+            **_launch(width, 3),
+        )  # fmt: skip
     return y
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Total: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Sums tensors over processes."""
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -93,6 +95,7 @@ def linear_attention(
     eps: float,
     decay: Tensor | None = None,
     sink: int | None = None,
+    total: Total | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Block-causal linear attention with carried state (SANA-Video, arXiv 2509.24695, section on block attention).
 
@@ -107,6 +110,7 @@ def linear_attention(
         kv, k_sum: carried S as (B, W, heads, d, d), index [key, value], and z as (B, W, heads, d).
         lengths: tokens of each chunk; they add up to N.
         window, decay, sink: see `prefix_sums`; decay in the dtype of the sums.
+        total: adds to the sums of each chunk's tokens those of its tokens that other processes have; without gradients.
 
     Returns:
         o as (B, N, heads, d) in v's dtype, and the next kv and k_sum.
@@ -119,9 +123,12 @@ def linear_attention(
         return torch.einsum("bnhk,bnhv->bhkv", *chunk)
 
     chunks = zip(k_rotated.split(list(lengths), 1), v.split(list(lengths), 1), strict=True)
-    kv_seen, kv = prefix_sums(kv, torch.stack([sum_of(chunk) for chunk in chunks], 1), window, decay, sink)
+    own_kv = torch.stack([sum_of(chunk) for chunk in chunks], 1)
     # The denominator uses unrotated q and k: it stays non-negative.
     own_k_sum = torch.stack([chunk.sum(1) for chunk in k.split(list(lengths), 1)], 1)
+    if total is not None:
+        own_kv, own_k_sum = total([own_kv, own_k_sum])
+    kv_seen, kv = prefix_sums(kv, own_kv, window, decay, sink)
     k_seen, k_sum = prefix_sums(k_sum, own_k_sum, window, decay, sink)
 
     out = []
@@ -200,21 +207,25 @@ def gated_residual_rows(x: Tensor, gate: Tensor, h: Tensor) -> tuple[Tensor, Flo
     return x, quantise_rows(x)
 
 
-def neighbour_rows(x: Tensor, tail: Tensor, *, lengths: Sequence[int]) -> Float8Rows:
+def neighbour_rows(x: Tensor, tail: Tensor, *, lengths: Sequence[int], ahead: Tensor | None = None) -> Float8Rows:
     """Rows whose product with the taps side by side, (D, 3 D), is `temporal_conv`: three frames and one scale.
 
     Args:
-        x, tail, lengths: see `temporal_conv`.
+        x, tail, lengths, ahead: see `temporal_conv`.
 
     Returns:
         Rows of (B, T, S, 3 D): of each token what it sees in the frame before, in its own, and in the next.
     """
     before = torch.cat([tail[:, None], x[:, :-1]], dim=1)
-    after = [F.pad(chunk[:, 1:], (0, 0, 0, 0, 0, 1)) for chunk in x.split(list(lengths), dim=1)]
-    return quantise_rows(torch.cat([before, x, torch.cat(after, dim=1)], dim=-1))
+    after = torch.cat([F.pad(chunk[:, 1:], (0, 0, 0, 0, 0, 1)) for chunk in x.split(list(lengths), dim=1)], dim=1)
+    if ahead is not None:
+        after = torch.cat([after[:, :-1], ahead[:, None]], dim=1)
+    return quantise_rows(torch.cat([before, x, after], dim=-1))
 
 
-def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int]) -> Tensor:
+def temporal_conv(
+    x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int], ahead: Tensor | None = None
+) -> Tensor:
     """Convolution over three frames whose right neighbour never lies in another chunk (the causal Mix-FFN).
 
     The left neighbour of a chunk's first frame is the frame before it (`tail` for the first chunk), the right
@@ -222,14 +233,17 @@ def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[
 
     Args:
         x: (B, T, S, D). tail: (B, S, D). weight: (D, D, 3, 1), as published. lengths: frames of each chunk.
+        ahead: (B, S, D), the next frame of the last chunk, of which these are not all; None: there is none.
 
     Returns:
         (B, T, S, D).
     """
     out = []
     left = tail[:, None]
-    for chunk in x.split(list(lengths), dim=1):
-        padded = torch.cat([left, chunk, torch.zeros_like(left)], dim=1)
+    chunks = x.split(list(lengths), dim=1)
+    for number, chunk in enumerate(chunks, 1):
+        right = torch.zeros_like(left) if ahead is None or number < len(chunks) else ahead[:, None]
+        padded = torch.cat([left, chunk, right], dim=1)
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
             # Products: the gradient of F.conv2d for one clip has other strides than Inductor expects (torch 2.11).
             before, here, after = (

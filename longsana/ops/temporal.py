@@ -14,9 +14,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def temporal_conv(x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int]) -> Tensor:
-    """Fuse `reference.temporal_conv`: x (B, T, S, D), tail (B, S, D), weight (D, D, 3, 1), to a tensor like x."""
+def temporal_conv(
+    x: Tensor, tail: Tensor, weight: Tensor, *, lengths: Sequence[int], ahead: Tensor | None = None
+) -> Tensor:
+    """Fuse `reference.temporal_conv`: x (B, T, S, D), tail, ahead (B, S, D), weight (D, D, 3, 1), to a tensor like x.
+
+    ahead has no gradient.
+    """
     out: Tensor = _TemporalConv.apply(x, tail, weight, lengths)
+    if ahead is not None:
+        _add(out[:, -1:], ahead[:, None], weight[:, :, 2, 0].t())
     return out
 
 

@@ -41,7 +41,7 @@ def replay_passes(
     working = copy.deepcopy(model).to(compute)
     wrap_blocks(working, checkpointing=checkpointing, compile_blocks=compile_blocks)
     # The method, not a module around the network: names stay as they are.
-    model.forward = _Passes(model, working)  # type: ignore[method-assign]
+    model.forward = _Passes(model, working)  # type: ignore[method-assign, assignment]
     return model
 
 

@@ -1,0 +1,118 @@
+"""A process of several that make a video together, and compare it with what each makes alone; see test_peers.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longsana.chunks import ChunkPlan
+from longsana.config import ModelConfig
+from longsana.data.story import Change
+from longsana.flow.noise import PromptNoise
+from longsana.flow.schedule import FlowSchedule
+from longsana.models.dit import LongSanaDiT
+from longsana.models.embeddings import TextEmbedding, TextMemory
+from longsana.runtime.distributed import World
+from longsana.runtime.peers import Peers
+from longsana.sampling.sampler import generate
+from longsana.state import CausalState
+from longsana.weights.build import build_model
+from tests.training.test_graphs import PASTS
+
+SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
+EXACT = 1e-10
+
+
+def network(seed: int, **settings: Any) -> LongSanaDiT:
+    """A small network in float64 whose convolutions over time and decays do something."""
+    model = build_model(dataclasses.replace(SHAPES, depth=2, **settings), device="cpu", dtype=torch.float64)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for block in model.blocks:
+            weight = block.feed_forward.temporal.weight
+            weight.copy_(0.02 * torch.randn(weight.shape, generator=rng, dtype=torch.float64))
+        if model.decay_logit is not None:
+            model.decay_logit.copy_(torch.linspace(-2, 2, model.decay_logit.numel()).view_as(model.decay_logit))
+    return model
+
+
+def caption(model: LongSanaDiT, seed: int) -> TextMemory:
+    tokens = torch.randn(1, 48, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return model.cache_caption(TextEmbedding(tokens, torch.arange(48)[None] < 30 + seed))
+
+
+def same(one: Tensor, other: Tensor) -> None:
+    assert one.shape == other.shape
+    largest = float((one - other).abs().max()) if one.numel() else 0.0
+    assert largest <= EXACT, largest
+
+
+def same_states(one: CausalState, other: CausalState) -> None:
+    assert one[3:] == other[3:]
+    for a, b in zip(one[:3], other[:3], strict=True):
+        same(a, b)
+
+
+def check_passes(peers: Peers, world: World) -> None:
+    """Single passes and those that follow, of several batches, lengths, timesteps and pasts."""
+    rng = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+    for number, settings in enumerate(PASTS):
+        model = network(number, **settings)
+        text = TextEmbedding(drawn(2, 48, 64), torch.ones(2, 48, dtype=torch.bool))
+        states: list[CausalState | None] = [None, None]
+        for frames in (3, 7, 1, 5):
+            x, t = drawn(2, 16, frames, 4, 6), 1000 * torch.rand(2, frames, generator=rng, dtype=torch.float64)
+            times = t if frames == 7 else t[:, 0]
+            alone, states[0] = model(x, times, text, state=states[0])
+            together, states[1] = model(x, times, text, state=states[1], peers=peers)
+            same(together, alone)
+            assert states[0] is not None and states[1] is not None
+            same_states(states[1], states[0])
+            for theirs in world.gather(together):
+                assert torch.equal(theirs, together)
+
+
+def check_videos(peers: Peers, world: World) -> None:
+    """Videos whose prompt changes in every way, and that begin with a picture, which may be absorbed alone."""
+    model = network(9, num_cached_blocks=2, num_sink_blocks=1)
+    texts = [caption(model, seed) for seed in (0, 0, 1, 1, 2)]
+    plan = ChunkPlan((3, 5, 4, 4, 2))
+
+    def video(model: Any, change: str, first: Tensor | None, apart: bool) -> Iterator[Any]:
+        changes = {2: Change.parse(change), 4: Change.parse("cut")}
+        noise, where = PromptNoise(0, [("a red circle", 0)]), {"shape": (16, 4, 6), "device": "cpu"}
+        more: dict[str, Any] = {"first": first, "apart": apart, "changes": changes}
+        return generate(model, FlowSchedule(7.0), texts, plan, rng=noise, **more, **where)
+
+    picture = torch.randn(1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(1))
+    for change, first, apart in (("keep", None, False), ("recache=2", picture, False), ("rebuild=2", picture, True)):
+        made = zip(
+            video(model, change, first, apart), video(partial(model, peers=peers), change, first, apart), strict=True
+        )
+        for alone, together in made:
+            same(together.latents, alone.latents)
+            assert alone.state is not None and together.state is not None
+            same_states(together.state, alone.state)
+            for theirs in world.gather(together.latents):
+                assert torch.equal(theirs, together.latents)
+
+
+@torch.no_grad()
+def main(arguments: Sequence[str]) -> int:
+    torch.set_num_threads(1)
+    world = World.from_environment()
+    world.connect()
+    peers = Peers()
+    for check in arguments:
+        {"passes": check_passes, "videos": check_videos}[check](peers, world)
+    world.disconnect()
+    return 0
