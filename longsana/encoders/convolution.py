@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from longsana.encoders.vae_files import Model
 from longsana.ops import copy_into
 from longsana.ops.reference import accumulation_dtype
+from longsana.runtime.peers import Peers
 
 Layer: TypeAlias = Any  # one of diffusers' modules
 
@@ -66,14 +67,54 @@ def enlarging(weight: Tensor) -> Tensor:
     return wide.to(weight.dtype, memory_format=torch.channels_last)
 
 
+class Rows(NamedTuple):
+    """The rows of pictures that this process decodes, while its peers decode the others.
+
+    height: latent rows of a whole picture.
+    """
+
+    peers: Peers
+    height: int
+
+    @classmethod
+    def of(cls, peers: Peers, height: int) -> Rows | None:
+        """Divide pictures of so many latent rows, two for each process at least; None where there are fewer."""
+        return cls(peers, height) if 1 < peers.size <= height // 2 else None
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """This process's rows of whole pictures x, which have rows along `dim`."""
+        share, each = self.peers.share(self.height), x.shape[dim] // self.height
+        return x.narrow(dim, each * share.start, each * len(share))
+
+    def whole(self, x: Tensor, dim: int) -> Tensor:
+        """Whole pictures of all processes' rows x."""
+        return self.peers.whole(x, dim, self.height)
+
+    def beside(self, buffer: Tensor) -> None:
+        """Fill the rows of the border of (B, T, H, W, C) that are other processes'; others stay as they are."""
+        self.peers.exchange_rows(buffer, 2)
+
+    def enlarged(self, layer: Layer, x: Tensor, *, bias: bool = True) -> Tensor:
+        """Enlarge rows (N, H, W, C) to (N, 2 H, 2 W, C'), whose edges depend on the neighbours' too; see `enlarge`."""
+        above, below = int(self.peers.rank > 0), int(self.peers.rank < self.peers.size - 1)
+        buffer = x.new_empty(x.shape[0], x.shape[1] + 2, *x.shape[2:])
+        buffer[:, 1:-1] = x
+        self.peers.exchange_rows(buffer, 1)
+        y = enlarged(layer, buffer[:, 1 - above : buffer.shape[1] - 1 + below], bias=bias)
+        return y[:, 2 * above : y.shape[1] - 2 * below]
+
+
 class Memory:
     """One call of a decoder: its convolutions take what they remember in turn, and leave what they will.
 
+    rows: of the pictures at hand, where other processes have the others.
     consumed: nobody looks at `features` again; what is left lies where what was taken did.
     """
 
-    def __init__(self, features: tuple[Tensor, ...] | None, *, consumed: bool = False) -> None:
-        self.first = features is None
+    def __init__(
+        self, features: tuple[Tensor, ...] | None, rows: Rows | None = None, *, consumed: bool = False
+    ) -> None:
+        self.first, self.rows = features is None, rows
         self.features: list[Tensor] = []
         self._past = iter(features or ())
         self._consumed = consumed

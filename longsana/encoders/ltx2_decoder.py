@@ -20,6 +20,7 @@ from torch import Tensor
 from longsana.encoders.convolution import (
     Layer,
     Memory,
+    Rows,
     biases_come_late,
     clear_border,
     conv3d,
@@ -64,6 +65,7 @@ def decode(
     *,
     seen: int = 0,
     last: bool = False,
+    rows: Rows | None = None,
     consumed: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Frames of the next latents of a video, and what the decoder remembers of all so far.
@@ -75,6 +77,7 @@ def decode(
         seen: latents of the video in earlier calls.
         last: whether the video ends here. Else a decoder that looks into the future keeps back what later latents may
             change, and gives it with them; nothing follows a last call.
+        rows: that this process decodes, and of which its features are; of a causal decoder alone.
 
     Returns:
         Frames (B, 3, F, 32 h, 32 w), not clamped; of a causal decoder F = 8 T, or 8 T - 7 at the start. Features: the
@@ -82,7 +85,9 @@ def decode(
         beside it. Both in the model's dtype, channels-last.
     """
     decoder = model.decoder
-    step = _Step(features, seen=seen, ahead=int(not model.config.decoder_causal), last=last, consumed=consumed)
+    step = _Step(features, rows, seen=seen, ahead=int(not model.config.decoder_causal), last=last, consumed=consumed)
+    assert rows is None or not step.ahead
+    latents = latents if rows is None else rows.own(latents, 3)
     x = step.convolved(decoder.conv_in, latents.permute(0, 2, 3, 4, 1).contiguous())
     for resnet in decoder.mid_block.resnets:
         x = step.residual(resnet, x)
@@ -99,6 +104,7 @@ def decode(
         x, "b t h w (c pt pw ph) -> b (t pt) (h ph) (w pw) c",
         pt=decoder.patch_size_t, ph=decoder.patch_size, pw=decoder.patch_size,
     )  # fmt: skip
+    frames = frames if rows is None else rows.whole(frames, 2)
     return frames.permute(0, 4, 1, 2, 3), tuple(step.features)
 
 
@@ -106,9 +112,16 @@ class _Step(Memory):
     """One pass of `decode`. seen: frames that the layer at hand was given in earlier calls; ahead: 1 if not causal."""
 
     def __init__(
-        self, features: tuple[Tensor, ...] | None, *, seen: int, ahead: int, last: bool, consumed: bool
+        self,
+        features: tuple[Tensor, ...] | None,
+        rows: Rows | None,
+        *,
+        seen: int,
+        ahead: int,
+        last: bool,
+        consumed: bool,
     ) -> None:
-        super().__init__(features, consumed=consumed)
+        super().__init__(features, rows, consumed=consumed)
         self.seen, self.ahead, self.last = seen, ahead, last
 
     def convolved(self, layer: Layer, x: Tensor) -> Tensor:
@@ -166,6 +179,8 @@ class _Step(Memory):
         if buffer.shape[1] < 3:
             return x.new_empty(batch, 0, height, width, layer.out_channels)
         (mirror_border if layer.padding_mode == "reflect" else clear_border)(buffer)
+        if self.rows is not None:
+            self.rows.beside(buffer)
         return conv3d(layer, buffer, bias=bias)
 
     def _beside(self, h: Tensor, x: Tensor) -> Tensor:

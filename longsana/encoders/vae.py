@@ -20,11 +20,13 @@ from torch import Tensor
 
 from longsana.config import VAEConfig
 from longsana.encoders import convolution, ltx2_decoder, wan_decoder
+from longsana.encoders.convolution import Rows
 from longsana.encoders.geometry import GEOMETRIES, VAEGeometry, geometry
 from longsana.encoders.vae_files import LTX2, WAN, Kind, Model, check_geometry, load_model
 from longsana.runtime.arguments import Whole, settled
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
+from longsana.runtime.peers import Peers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,6 +46,7 @@ class DecodeCache(NamedTuple):
     features: tuple[Tensor, ...]
     latents: int  # latent frames decoded so far
     ended: bool = False  # its decoder looked for a future and was told that there is none
+    rows: int = 0  # latent rows of whole pictures, where features are of a process's own; see `VideoVAE.divide`
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +78,7 @@ class VideoVAE(ABC):
     name: ClassVar[str]  # of VAEConfig.vae_type
     kind: ClassVar[Kind]
     tiny: ClassVar[bool] = False  # whether another, smaller network decodes than the VAE's own
+    undivided: ClassVar[int] = 0  # convolutions whose memory is of all rows on every process; see `divide`
 
     def __init__(self, model: Model, shape: VAEGeometry, latents_per_call: int) -> None:
         assert latents_per_call > 0
@@ -82,6 +86,7 @@ class VideoVAE(ABC):
         self.model = model
         self.geometry = shape
         self.latents_per_call = latents_per_call
+        self.peers: Peers | None = None
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.bring: Callable[[], None] = _are_there
@@ -89,6 +94,34 @@ class VideoVAE(ABC):
         self._mean, self._std = (
             part.to(self.device, torch.float32).view(1, -1, 1, 1, 1) for part in self._statistics(model)
         )
+
+    def divide(self, peers: Peers) -> None:
+        """Decode with other processes, which make the same calls: each some rows of all pictures, and all get all.
+
+        A tiny decoder, which takes less time than the division, and one that looks ahead decode all on each process.
+        """
+        self.peers = peers
+
+    def _rows(self, count: int) -> Rows | None:
+        """The rows of pictures of so many latent rows that this process decodes; None: all."""
+        return None if self.peers is None or self.ahead else Rows.of(self.peers, count)
+
+    def whole(self, cache: DecodeCache) -> DecodeCache:
+        """The memory that one process alone would have, on every process."""
+        if not cache.rows:
+            return cache
+        assert self.peers is not None
+        rows = Rows(self.peers, cache.rows)
+        kept, divided = cache.features[: self.undivided], cache.features[self.undivided :]
+        return cache._replace(features=(*kept, *(rows.whole(part, 3) for part in divided)), rows=0)
+
+    def own(self, cache: DecodeCache) -> DecodeCache:
+        """What this process needs of the memory that one process alone would have."""
+        rows = self._rows(cache.features[0].shape[3])
+        if rows is None or cache.rows:
+            return cache
+        kept, divided = cache.features[: self.undivided], cache.features[self.undivided :]
+        return cache._replace(features=(*kept, *(rows.own(part, 3) for part in divided)), rows=rows.height)
 
     @classmethod
     @plain_defaults()
@@ -255,7 +288,8 @@ class VideoVAE(ABC):
             consumed = True  # what lies between groups is nobody's
             frames.append(_clamped(decoded))
         assert features is not None, "no latents to decode"
-        return torch.cat(frames, dim=2), DecodeCache(features, stop, ended=self.ahead > 0 and not more)
+        divided = 0 if self._rows(latents.shape[3]) is None else latents.shape[3]
+        return torch.cat(frames, dim=2), DecodeCache(features, stop, self.ahead > 0 and not more, divided)
 
     def grouped(self, latents: Tensor, start: int) -> list[Tensor]:
         """Cut a video's latents (B, C, T, h, w), from latent `start` on, where `decode_stream` does.
@@ -312,7 +346,7 @@ def _are_there() -> None:
 class WanVAE(VideoVAE):
     """The Wan 2.1 VAE."""
 
-    name, kind = "WanVAE", WAN
+    name, kind, undivided = "WanVAE", WAN, wan_decoder.WHOLE
 
     @staticmethod
     def _statistics(model: Model) -> tuple[Tensor, Tensor]:
@@ -335,7 +369,8 @@ class WanVAE(VideoVAE):
     def _decode_group(
         self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool, consumed: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return wan_decoder.decode(self.model, latents, features, consumed=consumed)
+        rows = self._rows(latents.shape[3])
+        return wan_decoder.decode(self.model, latents, features, rows, consumed=consumed)
 
 
 class LTX2VAE(VideoVAE):
@@ -373,7 +408,8 @@ class LTX2VAE(VideoVAE):
     def _decode_group(
         self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool, consumed: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return ltx2_decoder.decode(self.model, latents, features, seen=seen, last=last, consumed=consumed)
+        rows = self._rows(latents.shape[3])
+        return ltx2_decoder.decode(self.model, latents, features, seen=seen, last=last, rows=rows, consumed=consumed)
 
 
 VAES: dict[str, type[WanVAE | LTX2VAE]] = {kind.name: kind for kind in (WanVAE, LTX2VAE)}

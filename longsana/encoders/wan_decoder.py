@@ -9,13 +9,21 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longsana.encoders.convolution import Layer, Memory, biases_come_late, clear_border, conv3d, enlarged, linear
+from longsana.encoders.convolution import Layer, Memory, Rows, biases_come_late, clear_border, conv3d, enlarged, linear
 from longsana.encoders.vae_files import Model
 from longsana.ops import add_shortcut, copy_into, norm_silu_into
 
+WHOLE = 5
+"""Convolutions before the pictures are divided into rows: attention, before which they are, sees all of a frame."""
+
 
 def decode(
-    model: Model, latents: Tensor, features: tuple[Tensor, ...] | None, *, consumed: bool = False
+    model: Model,
+    latents: Tensor,
+    features: tuple[Tensor, ...] | None,
+    rows: Rows | None = None,
+    *,
+    consumed: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Frames of the next latents of a video, and what the decoder remembers of all so far.
 
@@ -23,6 +31,7 @@ def decode(
         model: see `convolution.prepare`.
         latents: (B, C, T, h, w), not normalised, in the model's dtype. The first latent of a video comes alone.
         features: what the call before returned; None at the start of a video. Only read, unless `consumed`.
+        rows: that this process decodes, after the first `WHOLE` convolutions; its features of others are of these rows.
 
     Returns:
         Frames (B, 3, F, 8 h, 8 w), not clamped, with F = 1 for the first latent and 4 T for others. Features: the last
@@ -36,6 +45,8 @@ def decode(
     x = step.residual(decoder.mid_block.resnets[0], x)
     x = _attention(decoder.mid_block.attentions[0], x)
     x = step.residual(decoder.mid_block.resnets[1], x)
+    if rows is not None:
+        x, step.rows = rows.own(x, 2).contiguous(), rows
     bias = None
     for block in decoder.up_blocks:
         for resnet in block.resnets:
@@ -44,6 +55,7 @@ def decode(
             x, bias = step.upsampled(upsampler, x)
     assert bias is None, "no residual block adds it"
     x = conv3d(decoder.conv_out, step.normalised(decoder.norm_out, x))
+    x = x if rows is None else rows.whole(x, 2)
     return x.permute(0, 4, 1, 2, 3), tuple(step.features)
 
 
@@ -74,7 +86,8 @@ class _Step(Memory):
             pictures = x.new_empty(halves.shape)
             copy_into(halves, pictures)
         conv, late = layer.resample[1], biases_come_late(x)
-        y = enlarged(conv, pictures.flatten(0, 1), bias=not late)
+        larger = enlarged if self.rows is None else self.rows.enlarged
+        y = larger(conv, pictures.flatten(0, 1), bias=not late)
         return y.unflatten(0, (x.shape[0], -1)), conv.bias if late else None
 
     def padded(self, x: Tensor, border: int) -> Tensor:
@@ -89,6 +102,8 @@ class _Step(Memory):
         buffer, frames = self._buffer(x, border=1)
         norm_silu_into(x, norm.gamma.flatten(), frames[:, 2:], bias)
         self.remember(frames[:, -2:])
+        if self.rows is not None:
+            self.rows.beside(buffer)
         return buffer
 
     def _buffer(self, x: Tensor, border: int) -> tuple[Tensor, Tensor]:

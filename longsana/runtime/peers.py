@@ -87,8 +87,9 @@ class Peers:
             x.select(dim, border).copy_(theirs)
 
     def whole(self, x: Tensor, dim: int, count: int) -> Tensor:
-        """Join the processes' shares x, along a dimension on which together they have `count` things."""
-        lengths = [len(share) for share in self.shares(count)]
+        """Join the processes' shares x of `count` things, along a dimension on which each thing has as many slices."""
+        slices = x.shape[dim] // len(self.share(count))
+        lengths = [slices * len(share) for share in self.shares(count)]
         padded = list(x.shape)
         padded[dim] = max(lengths)
         own = x.new_zeros(padded)

@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig
 from longsana.data.story import Change
+from longsana.encoders.vae import LTX2VAE, WanVAE
 from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.dit import LongSanaDiT
@@ -22,10 +24,12 @@ from longsana.runtime.peers import Peers
 from longsana.sampling.sampler import generate
 from longsana.state import CausalState
 from longsana.weights.build import build_model
+from tests.encoders.test_ltx2 import SMALL as LTX2
 from tests.training.test_graphs import PASTS
 
 SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
 EXACT = 1e-10
+WAN: dict[str, Any] = {"base_dim": 8, "num_res_blocks": 1}
 
 
 def network(seed: int, **settings: Any) -> LongSanaDiT:
@@ -46,10 +50,10 @@ def caption(model: LongSanaDiT, seed: int) -> TextMemory:
     return model.cache_caption(TextEmbedding(tokens, torch.arange(48)[None] < 30 + seed))
 
 
-def same(one: Tensor, other: Tensor) -> None:
+def same(one: Tensor, other: Tensor, tolerance: float = EXACT) -> None:
     assert one.shape == other.shape
     largest = float((one - other).abs().max()) if one.numel() else 0.0
-    assert largest <= EXACT, largest
+    assert largest <= tolerance, largest
 
 
 def same_states(one: CausalState, other: CausalState) -> None:
@@ -106,6 +110,30 @@ def check_videos(peers: Peers, world: World) -> None:
                 assert torch.equal(theirs, together.latents)
 
 
+def check_decoders(peers: Peers, world: World) -> None:
+    """Pictures of rows that come out even or not, latents in calls of any length, and memory that changes hands."""
+    torch.manual_seed(0)
+    for kind, model in ((WanVAE, AutoencoderKLWan(**WAN)), (LTX2VAE, AutoencoderKLLTX2Video(**LTX2))):
+        model = model.to(torch.float64).eval()
+        alone, together = kind.around(model, 2), kind.around(model, 2)
+        together.divide(peers)
+        rng = torch.Generator().manual_seed(2)
+        channels = alone.geometry.channels
+        for height in (2 * peers.size + 1, 3):
+            caches: list[Any] = [None, None]
+            for frames in (1, 2, 3, 1):
+                latents = torch.randn(1, channels, frames, height, 3, generator=rng)
+                expected, caches[0] = alone.decode_stream(latents, caches[0], more=True)
+                own, caches[1] = together.decode_stream(latents, caches[1], more=True)
+                same(own, expected, 1e-6)  # frames are in float32
+                whole = together.whole(caches[1])
+                for a, b in zip(whole.features, caches[0].features, strict=True):
+                    same(a, b)
+                assert whole._replace(features=()) == caches[0]._replace(features=())
+                caches[1] = together.own(caches[0] if frames == 3 else whole)
+                assert bool(caches[1].rows) == (height >= 2 * peers.size)
+
+
 @torch.no_grad()
 def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(1)
@@ -113,6 +141,6 @@ def main(arguments: Sequence[str]) -> int:
     world.connect()
     peers = Peers()
     for check in arguments:
-        {"passes": check_passes, "videos": check_videos}[check](peers, world)
+        {"passes": check_passes, "videos": check_videos, "decoders": check_decoders}[check](peers, world)
     world.disconnect()
     return 0
