@@ -31,8 +31,10 @@ from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable
 from longsana.runtime.hub import locate
+from longsana.runtime.teams import check_team
 from longsana.sampling.checks import (
     check_config,
+    check_division,
     check_picture_sampler,
     check_weights,
     seeded_sources,
@@ -41,6 +43,7 @@ from longsana.sampling.checks import (
 
 log = logging.getLogger("longsana")
 
+ALONE = World()
 DEFAULT_CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
 
 
@@ -63,6 +66,12 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         default=NONE,
         help="none; or beside each mp4 what it can be gone on from: latents (the network's state and the last latents) "
         "or full (the decoder's memory too, which is large) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gpus_per_video",
+        type=whole,
+        default=1,
+        help="processes of a launch, each with a GPU, that make each video together (default: %(default)s)",
     )
     parser.add_argument("--save_every", type=whole, default=0, help="save a state after every so many chunks too")
     parser.add_threads()
@@ -91,15 +100,19 @@ class Request:
     folder: Path
     threads: int | None
     beginning: Beginning
+    gpus_per_video: int
 
 
-def prepare(arguments: Sequence[str]) -> Request:
+def prepare(arguments: Sequence[str], world: World = ALONE) -> Request:
     """Read the command line, and check it as far as that goes without loading anything large."""
     options, settings = parse(arguments)
     config_path = locate(options.config, "the config")
     config: InferenceConfig = load_config(config_path, settings)
     check_settings(settings, config)
     check_config(config)
+    check_team(world, options.gpus_per_video)
+    if options.gpus_per_video > 1:
+        check_division(config)
     if Path(options.add_label).name != options.add_label:
         raise InputError(f"--add_label {options.add_label}: must be part of a folder's name, without slashes")
     if options.dataset is not None and (options.dataset[:1] in ("/", "~") or ".." in Path(options.dataset).parts):
@@ -133,7 +146,7 @@ def prepare(arguments: Sequence[str]) -> Request:
     usual = (beginning.path or Path(config.sampling.txt_file)).stem
     folder = work_dir / ((options.dataset or usual) + options.add_label)
     check_writable(folder)
-    return Request(config, prompts, folder, options.threads, beginning)
+    return Request(config, prompts, folder, options.threads, beginning, options.gpus_per_video)
 
 
 def run(request: Request, world: World) -> int:
@@ -156,7 +169,13 @@ def run(request: Request, world: World) -> int:
 
     with logging_redirect_tqdm():  # lines go above the bars, not through them
         outcome = run_batch(
-            config, request.prompts, request.folder, world=world, device=device, beginning=request.beginning
+            config,
+            request.prompts,
+            request.folder,
+            world=world,
+            device=device,
+            beginning=request.beginning,
+            gpus_per_video=request.gpus_per_video,
         )
     written, there, failed = outcome.written, outcome.skipped, len(outcome.failures)
     log.info("%d videos written, %d there before, %d failed", written, there, failed)
@@ -169,4 +188,4 @@ def run(request: Request, world: World) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    return run_command(lambda world: prepare(arguments), run)
+    return run_command(lambda world: prepare(arguments, world), run)

@@ -7,14 +7,14 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import psutil
@@ -40,16 +40,18 @@ from longsana.inference.sidecar import (
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime import stop
 from longsana.runtime.clock import Clock
-from longsana.runtime.distributed import World
+from longsana.runtime.distributed import PeerLost, World, losing_peers
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, disk_failure, partial_name
 from longsana.runtime.hub import file_sha256
+from longsana.runtime.teams import Team
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.captions import Caption, CaptionEncoder, caption_encoder
 from longsana.sampling.checks import check_weights, meaningless
 from longsana.sampling.continuation import Memory, Moment, mark_of, restored, vae_mark_of
 from longsana.sampling.engine import Engine, Frames
 from longsana.sampling.films import absorb_film, film_latents
+from longsana.sampling.following import follow, led
 from longsana.sampling.memory import fit_memory, work_of
 
 log = logging.getLogger(__name__)
@@ -95,18 +97,20 @@ def run_batch(
     world: World,
     device: torch.device,
     beginning: Beginning | None = None,
+    gpus_per_video: int = 1,
 ) -> Outcome:
     """Make every video that is not there yet. What fails is listed and does not stop the rest; a full disk does.
 
     Other commands may write to the folder at the same time: each video is made by the first that comes to it.
-    Every process returns the outcome of all of them. folder: is there, and can be written to.
+    Every process returns the outcome of all of them. folder: is there, and can be written to. gpus_per_video: processes
+    that make each video together; they divide the number of all.
 
     Raises:
         InputError: weights are missing or do not fit.
     """
-    beginning = beginning or Beginning()
+    team, beginning = Team.of(world, gpus_per_video, device), beginning or Beginning()
     config = _held(config, prompts, world, device, beginning)
-    engine = Engine(config, device)
+    engine = Engine(config, device, team.peers)
 
     def plan() -> list[Job]:
         encodes = beginning.encodes(prompts)
@@ -119,8 +123,9 @@ def run_batch(
     if world.is_main and skipped:
         log.info("%d of %d videos are in %s already", skipped, len(prompts), folder)
 
-    share = _Share(engine, jobs, world, beginning)
-    share.run()
+    share = _Share(engine, jobs, world, team, beginning)
+    with team.watched():
+        share.run()
     results = world.gather((share.written, share.skipped, share.failures, share.disk))
     return Outcome(
         written=sum(result[0] for result in results),
@@ -201,6 +206,10 @@ def _plan_jobs(
     return [job for job in jobs if job.record["fingerprint"] not in kept]
 
 
+Captions: TypeAlias = dict[Path, tuple[Caption, float]]
+"""Captions of videos by their paths, and the seconds that each took."""
+
+
 class _Elsewhere(Exception):
     """Another command is making the video of `job`, or has just made it."""
 
@@ -230,8 +239,9 @@ class _Share:
     `failures` lists those that failed, and `disk` says what a disk failed at, if that ended the work.
     """
 
-    def __init__(self, engine: Engine, jobs: Sequence[Job], world: World, beginning: Beginning) -> None:
+    def __init__(self, engine: Engine, jobs: Sequence[Job], world: World, team: Team, beginning: Beginning) -> None:
         self.engine = engine
+        self.team = team
         self.beginning = beginning
         self.jobs = jobs
         self.world = world
@@ -248,7 +258,7 @@ class _Share:
 
         Those that another command is making come last: most are there by then, and the rest is waited for.
         """
-        batches = batches_of(self.jobs, self.engine.config.sampling.bs)[self.world.rank :: self.world.size]
+        batches = batches_of(self.jobs, self.engine.config.sampling.bs)[self.team.index :: self.team.count]
         if not batches:
             return
         captions = self._encode([job for batch in batches for job in batch])
@@ -256,6 +266,26 @@ class _Share:
             return
         models = self.engine.load()
         self._marks = self._checked_marks(*models)
+        if self.team.leads:
+            self._lead(batches, captions, *models)
+            self.team.tell(None)
+        else:
+            self._follow({str(job.path): job for batch in batches for job in batch}, captions, *models)
+
+    def _follow(self, jobs: Mapping[str, Job], captions: Captions, network: LongSanaDiT, decoder: VideoVAE) -> None:
+        """Make passes along with the leader of the team, who says of which videos, and keeps what comes of them."""
+        while (paths := self.team.told()) is not None:
+            samples = self._samples([jobs[path] for path in paths], captions, network, decoder, Clock())
+            try:
+                with losing_peers():
+                    follow(samples, self.team)
+            except (FloatingPointError, InputError) as error:  # as the leader sees, and tells
+                log.debug("%s: %s", ", ".join(paths), error)
+
+    def _lead(
+        self, batches: Sequence[Sequence[Job]], captions: Captions, network: LongSanaDiT, decoder: VideoVAE
+    ) -> None:
+        models = network, decoder
         encoded = ([job for job in batch if job.path in captions] for batch in batches)
         left = deque(batch for batch in encoded if batch)
         elsewhere: list[Job] = []
@@ -270,7 +300,10 @@ class _Share:
                 if not batch:
                     continue
                 try:
-                    self._make(batch, captions, *models)
+                    with losing_peers():
+                        self._make(batch, captions, *models)
+                except PeerLost:
+                    raise
                 except _Elsewhere as found:
                     elsewhere.append(found.job)
                     left.appendleft([job for job in batch if job is not found.job])
@@ -330,8 +363,7 @@ class _Share:
         bar.update()
         return True
 
-    def _encode(self, jobs: Sequence[Job]) -> dict[Path, tuple[Caption, float]]:
-        """Captions by path, and the seconds each took."""
+    def _encode(self, jobs: Sequence[Job]) -> Captions:
         captions = {}
         with caption_encoder(self.engine.config, self.engine.device) as encode:
             if self.world.is_main:
@@ -371,7 +403,7 @@ class _Share:
     def _make(
         self,
         batch: Sequence[Job],
-        captions: dict[Path, tuple[Caption, float]],
+        captions: Captions,
         network: LongSanaDiT,
         decoder: VideoVAE,
     ) -> None:
@@ -387,9 +419,11 @@ class _Share:
                 if self._is_finished(job) or job.path in self._busy:
                     self._busy.discard(job.path)
                     raise _Elsewhere(job)
-            prompts, own = [job.prompt for job in batch], [captions[job.path][0] for job in batch]
             plan = engine.plan_of(batch[0].prompt, goes_on=self.beginning.goes_on)
-            samples = sample_from(self.beginning, engine, network, decoder, prompts, own, plan, device_clock)
+            samples = self._samples(batch, captions, network, decoder, device_clock)
+            if self.team.size > 1:
+                self.team.tell([str(job.path) for job in batch])
+                samples = stack.enter_context(closing(led(samples, self.team)))
             thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="digests"))
             states: set[Path] = set()
             for frames in self._progress(samples, len(plan), digests, thread):
@@ -411,7 +445,7 @@ class _Share:
             told: dict[str, Any] = {
                 "batch": len(batch),
                 "memory": _memory(engine.device),
-                "machine": _machine(engine.device, self.world),
+                "machine": _machine(engine.device, self.world) | {"gpus_per_video": self.team.size},
                 "versions": versions(),
             }
             spent = device_clock.seconds()
@@ -429,6 +463,13 @@ class _Share:
         for job, writer, digest in zip(batch, writers, digests, strict=True):
             self._tell(job, told | {"bytes": writer.size, "latents_sha256": digest.hexdigest()})
             log.info("%s: %d frames in %.1f s, %.1f FPS", job.path, writer.frames, wall, timings["fps"])
+
+    def _samples(
+        self, batch: Sequence[Job], captions: Captions, network: LongSanaDiT, decoder: VideoVAE, clock: Clock
+    ) -> Generator[Frames]:
+        prompts, own = [job.prompt for job in batch], [captions[job.path][0] for job in batch]
+        plan = self.engine.plan_of(batch[0].prompt, goes_on=self.beginning.goes_on)
+        return sample_from(self.beginning, self.engine, network, decoder, prompts, own, plan, clock)
 
     def _tell(self, job: Job, told: dict[str, Any]) -> None:
         """Write the sidecar of a finished video."""
@@ -492,7 +533,7 @@ def sample_from(
     captions: Sequence[Caption],
     plan: ChunkPlan,
     clock: Clock,
-) -> Iterator[Frames]:
+) -> Generator[Frames]:
     """Frames of a batch of videos of this plan that begin from nothing, a film or a state; see `Engine.sample`."""
     outlines = [beginning.outline(prompt, engine.config) for prompt in prompts]
     begun: Moment | None = None

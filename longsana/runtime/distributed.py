@@ -104,7 +104,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        with _among_peers():
+        with among_peers():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -133,7 +133,7 @@ class World:
         if self.size == 1:
             return [value]
         box: list[Any] = [None] * self.size
-        with _among_peers():
+        with among_peers():
             dist.all_gather_object(box, value)
         return box
 
@@ -142,7 +142,7 @@ class World:
             dist.destroy_process_group()
 
 
-_LOST = "another process of this launch has ended; start the same command again"
+LOST = "another process of this launch has ended; start the same command again"
 _CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """How gloo and NCCL say that a process has gone, which they have no class for."""
 _LAUNCH = "unset them, or start with torchrun or accelerate launch"
@@ -223,12 +223,12 @@ class _Waiting:
 
 
 @contextmanager
-def _among_peers() -> Iterator[None]:
+def among_peers() -> Iterator[None]:
     """Inside, an error of the connection is a `PeerLost`."""
     try:
         yield
     except RuntimeError as error:  # torch.distributed has no narrower class for a connection that is closed
-        raise PeerLost(_LOST) from error
+        raise PeerLost(LOST) from error
 
 
 @contextmanager
@@ -241,7 +241,7 @@ def losing_peers() -> Iterator[None]:
         yield
     except Exception as error:
         if not isinstance(error, PeerLost) and _tells_of_loss(error):
-            raise PeerLost(_LOST) from error
+            raise PeerLost(LOST) from error
         raise
 
 

@@ -130,6 +130,15 @@ def check_no_first_chunk(config: InferenceConfig) -> None:
         )
 
 
+def check_division(config: InferenceConfig) -> None:
+    """Refuse (InputError) to divide videos among processes whose chunks overlap while they are made."""
+    if config.scheduler.sampling_algo not in (DISTILLED, *WHOLE_CLIP):
+        raise InputError(
+            f"scheduler.sampling_algo={config.scheduler.sampling_algo}: its chunks overlap, and are not divided among "
+            "GPUs; use one GPU for a video"
+        )
+
+
 def check_config(config: InferenceConfig) -> None:
     """Refuse settings that no video can be made with, before anything is loaded.
 

@@ -37,8 +37,18 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.finite import to_host
 from longsana.runtime.later import Later
 from longsana.runtime.offload import Turns
+from longsana.runtime.peers import Peers
 from longsana.sampling.captions import Caption, stacked
-from longsana.sampling.checks import DISTILLED, DPM, WHOLE_CLIP, blame, check_config, chunk_plan, placed_parts
+from longsana.sampling.checks import (
+    DISTILLED,
+    DPM,
+    WHOLE_CLIP,
+    blame,
+    check_config,
+    check_division,
+    chunk_plan,
+    placed_parts,
+)
 from longsana.sampling.continuation import Moment, latest
 from longsana.sampling.graphs import ReplayedNetwork
 from longsana.sampling.recent import Held, Recent
@@ -87,6 +97,7 @@ class Videos:
     shape: (C, H, W) of a latent frame.
     noise: where all of their noise comes from.
     cfg_scale: of guidance, asked for at each step if it is a function; not used where there is no negative caption.
+    peers: processes that make every pass of these videos together; None: this one alone.
     recorded: the distilled model's passes are replayed as CUDA graphs (see `ReplayedNetwork`); it is on a GPU.
     null_caption: guidance leads away from the checkpoint's own null caption, and not from the captions' negative ones.
     outlines: of the distilled model, where the parts of each video's prompt begin, from the first of these chunks on;
@@ -103,6 +114,7 @@ class Videos:
     noise: Noise
     device: torch.device
     cfg_scale: float | Callable[[], float] = 1.0
+    peers: Peers | None = None
     recorded: bool = False
     null_caption: bool = False
     outlines: Sequence[Outline] = ()
@@ -164,6 +176,8 @@ class Engine:
     Text first: the text encoder (`longsana.sampling.captions`) is best gone before `load` brings the rest.
 
     config: with values of the types that it names.
+    peers: processes with an engine of the same config each, which make every video together, by the same calls; None:
+        this one alone.
     geometry: of the VAE's latents.
     plan: the chunks of a video whose prompt says no length of its own.
     turns: of the parts that `sampling.offload` lets wait on the host; None where all stay.
@@ -172,9 +186,11 @@ class Engine:
         InputError: a setting has another type, or no video can be made with it; see `check_config`.
     """
 
-    def __init__(self, config: InferenceConfig, device: torch.device | str) -> None:
-        self.config = settled(config)
+    def __init__(self, config: InferenceConfig, device: torch.device | str, peers: Peers | None = None) -> None:
+        self.config, self.peers = settled(config), peers
         check_config(self.config)
+        if peers is not None:
+            check_division(self.config)
         self.device = torch.device(device)
         self.geometry = geometry(self.config.vae)
         self.plan = chunk_plan(self.config)
@@ -201,6 +217,8 @@ class Engine:
             vae.encoding = Turns(self.device).add(encoder).there
             if self.config.sampling.offload == "all":
                 vae.bring = self.turns.add(vae.model, without=encoder).bring
+        if self.peers is not None:
+            vae.divide(self.peers)
         return vae
 
     def load_network(self) -> LongSanaDiT:
@@ -259,6 +277,7 @@ class Engine:
             PromptNoise(seeds, keys),
             self.device,
             sampling.cfg_scale,
+            self.peers,
             recorded=self.recorded,
             null_caption=sampling.cfg_scale != 1 and sampling.null_caption == "learned",
             outlines=outlines,
@@ -417,7 +436,7 @@ class Decoding:
     def __init__(self, decoder: VideoVAE, begun: Moment | None = None, hidden: int | None = None) -> None:
         self.decoder = decoder
         self.start = 0 if begun is None else begun.network.frames
-        self._cache = None if begun is None else begun.decoder
+        self._cache = None if begun is None or begun.decoder is None else decoder.own(begun.decoder)
         self._own = False  # whether nobody else holds the cache
         self._latents = None if begun is None else begun.latents
         self._waiting = 0 if begun is None else begun.waiting
@@ -452,7 +471,8 @@ class Decoding:
         """
         assert state.frames == self.start
         self._own = False
-        return Moment(state, self._cache, self._latents, self._waiting, recent, pictures or {})
+        whole = None if self._cache is None else self.decoder.whole(self._cache)
+        return Moment(state, whole, self._latents, self._waiting, recent, pictures or {})
 
 
 def sample_latents(
@@ -470,6 +490,10 @@ def sample_latents(
     on_step: see `StepEnd`; staggered chunks have none.
     """
     clock, method, plan = clock or Clock(videos.device), videos.method, videos.plan
+    passes: Network = network
+    if videos.peers is not None:
+        assert isinstance(network, LongSanaDiT)
+        passes = partial(network, peers=videos.peers)
     where: dict[str, Any] = {"shape": videos.shape, "rng": videos.noise, "device": videos.device, "clock": clock}
     if isinstance(method, FlowSchedule):
         shown = [shown_in(outline, len(plan), videos.transition_chunks) for outline in videos.outlines]
@@ -483,10 +507,9 @@ def sample_latents(
                 ]
                 return network.cache_caption(stacked(own, videos.device))
 
-        passes: Network = network
         if videos.recorded:
             assert isinstance(network, LongSanaDiT)
-            passes = ReplayedNetwork(network)
+            passes = ReplayedNetwork(network, peers=videos.peers)
         state = None if videos.begun is None else videos.begun.network
         texts, changes = map(text, zip(*shown, strict=True)), shared_changes(videos.outlines)
         where |= {"changes": changes, "recent": recent or videos.recent(), "on_step": on_step}
@@ -500,7 +523,7 @@ def sample_latents(
         return sample_chunks(network, guided, plan, **method._asdict(), cfg_scale=videos.cfg_scale, **where)
     channels, *size = videos.shape
     return sample_clip(
-        network,
+        passes,
         guided,
         solver=method,
         cfg_scale=videos.cfg_scale,

@@ -16,6 +16,7 @@ from torch import Tensor
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import Text
 from longsana.runtime.graphs import Recording
+from longsana.runtime.peers import Peers
 from longsana.state import CausalState
 
 PLAIN_PASSES = 5
@@ -48,26 +49,27 @@ class ReplayedNetwork:
 
     most: recordings that are kept, the last ones used: of one video one, which another caption or length replaces.
         Each has two states, and all together a pass's activations.
+    peers: processes that make each pass together.
     """
 
-    def __init__(self, model: LongSanaDiT, most: int = 1) -> None:
-        self.model, self._most = model, most
+    def __init__(self, model: LongSanaDiT, most: int = 1, peers: Peers | None = None) -> None:
+        self.model, self._most, self._peers = model, most, peers
         self._known: list[_Known] = []
 
     def __call__(
         self, x: Tensor, t: Tensor, text: Text, *, state: CausalState | None = None
     ) -> tuple[Tensor, CausalState]:
         if state is None:
-            return self.model(x, t, text)
+            return self.model(x, t, text, peers=self._peers)
         kind = _Kind(text, tuple((part.shape, part.dtype) for part in (x, t, *state[:3])), state.sinks)
         own = next((known for known in self._known if known.kind.fits(kind)), None) or _Known(kind)
         # The last one used first; those that make room are gone before another is recorded.
         self._known = [own, *(known for known in self._known if known is not own)][: self._most]
         own.passes += 1
         if own.passes <= PLAIN_PASSES:
-            return self.model(x, t, text, state=state)
+            return self.model(x, t, text, state=state, peers=self._peers)
         if own.recording is None:
-            own.recording = RecordedPass(self.model, x, t, text, state, self._pool)
+            own.recording = RecordedPass(self.model, x, t, text, state, self._pool, self._peers)
         return own.recording.replay(x, t, state)
 
     @property
@@ -80,10 +82,17 @@ class RecordedPass:
     """One pass, recorded. It reads the network's weights and the caption where they lie. pool: see `Recording`."""
 
     def __init__(
-        self, model: LongSanaDiT, x: Tensor, t: Tensor, text: Text, state: CausalState, pool: Any = None
+        self,
+        model: LongSanaDiT,
+        x: Tensor,
+        t: Tensor,
+        text: Text,
+        state: CausalState,
+        pool: Any = None,
+        peers: Peers | None = None,
     ) -> None:
         def run(x: Tensor, t: Tensor, *past: Tensor) -> list[Tensor]:
-            velocity, after = model(x, t, text, state=state_of(past, state.sinks))
+            velocity, after = model(x, t, text, state=state_of(past, state.sinks), peers=peers)
             return [velocity, *after[:3]]
 
         self._recording = Recording(run, [x, t, *tensors_of(state)], warm_up=run, pool=pool)

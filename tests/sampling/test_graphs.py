@@ -35,7 +35,7 @@ class Counted:
 
     pool = None
 
-    def __init__(self, model: LongSanaDiT, x: Tensor, t: Tensor, text: TextMemory, state: Any, pool: None) -> None:
+    def __init__(self, model: LongSanaDiT, x: Tensor, t: Tensor, text: TextMemory, state: Any, *more: None) -> None:
         self._model, self._text = model, text
         Counted.made.append(text)
 
