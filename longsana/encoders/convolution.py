@@ -82,12 +82,12 @@ class Rows(NamedTuple):
         return cls(peers, height) if 1 < peers.size <= height // 2 else None
 
     def own(self, x: Tensor, dim: int) -> Tensor:
-        """This process's rows of whole pictures x, which have rows along `dim`."""
+        """This process's rows of whole pictures x, of any shape with rows along `dim`."""
         share, each = self.peers.share(self.height), x.shape[dim] // self.height
         return x.narrow(dim, each * share.start, each * len(share))
 
     def whole(self, x: Tensor, dim: int) -> Tensor:
-        """Whole pictures of all processes' rows x."""
+        """Whole pictures of all processes' rows x, of any shape with rows along `dim`."""
         return self.peers.whole(x, dim, self.height)
 
     def beside(self, buffer: Tensor) -> None:

@@ -116,7 +116,7 @@ class VideoVAE(ABC):
         return cache._replace(features=(*kept, *(rows.whole(part, 3) for part in divided)), rows=0)
 
     def own(self, cache: DecodeCache) -> DecodeCache:
-        """What this process needs of the memory that one process alone would have."""
+        """This process's part of the memory that one process alone would have."""
         rows = self._rows(cache.features[0].shape[3])
         if rows is None or cache.rows:
             return cache

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Edges(NamedTuple):
-    """What lies beside a process's share of something, and at the end of the last one's.
+    """Neighbours of a process's share of something, and the end of the last share; tensors of any shape.
 
     before, after: the last of the share before and the first of the one after; None where there is none.
     last: of the last share.
@@ -74,7 +74,8 @@ class Peers:
     def exchange_rows(self, x: Tensor, dim: int) -> None:
         """Fill the first and the last slice of x along `dim` with the neighbours' own outermost slices, in place.
 
-        They stay as they are at the ends of the whole.
+        x: of any shape, of which slices 1 and -2 are this process's outermost. Slices at the ends of the whole stay as
+        they are.
         """
         calls, filled = [], []
         for rank, own, border in ((self.rank - 1, 1, 0), (self.rank + 1, -2, -1)):
@@ -87,7 +88,7 @@ class Peers:
             x.select(dim, border).copy_(theirs)
 
     def whole(self, x: Tensor, dim: int, count: int) -> Tensor:
-        """Join the processes' shares x of `count` things, along a dimension on which each thing has as many slices."""
+        """Join the processes' shares x, of any shape, of `count` things, each of as many slices along `dim`."""
         slices = x.shape[dim] // len(self.share(count))
         lengths = [slices * len(share) for share in self.shares(count)]
         padded = list(x.shape)
