@@ -35,12 +35,13 @@ from longsana.evaluation.report import table
 from longsana.inference.flags import check_settings, parse_flags
 from longsana.models.float8 import check_float8
 from longsana.ops.dispatch import VARIABLE, obstacle
-from longsana.runtime.commandline import Parser, run_command, typed_path
+from longsana.runtime.commandline import Parser, run_command, typed_path, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, check_writable
 from longsana.runtime.hub import locate
-from longsana.sampling.checks import check_config, check_weights, select_prompts
+from longsana.runtime.teams import Team
+from longsana.sampling.checks import check_config, check_division, check_weights, select_prompts
 
 log = logging.getLogger("longsana")
 
@@ -63,8 +64,6 @@ class Request:
 
 def prepare(arguments: Sequence[str], world: World) -> Request:
     """Read the command line, and check it as far as that goes without loading anything large."""
-    if world.size > 1:
-        raise InputError(f"the benchmark is for one process, and here are {world.size}; start it without a launcher")
     parser = Parser(__doc__)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
     parser.add_argument("--out", type=typed_path, default=Path("output/benchmark.json"), help="(default: %(default)s)")
@@ -76,7 +75,18 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     parser.add_argument("--profile", action="store_true", help="also each kernel of one forward and of one decode")
     parser.add_argument("--peer", choices=["diffusers"], help="also the same network and decoder of this library")
     parser.add_argument("--float8", action="store_true", help="also what model.float8 would change: errors and speed")
+    parser.add_argument(
+        "--gpus_per_video",
+        type=whole,
+        default=1,
+        help="processes of the launch, all of which make the video together (default: %(default)s)",
+    )
     options, settings = parse_flags(parser, arguments)
+    if options.gpus_per_video != world.size:
+        raise InputError(
+            f"--gpus_per_video {options.gpus_per_video}: must be the number of processes of the launch, which all make "
+            f"the one video that is measured, and that is {world.size}"
+        )
     config: InferenceConfig = load_config(locate(options.config, "the config"), settings)
     check_settings(settings, config)
     if config.sampling.bs != 1:
@@ -102,6 +112,13 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
             f"--peer diffusers: compares the VAE's own decoder, and vae.decoder is {config.vae.decoder}; leave it out, "
             "or give --decoder full"
         )
+    if world.size > 1:
+        check_division(config)
+        if options.kernels or options.profile or options.peer or options.float8 or options.backend == "compile":
+            raise InputError(
+                "--kernels, --profile, --peer, --float8 and --backend compile measure one process; leave them out, or "
+                "--gpus_per_video"
+            )
     extras = {
         "operations": options.kernels,
         "profile": options.profile,
@@ -129,18 +146,28 @@ def run(request: Request, world: World) -> int:
     if request.backend:
         # Read by the first operation.
         os.environ[VARIABLE] = "triton" if request.backend == "triton" else "reference"
-    from longsana.inference.benchmark import benchmark  # brings diffusers and transformers, which take seconds
+    from longsana.inference.benchmark import (  # brings diffusers and transformers, which take seconds
+        accompany,
+        benchmark,
+    )
 
+    device = world.device()
     set_threads(request.threads, world)
     keep_freed_memory()
-    with tempfile.TemporaryDirectory() as folder:
+    team = Team.of(world, world.size, device)
+    if not team.leads:
+        with team.watched():
+            accompany(request.config, request.prompt, device, team)
+        return 0
+    with tempfile.TemporaryDirectory() as folder, team.watched():
         report = benchmark(
             request.config,
             request.prompt,
-            world.device(),
+            device,
             Path(folder),
             compiled=request.backend == "compile",
             extras=request.extras,
+            team=team,
         )
     atomic_write_text(request.out, json.dumps(report, indent=2) + "\n")
     print(render(report))

@@ -35,6 +35,7 @@ from longsana.inference.sidecar import commit, versions
 from longsana.ops import backend
 from longsana.runtime.clock import Clock
 from longsana.runtime.files import partial_name
+from longsana.runtime.teams import Team
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.checks import check_weights
@@ -82,23 +83,25 @@ def benchmark(
     *,
     compiled: bool = False,
     extras: Collection[str] = (),
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """The report on one video in `folder`, made after its first chunks have warmed everything up: one has no past.
 
-    compiled: each block under torch.compile. extras: those of EXTRAS that are wanted.
+    compiled: each block under torch.compile. extras: those of EXTRAS that are wanted. team: processes that make the
+    video together, of which this is the leader; see `accompany`.
     """
+    team = team or Team()
     started = {"process": time.time() - psutil.Process().create_time()}
     check_weights(config, fetch=True, encodes=bool(prompt.pictures))
     config = fit_memory(config, device, work_of(config, [prompt], encodes=bool(prompt.pictures)))
-    engine = Engine(config, device)
+    engine = Engine(config, device, team.peers)
     (first_text, text), caption = _encode(engine, prompt, started)
     with _timed(started, "networks"):
         loaded = Loaded(engine, *engine.load())
         if compiled:
             compile_blocks(loaded.model.blocks)
-    waits = math.ceil(loaded.vae.ahead / config.sampling.chunk_frames)
     with Watcher() as watcher:
-        cold = make_film(loaded, prompt, caption, folder / "cold.mp4", watcher, chunks=2 + waits)
+        cold = make_film(loaded, prompt, caption, folder / "cold.mp4", watcher, chunks=_warming(loaded))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         warm = make_film(loaded, prompt, caption, folder / "warm.mp4", watcher)
@@ -115,6 +118,7 @@ def benchmark(
             "decoder": config.vae.decoder,
             "decoder's file": None if config.vae.decoder == FULL else source_of(config.vae),
             "replayed": config.sampling.cuda_graphs,
+            "GPUs": team.size,
             "float8": config.model.float8,
             "seed": config.sampling.seed if prompt.seed is None else prompt.seed,
         },
@@ -136,6 +140,24 @@ def benchmark(
     size = prompt.height, prompt.width
     report["passes"] = measure_passes(loaded, size)
     return report | {name: measure(loaded, size) for name, measure in EXTRAS.items() if name in extras}
+
+
+def accompany(config: InferenceConfig, prompt: Prompt, device: torch.device, team: Team) -> None:
+    """Make the passes of `benchmark` along with the leader of a team, who alone writes and measures films."""
+    config = fit_memory(config, device, work_of(config, [prompt], encodes=bool(prompt.pictures)))
+    engine = Engine(config, device, team.peers)
+    _, caption = _encode(engine, prompt, {})
+    loaded = Loaded(engine, *engine.load())
+    for chunks in (_warming(loaded), None):
+        for frames in engine.sample(loaded.model, loaded.vae, [prompt], [caption]):
+            if frames.chunk + 1 == chunks:
+                break
+    measure_passes(loaded, (prompt.height, prompt.width))
+
+
+def _warming(loaded: Loaded) -> int:
+    """Count the chunks that warm everything up."""
+    return 2 + math.ceil(loaded.vae.ahead / loaded.engine.config.sampling.chunk_frames)
 
 
 def _speeds(film: Film, text: float) -> dict[str, Any]:

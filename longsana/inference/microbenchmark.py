@@ -276,21 +276,34 @@ def _work(loaded: Loaded, size: tuple[int, int]) -> Work:
     read, t = model.cache_caption(text), torch.full((1,), T_STEP, dtype=torch.float32, device=device)
     _, state = model(x, t, read)
     _, cache = vae.decode_stream(x[:, :, :1].expand(-1, -1, 1 + vae.ahead, -1, -1), more=True)
-    forward, decode = partial(model, x, t, read, state=state), partial(vae.decode_stream, x, cache, more=True)
+    forward = partial(model, x, t, read, state=state, peers=loaded.engine.peers)
+    decode = partial(vae.decode_stream, x, cache, more=True)
     return Work(x, t, text, read, state, forward, decode)
 
 
 @torch.no_grad()
 def measure_passes(loaded: Loaded, size: tuple[int, int]) -> dict[str, float]:
     """ms of one pass over a chunk with a past, on a GPU also as the CUDA graph that it is replayed as; and of decoding
-    a chunk, for each frame. Where memory is held, it has no room for the graph."""
-    sampling = loaded.engine.config.sampling
+    a chunk, for each frame. Where memory is held, it has no room for the graph. Of processes that make a video together
+    also a pass of one alone, and of all that they give each other in one."""
+    sampling, peers = loaded.engine.config.sampling, loaded.engine.peers
     held = sampling.memory is not None or sampling.offload != "none"
     device, work = loaded.engine.device, _work(loaded, size)
     passes = {"forward": 1000 * seconds(work.forward, device)}
     if device.type == "cuda" and not held:
-        recording = RecordedPass(loaded.model, work.x, work.t, work.read, work.state)
+        recording = RecordedPass(loaded.model, work.x, work.t, work.read, work.state, peers=peers)
         passes["forward, replayed"] = 1000 * seconds(partial(recording.replay, work.x, work.t, work.state), device)
+    if peers is not None:
+        alone = partial(loaded.model, work.x, work.t, work.read, state=work.state)
+        passes["forward of one process"] = 1000 * seconds(alone, device)
+        if device.type == "cuda" and not held:
+            recording = RecordedPass(loaded.model, work.x, work.t, work.read, work.state)
+            replay = partial(recording.replay, work.x, work.t, work.state)
+            passes["forward of one process, replayed"] = 1000 * seconds(replay, device)
+        (kv, *_), (k_sum, *_), (tail, *_) = work.state[:3]
+        depth, edges = len(loaded.model.blocks), torch.stack([tail, tail], dim=1)
+        passes["sums in a forward"] = depth * 1000 * seconds(partial(peers.total, [kv, k_sum]), device)
+        passes["neighbours in a forward"] = depth * 1000 * seconds(partial(peers.edges, edges), device)
     frames = loaded.engine.geometry.pixel_frames(work.x.shape[2], first=False)
     return passes | {"decode a frame": 1000 * seconds(work.decode, device) / frames}
 
