@@ -188,8 +188,10 @@ def test_rows_of_norms_and_residuals(shape, dtype):
 @pytest.mark.parametrize(("tokens", "width"), [(6, 24), (1, 100)])
 def test_neighbour_rows(tokens, width, lengths, dtype):
     x, tail = random(2, sum(lengths), tokens, width, seed=1).to(dtype), random(2, tokens, width, seed=2).to(dtype)
-    given = float8.neighbour_rows(x.to(DEVICE), tail.to(DEVICE), lengths=lengths)
-    check_rows(given, reference.neighbour_rows(x, tail, lengths=lengths))
+    for ahead in (None, random(2, tokens, width, seed=3).to(dtype)):
+        more = None if ahead is None else ahead.to(DEVICE)
+        given = float8.neighbour_rows(x.to(DEVICE), tail.to(DEVICE), lengths=lengths, ahead=more)
+        check_rows(given, reference.neighbour_rows(x, tail, lengths=lengths, ahead=ahead))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
@@ -326,3 +328,10 @@ def test_temporal_conv(lengths, dtype, tolerance):
         2 * tolerance,  # rounded after every tap
     )
     compare_gradients("temporal_conv", temporal, inputs, dtype, 2 * tolerance, lengths=lengths)
+    compare(
+        lambda *parts: temporal.temporal_conv(*parts[:3], lengths=lengths, ahead=parts[3]),
+        lambda *parts: reference.temporal_conv(*parts[:3], lengths=lengths, ahead=parts[3]),
+        (*inputs, random(2, 6, width, seed=4)),
+        dtype,
+        2 * tolerance,
+    )

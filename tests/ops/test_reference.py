@@ -307,3 +307,19 @@ def test_rotate_turns_pairs():
     torch.testing.assert_close(rotate(x, cos, sin), torch.einsum("nxy,bnhy->bnhx", matrix, x), rtol=0, atol=1e-12)
     assert torch.equal(rotate(x, torch.ones_like(cos), torch.zeros_like(sin)), x)
     torch.testing.assert_close(rotate(rotate(x, cos, sin), cos, -sin), x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_a_chunk_in_two_shares_is_the_chunk(cut):
+    """What one share lacks is given it: the sums of the other, and the frame beside it on either side."""
+    x, tail, weight = randn(2, 5, 6, 5), randn(2, 6, 5, seed=1), randn(5, 5, 3, 1, seed=2)
+    whole = temporal_conv(x, tail, weight, lengths=[5])
+    before, after = x[:, :cut], x[:, cut:]
+    parts = (
+        temporal_conv(before, tail, weight, lengths=[cut], ahead=after[:, 0]),
+        temporal_conv(after, before[:, -1], weight, lengths=[5 - cut]),
+    )
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-12)
+    rows = neighbour_rows(x, tail, lengths=[5])
+    first = neighbour_rows(before, tail, lengths=[cut], ahead=after[:, 0])
+    assert torch.equal(first.rows.float(), rows.rows[:, :cut].float()) and torch.equal(first.scale, rows.scale[:, :cut])
