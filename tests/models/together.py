@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +22,11 @@ from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding, TextMemory
+from longsana.models.float8 import to_float8
 from longsana.runtime.distributed import World
 from longsana.runtime.peers import Peers
+from longsana.runtime.teams import Team
+from longsana.sampling.graphs import PLAIN_PASSES, ReplayedNetwork
 from longsana.sampling.sampler import generate
 from longsana.state import CausalState
 from longsana.weights.build import build_model
@@ -134,13 +140,72 @@ def check_decoders(peers: Peers, world: World) -> None:
                 assert bool(caches[1].rows) == (height >= 2 * peers.size)
 
 
+def check_graphs(peers: Peers, world: World) -> None:
+    """On GPUs: passes that are replayed are the passes to the bit, and near those of one process, in float8 too."""
+    device = world.device()
+    for dtype, in8, tolerance in (
+        (torch.float32, False, 1e-4),
+        (torch.bfloat16, False, 0.05),
+        (torch.bfloat16, True, 0.1),
+    ):
+        model = network(1, state_decay=0.9).to(device, dtype)
+        if in8:
+            to_float8(model)
+        tokens = torch.randn(1, 48, 64, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+        text = model.cache_caption(TextEmbedding(tokens, torch.ones(1, 48, dtype=torch.bool, device=device)))
+        replayed = ReplayedNetwork(model, peers=peers)
+        rng = torch.Generator().manual_seed(4)
+        states: list[Any] = [None, None, None]
+        for number in range(PLAIN_PASSES + 4):
+            x = torch.randn(1, 16, 5, 4, 6, generator=rng).to(device, dtype)
+            t = torch.full((1,), 100.0 * number, device=device)
+            alone, states[0] = model(x, t, text, state=states[0])
+            plain, states[1] = model(x, t, text, state=states[1], peers=peers)
+            own, states[2] = replayed(x, t, text, state=states[2])
+            assert torch.equal(own, plain)
+            assert all(torch.equal(a, b) for a, b in zip(states[1][:3], states[2][:3], strict=True))
+            assert float((plain - alone).norm() / alone.norm()) < tolerance
+            for theirs in world.gather(own.float().cpu()):
+                assert torch.equal(theirs, own.float().cpu())
+        assert any(known.recording is not None for known in replayed._known)
+
+
+def check_stuck(peers: Peers, world: World) -> None:
+    """On GPUs: the last process ends without a word while the others wait for it in a sum."""
+    team = Team.of(world, world.size, world.device())
+    assert team.peers is not None
+    x = torch.ones(1 << 20, device=world.device())
+    team.peers.total([x])
+    torch.cuda.synchronize()
+    with team.watched():
+        if world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        team.peers.total([x])
+        torch.cuda.synchronize()
+    raise AssertionError("nobody was waited for")
+
+
+CHECKS: dict[str, Callable[[Peers, World], None]] = {
+    "passes": check_passes,
+    "videos": check_videos,
+    "decoders": check_decoders,
+    "graphs": check_graphs,
+    "stuck": check_stuck,
+}
+
+
 @torch.no_grad()
 def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(1)
     world = World.from_environment()
     world.connect()
-    peers = Peers()
+    team = Team.of(world, world.size, world.device() if "graphs" in arguments else torch.device("cpu"))
+    assert team.peers is not None
     for check in arguments:
-        {"passes": check_passes, "videos": check_videos, "decoders": check_decoders}[check](peers, world)
+        CHECKS[check](team.peers, world)
     world.disconnect()
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
