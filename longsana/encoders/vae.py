@@ -370,7 +370,7 @@ class WanVAE(VideoVAE):
         self, latents: Tensor, features: tuple[Tensor, ...] | None, seen: int, *, last: bool, consumed: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         rows = self._rows(latents.shape[3])
-        return wan_decoder.decode(self.model, latents, features, rows, consumed=consumed)
+        return wan_decoder.decode(self.model, latents, features, rows=rows, consumed=consumed)
 
 
 class LTX2VAE(VideoVAE):

@@ -21,8 +21,8 @@ def decode(
     model: Model,
     latents: Tensor,
     features: tuple[Tensor, ...] | None,
-    rows: Rows | None = None,
     *,
+    rows: Rows | None = None,
     consumed: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Frames of the next latents of a video, and what the decoder remembers of all so far.

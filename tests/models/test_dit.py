@@ -463,7 +463,7 @@ def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
 
 @fault("zero left neighbour")
 def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
-    def plant(x, tail, weight, *, lengths, _real=feed_forward.temporal_conv):
+    def plant(x, tail, weight, *, lengths, ahead, _real=feed_forward.temporal_conv):
         chunks = x.split(list(lengths), dim=1)
         return torch.cat([_real(c, torch.zeros_like(tail), weight, lengths=[c.shape[1]]) for c in chunks], dim=1)
 
@@ -472,7 +472,7 @@ def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
 
 @fault("right neighbour in the next chunk")
 def _(patch: pytest.MonkeyPatch, model: LongSanaDiT) -> None:
-    def plant(x, tail, weight, *, lengths, _real=feed_forward.temporal_conv):
+    def plant(x, tail, weight, *, lengths, ahead, _real=feed_forward.temporal_conv):
         return _real(x, tail, weight, lengths=[x.shape[1]])
 
     patch.setattr(feed_forward, "temporal_conv", plant)
