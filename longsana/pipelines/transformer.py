@@ -41,6 +41,7 @@ from longsana.runtime.arguments import TEXT, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable, expanded, whole_file
+from longsana.runtime.peers import Peers
 from longsana.state import CausalState
 from longsana.weights.names import PAST, chosen_past, from_diffusers_config
 from longsana.weights.network import load_weights, rename
@@ -104,6 +105,7 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         if not next(self.network.parameters()).is_meta:  # as loading builds it
             self.network.init_weights(seed=0)
         self.network.eval().requires_grad_(False)
+        self.peers: Peers | None = None  # processes that make each pass together
 
     def forward(
         self,
@@ -127,7 +129,7 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         text = encoder_hidden_states
         if isinstance(text, Tensor):
             text = text_embedding(text, encoder_attention_mask)
-        velocity, state = self.network(hidden_states, timestep, text, state=state)
+        velocity, state = self.network(hidden_states, timestep, text, state=state, peers=self.peers)
         return VideoTransformerOutput(velocity, state) if return_dict else (velocity, state)
 
     def cache_caption(self, text: TextEmbedding) -> TextMemory:

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import is_peft_available, logging
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from longsana.chunks import ChunkPlan, ImageFirst
 from longsana.config import SamplingConfig, check_chi_prompt
@@ -62,6 +64,7 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.finite import require_finite, to_host
 from longsana.runtime.later import Later
 from longsana.runtime.offload import Part, Turns
+from longsana.runtime.peers import Peers
 from longsana.sampling.captions import Caption, stacked
 from longsana.sampling.checks import check_first_chunk
 from longsana.sampling.continuation import (
@@ -230,6 +233,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             uncompiled(transformer).set_past(**past)
         self._interrupt = False
         self._text_part: Part | None = None  # the text encoder's, if it waits on the host
+        self._peers: Peers | None = None
         self._num_timesteps = 0
         self._guidance_scale = 1.0
 
@@ -708,7 +712,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 frames = showing(chunk.latents, more=more > 0)
                 said = {"latents": showing.last, "waiting": showing.hidden, "repetition": repetition, "chunk": count}
                 said |= {"past": past, "telling": telling, "plan": told.plan, **told.said(turn, to_come)}
-                said |= {"decoder": showing.cache, "seed": seed, "prompt": turn.prompt, "size": size}
+                said |= {"decoder": showing.whole, "seed": seed, "prompt": turn.prompt, "size": size}
                 after = Later(partial(_after, chunk, recent if turn.later else None, said))
                 yield LongSanaVideoChunk(frames, after)
                 memory = after().network
@@ -751,7 +755,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             frames = showing(given, more=True)
             state = state._replace(
                 network=memory,
-                decoder=showing.cache,
+                decoder=showing.whole,
                 latents=showing.last,
                 waiting=showing.hidden,
                 recent=recent.copy(),
@@ -992,6 +996,24 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             if isinstance(part, nn.Module) and part is not self.text_encoder:
                 part.to(device)
 
+    def enable_parallelism(self, group: ProcessGroup | None = None) -> None:
+        """Make videos together with other processes: each of them has this pipeline and makes the same calls.
+
+        Each computes some of a chunk's latents and some rows of the pictures, and all return the whole video, which is
+        that of one process to rounding. States of a stream then have no memory of the decoder, which is rebuilt.
+
+        group: of `torch.distributed`, with NCCL where parts are on GPUs; None is all processes.
+
+        Raises:
+            InputError: `torch.distributed` is not initialised.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            raise InputError(
+                "enable_parallelism: there are no other processes; start with torchrun and call "
+                "torch.distributed.init_process_group first"
+            )
+        self._peers = uncompiled(self.transformer).peers = Peers(group)
+
     @property
     def _execution_device(self) -> torch.device:
         """The device that all parts work on."""
@@ -1141,7 +1163,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         for switch, name in SWITCHES_OF_VAES.items():
             if getattr(model, switch, False):
                 log.warning("vae.%s changes nothing here: it is decoded in pieces anyway; see latents_per_call", name)
-        return kind_of(model).around(model, latents_per_call)
+        vae = kind_of(model).around(model, latents_per_call)
+        if self._peers is not None:
+            vae.divide(self._peers)
+        return vae
 
     def _pictures(
         self,
@@ -1313,6 +1338,11 @@ class _Showing:
     def vae(self) -> VideoVAE:
         return self._pipe._vae(self._shown.latents_per_call)
 
+    @property
+    def whole(self) -> DecodeCache | None:
+        """The decoder's memory; None of some rows of it, which would mean nothing without those of other processes."""
+        return None if self.cache is None or self.cache.rows else self.cache
+
     def __call__(self, latents: Tensor, *, more: bool) -> Any:
         """The next chunk's frames, of latents (1, C, T, h, w), as `LongSanaVideoOutput` has them. more: of chunks to
         come."""
@@ -1321,6 +1351,7 @@ class _Showing:
             require_finite("chunk", {"latents": latents})
             return latents
         self._pipe._bring_vae()
+        self.cache = self.cache and self.vae.own(self.cache)
         if self.cache is None and self._state is not None:
             before = restored(self._state.moment, self.vae)
             self.cache, self.hidden = before.decoder, before.waiting
