@@ -490,10 +490,8 @@ def sample_latents(
     on_step: see `StepEnd`; staggered chunks have none.
     """
     clock, method, plan = clock or Clock(videos.device), videos.method, videos.plan
-    passes: Network = network
-    if videos.peers is not None:
-        assert isinstance(network, LongSanaDiT)
-        passes = partial(network, peers=videos.peers)
+    own: Any = network  # whose passes take peers: the network itself, or one in training
+    passes: Network = network if videos.peers is None else partial(own, peers=videos.peers)
     where: dict[str, Any] = {"shape": videos.shape, "rng": videos.noise, "device": videos.device, "clock": clock}
     if isinstance(method, FlowSchedule):
         shown = [shown_in(outline, len(plan), videos.transition_chunks) for outline in videos.outlines]

@@ -39,6 +39,7 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.sampling.checks import (
     check_config,
+    check_division,
     check_network,
     check_no_first_chunk,
     check_no_memory,
@@ -131,6 +132,18 @@ def check_device(config: TrainingConfig, world: World, device: torch.device) -> 
                 f"optimizer.{role}.muon_lr={settings.muon_lr}: Muon needs whole matrices, and the {world.size} "
                 "processes of this run share them; leave it out, or train on one"
             )
+    if (size := config.validation.gpus_per_video) > 1:
+        if world.size % size:
+            raise InputError(
+                f"validation.gpus_per_video={size}: does not divide the number of processes of this run, {world.size}; set "
+                "it to 1, or to a number that does"
+            )
+        if train.compile:
+            raise InputError(
+                f"validation.gpus_per_video={size}: processes give each other parts of a pass, which is not compiled; "
+                "set it to 1, or train.compile=false"
+            )
+        check_division(config)
     if train.cuda_graphs and device.type == "cuda" and world.size > 1:
         raise InputError(
             f"train.cuda_graphs=true: graphs are for one process, and this run has {world.size}; set it to false"

@@ -151,6 +151,7 @@ class ValidationConfig:
     vis_interval: int = bounded(200, 0, 10**9)  # iterations from validation to validation; 0: never
     vis_video_lengths: tuple[int, ...] = bounded((21,), 1, 10**9)  # latent frames
     vis_ema: bool = False  # sample with the average instead of the weights
+    gpus_per_video: int = bounded(1, 1, 10**4)  # processes that make each of its videos together
 
 
 @dataclass(frozen=True)

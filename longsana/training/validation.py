@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,8 @@ from longsana.published import DISTILLED
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import naming
+from longsana.runtime.peers import Peers
+from longsana.runtime.teams import Team
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.checks import check_pictures, placed_parts
@@ -76,7 +78,9 @@ class Validation:
 
     def __init__(self, config: TrainingConfig, folder: Path, device: torch.device | str, world: World) -> None:
         self._folder, self._world = folder, world
-        self._engines = {length: _engine(config, length, device) for length in config.validation.vis_video_lengths}
+        self._team = team = Team.of(world, config.validation.gpus_per_video, torch.device(device))
+        lengths = config.validation.vis_video_lengths
+        self._engines = {length: _engine(config, length, device, team.peers) for length in lengths}
         prompts, checked = validation_prompts(config), set[tuple[Path, int, int]]()
         for length, engine in self._engines.items():
             absorbed: set[tuple[int, ...]] = set()
@@ -91,9 +95,9 @@ class Validation:
                 except InputError as error:
                     raise InputError(f"validation.vis_video_lengths={length}: line {prompt.line}: {error}") from error
         self._count = len(prompts)
-        # Prompts in turn, and the first ones again until every process has as many: under FSDP all of them must take
+        # Prompts in turn, and the first ones again until every team has as many: under FSDP all processes must take
         # part in every forward pass.
-        turns = range(world.rank, -(-self._count // world.size) * world.size, world.size)
+        turns = range(team.index, -(-self._count // team.count) * team.count, team.count)
         with caption_encoder(config, torch.device(device)) as encode:
             self._mine = [
                 _Sample(turn, prompt, encode(prompt))
@@ -121,9 +125,10 @@ class Validation:
                 if stop is not None and stop():
                     return None
                 name = f"step_{step:07d}_rank_{self._world.rank}_sample_{sample.turn}_len_{length}.mp4"
-                path = folder / name if sample.turn < self._count else None
+                path = folder / name if sample.turn < self._count and self._team.leads else None
                 # One at a time: training fills the memory.
-                probe = _sample(engine, InTraining(model), vae, sample, path)
+                with divided(vae, engine.peers):
+                    probe = _sample(engine, InTraining(model), vae, sample, path)
                 if path is not None:
                     measured.append(_Measured(length, sample.turn, path, probe))
         # In one order: sums must not depend on who made what.
@@ -197,11 +202,21 @@ def _check_prompt(
     return tuple(outline.parts[number].chunk for number in prompt.pictures) if apart else ()
 
 
-def _engine(config: TrainingConfig, length: int, device: torch.device | str) -> Engine:
+@contextmanager
+def divided(vae: VideoVAE, peers: Peers | None) -> Iterator[None]:
+    """Have a VAE decode with other processes inside; training's own decodings are each process' own."""
+    before, vae.peers = vae.peers, peers
+    try:
+        yield
+    finally:
+        vae.peers = before
+
+
+def _engine(config: TrainingConfig, length: int, device: torch.device | str, peers: Peers | None) -> Engine:
     frames = geometry(config.vae).pixel_frames(length)
     # Weights that change, and may be sharded, are not those that a graph has recorded.
     sampling = replace(config.sampling, num_frames=frames, cuda_graphs=False)
-    return Engine(replace(config, sampling=sampling), device)
+    return Engine(replace(config, sampling=sampling), device, peers)
 
 
 def _sample(

@@ -198,6 +198,16 @@ def test_what_a_gpu_cannot_do_is_refused_before_anything_is_loaded():
         check_device(config, World(size=2), torch.device("cuda"))
 
 
+def test_teams_of_validation_come_out(small_training):
+    config = load(small_training("self_forcing", "validation.gpus_per_video=2"))
+    check_device(config, World(size=4), torch.device("cpu"))
+    with pytest.raises(InputError, match=r"^validation\.gpus_per_video=2: does not divide .*, 3; set it to 1"):
+        check_device(config, World(size=3), torch.device("cpu"))
+    compiled = load(small_training("self_forcing", "validation.gpus_per_video=2 train.compile=true"))
+    with pytest.raises(InputError, match=r"^validation\.gpus_per_video=2: .* train\.compile=false"):
+        check_device(compiled, World(size=2), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("role", ["generator", "critic"])
 def test_muon_is_for_one_process(small_training, role):
     config = load(small_training("self_forcing", f"optimizer.{role}.muon_lr=1e-3"))

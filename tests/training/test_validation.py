@@ -325,6 +325,25 @@ def test_two_processes_with_a_sharded_network(
         assert torch.equal(frames_of(twin), frames_of(path))
 
 
+def test_two_processes_that_make_each_video_together(
+    config: TrainingConfig, report: Report, forks: Forks, tmp_path: Path
+) -> None:
+    """Of a sharded network; the videos are those of one process to rounding, and the second writes none."""
+    validation = dataclasses.replace(config.validation, gpus_per_video=2)
+    save_config(dataclasses.replace(config, validation=validation), tmp_path / "config.yaml")
+    for process in forks.launch(2, "tests.training.test_validation", [tmp_path]):
+        told = process.finish()
+        assert process.returncode == 0, told
+    one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert one == two
+    assert one["forwards"] == 3 * 5 * (2 + 1)
+    assert one["metrics"] == pytest.approx(report.metrics, abs=1e-3)
+    assert one["videos"] == sorted(path.name for path in report.videos)
+    for path in report.videos:
+        twin = tmp_path / "vis" / "step_0000040" / path.name
+        assert (frames_of(twin).int() - frames_of(path).int()).abs().max() <= 3
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
