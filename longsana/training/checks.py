@@ -135,8 +135,8 @@ def check_device(config: TrainingConfig, world: World, device: torch.device) -> 
     if (size := config.validation.gpus_per_video) > 1:
         if world.size % size:
             raise InputError(
-                f"validation.gpus_per_video={size}: does not divide the number of processes of this run, {world.size}; set "
-                "it to 1, or to a number that does"
+                f"validation.gpus_per_video={size}: does not divide the number of processes of this run, {world.size}; "
+                "set it to 1, or to a number that does"
             )
         if train.compile:
             raise InputError(

@@ -203,7 +203,7 @@ def test_teams_of_validation_come_out(small_training):
     check_device(config, World(size=4), torch.device("cpu"))
     with pytest.raises(InputError, match=r"^validation\.gpus_per_video=2: does not divide .*, 3; set it to 1"):
         check_device(config, World(size=3), torch.device("cpu"))
-    compiled = load(small_training("self_forcing", "validation.gpus_per_video=2 train.compile=true"))
+    compiled = load(small_training("self_forcing", "validation.gpus_per_video=2", "train.compile=true"))
     with pytest.raises(InputError, match=r"^validation\.gpus_per_video=2: .* train\.compile=false"):
         check_device(compiled, World(size=2), torch.device("cpu"))
 
