@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from longsana.serving.session import Session
 from longsana.serving.studio import Studio
 from longsana.serving.values import Chunk, End, Limits
 from tests.pipelines.repository import shapes_config
-from tests.serving.viewing import OTHER, PROMPT, WAIT, order, pictures, taken
+from tests.serving.viewing import OTHER, PROMPT, WAIT, order, pictures, settled, taken
 
 pytestmark = pytest.mark.gpu
 
@@ -36,12 +35,7 @@ def studio(config: InferenceConfig) -> Iterator[Studio]:
 
 def rested(studio: Studio) -> int:
     """Bytes that are in use once the worker has nothing to do."""
-    end = time.monotonic() + WAIT
-    while time.monotonic() < end:
-        with studio.lock:
-            if not studio._busy and not any(session.wants() for session in studio._sessions.values()):
-                break
-        time.sleep(0.01)
+    settled(studio)
     gc.collect()
     torch.cuda.synchronize()
     return torch.cuda.memory_allocated()

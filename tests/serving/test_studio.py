@@ -21,7 +21,7 @@ from longsana.serving.making import Point
 from longsana.serving.session import Session
 from longsana.serving.studio import Studio, Times
 from longsana.serving.values import Chunk, End, Full, Limits
-from tests.serving.viewing import OTHER, PROMPT, WAIT, order, pictures, taken
+from tests.serving.viewing import OTHER, PROMPT, WAIT, order, pictures, settled, taken
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +37,6 @@ def emptied(studio: Studio, narrow: Studio) -> Iterator[None]:
     for one in (studio, narrow):
         for session in list(one._sessions.values()):
             session.close()
-
-
-def settled(studio: Studio) -> None:
-    """Wait until the worker has nothing to do."""
-    end = time.monotonic() + WAIT
-    while time.monotonic() < end:
-        with studio.lock:
-            if not studio._busy and not any(session.wants() for session in studio._sessions.values()):
-                return
-        time.sleep(0.01)
-    raise AssertionError("the worker never came to rest")
 
 
 def test_sessions_take_turns(studio: Studio) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -12,6 +13,7 @@ import torch
 
 from longsana.pipelines.video import LongSanaVideoChunk, LongSanaVideoPipeline
 from longsana.serving.session import Session
+from longsana.serving.studio import Studio
 from longsana.serving.values import Chunk, Order
 from tests.pipelines.repository import OTHER, PROMPT, SIZE
 
@@ -20,7 +22,7 @@ THIRD = "A small green triangle moves to the right on a black background."
 WAIT = 60.0
 """Seconds after which a test gives a piece up."""
 
-__all__ = ["OTHER", "PLAIN", "PROMPT", "SIZE", "THIRD", "followed", "order", "pictures", "streamed", "taken"]
+__all__ = ["OTHER", "PLAIN", "PROMPT", "SIZE", "THIRD", "followed", "order", "pictures", "settled", "streamed", "taken"]
 
 
 def order(**changes: Any) -> Order:
@@ -34,6 +36,17 @@ def taken(session: Session, count: int) -> list[Chunk]:
         assert isinstance(piece, Chunk), piece
         found.append(piece)
     return found
+
+
+def settled(studio: Studio) -> None:
+    """Wait until the worker has nothing to do."""
+    end = time.monotonic() + WAIT
+    while time.monotonic() < end:
+        with studio.lock:
+            if not studio._busy and not any(session.wants() for session in studio._sessions.values()):
+                return
+        time.sleep(0.01)
+    raise AssertionError("the worker never came to rest")
 
 
 def pictures(session: Session, chunks: Sequence[Chunk]) -> np.ndarray:
