@@ -104,7 +104,7 @@ class VideoVAE(ABC):
 
     def _rows(self, count: int) -> Rows | None:
         """The rows of pictures of so many latent rows that this process decodes; None: all."""
-        return None if self.peers is None or self.ahead else Rows.of(self.peers, count)
+        return None if self.peers is None or self.ahead or self.tiny else Rows.of(self.peers, count)
 
     def whole(self, cache: DecodeCache) -> DecodeCache:
         """The memory that one process alone would have, on every process."""

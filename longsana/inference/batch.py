@@ -56,6 +56,8 @@ from longsana.sampling.memory import fit_memory, work_of
 
 log = logging.getLogger(__name__)
 
+WAITING = "waiting"
+"""The word of a leader that waits for videos of other commands."""
 PAUSE = 1.0
 """Seconds between two looks at videos that other commands are making."""
 
@@ -262,24 +264,34 @@ class _Share:
         if not batches:
             return
         captions = self._encode([job for batch in batches for job in batch])
-        if not captions:
+        if not self.team.leads:
+            self.failures.clear()  # which the leader tells
+            self._follow({str(job.path): job for batch in batches for job in batch}, captions)
             return
-        models = self.engine.load()
-        self._marks = self._checked_marks(*models)
-        if self.team.leads:
+        if captions:
+            models = self.engine.load()
+            self._marks = self._checked_marks(*models)
             self._lead(batches, captions, *models)
-            self.team.tell(None)
-        else:
-            self._follow({str(job.path): job for batch in batches for job in batch}, captions, *models)
+        self.team.tell(None)
 
-    def _follow(self, jobs: Mapping[str, Job], captions: Captions, network: LongSanaDiT, decoder: VideoVAE) -> None:
+    def _follow(self, jobs: Mapping[str, Job], captions: Captions) -> None:
         """Make passes along with the leader of the team, who says of which videos, and keeps what comes of them."""
+        models = self.engine.load() if captions else None
+        if models is not None:
+            self._marks = self._checked_marks(*models)
         while (paths := self.team.told()) is not None:
-            samples = self._samples([jobs[path] for path in paths], captions, network, decoder, Clock())
+            stop.check()
+            if paths == WAITING:
+                continue
+            if models is None or not all(jobs[path].path in captions for path in paths):
+                raise InputError("a caption failed on one process of a video alone; start the same command again")
+            samples = self._samples([jobs[path] for path in paths], captions, *models, Clock())
             try:
                 with losing_peers():
                     follow(samples, self.team)
-            except (FloatingPointError, InputError) as error:  # as the leader sees, and tells
+            except PeerLost:
+                raise
+            except Exception as error:  # as on the leader, who tells
                 log.debug("%s: %s", ", ".join(paths), error)
 
     def _lead(
@@ -350,6 +362,7 @@ class _Share:
                 *(len(jobs), first, partial_name(first)),
             )
         self._waited = True
+        self.team.tell(WAITING)  # so that they hear signals meanwhile
         time.sleep(PAUSE)
 
     def _is_finished(self, job: Job) -> bool:
@@ -422,8 +435,8 @@ class _Share:
             plan = engine.plan_of(batch[0].prompt, goes_on=self.beginning.goes_on)
             samples = self._samples(batch, captions, network, decoder, device_clock)
             if self.team.size > 1:
-                self.team.tell([str(job.path) for job in batch])
-                samples = stack.enter_context(closing(led(samples, self.team)))
+                paths = [str(job.path) for job in batch]
+                samples = stack.enter_context(closing(led(samples, self.team, paths)))
             thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="digests"))
             states: set[Path] = set()
             for frames in self._progress(samples, len(plan), digests, thread):

@@ -157,6 +157,7 @@ def run_command(
                 _tell_error(world, error)
                 return 2
             except PeerLost as error:
+                stop.check()  # of a stop that all were asked for
                 if world is not None and world.is_main:
                     print(f"failed: {error}", file=sys.stderr)
                 return 1

@@ -25,6 +25,10 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+FOR_HOURS = timedelta(days=7)
+"""The time that one process waits for another, in inference for hours of a peer's last videos."""
+
+
 class PeerError(InputError):
     """An InputError of the main process, which tells it."""
 
@@ -63,7 +67,7 @@ class World:
             )
         return cls(rank, size, local_rank, local_size)
 
-    def connect(self, backend: str = "gloo", *, timeout: timedelta = timedelta(days=7), alone: bool = False) -> None:
+    def connect(self, backend: str = "gloo", *, timeout: timedelta = FOR_HOURS, alone: bool = False) -> None:
         """Meet the other processes, where there are any; `alone`: make a group of one where there are none.
 
         timeout: how long one waits for another; in inference, for hours of a peer's last videos.

@@ -30,13 +30,13 @@ class Edges(NamedTuple):
 class Peers:
     """This process among those of a video, in the order of their shares.
 
-    group: of `torch.distributed`, NCCL's on GPUs; None is all processes.
+    group: of `torch.distributed`, NCCL's on GPUs; None is all processes. ranks: of its members, in the launch.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self.ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
 
     def shares(self, count: int) -> list[range]:
         """Divide `count` things that lie in a row: the first shares are longer by one where that does not come out."""
@@ -100,10 +100,10 @@ class Peers:
         return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, lengths, strict=True)], dim)
 
     def _send(self, x: Tensor, rank: int) -> dist.P2POp:
-        return dist.P2POp(dist.isend, x, self._ranks[rank], self.group)
+        return dist.P2POp(dist.isend, x, self.ranks[rank], self.group)
 
     def _receive(self, x: Tensor, rank: int) -> dist.P2POp:
-        return dist.P2POp(dist.irecv, x, self._ranks[rank], self.group)
+        return dist.P2POp(dist.irecv, x, self.ranks[rank], self.group)
 
     def _exchange(self, calls: list[dist.P2POp]) -> None:
         for work in dist.batch_isend_irecv(calls) if calls else ():

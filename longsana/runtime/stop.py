@@ -132,6 +132,11 @@ def heed(number: int) -> None:
     _requests.first = number, time.monotonic()
 
 
+def requested() -> int:
+    """The exit status of a process that was asked to stop, whether it has heard of it or not; 0: it was not asked."""
+    return 0 if _requests.first is None else 128 + _requests.first[0]
+
+
 def check() -> None:
     """Raise a request whose exception was lost, as in a bare `except`; call it between one piece of work and the next.
 

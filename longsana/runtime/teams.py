@@ -1,49 +1,60 @@
-"""Teams of processes: each makes one video at a time, whose passes its members divide."""
+"""Teams of processes: each makes one video at a time, whose passes its members divide.
+
+The leader reads and writes files, and says what comes next; the others wait for its words and make the same passes.
+After each pass all agree on whether it failed. Beside that each holds a connection to the leader, which is looked at by
+threads: a member whose main thread waits for a GPU, or for one that has gone, hears of it there.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import secrets
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from longsana.runtime.distributed import LOST, World, among_peers
+from longsana.runtime import stop
+from longsana.runtime.distributed import FOR_HOURS, LOST, PeerLost, World, among_peers
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import remove_unfinished
 from longsana.runtime.peers import Peers
 
-log = logging.getLogger(__name__)
+Made = TypeVar("Made")
 
 GRACE = 3.0
 """Seconds that a process has to end by itself when another of its team has gone; one that waits for a GPU cannot."""
+DOUBT = 6.0
+"""Seconds that members have to come to the end of a pass that has failed on one of them, and to agree."""
 MEETING = 60.0
 """Seconds for members to reach their leader."""
-DONE, GONE = b"d", b"g"
-"""Words of a member that has come to the end, and of a leader that knows of one that has not."""
+DONE, GONE, FAILED = b"d", b"g", b"f"
+"""Words over connections: of a member that has come to the end; of a leader that knows of one that has not; of one on
+which a pass has failed, before the pass' number in four bytes."""
 
 
-@dataclass(frozen=True)
 class Team:
-    """This process's team among the teams of a launch.
+    """This process's team among the teams of a launch; `Team()` is this process alone.
 
     index, count: which one it is, of how many. peers: its members, in passes; None: this process alone.
     """
 
-    index: int = 0
-    count: int = 1
-    peers: Peers | None = None
-    _told: Any = None  # gloo's group of the members: what a leader says is no matter of GPUs
-    _leader: int = 0
+    def __init__(
+        self, index: int = 0, count: int = 1, peers: Peers | None = None, words: Any = None, world: World | None = None
+    ) -> None:
+        """words: gloo's group of the members: what a leader says is no matter of GPUs."""
+        self.index, self.count, self.peers = index, count, peers
+        self._words, self._world = words, world or World()
+        self._connections: list[socket.socket] = []
+        self._over = threading.Event()
+        self._begun = self._agreed = 0  # passes
 
     @classmethod
     def of(cls, world: World, size: int, device: torch.device) -> Team:
@@ -59,8 +70,10 @@ class Team:
         backend = "nccl" if device.type == "cuda" else "gloo"
         teams = [list(range(first, first + size)) for first in range(0, world.size, size)]
         # Everyone makes all groups, in one order.
-        passes, words = ([dist.new_group(ranks, backend=name) for ranks in teams] for name in (backend, "gloo"))
-        return cls(index, count, Peers(passes[index]), words[index], teams[index][0])
+        passes, words = (
+            [dist.new_group(ranks, timeout=FOR_HOURS, backend=name) for ranks in teams] for name in (backend, "gloo")
+        )
+        return cls(index, count, Peers(passes[index]), words[index], world)
 
     @property
     def size(self) -> int:
@@ -84,11 +97,44 @@ class Team:
         """
         return self._broadcast(None)
 
+    def together(self, make: Callable[[], Made]) -> Made:
+        """Make a pass, as all members do, and agree on whether it failed.
+
+        Raises:
+            Exception: that of `make`; it failed on all, or this process is to end.
+            PeerLost: it failed elsewhere, and not here; or another member has ended.
+        """
+        self._begun += 1
+        made: Made | None = None
+        error: Exception | None = None
+        try:
+            made = make()
+        except PeerLost:
+            raise
+        except Exception as failure:
+            error = failure
+            for connection in self._connections:
+                _say(connection, FAILED + self._begun.to_bytes(4, "big"))
+        failed: list[Any] = [None] * self.size
+        try:
+            with among_peers():
+                dist.all_gather_object(failed, error is not None, group=self._words)
+        except PeerLost:
+            if error is not None:  # what the others have ended of
+                raise error from None
+            raise
+        self._agreed = self._begun
+        if error is not None:
+            raise error
+        if any(failed):
+            raise PeerLost(LOST)
+        return made  # type: ignore[return-value]
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Inside, a member that ends takes this process with it, whatever it waits for: on a GPU that may be for ever.
 
-        All members come in and go out. Each holds a connection to the leader, which a process's end closes.
+        All members come in and go out.
 
         Raises:
             InputError: the leader cannot be reached.
@@ -96,16 +142,25 @@ class Team:
         if self.peers is None:
             yield
             return
-        over, connections = threading.Event(), self._connected()
-        for connection in connections:
-            others = [other for other in connections if other is not connection]
-            threading.Thread(target=self._watch, args=(connection, others, over), daemon=True).start()
+        self._connections = self._connected()
+        for connection in self._connections:
+            threading.Thread(target=self._watch, args=(connection,), daemon=True).start()
         try:
             yield
-            for connection in connections:
-                _say(connection, DONE)  # after a failure the others are not to wait for this process
-        finally:
-            over.set()
+        except BaseException as error:
+            # The others are not to wait for this process, nor it for what it has begun on a GPU.
+            for connection in self._connections:
+                _say(connection, GONE if isinstance(error, PeerLost) else b"")
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_WR)
+            self._over.set()
+            last = threading.Timer(2 * GRACE, _end, [getattr(error, "status", 1)])
+            last.daemon = True
+            last.start()
+            raise
+        for connection in self._connections:
+            _say(connection, DONE)
+        self._over.set()
 
     def _connected(self) -> list[socket.socket]:
         assert self.peers is not None
@@ -118,48 +173,92 @@ class Team:
             except OSError as error:
                 raise InputError(f"the first process of this video, at {host}, cannot be reached ({error})") from error
             return [connection]
-        word = secrets.token_bytes(16)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:  # nothing is sent: which address is ours?
-            way.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
-            host = way.getsockname()[0]
-        found: list[socket.socket] = []
-        with socket.create_server((host, 0)) as server:
-            server.settimeout(MEETING)
-            self.tell((server.getsockname(), word))
+        word, found = secrets.token_bytes(16), list[socket.socket]()
+        with socket.create_server((_own_address(), 0)) as server:
+            self.tell((server.getsockname()[:2], word))
+            until = time.monotonic() + MEETING
             while len(found) < self.peers.size - 1:
                 try:
+                    server.settimeout(max(until - time.monotonic(), 0.01))
                     connection, _ = server.accept()
-                    connection.settimeout(MEETING)
-                    known = connection.recv(len(word), socket.MSG_WAITALL) == word
                 except OSError as error:
-                    raise InputError("another process of this video did not come") from error
-                connection.settimeout(None)
-                if known:
-                    found.append(connection)
+                    raise InputError("another process of this video did not come within a minute") from error
+                with contextlib.suppress(OSError):  # else it is a stranger
+                    connection.settimeout(1.0)
+                    if connection.recv(len(word), socket.MSG_WAITALL) == word:
+                        connection.settimeout(None)
+                        found.append(connection)
         return found
 
-    def _watch(self, connection: socket.socket, others: list[socket.socket], over: threading.Event) -> None:
-        try:
-            word = connection.recv(1)
-        except OSError:
-            word = b""
-        if word == DONE:
-            return
-        for other in others:
-            _say(other, GONE)
-        if over.wait(GRACE):
-            return
-        remove_unfinished()
+    def _watch(self, connection: socket.socket) -> None:
+        """Follow what a member, or the leader, says over its connection, until one of them is done."""
         assert self.peers is not None
-        if word != GONE and self.peers.rank < 2:  # the leader, or the first of those that it has left
+        while True:
+            try:
+                word = connection.recv(1)
+                number = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big") if word == FAILED else 0
+            except OSError:
+                word = b""
+            if word == DONE:
+                return
+            others = [other for other in self._connections if other is not connection]
+            for other in others:
+                _say(other, FAILED + number.to_bytes(4, "big") if word == FAILED else GONE)
+            if word == FAILED:
+                if self._agrees(number):
+                    continue
+            elif word == b"" and not self._over.is_set():
+                self._speak()
+            if self._over.wait(GRACE):
+                return
+            if word == FAILED and self.leads:
+                self._speak()
+                for other in self._connections:
+                    _say(other, GONE)
+            _end(1)
+
+    def _agrees(self, number: int) -> bool:
+        """Wait a while for this process to come to the end of a pass."""
+        until = time.monotonic() + DOUBT
+        while self._agreed < number and time.monotonic() < until:
+            if self._over.wait(0.05):
+                return True
+        return self._agreed >= number
+
+    def _speak(self) -> None:
+        """Say that another process has gone: the leader does, or the first of those that it has left.
+
+        The main process of the launch says it by itself, if it can, when its main thread finds out.
+        """
+        assert self.peers is not None
+        if self.peers.rank < 2 and not (self._world.is_main and self._over.wait(GRACE)):
             print(f"failed: {LOST}", file=sys.stderr, flush=True)
-        os._exit(1)
 
     def _broadcast(self, word: Any) -> Any:
+        assert self.peers is not None
         box = [word]
         with among_peers():
-            dist.broadcast_object_list(box, src=self._leader, group=self._told)
+            dist.broadcast_object_list(box, src=self.peers.ranks[0], group=self._words)
         return box[0]
+
+
+def _own_address() -> str:
+    """The address by which the others of this launch reach this process."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as way:  # nothing is sent
+            way.connect(address)
+            own: str = way.getsockname()[0]
+            return own
+    except OSError as error:
+        raise InputError(f"MASTER_ADDR={host}: there is no way to it from here ({error})") from error
+
+
+def _end(status: int) -> None:
+    """End this process, whose main thread does not."""
+    remove_unfinished()
+    os._exit(stop.requested() or status)
 
 
 def _say(connection: socket.socket, word: bytes) -> None:
