@@ -7,14 +7,17 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from longsana.runtime import stop
-from longsana.runtime.distributed import PeerError, PeerLost, World
 from longsana.runtime.errors import InputError, did_you_mistype
 from longsana.runtime.files import disk_failure, expanded, remove_unfinished
 from longsana.runtime.settings import decimal
+
+if TYPE_CHECKING:  # it brings torch, which not every command needs
+    from longsana.runtime.distributed import World
 
 
 def typed_path(text: str) -> Path:
@@ -33,6 +36,14 @@ def whole(text: str) -> int:
     if not isinstance(number, int):
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number")
     return number
+
+
+def number(text: str) -> float:
+    """The number that an option says, for `type=`: decimal as in settings."""
+    found = decimal(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number")
+    return float(found)
 
 
 T = TypeVar("T")
@@ -124,9 +135,9 @@ def parse_settings(rest: Sequence[str], known: Sequence[str]) -> list[str]:
     return settings
 
 
-def set_up_logging(world: World) -> None:
+def set_up_logging(is_main: bool = True) -> None:
     """Progress is one process's to tell; an error of its own may come from any."""
-    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
     for library in ("httpx", "huggingface_hub", "transformers", "diffusers"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
@@ -146,35 +157,64 @@ def run_command(
     prepare: checks the input before the processes meet; what is wrong with it is wrong for all, and said once.
     connect: how they meet. after_stop: what is said of a command that was stopped.
     """
-    world: World | None = None
+    from longsana.runtime.distributed import PeerError, PeerLost, World
+
+    def in_launch(process: _Process) -> int:
+        world = World.from_environment()
+        process.rank = world.rank
+        set_up_logging(world.is_main)
+        try:
+            return _run_in(world, prepare, run, connect)
+        except PeerError:  # told by the main process
+            return 2
+        except PeerLost as error:
+            stop.check()  # of a stop that all were asked for
+            if world.is_main:
+                print(f"failed: {error}", file=sys.stderr)
+            return 1
+
+    return _framed(in_launch, after_stop)
+
+
+def run_alone(command: Callable[[], int], *, after_stop: str) -> int:
+    """Run a command that is no launch of processes and needs no torch; the exit status is as in `run_command`."""
+    set_up_logging()
+    return _framed(lambda process: command(), after_stop)
+
+
+@dataclass
+class _Process:
+    """This process among those of its launch. rank: 0 for the main one; None before it is known."""
+
+    rank: int | None = None
+
+    def __str__(self) -> str:
+        return f" (process {self.rank})" if self.rank else ""
+
+
+def _framed(body: Callable[[_Process], int], after_stop: str) -> int:
+    process = _Process()
     with stop.caught(remove_unfinished):
         try:
             try:
-                world = World.from_environment()
-                set_up_logging(world)
-                return _run_in(world, prepare, run, connect)
+                return body(process)
             except InputError as error:
-                _tell_error(world, error)
+                print(f"error{process}: {error}", file=sys.stderr)
                 return 2
-            except PeerLost as error:
-                stop.check()  # of a stop that all were asked for
-                if world is not None and world.is_main:
-                    print(f"failed: {error}", file=sys.stderr)
-                return 1
             except FloatingPointError as error:
-                print(f"failed{_of_process(world)}: {error}", file=sys.stderr)
+                print(f"failed{process}: {error}", file=sys.stderr)
                 return 1
             except OSError as error:
                 if (reason := disk_failure(error)) is None:
                     raise
-                print(f"failed{_of_process(world)}: {reason}", file=sys.stderr)
+                print(f"failed{process}: {reason}", file=sys.stderr)
                 return 1
         except (stop.Stopped, SystemError) as error:  # also while something else was told, or the processes parted
             # A second signal may come while C code has the first one's exception in hand: Python then says so of it.
             stopped = error.__cause__ if isinstance(error, SystemError) else error
             if not isinstance(stopped, stop.Stopped):
                 raise
-            if world is None or world.is_main:
+            if not process.rank:
                 print(f"{stopped}; {after_stop}", file=sys.stderr)
             return stopped.status
 
@@ -182,6 +222,8 @@ def run_command(
 def _run_in(
     world: World, prepare: Callable[[World], T], run: Callable[[T, World], int], connect: Callable[[World], None]
 ) -> int:
+    from longsana.runtime.distributed import PeerError
+
     ended = False
     try:
         try:
@@ -195,12 +237,3 @@ def _run_in(
         # Not after an error: the others may be in a collective that this process will never enter.
         if ended or world.size == 1:
             world.disconnect()
-
-
-def _tell_error(world: World | None, error: InputError) -> None:
-    if not isinstance(error, PeerError):
-        print(f"error{_of_process(world)}: {error}", file=sys.stderr)
-
-
-def _of_process(world: World | None) -> str:
-    return "" if world is None or world.is_main else f" (process {world.rank})"
