@@ -14,8 +14,6 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import logging
-import os
-import re
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -36,13 +34,12 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable, hold_folder
 from longsana.runtime.hub import locate
 from longsana.sampling.checks import check_config, check_weights, seeded_sources
+from longsana.serving.guard import API_KEY, read_key
 from longsana.serving.protocol import MOST_START, Served
 from longsana.serving.values import Limits
 
 log = logging.getLogger("longsana")
 
-KEY = "LONGSANA_API_KEY"
-"""The variable with what clients must know."""
 NEEDED = {
     **{name: name for name in ("fastapi", "uvicorn", "websockets")},
     "python_multipart": "python-multipart",
@@ -110,9 +107,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     check_writable(options.work_dir)
     limits = replace(usual, sessions=options.sessions, queue=options.queue)
     served = served_by(config, config_path.stem, limits, options.snapshot_every)
-    key = os.environ.get(KEY) or None
-    if key is not None and not re.fullmatch(r"[!-~]+", key):
-        raise InputError(f"{KEY}: has characters that no header can carry; use letters, digits and signs of ASCII")
+    key = read_key()
     listening = listen(options.host, options.port)
     return Request(config, served, listening, options.work_dir, tuple(options.origin), key, options.threads)
 
@@ -197,7 +192,7 @@ def run(request: Request, world: World) -> int:
     host, port = request.listening.getsockname()[:2]
     local = is_local(host)
     if not local and request.key is None:
-        log.warning("anyone who reaches %s can use this server; set %s to ask for a key", host, KEY)
+        log.warning("anyone who reaches %s can use this server; set %s to ask for a key", host, API_KEY)
 
     class Server(uvicorn.Server):
         async def on_tick(self, counter: int) -> bool:

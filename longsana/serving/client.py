@@ -69,14 +69,10 @@ class LiveVideo:
         """The `session.done`, once there was one."""
         self.state = state
         """The newest snapshot, a `continuation_state`."""
-        parts = urlsplit(url)
-        scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
-        target = urlunsplit((scheme, parts.netloc, parts.path.rstrip("/") + "/v1/realtime/video", "", ""))
-        headers = None if key is None else {"Authorization": f"Bearer {key}"}
         self._open = ExitStack()
         try:
             self._socket = self._open.enter_context(
-                connect(target, additional_headers=headers, open_timeout=timeout, max_size=MOST_PIECE, compression=None)
+                connect(socket_url(url), open_timeout=timeout, **socket_options(key))
             )
         except InvalidHandshake as error:
             raise Refused(f"{url}: the server refuses the connection ({error})") from error
@@ -184,7 +180,7 @@ class LiveVideo:
         try:
             self._socket.send(json.dumps(message))
         except ConnectionClosed as error:
-            raise _closed(error) from error
+            raise why_closed(error) from error
 
     def _until(self, kind: str) -> dict[str, Any]:
         while True:
@@ -205,7 +201,7 @@ class LiveVideo:
                 self.state = message.get("state", self.state)
         except ConnectionClosed as error:
             self._ended = True
-            raise _closed(error) from error
+            raise why_closed(error) from error
         if message["type"] == "error":
             raise Refused(message["message"], message.get("code", ""))
         if message["type"] == "session.moved":
@@ -216,7 +212,20 @@ class LiveVideo:
         return message
 
 
-def _closed(error: ConnectionClosed) -> Refused:
+def socket_url(url: str) -> str:
+    """The URL of the WebSocket of a server, whose own is http://..."""
+    parts = urlsplit(url)
+    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+    return urlunsplit((scheme, parts.netloc, parts.path.rstrip("/") + "/v1/realtime/video", "", ""))
+
+
+def socket_options(key: str | None) -> dict[str, Any]:
+    """Options with which websockets connects there: the key, long messages, and no compression of media."""
+    headers = None if key is None else {"Authorization": f"Bearer {key}"}
+    return {"additional_headers": headers, "max_size": MOST_PIECE, "compression": None}
+
+
+def why_closed(error: ConnectionClosed) -> Refused:
     """Say of a connection that is closed why, in the server's words where it said any."""
     reason = error.rcvd.reason if error.rcvd is not None else ""
     return Refused(f"the server refuses: {reason}" if reason else f"the connection is closed ({error})")

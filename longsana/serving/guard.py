@@ -6,15 +6,21 @@ import base64
 import hmac
 import ipaddress
 import json
+import os
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
+
+from longsana.runtime.errors import InputError
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
+API_KEY = "LONGSANA_API_KEY"
+"""The variable with what clients must know."""
 OPEN = ("/", "/health")
 """Paths that need no key: the page, which asks for it, and whether the server lives."""
 PROTOCOL, KEY = "longsana", "longsana.key."
@@ -22,6 +28,18 @@ PROTOCOL, KEY = "longsana", "longsana.key."
 send headers."""
 MOST_BODY = 24 << 20
 """Bytes of a request's body."""
+
+
+def read_key() -> str | None:
+    """The key in the environment; None where none is set.
+
+    Raises:
+        InputError: no header can carry it.
+    """
+    key = os.environ.get(API_KEY) or None
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise InputError(f"{API_KEY}: has characters that no header can carry; use letters, digits and signs of ASCII")
+    return key
 
 
 class Guard:

@@ -10,14 +10,13 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from longsana.serving.pace import IN_TIME
 from longsana.serving.studio import Studio
 from longsana.serving.values import Chunk
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 7.5, 10, 15, 30, 60)
 """Bounds of the histograms."""
-SLACK = 0.05
-"""Seconds by which a chunk may miss its deadline, which a viewer's buffer hides."""
 
 
 class Measurements:
@@ -79,7 +78,7 @@ class Viewing:
         late = now - self._zero - chunk.pts_seconds
         measurements.sent.inc()
         measurements.sent_bytes.inc(length)
-        if late <= SLACK:
+        if late <= IN_TIME:
             measurements.in_time.inc()
         self._zero += max(late, 0.0)
         self._last = now

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 SLACK = 0.005
 """Seconds that a piece may be late without a stall: a timer's own."""
+IN_TIME = 0.05
+"""Seconds by which a piece may miss its deadline, which a viewer's buffer hides."""
 
 
 class Pace:

@@ -72,10 +72,10 @@ def test_a_port_in_use_and_a_missing_extra(
 def test_a_key_that_no_header_carries_is_refused(
     key: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(serve.KEY, key)
+    monkeypatch.setenv(serve.API_KEY, key)
     assert serve.main(["--port", "0", "--work_dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f"{serve.KEY}: has characters that no header can carry" in error and key not in error
+    assert f"{serve.API_KEY}: has characters that no header can carry" in error and key not in error
 
 
 def test_only_loopback_is_local() -> None:
