@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "evaluate",
     "benchmark": "benchmark",
     "serve": "serve",
+    "load": "load",
     "train_longsana": "train",
     "generate_ode_pairs": "ode_pairs",
     "export": "export",

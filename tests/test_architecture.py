@@ -46,7 +46,7 @@ OWNERS = {
     "fastapi": {"longsana/serving/app.py"},
     "starlette": {"longsana/serving/app.py"},
     "uvicorn": {"longsana/commands/serve.py"},
-    "websockets": {"longsana/serving/client.py"},
+    "websockets": {"longsana/serving/client.py", "longsana/serving/load.py"},
     "prometheus_client": {"longsana/serving/metrics.py"},
 }
 

@@ -178,7 +178,8 @@ def test_the_readme_is_short_and_links_to_every_page() -> None:
 
 def test_what_a_server_takes_and_says_is_in_its_page() -> None:
     text = (ROOT / "docs/live.md").read_text(encoding="utf-8")
-    own = re.findall(r'add_argument\(\s*"(--\w+)"', (ROOT / "longsana/commands/serve.py").read_text(encoding="utf-8"))
+    sources = [(ROOT / f"longsana/commands/{name}.py").read_text(encoding="utf-8") for name in ("serve", "load")]
+    own = [flag for source in sources for flag in re.findall(r'add_argument\(\s*"(--\w+)"', source)]
     said = re.findall(r'_message\(\s*"([\w.]+)"', (ROOT / "longsana/serving/live.py").read_text(encoding="utf-8"))
     assert len(own) > 5 and {flag for flag in own if flag not in text} <= {"--config"}
     assert len(said) > 8 and {message for message in said if message not in text} == set()

@@ -18,6 +18,7 @@ from longsana.runtime import stop
 COMMANDS = {
     "generate": ("longsana.commands.generate", "a file of prompts to a folder of videos"),
     "serve": ("longsana.commands.serve", "live videos in a browser, and videos by HTTP"),
+    "load": ("longsana.commands.load", "viewers that measure a live server"),
     "evaluate": ("longsana.commands.evaluate", "figures of a folder of videos"),
     "benchmark": ("longsana.commands.benchmark", "what a video costs on this machine, part by part"),
     "train": ("longsana.commands.train", "train a stage, or go on where it was stopped"),
