@@ -111,13 +111,14 @@ def run_batch(
         InputError: weights are missing or do not fit.
     """
     team, beginning = Team.of(world, gpus_per_video, device), beginning or Beginning()
-    config = _held(config, prompts, world, device, beginning)
+    asked, config = config, _held(config, prompts, world, device, beginning)
     engine = Engine(config, device, team.peers)
 
     def plan() -> list[Job]:
         encodes = beginning.encodes(prompts)
         check_weights(config, fetch=True, encodes=encodes)
-        return _plan_jobs(config, prompts, folder, source_digests(config, encodes=encodes), device, beginning)
+        digests = source_digests(config, encodes=encodes)
+        return _plan_jobs(config, asked, prompts, folder, digests, device, beginning)
 
     # Decided once: a peer may finish a video before this process looks.
     jobs = world.broadcast(world.on_main(plan) or [])
@@ -151,13 +152,17 @@ def _held(
 
 def _plan_jobs(
     config: InferenceConfig,
+    asked: InferenceConfig,
     prompts: Sequence[Prompt],
     folder: Path,
     digests: dict[str, str],
     device: torch.device,
     beginning: Beginning,
 ) -> list[Job]:
-    """The videos that are not in the folder yet, whatever their name there."""
+    """The videos that are not in the folder yet, whatever their name there.
+
+    asked: the config without what `sampling.memory` chose, which makes no other video of it.
+    """
     jobs = []
     for prompt in prompts:
         settings, parts = resolved_settings(config, prompt, device), told_parts(config, prompt, beginning)
@@ -174,7 +179,7 @@ def _plan_jobs(
             "width": prompt.width,
             "fps": config.sampling.fps,
             "fingerprint": fingerprint(
-                settings,
+                resolved_settings(asked, prompt, device),
                 prompt,
                 digests,
                 meaningless(config),

@@ -135,9 +135,7 @@ def fingerprint(
     if first:
         first |= {name: sampling[name] for name in PICTURES if f"sampling.{name}" not in without}
     decides_nothing = {"sampling.bs", "sampling.cuda_graphs", "sampling.txt_file", *PARTS, *without}
-    decides_nothing |= {"sampling.memory", "sampling.offload"}
-    if not deciding["model"]["feed_forward_frames"]:
-        decides_nothing.add("model.feed_forward_frames")
+    decides_nothing |= {"sampling.memory", "sampling.offload", "model.feed_forward_frames"}
     decides_nothing |= {f"sampling.{name}" for name in PICTURES}
     if not sampling["first_chunk_frames"]:  # the videos that they were before there was such a length
         decides_nothing.add("sampling.first_chunk_frames")

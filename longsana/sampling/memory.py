@@ -37,6 +37,8 @@ MARGIN = 1.05
 """Of what is counted beside weights: what lies between tensors that come and go."""
 WORKSPACE = 128 << 20
 """Bytes of the libraries' products."""
+TEXTS = "encoding the text"
+"""A moment whose memory does not depend on the videos."""
 ENCODING_TEXT = 300 << 20
 """Bytes beside a text encoder's weights while it works."""
 CAPTIONS, RECORDINGS, POINTS = 4, 4, 4
@@ -152,14 +154,14 @@ def needed(config: InferenceConfig, parts: Parts, work: Work, *, fused: bool = T
     calling = lasting + (decoder.cache if saves or live else 0)
     frames = max(decoder.call + decoder.pictures, 2 * decoder.pictures + 2 * decoder.floats)
     moments = {
-        "encoding the text": (text, ENCODING_TEXT),
+        TEXTS: (text, ENCODING_TEXT),
         "loading the network": (network.loaded + stays, 0),
         "a pass": (stays + network.weights + beside_pass, lasting + network.passing),
         "decoding": (stays + decoder.weights + beside_call, calling + frames),
     }
     if live:
         there = beside_pass + (network.weights if together else 0)
-        moments["encoding the text"] = (text + there, lasting + ENCODING_TEXT)
+        moments[TEXTS] = (text + there, lasting + ENCODING_TEXT)
     if work.encodes:
         of_vae = VAES[config.vae.vae_type]
         encoding = parts.width * _pixel(config, work) * (of_vae.film if work.films else of_vae.picture)
@@ -296,7 +298,9 @@ def _refusal(config: InferenceConfig, parts: Parts, work: Work, *, fused: bool, 
             ways[f"vae.decoder={decoder} model.float8=true"] = _in_float8(tiny)
     assert memory is not None
     fits = [name for name, way in ways.items() if least(way, parts, work, fused=fused)[0] <= memory]
-    instead = f", or make other videos, with {' or '.join(fits)}" if fits else ", or make smaller videos"
+    instead = f", or make other videos, with {' or '.join(fits)}" if fits else ""
+    if not fits and moment != TEXTS:  # of which the videos' size is no matter
+        instead = ", or make smaller videos"
     return f"sampling.memory={memory:g}: {height}x{width} needs {_up(gib):.1f} GiB for {moment}; give that{instead}"
 
 

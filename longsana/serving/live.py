@@ -231,9 +231,10 @@ class Viewer:
         return protocol.DONE
 
     async def _cancel(self) -> None:
-        for task in self._tasks:
+        tasks, self._tasks = self._tasks, []  # an ended one's exception would hold this viewer, and all of its session
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _send_all(self) -> int:
         loop, session = asyncio.get_running_loop(), self.session

@@ -266,12 +266,28 @@ class Studio:
     def _read(self, order: Order) -> tuple[Video, Point]:
         """The video that is asked for, and the point that it begins at."""
         if order.snapshot is None:
-            return video_of(order, self._config, self.limits, None), Point()
+            video = video_of(order, self._config, self.limits, None)
+            self._check_speed(video)
+            return video, Point()
         if self._snapshots is None:
             raise InputError("snapshot: this studio keeps none; start it with a folder for them")
         state = self._snapshots.load(order.snapshot)
         video = video_of(order, self._config, self.limits, state)
+        self._check_speed(video)
         return video, self._maker.point(state, video.last)
+
+    def _check_speed(self, video: Video) -> None:
+        """Refuse a video whose passes, for which all others wait, would take too long by measured speed."""
+        (height, width), sampling = video.size, self._config.sampling
+        if height * width <= sampling.height * sampling.width:
+            return
+        with self.lock:
+            one = self._seconds_of(video.size, max(video.lengths)) / self._passes
+        if one > self.limits.pass_seconds:
+            raise InputError(
+                f"height={height}, width={width}: a pass of it takes about {one:.0f} s here, while others wait; "
+                f"at most {self.limits.pass_seconds:g} s are taken: choose a smaller size, or shorter chunks"
+            )
 
     def _take_in(self, session: Session) -> Session:
         if self._closed:
@@ -315,8 +331,12 @@ class Studio:
         return self._estimate(session) / session.seconds if session.order.pace and session.seconds else 0.0
 
     def _estimate(self, session: Session) -> float:
-        """Seconds that the next chunk of a session will take: measured of its size, or in proportion to another."""
-        height, width, latents = key = _key(session.video.size, session.latents)
+        """Seconds that the next chunk of a session will take."""
+        return self._seconds_of(session.video.size, session.latents)
+
+    def _seconds_of(self, size: tuple[int, int], latents: int) -> float:
+        """Seconds that a chunk takes: measured of its size, or in proportion to another."""
+        height, width, _ = key = _key(size, latents)
         if key in self._seconds:
             return self._seconds[key].median
         # The nearest in work; more of it is taken to take as much more time.
@@ -343,10 +363,13 @@ class Studio:
         return int(OF_FREE * free_memory(self._device))
 
     def _warm_up(self) -> None:
-        """Make two chunks of the config's size, so that times and memory are known before a session is taken in."""
+        """Make chunks of the config's size, so that times and memory are known before a session is taken in.
+
+        The last one's time counts: kernels of a chunk without a past, and with one, are compiled in those before.
+        """
         video = video_of(Order(WARM_UP, prompt_change="keep"), self._config, self.limits, None)
         point = Point()
-        for _ in range(2):
+        for _ in range(3):
             began = time.monotonic()
             point = self._maker.make(video, point).point
             assert point.after is not None

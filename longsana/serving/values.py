@@ -51,6 +51,8 @@ class Limits:
     load: share of the time that sessions at their viewers' pace may take together, by measured speed. One that takes
         more than that alone, or has no pace, is made in the time that others leave, and gives way to them between
         passes of the network and groups of the decoder.
+    pass_seconds: of one pass of the network, for which all others wait; an order whose passes would take longer by
+        measured speed is refused.
     most_lead: seconds that an order may ask to be ahead of its viewer, at most.
     most_pixels: height times width of a video, at most. most_chunk_frames: latent frames of a chunk, at most.
     most_frames: pixel frames of a video with an end, at most.
@@ -65,6 +67,7 @@ class Limits:
     kept: int = 4
     memory_bytes: int | None = None
     load: float = 0.9
+    pass_seconds: float = 3.0
     most_lead: float = 10.0
     most_pixels: int = 1280 * 720
     most_chunk_frames: int = 20

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from longsana.config import InferenceConfig
 from longsana.encoders.text import GemmaTextEncoder
+from longsana.inference import batch
 from longsana.sampling.engine import Engine
 
 from .conftest import sidecars
@@ -67,13 +70,30 @@ def test_where_weights_wait_makes_no_other_video(
         assert [record[key] for record in plain] == [record[key] for record in made]
 
 
-def test_what_rounds_otherwise_is_another_video(command: Command, prompts: Prompts, tmp_path: Path) -> None:
-    videos, given = tmp_path / "out" / "videos", ("--txt_file", prompts(TEXTS[0]))
-    marks = []
-    for frames in ("0", "1"):
-        assert command(*given, "--model.feed_forward_frames", frames) == 0
-        marks += [record["fingerprint"] for record in sidecars(videos)]
-    assert len(set(marks)) == 2
+def test_what_memory_chose_makes_no_other_video(
+    command: Command,
+    prompts: Prompts,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It depends on all prompts of a command, and on the GPU; the sidecar has it all the same."""
+
+    def chosen(config: InferenceConfig, *more: Any) -> InferenceConfig:
+        vae, model = config.vae, config.model
+        return replace(config, vae=replace(vae, latents_per_call=1), model=replace(model, feed_forward_frames=1))
+
+    given = ("--txt_file", prompts(*TEXTS), "vae.decoder=full")
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "fit_memory", chosen)
+        assert command(*given, "--sampling.memory", "8") == 0
+    made = sidecars(tmp_path / "out" / "videos")
+    assert {record["config"]["vae"]["latents_per_call"] for record in made} == {1}
+    caplog.set_level(logging.INFO)
+    for more in ((), ("--sampling.memory", "24"), ("--model.feed_forward_frames", "100")):
+        caplog.clear()
+        assert command(*given, *more) == 0
+        assert "2 of 2 videos are in" in caplog.text
 
 
 def test_bad_values_are_told(command: Command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from longsana.config import InferenceConfig
+from longsana.runtime.errors import InputError
 from longsana.serving.making import Point
 from longsana.serving.session import Session
 from longsana.serving.studio import Studio, Times
@@ -182,6 +184,20 @@ def test_one_is_taken_in_by_measured_speed(narrow: Studio) -> None:
             slow, third = narrow.start(order(pace=True, height=64, width=96)), narrow.start(order(pace=True))
             assert (slow.position, third.position) == (0, 0) and not narrow.keeps_pace(slow)
             assert narrow.lead(third) > 10.0 / narrow._passes
+    finally:
+        narrow._seconds = before
+
+
+def test_passes_that_are_too_long_are_refused(narrow: Studio) -> None:
+    """By measured speed, of sizes beyond the config's own; who orders hears how long one would take."""
+    before = dict(narrow._seconds)
+    try:
+        with narrow.lock:
+            narrow._seconds = {(32, 48, 2): Times(narrow._passes * 1.0)}
+            narrow.check(order())
+            narrow.check(order(height=48, width=48))
+            with pytest.raises(InputError, match=r"^height=64, width=96: a pass of it takes about 6 s here"):
+                narrow.check(order(height=64, width=96))
     finally:
         narrow._seconds = before
 
@@ -379,3 +395,29 @@ def test_a_closed_studio(config: InferenceConfig) -> None:
     assert session.state == "closed" and not studio._worker.is_alive()
     with pytest.raises(ValueError, match="studio: is closed"):
         studio.start(order())
+
+
+@pytest.mark.slow
+def test_a_thousand_chunks_take_no_more_memory(config: InferenceConfig) -> None:
+    """Of one viewer, and then 200 who come, steer and go: the process is as large as after the first."""
+    process = psutil.Process()
+    with Studio(config, limits=Limits(sessions=4)) as studio:
+        session = studio.start(order(media="mp4"))
+        sizes = []
+        for _ in range(10):
+            taken(session, 100)
+            settled(studio)
+            sizes.append((process.memory_info().rss, studio.figures().memory_bytes))
+        assert len({held for _, held in sizes}) == 1
+        assert sizes[-1][0] < sizes[1][0] + (32 << 20), sizes
+        threads = threading.active_count()
+        for number in range(200):
+            viewer = studio.start(order(seed=number, media="mp4"))
+            taken(viewer, 1)
+            viewer.change(OTHER)
+            taken(viewer, 1)
+            viewer.close()
+        settled(studio)
+        assert process.memory_info().rss < sizes[-1][0] + (32 << 20)
+        assert threading.active_count() <= threads + 2
+        assert len(studio.figures().sessions) == 1
