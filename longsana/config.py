@@ -83,7 +83,7 @@ class ModelConfig:
     dtype: Dtype = "auto"
     # Latent frames that a block's Mix-FFN takes at a time, within each of which it works; 0: all
     feed_forward_frames: int = bounded(0, 0, 100_000)
-    float8: bool = False  # inference: large matrix products in float8 with a scale a row, for GPUs from Hopper on
+    float8: bool = False  # inference: large matrix products in float8 with a scale a row; GPUs from 8.9 on
 
     def __post_init__(self) -> None:
         # OmegaConf knows no type for a number or a pair of them; what is neither, `Past.of` refuses.
