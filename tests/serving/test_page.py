@@ -23,11 +23,11 @@ from longsana.commands.generate import DEFAULT_CONFIG
 from longsana.commands.serve import served_by
 from longsana.config import InferenceConfig, load_config
 from longsana.serving.studio import Studio
-from longsana.serving.values import Limits
+from longsana.serving.values import Limits, Order
 from longsana.shapes.scenes import parse_caption
 from longsana.shapes.sight import observe
 from longsana.shapes.verifier import judge
-from tests.serving.fake import served
+from tests.serving.fake import FakeSession, FakeStudio, served
 from tests.serving.server import Running
 
 ROOT = Path(__file__).parents[2]
@@ -210,6 +210,8 @@ def test_one_types_a_prompt_forks_and_loads_the_page_again(
 
 
 ENTRIES = "[...document.querySelectorAll('#players section ol li')]"
+STATES = f"{ENTRIES}.map((li) => li.dataset.state)"
+WAITS = "waits for the video"
 HEBREW = "עיגול אדום זז ימינה"
 
 
@@ -219,7 +221,14 @@ def test_what_is_typed_is_checked_shortened_and_kept(browser: Any, running: Call
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(server.url)
-    page.fill("#key", "s3cret")
+    until(page, "!document.getElementById('locked').hidden")
+    for none in ("ключ", "s3 cret", "schlüssel"):  # which no header can carry, and no server has
+        page.fill("#key", none)
+        page.keyboard.press("Enter")
+        assert page.locator("#said.bad").inner_text().startswith("This is no key: one has Latin letters")
+        assert page.evaluate("document.activeElement.id === 'key' && memory.key() === null"), none
+        page.evaluate("say('')")
+    page.fill("#key", " s3cret ")  # as it may be pasted
     page.keyboard.press("Enter")
     until(page, "document.getElementById('model').textContent.startsWith('fake')")
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
@@ -281,3 +290,167 @@ def test_a_snapshot_is_offered_where_there_are_any(browser: Any, running: Callab
     until(page, playing(0))
     assert page.locator("[data-do=snapshot]").count() == 0
     assert page.get_by_text("This server keeps no snapshots").is_visible()
+
+
+def listed(page: Any) -> list[str]:
+    """Return the words of the prompts in the first player's list."""
+    texts: list[str] = page.evaluate("players[0].known.prompts.map((p) => p.text)")
+    assert page.evaluate(f"{ENTRIES}.map((li) => li.querySelector('bdi').textContent)") == texts
+    return texts
+
+
+READY = "document.getElementById('model').textContent.startsWith('fake')"
+
+
+def begun(page: Any, url: str, prompt: str = RED, **fields: str) -> None:
+    """Have the page begin a video, with what else is in its form."""
+    page.goto(url)
+    until(page, READY)
+    for name, value in (fields | {"prompt": prompt}).items():
+        page.fill(f"#{name}", value)
+    page.focus("#prompt")
+    page.keyboard.press("Enter")
+
+
+def test_who_waits_in_the_queue_and_what_he_typed_survive_a_reload(
+    browser: Any, running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    change = FakeSession.change
+
+    def listening(session: FakeSession, prompt: str, *more: Any) -> str:
+        heard.append(prompt)
+        return change(session, prompt, *more)
+
+    monkeypatch.setattr(FakeSession, "change", listening)
+    server = running(FakeStudio(Limits(sessions=1)))
+    before = server.studio.start(Order(prompt="gray", num_frames=None))
+    page = browser.new_context().new_page()
+    waiting = "players[0]?.element.dataset.state === 'waiting: place 1 of 1 in the queue'"
+    begun(page, server.url, size="96x64", seed="7")
+    until(page, waiting)
+    names = [f"square {n} is {name}" for n, name in enumerate(("green", "blue") * 8)]
+    box = page.locator("#players textarea")
+    for name in [*names, "one too many"]:
+        box.fill(name)
+        box.press("Enter")
+    assert page.locator(".state").inner_text() == "Not sent: 16 prompts wait."
+    assert box.input_value() == "one too many"
+    page.reload()
+    until(page, waiting)
+    assert page.locator("[data-do=stop]").inner_text() == "Close"  # there is nothing to stop
+    assert listed(page) == [RED, *names] and set(page.evaluate(STATES)) == {WAITS} and not heard
+    before.close()
+    until(page, playing(0))
+    until(page, f"{STATES}.every((state) => state === 'seen')")
+    assert heard == names
+    (session,) = server.studio.sessions.values()
+    assert (session.order.prompt, session.order.seed, session.width, session.height) == (RED, 7, 96, 64)
+    for n in range(45):
+        box.fill(f"a red square, {n}")
+        box.press("Enter")
+    until(page, f"{STATES}.at(-1) !== 'asked'")
+    texts = listed(page)
+    assert len(texts) == 40 and texts[0] == RED and texts[-1] == "a red square, 44"
+    page.click("[data-do=stop]")
+    until(page, "players[0].ended")
+    box.fill("too late")
+    box.press("Enter")
+    assert page.locator(".state.bad").inner_text() == "Not sent: this video has ended; start another."
+    assert listed(page) == texts and box.input_value() == "too late"
+    assert not {WAITS, "asked", "queued"} & set(page.evaluate(STATES))
+    page.reload()
+    until(page, READY)
+    assert page.locator("video").count() == 0
+
+
+def test_what_is_typed_at_once_is_sent_after_the_start(browser: Any, running: Callable[..., Running]) -> None:
+    page = browser.new_context().new_page()
+    page.goto(running().url)
+    until(page, READY)
+    page.evaluate(
+        """async ([first, ...texts]) => {
+          $("prompt").value = first; $("prompt").form.requestSubmit();
+          const box = players[0].q("textarea");
+          for (const text of texts) { box.value = text; box.form.requestSubmit(); }
+        }""",
+        [RED, "a green square", "a blue square"],
+    )
+    until(page, f"{STATES}.every((state) => state === 'seen')")
+    assert listed(page) == [RED, "a green square", "a blue square"]
+
+
+@pytest.mark.parametrize("snapshots", [True, False])
+def test_what_is_typed_between_two_sessions_is_sent_or_refused(
+    browser: Any, running: Callable[..., Running], snapshots: bool
+) -> None:
+    server = running(what=replace(served(), snapshots=snapshots))
+    page = browser.new_context().new_page()
+    begun(page, server.url)
+    until(page, "players[0].order.state" if snapshots else playing(0))
+    until(page, playing(0))
+    page.evaluate("RETRY.fill(1500); players[0].socket.close()")
+    box = page.locator("#players textarea")
+    box.fill("a green square")  # while the connection closes
+    box.press("Enter")
+    until(page, "!players[0].socket")
+    box.fill("a blue square")
+    box.press("Enter")
+    assert page.evaluate(STATES) == ["seen", WAITS, WAITS]
+    (session,) = server.studio.sessions.values()
+    session.close()
+    if snapshots:
+        until(page, f"{STATES}.every((state) => state === 'seen')")
+    else:
+        until(page, "players[0].ended")
+        assert page.locator(".state.bad").inner_text().startswith("session_id: there is no such session any more")
+        assert page.evaluate(STATES) == ["seen", "not made", "not made"]
+    assert listed(page) == [RED, "a green square", "a blue square"]
+
+
+@pytest.mark.parametrize("snapshots", [True, False])
+def test_a_fork_that_waits_in_the_queue_survives_a_reload(
+    browser: Any, running: Callable[..., Running], snapshots: bool
+) -> None:
+    limits = Limits(sessions=1)
+    server = running(FakeStudio(limits), replace(served(limits), snapshots=snapshots))
+    page = browser.new_context().new_page()
+    begun(page, server.url, "a green square")
+    until(page, playing(0))
+    if snapshots:
+        until(page, "players[0].order.state")
+    waiting = "players[1]?.element.dataset.state.startsWith('waiting: place 1 of')"
+    page.click("[data-do=fork]")
+    until(page, waiting)
+    page.reload()
+    until(page, waiting)
+    until(page, playing(0))
+    page.locator("[data-do=stop]").first.click()
+    until(page, playing(1))
+    (session,) = server.studio.sessions.values()
+    assert session.point.prompt == "a green square" and (session.order.snapshot is not None) == snapshots
+
+
+def test_an_order_that_is_refused_is_told_and_forgotten(browser: Any, running: Callable[..., Running]) -> None:
+    server = running()
+    page = browser.new_context().new_page()
+    begun(page, server.url, size="40x40")
+    until(page, "players[0]?.ended")
+    assert "must be a multiple of 16" in page.locator(".state.bad").inner_text()
+    assert page.evaluate(STATES) == ["not made"]
+    page.reload()
+    until(page, READY)
+    assert page.locator("video").count() == 0
+    page.add_init_script("MediaSource.isTypeSupported = () => false")
+    begun(page, server.url)
+    until(page, "players[0]?.ended")
+    assert page.locator(".state.bad").inner_text().startswith("this browser cannot play video/mp4")
+    assert page.evaluate(STATES) == ["not made"]
+
+
+def test_a_full_storage_is_told(browser: Any, running: Callable[..., Running]) -> None:
+    page = browser.new_context().new_page()
+    page.add_init_script("Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }")
+    begun(page, running().url)
+    until(page, playing(0))
+    assert page.locator("#said.bad").inner_text() == "this tab's storage is full: a reload loses the video"
