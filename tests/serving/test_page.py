@@ -454,3 +454,36 @@ def test_a_full_storage_is_told(browser: Any, running: Callable[..., Running]) -
     begun(page, running().url)
     until(page, playing(0))
     assert page.locator("#said.bad").inner_text() == "this tab's storage is full: a reload loses the video"
+
+
+NAMED = ("button", "textbox", "spinbutton", "combobox", "checkbox")
+"""Roles of what one can do, each of which a screen reader must be able to call something."""
+
+
+def test_a_screen_reader_has_names_for_all_and_hears_what_happens(
+    browser: Any, running: Callable[..., Running]
+) -> None:
+    """By Chromium's own tree of what it tells such readers, before and while a video plays."""
+    page = browser.new_context().new_page()
+    page.goto(running().url)
+    until(page, "document.getElementById('model').textContent.startsWith('fake')")
+    reader = page.context.new_cdp_session(page)
+
+    def told() -> list[tuple[str, str]]:
+        nodes = reader.send("Accessibility.getFullAXTree")["nodes"]
+        return [
+            (node["role"]["value"], node.get("name", {}).get("value", "").strip())
+            for node in nodes
+            if not node.get("ignored")
+        ]
+
+    page.fill("#prompt", "a red square")
+    for playing_yet in (False, True):
+        if playing_yet:
+            page.keyboard.press("Enter")
+            until(page, playing(0))
+        found = told()
+        assert sum(role in NAMED for role, _ in found) > 4 + 3 * playing_yet
+        assert [role for role, name in found if role in NAMED and not name] == []
+        assert any(role in ("status", "log") for role, _ in found)  # where states are told as they change
+        assert any(role == "heading" and name for role, name in found)
