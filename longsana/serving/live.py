@@ -331,19 +331,17 @@ class Viewer:
             if text is None:
                 return
             self._heard = time.monotonic()
-            event_id = ""
             try:
                 asked = protocol.read_later(text, self._served)
-                event_id = asked.event_id if isinstance(asked, Interaction) else ""
                 with protocol.named(protocol.LATER):
                     said = await self._do(asked)
             except Full as error:
-                said = self._error(str(error), "no_capacity", event_id)
+                said = self._error(str(error), "no_capacity")
             except InputError as error:
-                said = self._error(str(error), "invalid_request", event_id)
+                said = self._error(str(error), "invalid_request", protocol.event_id_of(text))
             except OSError as error:
                 log.warning("a snapshot failed: %s", disk_failure(error) or error)
-                said = self._error("the snapshot was not saved: the server's disk is full or broken", "disk", event_id)
+                said = self._error("the snapshot was not saved: the server's disk is full or broken", "disk")
             if said:
                 await self._say(said)
 
@@ -390,7 +388,7 @@ class Viewer:
     def _message(self, kind: str, **fields: Any) -> str:
         return encode({"type": kind, "request_id": self._request_id, **fields})
 
-    def _error(self, message: str, code: str, event_id: str) -> str:
+    def _error(self, message: str, code: str, event_id: str = "") -> str:
         return failure(message, code, request_id=self._request_id, event_id=event_id)
 
     async def _say(self, text: str) -> None:

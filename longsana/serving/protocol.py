@@ -176,6 +176,16 @@ def read_later(text: str | bytes, served: Served) -> Later:
     return Interaction(prompt, event_id, policy, chunks)
 
 
+def event_id_of(text: str | bytes) -> str:
+    """The `event_id` of a change of prompt in which something else may be wrong; "" where there is none that can be."""
+    try:
+        inner = _fields(text, MOST_LATER).get("interaction")
+    except InputError:
+        return ""
+    event_id = inner.get("event_id") if isinstance(inner, dict) else None
+    return event_id if isinstance(event_id, str) and _EVENT_ID.fullmatch(event_id) else ""
+
+
 def read_video(fields: Mapping[str, Any], served: Served) -> Start:
     """Read the body of a request to `/v1/videos`, whose `seconds`, `size` and so on may be texts, as in a form.
 

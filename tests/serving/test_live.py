@@ -251,6 +251,25 @@ def test_rubbish_later_is_an_error_and_not_the_end(running: Run) -> None:
         video.ping()
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"transition_chunks": -1},
+        {"event": {"prompt": "x" * 20_001}},
+        {"event": 3},
+        {"event": {"prompt": "a", "policy": 1}},
+    ],
+)
+def test_an_error_of_a_change_has_its_event_id(running: Run, wrong: dict[str, Any]) -> None:
+    with connect(running().socket) as client:
+        client.send(START)
+        change = {"event": {"prompt": "green"}, "event_id": "p3", **wrong}
+        client.send(json.dumps({"type": "session.interaction", "interaction": change}))
+        while isinstance(said := client.recv(10), bytes) or json.loads(said)["type"] != "error":
+            pass
+        assert json.loads(said)["event_id"] == "p3" and json.loads(said)["code"] == "invalid_request"
+
+
 def test_ten_megabytes_end_the_connection_unread(running: Run) -> None:
     server = running()
     with connect(server.socket) as client:
