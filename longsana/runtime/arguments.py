@@ -29,20 +29,28 @@ class Rule(Protocol):
         """
 
 
+EXACT = 2.0**53
+"""Below it a float is the whole number that was written; from it on, perhaps one beside it."""
+
+
 @dataclass(frozen=True)
 class Whole:
-    """A whole number, also as a float; at least `least` and at most `most`."""
+    """A whole number, also as a float below `EXACT`; at least `least` and at most `most`."""
 
     least: int | None = None
     most: int | None = None
 
     def settle(self, name: str, value: Any) -> int:
         number = _number(value)
+        rounded = isinstance(number, float) and abs(number) >= EXACT
         if isinstance(number, float) and number.is_integer():
             number = int(number)
         if not isinstance(number, int):
             raise InputError(f"{name}={_shown(value)}: must be a whole number")
-        return _within(name, number, self.least, self.most)
+        number = _within(name, number, self.least, self.most)
+        if rounded:
+            raise InputError(f"{name}={_shown(value)}: is rounded, as large floats are; write a whole number's digits")
+        return number
 
 
 @dataclass(frozen=True)

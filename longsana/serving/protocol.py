@@ -196,6 +196,9 @@ def read_video(fields: Mapping[str, Any], served: Served) -> Start:
     """
     fields = {name: _from_form(name, value) for name, value in fields.items()}
     extra = _take(fields, "extra_params", _OBJECT) or {}
+    for name in ("session_id", "continuation_state"):
+        if extra.get(name) is not None:
+            raise InputError(f"extra_params.{name}: nothing is gone on with by HTTP; do so over /v1/realtime/video")
     start = _order(fields, extra, served, None, live=False)
     _needed(start.order.prompt, "prompt")
     return start
@@ -236,12 +239,15 @@ def _order(fields: dict[str, Any], extra: dict[str, Any], served: Served, snapsh
     names["snapshot"] = f"{_STATE}.payload.blob_id"
     height, width = take("height", _SIDE), take("width", _SIDE)
     size = take("size", TEXT)
-    if size is not None and height is None and width is None:
+    if size is not None:
         if not (found := _SIZE.fullmatch(size)):
             usual = f"{served.width}x{served.height}"
             raise InputError(f"{where('size')}={_short(size)}: must be WIDTHxHEIGHT, such as {usual}")
-        width, height = (_SIDE.settle(where("size"), int(side)) for side in found.groups())
-        names |= {side: f"{where('size')}: {side}" for side in ("height", "width")}
+        for side, own, digits in zip(("width", "height"), (width, height), found.groups(), strict=True):
+            names[side] = f"{where('size')}: {side}"
+            if own not in (None, _SIDE.settle(names[side], int(digits))):
+                raise InputError(f"{names[side]}={digits}: {where(side)} is {own}; leave one of them out")
+        width, height = (int(digits) for digits in found.groups())
     fps = take("fps", FPS)
     # An absent length is the model's usual one, as it is elsewhere; null, and going on, is a video without an end.
     endless = live and ("num_frames" in fields or snapshot is not None)

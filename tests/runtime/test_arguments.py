@@ -56,6 +56,8 @@ def test_what_is_meant(rule: Rule, given: Any, meant: Any) -> None:
     [
         (Whole(1), 0, "it=0: must be at least 1"),
         (Whole(most=9), 10**400, "it=2^1328...: must be at most 9"),
+        (Whole(), -(2.0**53), "it=-9007199254740992.0: is rounded, as large floats are; write a whole number's digits"),
+        (Whole(most=9), 1e20, "it=100000000000000000000: must be at most 9"),
         (Whole(), 9.5, "it=9.5: must be a whole number"),
         (Whole(), True, "it=True: must be a whole number"),
         (Whole(), np.arange(3), "it=a ndarray of shape (3,): must be a whole number"),

@@ -61,6 +61,7 @@ def test_a_start_becomes_an_order() -> None:
     order = full.order
     assert (order.width, order.height, order.seed, order.fps, order.num_frames) == (320, 192, 7, 8, 17)
     assert (order.lead, order.chunk_frames, order.image, full.session_id) == (1.5, 5, png(), "ab12")
+    assert start(size="320x192", width=320, height=192).order == start(size="320x192").order
     state = {"continuation_state": protocol.state_value("c0ffee")}
     gone_on = read_start(json.dumps({"type": "session.start", "extra_params": state}), SERVED).order
     assert (gone_on.snapshot, gone_on.prompt, gone_on.num_frames) == ("c0ffee", None, None)
@@ -96,11 +97,15 @@ def test_rubbish_is_refused_in_one_line(text: str | bytes, said: str) -> None:
         ({"prompt": "a<image>/etc/passwd"}, "prompt: <image>"),
         ({"model": "other"}, "here is longsana alone"),
         ({"format": "webm"}, "format=webm"),
-        ({"size": "0x5"}, "size=0: must be at least 1"),
+        ({"size": "0x5"}, "size: width=0: must be at least 1"),
+        ({"size": "99999x99999"}, "size: width=99999: must be at most"),
+        ({"size": "160x96", "width": 320}, "size: width=160: width is 320; leave one of them out"),
+        ({"size": "160x96", "sampling_params": {"height": 32}}, "size: height=96: sampling_params.height is 32"),
         ({"size": "big"}, "must be WIDTHxHEIGHT, such as 160x96"),
         ({"sampling_params": {"size": "big"}}, "sampling_params.size=big: must be WIDTHxHEIGHT"),
         ({"seed": True}, "seed=True"),
         ({"seed": 2**64}, "seed="),
+        ({"seed": 2.0**53}, "seed=9007199254740992.0: is rounded"),
         ({"fps": 1e-9}, "fps=1e-09: must be at least 1"),
         ({"num_frames": 10**9}, "num_frames=1000000000: must be at most"),
         ({"seconds": 90_000}, "seconds=90000"),
@@ -118,7 +123,7 @@ def test_rubbish_is_refused_in_one_line(text: str | bytes, said: str) -> None:
         ({"image_reference": "data:image/png;base64,%%%"}, "is not base64"),
         ({"image_reference": data_url(b"no picture")}, "image_reference: no picture"),
     ],
-    ids=range(27),
+    ids=range(31),
 )
 def test_what_cannot_be_had_is_refused_by_its_field(fields: dict[str, Any], said: str) -> None:
     assert said in refused(start, **fields)
@@ -159,6 +164,9 @@ def test_a_form_is_read_as_json_is() -> None:
     assert order == Order("12", 65, 3, 96, 160, chunk_frames=5, image=png(), pace=False)
     assert read_video({**form, "seconds": 4, "seed": 3, "extra_params": {"chunk_frames": 5}}, SERVED).order == order
     assert "prompt: is missing" in refused(read_video, {"seconds": "4"}, SERVED)
+    for name, value in {"continuation_state": protocol.state_value("c0ffee"), "session_id": "ab12"}.items():
+        fields = {"prompt": "a", "extra_params": {name: value}}
+        assert refused(read_video, fields, SERVED).startswith(f"extra_params.{name}: nothing is gone on with by HTTP")
     assert "seconds='long'" in refused(read_video, {"prompt": "a", "seconds": "long"}, SERVED)
 
 
