@@ -119,6 +119,17 @@ def prompt_turns(
         yield last._replace(picture=picture)
 
 
+class NotHeld(InputError):
+    """A prompt's own change reaches back to what its stream does not hold. change: that change."""
+
+    def __init__(self, change: Change) -> None:
+        super().__init__(
+            f"prompt: [{change}] reaches back to what this stream does not hold; begin a stream with "
+            f"prompt_change={change}, which its states then hold too"
+        )
+        self.change = change
+
+
 def _check_change(own: Change | None, last: Turn | None, change: Change) -> None:
     """Refuse (InputError) a change `own` after the turn `last`, in a stream that holds what `change` needs."""
     if own is not None and last is None:
@@ -127,10 +138,7 @@ def _check_change(own: Change | None, last: Turn | None, change: Change) -> None
             "plain one"
         )
     if own is not None and (own.chunks > change.chunks or (own.kind == "recache" and change.kind != own.kind)):
-        raise InputError(
-            f"prompt: [{own}] reaches back to what this stream does not hold; begin a stream with "
-            f"prompt_change={own}, which its states then hold too"
-        )
+        raise NotHeld(own)
 
 
 def _check_picture(goes_on: bool) -> None:

@@ -76,12 +76,14 @@ class Number:
 
 @dataclass(frozen=True)
 class Flag:
-    """True or False."""
+    """True or False; `written` is how a message writes them."""
+
+    written: str = "True or False"
 
     def settle(self, name: str, value: Any) -> bool:
         value = _plain(value)
         if not isinstance(value, bool):
-            raise InputError(f"{name}={_shown(value)}: must be True or False")
+            raise InputError(f"{name}={_shown(value)}: must be {self.written}")
         return value
 
 
@@ -110,7 +112,7 @@ class Is:
 
     def settle(self, name: str, value: Any) -> Any:
         if not isinstance(value, self.classes):
-            raise InputError(f"{name}={_shown(value)}: must be {self.what}, not a {type(value).__name__}")
+            raise InputError(f"{name}={_shown(value)}: must be {self.what}")
         return value
 
 

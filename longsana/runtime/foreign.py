@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,8 +85,10 @@ def parse_json(content: bytes | str, pairs: Callable[[list[tuple[str, Any]]], An
         raise ValueError(f"not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise ValueError(" ".join(str(error).split())[:200]) from error
+    except ValueError as error:
+        raise ValueError(f"a whole number of more than {sys.get_int_max_str_digits()} digits") from error
 
 
 def check_characters(text: str, where: str) -> None:

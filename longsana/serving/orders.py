@@ -20,7 +20,7 @@ from longsana.data.pictures import FORMATS, check_header, fit_picture, told
 from longsana.data.story import Change, Outline, place_parts, read_part
 from longsana.encoders.geometry import geometry
 from longsana.pipelines.films import Film
-from longsana.pipelines.turns import Begun, lengths_of, told_by
+from longsana.pipelines.turns import Begun, NotHeld, lengths_of, told_by
 from longsana.runtime.arguments import TEXT, Flag, Number, OneOf, Rule, Whole
 from longsana.runtime.errors import InputError
 from longsana.runtime.settings import check_bounds
@@ -66,8 +66,10 @@ def video_of(order: Order, config: InferenceConfig, limits: Limits, state: Conti
     check_bounds(replace(sampling, height=size[0], width=size[1]))
     check_size(config, *size)
     begins = state is None and order.film is None
-    if not begins and (order.image is not None or (state is not None and order.film is not None)):
-        raise InputError("image, film, snapshot: a video begins with one of them")
+    if not begins and order.image is not None:
+        raise InputError("image: a video that goes on begins with no picture; leave it out")
+    if state is not None and order.film is not None:
+        raise InputError("film: a video goes on from a film or from a snapshot; leave one of them out")
     pictures = {} if order.image is None else {0: _picture(order.image, size, config)}
     film = None if order.film is None else _film(order, telling.fps, size)
     if order.prompt is None and state is None:
@@ -141,6 +143,9 @@ def _about(field: str) -> Iterator[None]:
     """Say a field of the order first, in errors that begin with none."""
     try:
         yield
+    except NotHeld as error:
+        where = "the snapshot does not hold; write [cut], or leave the bracket out"
+        raise InputError(f"{field}: [{error.change}] reaches back to what {where}") from error
     except InputError as error:
         found = re.match(r"(\w+)[:=]", str(error))
         if found is not None and found[1] in _FIELDS:

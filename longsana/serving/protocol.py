@@ -260,7 +260,7 @@ def _order(fields: dict[str, Any], extra: dict[str, Any], served: Served, snapsh
     if num_frames is not None and num_frames > served.limits.most_frames:
         most = f"at most {served.limits.most_frames} are made here"
         raise InputError(f"{where('seconds')}={seconds:g}: {num_frames} frames; {most}")
-    pace = _take(extra, "pace_to_media_time", Flag(), "extra_params.pace_to_media_time")
+    pace = _take(extra, "pace_to_media_time", Flag("true or false"), "extra_params.pace_to_media_time")
     lead = Number(0, served.limits.most_lead)
     if extra.get("pacing_max_lag_seconds") is not None:
         raise InputError(
@@ -276,7 +276,9 @@ def _order(fields: dict[str, Any], extra: dict[str, Any], served: Served, snapsh
         height=height,
         width=width,
         fps=fps,
-        chunk_frames=_take(extra, "chunk_frames", Whole(1, 1000), "extra_params.chunk_frames"),
+        chunk_frames=_take(
+            extra, "chunk_frames", Whole(1, served.limits.most_chunk_frames), "extra_params.chunk_frames"
+        ),
         image=_picture(names["image"], fields.get(picture)),
         snapshot=snapshot,
         pace=live if pace is None else pace and live,
@@ -303,6 +305,8 @@ def _fields(text: str | bytes, most: int) -> dict[str, Any]:
 
 def _take(fields: Mapping[str, Any], name: str, rule: Rule, shown: str = "") -> Any:
     value = fields.get(name)
+    if isinstance(value, bytes):
+        raise InputError(f"{shown or name}: is a file; only the picture may be one")
     return None if value is None else rule.settle(shown or name, value)
 
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from longsana.commands.serve import served_by
 from longsana.config import InferenceConfig
 from longsana.runtime.errors import InputError
+from longsana.sampling.continuation import Continuation
 from longsana.serving import orders
 from longsana.serving.protocol import (
     LATER,
@@ -32,6 +34,7 @@ from longsana.serving.protocol import (
     state_value,
 )
 from longsana.serving.values import Limits, Order
+from longsana.state import CausalState
 from tests.serving.test_protocol import data_url, png
 
 
@@ -67,14 +70,14 @@ BAD: dict[str, list[Any]] = {
         "[cut] a | b[1s]",
         " | ".join(["a[0.1s]"] * 99),
     ],
-    "model": [7, "other"],
+    "model": [7, "other", {}],
     "height": [0, 33, "x", 20_000],
     "width": [0, 33, 1.5, 20_000],
-    "size": ["0x32", "33x32", "48x33", "9600x9600", "big", 5],
+    "size": ["0x32", "33x32", "48x33", "9600x9600", "99999x99999", "big", 5, [], {}],
     "fps": [0, 1e9, "fast", True],
     "num_frames": [0, 18, 10**9, "many"],
     "seconds": [0, -1, 1e6, "long"],
-    "seed": [2**63, 0.5, "x", True],
+    "seed": [2**63, 0.5, 2.0**60, 10**400, "x", True],
     "num_inference_steps": [0, 50],
     "guidance_scale": [7, "x"],
     "flow_shift": [99, []],
@@ -89,10 +92,10 @@ BAD: dict[str, list[Any]] = {
     "input_reference": [{"image_url": "http://127.0.0.1/a.png"}, data_url(png()[:45])],
 }
 EXTRA: dict[str, list[Any]] = {
-    "pace_to_media_time": [3, "x"],
+    "pace_to_media_time": [3, "x", {}],
     "pacing_lead_seconds": [-1, 99, "x"],
     "pacing_max_lag_seconds": [0, 2],
-    "chunk_frames": [0, 1, 999, 10**6],
+    "chunk_frames": [0, 1, 21, 999, 10**20],
     "session_id": ["../x", 3],
     "continuation_state": [3, {}, {"kind": "pickle"}, {"kind": "longsana.v1"}, state_value("../x")],
 }
@@ -100,7 +103,7 @@ LATER_BAD: dict[str, list[Any]] = {
     "interaction": [None, 3, {}],
     "interaction.event_id": [3, "a b", "x" * 129],
     "interaction.transition_chunks": [-1, "x", 1001],
-    "interaction.event": [3],
+    "interaction.event": [3, []],
     "interaction.event.prompt": [None, "", 3, "x" * 30_000, "[cut]", "[recache=9] a", "[recahe=1] a", "a<image>b.png"],
     "interaction.event.policy": [3, "recache=9", "recahe=1", "x" * 99],
 }
@@ -116,7 +119,17 @@ def says(name: str, error: InputError) -> None:
     text = str(error)
     assert text.startswith((f"{name}:", f"{name}=", f"{name}.")), (name, text)
     assert len(text.splitlines()) == 1 and len(text) < 400
-    for own in ("--", "studio", "image:", "first_chunk_frames", "image_fit", "None"):
+    for own in (
+        "--",
+        "studio",
+        "image:",
+        "first_chunk_frames",
+        "image_fit",
+        "None",
+        "prompt_change",
+        "True or",
+        "not a ",
+    ):
         assert own not in text, (name, text)
 
 
@@ -146,6 +159,45 @@ def test_what_is_wrong_has_the_name_that_the_client_wrote(config: InferenceConfi
             with pytest.raises(InputError) as told:
                 ordered(read_start, json.dumps({**whole, "sampling_params": wrong}))
             says(f"sampling_params.{name}", told.value)
+
+
+def test_a_file_is_a_picture_alone(served: Served) -> None:
+    for name in sorted(BAD.keys() - {"image_reference", "input_reference"}):
+        with pytest.raises(InputError) as told:
+            read_video({"prompt": "a circle", name: b"root:x:0:0"}, served)
+        says(name, told.value)
+        assert "root" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"image_reference": data_url(png(32, 48))}, "image_reference"),
+        ({"sampling_params": {"input_reference": data_url(png(32, 48))}}, "sampling_params.input_reference"),
+        ({"prompt": "[recache=1] a square"}, "prompt"),
+        ({"prompt": "[rebuild=2] a square"}, "prompt"),
+        ({"num_frames": 7}, "num_frames"),
+        ({"width": 64}, "width"),
+        ({"size": "64x32"}, "size"),
+        ({"extra_params": {"chunk_frames": 21}}, "extra_params.chunk_frames"),
+    ],
+)
+def test_what_is_wrong_after_a_snapshot_has_it_too(
+    config: InferenceConfig, served: Served, wrong: dict[str, Any], name: str
+) -> None:
+    state = Continuation(CausalState(*torch.zeros(3, 1), 4), None, 0, "a circle", (32, 48))
+    extra = {"continuation_state": state_value("c0ffee"), **wrong.get("extra_params", {})}
+    start = {"type": "session.start", "num_frames": None, **wrong, "extra_params": extra}
+
+    def ordered(fields: dict[str, Any]) -> None:
+        read = read_start(json.dumps(fields), served)
+        with named(read.names):
+            orders.video_of(read.order, config, Limits(), state)
+
+    ordered({"type": "session.start", "extra_params": {"continuation_state": state_value("c0ffee")}})
+    with pytest.raises(InputError) as told:
+        ordered(start)
+    says(name, told.value)
 
 
 @pytest.mark.parametrize("path", LATER_BAD)
