@@ -166,7 +166,7 @@ def uvicorn_settings(most_message: int = MOST_START) -> dict[str, Any]:
     """Settings of uvicorn that a live server needs: small queues, bounded messages, no compression of media."""
     return {
         "log_config": None,
-        "log_level": "warning",
+        "log_level": "error",  # its warnings are of what clients do
         "access_log": False,
         "server_header": False,
         "ws_max_size": most_message,

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -85,6 +86,7 @@ def create_app(
 
     key, origins, local: see `longsana.serving.guard.Guard`. linger, stall, start_within: see `Connections`.
     """
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what is wrong with a form its client hears
     measurements = Measurements(studio)
     connections = Connections(studio, served, measurements, linger=linger, stall=stall, start_within=start_within)
 
@@ -113,6 +115,11 @@ def create_app(
     async def realtime(socket: WebSocket) -> None:
         await socket.accept(subprotocol=spoken(socket.scope))
         await connections.serve(_Socket(socket))
+
+    @app.websocket("/{path:path}")
+    async def elsewhere(socket: WebSocket) -> None:  # refused before it is accepted, it would look like a wrong key
+        await socket.accept(subprotocol=spoken(socket.scope))
+        await socket.close(protocol.INVALID, "there is no WebSocket at this path; the one is /v1/realtime/video")
 
     @_reads(app, "/v1/models")
     async def models() -> dict[str, Any]:

@@ -11,14 +11,22 @@ from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.sync.client import connect
+from websockets.uri import parse_uri
 
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import whole_file
 
 MOST_PIECE = 256 << 20
 """Bytes of a message of the server's."""
+_CLOSED = {
+    1000: "the connection has ended",
+    1001: "the server has gone",
+    1009: "the server takes no message so long",
+    1012: "the server was stopped; sessions go on from their last snapshots when it is there again",
+}
+"""What the codes say with which a connection was closed without a word."""
 
 
 class Refused(InputError):
@@ -48,7 +56,7 @@ class LiveVideo:
     see docs/live.md; with `session_id` or `state` (`continuation_state`) the video goes on from there.
 
     Raises:
-        Refused: the server does not want the client, or the order.
+        Refused: the server does not want the client, or the order; or the url is none.
         OSError: nobody answers.
     """
 
@@ -213,10 +221,19 @@ class LiveVideo:
 
 
 def socket_url(url: str) -> str:
-    """The URL of the WebSocket of a server, whose own is http://..."""
-    parts = urlsplit(url)
-    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
-    return urlunsplit((scheme, parts.netloc, parts.path.rstrip("/") + "/v1/realtime/video", "", ""))
+    """The URL of the WebSocket of a server, whose own is http://...
+
+    Raises:
+        Refused: that is none.
+    """
+    try:
+        parts = urlsplit(url)
+        scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+        target = urlunsplit((scheme, parts.netloc, parts.path.rstrip("/") + "/v1/realtime/video", "", ""))
+        parse_uri(target)
+    except (InvalidURI, ValueError) as error:
+        raise Refused(f"url={url}: must be a server's, such as http://127.0.0.1:8000") from error
+    return target
 
 
 def socket_options(key: str | None) -> dict[str, Any]:
@@ -227,5 +244,8 @@ def socket_options(key: str | None) -> dict[str, Any]:
 
 def why_closed(error: ConnectionClosed) -> Refused:
     """Say of a connection that is closed why, in the server's words where it said any."""
-    reason = error.rcvd.reason if error.rcvd is not None else ""
-    return Refused(f"the server refuses: {reason}" if reason else f"the connection is closed ({error})")
+    if error.rcvd is None:
+        return Refused("the connection was lost")
+    if error.rcvd.reason:
+        return Refused(f"the server refuses: {error.rcvd.reason}")
+    return Refused(_CLOSED.get(error.rcvd.code, f"the server has closed the connection ({error.rcvd.code})"))

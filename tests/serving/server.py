@@ -29,6 +29,7 @@ class Running:
     studio: Any
     jobs: Jobs
     folder: Path
+    server: uvicorn.Server
 
     @property
     def url(self) -> str:
@@ -57,7 +58,7 @@ def running(tmp_path: Path) -> Iterator[Callable[..., Running]]:
         while not server.started:
             assert thread.is_alive() and time.monotonic() < until
             time.sleep(0.005)
-        found = Running(server.servers[0].sockets[0].getsockname()[1], app, studio, made, folder)
+        found = Running(server.servers[0].sockets[0].getsockname()[1], app, studio, made, folder, server)
         started.append((server, thread, found))
         return found
 

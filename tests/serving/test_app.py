@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +135,16 @@ def test_bodies_that_are_none_or_too_long(running: Run, monkeypatch: pytest.Monk
             yield b"x" * 10_000
 
     assert status(content=pieces(), headers={"content-type": "application/json"}) == 413
+
+
+def test_rubbish_fills_no_log(running: Run, caplog: pytest.LogCaptureFixture) -> None:
+    server = running()
+    form = {"content-type": "multipart/form-data; boundary=--a"}
+    assert httpx.post(f"{server.url}/v1/videos", content=b"--abc\r\n\r\nx", headers=form).status_code == 400
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        raw.sendall(b"no request\r\n\r\n")
+        assert b"400 Bad Request" in raw.recv(1000)
+    assert caplog.messages == []
 
 
 def test_files_are_few_and_go(tmp_path: Path) -> None:

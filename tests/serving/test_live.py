@@ -430,6 +430,35 @@ def test_pages_of_others_and_wrong_keys_stay_out_and_hear_why(running: Run, capl
     assert caplog.messages == []
 
 
+def test_the_client_says_in_words_why_a_connection_is_none(running: Run) -> None:
+    server = running()
+    for url in (
+        f"127.0.0.1:{server.port}",
+        "localhost",
+        "",
+        "http://",
+        "http://[::1",
+        "http://a:99999",
+        "ftp://a",
+        "http://a@b",
+    ):
+        with pytest.raises(Refused) as refused:
+            LiveVideo(url, prompt="red", timeout=5)
+        assert str(refused.value) == f"url={url}: must be a server's, such as http://127.0.0.1:8000"
+    with pytest.raises(Refused, match=r"^the server refuses: there is no WebSocket at this path"):
+        LiveVideo(f"{server.url}/v1", prompt="red")
+    with LiveVideo(server.url, prompt="red", num_frames=8) as video:
+        assert len(list(video)) == 1
+        with pytest.raises(Refused, match=r"^the connection has ended$"):
+            video.change("green")
+    with LiveVideo(server.url, prompt="red", num_frames=None) as video:
+        next(iter(video))
+        server.server.should_exit = True
+        with pytest.raises(Refused, match=r"^the server was stopped; "):
+            for _ in video:
+                pass
+
+
 def test_twenty_sessions(running: Run) -> None:
     server = running(FakeStudio(Limits(sessions=20)), served(Limits(sessions=20)))
     videos = [LiveVideo(server.url, prompt="red", num_frames=16) for _ in range(20)]
