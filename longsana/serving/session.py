@@ -66,9 +66,11 @@ class Session:
         self._message, self._paused = "", False
         self._wakes = threading.Condition(owner.lock)
         self._callback: Callable[[], object] | None = None
-        self._encoder = None
+        self._encoder: ChunkEncoder | None = None
+        self._rate, self._init, self._mime = self.fps, b"", ""
         if order.media == "mp4":
-            self._encoder = ChunkEncoder(self.width, self.height, self.fps, *owner.coding)
+            self._encoder = encoder = ChunkEncoder(self.width, self.height, self.fps, *owner.coding)
+            self._rate, self._init, self._mime = float(encoder.rate), encoder.init, encoder.mime
         # The points that may be gone back to, the last one after the chunk that was taken last.
         self._points: deque[Point] = deque(begin)
         self._unsent: deque[Entry] = deque()
@@ -97,12 +99,12 @@ class Session:
     @property
     def init(self) -> bytes:
         """The init segment of the mp4, from the start on; b"" of pixels."""
-        return b"" if self._encoder is None else self._encoder.init
+        return self._init
 
     @property
     def mime(self) -> str:
         """The media's type, as in 'video/mp4; codecs="avc1.42c00b"'; "" of pixels."""
-        return "" if self._encoder is None else self._encoder.mime
+        return self._mime
 
     def take(self, timeout: float | None = 0.0) -> Chunk | End | None:
         """Take the next piece, if it is there and due.
@@ -342,9 +344,10 @@ class Session:
         """Code a chunk; called by the encoder's thread, without the lock."""
         with self._owner.lock:
             pixels, began = entry.pixels, time.monotonic()
+            encoder = self._encoder  # which goes with the session's end
             if pixels is None or not any(other is entry for other in self._unsent):
                 return
-        coded = pixels.tobytes() if self._encoder is None else self._encoder.code(pixels) if len(pixels) else []
+        coded = pixels.tobytes() if encoder is None else encoder.code(pixels) if len(pixels) else []
         with self._owner.lock:
             entry.ready = time.monotonic()
             entry.coded, entry.pixels, entry.encode_ms = coded, None, 1000 * (entry.ready - began)
@@ -404,10 +407,6 @@ class Session:
 
     def _seconds(self, pictures: int) -> float:
         return pictures / self._rate
-
-    @property
-    def _rate(self) -> float:
-        return float(self._encoder.rate) if self._encoder is not None else self.fps
 
     def _check_alive(self) -> None:
         if not self.alive:
@@ -478,7 +477,7 @@ class Session:
         return End(self._state, self._message, self._chunks)
 
     def _leave(self, state: Literal["closed", "failed"]) -> None:
-        self._state, self._epoch, self._opening = state, self._epoch + 1, None
+        self._state, self._epoch, self._opening, self._encoder = state, self._epoch + 1, None, None
         self._points.clear()
         self._unsent.clear()
         self._pending.clear()

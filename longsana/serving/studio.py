@@ -472,7 +472,7 @@ class Studio:
         elif isinstance(error, InputError | FloatingPointError):
             message = str(error)
         else:
-            message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
+            message = "an error of the server ended this video"  # whose own words are the log's
             log.error("session %s failed", session.id, exc_info=error)
         traceback.clear_frames(error.__traceback__)  # which hold tensors
         with self.lock:

@@ -71,7 +71,7 @@ class Limits:
     most_lead: float = 10.0
     most_pixels: int = 1280 * 720
     most_chunk_frames: int = 20
-    most_frames: int = 16 * 3600
+    most_frames: int = 16 * 3600 + 1  # an hour of Wan's, 4 n + 1
     most_prompt: int = 20_000
     most_events: int = 16
     captions: int = 64

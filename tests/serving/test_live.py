@@ -7,7 +7,6 @@ import json
 import socket
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -364,24 +363,6 @@ def test_a_storm_of_connections_leaves_nothing(running: Run, seconds: float, cap
         assert len(list(video)) == 1
     gc.collect()
     assert caplog.messages == []  # nor is a log filled
-
-
-def test_an_ended_session_is_gone_at_once(running: Run) -> None:
-    """With its encoder's threads: nothing that the connection leaves holds it until memory is next searched."""
-    server = running(linger=0.05)
-    gc.collect()
-    gc.disable()
-    try:
-        gone = []
-        for stop in (True, False, True):
-            with LiveVideo(server.url, prompt="red", num_frames=None) as video:
-                next(iter(video))
-                gone.append(weakref.ref(server.studio.sessions[video.session_id]))
-                if stop:
-                    video.stop()
-        until(lambda: all(one() is None for one in gone))
-    finally:
-        gc.enable()
 
 
 def test_a_defect_ends_its_own_session(running: Run, caplog: pytest.LogCaptureFixture) -> None:
