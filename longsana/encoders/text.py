@@ -355,7 +355,8 @@ def _fill_buffers(model: Any, device: torch.device | str) -> None:
         model.rotary_emb = type(model.rotary_emb)(model.config)
         embedding = model.embed_tokens
         if hasattr(embedding, "embed_scale"):
-            embedding.embed_scale = torch.tensor(model.config.hidden_size**0.5)
+            scale = torch.tensor(model.config.hidden_size**0.5, dtype=torch.get_default_dtype(), device=device)
+            embedding.embed_scale = scale
     missing = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not missing, f"this version of transformers computes {missing}, which nobody else does"
 

@@ -191,25 +191,32 @@ class Jobs:
                 reason = self._write(job, stream)
             with self._lock:
                 if reason or job.dropped:
-                    job.error, job.status = reason, "failed"
+                    self._tell(job, "failed", reason)
                 else:
                     partial.replace(path)
-                    job.status, job.completed = "completed", int(time.time())
+                    self._tell(job, "completed")
         except InputError as error:
-            job.error, job.status = str(error), "failed"
+            self._tell(job, "failed", str(error))
         except OSError as error:
             log.warning("%s: %s", job.id, disk_failure(error) or error)
-            job.error, job.status = "the server's disk is full or broken", "failed"
+            self._tell(job, "failed", "the server's disk is full or broken")
         except Exception:
             log.exception("%s failed", job.id)
-            job.error, job.status = "an error of the server", "failed"
+            self._tell(job, "failed", "an error of the server")
         finally:
             if job.session is not None:
                 job.session.close()
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-            job.expires = int(time.time()) + self._lifetime
+            job.expires = job.expires or int(time.time()) + self._lifetime
             job.ended.set_result(None)
+
+    def _tell(self, job: Job, status: str, error: str = "") -> None:
+        """Say how a job has ended; who sees the status, which comes last, sees all else too."""
+        now = int(time.time())
+        job.error, job.expires = error, now + self._lifetime
+        job.completed = now if status == "completed" else None
+        job.status = status
 
     def _write(self, job: Job, stream: Any) -> str:
         """Write a session's pieces; returns why it failed, or "" if it did not."""

@@ -12,7 +12,7 @@ import torch
 from tests.forks import ROOT, Forks
 
 
-@pytest.mark.parametrize("processes", [2, 3, 5])
+@pytest.mark.parametrize("processes", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
 def test_a_video_of_several_processes_is_that_of_one(forks: Forks, processes: int) -> None:
     """Within 1e-10 in float64; what each process has is the same to the bit. See tests/models/together.py."""
     peers = forks.launch(processes, "tests.models.together", ["passes", "videos", "decoders"])

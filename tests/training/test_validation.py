@@ -202,7 +202,7 @@ def test_the_same_every_time_for_one_network(
     alone: Validation, report: Report, model: LongSanaDiT, vae: WanVAE
 ) -> None:
     torch.manual_seed(99)
-    again = alone.run(41, model, vae)
+    again = alone.run(46, model, vae)
     assert report.metrics == again.metrics
     for path, twin in zip(report.videos, again.videos, strict=True):
         assert torch.equal(frames_of(path), frames_of(twin))
