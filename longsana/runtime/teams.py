@@ -150,7 +150,8 @@ class Team:
         except BaseException as error:
             # The others are not to wait for this process, nor it for what it has begun on a GPU.
             for connection in self._connections:
-                _say(connection, GONE if isinstance(error, PeerLost) else b"")
+                if isinstance(error, PeerLost):
+                    _say(connection, GONE)
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_WR)
             self._over.set()

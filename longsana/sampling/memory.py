@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 GPU = torch.device("cuda")
 MARGIN = 1.05
-"""Of what is counted beside weights: what lies between tensors that come and go."""
+"""Factor on what is counted beside weights, for what lies between tensors that come and go."""
 WORKSPACE = 128 << 20
 """Bytes of the libraries' products."""
 TEXTS = "encoding the text"
@@ -66,7 +66,7 @@ VAES = {
     "WanVAE": Decoder(2364.5, (193, 1155), (193, 3467), 1170, 3844),
     "LTX2VAE_diffusers": Decoder(330.25, (17, 257.5), (17, 578.5), 94, 3758),
 }
-"""Of the VAEs as they are published."""
+"""Decoders of the VAEs as they are published."""
 TINY_DECODERS = {
     "taew2_1": Decoder(84, (100, 608), (84, 1568)),
     "lighttaew2_1": Decoder(84, (100, 608), (84, 1568)),

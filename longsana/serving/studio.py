@@ -423,7 +423,7 @@ class Studio:
                 return
             with self.lock:
                 paced = self.keeps_pace(session)
-            between = partial(session.check if paced else partial(self._give_way, session), epoch)
+            between = partial(session.check, epoch) if paced else partial(self._give_way, session, epoch)
 
             def on_step(step: int, x: Tensor) -> Tensor:
                 between()
