@@ -148,8 +148,9 @@ class LiveVideo:
         return str(self._ask("fork", "forked")["session_id"])
 
     def stop(self) -> None:
-        """End the session; `done` says how many chunks there were."""
-        self._send({"type": "session.stop"})
+        """End the session; `done` says how many chunks there were. One that has ended stays as it is."""
+        if not self._ended:
+            self._send({"type": "session.stop"})
         while not self._ended:
             self._receive()
             self._pieces.clear()
@@ -185,6 +186,8 @@ class LiveVideo:
         return self._until(f"session.{answer}")
 
     def _send(self, message: dict[str, Any]) -> None:
+        if self._ended:  # whether the server has closed the connection already is a matter of chance
+            raise Refused("the video has ended; begin another")
         try:
             self._socket.send(json.dumps(message))
         except ConnectionClosed as error:

@@ -430,8 +430,11 @@ def test_the_client_says_in_words_why_a_connection_is_none(running: Run) -> None
         LiveVideo(f"{server.url}/v1", prompt="red")
     with LiveVideo(server.url, prompt="red", num_frames=8) as video:
         assert len(list(video)) == 1
-        with pytest.raises(Refused, match=r"^the connection has ended$"):
-            video.change("green")
+        for late in (lambda: video.change("green"), video.pause, video.snapshot, lambda: video.rewind(1)):
+            with pytest.raises(Refused, match=r"^the video has ended; begin another$"):
+                late()
+        video.stop()
+        assert video.done is not None
     with LiveVideo(server.url, prompt="red", num_frames=None) as video:
         next(iter(video))
         server.server.should_exit = True
