@@ -47,6 +47,7 @@ OWNERS = {
     "starlette": {"longsana/serving/app.py"},
     "uvicorn": {"longsana/commands/serve.py"},
     "websockets": {"longsana/serving/client.py", "longsana/serving/load.py"},
+    "ray": {"longsana/serving/on_ray.py"},
     "prometheus_client": {"longsana/serving/metrics.py"},
 }
 

@@ -177,7 +177,7 @@ def test_the_readme_is_short_and_links_to_every_page() -> None:
 
 
 def test_what_a_server_takes_and_says_is_in_its_page() -> None:
-    text = (ROOT / "docs/live.md").read_text(encoding="utf-8")
+    text = "".join((ROOT / f"docs/{page}.md").read_text(encoding="utf-8") for page in ("live", "serving"))
     sources = [(ROOT / f"longsana/commands/{name}.py").read_text(encoding="utf-8") for name in ("serve", "load")]
     own = [flag for source in sources for flag in re.findall(r'add_argument\(\s*"(--\w+)"', source)]
     said = re.findall(r'_message\(\s*"([\w.]+)"', (ROOT / "longsana/serving/live.py").read_text(encoding="utf-8"))

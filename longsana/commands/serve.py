@@ -3,23 +3,27 @@
     longsana serve                                          # the small default, on any machine: http://127.0.0.1:8000
     LONGSANA_API_KEY=... longsana serve --host 0.0.0.0 --config=configs/... --model_path=...
 
-Needs the extra: pip install 'longsana[serve]'. Config, settings and flags are those of inference_sana_video.py. Clients
-need the API key in LONGSANA_API_KEY, where it is set. Snapshots, from which sessions go on after a restart, and
-finished videos lie in --work_dir. docs/live.md says what clients speak.
+    longsana serve --replicas 8                             # on eight GPUs, or machines: docs/serving.md
+
+Needs the extra: pip install 'longsana[serve]', for --replicas 'longsana[serve,ray]'. Config, settings and flags are
+those of inference_sana_video.py. Clients need the API key in LONGSANA_API_KEY, where it is set. Snapshots, from which
+sessions go on after a restart, and finished videos lie in --work_dir. docs/live.md says what clients speak.
 Exit status: 1 the disk is full or broken, 2 bad input, 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import ipaddress
 import logging
+import math
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from longsana.commands.generate import DEFAULT_CONFIG
@@ -28,7 +32,7 @@ from longsana.encoders.geometry import geometry
 from longsana.inference.flags import check_settings, parse_flags
 from longsana.published import DISTILLED
 from longsana.runtime import stop
-from longsana.runtime.commandline import Parser, run_command, typed_path, whole
+from longsana.runtime.commandline import Parser, number, run_command, typed_path, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable, hold_folder
@@ -38,6 +42,9 @@ from longsana.serving.guard import API_KEY, read_key
 from longsana.serving.protocol import MOST_START, Served
 from longsana.serving.values import Limits
 
+if TYPE_CHECKING:
+    from longsana.serving.fleet import AnyStudio
+
 log = logging.getLogger("longsana")
 
 NEEDED = {
@@ -45,7 +52,8 @@ NEEDED = {
     "python_multipart": "python-multipart",
     "prometheus_client": "prometheus-client",
 }
-"""Modules that the extra brings, and their packages."""
+NEEDED_BY_A_FLEET = {"ray": "ray[serve]"}
+"""Modules that the extras bring, and their packages."""
 MOST_CONNECTIONS = 1000
 FAREWELL = 5
 """Seconds that open connections have to end when the server is stopped."""
@@ -62,6 +70,18 @@ class Request:
     origins: tuple[str, ...]
     key: str | None
     threads: int | None
+    fleet: FleetRequest | None
+
+
+class FleetRequest(NamedTuple):
+    """Wishes about replicas; see `longsana.serving.on_ray.Wanted`. address: of a cluster of Ray's, if there is one."""
+
+    replicas: int
+    most: int
+    viewers: int
+    cpus: float
+    gpus: float | None
+    address: str | None
 
 
 def prepare(arguments: Sequence[str], world: World) -> Request:
@@ -83,14 +103,37 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     )
     parser.add_argument("--sessions", type=whole, default=usual.sessions, help="at a time (default: %(default)s)")
     parser.add_argument("--queue", type=whole, default=usual.queue, help="that wait, at most (default: %(default)s)")
+    parser.add_argument("--replicas", type=whole, help="processes that make videos, by Ray Serve; without it this one")
+    parser.add_argument("--most_replicas", type=whole, help="as many, when there are viewers (default: --replicas)")
+    parser.add_argument(
+        "--viewers_per_replica", type=whole, default=4, help="beyond which more are started (default: %(default)s)"
+    )
+    parser.add_argument("--cpus_per_replica", type=number, default=1.0, help="(default: %(default)s)")
+    parser.add_argument("--gpus_per_replica", type=number, help="(default: 1, where the cluster has any)")
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="of a cluster; auto: this machine's. Without it one is started"
+    )
     parser.add_threads()
     options, settings = parse_flags(parser, arguments)
-    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    bounds = {
+        "sessions": (1, 10_000),
+        "queue": (0, 100_000),
+        "snapshot_every": (-1, 10**6),
+        "replicas": (1, 10_000),
+        "most_replicas": (options.replicas or 1, 10_000),
+        "viewers_per_replica": (1, 10_000),
+        "cpus_per_replica": (0, 10_000),
+        "gpus_per_replica": (0, 64),
+    }
+    for name, (least, most) in bounds.items():
+        given = getattr(options, name)
+        if given is not None and not least <= given <= most:
+            raise InputError(f"--{name} {given}: must be from {least} to {most}")
+    fleet = _fleet(options)
+    needed, extra = (NEEDED, "serve") if fleet is None else (NEEDED | NEEDED_BY_A_FLEET, "serve,ray")
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise InputError(f"a server needs {', '.join(missing)}: pip install 'longsana[serve]'")
-    for name, least, most in (("sessions", 1, 10_000), ("queue", 0, 100_000), ("snapshot_every", -1, 10**6)):
-        if not least <= getattr(options, name) <= most:
-            raise InputError(f"--{name} {getattr(options, name)}: must be from {least} to {most}")
+        raise InputError(f"a server needs {', '.join(missing)}: pip install 'longsana[{extra}]'")
     for origin in options.origin:
         parts = urlsplit(origin)
         if parts.scheme not in ("http", "https") or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
@@ -106,10 +149,36 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     check_weights(config, encodes=False)
     check_writable(options.work_dir)
     limits = replace(usual, sessions=options.sessions, queue=options.queue)
+    if fleet is not None:  # whoever goes back by chunks must find a snapshot from before them
+        limits = replace(limits, own_snapshots=2 + math.ceil(limits.kept / options.snapshot_every))
     served = served_by(config, config_path.stem, limits, options.snapshot_every)
     key = read_key()
     listening = listen(options.host, options.port)
-    return Request(config, served, listening, options.work_dir, tuple(options.origin), key, options.threads)
+    return Request(config, served, listening, options.work_dir, tuple(options.origin), key, options.threads, fleet)
+
+
+def _fleet(options: argparse.Namespace) -> FleetRequest | None:
+    """Read what is said of replicas; None where the server is this process alone."""
+    parts = ("most_replicas", "gpus_per_replica", "ray")
+    if options.replicas is None:
+        for name in parts:
+            if getattr(options, name) is not None:
+                raise InputError(f"--{name}: is of replicas; say how many: --replicas 2")
+        return None
+    if options.snapshot_every < 1:
+        raise InputError(
+            f"--snapshot_every {options.snapshot_every}: with --replicas, sessions go on elsewhere from snapshots; "
+            "choose 1 or more"
+        )
+    most = options.replicas if options.most_replicas is None else options.most_replicas
+    return FleetRequest(
+        options.replicas,
+        most,
+        options.viewers_per_replica,
+        options.cpus_per_replica,
+        options.gpus_per_replica,
+        options.ray,
+    )
 
 
 def served_by(config: InferenceConfig, name: str, limits: Limits, snapshot_every: int) -> Served:
@@ -180,13 +249,10 @@ def uvicorn_settings(most_message: int = MOST_START) -> dict[str, Any]:
 def run(request: Request, world: World) -> int:
     import uvicorn
 
-    from longsana.serving.app import create_app
+    from longsana.serving.app import create_app  # brings diffusers and transformers, which take seconds
     from longsana.serving.jobs import Jobs
-    from longsana.serving.studio import Studio  # brings diffusers and transformers, which take seconds
 
-    config, served, device = request.config, request.served, world.device()
-    set_threads(request.threads, world)
-    keep_freed_memory()
+    config, served = request.config, request.served
     if seeded := seeded_sources(config):
         log.warning("RANDOM WEIGHTS (%s): the videos show noise, not what the prompts say", ", ".join(seeded))
     host, port = request.listening.getsockname()[:2]
@@ -201,15 +267,16 @@ def run(request: Request, world: World) -> int:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             where = f"[{host}]" if ":" in host else host
-            log.info("%s on %s: http://%s:%d", served.name, device, where, port)
+            log.info("%s on %s: http://%s:%d", served.name, made_by, where, port)
 
     with ExitStack() as stack:
         stack.enter_context(request.listening)
         folder = request.work_dir / "videos"
+        if request.fleet is not None:  # each machine's own, of those that have the snapshots in common
+            folder /= socket.gethostname()
         check_writable(folder)
         stack.enter_context(hold_folder(folder, "--work_dir"))
-        snapshots = request.work_dir / "snapshots" if served.snapshots else None
-        studio = stack.enter_context(Studio(config, device, served.limits, snapshots))
+        studio, made_by = _studio(request, world, stack)
         jobs = Jobs(studio, served, folder)
         stack.callback(jobs.close)
         app = create_app(studio, served, jobs, key=request.key, origins=request.origins, local=local)
@@ -217,6 +284,37 @@ def run(request: Request, world: World) -> int:
             Server(uvicorn.Config(app, **uvicorn_settings())).run([request.listening])
         stop.check()
     return 0
+
+
+def _studio(request: Request, world: World, stack: ExitStack) -> tuple[AnyStudio, str]:
+    """Have what makes the videos until the stack is left: this process, or replicas; and say where that is."""
+    snapshots, served = request.work_dir.absolute() / "snapshots", request.served
+    if request.fleet is None:
+        from longsana.serving.studio import Studio
+
+        set_threads(request.threads, world)
+        keep_freed_memory()
+        device = world.device()
+        own = Studio(request.config, device, served.limits, snapshots if served.snapshots else None)
+        return stack.enter_context(own), str(device)
+    from longsana.serving.fleet import Fleet
+    from longsana.serving.on_ray import Wanted, replicas
+
+    said = request.fleet
+    wanted = Wanted(
+        request.config,
+        served.limits,
+        snapshots,
+        replicas=said.replicas,
+        most=said.most,
+        viewers=said.viewers,
+        cpus=said.cpus,
+        gpus=said.gpus,
+        threads=request.threads,
+    )
+    fleet = Fleet(stack.enter_context(replicas(wanted, said.address)))
+    stack.callback(fleet.close)
+    return fleet, f"{fleet.figures().replicas} replicas"
 
 
 def main(arguments: Sequence[str]) -> int:

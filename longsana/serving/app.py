@@ -10,6 +10,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,17 +25,19 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 from longsana.runtime.errors import InputError
 from longsana.runtime.foreign import parse_json
 from longsana.serving import protocol
+from longsana.serving.fleet import AnyStudio
 from longsana.serving.guard import Guard, TooLong, error_value, spoken
 from longsana.serving.jobs import Job, Jobs
 from longsana.serving.live import LINGER, Connections, Gone
 from longsana.serving.metrics import CONTENT_TYPE, Measurements
 from longsana.serving.protocol import Served
-from longsana.serving.studio import Studio
 from longsana.serving.values import Full
 
 PAGE = Path(__file__).with_name("page.html")
 EXPIRE = 60.0
 """Seconds between two looks for videos that are too old."""
+THREADS = 128
+"""Requests and changes that may wait for sessions or a disk at a time."""
 MOST_FIELDS = 64
 Reader = TypeVar("Reader", bound=Callable[..., Awaitable[Any]])
 
@@ -71,7 +74,7 @@ class _Socket:
 
 
 def create_app(
-    studio: Studio,
+    studio: AnyStudio,
     served: Served,
     jobs: Jobs,
     *,
@@ -97,6 +100,8 @@ def create_app(
                 await asyncio.sleep(EXPIRE)
                 await asyncio.to_thread(jobs.expire)
 
+        # What waits for a session, perhaps for another machine, must not keep others waiting.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "requests"))
         task = asyncio.create_task(expire())
         yield
         task.cancel()

@@ -14,9 +14,8 @@ from typing import Any
 
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable, disk_failure, partial_name, unfinished
+from longsana.serving.fleet import AnySession, AnyStudio
 from longsana.serving.protocol import Served
-from longsana.serving.session import Session
-from longsana.serving.studio import Studio
 from longsana.serving.values import End, Full, Order
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ class Job:
     size: str
     seconds: float
     created: int = field(default_factory=lambda: int(time.time()))
-    session: Session | None = None
+    session: AnySession | None = None
     status: str = "queued"
     frames: int = 0
     bytes: int = 0
@@ -81,7 +80,7 @@ class Jobs:
 
     def __init__(
         self,
-        studio: Studio,
+        studio: AnyStudio,
         served: Served,
         folder: Path,
         *,

@@ -13,10 +13,9 @@ from typing import Any, Protocol
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import disk_failure
 from longsana.serving import protocol
+from longsana.serving.fleet import AnySession, AnyStudio
 from longsana.serving.metrics import Measurements, Viewing
 from longsana.serving.protocol import Interaction, Plain, Rewind, Served, encode, failure
-from longsana.serving.session import Session
-from longsana.serving.studio import Studio
 from longsana.serving.values import Chunk, End, Full
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class Connections:
 
     def __init__(
         self,
-        studio: Studio,
+        studio: AnyStudio,
         served: Served,
         measurements: Measurements,
         *,
@@ -74,7 +73,7 @@ class Connections:
         self._most = most or 2 * (served.limits.sessions + served.limits.queue)
         self._open = 0
         self._viewers: dict[str, Viewer] = {}
-        self._lingering: dict[str, tuple[asyncio.TimerHandle, bool]] = {}
+        self._lingering: dict[str, tuple[asyncio.TimerHandle, asyncio.Task[bool]]] = {}
 
     async def serve(self, socket: Socket) -> None:
         """Serve a connection until it ends."""
@@ -86,16 +85,23 @@ class Connections:
         finally:
             self._open -= 1
 
-    def linger(self, session: Session, *, pause: bool) -> None:
+    def linger(self, session: AnySession, *, pause: bool) -> None:
         """Keep a session without a viewer for a while, and end it if none comes."""
         if session.state in ENDED:
             session.close()
             return
-        resume = pause and session.state != "paused"
-        if resume:
-            session.pause()
+
+        async def rest() -> bool:
+            """Pause, if that is to be; returns whether it was done."""
+            if not pause or session.state == "paused":
+                return False
+            with contextlib.suppress(InputError):  # it has ended
+                await asyncio.to_thread(session.pause)
+            return True
+
         loop = asyncio.get_running_loop()
-        self._lingering[session.id] = loop.call_later(self._linger, self._give_up, session), resume
+        timer = loop.call_later(self._linger, self._give_up, session)
+        self._lingering[session.id] = timer, loop.create_task(rest())
 
     def lingers(self, id: str) -> bool:
         """Tell whether a session waits for a viewer."""
@@ -134,7 +140,7 @@ class Connections:
         await _farewell(socket, said)
         await socket.close(code)
 
-    async def _session(self, start: protocol.Start) -> tuple[Session, bool]:
+    async def _session(self, start: protocol.Start) -> tuple[AnySession, bool]:
         """The session that a client had before, if it is still there, or a new one; and which of them it is."""
         if start.session_id is not None:
             before = self.studio.session(start.session_id)
@@ -151,11 +157,12 @@ class Connections:
         before, self._viewers[id] = self._viewers.get(id), viewer
         if before is not None:
             await before.leave()
-        timer, resume = self._lingering.pop(id, (None, False))
-        if timer is not None:
+        if id in self._lingering:
+            timer, rests = self._lingering.pop(id)
             timer.cancel()
-        if resume:
-            viewer.session.resume()
+            if await rests:
+                with contextlib.suppress(InputError):  # it has ended, as its viewer will hear
+                    await asyncio.to_thread(viewer.session.resume)
 
     async def _watch(self, viewer: Viewer) -> None:
         session, code = viewer.session, None
@@ -178,7 +185,7 @@ class Connections:
         if code is not None:
             await viewer.socket.close(code)
 
-    def _give_up(self, session: Session) -> None:
+    def _give_up(self, session: AnySession) -> None:
         self._lingering.pop(session.id, None)
         session.close()
 
@@ -186,7 +193,7 @@ class Connections:
 class Viewer:
     """One client of one session. Two tasks: one sends what is made, one does what the client asks."""
 
-    def __init__(self, connections: Connections, socket: Socket, session: Session, is_new: bool) -> None:
+    def __init__(self, connections: Connections, socket: Socket, session: AnySession, is_new: bool) -> None:
         self.socket, self.session = socket, session
         self._connections, self._is_new = connections, is_new
         self._served = connections.served
@@ -349,11 +356,12 @@ class Viewer:
         """Do what a client asks; returns the answer, or "" where the end is one."""
         session = self.session
         if isinstance(asked, Interaction):
-            event_id = session.change(asked.prompt, asked.event_id, asked.policy, asked.transition_chunks)
+            told = asked.prompt, asked.event_id, asked.policy, asked.transition_chunks
+            event_id = await asyncio.to_thread(session.change, *told)
             self._viewing.changed(event_id, self._served.limits.most_events)
             return self._message("session.interaction.queued", event_id=event_id)
         if isinstance(asked, Rewind):
-            session.rewind(asked.chunks)
+            await asyncio.to_thread(session.rewind, asked.chunks)
             return self._message("session.rewound", chunks=asked.chunks)
         assert isinstance(asked, Plain)
         if asked.name == "stop":
@@ -365,15 +373,15 @@ class Viewer:
             self._forks = [id for id in self._forks if self._connections.lingers(id)]
             if len(self._forks) >= FORKS:
                 raise InputError(f"session.fork: {FORKS} forks wait for a connection of their own; take one first")
-            other = session.fork()
+            other = await _forked(session)
             self._forks.append(other.id)
             self._connections.linger(other, pause=False)
             return self._message("session.forked", session_id=other.id)
         if asked.name == "pause":
-            session.pause()
+            await asyncio.to_thread(session.pause)
             return self._message("session.paused")
         if asked.name == "resume":
-            session.resume()
+            await asyncio.to_thread(session.resume)
             self._viewing.interrupted()
             return self._message("session.resumed")
         return self._message("session.pong")
@@ -394,6 +402,16 @@ class Viewer:
     async def _say(self, text: str) -> None:
         async with self._speaking:
             await self.socket.send(text)
+
+
+async def _forked(session: AnySession) -> AnySession:
+    """Fork a session; a viewer who leaves meanwhile leaves no fork behind."""
+    forking: asyncio.Future[AnySession] = asyncio.ensure_future(asyncio.to_thread(session.fork))
+    try:
+        return await asyncio.shield(forking)
+    except asyncio.CancelledError:
+        forking.add_done_callback(lambda done: done.exception() or done.result().close())
+        raise
 
 
 class _Stalled(Exception):

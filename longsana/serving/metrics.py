@@ -10,8 +10,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from longsana.serving.fleet import AnyStudio
 from longsana.serving.pace import IN_TIME
-from longsana.serving.studio import Studio
 from longsana.serving.values import Chunk
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -22,7 +22,7 @@ SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 7.5, 10, 15,
 class Measurements:
     """Counts what is sent; `text` is what /metrics answers, from any thread."""
 
-    def __init__(self, studio: Studio) -> None:
+    def __init__(self, studio: AnyStudio) -> None:
         self._registry = CollectorRegistry(auto_describe=True)
         self._registry.register(_Studio(studio))
 
@@ -91,7 +91,7 @@ class Viewing:
 class _Studio(Collector):
     """The studio's own figures, taken when somebody asks."""
 
-    def __init__(self, studio: Studio) -> None:
+    def __init__(self, studio: AnyStudio) -> None:
         self._studio = studio
 
     def describe(self) -> list[Metric]:
@@ -118,6 +118,8 @@ class _Studio(Collector):
             "chunks_made_total": ("Chunks made so far", figures.chunks_made),
             "chunks_dropped_total": ("Chunks made and not sent, as after a change of prompt", figures.chunks_dropped),
             "failures_total": ("Sessions that failed", figures.failures),
+            "replicas": ("Replicas that answer", figures.replicas),
+            "moves_total": ("Sessions that went on with another replica", figures.moves),
         }
         for name, (purpose, value) in plain.items():
             yield GaugeMetricFamily(f"longsana_{name}", purpose, value=value)

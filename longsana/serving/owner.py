@@ -53,7 +53,7 @@ class Owner(Protocol):
         """Save a state; returns its id. Called without the lock."""
 
     def save_later(self, session: Session, point: Point) -> None:
-        """Save a state in the background, if the last one was; called with the lock."""
+        """Save a state in the background, if the last one was; called with the lock. See `Session.saved`."""
 
     def forked(self, session: Session, points: list[Point], events: list[Event]) -> Session:
         """Begin a session at the last of these points of another; called with the lock."""
@@ -72,6 +72,57 @@ class Entry:
     coded: list[Picture] | bytes | None = None
     encode_ms: float = 0.0
     ready: float = 0.0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state that a session has saved of itself.
+
+    id: of the snapshot. index: `Chunk.generation_index` of the chunk that follows it. frames: pixel frames of the video
+    that follow it; None: it has no end. active: see `Point`.
+    """
+
+    id: str
+    index: int
+    frames: int | None
+    active: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """The facts about a session with which another studio goes on, beside its order and a state that was saved.
+
+    version: grows with each that is made. index: `Chunk.generation_index` of the chunk that comes next. base: that of
+    the order's first chunk; None: changes of prompt since then are forgotten, so that nothing can begin there again.
+    chunks, pictures: that were taken. rewinds: so far. paused: whether it is. saved: states to go on from, the newest
+    last, of what is still the session's past. told: by index, the last change of prompt that each chunk since the first
+    of them, or since `base`, began with. waiting: changes that no taken chunk has shown.
+    """
+
+    version: int
+    base: int | None
+    index: int
+    chunks: int
+    pictures: int
+    rewinds: int
+    paused: bool
+    saved: tuple[Saved, ...]
+    told: tuple[tuple[int, Event], ...]
+    waiting: tuple[Event, ...]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A session that goes on in another studio.
+
+    id: which it keeps. ticket: that it had. base: the state that its order goes on from; None: as it began.
+    ahead: seconds that its viewer has still to see; None: nothing was shown yet.
+    """
+
+    id: str
+    ticket: Ticket
+    base: Saved | None
+    ahead: float | None
 
 
 class Task(NamedTuple):

@@ -37,6 +37,12 @@ class Pace:
             self.stalled += ready - self.zero - pts
         self.zero = max(self.zero, now - pts)
 
+    def ahead(self, pts: float, now: float) -> float | None:
+        """Seconds that a viewer who has all before `pts` has still to see; None before he was shown anything."""
+        if self.zero is None:
+            return None
+        return max(0.0, self.zero + pts - (now if self._paused is None else self._paused))
+
     def pause(self, now: float) -> None:
         self._paused = now if self._paused is None else self._paused
 

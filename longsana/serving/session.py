@@ -16,9 +16,9 @@ from longsana.runtime.errors import InputError
 from longsana.serving.making import Event, Made, Point, Video, nbytes, thinned
 from longsana.serving.media import ChunkEncoder
 from longsana.serving.orders import event_of
-from longsana.serving.owner import Dropped, Entry, Owner, Task
+from longsana.serving.owner import Dropped, Entry, Moved, Owner, Saved, Task, Ticket
 from longsana.serving.pace import Pace
-from longsana.serving.values import Chunk, End, Order, SessionFigures
+from longsana.serving.values import Chunk, End, Full, Order, SessionFigures
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ PATIENCE = 5.0
 """Seconds after which a session without a pace has a turn before viewers who are not dry yet."""
 UNPACED = 2
 """Chunks that are made ahead of a viewer that has no pace."""
+TOLD = 64
+"""Last chunks of which a session knows how their prompts changed: another studio makes at most so many again."""
 
 
 class Session:
@@ -51,16 +53,24 @@ class Session:
         video: Video,
         begin: Iterable[Point],
         opening: Iterator[Point | None] | None = None,
+        id: str | None = None,
     ) -> None:
-        """begin: the points that it may go back to, the last of which it begins at; none: `opening` makes it."""
-        self.id = secrets.token_hex(16)
+        """begin: the points that it may go back to, the last of which it begins at; none: `opening` makes it.
+
+        id: of a session that was in another studio.
+        """
+        self.id = secrets.token_hex(16) if id is None else id
         self.height, self.width = video.size
         self.fps, self.started = video.fps, time.monotonic()
         self.order, self.video = order, video
         self.place = 0  # in the queue; 0: it has a place
         self.last_turn = 0.0
-        self.snapshots: deque[str] = deque()  # that were saved of itself and are kept
         self.saving = False
+        self._saved: deque[Saved] = deque()  # of itself
+        self._stale: list[str] = []  # snapshots of what was rewound, which a viewer may still name
+        self._told: deque[tuple[int, Event]] = deque()
+        self._base: int | None = video.done
+        self._rewinds = self._version = 0
         self._owner, self._opening = owner, opening
         self._state: Literal["running", "finished", "closed", "failed"] = "running"
         self._message, self._paused = "", False
@@ -216,6 +226,21 @@ class Session:
             point = self._points[-1]
         return self._owner.save(self, point)
 
+    def keep(self) -> None:
+        """Save a state of itself at once, as `Order.snapshot_every` has it done; waits for the disk.
+
+        Raises:
+            InputError: the studio has no folder of snapshots.
+            OSError: the disk is full, or failed.
+        """
+        with self._owner.lock:
+            if not self._points or self._points[-1].after is None:
+                return
+            point, rewinds = self._points[-1], self._rewinds
+        id = self._owner.save(self, point)
+        with self._owner.lock:
+            self.saved(id, point, rewinds)
+
     def fork(self) -> Session:
         """Begin a session that goes on from the last chunk that was taken as this one would; states are shared.
 
@@ -252,6 +277,69 @@ class Session:
             self._drop()
             self._pending.clear()
             self._carried = (), ()
+            self._rewinds += 1
+            while self._saved and self._saved[-1].index > self._index:
+                self._stale.append(self._saved.pop().id)
+            while self._told and self._told[-1][0] >= self._index:
+                self._told.pop()
+            self._owner.wake()
+
+    def ticket(self) -> Ticket:
+        """Say what another studio has to know to go on with this session."""
+        with self._owner.lock:
+            self._version += 1
+            waiting = [event for entry in self._unsent for event in entry.events]
+            return Ticket(
+                self._version,
+                self._base,
+                self._index,
+                self._chunks,
+                self._pictures,
+                self._rewinds,
+                self._paused,
+                tuple(self._saved),
+                tuple(self._told),
+                (*waiting, *self._pending),
+            )
+
+    def catch_up(self, moved: Moved, within: float) -> None:
+        """Make again what the viewer of a session that was in another studio has had, and go on after it.
+
+        To be called once, before anything is taken. It waits for a place, and for the chunks, none of which it gives
+        out. They are those of the other studio to rounding: the decoder's memory is rebuilt from the last latents.
+
+        within: seconds, after which it is given up.
+
+        Raises:
+            InputError: a change of prompt since reaches back to what the state does not hold, or the session has ended.
+            Full: it took too long.
+        """
+        ticket, base = moved.ticket, moved.base
+        told, end = dict(ticket.told), time.monotonic() + within
+        with self._owner.lock:
+            self._base, self._version = ticket.base, ticket.version
+            self._told.extend(ticket.told)
+            self._saved.extend(saved for saved in ticket.saved if base and saved.index <= base.index)
+            self._wait(lambda: self._points, end)
+            while self._index < ticket.index:
+                if (event := told.pop(self._index, None)) is not None:
+                    self._check_reach(event)
+                    self._drop()
+                    self._pending.append(event)
+                    self._owner.wake()
+                self._wait(lambda: self._unsent, end)
+                self._stand_at(self._unsent.popleft().point)
+                self._owner.wake()
+            self._chunks, self._pictures, self._rewinds = ticket.chunks, ticket.pictures, ticket.rewinds
+            self._drop()
+            self.await_events(list(ticket.waiting))
+            if moved.ahead is not None:
+                self._pace.zero = time.monotonic() + moved.ahead - self._seconds(self._pictures)
+            if not self.video.length(self._points[-1].chunk):
+                self._state = "finished"
+            if ticket.paused:
+                self.pause()
+            self.tell()
             self._owner.wake()
 
     def close(self) -> None:
@@ -338,6 +426,7 @@ class Session:
             self._pending.popleft()
         entry = Entry(made.pixels, len(made.pixels), made.point, task.events, made.completed, 1000 * seconds)
         self._unsent.append(entry)
+        self._wakes.notify_all()
         return entry
 
     def code(self, entry: Entry) -> None:
@@ -372,6 +461,31 @@ class Session:
         """List the points that it holds."""
         return [*self._points, *(entry.point for entry in self._unsent)]
 
+    def saved(self, id: str, point: Point, rewinds: int) -> list[str]:
+        """Note a state that was saved of itself after so many rewinds; returns the snapshots to remove in its place."""
+        gone, self._stale = self._stale, []
+        index = self.video.done + point.chunk
+        if rewinds != self._rewinds:  # it may be of what was rewound
+            return [*gone, id]
+        rest = self.video.lengths[point.chunk :]
+        frames = None if self.video.endless else self._owner.pixel_frames(sum(rest))
+        self._saved.append(Saved(id, index, frames, point.active))
+        while len(self._saved) > self._owner.limits.own_snapshots:
+            gone.append(self._saved.popleft().id)
+        while self._told and self._told[0][0] < self._saved[0].index:
+            self._forget()
+        return gone
+
+    def follow(self, other: Session) -> None:
+        """Know of changes of prompt what another one knows, of which this is a fork."""
+        self._base = other._base
+        self._told.extend(other._told)
+
+    @property
+    def rewinds(self) -> int:
+        """Rewinds so far."""
+        return self._rewinds
+
     def trim(self) -> None:
         """Let go of what memory has no room for."""
         kept, whole = self._owner.may_keep(self)
@@ -400,6 +514,11 @@ class Session:
     # ------------------------------------------------------------------------------------------------------------------
 
     @property
+    def _index(self) -> int:
+        """`Chunk.generation_index` of the chunk that comes after those that were taken."""
+        return self.video.done + (self._points[-1].chunk if self._points else 0)
+
+    @property
     def _next_point(self) -> Point:
         if self._unsent:
             return self._unsent[-1].point
@@ -411,6 +530,19 @@ class Session:
     def _check_alive(self) -> None:
         if not self.alive:
             raise InputError(f"session: has ended ({self._state}); begin another")
+
+    def _check_reach(self, event: Event) -> None:
+        if not self.video.reaches(event.change, self._points[-1].chunk):
+            raise InputError(f"session: cannot go on elsewhere: [{event.change}] reaches back to what was not saved")
+
+    def _wait(self, for_what: Callable[[], object], end: float) -> None:
+        """Wait until there is something, at most until a moment; see `catch_up`."""
+        while not for_what():
+            self._check_alive()
+            if self._points and not self.video.length(self._points[-1].chunk):
+                raise InputError("session: cannot go on elsewhere: its video ends earlier there")
+            if not self._wakes.wait(max(0.0, end - time.monotonic())) and time.monotonic() >= end:
+                raise Full("full: no place for a session that was elsewhere, or no time to catch up; try again later")
 
     def _drop(self) -> None:
         """Let go of all that was made and not taken; its events wait again."""
@@ -424,10 +556,22 @@ class Session:
         """Pass by chunks without pictures, which decoders that look ahead begin with."""
         while self._unsent and self._unsent[0].coded is not None and not self._unsent[0].frames:
             entry = self._unsent.popleft()
+            self._note(entry)
             started, completed = self._carried
             self._carried = (*started, *(event.id for event in entry.events)), (*completed, *entry.completed)
             self._stand_at(entry.point)
             self._owner.wake()
+
+    def _note(self, entry: Entry) -> None:
+        """Note the change of prompt that a chunk begins with."""
+        if entry.events:
+            self._told.append((self._index, entry.events[-1]))
+            while len(self._told) > TOLD:
+                self._forget()
+
+    def _forget(self) -> None:
+        self._told.popleft()
+        self._base = None
 
     def _stand_at(self, point: Point) -> None:
         self._points.append(point)
@@ -435,6 +579,7 @@ class Session:
 
     def _taken(self, now: float) -> Chunk:
         entry, pts = self._unsent.popleft(), self._seconds(self._pictures)
+        self._note(entry)
         coded, (started, completed) = entry.coded, self._carried
         assert coded is not None
         self._carried = (), ()
@@ -456,18 +601,18 @@ class Session:
             (*completed, *entry.completed),
             entry.generation_ms,
             entry.encode_ms,
-            self.snapshots[-1] if self.snapshots else "",
+            self._saved[-1].id if self._saved else "",
         )
         self._pace.took(pts, now, entry.ready)
         self._chunks, self._pictures = self._chunks + 1, self._pictures + entry.frames
         if self._first is None:
             self._first = now - self.started
         self._stand_at(entry.point)
-        if self.order.snapshot_every and self._chunks % self.order.snapshot_every == 0:
-            self._owner.save_later(self, entry.point)
         if not self.video.length(entry.point.chunk):
             self._state = "finished"
             self.tell()
+        elif self.order.snapshot_every and self._chunks % self.order.snapshot_every == 0:
+            self._owner.save_later(self, entry.point)
         self._owner.wake()
         return chunk
 

@@ -17,6 +17,8 @@ from longsana.sampling.continuation import Continuation
 
 ID = re.compile(r"[0-9a-f]{32}")
 SUFFIX = ".safetensors"
+RACES = 3
+"""Times that a file is looked for which another process of the fleet may just be moving, or removing."""
 
 
 class _Owner(NamedTuple):
@@ -47,20 +49,26 @@ class Snapshots:
     Files are those of `Continuation.save`, without the decoder's memory, which is rebuilt from the last latents.
 
     most, most_bytes: files, and their bytes, that there are after a new one. most_asked: of one session, of those that
-    were asked for.
+    were asked for. fleet: the folders beside this one are those of other processes, whose snapshots can be had as well;
+    what processes left there that are gone becomes this one's.
     """
 
-    def __init__(self, folder: Path, most: int, most_bytes: int, most_asked: int = 16) -> None:
+    def __init__(self, folder: Path, most: int, most_bytes: int, most_asked: int = 16, *, fleet: bool = False) -> None:
         self.folder, self._most, self._most_bytes, self._most_asked = folder, most, most_bytes, most_asked
+        self._fleet = fleet
         self._owners: dict[str, _Owner] = {}
         self._lock = threading.Lock()
+        if fleet:
+            self._inherit()
         for left in folder.glob(partial_name(Path(f"*{SUFFIX}")).name):  # of a process that was killed
             left.unlink(missing_ok=True)
         self._make_room()
 
     @classmethod
     @contextmanager
-    def opened(cls, folder: Path, most: int, most_bytes: int, most_asked: int = 16) -> Iterator[Snapshots]:
+    def opened(
+        cls, folder: Path, most: int, most_bytes: int, most_asked: int = 16, *, fleet: bool = False
+    ) -> Iterator[Snapshots]:
         """Have a folder, made if it is missing, for this process alone inside the block.
 
         Raises:
@@ -68,7 +76,7 @@ class Snapshots:
         """
         check_writable(folder, "folder of snapshots")
         with hold_folder(folder, "folder of snapshots"):
-            yield cls(folder, most, most_bytes, most_asked)
+            yield cls(folder, most, most_bytes, most_asked, fleet=fleet)
 
     def save(self, state: Continuation, session: str, *, asked: bool = True) -> str:
         """Save a state of a session, which somebody asked for or which is saved of itself; returns its id.
@@ -90,18 +98,22 @@ class Snapshots:
         Raises:
             InputError: there is none of this id, or its file is damaged.
         """
-        path = self._path(id)
-        if not path.is_file():
-            raise InputError(f"snapshot={id}: there is none of this id; it may have made room for a newer one")
-        try:
-            return Continuation.load(path)
-        except InputError as error:  # where the folder lies is nobody's business
-            raise InputError(str(error).replace(str(path), f"snapshot={id}")) from error
+        for _ in range(RACES):
+            path = self._found(id)
+            if path is None:
+                break
+            try:
+                return Continuation.load(path)
+            except (InputError, OSError) as error:
+                if path.is_file():  # where the folder lies is nobody's business
+                    raise InputError(str(error).replace(str(path), f"snapshot={id}")) from error
+        raise InputError(f"snapshot={id}: there is none of this id; it may have made room for a newer one")
 
     def remove(self, id: str) -> None:
         """Remove a state, if it is there. Raises InputError for what is no id."""
-        with suppress(OSError):
-            self._path(id).unlink(missing_ok=True)
+        if (path := self._found(id)) is not None:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def sizes(self) -> list[int]:
         """Bytes of each file, the oldest first."""
@@ -111,6 +123,26 @@ class Snapshots:
         if not isinstance(id, str) or ID.fullmatch(id) is None:
             raise InputError(f"snapshot={id!r:.60}: must be the id of one, 32 digits from 0 to f")
         return self.folder / f"{id}{SUFFIX}"
+
+    def _found(self, id: str) -> Path | None:
+        """The file of an id, here or, in a fleet, beside."""
+        path = self._path(id)
+        places = [path, *self.folder.parent.glob(f"*/{path.name}")] if self._fleet else [path]
+        return next((place for place in places if place.is_file()), None)
+
+    def _inherit(self) -> None:
+        """Take over what is in the folders of processes that are gone."""
+        for folder in self.folder.parent.iterdir():
+            if folder == self.folder or not folder.is_dir():
+                continue
+            with suppress(InputError, OSError):  # it is in use, or another one inherits too
+                with hold_folder(folder, "folder of snapshots"):
+                    for path in folder.glob(f"*{SUFFIX}"):
+                        if ID.fullmatch(path.stem):
+                            path.rename(self.folder / path.name)
+                    for left in folder.glob(partial_name(Path(f"*{SUFFIX}")).name):
+                        left.unlink(missing_ok=True)
+                folder.rmdir()
 
     def _files(self) -> list[_File]:
         found = []

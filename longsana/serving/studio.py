@@ -10,6 +10,7 @@ import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ from longsana.sampling.engine import Engine
 from longsana.sampling.memory import fit_memory, work_of
 from longsana.serving.making import Bytes, Event, Maker, Point, Video, nbytes
 from longsana.serving.orders import video_of
-from longsana.serving.owner import Dropped, Entry, Task
+from longsana.serving.owner import Dropped, Entry, Moved, Task
 from longsana.serving.session import Session
 from longsana.serving.snapshots import Snapshots
 from longsana.serving.values import Figures, Full, Limits, Order
@@ -67,6 +68,7 @@ class Studio:
     A chunk that fails, or for which the GPU has no memory, ends its session and no other.
 
     snapshots: the folder that has them, made if it is missing, for this process alone; None: none can be saved.
+    fleet: see `Snapshots`.
 
     Raises:
         InputError: the config is not of the distilled model, files are missing or do not fit, or another process has
@@ -79,6 +81,8 @@ class Studio:
         device: torch.device | str = "cpu",
         limits: Limits | None = None,
         snapshots: Path | None = None,
+        *,
+        fleet: bool = False,
     ) -> None:
         self.limits = limits or Limits()
         config = fit_memory(config, torch.device(device), work_of(config, encodes=True, live=True))
@@ -104,7 +108,7 @@ class Studio:
             self._snapshots: Snapshots | None = None
             if snapshots is not None:
                 most = self.limits.snapshots, self.limits.snapshot_bytes, self.limits.session_snapshots
-                self._snapshots = undo.enter_context(Snapshots.opened(snapshots, *most))
+                self._snapshots = undo.enter_context(Snapshots.opened(snapshots, *most, fleet=fleet))
             encode = undo.enter_context(caption_encoder(engine.config, engine.device, engine.turns))
             self._maker = Maker(engine, encode, self.limits.captions)
             self._warm_up()
@@ -117,8 +121,10 @@ class Studio:
             self._worker.start()
             self._undo = undo.pop_all()
 
-    def start(self, order: Order) -> Session:
+    def start(self, order: Order, moved: Moved | None = None) -> Session:
         """Begin a session; it waits in the queue where there is no place (`Session.position`).
+
+        moved: of one that was in another studio, which goes on here after `Session.catch_up`. It waits before others.
 
         A snapshot is a value that nobody changes: all sessions that go on from one, or beside the session that saved
         it, are sessions of their own, with ids and snapshots of their own. So no two ever write the same one.
@@ -131,9 +137,12 @@ class Studio:
         """
         video, begin = self._read(order)
         opening = None if video.film is None else self._maker.opening(video)
-        session = Session(self, order, video, [begin] if opening is None else [], opening)
+        if moved is not None and moved.base is not None:
+            begin = replace(begin, active=moved.base.active)
+        id = None if moved is None else moved.id
+        session = Session(self, order, video, [begin] if opening is None else [], opening, id)
         with self.lock:
-            return self._take_in(session)
+            return self._take_in(session, first=moved is not None)
 
     def check(self, order: Order) -> None:
         """Refuse an order as `start` would, as far as that is known without a place for it.
@@ -253,12 +262,13 @@ class Studio:
         if self._snapshots is None or session.saving or self._closed:
             return
         session.saving = True
-        self._saver.submit(self._save, session, point)
+        self._saver.submit(self._save, session, point, session.rewinds)
 
     def forked(self, session: Session, points: list[Point], events: list[Event]) -> Session:
         """Begin a session at the last of these points of another."""
         fork = Session(self, session.order, session.video, points)
         fork.await_events(events)
+        fork.follow(session)
         return self._take_in(fork)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -289,13 +299,15 @@ class Studio:
                 f"at most {self.limits.pass_seconds:g} s are taken: choose a smaller size, or shorter chunks"
             )
 
-    def _take_in(self, session: Session) -> Session:
+    def _take_in(self, session: Session, *, first: bool = False) -> Session:
         if self._closed:
             raise InputError("studio: is closed")
-        if len(self._queue) >= self.limits.queue:
+        if session.id in self._sessions:
+            raise InputError(f"session={session.id}: is here already")
+        if len(self._queue) >= self.limits.queue and not first:  # who had a place waits wherever he must
             raise Full(f"full: {len(self._queue)} sessions wait already; try again later")
         self._sessions[session.id] = session
-        self._queue.append(session)
+        self._queue.insert(0 if first else len(self._queue), session)
         session.place = len(self._queue)
         self._admit()
         return session
@@ -481,8 +493,8 @@ class Studio:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _save(self, session: Session, point: Point) -> None:
-        """Save a session's state of itself, in place of the last but one; where a disk fails, the next is tried."""
+    def _save(self, session: Session, point: Point, rewinds: int) -> None:
+        """Save a session's state of itself, in place of an older one; where a disk fails, the next is tried."""
         assert self._snapshots is not None
         try:
             id = self._snapshots.save(self._maker.state(session.video, point), session.id, asked=False)
@@ -492,12 +504,11 @@ class Studio:
         finally:
             with self.lock:
                 session.saving = False
-        # A viewer may know no later one than the one before: both stay.
+        # A viewer may know no later one than the one before: at least two stay.
         with self.lock:
-            session.snapshots.append(id)
-            known = session.snapshots.popleft() if len(session.snapshots) > 2 else ""
-        if known:
-            self._snapshots.remove(known)
+            gone = session.saved(id, point, rewinds)
+        for old in gone:
+            self._snapshots.remove(old)
 
 
 def _key(size: tuple[int, int], latents: int) -> tuple[int, int, int]:

@@ -59,7 +59,8 @@ class Limits:
     most_prompt: characters of a prompt, at most. most_events: changes of prompt that wait for a chunk, at most.
     captions: texts whose embeddings are kept, for all sessions together.
     snapshots, snapshot_bytes: files that the folder of snapshots holds, at most; those of the session that has most go.
-    session_snapshots: of one session, of those that are asked for, at most; the oldest go.
+    session_snapshots: of one session, of those that are asked for, at most; the oldest go. own_snapshots: of one
+        session, of those that it saves of itself (`Order.snapshot_every`).
     """
 
     sessions: int = 16
@@ -78,6 +79,7 @@ class Limits:
     snapshots: int = 256
     snapshot_bytes: int = 64 << 30
     session_snapshots: int = 16
+    own_snapshots: int = 2
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Chunk:
         completed: of those whose prompt it shows alone, or that another one has replaced.
     generation_ms, encode_ms: wall time of the worker, without waiting for a turn; of the encoder.
     snapshot: id of the last state that the session has saved of itself (`Order.snapshot_every`), of a chunk before; ""
-        where there is none. That and the one before it are kept.
+        where there is none. The last `Limits.own_snapshots` are kept.
     """
 
     data: bytes
@@ -190,6 +192,7 @@ class Figures:
     real_time_factor: wall seconds that a second of video took, of the last chunks of all sessions; below 1 is real
         time; None before the first chunk. load: share of the time that the paced sessions take together.
     memory_bytes, most_memory_bytes: of states, held and allowed. chunks_made, chunks_dropped, failures: so far.
+    replicas: of a fleet, that answered. moves: of its sessions from one to another, so far.
     """
 
     sessions: tuple[SessionFigures, ...]
@@ -205,3 +208,5 @@ class Figures:
     failures: int
     snapshots: int
     snapshot_bytes: int
+    replicas: int = 1
+    moves: int = 0

@@ -42,6 +42,13 @@ PROMPT = "a small red circle moves slowly to the right on a black background"
         (["--snapshot_every", "-2"], "--snapshot_every -2"),
         (["--work_dir", "/dev/null/x"], "choose another --work_dir"),
         (["--prot", "1"], "unknown option --prot"),
+        (["--replicas", "0"], "--replicas 0: must be from 1"),
+        (["--replicas", "3", "--most_replicas", "2"], "--most_replicas 2: must be from 3"),
+        (["--replicas", "2", "--viewers_per_replica", "0"], "--viewers_per_replica 0: must be from 1"),
+        (["--replicas", "2", "--cpus_per_replica", "-1"], "--cpus_per_replica -1.0: must be from 0"),
+        (["--replicas", "2", "--snapshot_every", "0"], "--snapshot_every 0: with --replicas"),
+        (["--ray", "auto"], "--ray: is of replicas; say how many: --replicas 2"),
+        (["--gpus_per_replica", "1"], "--gpus_per_replica: is of replicas"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -66,6 +73,10 @@ def test_a_port_in_use_and_a_missing_extra(
     monkeypatch.setitem(serve.NEEDED, "no_such_module", "no-such-package")
     assert serve.main(["--work_dir", str(tmp_path)]) == 2
     assert "needs no-such-package: pip install 'longsana[serve]'" in capsys.readouterr().err
+    monkeypatch.delitem(serve.NEEDED, "no_such_module")
+    monkeypatch.setitem(serve.NEEDED_BY_A_FLEET, "no_such_module", "no-such-package")
+    assert serve.main(["--replicas", "2", "--work_dir", str(tmp_path)]) == 2
+    assert "no-such-package: pip install 'longsana[serve,ray]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["ключ", "two words", "a\tb"])

@@ -20,11 +20,37 @@ import torch
 from longsana.config import InferenceConfig
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.sampling.continuation import Continuation
+from longsana.serving.session import Session
 from longsana.serving.snapshots import Snapshots
 from longsana.serving.studio import Studio
 from tests.serving.viewing import OTHER, PROMPT, THIRD, WAIT, order, pictures, streamed, taken
 
 ROOT = Path(__file__).parents[2]
+
+
+def saved_up(session: Session) -> None:
+    """Wait until a session has saved what it saves of itself."""
+    end = time.monotonic() + WAIT
+    while session.saving:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_snapshot_of_what_was_rewound_is_none_to_go_on_from(studio: Studio) -> None:
+    session = studio.start(order(snapshot_every=1))
+    for _ in range(3):
+        taken(session, 1)
+        saved_up(session)
+    before = session.ticket().saved
+    assert [saved.index for saved in before] == [2, 3]
+    session.rewind(1)
+    assert session.ticket().saved == before[:1]
+    for _ in range(2):
+        taken(session, 1)
+        saved_up(session)
+    assert taken(session, 1)[0].snapshot not in {saved.id for saved in before}
+    assert not {saved.id for saved in before} & {file.id for file in studio._snapshots._files()}
+    session.close()
 
 
 def test_a_restarted_studio_goes_on(
@@ -59,7 +85,7 @@ def test_a_restarted_studio_goes_on(
         assert np.abs(shown - rest).max() <= 1
         # Two that go on from one snapshot are two sessions, and neither writes what the other has.
         other, another = (again.start(order(prompt=None, snapshot=id, seed=None)) for _ in range(2))
-        assert other.id != another.id and not other.snapshots and not another.snapshots
+        assert other.id != another.id and not other.ticket().saved and not another.ticket().saved
         with pytest.raises(ValueError, match="snapshot: nothing was taken"):
             again.start(order()).snapshot()
     # The file is one that the pipeline goes on from, too.
@@ -86,11 +112,9 @@ def test_snapshots_of_itself(studio: Studio) -> None:
     known = set()
     for _ in range(5):
         known.add(taken(session, 1)[0].snapshot)
-        end = time.monotonic() + WAIT
-        while session.saving and time.monotonic() < end:
-            time.sleep(0.01)
+        saved_up(session)
     assert len(known) == 5 and len(studio._snapshots.sizes()) == before + 2  # a viewer may know the last but one
-    state = studio._snapshots.load(session.snapshots[-1])
+    state = studio._snapshots.load(session.ticket().saved[-1].id)
     assert state.prompt == PROMPT and state.chunk == 5
     session.close()
 
@@ -104,8 +128,7 @@ def test_the_disk_is_full(studio: Studio, limited: Any) -> None:
         with pytest.raises(OSError, match="File too large"):
             session.snapshot()
         taken(session, 1)  # one that is saved of itself
-        while session.saving:
-            time.sleep(0.01)
+        saved_up(session)
     assert sorted(path.name for path in studio._snapshots.folder.iterdir()) == before
     assert session.state == "running" and session.snapshot() and len(taken(session, 1)) == 1
     session.close()
