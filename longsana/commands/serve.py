@@ -103,6 +103,9 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     )
     parser.add_argument("--sessions", type=whole, default=usual.sessions, help="at a time (default: %(default)s)")
     parser.add_argument("--queue", type=whole, default=usual.queue, help="that wait, at most (default: %(default)s)")
+    parser.add_argument(
+        "--load", type=number, default=usual.load, help="share of the time for paced sessions (default: %(default)s)"
+    )
     parser.add_argument("--replicas", type=whole, help="processes that make videos, by Ray Serve; without it this one")
     parser.add_argument("--most_replicas", type=whole, help="as many, when there are viewers (default: --replicas)")
     parser.add_argument(
@@ -119,6 +122,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
         "sessions": (1, 10_000),
         "queue": (0, 100_000),
         "snapshot_every": (-1, 10**6),
+        "load": (0.01, 100),
         "replicas": (1, 10_000),
         "most_replicas": (options.replicas or 1, 10_000),
         "viewers_per_replica": (1, 10_000),
@@ -148,7 +152,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
         )
     check_weights(config, encodes=False)
     check_writable(options.work_dir)
-    limits = replace(usual, sessions=options.sessions, queue=options.queue)
+    limits = replace(usual, sessions=options.sessions, queue=options.queue, load=options.load)
     if fleet is not None:  # whoever goes back by chunks must find a snapshot from before them
         limits = replace(limits, own_snapshots=2 + math.ceil(limits.kept / options.snapshot_every))
     served = served_by(config, config_path.stem, limits, options.snapshot_every)

@@ -42,6 +42,7 @@ PROMPT = "a small red circle moves slowly to the right on a black background"
         (["--snapshot_every", "-2"], "--snapshot_every -2"),
         (["--work_dir", "/dev/null/x"], "choose another --work_dir"),
         (["--prot", "1"], "unknown option --prot"),
+        (["--load", "0"], "--load 0.0: must be from 0.01"),
         (["--replicas", "0"], "--replicas 0: must be from 1"),
         (["--replicas", "3", "--most_replicas", "2"], "--most_replicas 2: must be from 3"),
         (["--replicas", "2", "--viewers_per_replica", "0"], "--viewers_per_replica 0: must be from 1"),
