@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# The measurements that docs/performance.md and docs/serving.md ask of H200s, in calls of at most ten minutes.
+#
+#     OUT=folder bash tests/full_size/gpu.sh two       # two GPUs: float8, a small GPU's change of prompt, one video on both
+#     OUT=folder bash tests/full_size/gpu.sh load      # one GPU: viewers of a live server at 480p, three rows; load720: at 720p
+#     OUT=folder bash tests/full_size/gpu.sh flat      # one GPU: 1,000 chunks and 200 sessions; batches of sessions
+#
+# Each step has a time limit of its own, and what it wrote is in OUT/results.tgz, whichever came last. Random weights.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+results=/tmp/results
+mkdir -p "$results" "${OUT:?a folder for results.tgz}"
+python=${PYTHON:-python3}
+export HF_HUB_OFFLINE=1
+cache=/tmp/hub
+own=configs/sana_video_config/Sana_2000M_480px_adamW_fsdp_longsana.yaml
+model=hf://Efficient-Large-Model/SANA-Video_2B_480p_LongLive/checkpoints/SANA_Video_2B_480p_LongLive.pth
+minute=(--config="$own" --model_path="$model" --txt_file=asset/samples/video_prompts_samples.txt --cfg_scale=1.0
+  --num_frames 961 sampling.cuda_graphs=true)
+tiny=(--decoder taew2_1 --decoder_path seeded:0)
+float8=(model.float8=true)
+
+# step NAME SECONDS COMMAND...: run it, with its words in NAME.log, and pack what there is.
+step() {
+  local name=$1 limit=$2 began=$SECONDS
+  shift 2
+  timeout -k 5 "$limit" "$@" >"$results/$name.log" 2>&1
+  echo "$name: status $?, $((SECONDS - began)) s, at $SECONDS s"
+  tail -n 25 "$results/$name.log"
+  tar czf "$OUT/results.tgz" -C "$results" .
+}
+
+benchmark() {
+  local name=$1 limit=$2
+  shift 2
+  step "$name" "$limit" env HF_HUB_CACHE="$cache" "$python" inference_video_scripts/benchmark.py "${minute[@]}" \
+    --out "$results/$name.json" "$@"
+}
+
+together() {
+  local name=$1 limit=$2
+  shift 2
+  step "$name" "$limit" env HF_HUB_CACHE="$cache" "$python" -m torch.distributed.run --nproc_per_node=2 \
+    inference_video_scripts/benchmark.py --gpus_per_video 2 "${minute[@]}" --out "$results/$name.json" "$@"
+}
+
+case ${1:-} in
+two)
+  step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
+  CUDA_VISIBLE_DEVICES=1 step scores 330 "$python" tests/full_size/measure_float8.py scores --seconds 5 30 --batch 32 \
+    --out "$results/float8" &
+  CUDA_VISIBLE_DEVICES=0 benchmark full_float8 110 "${float8[@]}"
+  CUDA_VISIBLE_DEVICES=0 benchmark tiny_float8 80 "${tiny[@]}" "${float8[@]}"
+  CUDA_VISIBLE_DEVICES=0 step change 90 "$python" tests/full_size/measure_memory.py --cache "$cache" \
+    --out "$results/memory.json" --only "a change"
+  wait
+  together two_full 90
+  together two_tiny_float8 70 "${tiny[@]}" "${float8[@]}"
+  together two_full_float8 80 "${float8[@]}"
+  step peers 110 "$python" -m pytest -q -m gpu tests/models/test_peers.py
+  ;;
+load)
+  step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
+  step load480 580 "$python" tests/full_size/measure_load.py --cache "$cache" --out "$results/load.json" \
+    --only "${2:-480p}" --seconds "${3:-120}"
+  ;;
+load720)
+  step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --size 720
+  step load720 400 "$python" tests/full_size/measure_load.py --cache "$cache" --out "$results/load720.json" --only 720p
+  ;;
+flat)
+  step batch 150 "$python" tests/full_size/measure_batch.py --out "$results/batch.json"
+  step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
+  step flat 420 env HF_HUB_CACHE="$cache" "$python" tests/full_size/measure_flat.py --config "$own" \
+    --model_path "$model" --out "$results/flat.json" sampling.chunk_frames=3 vae.decoder=taew2_1 \
+    vae.decoder_pretrained=seeded:0 sampling.cuda_graphs=true
+  ;;
+*)
+  echo "usage: OUT=folder bash tests/full_size/gpu.sh two|load|load720|flat" >&2
+  exit 2
+  ;;
+esac
