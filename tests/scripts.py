@@ -16,6 +16,7 @@ COMMANDS = {
     "load": "load",
     "train_longsana": "train",
     "generate_ode_pairs": "ode_pairs",
+    "encode_clips": "encode",
     "export": "export",
 }
 """Scripts whose text is a module of `longsana.commands`."""

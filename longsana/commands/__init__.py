@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": ("longsana.commands.evaluate", "figures of a folder of videos"),
     "benchmark": ("longsana.commands.benchmark", "what a video costs on this machine, part by part"),
     "train": ("longsana.commands.train", "train a stage, or go on where it was stopped"),
+    "encode": ("longsana.commands.encode", "clips of one's own to shards of latents, which a base model trains on"),
     "ode-pairs": ("longsana.commands.ode_pairs", "a teacher's trajectories, which the ODE stage learns from"),
     "export": ("longsana.commands.export", "a training checkpoint in a layout that others read"),
     "shapes": ("longsana.commands.shapes", "tools of the small world: its parts, and scores of its models"),

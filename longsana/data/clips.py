@@ -85,23 +85,24 @@ def write_clips(
     *,
     dtype: Literal["bfloat16", "float16", "float32"] = "float16",
     shard_size: int = 16,
+    shape: Shape | None = None,
     world: World | None = None,
 ) -> None:
     """Write clips of one shape to a folder that `ClipFolder` reads. Stopped and called again, it goes on.
 
     Args:
         made_by: all that decides the latents, as JSON has it; a folder of other settings is refused.
+        shape: of each, where the first one is not to be made for it.
         world: whose processes all call this; each writes its shards.
 
     Raises:
         InputError: the folder cannot be written to, or holds something else.
     """
-    contents = Contents(KIND, made_by, tuple(clips[0].latents.shape), dtype, len(clips), shard_size)
+    contents = Contents(KIND, made_by, shape or tuple(clips[0].latents.shape), dtype, len(clips), shard_size)
     writer = ShardWriter(Path(folder), contents, world or World(), "folder")
     for shard in writer.mine:
-        items = [clips[index] for index in contents.rows(shard)]
-        values = torch.stack([item.latents for item in items]).to(DTYPES[dtype])
-        writer.write(shard, values, [item.prompt for item in items])
+        latents, prompts = clips.batch(contents.rows(shard))
+        writer.write(shard, latents.to("cpu", DTYPES[dtype]), prompts)
     writer.finish()
 
 

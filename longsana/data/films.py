@@ -1,21 +1,22 @@
 """Films and pictures that a video goes on from, read as a stream and fitted to a video's size and frame rate.
 
 Frame k is the picture that the film shows at k / fps seconds, upright as the file says. Of each, the largest part in
-the middle with the video's shape is scaled to its size. Films are read through imageio's PyAV plugin, pictures (by
-their suffix) through Pillow: a picture is a film of one frame.
+the middle with the video's shape is scaled to its size. Films are read through PyAV, pictures (by their suffix) through
+Pillow: a picture is a film of one frame.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
-import imageio.v3 as iio
 import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
 from PIL import Image
 
 from longsana.data.pictures import rgb
@@ -25,6 +26,8 @@ from longsana.runtime.foreign import reason_of, refuse_stand_in
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LATE = 1.0
 """Seconds that a film may end before the length that its file says; sound often goes on for a moment."""
+BEFORE = 1
+"""Seconds before a picture from which a film is decoded: some files' indices go by the order of decoding."""
 
 
 def read_film(path: str | Path, fps: float) -> Iterator[np.ndarray]:
@@ -34,10 +37,38 @@ def read_film(path: str | Path, fps: float) -> Iterator[np.ndarray]:
         InputError: the file cannot be read, is no film or picture, is broken, or ends before its time.
     """
     path = Path(path)
-    with _told(path):
+    with told_of_film(path):
+        if path.suffix.lower() not in PICTURES:
+            yield from film_frames(path, fps)
+            return
         with path.open("rb") as stream:
             refuse_stand_in(path, stream.read(24))
-        yield from _pictures(path) if path.suffix.lower() in PICTURES else _frames(path, fps)
+        yield from _pictures(path)
+
+
+def film_frames(source: Path | BinaryIO, fps: float, first: int = 0) -> Iterator[np.ndarray]:
+    """Frames `first`, `first` + 1, ... (H, W, 3), uint8, of a film, as `read_film` gives them from the beginning.
+
+    source: a file, or one that is open. What is wrong with it is of any kind: see `told_of_film`.
+    """
+    if isinstance(source, Path):
+        with source.open("rb") as stream:
+            refuse_stand_in(source, stream.read(24))
+    rate = Fraction(fps).limit_denominator(1001)
+    with av.open(str(source) if isinstance(source, Path) else source) as film:
+        video = film.streams.video[0]
+        if video.codec_context is None:
+            raise ValueError("this PyAV has no decoder for its codec; convert it, for example to H.264")
+        opening = next(film.decode(video), None)
+        if opening is None:
+            return
+        matrix, count = _display_matrix(opening), first
+        for picture in _at_rate(film, video, opening, rate, first):
+            count += 1
+            yield picture if matrix is None else _upright(picture, matrix)
+        promised = _promised(film, video)
+    if promised is not None and count / fps < promised - LATE:
+        raise ValueError(f"cut short: {count / fps:.1f} of {promised:.1f} seconds can be read")
 
 
 def count_frames(path: str | Path, fps: float) -> int:
@@ -62,29 +93,67 @@ def fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
-def _frames(path: Path, fps: float) -> Iterator[np.ndarray]:
-    # FFmpeg's filter goes by the frames' times, which need not be evenly spaced. Each is shown from its own time on.
-    rate = Fraction(fps).limit_denominator(1001)
-    by_time: list[Any] = [("fps", {"fps": f"{rate.numerator}/{rate.denominator}", "round": "up"})]
-    count, matrix = 0, _display_matrix(path)
-    with iio.imopen(path, "r", plugin="pyav") as film:
-        promised = film.metadata().get("duration")
-        for picture in film.iter(format="rgb24", filter_sequence=by_time):
-            count += 1
-            yield picture if matrix is None else _upright(picture, matrix)
-    if promised is not None and count / fps < promised - LATE:
-        raise InputError(
-            f"{path}: cut short: {count / fps:.1f} of {promised:.1f} seconds can be read; repair it or give another"
-        )
+def _at_rate(
+    film: InputContainer, video: VideoStream, opening: av.VideoFrame, rate: Fraction, first: int
+) -> Iterator[np.ndarray]:
+    """Pictures of a film whose first frame has been decoded: at each k / rate, from k = first on, the newest there is.
+
+    Each is shown from its own time on. Times in a file are rounded to its tick, and so half a tick early is in time.
+    """
+    tick = video.time_base or Fraction(1, 90_000)
+    step = 1 / (video.average_rate or rate)
+    origin = Fraction(opening.pts or 0) * tick
+    shown: av.VideoFrame | None = None
+    picture: np.ndarray | None = None
+    time = end = -step
+    wanted = first
+    for frame in _decoded(film, video, opening, origin + first / rate if first else None):
+        time = time + step if frame.pts is None else frame.pts * tick - origin
+        while shown is not None and wanted / rate < time - tick / 2:
+            picture = shown.to_ndarray(format="rgb24") if picture is None else picture
+            yield picture
+            wanted += 1
+        shown, picture = frame, None
+        end = time + (frame.duration * tick if frame.duration else step)
+    while shown is not None and wanted / rate < end - tick:
+        picture = shown.to_ndarray(format="rgb24") if picture is None else picture
+        yield picture
+        wanted += 1
 
 
-def _display_matrix(path: Path) -> np.ndarray | None:
-    """Read the note beside a film, of its first picture, that says how it is turned or mirrored for display."""
-    with av.open(str(path)) as film:
-        frame = next(film.decode(film.streams.video[0]), None)
-        for note in () if frame is None else frame.side_data:
-            if note.type.name == "DISPLAYMATRIX":
-                return np.frombuffer(bytes(note), np.int32).reshape(3, 3)
+def _decoded(
+    film: InputContainer, video: VideoStream, opening: av.VideoFrame, since: Fraction | None
+) -> Iterator[av.VideoFrame]:
+    """Frames in the order of display: all, or from one on that is shown at `since` (seconds of the file) or before."""
+    if since is None:
+        yield opening
+        yield from film.decode(video)
+        return
+    tick = video.time_base or Fraction(1, 90_000)
+    for start in (since - BEFORE, Fraction(opening.pts or 0) * tick - BEFORE):
+        film.seek(int(start / tick), stream=video)
+        frames = film.decode(video)
+        newest = next(frames, None)
+        if newest is not None and (newest.pts or 0) * tick <= since:
+            yield newest
+            yield from frames
+            return
+    raise ValueError(f"second {float(since):.1f} of it cannot be found; convert it, for example to H.264 in an mp4")
+
+
+def _promised(film: InputContainer, video: VideoStream) -> float | None:
+    """Seconds that a film lasts by its own words."""
+    if video.duration is not None and video.time_base is not None:
+        return float(video.duration * video.time_base)
+    return None if film.duration is None else film.duration / av.time_base
+
+
+def _display_matrix(opening: av.VideoFrame) -> np.ndarray | None:
+    """Read the note beside a film's first picture that says how it is turned or mirrored for display."""
+    notes: Iterable[Any] = opening.side_data  # a mapping by its type's word; it goes through its values
+    for note in notes:
+        if note.type.name == "DISPLAYMATRIX":
+            return np.frombuffer(bytes(note), np.int32).reshape(3, 3)
     return None
 
 
@@ -107,13 +176,13 @@ def _pictures(path: Path) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def told_of_film(path: Path | str) -> Iterator[None]:
+    """Say in one line, as an InputError that begins with a path, what is wrong with a film that is read inside."""
     try:
         yield
     except (OSError, av.FFmpegError, Image.DecompressionBombError, IndexError, ValueError, SyntaxError) as error:
         if isinstance(error, InputError):
             raise
-        # imageio looks for the first video of a file that has sound alone.
-        without = isinstance(error.__cause__ or error, IndexError)
-        reason = "it shows no video" if without else reason_of(error)
+        # The first video of a file that has sound alone.
+        reason = "it shows no video" if isinstance(error, IndexError) else reason_of(error)
         raise InputError(f"{path}: cannot be read as a film or a picture ({reason}); give another") from error

@@ -105,6 +105,6 @@ def check_characters(text: str, where: str) -> None:
 
 def reason_of(error: Exception) -> str:
     """An exception in a few words of one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if isinstance(told := getattr(error, "strerror", None), str) and told:  # OSError, and what FFmpeg raises
+        return told
     return " ".join(str(error).split())[:100] or type(error).__name__

@@ -1,8 +1,10 @@
-"""Values that are made when somebody needs them."""
+"""Values that are made when somebody needs them, or a little before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Generic, TypeVar, cast
 
@@ -37,3 +39,18 @@ class Later(Generic[Made]):
             if self._make is not None:
                 self._made, self._make = self._make(), None
             return cast(Made, self._made)
+
+
+Item = TypeVar("Item")
+
+
+def ahead(make: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[Made]:
+    """Yield what `make` makes of each item, in order, while threads make it of so many of the next ones."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Made]] = deque()
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

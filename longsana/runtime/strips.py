@@ -1,0 +1,54 @@
+"""Contact sheets: a row of pictures for each of several films, with a line of words above it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from longsana.runtime.files import whole_file
+
+GAP, LINE = 4, 16
+WIDEST = 4096
+"""Pixels of a sheet's side, beyond which its pictures are made smaller."""
+
+
+class Row(NamedTuple):
+    """Pictures (H, W, 3), uint8, of one size, and what stands above them."""
+
+    words: str
+    pictures: Sequence[np.ndarray]
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """Choose at most so many of numbers below `count`, evenly spread, the first and the last among them."""
+    if count <= wanted:
+        return list(range(count))
+    return [round(place * (count - 1) / max(wanted - 1, 1)) for place in range(wanted)]
+
+
+def write_sheet(rows: Iterable[Row], path: Path, height: int = 96) -> None:
+    """Write a PNG of rows of pictures, each so many pixels high."""
+    lines = [row for row in rows if row.pictures]
+    scaled = [[_scaled(picture, height, len(row.pictures)) for picture in row.pictures] for row in lines]
+    width = max((sum(one.width + GAP for one in row) + GAP for row in scaled), default=1)
+    sheet = Image.new("RGB", (width, sum(LINE + row[0].height + 2 * GAP for row in scaled) or 1), "white")
+    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(11), 0
+    for row, pictures in zip(lines, scaled, strict=True):
+        draw.text((GAP, top + 2), " ".join(row.words.split()), fill="black", font=font)
+        top, left = top + LINE, GAP
+        for picture in pictures:
+            sheet.paste(picture, (left, top))
+            left += picture.width + GAP
+        top += pictures[0].height + 2 * GAP
+    with whole_file(path) as partial:
+        sheet.save(partial, format="PNG")
+
+
+def _scaled(picture: np.ndarray, height: int, beside: int) -> Image.Image:
+    scale = min(height / picture.shape[0], (WIDEST / beside - GAP) / picture.shape[1])
+    size = max(round(scale * picture.shape[1]), 1), max(round(scale * picture.shape[0]), 1)
+    return Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR)

@@ -1,0 +1,251 @@
+"""Clips in, shards out: what is made of films, on any number of processes, stopped and started, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from longsana.commands import encode, train
+from longsana.config import VAEConfig
+from longsana.data.clips import ClipFolder
+from longsana.data.films import film_frames, fitted
+from longsana.data.shards import read_manifest
+from longsana.data.sources import find_sources
+from longsana.encoders.vae import WanVAE
+from longsana.runtime.errors import InputError
+from tests.data.test_films import note_turn, shot
+from tests.forks import Forks
+
+FPS, FRAMES, HEIGHT, WIDTH = 16, 9, 32, 48
+SMALL = [
+    *("--threads", "1", "--dtype", "float32", "--shard_size", "2"),
+    *(f"sampling.height={HEIGHT}", f"sampling.width={WIDTH}", "rollout.num_training_frames=3"),
+]
+
+
+@pytest.fixture(autouse=True)
+def own_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def films(tmp_path: Path) -> Path:
+    """An even film, one with uneven times, one held upright, a webm in a folder; of 3, 2, 1 and 1 clips."""
+    folder = tmp_path / "films"
+    (folder / "more").mkdir(parents=True)
+    uneven = [Fraction(int(t), 100) for t in np.cumsum([0, *np.random.default_rng(0).integers(2, 8, 24)])]
+    shot(folder / "even.mp4", [Fraction(n, 30) for n in range(54)])
+    shot(folder / "uneven.mov", uneven)
+    note_turn(shot(folder / "turned.mp4", [Fraction(n, 16) for n in range(12)]), (0, 1, -1, 0))
+    webm(folder / "more/a_red_circle.webm", 20)
+    for name in ("even", "uneven", "turned", "more/a_red_circle"):
+        (folder / f"{name}.txt").write_text(f"the  film\n{name}\n")
+    return folder
+
+
+def webm(path: Path, count: int) -> None:
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libvpx", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for number in range(count):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 64, 3), 9 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 30)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.*"))}
+
+
+def test_later_frames_are_those_of_the_whole_film(films: Path) -> None:
+    """From anywhere, of every kind of file, also of one in memory."""
+    for source in find_sources(films):
+        whole = list(film_frames(source.place.path, 24.0))
+        for first in (1, len(whole) // 2, len(whole) - 1):
+            for opened in (source.place.path, io.BytesIO(source.place.path.read_bytes())):
+                later = list(film_frames(opened, 24.0, first))
+                assert [*map(bytes, later)] == [*map(bytes, whole[first:])], (source.name, first)
+
+
+def test_shards_hold_the_films_and_flow_matching_trains_on_them(films: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert encode.main([str(films), "--out", str(out), *SMALL]) == 0
+    clips = ClipFolder(out / "32x48")
+    listed = [json.loads(line) for line in (out / "clips.jsonl").read_text().splitlines()]
+    assert [(one["file"], one["second"]) for one in listed] == [
+        *(("even.mp4", second) for second in (0.0, 0.562, 1.125)),
+        *(("more/a_red_circle.webm", 0.0), ("turned.mp4", 0.0)),
+        *(("uneven.mov", second) for second in (0.0, 0.562)),
+    ]
+    assert (
+        list(clips.prompts()) == [one["caption"] for one in listed] and clips[3].prompt == "the film more/a_red_circle"
+    )
+    vae = WanVAE.load(VAEConfig(vae_pretrained="asset/shapes/vae"), "cpu", torch.float32)
+    for item, one in enumerate(listed):
+        frames = [*film_frames(films / one["file"], FPS)][round(one["second"] * FPS) :][:FRAMES]
+        pixels = torch.from_numpy(np.stack([fitted(frame, HEIGHT, WIDTH) for frame in frames]))
+        expected = vae.encode(pixels.permute(3, 0, 1, 2)[None].float() / 127.5 - 1)[0]
+        torch.testing.assert_close(clips[item].latents, expected, atol=1e-4, rtol=0, msg=str(one))
+    made_by = read_manifest(out / "32x48")[0].made_by
+    assert made_by["sampling.fps"] == FPS and made_by["pixel_frames"] == FRAMES and "bicubic" in made_by["fit"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["films"], summary["clips"], summary["broken"]) == (4, 7, {})
+    assert summary["sizes of films"] == {"16x32": 2, "32x16": 1, "32x64": 1}
+    assert summary["seconds"]["most"] == pytest.approx(1.8, abs=0.1) and summary["motion a second"]["least"] > 0
+    with Image.open(out / "contact_sheet.png") as sheet:
+        assert sheet.height > 7 * 90
+
+    arguments = ["--config_path", encode.DEFAULT_CONFIG, "--logdir", str(tmp_path / "run"), "--disable-wandb"]
+    arguments += ["--no_visualize", "--no_save", *SMALL[:2], *SMALL[6:], f"data.data_path={out / '32x48'}"]
+    small = ["train.max_iters=1", "train.batch_size=2", "train.compile=false", "train.mixed_precision=false"]
+    assert train.main([*arguments, *small]) == 0
+    assert "generator_loss" in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_a_tar_gives_what_its_files_give(films: Path, tmp_path: Path) -> None:
+    """A WebDataset, with a caption as JSON; and captions from a CSV, from JSON Lines and from names."""
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    with tarfile.open(tars / "0.tar", "w") as tar:
+        for path in sorted(films.rglob("*.*")):
+            name, data = path.relative_to(films).as_posix(), path.read_bytes()
+            if name == "even.txt":
+                name, data = "even.json", json.dumps({"caption": "the film even"}).encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    for folder in (films, tars):
+        assert encode.main([str(folder), "--out", str(tmp_path / folder.name / "out"), *SMALL]) == 0
+    one, two = (ClipFolder(folder / "out/32x48") for folder in (films, tars))
+    assert list(one.prompts()) == list(two.prompts())
+    assert all(torch.equal(one[item].latents, two[item].latents) for item in range(7))
+
+    rows = [(source.name, f"caption, {place}") for place, source in enumerate(find_sources(films))]
+    table = tmp_path / "table.csv"
+    table.write_text("video,caption\n" + "".join(f'{name},"{caption}"\n' for name, caption in rows))
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"file_name": name, "text": caption}) + "\n" for name, caption in rows))
+    for captions in (table, lines):
+        assert [(source.name, source.caption) for source in find_sources(films, captions)] == rows
+    assert [source.caption for source in find_sources(films, "names")] == ["even", "a red circle", "turned", "uneven"]
+
+
+def test_each_film_goes_to_the_size_of_its_shape(films: Path, tmp_path: Path) -> None:
+    out, table = tmp_path / "out", "sampling.aspect_ratio_type=ASPECT_RATIO_VIDEO_480_MS"
+    assert encode.main([str(films), "--out", str(out), "--summary_only", *SMALL, table]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["sizes of clips"] == {"448x896": 6, "896x448": 1}
+    assert not (out / "448x896").exists()
+
+
+def test_two_processes_stopped_and_started_write_the_same(films: Path, tmp_path: Path, forks: Forks) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    (films / "broken.mp4").write_bytes(b"no film")
+    (films / "broken.txt").write_text("broken")
+    assert encode.main([str(films), "--out", str(one), *SMALL]) == 1
+    processes = forks.launch(2, "encode", [films, "--out", two, *SMALL])
+    until = time.monotonic() + 60
+    while not (two / "32x48").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    for process in processes:
+        process.terminate()
+    assert {process.wait() for process in processes} <= {1, 143}
+    processes = forks.launch(2, "encode", [films, "--out", two, *SMALL])
+    said = [process.finish() for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], said
+    assert content(one) == content(two)
+    stamps = {path: path.stat().st_mtime_ns for path in (two / "32x48").glob("shard-*")}
+    assert len(stamps) == 4
+    assert encode.main([str(films), "--out", str(two), *SMALL]) == 1
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+
+
+def test_what_is_broken_is_skipped_and_counted(
+    films: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (films / "even.mp4").read_bytes()
+    bad = {
+        "cut": (whole[: len(whole) // 2], ""),
+        "empty": (b"", ""),
+        "codec": (whole.replace(b"avc1", b"zzzz"), "no decoder for its codec"),
+        "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer"),
+    }
+    for name, (data, _) in bad.items():
+        (films / f"{name}.mp4").write_bytes(data)
+        (films / f"{name}.txt").write_text(name)
+    shot(films / "short.mp4", [Fraction(n, 16) for n in range(5)])
+    (films / "short.txt").write_text("short")
+    out = tmp_path / "out"
+    assert encode.main([str(films), "--out", str(out), *SMALL]) == 1
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["broken"]) == [f"{name}.mp4" for name in sorted(bad)] and summary["too short"] == ["short.mp4"]
+    assert len(ClipFolder(out / "32x48")) == 7
+    warnings = [message for message in caplog.messages if message.startswith("skipped: ")]
+    for name, warning in zip(sorted(bad), warnings, strict=True):
+        assert warning.startswith(f"skipped: {films / name}.mp4: ") and bad[name][1] in warning and "\n" not in warning
+    assert "4 films are broken, 1 shorter" in capsys.readouterr().out
+    settings = [*SMALL[:-1], "rollout.num_training_frames=300"]
+    assert encode.main([str(films), "--out", str(tmp_path / "long"), *settings]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "no clip of 1197 frames (74.8 s) in it: 4 of 9 films are broken" in line
+
+
+def refused(folder: Path, captions: str | Path = "beside") -> str:
+    with pytest.raises(InputError) as caught:
+        find_sources(folder, captions)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_folders_that_cannot_be_used_are_refused_in_one_line(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no such folder" in refused(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/a.txt").write_text("a")
+    assert "no clips in it" in refused(tmp_path / "empty")
+    assert encode.main([str(tmp_path / "empty"), "--out", str(tmp_path / "out"), *SMALL]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'empty'}: no clips in it")
+    assert not list((tmp_path / "out").iterdir())
+    (films / "alone.txt").write_text("alone")
+    assert "alone.txt: a caption without a clip" in refused(films)
+    (films / "alone.txt").unlink()
+    (films / "even.txt").rename(tmp_path / "kept.txt")
+    assert "even.mp4: a clip without a caption; write even.txt" in refused(films)
+    (tmp_path / "kept.txt").rename(films / "even.txt")
+    (films / "even.webm").write_bytes(b"")
+    assert "two clips of one name, even.mp4 and even.webm" in refused(films)
+    (films / "even.webm").unlink()
+    table = tmp_path / "table.csv"
+    for text, words in {
+        "file,caption\nnone.mp4,x\n": "line 2: a caption without a clip, none.mp4",
+        "file,caption\neven.mp4,x\neven,y\n": "line 3: a second caption of even",
+        "file,caption\neven.mp4,x\n": "more/a_red_circle.webm: a clip without a caption (and 2 more)",
+        "film,words\neven.mp4,x\n": "needs a film and a caption",
+    }.items():
+        table.write_text(text)
+        assert words in refused(films, table)
+    (tmp_path / "lines.jsonl").write_text("{")
+    assert "line 1: cannot be read as JSON" in refused(films, tmp_path / "lines.jsonl")
+    assert "must be beside, names, or a .csv or .jsonl file" in refused(films, "here")
+    (tmp_path / "empty/x.tar").write_bytes(b"no tar" * 200)
+    assert "cannot be read as a WebDataset's tar" in refused(tmp_path / "empty")
+
+    def closed(path: str) -> Iterator[object]:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert f"{films}: cannot be read (Permission denied); see to its rights" in refused(films)
