@@ -42,6 +42,7 @@ OWNERS = {
         "longsana/pipelines/video.py",
         "longsana/inference/microbenchmark.py",  # a peer
     },
+    "cv2": {"longsana/evaluation/flow.py"},
     "wandb": {"longsana/runtime/logging.py"},
     "fastapi": {"longsana/serving/app.py"},
     "starlette": {"longsana/serving/app.py"},

@@ -2,11 +2,13 @@
 
     python inference_video_scripts/evaluate.py output/inference/longsana/shapes_prompts
 
-Writes evaluation.json, evaluation.md and evaluation.png. Videos whose prompt is not of the shapes world, or that have
-no sidecar, get the general figures alone. A video that is broken, or whose sidecar is, is skipped and listed.
+Videos in folders of the folder count too. Writes evaluation.json, evaluation.md, evaluation.png, evaluation_frames.png
+and a page, evaluation.html. Videos whose prompt is not of the shapes world, or that have no sidecar, get the general
+figures alone. A video that is broken, or whose sidecar is, is skipped and listed.
 
-Exit status: 0 all videos are evaluated; 1 the results are of the others, as some were skipped, or they could not be
-written; 2 bad input, or no video that can be evaluated; 128 + n stopped by signal n.
+Exit status: 0 all videos are evaluated; 1 the results are of the others, as some were skipped or have no other one to
+be compared with, or they could not be written; 2 bad input, or no video that can be evaluated; 128 + n stopped by
+signal n.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from longsana.evaluation.report import examine, load_matplotlib, write_report
-from longsana.evaluation.videos import describe, find_videos
+from longsana.evaluation.flow import FlowMeter
+from longsana.evaluation.report import SHEET, examine, load_matplotlib, write_report
+from longsana.evaluation.videos import describe, find_videos, pair
+from longsana.runtime import strips
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable, hold_folder
@@ -32,9 +36,13 @@ log = logging.getLogger("longsana")
 class Request:
     """A command line that has been checked."""
 
+    folder: Path
     videos: list[Path]
     out: Path
     device: torch.device
+    pairs: dict[Path, Path]
+    alone: list[Path]
+    flow: bool
 
 
 def prepare(arguments: Sequence[str]) -> Request:
@@ -42,14 +50,19 @@ def prepare(arguments: Sequence[str]) -> Request:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=typed_path, help="where the mp4s and their sidecars are")
     parser.add_argument("--out", type=typed_path, help="folder of the results (default: the folder of the videos)")
+    parser.add_argument("--against", type=typed_path, help="folder of videos of the same names, for PSNR and SSIM")
+    parser.add_argument("--flow", action="store_true", help="measure optical flow too; needs the extra flow")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     options = parser.parse_args(arguments)
     device = _device(options.device)
     videos = find_videos(options.folder)
     out = options.out or options.folder
+    pairs, alone = pair(videos, options.folder, options.against) if options.against else ({}, [])
     check_writable(out, "--out")
     load_matplotlib()  # which may fail, before videos are read for hours
-    return Request(videos, out, device)
+    if options.flow:
+        FlowMeter()
+    return Request(options.folder, videos, out, device, pairs, alone, options.flow)
 
 
 def _device(name: str | None) -> torch.device:
@@ -66,13 +79,18 @@ def _device(name: str | None) -> torch.device:
 
 def run(request: Request) -> int:
     log.info("%d videos on %s, results to %s", len(request.videos), request.device, request.out)
-    examined, skipped = [], {}
+    examined = []
+    skipped = {str(path): f"{path}: no video of this name to compare it with" for path in request.alone}
+    shown = strips.evenly(len(request.videos), SHEET)
     with hold_folder(request.out, "--out"):
-        for path in tqdm(request.videos, unit="video", disable=None):
+        for place, path in enumerate(tqdm(request.videos, unit="video", disable=None)):
+            name = path.relative_to(request.folder).as_posix()
             try:
-                examined.append(examine(describe(path), request.device))
+                other = request.pairs.get(path)
+                found = examine(describe(path), request.device, name=name, against=other, flow=request.flow)
+                examined.append(found if place in shown else found | {"strip": []})
             except InputError as error:
-                skipped[path.name] = str(error)
+                skipped[name] = str(error)
         if not examined:
             others = f" (and {len(skipped) - 1} more videos cannot be evaluated)" if len(skipped) > 1 else ""
             raise InputError(f"{next(iter(skipped.values()))}{others}")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from longsana.runtime.errors import InputError
+from longsana.runtime.files import files_below
 from longsana.runtime.foreign import check_characters, parse_json, read_bytes, reason_of
 
 FILMS = (".mp4", ".webm", ".mov")
@@ -115,23 +115,12 @@ def _walk(folder: Path) -> Iterator[tuple[str, Place]]:
     if folder.is_file() and folder.suffix == ".tar":
         yield from _members(folder, "")
         return
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read ({reason_of(error)}); see to its rights") from error
-
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in sorted(files):
-            path = Path(parent, file)
-            name = path.relative_to(folder).as_posix()
-            if file.startswith("."):
-                continue
-            if path.suffix == ".tar":
-                yield from _members(path, f"{name}/")
-            else:
-                yield name, Place(path)
+    for path in files_below(folder):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".tar":
+            yield from _members(path, f"{name}/")
+        else:
+            yield name, Place(path)
 
 
 def _members(path: Path, prefix: str) -> Iterator[tuple[str, Place]]:

@@ -23,13 +23,13 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, naming, write_all
 from longsana.runtime.later import ahead
-from longsana.runtime.strips import Row, evenly, write_sheet
+from longsana.runtime.strips import COLUMNS, Row, evenly, write_sheet
 
 FILES = "files.jsonl"
 THUMBNAIL = 64
 """Pixels of the shorter side of the pictures whose change is measured."""
-SHEET, COLUMNS = 16, 6
-"""Clips on the contact sheet, and pictures of each."""
+SHEET = 16
+"""Clips on the contact sheet."""
 
 
 class Facts(NamedTuple):

@@ -16,6 +16,8 @@ GROUP = 32
 """Pictures measured together."""
 STRETCH = 5
 """Seconds at the start and at the end that `drift` compares."""
+END = 0.15
+"""Share of a video at its start and at its end that `end_drift` compares."""
 STILL = 0.05 / 255
 """Change of a picture that does not move: a twentieth of a byte a pixel; the smallest, slowest shape causes six."""
 
@@ -112,6 +114,17 @@ def drift(values: Tensor, fps: float) -> Tensor:
     """
     stretch = round(STRETCH * fps)
     if values.shape[1] - 1 <= stretch:
+        return values.new_full((len(values),), torch.nan)
+    return _relative(values[:, -stretch:].nanmean(1), values[:, :stretch].nanmean(1))
+
+
+def end_drift(values: Tensor) -> Tensor:
+    """Relative change of the mean over the last 15 % of the frames against the first 15 %, (B,), of figures (B, F).
+
+    nan for a video of which a share of 15 % is not one frame.
+    """
+    stretch = round(END * values.shape[1])
+    if not stretch:
         return values.new_full((len(values),), torch.nan)
     return _relative(values[:, -stretch:].nanmean(1), values[:, :stretch].nanmean(1))
 

@@ -1,4 +1,4 @@
-"""A folder of videos to figures, a table and a plot."""
+"""A folder of videos to figures, a table, a plot, strips of pictures and a page."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longsana.encoders.closeness import psnr, ssim
 from longsana.evaluation import measures
+from longsana.evaluation.flow import FlowMeter
+from longsana.evaluation.page import page
 from longsana.evaluation.videos import Video, frame_rate, read_pieces
-from longsana.runtime import stop
+from longsana.runtime import stop, strips
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, whole_file
 from longsana.shapes.scenes import COLOURS
@@ -24,7 +27,14 @@ LENGTHS = (5, 30, 60)
 """Seconds of the stretches from the start that are scored apart from the whole."""
 CURVES = ("adherence", "persistence", "identity")
 LOOKS = ("saturation", "contrast", "sharpness")
+FREE = (*LOOKS, "movement", "flow", "PSNR")
+"""Figures whose axes are not those of shares that may be all."""
+ENDS = "drift, 15 % ends"
 NOT_SCORED = "not scored"
+MOST_DECIBELS = 100.0
+"""PSNR of equal pictures, and of what comes closer, in a mean."""
+SHEET = 24
+"""Videos whose pictures are shown together."""
 
 Row = dict[str, Any]
 """One line of the table: a name, and numbers by column; None where a figure is undefined."""
@@ -32,22 +42,69 @@ Curves = Mapping[str, Sequence[float | None]]
 """Values a second, by what they are of; None where undefined."""
 
 
-def examine(video: Video, device: torch.device) -> dict[str, Any]:
+class Against:
+    """Compares a video that comes in pieces with another one, frame by frame."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._pieces = path, read_pieces(path)
+        self._psnr: list[Tensor] = []
+        self._ssim: list[Tensor] = []
+
+    def add(self, pictures: Tensor) -> None:
+        """Compare the next piece, (1, F, H, W, 3), uint8.
+
+        Raises:
+            InputError: the other one is broken, shorter, or of another size.
+        """
+        other = next(self._pieces, None)
+        if other is None or other.shape != pictures.shape:
+            raise self._refusal()
+        try:
+            self._ssim.append(ssim(pictures, other.to(pictures.device)))
+        except ValueError as error:
+            raise InputError(f"{self._path}: cannot be compared: {error}") from error
+        self._psnr.append(psnr(pictures, other.to(pictures.device)).clamp(max=MOST_DECIBELS))
+
+    def result(self) -> dict[str, Tensor]:
+        """PSNR in dB, at most 100, and SSIM of each frame, (1, F).
+
+        Raises:
+            InputError: the other one is longer.
+        """
+        if next(self._pieces, None) is not None:
+            raise self._refusal()
+        return {"PSNR": torch.cat(self._psnr, 1), "SSIM": torch.cat(self._ssim, 1)}
+
+    def _refusal(self) -> InputError:
+        return InputError(f"{self._path}: not as many frames, or of another size, than the video of its name; cut both")
+
+
+def examine(
+    video: Video, device: torch.device, *, name: str = "", against: Path | None = None, flow: bool = False
+) -> dict[str, Any]:
     """Measure one video, read in pieces: "row" for the table, "scores" by length, and "curves" by second.
 
-    "velocity": of each colour that is seen, x (to the right) and y (down) in pixels a frame, by second.
+    "velocity": of each colour that is seen, x (to the right) and y (down) in pixels a frame, by second. "strip":
+    pictures (H, W, 3), uint8. name: in the table; else the file's. against: the video to compare it with. flow: whether
+    its optical flow is measured.
     """
     promise, rate = video.promise, frame_rate(video.path)
     seen: list[Seen] = []
+    strip, meter, other = strips.Strip(), FlowMeter() if flow else None, Against(against) if against else None
 
     def see(pictures: Tensor) -> None:
+        strip.add(pictures[0].cpu().numpy())
         if promise:
             seen.append(observe(pictures))
+        if meter is not None:
+            meter.add(pictures)
+        if other is not None:
+            other.add(pictures)
 
     figures = measures.measure_pieces(read_pieces(video.path), device, see)
     frames = figures.change.shape[1]
 
-    row: Row = {"video": video.path.name, "seconds": round((frames - 1) / rate, 2)}
+    row: Row = {"video": name or video.path.name, "seconds": round((frames - 1) / rate, 2)}
     curves: dict[str, Tensor] = {}
     scores = {}
     velocity = {}
@@ -69,13 +126,23 @@ def examine(video: Video, device: torch.device) -> dict[str, Any]:
         compares = all_in_view(whole, [promise])
     else:
         row |= dict.fromkeys((*Verdicts._fields, "adherence"), NOT_SCORED)
-    for look in LOOKS:
-        values = getattr(figures, look).where(compares, torch.nan)
+    series = {look: getattr(figures, look).where(compares, torch.nan) for look in LOOKS}
+    for look, values in series.items():
         row[f"{look} drift"] = float(measures.drift(values, rate))
         curves[f"{look} drift"] = measures.drift_curve(values, rate)
+    curves |= {look: measures.per_second(values, rate) for look, values in series.items()}
     row["seam index"] = float(measures.seam_index(figures.change, video.boundaries, video.time_stride))
-    row["movement"] = float(measures.motion(figures.change, rate))
-    return _plain({"row": row, "prompt": video.prompt, "scores": scores, "curves": curves, "velocity": velocity})
+    moves = {"movement": figures.change} | ({"flow": meter.result()} if meter is not None else {})
+    for move, values in moves.items():
+        row[move] = float(measures.motion(values, rate))
+        curves[move] = measures.per_second(values * rate, rate)
+    for measure, values in (series | moves).items():
+        row[f"{measure} {ENDS}"] = float(measures.end_drift(values))
+    for measure, values in (other.result() if other is not None else {}).items():
+        row[measure] = float(values.mean())
+        curves[measure] = measures.per_second(values, rate)
+    told = {"row": row, "prompt": video.prompt, "scores": scores, "curves": curves, "velocity": velocity}
+    return {**_plain(told), "path": str(video.path), "strip": strip.pictures()}
 
 
 def summarize(examined: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -95,10 +162,8 @@ def summarize(examined: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown, a line a row; the columns are those of all rows, in order of appearance, but for empty ones."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    columns = [column for column in columns if any(row.get(column, "") != "" for row in rows)]
-    cells = [columns, *([_cell(column, row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    cells = _cells(rows)
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     aligned = [
         [
             text.ljust(width) if not i else text.rjust(width)
@@ -108,6 +173,13 @@ def table(rows: Sequence[Row]) -> str:
     ]
     rule = ["-" * width if not i else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (aligned[0], rule, *aligned[1:])) + "\n"
+
+
+def _cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The table as text, its head first."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = [column for column in columns if any(row.get(column, "") != "" for row in rows)]
+    return [columns, *([_cell(column, row.get(column)) for column in columns] for row in rows)]
 
 
 def load_matplotlib() -> None:
@@ -153,6 +225,9 @@ def plot(curves: Mapping[str, Curves], path: Path, *, every: int = 1, least: flo
             low, high = axis.get_ylim()  # what is less than a tenth shall not fill the panel
             axis.set_ylim(min(low, -0.1), max(high, 0.1))
             axis.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+        elif panel in FREE:
+            low, high = axis.get_ylim()
+            axis.set_ylim(0 if low > 0 and panel != "PSNR" else low, high)
         else:
             axis.set_ylim(least - 0.03 * (1 - least), 1 + 0.03 * (1 - least))
         axis.set_title(panel)
@@ -167,21 +242,30 @@ def plot(curves: Mapping[str, Curves], path: Path, *, every: int = 1, least: flo
 
 
 def write_report(examined: Sequence[Mapping[str, Any]], skipped: Mapping[str, str], folder: Path) -> str:
-    """Write evaluation.json, evaluation.md and evaluation.png to the folder; returns the table.
+    """Write evaluation.json, .md, .png, .html and evaluation_frames.png to the folder; returns the table.
 
     skipped: why a video is not among the examined ones, by its name.
     """
     summary = summarize(examined)
-    text = table([item["row"] for item in examined] + [summary["row"]])
+    rows = [item["row"] for item in examined] + [summary["row"]]
+    text = table(rows)
     if summary["scores"]:
         text += "\n" + table([{"from the start": length} | row for length, row in summary["scores"].items()])
     if skipped:
         text += "\nSkipped:\n\n" + "".join(f"* {name}: {reason}\n" for name, reason in skipped.items())
-    record = {"mean": summary, "videos": list(examined), "skipped": dict(skipped)}
-    with stop.deferred():  # all three are of one evaluation
+    videos = [{key: value for key, value in item.items() if key not in ("path", "strip")} for item in examined]
+    record = {"mean": summary, "videos": videos, "skipped": dict(skipped)}
+    head, *lines = _cells(rows)
+    figures = [dict(zip(head[1:], line[1:], strict=True)) for line in lines]
+    pictures = ["evaluation.png", "evaluation_frames.png"]
+    title = f"{len(examined)} videos"
+    with stop.deferred():  # all are of one evaluation
         atomic_write_text(folder / "evaluation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         atomic_write_text(folder / "evaluation.md", text)
-        plot({summary["row"]["video"]: summary["curves"]}, folder / "evaluation.png")
+        plot({summary["row"]["video"]: summary["curves"]}, folder / pictures[0])
+        strips.write_sheet([strips.Row(item["row"]["video"], item["strip"]) for item in examined], folder / pictures[1])
+        html = page(title, [head, *lines], list(zip(examined, figures, strict=False)), pictures, skipped, folder)
+        atomic_write_text(folder / "evaluation.html", html)
     return text
 
 
@@ -192,6 +276,8 @@ def _cell(column: str, value: Any) -> str:
         return str(value)
     if "drift" in column:
         return f"{value:+.1%}"
+    if column == "SSIM":
+        return f"{value:.4f}"
     return f"{value:.1%}" if column in (*Verdicts._fields, "adherence") else f"{value:.2f}"
 
 

@@ -1,8 +1,8 @@
-"""The mp4s of a folder and what their sidecars say of them."""
+"""The videos of a folder and what their sidecars say of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -19,10 +19,12 @@ from longsana.chunks import ChunkPlan
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.evaluation.measures import boundaries
 from longsana.runtime.errors import InputError
+from longsana.runtime.files import files_below
 from longsana.runtime.foreign import read_json
 from longsana.sampling.checks import WHOLE_CLIP
 from longsana.shapes.scenes import Promise, parse_caption
 
+VIDEOS = (".mp4", ".webm", ".mov")
 REPAIR = "remove or repair this sidecar"
 
 
@@ -44,17 +46,30 @@ class Video:
 
 
 def find_videos(folder: Path) -> list[Path]:
-    """Every mp4 of the folder, in order of their names.
+    """Every video of the folder and of the folders in it, in order of their names.
 
     Raises:
-        InputError: no such folder, or nothing in it.
+        InputError: no such folder, one that cannot be read, or nothing in it.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    paths = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
+    paths = [path for path in files_below(folder) if path.suffix.lower() in VIDEOS]
     if not paths:
         raise InputError(f"{folder}: no mp4 in it; give the folder that inference wrote its videos to")
     return paths
+
+
+def pair(videos: Sequence[Path], folder: Path, against: Path) -> tuple[dict[Path, Path], list[Path]]:
+    """The other folder's video of each of `videos`, by its path below the folder; and those of both that have none.
+
+    Raises:
+        InputError: none has one, or the other folder has no videos.
+    """
+    own = {path.relative_to(folder): path for path in videos}
+    others = {path.relative_to(against): path for path in find_videos(against)}
+    pairs = {own[name]: others[name] for name in own if name in others}
+    if not pairs:
+        raise InputError(f"{against}: no video of a name that is in {folder}; those that belong together share a name")
+    alone = own.keys() ^ others.keys()
+    return pairs, [own.get(name) or others[name] for name in sorted(alone)]
 
 
 def describe(path: Path) -> Video:

@@ -47,6 +47,25 @@ def expanded(path: str | Path) -> Path:
         raise InputError(f"{path}: not found: there is no such user") from error
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Every file of a folder and of the folders in it, in order of their names; hidden ones are left out.
+
+    Raises:
+        InputError: there is no such folder, or one in it cannot be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); see to its rights") from error
+
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
 def partial_name(path: Path) -> Path:
     """Name the place where `path` is written until it is whole: hidden, beside it, and the same on each run."""
     return path.with_name(f".{path.stem}.partial{path.suffix}")

@@ -11,7 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from longsana.runtime.files import whole_file
 
-GAP, LINE = 4, 16
+COLUMNS = 6
+"""Pictures of a film."""
+HEIGHT, GAP, LINE = 96, 4, 16
 WIDEST = 4096
 """Pixels of a sheet's side, beyond which its pictures are made smaller."""
 
@@ -30,10 +32,10 @@ def evenly(count: int, wanted: int) -> list[int]:
     return [round(place * (count - 1) / max(wanted - 1, 1)) for place in range(wanted)]
 
 
-def write_sheet(rows: Iterable[Row], path: Path, height: int = 96) -> None:
-    """Write a PNG of rows of pictures, each so many pixels high."""
+def write_sheet(rows: Iterable[Row], path: Path) -> None:
+    """Write a PNG of rows of pictures, each `HEIGHT` pixels high, or less where they would be too wide together."""
     lines = [row for row in rows if row.pictures]
-    scaled = [[_scaled(picture, height, len(row.pictures)) for picture in row.pictures] for row in lines]
+    scaled = [[_scaled(picture, len(row.pictures)) for picture in row.pictures] for row in lines]
     width = max((sum(one.width + GAP for one in row) + GAP for row in scaled), default=1)
     sheet = Image.new("RGB", (width, sum(LINE + row[0].height + 2 * GAP for row in scaled) or 1), "white")
     draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(11), 0
@@ -48,7 +50,35 @@ def write_sheet(rows: Iterable[Row], path: Path, height: int = 96) -> None:
         sheet.save(partial, format="PNG")
 
 
-def _scaled(picture: np.ndarray, height: int, beside: int) -> Image.Image:
-    scale = min(height / picture.shape[0], (WIDEST / beside - GAP) / picture.shape[1])
+def _scaled(picture: np.ndarray, beside: int) -> Image.Image:
+    scale = min(HEIGHT / picture.shape[0], (WIDEST / beside - GAP) / picture.shape[1])
     size = max(round(scale * picture.shape[1]), 1), max(round(scale * picture.shape[0]), 1)
     return Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR)
+
+
+class Strip:
+    """Pictures spread evenly over a film in pieces, whose length nobody says; it keeps few, and small ones."""
+
+    def __init__(self, columns: int = COLUMNS) -> None:
+        self._columns, self._every, self._count = columns, 1, 0
+        self._kept: list[np.ndarray] = []
+        self._last: np.ndarray | None = None
+
+    def add(self, pictures: Iterable[np.ndarray]) -> None:
+        """Take the next pictures, (H, W, 3), uint8."""
+        for picture in pictures:
+            if self._count % self._every == 0:
+                self._kept.append(self._small(picture))
+            if len(self._kept) > 4 * self._columns:
+                self._kept, self._every = self._kept[::2], 2 * self._every
+            self._count, self._last = self._count + 1, picture
+
+    def pictures(self) -> list[np.ndarray]:
+        """The first one, the last one, and those between them."""
+        kept = self._kept
+        if self._last is not None and (self._count - 1) % self._every:
+            kept = [*kept, self._small(self._last)]
+        return [kept[place] for place in evenly(len(kept), self._columns)]
+
+    def _small(self, picture: np.ndarray) -> np.ndarray:
+        return np.asarray(_scaled(picture, self._columns))

@@ -11,6 +11,7 @@ from longsana.evaluation.measures import (
     boundaries,
     drift,
     drift_curve,
+    end_drift,
     measure,
     motion,
     per_second,
@@ -139,3 +140,15 @@ def test_seams_of_a_video_without_an_opening_picture() -> None:
     assert float(seam_index(change, [8, 24], 4)) == pytest.approx(1)
     change[:, [8, 24]] = 0.06
     assert float(seam_index(change, [8, 24], 4)) == pytest.approx(3, rel=0.05)
+
+
+def test_the_ends_are_fifteen_percent() -> None:
+    """Of twenty frames three at each end count, whatever lies between; a share of them alone decides."""
+    values = torch.full((1, 20), 7.0)
+    values[:, :3], values[:, -3:] = 2.0, 3.0
+    assert end_drift(values).item() == pytest.approx(0.5)
+    assert end_drift(10 * values).item() == pytest.approx(0.5)
+    assert end_drift(values.flip(1)).item() == pytest.approx(-1 / 3)
+    values[:, 0] = torch.nan
+    assert end_drift(values).item() == pytest.approx(0.5)
+    assert end_drift(values[:, :3]).isnan().all()

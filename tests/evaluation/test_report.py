@@ -7,8 +7,10 @@ import shutil
 import signal
 import sys
 import wave
+from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import unquote
 
 import av
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from longsana.commands import evaluate
+from longsana.encoders.closeness import psnr, ssim
 from longsana.evaluation import report
 from longsana.evaluation.measures import measure_pieces, seam_index
 from longsana.evaluation.report import plot, table
@@ -232,8 +235,90 @@ def test_a_signal_while_results_are_written_leaves_all_of_them(folder, forks, tm
     process = forks.start("tests.evaluation.test_report", [tmp_path, "--device", "cpu"])
     told = process.finish()
     assert process.returncode == 0, told
-    names = ["00007-a.mp4", *(f"evaluation.{suffix}" for suffix in ("json", "md", "png"))]
+    names = ["00007-a.mp4", *(f"evaluation{end}" for end in (".html", ".json", ".md", ".png", "_frames.png"))]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+class Links(HTMLParser):
+    """The files that a page shows, and its words."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.shown: list[str] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.shown += [unquote(value) for name, value in attrs if name == "src"]
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def test_folders_of_folders_and_a_page_of_them(folder, command, tmp_path):
+    for place in ("a", "b & c/d"):
+        (tmp_path / "videos" / place).mkdir(parents=True)
+        shutil.copy(folder / "00000-a.mp4", tmp_path / "videos" / place / "one.mp4")
+        shutil.copy(folder / "00000-a.json", tmp_path / "videos" / place / "one.json")
+    (tmp_path / "videos/a/two.mp4").write_bytes(b"no video")
+    out = tmp_path / "out"
+    assert command.main([str(tmp_path / "videos"), "--out", str(out), "--device", "cpu"]) == 1
+    record = json.loads((out / "evaluation.json").read_text())
+    assert [video["row"]["video"] for video in record["videos"]] == ["a/one.mp4", "b & c/d/one.mp4"]
+    assert list(record["skipped"]) == ["a/two.mp4"]
+    assert {"saturation", "sharpness", "movement"} <= record["videos"][0]["curves"].keys()
+    found = Links((out / "evaluation.html").read_text())
+    assert len(found.shown) == 4 and all((out / name).is_file() for name in found.shown)
+    assert (out / found.shown[-1]).resolve() == tmp_path / "videos/b & c/d/one.mp4"
+    assert shapes.draw_scene(31, 0).caption in found.words and "a/two.mp4: " in found.words
+
+
+def test_two_folders_are_compared_by_name(folder, command, tmp_path, capsys):
+    """Frame by frame; what has no other one is listed, and what is of another length is skipped."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for place in (one, two):
+        place.mkdir()
+        shutil.copy(folder / "00000-a.mp4", place / "same.mp4")
+    clip = pictures([shapes.draw_scene(31, 9)], 41)[0]
+    write(one / "noisy.mp4", clip, None)
+    noise = torch.randint(-20, 21, clip.shape, generator=torch.Generator().manual_seed(0))
+    write(two / "noisy.mp4", (clip + noise).clamp(0, 255).to(torch.uint8), None)
+    write(one / "longer.mp4", clip, None)
+    write(two / "longer.mp4", clip[:-1], None)
+    write(one / "alone.mp4", clip, None)
+    write(two / "other.mp4", clip, None)
+    assert command.main([str(one), "--against", str(two), "--device", "cpu"]) == 1
+    record = json.loads((one / "evaluation.json").read_text())
+    rows = {video["row"]["video"]: video["row"] for video in record["videos"]}
+    assert rows["same.mp4"]["PSNR"] == 100 and rows["same.mp4"]["SSIM"] == pytest.approx(1)
+    read = [torch.cat(list(read_pieces(place / "noisy.mp4")), 1) for place in (one, two)]
+    assert rows["noisy.mp4"]["PSNR"] == pytest.approx(float(psnr(*read).mean()))
+    assert rows["noisy.mp4"]["SSIM"] == pytest.approx(float(ssim(*read).mean()))
+    assert 10 < rows["noisy.mp4"]["PSNR"] < 40 and "PSNR" not in rows["alone.mp4"]
+    assert set(record["skipped"]) == {str(one / "alone.mp4"), str(two / "other.mp4"), "longer.mp4"}
+    assert "not as many frames" in record["skipped"]["longer.mp4"]
+    assert command.main([str(one), "--against", str(folder), "--device", "cpu"]) == 2
+    assert f"{folder}: no video of a name that is in {one}" in capsys.readouterr().err
+
+
+def test_flow_is_motion_and_not_light(folder, command, tmp_path, capsys, monkeypatch):
+    """A texture that moves by known pixels, and one that flickers."""
+    noise = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(0))
+    still = (255 * torch.nn.functional.interpolate(noise, (96, 160), mode="bicubic")).clamp(0, 255)[0].permute(1, 2, 0)
+    moving = torch.stack([still.roll(2 * frame, 1) for frame in range(33)]).to(torch.uint8)
+    light = torch.stack([still * (1 - 0.2 * (frame % 2)) for frame in range(33)]).to(torch.uint8)
+    write(tmp_path / "moving.mp4", moving, None)
+    write(tmp_path / "light.mp4", light, None)
+    assert command.main([str(tmp_path), "--flow", "--device", "cpu"]) == 0
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    rows = {video["row"]["video"]: video["row"] for video in record["videos"]}
+    assert rows["moving.mp4"]["flow"] == pytest.approx(shapes.FPS * 2 / 96, rel=0.15)
+    assert rows["light.mp4"]["flow"] < 0.2 * rows["moving.mp4"]["flow"]
+    assert rows["light.mp4"]["movement"] > 0.5 * rows["moving.mp4"]["movement"]
+    assert abs(rows["moving.mp4"]["flow drift, 15 % ends"]) < 0.1
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert command.main([str(tmp_path), "--flow", "--device", "cpu"]) == 2
+    assert "pip install -e '.[flow]'" in capsys.readouterr().err
 
 
 def test_table():
