@@ -227,7 +227,7 @@ def plot(curves: Mapping[str, Curves], path: Path, *, every: int = 1, least: flo
             axis.yaxis.set_major_formatter(ticker.PercentFormatter(1))
         elif panel in FREE:
             low, high = axis.get_ylim()
-            axis.set_ylim(0 if low > 0 and panel != "PSNR" else low, high)
+            axis.set_ylim(low if panel == "PSNR" else 0, high + 0.1 * (high - low))
         else:
             axis.set_ylim(least - 0.03 * (1 - least), 1 + 0.03 * (1 - least))
         axis.set_title(panel)
