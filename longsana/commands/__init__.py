@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": ("longsana.commands.serve", "live videos in a browser, and videos by HTTP"),
     "load": ("longsana.commands.load", "viewers that measure a live server"),
     "evaluate": ("longsana.commands.evaluate", "figures of a folder of videos"),
+    "export-vbench": ("longsana.commands.export_vbench", "videos in the names that VBench and VBench-Long read"),
     "benchmark": ("longsana.commands.benchmark", "what a video costs on this machine, part by part"),
     "train": ("longsana.commands.train", "train a stage, or go on where it was stopped"),
     "encode": ("longsana.commands.encode", "clips of one's own to shards of latents, which a base model trains on"),
@@ -70,7 +71,7 @@ def main() -> int:
         return run(name, arguments)
     if name in ("-h", "--help"):
         print("usage: longsana COMMAND ...; longsana COMMAND --help says more\n")
-        print("\n".join(f"  {command:<12}{purpose}" for command, (_, purpose) in COMMANDS.items()))
+        print("\n".join(f"  {command:<14}{purpose}" for command, (_, purpose) in COMMANDS.items()))
         return 0
     if name == "--version":
         from longsana import __version__
