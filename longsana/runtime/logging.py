@@ -114,6 +114,14 @@ class RunLog:
 
         self._tell_wandb(lambda run: run.log({"step": step, name: wandb.Video(str(path))}))
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show the picture at `path` on wandb; without wandb its file is all there is."""
+        if not self._main or self._wandb is None:
+            return
+        import wandb
+
+        self._tell_wandb(lambda run: run.log({"step": step, name: wandb.Image(str(path))}))
+
     def close(self, *, failed: bool = False) -> None:
         """Finish the files and the bar; `failed` marks the run on wandb as crashed."""
         if not self._main:

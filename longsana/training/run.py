@@ -195,6 +195,8 @@ def _validate(
             return None
         for video in report.videos:
             run_log.video(step - 1, video.stem.partition("_rank_")[2], video)
+        if report.sheet is not None:
+            run_log.picture(step - 1, "validation", report.sheet)
         return report.metrics
 
     return validate

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.encoders.geometry import geometry
 from longsana.encoders.vae import VideoVAE
+from longsana.evaluation.measures import Measures, boundaries, end_drift, measure, seam_index
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
 from longsana.published import DISTILLED
@@ -24,6 +27,7 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import naming
 from longsana.runtime.peers import Peers
+from longsana.runtime.strips import Row, Strip, write_sheet
 from longsana.runtime.teams import Team
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.captions import Caption, caption_encoder
@@ -44,23 +48,34 @@ class Probe(NamedTuple):
     saturation: mean of HSV's saturation over all pixels, 0 (grey) to 1.
     motion: mean |difference| of neighbouring frames, 0 (still) to 1.
     contrast: mean over frames of the standard deviation of luma, 0 (one brightness) to 0.5.
+
+    And as `longsana evaluate` has them (longsana/evaluation/measures.py): sharpness, drifts, which are the relative
+    change of the last 15 % of a video against its first 15 %, and the seam index; nan where a video has none.
     """
 
     saturation: float
     motion: float
     contrast: float
+    sharpness: float
+    saturation_drift: float
+    contrast_drift: float
+    sharpness_drift: float
+    motion_drift: float
+    seam_index: float
 
 
 class Report(NamedTuple):
     """The outcome of a validation, the same on every process.
 
-    metrics: probe_{saturation,motion,contrast}_len_{latent frames}, means over the prompts. videos: every file of all
-    processes, sorted. broken: videos whose numbers were not finite, which are in neither.
+    metrics: probe_{saturation, ... of Probe}_len_{latent frames}, means over the prompts that have the figure. videos:
+    every file of all processes, sorted. broken: videos whose numbers were not finite, which are in neither. sheet: a
+    PNG with a row of pictures of each video; None without any.
     """
 
     metrics: dict[str, float]
     videos: list[Path]
     broken: int
+    sheet: Path | None = None
 
 
 class Validation:
@@ -94,7 +109,7 @@ class Validation:
                         )
                 except InputError as error:
                     raise InputError(f"validation.vis_video_lengths={length}: line {prompt.line}: {error}") from error
-        self._count = len(prompts)
+        self._count, self._texts = len(prompts), [prompt.text for prompt in prompts]
         # Prompts in turn, and the first ones again until every team has as many: under FSDP all processes must take
         # part in every forward pass.
         turns = range(team.index, -(-self._count // team.count) * team.count, team.count)
@@ -128,11 +143,13 @@ class Validation:
                 path = folder / name if sample.turn < self._count and self._team.leads else None
                 # One at a time: training fills the memory.
                 with divided(vae, engine.peers):
-                    probe = _sample(engine, InTraining(model), vae, sample, path)
+                    found = _sample(engine, InTraining(model), vae, sample, path)
                 if path is not None:
-                    measured.append(_Measured(length, sample.turn, path, probe))
+                    measured.append(_Measured(length, sample.turn, path, *(found or (None, []))))
         # In one order: sums must not depend on who made what.
-        everyone = sorted(one for part in self._world.gather(measured) for one in part)
+        everyone = sorted(
+            (one for part in self._world.gather(measured) for one in part), key=lambda one: (one.length, one.turn)
+        )
         whole = [one for one in everyone if one.probe is not None]
         broken = len(everyone) - len(whole)
         if self._world.is_main:
@@ -146,8 +163,12 @@ class Validation:
         for length in self._engines:
             probes = [one.probe for one in whole if one.length == length and one.probe is not None]
             for name, values in zip(Probe._fields, zip(*probes, strict=True), strict=False):
-                metrics[f"probe_{name}_len_{length}"] = sum(values) / len(values)
-        return Report(metrics, sorted(one.path for one in whole), broken)
+                if numbers := [value for value in values if math.isfinite(value)]:
+                    metrics[f"probe_{name}_len_{length}"] = sum(numbers) / len(numbers)
+        sheet = folder.with_suffix(".png") if whole else None
+        if self._world.is_main and sheet is not None:
+            write_sheet([Row(f"{one.length} latents: {self._texts[one.turn]}", one.strip) for one in whole], sheet)
+        return Report(metrics, sorted(one.path for one in whole), broken, sheet)
 
 
 class _Sample(NamedTuple):
@@ -159,12 +180,13 @@ class _Sample(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """probe: None of a video whose numbers were not finite."""
+    """probe: None of a video whose numbers were not finite. strip: pictures of it, (H, W, 3), uint8."""
 
     length: int
     turn: int
     path: Path
     probe: Probe | None
+    strip: list[np.ndarray]
 
 
 class InTraining:
@@ -221,9 +243,11 @@ def _engine(config: TrainingConfig, length: int, device: torch.device | str, pee
 
 def _sample(
     engine: Engine, network: CaptionedNetwork, decoder: VideoVAE, sample: _Sample, path: Path | None
-) -> Probe | None:
+) -> tuple[Probe, list[np.ndarray]] | None:
     """Make one video, write it unless `path` is None, and measure it; None, and no file, if it is not finite."""
-    config, meter = engine.config, Meter()
+    config, strip = engine.config, Strip()
+    stride = engine.geometry.time_stride
+    meter = Meter(boundaries(engine.plan, stride), stride)
     try:
         with naming(path), ExitStack() as stack:
             writer = None
@@ -240,20 +264,27 @@ def _sample(
             # To the end: under FSDP the others wait for this process in each of their forward passes.
             for frames in engine.sample(network, decoder, [sample.prompt], [sample.caption], to_the_end=True):
                 meter.add(frames.pixels)
+                strip.add(frames.pixels[0].cpu().numpy())
                 if writer is not None:
                     writer.append(frames.pixels[0])
     except FloatingPointError:
         return None
-    return meter.result()
+    return meter.result(), strip.pictures()
 
 
 class Meter:
-    """Measures a video that comes in pieces, of which it keeps one frame."""
+    """Measures a video that comes in pieces, of which it keeps one frame.
 
-    def __init__(self) -> None:
-        self._sums = dict.fromkeys(Probe._fields, 0.0)
-        self._counts = dict.fromkeys(Probe._fields, 0)
+    seams, time_stride: where its chunks begin, and the pixel frames of a latent, as `seam_index` takes them.
+    """
+
+    def __init__(self, seams: Sequence[int] = (), time_stride: int = 1) -> None:
+        self._seams, self._stride = seams, time_stride
+        names = ("saturation", "motion", "contrast")
+        self._sums = dict.fromkeys(names, 0.0)
+        self._counts = dict.fromkeys(names, 0)
         self._last: Tensor | None = None
+        self._looks: list[Measures] = []
 
     def add(self, pixels: Tensor) -> None:
         """The next frames: (B, F, H, W, 3), uint8; B, H and W are the same in all pieces."""
@@ -261,11 +292,21 @@ class Meter:
         self._note("contrast", contrast(pixels))
         joined = pixels if self._last is None else torch.cat([self._last, pixels], dim=1)
         self._note("motion", motion(joined))
+        self._looks.append(measure(pixels, None if self._last is None else self._last[:, 0]))
         self._last = pixels[:, -1:].clone()
 
     def result(self) -> Probe:
         """Means over all frames so far; the motion of a single frame is 0."""
-        return Probe(*(self._sums[name] / max(self._counts[name], 1) for name in Probe._fields))
+        looks = Measures.join(self._looks)
+        return Probe(
+            **{name: total / max(self._counts[name], 1) for name, total in self._sums.items()},
+            sharpness=float(looks.sharpness.mean()),
+            saturation_drift=float(end_drift(looks.saturation).nanmean()),
+            contrast_drift=float(end_drift(looks.contrast).nanmean()),
+            sharpness_drift=float(end_drift(looks.sharpness).nanmean()),
+            motion_drift=float(end_drift(looks.change).nanmean()),
+            seam_index=float(seam_index(looks.change, self._seams, self._stride).nanmean()),
+        )
 
     def _note(self, name: str, values: Tensor) -> None:
         # Frame by frame: the sum is the same however the video was cut.

@@ -18,9 +18,11 @@ from torch import Tensor
 from longsana.config import load_config, save_config
 from longsana.data.prompts import read_prompts
 from longsana.encoders.vae import WanVAE
+from longsana.evaluation.measures import end_drift, measure_pieces
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
+from longsana.runtime.strips import HEIGHT
 from longsana.sampling.captions import caption_encoder
 from longsana.sampling.engine import Engine
 from longsana.training.checks import validation_prompts
@@ -181,7 +183,18 @@ def test_videos_and_numbers_are_those_of_inference(
     folder = alone._folder / "vis" / "step_0000040"
     names = [f"step_0000040_rank_0_sample_{sample}_len_{length}.mp4" for sample in range(3) for length in (1, 2)]
     assert report.videos == [folder / name for name in names] == sorted(folder.iterdir())
-    assert len(report.metrics) == 6
+    of_one = {"saturation", "motion", "contrast", "sharpness"}
+    drifts = {"saturation_drift", "contrast_drift", "sharpness_drift"}  # of five frames the ends are one each
+    kinds = {(name, length) for length, names in ((1, of_one), (2, of_one | drifts)) for name in names}
+    assert report.metrics.keys() == {f"probe_{name}_len_{length}" for name, length in kinds}
+    clips = videos(config, 2, model, vae)
+    looks = [measure_pieces(clip.split([2, 3], dim=1), torch.device("cpu")) for clip in clips]
+    for name in ("saturation", "sharpness"):
+        drift = sum(end_drift(getattr(look, name)).item() for look in looks) / 3
+        assert report.metrics[f"probe_{name}_drift_len_2"] == pytest.approx(drift, rel=1e-4)
+    assert report.sheet == folder.with_suffix(".png")
+    with Image.open(report.sheet) as sheet:
+        assert sheet.height > 6 * HEIGHT
     for length in (1, 2):
         wanted = videos(config, length, model, vae)
         for name, measure in (("saturation", saturation), ("motion", motion), ("contrast", contrast)):
