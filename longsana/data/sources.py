@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import files_below
+from longsana.runtime.files import expanded, files_below
 from longsana.runtime.foreign import check_characters, parse_json, read_bytes, reason_of
 
 FILMS = (".mp4", ".webm", ".mov")
@@ -94,7 +94,7 @@ def find_sources(folder: Path, captions: str | Path = BESIDE) -> list[Source]:
     elif captions == BESIDE:
         texts = _beside(folder, found, stems)
     else:
-        texts = _listed(Path(captions), stems)
+        texts = _listed(expanded(captions), stems)
     without = [name for stem, name in stems.items() if not texts.get(stem, "").strip()]
     if without:
         others = f" (and {len(without) - 1} more)" if len(without) > 1 else ""

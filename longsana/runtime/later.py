@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
+from functools import partial
+from threading import Lock, Thread
 from typing import Generic, TypeVar, cast
 
 Made = TypeVar("Made")
@@ -45,12 +45,37 @@ Item = TypeVar("Item")
 
 
 def ahead(make: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[Made]:
-    """Yield what `make` makes of each item, in order, while threads make it of so many of the next ones."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[Made]] = deque()
-        for item in items:
-            waiting.append(pool.submit(make, item))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
+    """Yield what `make` makes of each item, in order, while so many threads make it of the next ones.
+
+    A command that is stopped does not wait for them.
+    """
+    waiting: deque[_Making[Made]] = deque()
+    for item in items:
+        if len(waiting) == workers:
             yield waiting.popleft().result()
+        waiting.append(_Making(partial(make, item)))
+    while waiting:
+        yield waiting.popleft().result()
+
+
+class _Making(Generic[Made]):
+    """A value that a thread of its own makes."""
+
+    def __init__(self, make: Callable[[], Made]) -> None:
+        self._outcome: tuple[Made | None, BaseException | None] = None, None
+        self._thread = Thread(target=self._run, args=(make,), daemon=True)
+        self._thread.start()
+
+    def result(self) -> Made:
+        """Wait for it; what was raised is raised here."""
+        self._thread.join()
+        made, error = self._outcome
+        if error is not None:
+            raise error
+        return cast(Made, made)
+
+    def _run(self, make: Callable[[], Made]) -> None:
+        try:
+            self._outcome = make(), None
+        except BaseException as error:
+            self._outcome = None, error
