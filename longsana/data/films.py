@@ -1,8 +1,8 @@
 """Films and pictures that a video goes on from, read as a stream and fitted to a video's size and frame rate.
 
-Frame k is the picture that the film shows at k / fps seconds, upright as the file says. Of each, the largest part in
-the middle with the video's shape is scaled to its size. Films are read through PyAV, pictures (by their suffix) through
-Pillow: a picture is a film of one frame.
+Frame k is the picture that the film shows at k / fps seconds, upright and with square pixels, as the file says. Of
+each, the largest part in the middle with the video's shape is scaled to its size. Films are read through PyAV, pictures
+(by their suffix) through Pillow: a picture is a film of one frame.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,8 @@ from longsana.runtime.foreign import reason_of, refuse_stand_in
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LATE = 1.0
 """Seconds that a film may end before the length that its file says; sound often goes on for a moment."""
+WIDEST_PIXEL = 4
+"""Width of a pixel by its height, or the other way round, that is believed."""
 BEFORE = 1
 """Seconds before a picture from which a film is decoded: some files' indices go by the order of decoding."""
 
@@ -59,11 +62,12 @@ def film_frames(source: Path | BinaryIO, fps: float, first: int = 0) -> Iterator
         video = film.streams.video[0]
         if video.codec_context is None:
             raise ValueError("this PyAV has no decoder for its codec; convert it, for example to H.264")
-        opening = next(film.decode(video), None)
+        frames = film.decode(video)
+        opening = next(frames, None)
         if opening is None:
             return
         matrix, count = _display_matrix(opening), first
-        for picture in _at_rate(film, video, opening, rate, first):
+        for picture in _at_rate(film, video, chain([opening], frames), opening, rate, first):
             count += 1
             yield picture if matrix is None else _upright(picture, matrix)
         promised = _promised(film, video)
@@ -94,9 +98,14 @@ def fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _at_rate(
-    film: InputContainer, video: VideoStream, opening: av.VideoFrame, rate: Fraction, first: int
+    film: InputContainer,
+    video: VideoStream,
+    frames: Iterator[av.VideoFrame],
+    opening: av.VideoFrame,
+    rate: Fraction,
+    first: int,
 ) -> Iterator[np.ndarray]:
-    """Pictures of a film whose first frame has been decoded: at each k / rate, from k = first on, the newest there is.
+    """Pictures of a film whose frames are these: at each k / rate, from k = first on, the newest there is.
 
     Each is shown from its own time on. Times in a file are rounded to its tick, and so half a tick early is in time.
     """
@@ -107,28 +116,24 @@ def _at_rate(
     picture: np.ndarray | None = None
     time = end = -step
     wanted = first
-    for frame in _decoded(film, video, opening, origin + first / rate if first else None):
+    for frame in _decoded(film, video, opening, origin + first / rate) if first else frames:
         time = time + step if frame.pts is None else frame.pts * tick - origin
         while shown is not None and wanted / rate < time - tick / 2:
-            picture = shown.to_ndarray(format="rgb24") if picture is None else picture
+            picture = _square(shown, video) if picture is None else picture
             yield picture
             wanted += 1
         shown, picture = frame, None
         end = time + (frame.duration * tick if frame.duration else step)
     while shown is not None and wanted / rate < end - tick:
-        picture = shown.to_ndarray(format="rgb24") if picture is None else picture
+        picture = _square(shown, video) if picture is None else picture
         yield picture
         wanted += 1
 
 
 def _decoded(
-    film: InputContainer, video: VideoStream, opening: av.VideoFrame, since: Fraction | None
+    film: InputContainer, video: VideoStream, opening: av.VideoFrame, since: Fraction
 ) -> Iterator[av.VideoFrame]:
-    """Frames in the order of display: all, or from one on that is shown at `since` (seconds of the file) or before."""
-    if since is None:
-        yield opening
-        yield from film.decode(video)
-        return
+    """Frames in the order of display from one on that is shown at `since` (seconds of the file) or before."""
     tick = video.time_base or Fraction(1, 90_000)
     for start in (since - BEFORE, Fraction(opening.pts or 0) * tick - BEFORE):
         film.seek(int(start / tick), stream=video)
@@ -139,6 +144,14 @@ def _decoded(
             yield from frames
             return
     raise ValueError(f"second {float(since):.1f} of it cannot be found; convert it, for example to H.264 in an mp4")
+
+
+def _square(frame: av.VideoFrame, video: VideoStream) -> np.ndarray:
+    """A frame as a picture (H, W, 3), uint8, whose pixels are as wide as they are high."""
+    aspect = video.sample_aspect_ratio or 1
+    if not 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL:
+        raise ValueError(f"its pixels are {float(aspect):g} times as wide as high; convert it to square ones")
+    return frame.to_ndarray(format="rgb24", width=round(frame.width * aspect), height=frame.height)
 
 
 def _promised(film: InputContainer, video: VideoStream) -> float | None:

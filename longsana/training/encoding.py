@@ -42,7 +42,7 @@ READERS = 8
 """Threads that read clips while one is encoded, at most: each holds a clip's pictures."""
 RULES = {
     "cut": "from the first frame on, one after another, the rest left out",
-    "frames": "frame k is the picture shown at k / fps seconds, upright",
+    "frames": "frame k is the picture shown at k / fps seconds, upright, with square pixels",
     "fit": "the largest middle part of the clip's shape, bicubic",
 }
 """What is done to every film, for the manifest."""

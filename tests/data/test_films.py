@@ -161,6 +161,18 @@ def test_a_film_lies_as_its_camera_was_held(tmp_path: Path, turn: str) -> None:
     assert sum(1 for _ in film) == 19
 
 
+@pytest.mark.parametrize(("pixel", "width"), [(Fraction(16, 9), 114), (Fraction(1, 2), 32), (Fraction(1), 64)])
+def test_pixels_that_are_not_square(tmp_path: Path, pixel: Fraction, width: int) -> None:
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = pixel
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 64, 3), np.uint8), format="rgb24")))
+        file.mux(stream.encode(None))
+    (picture,) = read_film(tmp_path / "a.mp4", 16.0)
+    assert picture.shape == (32, width, 3)
+
+
 def test_a_film_of_many_pictures_is_turned_in_constant_memory(tmp_path: Path) -> None:
     path = note_turn(shot(tmp_path / "film.mp4", [Fraction(n, 30) for n in range(300)]), TURNS["clockwise"][1])
     tracemalloc.start()
