@@ -20,6 +20,7 @@ from PIL import Image
 
 from longsana.commands import encode, train
 from longsana.config import VAEConfig
+from longsana.data import survey
 from longsana.data.clips import ClipFolder
 from longsana.data.films import film_frames, fitted
 from longsana.data.shards import read_manifest
@@ -175,7 +176,11 @@ def test_two_processes_go_on_where_one_was_killed(films: Path, tmp_path: Path, f
 
 
 def test_what_is_broken_is_skipped_and_counted(
-    films: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    films: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = (films / "even.mp4").read_bytes()
     bad = {
@@ -198,6 +203,16 @@ def test_what_is_broken_is_skipped_and_counted(
     for name, warning in zip(sorted(bad), warnings, strict=True):
         assert warning.startswith(f"skipped: {films / name}.mp4: ") and bad[name][1] in warning and "\n" not in warning
     assert "4 films are broken, 1 shorter" in capsys.readouterr().out
+
+    # The same again looks at no film but the one that was written again.
+    looked: list[str] = []
+    look_at = survey.look_at
+    monkeypatch.setattr(survey, "look_at", lambda source, fps: looked.append(source.name) or look_at(source, fps))
+    (films / "cut.mp4").write_bytes(b"no film either")
+    before = content(out / "32x48")
+    assert encode.main([str(films), "--out", str(out), *SMALL]) == 1
+    assert looked == ["cut.mp4"] and content(out / "32x48") == before
+    capsys.readouterr()
     settings = [*SMALL[:-1], "rollout.num_training_frames=300"]
     assert encode.main([str(films), "--out", str(tmp_path / "long"), *settings]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
