@@ -29,7 +29,8 @@ from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable, hold_folder
 from longsana.runtime.hub import locate
-from longsana.training.clips import Sized, check_encoding, clip_frames, cut_and_sized
+from longsana.sampling.checks import check_weights
+from longsana.training.clips import Sized, check_encoding, clip_frames, cut_and_sized, with_whole_vae
 from longsana.training.config import TrainingConfig
 
 log = logging.getLogger("longsana")
@@ -74,6 +75,9 @@ def prepare(arguments: Sequence[str]) -> Request:
     path = locate(options.config_path, "--config_path")
     config = load_config(path, ["trainer=flow_matching", *settings], TrainingConfig)
     check_encoding(config)
+    config = with_whole_vae(config)
+    if not options.summary_only:
+        check_weights(config, sections=("vae",))
     check_writable(options.out, "--out")
     return Request(config, options)
 
@@ -93,9 +97,7 @@ def _run(request: Request, world: World) -> int:
     found = survey(sources, config.sampling.fps, options.out, world, threads)
     clips = cut_and_sized(config, sources, found)
     broken = [facts.problem for facts in found if facts.problem is not None]
-    if world.is_main:
-        text = write_summary(found, clips, frames, options.out)
-        print(text)
+    world.on_main(lambda: print(write_summary(found, clips, frames, options.out)))
     for problem in broken:
         log.warning("skipped: %s", problem)
     world.on_main(lambda: _refuse_none(request, clips, found))

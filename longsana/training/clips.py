@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,6 +39,11 @@ def check_encoding(config: TrainingConfig) -> None:
             geometry(config.vae).latent_size(*size)
         except InputError as error:
             raise InputError(f"sampling.aspect_ratio_type={config.sampling.aspect_ratio_type}: {error}") from error
+
+
+def with_whole_vae(config: TrainingConfig) -> TrainingConfig:
+    """Leave out a tiny decoder, which encodes nothing."""
+    return dataclasses.replace(config, vae=dataclasses.replace(config.vae, decoder=FULL, decoder_pretrained=None))
 
 
 def clip_frames(config: TrainingConfig) -> int:

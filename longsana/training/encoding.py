@@ -6,7 +6,6 @@ write the same bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -22,7 +21,6 @@ from longsana.data.clips import Batch, Clip, write_clips
 from longsana.data.survey import Span
 from longsana.encoders.geometry import geometry
 from longsana.encoders.loading import load_vae
-from longsana.encoders.tiny_layouts import FULL
 from longsana.encoders.vae import VideoVAE
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -61,11 +59,12 @@ def encode_clips(
 ) -> dict[Size, Path]:
     """Encode clips into one folder of shards for each size, `out`/HEIGHTxWIDTH; every process calls this.
 
+    config: whose VAE is whole, see `with_whole_vae`.
+
     Raises:
         InputError: a folder holds something else, weights are missing or do not fit, or a film has changed.
         FloatingPointError: latents are not finite.
     """
-    config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, decoder=FULL, decoder_pretrained=None))
     world.on_main(lambda: check_weights(config, fetch=True, sections=("vae",)))
     compute = resolve_dtype(config.vae.weight_dtype, device)
     vae = Later(lambda: load_vae(config.vae, device, compute))

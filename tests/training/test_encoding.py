@@ -236,6 +236,8 @@ def test_folders_that_cannot_be_used_are_refused_in_one_line(
     assert encode.main([str(tmp_path / "empty"), "--out", str(tmp_path / "out"), *SMALL]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'empty'}: no clips in it")
     assert not list((tmp_path / "out").iterdir())
+    assert encode.main([str(films), "--out", str(tmp_path / "none"), *SMALL, f"vae.vae_pretrained={tmp_path}"]) == 2
+    assert "vae.vae_pretrained" in capsys.readouterr().err and not (tmp_path / "none").exists()
     (films / "alone.txt").write_text("alone")
     assert "alone.txt: a caption without a clip" in refused(films)
     (films / "alone.txt").unlink()
