@@ -6,6 +6,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
@@ -27,8 +28,10 @@ HEAR = ABANDONED / 4
 """Seconds after which a replica is told that a session is still wanted of which nothing is pulled."""
 MOVE_WITHIN = 120.0
 """Seconds in which a session whose replica is gone must have found another."""
-RETRY = 0.25
-"""Seconds between two looks for one."""
+RETRY, MOST_RETRY = 0.25, 5.0
+"""Seconds between two looks for one, twice as many each time, and at most."""
+FAREWELL = 5.0
+"""Seconds that a fleet which is closed waits for a session's replica to hear of it."""
 
 
 class Lost(Exception):
@@ -69,7 +72,7 @@ class Fleet:
         self.moves = 0
         self._sessions: dict[str, FleetSession] = {}
         self._lock = threading.Lock()
-        self._placing = threading.Lock()  # so that two that come together see each other
+        self._coming: Counter[str] = Counter()  # sessions that are on their way to a replica, and in no figures yet
         if not replicas.figures():
             raise InputError("a fleet without a replica that answers; look at its log")
 
@@ -80,13 +83,12 @@ class Fleet:
             InputError: no such video can be made, or no replica is there.
             Full: as many wait as may, everywhere.
         """
-        with self._placing:
-            where, begun = self.place(order, None)
+        where, begun = self.place(order, None)
         return self._take_in(FleetSession(self, order, where, begun))
 
     def check(self, order: Order) -> None:
         """Refuse an order as `start` would; see `Studio.check`."""
-        for name in self._by_room():
+        for name in self.replicas.figures():
             try:
                 self.replicas.call(name, "check", order)
                 return
@@ -146,13 +148,27 @@ class Fleet:
             Lost: none is there.
         """
         full: Full | None = None
-        for name in self._by_room():
+        found = self.replicas.figures()
+
+        def busy(name: str) -> tuple[float, ...]:
+            one = found[name]
+            held = one.memory_bytes / max(1, one.most_memory_bytes)
+            return one.waiting + self._coming[name], one.load, held, one.running
+
+        while found:
+            with self._lock:
+                name = min(found, key=busy)
+                self._coming[name] += 1
             try:
                 return name, self.replicas.call(name, "begin", order, moved)
             except Lost:
-                continue
+                del found[name]
             except Full as error:
                 full = error
+                del found[name]
+            finally:
+                with self._lock:
+                    self._coming[name] -= 1
         if full is not None:
             raise full
         if moved is None:
@@ -172,16 +188,6 @@ class Fleet:
         with self._lock:
             self._sessions[session.id] = session
         return session
-
-    def _by_room(self) -> list[str]:
-        """Names of the replicas, those with the least to do first."""
-        found = self.replicas.figures()
-
-        def busy(name: str) -> tuple[float, ...]:
-            one = found[name]
-            return one.waiting, one.load, one.memory_bytes / max(1, one.most_memory_bytes), one.running
-
-        return sorted(found, key=busy)
 
 
 class FleetSession:
@@ -304,8 +310,8 @@ class FleetSession:
         self._fleet.left(self)
 
     def join(self) -> None:
-        """Wait until the replica knows that a session which was closed has ended."""
-        self._puller.join()
+        """Wait until the replica knows that a session which was closed has ended, or for `FAREWELL`."""
+        self._puller.join(FAREWELL)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -403,7 +409,7 @@ class FleetSession:
         with self._moving:
             if self.where != lost:  # another thread has moved it
                 return
-            end, said = time.monotonic() + self._fleet.move_within, "no replica is there"
+            end, retry, said = time.monotonic() + self._fleet.move_within, RETRY, "no replica is there"
             while not self._closed and time.monotonic() < end:
                 for order, moved in self._ways():
                     try:
@@ -421,7 +427,8 @@ class FleetSession:
                     self._fleet.moves += 1
                     log.info("session %s: goes on with another replica from chunk %d", self.id, begun.ticket.index)
                     return
-                time.sleep(RETRY)
+                time.sleep(retry)
+                retry = min(2 * retry, MOST_RETRY)
             raise InputError(f"session: the machine that made this video is gone, and no other could go on ({said})")
 
     def _ways(self) -> Iterator[tuple[Order, Moved]]:

@@ -332,6 +332,8 @@ class Session:
                 self._owner.wake()
             self._chunks, self._pictures, self._rewinds = ticket.chunks, ticket.pictures, ticket.rewinds
             self._drop()
+            for event in ticket.waiting:
+                self._check_reach(event)
             self.await_events(list(ticket.waiting))
             if moved.ahead is not None:
                 self._pace.zero = time.monotonic() + moved.ahead - self._seconds(self._pictures)
@@ -417,6 +419,7 @@ class Session:
             with self._owner.lock:
                 if point is not None and self._opening is opening:
                     self._points, self._opening = deque([point]), None
+                    self._wakes.notify_all()
 
     def made(self, task: Task, made: Made, seconds: float) -> Entry | None:
         """Take in a chunk that was made in a turn; None if it is not wanted any more."""

@@ -16,30 +16,45 @@ from longsana.serving.values import Figures, Limits
 
 
 class Local:
-    """Replicas a, b, ... of one config. before, after: are called with each call's name and method, and may `lose`."""
+    """Replicas a, b, ... of one config. before, after: are called with each call's name and method, and may `lose`.
+
+    Those that are lost can be had again by `reset`, without what they knew.
+    """
 
     def __init__(self, config: InferenceConfig, folder: Path, names: str = "ab", limits: Limits | None = None) -> None:
         self._config, self._folder, self._limits = config, folder, limits or Limits(own_snapshots=4)
         self._open = ExitStack()
         self._lock = threading.Lock()
-        self.there: dict[str, Replica] = {}
+        self.all: dict[str, Replica] = {}
+        for name in names:
+            self.add(name)
+        self.reset()
+
+    def reset(self) -> None:
+        """Have all replicas as they were at first, but for their snapshots."""
+        for replica in self.all.values():
+            for session in list(replica.studio._sessions.values()):
+                session.close()
+        self.there = dict(self.all)
         self.calls: list[tuple[str, str]] = []
         self.before: Callable[[str, str], object] = lambda name, method: None
         self.after: Callable[[str, str], object] = lambda name, method: None
-        for name in names:
-            self.add(name)
 
     def add(self, name: str) -> Replica:
         """Begin another replica."""
         studio = Studio(self._config, limits=self._limits, snapshots=self._folder / name, fleet=True)
         self._open.callback(studio.close)
-        self.there[name] = self._open.enter_context(Replica(studio))
-        return self.there[name]
+        self.all[name] = self._open.enter_context(Replica(studio))
+        return self.all[name]
 
     def lose(self, name: str) -> None:
         """Have a replica gone, with all that it knows; what it is doing nobody hears of."""
-        gone = self.there.pop(name)
-        threading.Thread(target=gone.studio.close).start()
+        del self.there[name]
+
+    def end(self, name: str) -> None:
+        """End a replica for good."""
+        self.there.pop(name, None)
+        self.all.pop(name).studio.close()
 
     def call(self, name: str, method: str, *arguments: Any) -> Any:
         with self._lock:

@@ -25,18 +25,25 @@ from longsana.serving.values import Chunk, End, Full, Limits
 from tests.serving.fake import served
 from tests.serving.replicas import Local
 from tests.serving.server import Running
-from tests.serving.viewing import OTHER, PROMPT, THIRD, WAIT, order, taken
+from tests.serving.viewing import OTHER, PROMPT, THIRD, WAIT, order, settled, taken
 
 Steer = Callable[[Any], object]
 CLOSE = 60.0
 """dB of the pictures after a move, at least; the decoder's memory is rebuilt from the last 12 latents."""
 
 
-@pytest.fixture
-def local(config: InferenceConfig, tmp_path: Path) -> Iterator[Local]:
-    replicas = Local(config, tmp_path)
+@pytest.fixture(scope="module")
+def replicas(config: InferenceConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    replicas = Local(config, tmp_path_factory.mktemp("fleet"))
     yield replicas
     replicas.close()
+
+
+@pytest.fixture
+def local(replicas: Local) -> Iterator[Local]:
+    replicas.reset()
+    yield replicas
+    replicas.reset()
 
 
 @pytest.fixture
@@ -149,15 +156,13 @@ def test_what_was_asked_of_a_lost_replica_is_done_once(
 def test_both_are_lost_and_replaced(local: Local, fleet: Fleet, undisturbed: list[Chunk]) -> None:
     """A rolling update: each replica is replaced in turn, and the session is where it must be."""
     session = fleet.start(order(snapshot_every=2))
-    names = iter("cdefghi")
 
     def update(step: int) -> None:
-        if session.where in local.there and step % 2 == 0:
-            local.add(next(names))
-            local.lose(session.where)
+        if session.where in local.there:
+            local.there = {name: replica for name, replica in local.all.items() if name != session.where}
 
     chunks = told(session, update)
-    assert fleet.moves >= 3 and all(map(same_but_snapshots, chunks, undisturbed))
+    assert fleet.moves >= 5 and all(map(same_but_snapshots, chunks, undisturbed))
     assert psnr(pixels(chunks), pixels(undisturbed)) >= CLOSE
 
 
@@ -221,8 +226,7 @@ def test_where_all_are_full(config: InferenceConfig, tmp_path: Path) -> None:
 def test_for_who_does_not_read_nothing_is_pulled(local: Local, fleet: Fleet) -> None:
     session = fleet.start(order(snapshot_every=1))
     taken(session, 2)
-    until(lambda: local.calls.count((session.where, "pull")) >= 2)
-    time.sleep(0.3)
+    settled(local.all[session.where].studio)
     pulls, made = local.calls.count((session.where, "pull")), fleet.figures().chunks_made
     time.sleep(0.5)
     assert local.calls.count((session.where, "pull")) == pulls and session._piece is None
@@ -287,17 +291,17 @@ def test_a_session_that_nobody_asks_for_ends(studio: Studio) -> None:
         replica.close(wanted.id)
 
 
-def test_a_new_replica_inherits_what_a_gone_one_has_saved(local: Local, fleet: Fleet, tmp_path: Path) -> None:
+def test_a_new_replica_inherits_what_a_gone_one_has_saved(config: InferenceConfig, tmp_path: Path) -> None:
+    local = Local(config, tmp_path, "a")
+    fleet = Fleet(local)
     session = fleet.start(order())
     taken(session, 2)
     state = session.snapshot()
-    gone = session.where
-    local.lose(gone)
-    until(lambda: not (tmp_path / gone / ".lock").exists())
-    until(lambda: not list((tmp_path / gone).glob("*.lock")))
-    local.add("c")
-    assert not (tmp_path / gone).exists() and (tmp_path / "c" / f"{state}.safetensors").is_file()
+    local.end("a")
+    local.there = {"c": local.add("c")}
+    assert not (tmp_path / "a").exists() and (tmp_path / "c" / f"{state}.safetensors").is_file()
     assert taken(fleet.start(order(prompt=None, snapshot=state, seed=None)), 1)
+    fleet.close()
 
 
 def test_a_fleet_behind_the_server(local: Local, fleet: Fleet, running: Callable[..., Running]) -> None:
