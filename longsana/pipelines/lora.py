@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from longsana.models.dit import LongSanaDiT
 from longsana.pipelines.arguments import FLOATS, Numbers, check_finite
@@ -18,6 +18,7 @@ from longsana.runtime.arguments import Number
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.foreign import parse_json, reason_of
 from longsana.weights.files import open_weights
+from longsana.weights.lora import Part, linear_layers
 from longsana.weights.names import foreign
 from longsana.weights.what_is import SUFFIXES, what_is
 
@@ -53,13 +54,6 @@ REFUSED = {
 """What has no place here, and what to do; and how it is told."""
 
 
-class _Part(NamedTuple):
-    """A layer of diffusers: rows of the weight of one of ours."""
-
-    rows: int
-    columns: int
-
-
 class _Low(NamedTuple):
     """A low-rank change of a layer's weight: b @ a, with a (rank, columns) and b (rows, rank)."""
 
@@ -87,7 +81,7 @@ def fused_adapter(
     fused: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     # peft's names of our layers in a model that holds the network as `network`.
-    for name, parts in _layers(network).items():
+    for name, parts in linear_layers(network).items():
         given = {layer: changes.pop(layer) for layer in parts if layer in changes}
         if not given:
             continue
@@ -102,7 +96,7 @@ def fused_adapter(
     dtype = next(network.parameters()).dtype
     check_finite("LoRA", {name: tensor.to(dtype) for name, tensor in fused.items()})
     if changes:
-        known = [layer for parts in _layers(network).values() for layer in parts]
+        known = [layer for parts in linear_layers(network).values() for layer in parts]
         first = next(iter(changes))
         raise InputError(
             f"LoRA: {len(changes)} layers that none can be put on here: {', '.join(list(changes)[:3])}"
@@ -125,7 +119,7 @@ def plain_factors(network: LongSanaDiT, adapter: str) -> dict[str, Tensor]:
     It undoes `fused_adapter`: of a layer that is several there each gets its rows of b, and those of a that they use.
     """
     found: dict[str, Tensor] = {}
-    for name in _layers(network):
+    for name in linear_layers(network):
         module: Any = network.get_submodule(name)
         if adapter not in getattr(module, "lora_A", {}):
             continue
@@ -141,19 +135,6 @@ def plain_factors(network: LongSanaDiT, adapter: str) -> dict[str, Tensor]:
             own, other = own[:, used], a[used]
             found[f"{layer}.lora_A.weight"] = other.reshape(*other.shape, *pixel).contiguous()
             found[f"{layer}.lora_B.weight"] = own.reshape(*own.shape, *pixel).contiguous()
-    return found
-
-
-def _layers(network: LongSanaDiT) -> dict[str, dict[str, _Part]]:
-    """Linear layers by name, and the layers of diffusers that each is made of, in order."""
-    found = {}
-    for name, module in network.named_modules():
-        # Wrapped by peft where another LoRA is loaded already.
-        if "lora_" in name or not isinstance(module, nn.Linear):
-            continue
-        name = name.removesuffix(".base_layer")
-        parts = foreign(f"{name}.weight", tuple(module.weight.shape), "diffusers")
-        found[name] = {part.name.removesuffix(".weight"): _Part(*part.shape[:2]) for part in parts}
     return found
 
 
@@ -369,7 +350,7 @@ def settled_scales(name: str, scales: Any) -> Any:
     return None if scales is None else SCALE.settle(name, scales)
 
 
-def _fitting(layer: str, change: Mapping[str, Tensor] | None, part: _Part, settings: _Settings) -> _Low:
+def _fitting(layer: str, change: Mapping[str, Tensor] | None, part: Part, settings: _Settings) -> _Low:
     if change is None:
         return _Low(torch.empty(0, part.columns), torch.empty(part.rows, 0))
     if change.keys() != {"A", "B"}:
@@ -378,6 +359,6 @@ def _fitting(layer: str, change: Mapping[str, Tensor] | None, part: _Part, setti
     if a.shape[1] != part.columns or b.shape[0] != part.rows or len(a) != b.shape[1]:
         raise InputError(
             f"LoRA: {layer}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not change a weight of "
-            f"{list(part)}; it is for another network"
+            f"{[part.rows, part.columns]}; it is for another network"
         )
     return _Low(a, settings.scale(layer, len(a)) * b)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from longsana.config import VAEConfig
+from longsana.config import ModelConfig, VAEConfig
 from longsana.data.clips import GENERATED, ClipSource, open_clips
 from longsana.data.prompts import training_pictures, training_prompts
 from longsana.data.trajectories import Trajectories, check_grid, open_trajectories
@@ -28,6 +29,7 @@ from longsana.training.checks import DISTILLING, clip_shape, student_sigmas, swi
 from longsana.training.config import TrainingConfig
 from longsana.training.graphs import replay_passes
 from longsana.training.learner import Learner, compute_dtype
+from longsana.training.lora import base_of, put_on
 from longsana.training.parallel import device_mesh, parallelise
 from longsana.training.pictures import Pictures
 from longsana.training.run_folder import CAPTIONS
@@ -36,7 +38,7 @@ from longsana.training.stages.longsana import LongSana
 from longsana.training.stages.ode import OdeInitialisation
 from longsana.training.stages.self_forcing import SelfForcing
 from longsana.training.stages.stage import MicroBatches, Stage
-from longsana.weights.build import build_model, resolve_dtype
+from longsana.weights.build import build_model, empty_model, resolve_dtype
 from longsana.weights.files import check_digests
 from longsana.weights.what_is import PIPELINE_PART
 
@@ -53,6 +55,8 @@ class StageBuilder:
         self.folder = folder
         channels, _, height, width = clip_shape(config)
         self.latent_shape = (channels, height, width)
+        self._bases: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+        """Frozen weights by what decides them, which networks share."""
 
     def stage(self) -> Stage:
         """
@@ -141,18 +145,40 @@ class StageBuilder:
         """A network that learns, with weights in float32, or the frozen teacher, in the dtype that it computes in.
 
         Small steps vanish in bfloat16. Over all processes; or, where there is one GPU and one is enough, into graphs.
+        Under a LoRA factors are what learns, and all else is frozen as the teacher is, whole on each process.
         """
         train, settings, trained = self.config.train, self.config.networks[role], role != "teacher"
+        lora = train.lora.rank is not None
         compute = compute_dtype(self.config) if trained else resolve_dtype(settings.dtype, self.device)
-        model = build_model(settings, device=self.device, dtype=torch.float32 if trained else compute)
         blocks = {}
         if trained:
             blocks = {"checkpointing": train.gradient_checkpointing, "compile_blocks": train.compile}
+        if lora:
+            model = self._with_lora(role, self._frozen(settings, compute))
         else:
-            model.requires_grad_(False)
+            model = build_model(settings, device=self.device, dtype=torch.float32 if trained else compute)
+            model.requires_grad_(trained)
         if train.cuda_graphs and self.device.type == "cuda":
             return replay_passes(model, compute, **blocks)
+        if lora and not trained:
+            return model
         return parallelise(model, self._mesh, compute=compute, strategy=train.sharding_strategy, **blocks)
+
+    def _with_lora(self, role: str, model: LongSanaDiT) -> LongSanaDiT:
+        """Put factors on a network that learns; the teacher stays as it is."""
+        train = self.config.train
+        return model if role == "teacher" else put_on(model, train.lora, train.seed, "lora", role)
+
+    def _frozen(self, settings: ModelConfig, dtype: torch.dtype) -> LongSanaDiT:
+        """A network none of whose weights learns; it shares them with those before that have the same."""
+        held = self._bases.setdefault(base_of(settings, dtype), {})
+        if held:
+            model = empty_model(settings).to(dtype).eval()
+            model.load_state_dict(held, assign=True)
+        else:
+            model = build_model(settings, device=self.device, dtype=dtype)
+            held.update(model.state_dict(keep_vars=True))
+        return model.requires_grad_(False)
 
     def _flow_matching(self) -> Stage:
         config, frames = self.config, self.config.rollout.num_training_frames

@@ -46,11 +46,13 @@ from longsana.sampling.checks import (
     check_picture_sampler,
     check_weights,
 )
-from longsana.training.config import TrainingConfig
+from longsana.training.config import LoraConfig, TrainingConfig
+from longsana.training.lora import TARGETS, check_peft
 from longsana.training.published import DISTILLING, SECTIONS, means_something, section_of
 from longsana.training.stages.prompt_changes import change_of, switch_places
 from longsana.training.stages.stage import MicroBatches
 from longsana.weights.build import empty_model
+from longsana.weights.lora import targeted
 from longsana.weights.names import chosen_past
 
 log = logging.getLogger(__name__)
@@ -100,6 +102,7 @@ def check_training(config: TrainingConfig) -> None:
         )
     if trainer in DISTILLING:
         _check_distillation(config)
+    _check_lora(config)
     flow, sampling = config.flow_matching, config.sampling
     replaces = flow.class_dropout_prob > 0 and flow.dropped_caption == "null_caption"
     if replaces and sampling.null_caption == "negative_prompt" and sampling.negative_prompt != "":
@@ -112,6 +115,27 @@ def check_training(config: TrainingConfig) -> None:
         _check_pictures(config)
     if trainer == "longsana":
         _check_streams(config)
+
+
+def _check_lora(config: TrainingConfig) -> None:
+    lora, unset = config.train.lora, LoraConfig()
+    if lora.rank is None:
+        for name in ("alpha", "targets"):
+            if (value := getattr(lora, name)) != getattr(unset, name):
+                raise InputError(f"train.lora.{name}={value}: without train.lora.rank there is no LoRA; set it too")
+        return
+    check_peft()
+    if not lora.targets:
+        raise InputError(f"{TARGETS}=[]: there is nothing to put factors on; leave it out")
+    for role, settings in (("generator", config.optimizer.generator), ("critic", config.optimizer.critic)):
+        if settings.muon_lr is not None:
+            raise InputError(
+                f"optimizer.{role}.muon_lr={settings.muon_lr}: Muon is for whole matrices, and with train.lora.rank "
+                "factors learn; leave one of them out"
+            )
+    for role, network in config.networks.items():
+        if role != "teacher":
+            targeted(empty_model(network), lora.targets, TARGETS)
 
 
 def check_device(config: TrainingConfig, world: World, device: torch.device) -> None:

@@ -115,6 +115,22 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank factors that learn in place of the weights, which stay as they are."""
+
+    rank: int | None = bounded(None, 1, 4096)  # of the change of each targeted layer; None: the weights learn
+    alpha: float | None = bounded(None, above=0, most=1e6)  # the change is alpha / rank times lora_B lora_A; None: rank
+    # Linear layers by diffusers' names, or by the ends of these from a dot on
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
+
+    @property
+    def scale(self) -> float:
+        """The number that the product of the factors is multiplied by."""
+        assert self.rank is not None, "no LoRA"
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     max_iters: int = bounded(10000, 1, 10**9)
     seed: int = bounded(0, 0, 2**63 - 2**32)
@@ -142,6 +158,7 @@ class TrainConfig:
     text_encoder: Literal["keep", "offload", "free"] = "keep"  # on the GPU; on the host between uses; encode all first
     # Captions encoded at a time; more are faster with a small encoder, and round differently
     captions_together: int = bounded(1, 1, 100_000)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from longsana.training.checks import DISTILLING, clip_shape, micro_batches_of
 from longsana.training.config import TrainingConfig
 from longsana.training.flops import forward_flops
 from longsana.training.learner import compute_dtype, learns_by_muon
+from longsana.training.lora import base_of, put_on
 from longsana.training.memory import LiveBytes
 from longsana.training.meta import (
     GPU,
@@ -60,6 +61,7 @@ class Estimate(NamedTuple):
     moments: int
     average: int
     teacher: int
+    frozen: int
     text_encoder: int
     vae: int
     streams: int
@@ -81,6 +83,7 @@ class Estimate(NamedTuple):
             "the optimizer's moments": self.moments,
             "running average": self.average,
             "teacher": self.teacher,
+            "frozen weights": self.frozen,
             "text encoder, Gemma 2 2B": self.text_encoder,
             "VAE, as published": self.vae,
             "live streams": self.streams,
@@ -113,7 +116,8 @@ def estimate(
     """Memory of a GPU that trains as a checked config says, as one of `world_size`; local_size: of those on its host.
 
     Counted from names and shapes: `parameters`, `state`, and what lies there all the time: `weights`, `moments` and
-    `average` (float32 shards of the fullest process), `teacher`, encoders.
+    `average` (float32 shards of the fullest process), `teacher`, encoders. Under a LoRA these are its factors', and
+    `frozen` all else, the teacher too, in the dtypes that compute and whole; what networks share counts once.
     From the stage's own losses on the meta device: `updates`, and `streams` (of live videos, the states and the
     decoder's caches). Known from how FSDP works: `gathered` (whole weights in the dtype that computes: what lies
     outside blocks, and the blocks in flight) and `reduced` (a block's gradients, whole, before and in their reduction).
@@ -137,22 +141,29 @@ def estimate(
     accumulation = micro_batches_of(config, world).accumulation
     networks = {role: empty_model(settings) for role, settings in config.networks.items()}
     learners: tuple[Role, ...] = ("generator", "critic") if distilled else ("generator",)
-    kept = {name: sum(kept_values(p, sharers) for p in model.parameters()) for name, model in networks.items()}
+    parameters = {name: _count(model) for name, model in networks.items()}
+    state = networks["generator"].to(compute_dtype(config)).empty_state(train.batch_size, *clip_shape(config)[2:])
+    lora, frozen = train.lora.rank is not None, 0
+    if lora:
+        frozen = _frozen_bytes(config, parameters)
+        networks = {role: put_on(networks[role], train.lora) for role in learners}
+        parameters |= {f"{role}'s factors": _count(model) for role, model in networks.items()}
+    kept = {name: sum(kept_values(p, sharers) for p in _learning(model)) for name, model in networks.items()}
     trained = FLOAT * sum(kept[role] for role in learners)
     compute = compute_dtype(config).itemsize
     block = max(_count(model.blocks[0]) for model in networks.values())
-    state = networks["generator"].to(compute_dtype(config)).empty_state(train.batch_size, *clip_shape(config)[2:])
     updates: dict[str, Update] = {
         role: measure_update(config, role, processes=sharers, accumulates=accumulation > 1, encoders=encoders)
         for role in learners
     }
     return Estimate(
-        parameters={name: _count(model) for name, model in networks.items()},
+        parameters=parameters,
         state=_bytes(state[:3]),  # its own nbytes asks where the storages lie
         weights=trained,
         moments=2 * trained - FLOAT * sum(_kept_by_muon(config, role, networks[role], sharers) for role in learners),
         average=FLOAT * kept["generator"] if train.ema_weight > 0 else 0,
-        teacher=resolve_dtype(config.real_score.dtype, GPU).itemsize * kept["teacher"] if distilled else 0,
+        teacher=_dtype(config, "teacher").itemsize * kept["teacher"] if distilled and not lora else 0,
+        frozen=frozen,
         text_encoder=resolve_dtype(config.text_encoder.dtype, GPU).itemsize * encoders.text_parameters
         if train.text_encoder == "keep"
         else 0,
@@ -237,7 +248,7 @@ def _measure(
         if not accumulates:
             live.hold(FLOAT * kept_values(weight, processes))
 
-    for weight in builder.networks[role].parameters():
+    for weight in _learning(builder.networks[role]):
         weight.register_post_accumulate_grad_hook(reduce)
         if accumulates:
             live.hold(FLOAT * kept_values(weight, processes))
@@ -308,8 +319,25 @@ def _gathered(networks: Collection[LongSanaDiT], sharers: int, keeps: bool) -> i
     return outside + max(_count(model.blocks[0]) for model in networks) * (1 if sharers == 1 else 3)
 
 
+def _dtype(config: TrainingConfig, role: str) -> torch.dtype:
+    """The dtype that a network computes in on a GPU."""
+    return resolve_dtype(config.real_score.dtype, GPU) if role == "teacher" else compute_dtype(config)
+
+
+def _frozen_bytes(config: TrainingConfig, parameters: Mapping[str, int]) -> int:
+    """Bytes of the weights under LoRAs, those that networks share once. parameters: how many there are, by role."""
+    dtypes = {role: _dtype(config, role) for role in config.networks}
+    bases = {base_of(network, dtypes[role]): role for role, network in config.networks.items()}
+    return sum(dtypes[role].itemsize * parameters[role] for role in bases.values())
+
+
+def _learning(module: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in module.parameters() if weight.requires_grad]
+
+
 def _count(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
+    """Count the numbers that learn."""
+    return sum(weight.numel() for weight in _learning(module))
 
 
 def kept_values(weight: Tensor, processes: int) -> int:

@@ -35,10 +35,12 @@ def replay_passes(
     """Let a network on a GPU replay its passes, in place; the slow twin is the network itself.
 
     What is recorded is a copy that computes in `compute`; weights and their gradients stay the model's own, in their
-    own dtype. Only weights get gradients, and only from the velocity: states carry none, and inputs that need one are
+    own dtype, and frozen ones that have `compute` already are not copied. Only weights get gradients, and only from the velocity: states carry none, and inputs that need one are
     refused (ValueError). checkpointing, compile_blocks: see `parallelise`.
     """
-    working = copy.deepcopy(model).to(compute)
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    shared = {id(weight): weight for weight in frozen if weight.dtype == compute}
+    working = copy.deepcopy(model, shared).to(compute)
     wrap_blocks(working, checkpointing=checkpointing, compile_blocks=compile_blocks)
     # The method, not a module around the network: names stay as they are.
     model.forward = _Passes(model, working)  # type: ignore[method-assign, assignment]
@@ -50,8 +52,9 @@ class _Passes:
 
     def __init__(self, model: LongSanaDiT, working: LongSanaDiT) -> None:
         self.working = working
-        self.weights: list[Tensor] = [*model.parameters()]
-        self.copies: list[Tensor] = [*working.parameters()]
+        pairs = [pair for pair in zip(model.parameters(), working.parameters(), strict=True) if pair[0] is not pair[1]]
+        self.weights: list[Tensor] = [weight for weight, _ in pairs]
+        self.copies: list[Tensor] = [own for _, own in pairs]
         self.recorded: dict[Any, list[_Pass]] = defaultdict(list)
         # Passes without gradients are over when they return: their memory is shared.
         self.pool = torch.cuda.graph_pool_handle()
@@ -102,14 +105,17 @@ class _Pass:
 
         def forward(x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor, *past: Tensor) -> list[Tensor]:
             nonlocal velocity
-            with torch.no_grad():
-                torch._foreach_copy_(passes.copies, passes.weights)
+            if passes.copies:
+                with torch.no_grad():
+                    torch._foreach_copy_(passes.copies, passes.weights)
             text = TextEmbedding(tokens, mask)
             velocity, after = passes.working(x, t, text, plan=plan, state=state_of(past, sinks))
             return [velocity, *after[:3]]
 
         def backward(gradient: Tensor) -> list[Tensor]:
-            given = torch.autograd.grad(velocity, passes.copies, gradient, allow_unused=True)
+            learning = [own for own in passes.copies if own.requires_grad]
+            values = iter(torch.autograd.grad(velocity, learning, gradient, allow_unused=True))
+            given = [next(values) if own.requires_grad else None for own in passes.copies]
             used[:] = [value is not None for value in given]
             pairs = zip(given, passes.weights, strict=True)
             return [value.to(weight.dtype) for value, weight in pairs if value is not None]

@@ -17,7 +17,7 @@ from longsana.training.config import AdamWConfig, TrainingConfig
 
 
 class Learner:
-    """A network, AdamW over all of its weights or all but those of Muon, and a moving average of them.
+    """A network, AdamW over all weights that learn or all but those of Muon, and a moving average of them.
 
     every: iterations from one of its updates to the next; it learns in iterations 0, every, 2 every, ...
     ema_weight: share of the old average that an update keeps; 0 keeps no average.
@@ -39,7 +39,10 @@ class Learner:
         ema_relative_width: float | None = None,
     ) -> None:
         self.name, self.model, self.settings, self.every = name, model, settings, every
-        self.weights = dict(model.named_parameters())
+        everything = dict(model.named_parameters())
+        self.weights = {name: weight for name, weight in everything.items() if weight.requires_grad}
+        # Where all else is frozen, a LoRA learns; a checkpoint of it holds nothing of what the base has.
+        self._buffers = dict(model.named_buffers()) if len(self.weights) == len(everything) else {}
         matrices = [weight for name, weight in self.weights.items() if learns_by_muon(settings, name, weight)]
         others = [weight for name, weight in self.weights.items() if not learns_by_muon(settings, name, weight)]
         # Of each optimizer, its rate before warm-up and decay.
@@ -54,6 +57,10 @@ class Learner:
 
     def learns_in(self, step: int) -> bool:
         return step % self.every == 0
+
+    def without_gradient(self) -> list[str]:
+        """Name the weights that the backward passes since the last update have given none."""
+        return [name for name, weight in self.weights.items() if weight.grad is None]
 
     def update(self, step: int) -> Tensor:
         """Clip the gradients, step, and update the average; returns their norm before clipping, a scalar on the host.
@@ -137,7 +144,7 @@ class Learner:
             for owner in self.optimizers
             for part, value in owner.state.get(weight, {}).items()
         }
-        buffers = dict(self.model.named_buffers())
+        buffers = self._buffers
         groups: dict[str, dict[str, Tensor]] = {
             self.name: {name: weight.detach() for name, weight in self.weights.items()} | buffers,
             f"optimizer.{self.name}": optimizer,

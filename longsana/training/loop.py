@@ -24,6 +24,7 @@ from longsana.runtime.stop import Stopped, check, deferred, heed
 from longsana.training.checkpoint import Checkpointer
 from longsana.training.config import TrainConfig
 from longsana.training.learner import Learner
+from longsana.training.lora import TARGETS, plain_name
 from longsana.training.stages.stage import MicroBatch, MicroBatches, Stage
 from longsana.weights.checkpoint_folder import PROGRESS, own_names, read_own, read_progress
 
@@ -121,6 +122,8 @@ class Loop:
         self.progress = Progress()
         self._saved = 0  # before the first iteration there is nothing to save
         self._due = False  # a checkpoint
+        self._unproven = {learner.name for learner in stage.learners} if settings.lora.rank is not None else set()
+        """Learners of which nobody has seen yet that every factor gets a gradient."""
         self._open = ExitStack()
         self._asked: Callable[[], int] | None = None
 
@@ -223,6 +226,9 @@ class Loop:
                 sums[name] += value / self.micro_batches.accumulation
             learning += loss.learns
         progress.samples[learner.name] = first + self.micro_batches.count * batch
+        if learning and learner.name in self._unproven:
+            _prove(learner)
+            self._unproven.remove(learner.name)
         self._defer()
         told = torch.stack([*(value.float() for value in sums.values()), torch.tensor(learning, device=self.device)])
         *means, learners = (self._reduced(told) / self.world.size).tolist()
@@ -337,6 +343,19 @@ class Loop:
 def weights_for_sampling(learner: Learner, ema: bool) -> Any:
     """A context in which the learner's network samples: with its average, or as it is."""
     return learner.averaged() if ema and learner.average else nullcontext()
+
+
+def _prove(learner: Learner) -> None:
+    """
+    Raises:
+        InputError: some factors of a LoRA got no gradient: their layers are never called, as the weights of fused
+            operations are not, and would stay as they are in silence.
+    """
+    if without := learner.without_gradient():
+        raise InputError(
+            f"{TARGETS}: no gradient of the {learner.name} has come to {len(without)} factors after the first backward "
+            f"pass ({', '.join(map(plain_name, without[:3]))}): their layers are not computed with; leave them out"
+        )
 
 
 def _rng(device: torch.device) -> dict[str, Tensor]:

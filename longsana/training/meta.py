@@ -93,6 +93,8 @@ class MetaBuilder(StageBuilder):
         # As FSDP gathers them: whole, in the dtype that computes.
         dtype = compute_dtype(self.config) if trained else resolve_dtype(settings.dtype, GPU)
         model = empty_model(settings).to(dtype).requires_grad_(trained)
+        if self.config.train.lora.rank is not None:
+            model = self._with_lora(role, model.requires_grad_(False)).to(dtype)
         for block in model.blocks:
             # Around a block's forward, where a backward pass that computes it again meets it too.
             block.forward = as_on_gpu(block.forward)

@@ -47,6 +47,8 @@ def parallelise(
 ) -> LongSanaDiT:
     """Shard a network in place, block by block. Its weights keep their dtype; it computes in `compute`.
 
+    Where some weights learn and others are frozen, as under a LoRA, the frozen ones are left alone, whole on each
+    process and in the dtype that they have: networks may share them.
     checkpointing: blocks keep their inputs alone and compute again in the backward pass. The state is one of those
         inputs, a value that nobody changes: recomputation sees what the forward pass saw.
     """
@@ -54,9 +56,10 @@ def parallelise(
     # Inputs keep their dtype: bfloat16 would round the timestep 889 to 888, and the state's float32 sums.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     reshard = strategy != "hybrid_zero2"
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    frozen = {weight for weight in model.parameters() if not weight.requires_grad}
+    whole = frozen if any(weight.requires_grad for weight in model.parameters()) else set()
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
     return model
 
 

@@ -15,9 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from longsana.config import ModelConfig
 from longsana.data.clips import GENERATED
 from longsana.data.shards import MANIFEST
 from longsana.encoders.tiny_layouts import BESIDE
+from longsana.models.dit import LongSanaDiT
 from longsana.runtime.distributed import PeerError, World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import LINGERING, LOCK, check_writable, hold_folder, remove
@@ -27,6 +29,7 @@ from longsana.training.checkpoint import checkpoints_of
 from longsana.training.checks import DISTILLING, check_same_run
 from longsana.training.config import TrainingConfig
 from longsana.training.learner import Learner
+from longsana.training.lora import put_on
 from longsana.training.parts import check_match, flatten
 from longsana.training.stages.stage import MicroBatches
 from longsana.weights.build import empty_model
@@ -153,6 +156,9 @@ def sources(config: TrainingConfig) -> dict[str, str]:
     named = {"text_encoder.text_encoder_name": config.text_encoder.text_encoder_name}
     if distilled:
         named["real_score.load_from"] = config.real_score.load_from
+    if config.train.lora.rank is not None:  # whose checkpoints hold no weights
+        named["model.load_from"] = config.model.load_from
+        named |= {"fake_score.load_from": config.fake_score.load_from} if distilled else {}
     if distilled or generated:
         named["vae.vae_pretrained"] = config.vae.vae_pretrained
     if not generated:
@@ -168,14 +174,17 @@ def check_fits(config: TrainingConfig, checkpoint: Path) -> None:
     Raises:
         InputError: it is of other networks, or of others that are averaged.
     """
-    optimizers = config.optimizer
+    optimizers, lora = config.optimizer, config.train.lora
+
+    def network(settings: ModelConfig) -> LongSanaDiT:
+        model = empty_model(settings).float()
+        return model if lora.rank is None else put_on(model, lora)
+
     learners = [
-        Learner(
-            "generator", empty_model(config.model).float(), optimizers.generator, ema_weight=config.train.ema_weight
-        )
+        Learner("generator", network(config.model), optimizers.generator, ema_weight=config.train.ema_weight)
     ]
     if config.trainer in DISTILLING:
-        learners.append(Learner("critic", empty_model(config.fake_score).float(), optimizers.critic))
+        learners.append(Learner("critic", network(config.fake_score), optimizers.critic))
     tensors = {name: group for learner in learners for name, group in learner.tensors().items()}
     check_match(checkpoint, open_tensors(checkpoint), flatten(tensors))
 

@@ -1,0 +1,131 @@
+"""Layers that a LoRA changes, as diffusers calls them, of which several may be one layer here; and trained factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longsana.models.dit import LongSanaDiT
+from longsana.runtime.errors import InputError, did_you_mean
+from longsana.weights.names import foreign
+
+
+class Part(NamedTuple):
+    """A layer of diffusers: rows of the weight of one of ours.
+
+    shape: of its weight there, where a linear layer may be a 1x1 convolution.
+    """
+
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[1]
+
+
+def linear_layers(network: LongSanaDiT) -> dict[str, dict[str, Part]]:
+    """Linear layers by name, and the layers of diffusers that each is made of, in order."""
+    found = {}
+    for name, module in network.named_modules():
+        # Wrapped by peft where a LoRA is on already.
+        if "lora_" in name or not isinstance(module, nn.Linear):
+            continue
+        name = name.removesuffix(".base_layer")
+        parts = foreign(f"{name}.weight", tuple(module.weight.shape), "diffusers")
+        found[name] = {part.name.removesuffix(".weight"): Part(part.shape) for part in parts}
+    return found
+
+
+def targeted(network: LongSanaDiT, targets: Sequence[str], setting: str) -> dict[str, dict[str, Part]]:
+    """Those of `linear_layers` of which some part is meant, with the parts that are, in order.
+
+    targets: layers of diffusers, or the ends of their names from a dot on. setting: what the user calls them.
+
+    Raises:
+        InputError: a target means no linear layer.
+    """
+    layers = linear_layers(network)
+    known = [layer for parts in layers.values() for layer in parts]
+    short = list(dict.fromkeys(_short(layer) for layer in known))
+    for target in targets:
+        if any(_meant(layer, target) for layer in known):
+            continue
+        others = {
+            part.name.removesuffix(leaf)
+            for name, tensor in network.state_dict().items()
+            for part in foreign(name.replace(".base_layer.", "."), tuple(tensor.shape), "diffusers")
+            for leaf in (".weight", ".bias")
+        }
+        what = "no linear layer, and a LoRA changes those alone" if _any_meant(others, target) else "means no layer"
+        hint = did_you_mean(target, [*short, *known]) if what.startswith("means") else ""
+        raise InputError(f"{setting}: {target}: {what}{hint}; there are {', '.join(short)}, as diffusers calls them")
+    chosen = {
+        name: {layer: part for layer, part in parts.items() if any(_meant(layer, target) for target in targets)}
+        for name, parts in layers.items()
+    }
+    return {name: parts for name, parts in chosen.items() if parts}
+
+
+def _short(layer: str) -> str:
+    """The end of a layer's name that says which it is: `to_q`, `to_out.0`."""
+    words = layer.split(".")
+    return ".".join(words[-2:] if words[-1].isdecimal() else words[-1:])
+
+
+def _meant(layer: str, target: str) -> bool:
+    return layer == target or layer.endswith(f".{target}")
+
+
+def _any_meant(layers: set[str], target: str) -> bool:
+    return any(_meant(layer, target) for layer in layers)
+
+
+# Factors as training keeps them: of a layer here with n targeted parts, lora_A (n * rank, columns) holds those of its
+# parts one under another, and lora_B (rows of the targeted parts, rank) too. So each part has a rank of its own.
+A, B = "lora_A", "lora_B"
+
+
+def plain_trained(
+    factors: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Part]], scale: float
+) -> dict[str, Tensor]:
+    """Factors by the names of diffusers' layers, `{layer}.lora_A.weight` (rank, columns) and `.lora_B.weight` (rows,
+    rank), with the pixel of a 1x1 convolution where the layer is one; alpha is then the rank.
+
+    Args:
+        factors: `{layer of ours}.lora_A.weight` and `.lora_B.weight`, as training keeps them.
+        layers: of `targeted`.
+        scale: alpha / rank, which is put into lora_B.
+    """
+    found: dict[str, Tensor] = {}
+    for name, parts in layers.items():
+        above, below = (factors[f"{name}.{factor}.weight"].detach() for factor in (A, B))
+        for (layer, part), a, b in zip(
+            parts.items(), above.chunk(len(parts)), below.split([part.rows for part in parts.values()]), strict=True
+        ):
+            pixel = (1,) * (len(part.shape) - 2)
+            found[f"{layer}.{A}.weight"] = a.reshape(*a.shape, *pixel).contiguous()
+            found[f"{layer}.{B}.weight"] = (scale * b).reshape(*b.shape, *pixel).contiguous()
+    return found
+
+
+@torch.no_grad()
+def fuse(weights: dict[str, Tensor], fused: Mapping[str, Tensor]) -> None:
+    """Add a LoRA's change to weights in place, in float32 or finer; each keeps its dtype.
+
+    Args:
+        weights: by our names, (rows, columns) where they are changed.
+        fused: `{layer of ours}.lora_A.weight` (r, columns) and `.lora_B.weight` (rows, r), whose product is the change.
+    """
+    for key, a in fused.items():
+        name, _, factor = key.removesuffix(".weight").rpartition(".")
+        if factor == A:
+            change = fused[f"{name}.{B}.weight"].double() @ a.double()
+            weight = weights[f"{name}.weight"]
+            weights[f"{name}.weight"] = (weight.double() + change).to(weight.dtype)
