@@ -3,9 +3,12 @@
     python -m longsana.convert SANA_Video_2B_480p_LongLive.pth transformer --to diffusers
     python -m longsana.convert transformer model.pth --to upstream
     python -m longsana.convert Wan2.1_VAE.pth vae --to diffusers
+    python -m longsana.convert RUN/checkpoint_model_000200 lora.safetensors --to lora
+    python -m longsana.convert longsana.safetensors own.safetensors --to safetensors --fuse lora.safetensors
 
 SRC is any file or folder that the inference command reads (also hf://OWNER/REPO/FILE), DST a folder for diffusers, else
-a file. Every tensor keeps its dtype; nothing is computed with them. Beside the weights lies a model card.
+a file. Every tensor keeps its dtype; nothing is computed with them but the sum that --fuse asks for, once for each
+weight. Beside the weights lies a model card.
 Exit status: 0 it is there, 1 the disk is full or broken, 2 bad input.
 """
 
@@ -20,7 +23,7 @@ if __name__ == "__main__":
 
     stop.catch()  # before the imports below, which take seconds
 
-from longsana.commands.conversion import Conversion
+from longsana.commands.conversion import LORA, Conversion
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -34,7 +37,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("source", metavar="SRC", help="a checkpoint, a folder of one, or hf://OWNER/REPO/FILE")
     parser.add_argument("target", metavar="DST", type=typed_path, help="a folder for diffusers, else a file")
-    parser.add_argument("--to", choices=list(LAYOUTS), required=True)
+    parser.add_argument("--to", choices=[*LAYOUTS, LORA], required=True)
     parser.add_argument("--config", help="YAML of the network, if it is not the published one at 480p")
     parser.add_argument(
         "--key",
@@ -43,6 +46,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--causal", action="store_true", help="to diffusers: a LongSANA network, which samples chunk by chunk"
+    )
+    parser.add_argument(
+        "--fuse", metavar="LORA", help="add a LoRA to the weights: its file, or a checkpoint folder of its training"
     )
     parser.add_argument("--force", action="store_true", help="replace what is there")
     return parser.parse_args(arguments)
@@ -63,6 +69,7 @@ def prepare(arguments: Sequence[str], world: World) -> Conversion:
         causal=options.causal,
         force=options.force,
         card=True,
+        fuse=options.fuse,
     )
     conversion.check()
     return conversion

@@ -1,21 +1,32 @@
-"""Weights from one layout to another, a network's or a Wan 2.1 VAE's: the body of `longsana convert` and `export`."""
+"""Weights from one layout to another, a network's or a Wan 2.1 VAE's, and with a LoRA in them: the body of `longsana
+convert` and `export`."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 from torch import Tensor
 
 from longsana.config import ARCHITECTURES, InferenceConfig, ModelConfig, load_config
 from longsana.models.past import LEARNED
+from longsana.pipelines.lora import fused_adapter, read_lora
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.weights.build import empty_model
-from longsana.weights.checkpoint_folder import PROGRESS, check_content, read_progress
-from longsana.weights.files import NETWORKS, networks_in, open_checkpoint
+from longsana.weights.checkpoint_folder import PROGRESS, check_content, is_checkpoint, open_tensors, read_progress
+from longsana.weights.files import (
+    NETWORKS,
+    holds_factors,
+    networks_in,
+    open_checkpoint,
+    open_factors,
+    write_safetensors,
+)
+from longsana.weights.lora import fuse, plain_trained, targeted
 from longsana.weights.names import (
     BASE_CLASS,
     CAUSAL_CLASS,
@@ -26,8 +37,11 @@ from longsana.weights.names import (
     from_diffusers_config,
 )
 from longsana.weights.network import Layout, read_weights, save_checkpoint
-from longsana.weights.what_is import Weights, what_is
+from longsana.weights.what_is import PIPELINE_PART, Weights, what_is
 from longsana.weights.writing import check_target, write_weights
+
+if TYPE_CHECKING:
+    from longsana.training.config import TrainingConfig
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +49,22 @@ CONFIG = "config.yaml"  # in a checkpoint folder
 CLASSES = (BASE_CLASS, CAUSAL_CLASS)
 VAE_CLASS = "AutoencoderKLWan"
 VAE_LAYOUTS = ("upstream", "diffusers")
+LORA: Final = "lora"
+"""A layout of a LoRA alone: factors by diffusers' names, for `load_lora_weights`."""
 MODEL_CARD = """\
 # {title}
 
 {what}, {layout} layout: {count:,} parameters, {dtypes}.
 
-Converted from `{source}` by `longsana convert`: every tensor that this layout has a place for, as it was.
+Converted from `{source}` by `longsana convert`: every tensor that this layout has a place for, as it was{but}.
 Licence and use are those of the source.
+"""
+LORA_CARD = """\
+# {title}
+
+LoRA of rank {rank} on {count} layers of {what}, {dtypes}, for `load_lora_weights` and `longsana convert --fuse`.
+
+Trained on `{base}`; taken from `{source}` by `longsana convert`. Licence and use are those of the base.
 """
 
 
@@ -56,12 +79,14 @@ class Conversion:
     config: YAML of the network, if it is not the published one at 480p.
     causal: to diffusers, a network that samples chunk by chunk.
     force: replace what is there. card: write a model card beside the weights.
+    fuse: a LoRA that is added to the weights: its file or folder, or a checkpoint folder of its training, of which
+        `key` then names the network.
     """
 
     source: str
     path: Path
     out: Path
-    layout: Layout
+    layout: Layout | Literal["lora"]
     option: str
     key: str | None = None
     dtype: torch.dtype | None = None
@@ -69,6 +94,7 @@ class Conversion:
     causal: bool = False
     force: bool = False
     card: bool = False
+    fuse: str | None = None
 
     def check(self) -> None:
         """Refuse what cannot be converted, or has no place to go to; nothing is written, and no tensor is read.
@@ -77,11 +103,14 @@ class Conversion:
             InputError: what is wrong.
         """
         found = what_is(self.path)
-        if self._is_vae(found):
+        if self.layout == LORA:
+            self._check_lora(found)
+        elif self._is_vae(found):
             self._check_vae()
         else:
             self._check_network(found)
-        check_target(self.out, self.layout, self.option, force=self.force, card=self.card)
+        layout = "safetensors" if self.layout == LORA else self._layout
+        check_target(self.out, layout, self.option, force=self.force, card=self.card)
         source, out = found.file.resolve(), self.out.resolve()
         inside = found.kind == "checkpoint" and source in out.parents
         if out in (self.path.resolve(), source, source.parent) or inside:
@@ -93,14 +122,22 @@ class Conversion:
         if self.layout not in VAE_LAYOUTS:
             raise InputError(f"--to {self.layout}: this is a VAE, for which there are {' and '.join(VAE_LAYOUTS)}")
         given = {"--config": self.config, "--key": self.key, "--causal": self.causal, "--dtype": self.dtype}
+        given["--fuse"] = self.fuse
         if ignored := [option for option, value in given.items() if value]:
             raise InputError(f"{ignored[0]}: has no meaning for a VAE, as {self.source} is; leave it out")
 
     def _check_network(self, found: Weights) -> None:
         if self.causal and self.layout != "diffusers":
             raise InputError(f"--causal: only the layout diffusers says how a network samples, not {self.layout}")
-        if self.key not in (None, NETWORKS[0]) and found.kind in ("safetensors", "shards"):
+        if not self._fuses_run and self.key not in (None, NETWORKS[0]) and found.kind in ("safetensors", "shards"):
             raise InputError(f"--key {self.key}: {self.source} holds one network; leave it out")
+        if found.kind == "checkpoint" and not self.fuse and holds_factors(open_tensors(found.file)):
+            raise InputError(
+                f"{self.source}: holds the factors of a LoRA alone; --to {LORA} writes them, and --fuse {self.source} "
+                "puts them into the weights that they were trained on, which are then SRC"
+            )
+        if self.fuse is not None and found.headers_tell:
+            self._change(self._config(found, self._first))
         if found.kind == "checkpoint":
             _step(found.file)
         # Without --config a run's checkpoint is first compared with its digest.
@@ -115,7 +152,9 @@ class Conversion:
             OSError: the disk is full or broken.
         """
         found = what_is(self.path)
-        if self._is_vae(found):
+        if self.layout == LORA:
+            self._write_lora(found)
+        elif self._is_vae(found):
             self._convert_vae(found)
         else:
             if found.kind == "checkpoint":
@@ -124,8 +163,18 @@ class Conversion:
             self._convert_network(found)
 
     @property
+    def _layout(self) -> Layout:
+        """The layout, of whole weights."""
+        assert self.layout != LORA
+        return self.layout
+
+    @property
     def _first(self) -> str:
-        return self.key or NETWORKS[0]
+        return NETWORKS[0] if self._fuses_run else self.key or NETWORKS[0]
+
+    @property
+    def _fuses_run(self) -> bool:
+        return self.fuse is not None and is_checkpoint(locate(self.fuse, "--fuse"))
 
     def _is_vae(self, found: Weights) -> bool:
         """Tell a Wan VAE's weights, by the config.json beside them or by the names in a file.
@@ -142,26 +191,80 @@ class Conversion:
             return class_name == VAE_CLASS
         return any(name.startswith("encoder.") for name in open_checkpoint(found.file, self._first, digests=False))
 
+    def _check_lora(self, found: Weights) -> None:
+        if found.kind != "checkpoint":
+            raise InputError(f"--to {LORA}: {self.source} is no checkpoint folder of training with train.lora.rank")
+        given = {"--config": self.config, "--causal": self.causal, "--fuse": self.fuse}
+        if ignored := [option for option, value in given.items() if value]:
+            raise InputError(f"{ignored[0]}: has no meaning with --to {LORA}; leave it out")
+        if self.out.suffix != ".safetensors":
+            raise InputError(f"{self.option} {self.out}: the layout {LORA} is a file, NAME.safetensors")
+        open_factors(found.file, self._first)
+
+    def _write_lora(self, found: Weights) -> None:
+        check_content(found.file)
+        run, factors = _training_config(found.file), _trained(found.file, self._first)
+        named = {f"{PIPELINE_PART}.{name}": tensor.to(self.dtype or tensor.dtype) for name, tensor in factors.items()}
+        network = _configs_of_run(found.file)[self._first]
+        card = LORA_CARD.format(
+            title=self.out.absolute().name,
+            rank=run.train.lora.rank,
+            count=len(named) // 2,
+            what=_named(network, [self._first]),
+            dtypes=", ".join(sorted({str(tensor.dtype)[6:] for tensor in named.values()})),
+            base=network.load_from,
+            source=self.source,
+        )
+        write_weights(
+            self.out.absolute(),
+            "safetensors",
+            lambda to: write_safetensors(named, to, sum(tensor.nbytes for tensor in named.values())),
+            card if self.card else "",
+        )
+        log.info("%s: the LoRA of the %s, from %s", self.out, self._first, self.source)
+
+    def _change(self, config: ModelConfig) -> dict[str, Tensor]:
+        """The factors of the LoRA that is added, by our layers' names, with its scale in them.
+
+        Raises:
+            InputError: it cannot be read, or is for another network.
+        """
+        assert self.fuse is not None
+        path, metadata = locate(self.fuse, "--fuse"), None
+        if self._fuses_run:
+            check_content(path, remembered=True)
+            key = self.key or NETWORKS[0]
+            factors = {f"{PIPELINE_PART}.{name}": it for name, it in _trained(path, key).items()}
+        else:
+            factors, metadata = read_lora(path)
+        try:
+            return fused_adapter(factors, empty_model(config), prefix=PIPELINE_PART, metadata=metadata)[0]
+        except InputError as error:
+            raise InputError(f"--fuse {self.fuse}: {error}") from error
+
     def _convert_network(self, found: Weights) -> None:
         keys, step = [self._first], 0
         if found.kind == "checkpoint":
             step = _step(found.file)
-            if self.layout == "trainer" and self.key is None:
+            if self.layout == "trainer" and self.key is None and self.fuse is None:
                 keys += [key for key in networks_in(found.file) if key not in keys]
         configs = {key: self._config(found, key) for key in keys}
         for key in keys[1:]:
             _check_same(configs[keys[0]], configs[key], key)
         first, *others = [self._read(found, configs[key], key) for key in keys]
+        if self.fuse is not None:
+            fuse(first, self._change(configs[keys[0]]))
+            first = {name: tensor.to(self.dtype or tensor.dtype) for name, tensor in first.items()}
         config, causal = configs[keys[0]], self.causal or found.config.get("_class_name") == CAUSAL_CLASS
         count = sum(tensor.numel() for network in (first, *others) for tensor in network.values())
         dtypes = {str(tensor.dtype)[6:] for network in (first, *others) for tensor in network.values()}
         write_weights(
             self.out.absolute(),
-            self.layout,
+            self._layout,
             lambda to: save_checkpoint(
                 first,
                 to,
-                self.layout,
+                self._layout,
                 config,
                 others=dict(zip(keys[1:], others, strict=True)),
                 step=step,
@@ -182,7 +285,7 @@ class Conversion:
         card = self._card("Wan 2.1 VAE", count, {entry.dtype for entry in entries})
         shape = geometry(VAEConfig())
         source, out = str(self.path), self.out.absolute()
-        write_weights(out, self.layout, lambda to: convert_model(source, shape, to, self.layout), card)
+        write_weights(out, self._layout, lambda to: convert_model(source, shape, to, self._layout), card)
         log.info("%s: %s, from %s", self.out, self.layout, self.source)
 
     def _read(self, found: Weights, config: ModelConfig, key: str) -> dict[str, Tensor]:
@@ -192,6 +295,8 @@ class Conversion:
             own = self.config or found.kind == "checkpoint" or found.config.get("_class_name") in CLASSES
             remedy = "" if own else "a network of another size than the published one needs its YAML (--config): "
             raise InputError(f"{remedy}{error}") from error
+        if self.fuse is not None:
+            return tensors
         return {name: tensor.to(self.dtype or tensor.dtype) for name, tensor in tensors.items()}
 
     def _config(self, found: Weights, key: str) -> ModelConfig:
@@ -218,7 +323,15 @@ class Conversion:
             count=count,
             dtypes=", ".join(sorted(dtypes)),
             source=self.source,
+            but="" if self.fuse is None else f", and the change of the LoRA `{self.fuse}` added",
         )
+
+
+def _trained(folder: Path, key: str) -> dict[str, Tensor]:
+    """Read the factors of a LoRA's checkpoint folder, by the names of diffusers' layers, with its scale in them."""
+    stored, lora = open_factors(folder, key), _training_config(folder).train.lora
+    layers = targeted(empty_model(_configs_of_run(folder)[key]), lora.targets, f"{folder / CONFIG}: train.lora.targets")
+    return plain_trained({name: it.read() for name, it in stored.items()}, layers, lora.scale)
 
 
 def _step(folder: Path) -> int:
@@ -235,10 +348,14 @@ def _step(folder: Path) -> int:
 
 def _configs_of_run(folder: Path) -> dict[str, ModelConfig]:
     """Read the configs of the networks in a checkpoint folder, by the networks' names."""
+    config = _training_config(folder)
+    return {"generator": config.model, "generator_ema": config.model, "critic": config.fake_score}
+
+
+def _training_config(folder: Path) -> TrainingConfig:
     from longsana.training.config import TrainingConfig
 
-    config = load_config(folder / CONFIG, schema=TrainingConfig)
-    return {"generator": config.model, "generator_ema": config.model, "critic": config.fake_score}
+    return load_config(folder / CONFIG, schema=TrainingConfig)
 
 
 def _check_same(config: ModelConfig, other: ModelConfig, name: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from longsana.commands.conversion import CONFIG, Conversion
+from longsana.commands.conversion import CONFIG, LORA, Conversion
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", type=typed_path, help="folder of a run, checkpoint_model_...")
     parser.add_argument("--out", type=typed_path, required=True, help="a folder for diffusers, else a file")
-    parser.add_argument("--layout", choices=list(LAYOUTS), required=True)
+    parser.add_argument("--layout", choices=[*LAYOUTS, LORA], required=True)
     parser.add_argument("--weights", choices=list(KEYS), help="the network (default: raw; trainer: all of them)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--force", action="store_true", help="replace what is there")

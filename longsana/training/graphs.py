@@ -35,8 +35,9 @@ def replay_passes(
     """Let a network on a GPU replay its passes, in place; the slow twin is the network itself.
 
     What is recorded is a copy that computes in `compute`; weights and their gradients stay the model's own, in their
-    own dtype, and frozen ones that have `compute` already are not copied. Only weights get gradients, and only from the velocity: states carry none, and inputs that need one are
-    refused (ValueError). checkpointing, compile_blocks: see `parallelise`.
+    own dtype, and frozen weights that have `compute` already are not copied. Only weights get gradients, and only from
+    the velocity: states carry none, and inputs that need one are refused (ValueError). checkpointing, compile_blocks:
+    see `parallelise`.
     """
     frozen = [weight for weight in model.parameters() if not weight.requires_grad]
     shared = {id(weight): weight for weight in frozen if weight.dtype == compute}

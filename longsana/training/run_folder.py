@@ -180,9 +180,7 @@ def check_fits(config: TrainingConfig, checkpoint: Path) -> None:
         model = empty_model(settings).float()
         return model if lora.rank is None else put_on(model, lora)
 
-    learners = [
-        Learner("generator", network(config.model), optimizers.generator, ema_weight=config.train.ema_weight)
-    ]
+    learners = [Learner("generator", network(config.model), optimizers.generator, ema_weight=config.train.ema_weight)]
     if config.trainer in DISTILLING:
         learners.append(Learner("critic", network(config.fake_score), optimizers.critic))
     tensors = {name: group for learner in learners for name, group in learner.tensors().items()}

@@ -25,7 +25,7 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, whole_file
 from longsana.runtime.foreign import AGAIN, reason_of
 from longsana.runtime.hub import INDEX_SUFFIX, shards_of
-from longsana.weights.checkpoint_folder import SEPARATOR, check_content, open_tensors
+from longsana.weights.checkpoint_folder import SEPARATOR, Stored, check_content, open_tensors
 from longsana.weights.fit import kind
 from longsana.weights.what_is import kind_of_file, what_is
 
@@ -140,6 +140,11 @@ def _open_folder(path: Path, key: str, digests: bool) -> dict[str, Entry]:
         check_content(path, remembered=True)
     stored = open_tensors(path)
     _check_key(path, key, _networks(stored))
+    if holds_factors(stored):
+        raise InputError(
+            f"{path}: a checkpoint of a LoRA, which holds its factors alone; put them into the weights that it was "
+            f"trained on: longsana convert BASE DST --to safetensors --fuse {path}"
+        )
     start = f"{key}{SEPARATOR}"
     return {
         name.removeprefix(start): Entry(
@@ -148,6 +153,27 @@ def _open_folder(path: Path, key: str, digests: bool) -> dict[str, Entry]:
         for name, it in stored.items()
         if name.startswith(start)
     }
+
+
+def open_factors(path: Path, key: str) -> dict[str, Stored]:
+    """The factors of a network in a LoRA's checkpoint folder, `{layer of ours}.lora_A.weight` and `.lora_B.weight`.
+
+    Raises:
+        InputError: it is not whole, without this network, or no LoRA's.
+    """
+    stored = open_tensors(path)
+    _check_key(path, key, _networks(stored))
+    if not holds_factors(stored):
+        raise InputError(f"{path}: a checkpoint of whole weights, not of a LoRA (train.lora.rank)")
+    start = f"{key}{SEPARATOR}"
+    named = {name.removeprefix(start): it for name, it in stored.items() if name.startswith(start)}
+    # peft has the name of its adapter before the leaf.
+    return {re.sub(r"\.\w+\.weight$", ".weight", name): it for name, it in named.items()}
+
+
+def holds_factors(names: Iterable[str]) -> bool:
+    """Tell whether these are the tensors of a LoRA's checkpoint."""
+    return any(".lora_A." in name for name in names)
 
 
 def networks_in(folder: Path) -> list[str]:

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
+from longsana.models.attention import CrossAttention
+from longsana.models.dit import LongSanaDiT
+from longsana.runtime.distributed import World
+from longsana.training.build import StageBuilder
+from longsana.training.config import AdamWConfig, LoraConfig
+from longsana.training.graphs import replay_passes
+from longsana.training.learner import Learner
+from longsana.training.lora import put_on
+from longsana.training.parallel import connect, device_mesh, parallelise
+from longsana.training.stages.stage import MicroBatches
 from longsana.weights.checkpoint_folder import open_tensors
+from longsana.weights.lora import fuse, targeted
+from tests.training.test_graphs import graphs  # noqa: F401 (a fixture)
+from tests.training.test_parallel import CPU, train_compiled, two_chunks
 from tests.training.test_resume import assert_equal, contents
 
 LORA = ("train.lora.rank=2", "train.lora.alpha=3", "optimizer.generator.lr=1e-2")
+EVERYWHERE = LoraConfig(
+    3, 6.0, ("to_q", "attn1.to_v", "attn2.to_k", "to_out.0", "conv_inverted", "conv_point", "linear_1", "proj_out")
+)
 
 
 @pytest.fixture
-def train(command: Callable[..., object], small_training: Callable[..., Path], trajectories: Path) -> Callable:
+def train(command: Callable[..., Any], small_training: Callable[..., Path], trajectories: Path) -> Callable[..., Any]:
     """`train("ode", logdir, "train.max_iters=2")`: a small run with a LoRA; its result."""
 
-    def run(trainer: str, logdir: Path, *overrides: str):
+    def run(trainer: str, logdir: Path, *overrides: str) -> Any:
         data = (f"data.data_path={trajectories}",) if trainer == "ode" else ()
         config = small_training(trainer, *LORA, *data)
         return command("--config_path", config, "--logdir", logdir, "--threads", "1", *overrides)
@@ -28,20 +49,246 @@ def train(command: Callable[..., object], small_training: Callable[..., Path], t
 
 @pytest.mark.parametrize("trainer", ["flow_matching", "ode", "self_forcing", "longsana"])
 def test_factors_alone_are_kept_and_a_run_goes_on_from_its_own(train, tmp_path, trainer):
-    """Stopped after iteration 4 and gone on with, to the bit what a run without a stop is."""
+    """Stopped after iteration 4 and gone on with, it is to the bit what a run without a stop is."""
     assert train(trainer, tmp_path / "whole", "train.log_iters=6").status == 0
     assert train(trainer, tmp_path / "cut", "train.max_iters=4").status == 0
     assert train(trainer, tmp_path / "cut").status == 0
     whole, cut = (contents(tmp_path / name / "checkpoint_model_000006") for name in ("whole", "cut"))
     assert_equal(whole, cut)
-    names = [name for name in open_tensors(tmp_path / "cut" / "checkpoint_model_000006")]
+    names = list(open_tensors(tmp_path / "cut" / "checkpoint_model_000006"))
     assert all(".lora_A." in name or ".lora_B." in name for name in names), names
     roles = {"generator", "critic"} if trainer in ("self_forcing", "longsana") else {"generator"}
-    assert {name.partition("/")[0] for name in names} == {
-        *roles,
-        *(f"optimizer.{role}" for role in roles),
-        "generator_ema",
-    }
+    groups = {*roles, *(f"optimizer.{role}" for role in roles), "generator_ema"}
+    assert {name.partition("/")[0] for name in names} == groups
     changed = [name for name in names if name.partition("/")[0] in roles and ".lora_B." in name]
-    assert all(whole[name].any() for name in changed)
-    assert len(changed) == len(roles) * 0 + sum(1 for _ in changed) > 0
+    assert changed and all(whole[name].any() for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.lora.rank=0", "train.lora.rank=0: must be at least 1"),
+        ("train.lora.targets=[to_x]", "train.lora.targets: to_x: means no layer (did you mean 'to_v'?); there are"),
+        ("train.lora.targets=[to_q,conv_temp]", "train.lora.targets: conv_temp: no linear layer"),
+        ("train.lora.targets=[conv_depth]", "train.lora.targets: conv_depth: no linear layer"),
+        ("train.lora.targets=[]", "train.lora.targets=[]: there is nothing to put factors on"),
+        ("optimizer.generator.muon_lr=1e-3", "Muon is for whole matrices, and with train.lora.rank factors learn"),
+    ],
+)
+def test_bad_input_is_one_line(train, tmp_path, override, says):
+    result = train("flow_matching", tmp_path, override)
+    assert result.status == 2 and says in result.error
+
+
+def test_settings_of_no_lora_are_refused(command, small_training, tmp_path):
+    result = command("--config_path", small_training("ode", "train.lora.alpha=4"), "--logdir", tmp_path)
+    assert result.status == 2 and "train.lora.alpha=4.0: without train.lora.rank there is no LoRA" in result.error
+
+
+def test_without_peft_it_says_what_to_install(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("longsana.training.lora.find_spec", lambda name: None)
+    assert "pip install 'longsana[lora]'" in train("flow_matching", tmp_path).error
+
+
+def test_another_rank_or_base_is_no_run_to_go_on_with(train, tmp_path):
+    assert train("flow_matching", tmp_path, "train.max_iters=2").status == 0
+    told = train("flow_matching", tmp_path, "train.lora.rank=3").error
+    assert "does not fit this run: wrong shape or dtype" in told and "train.lora.rank: 2 -> 3" in told
+    told = train("flow_matching", tmp_path, "model.load_from=seeded:9").error
+    assert "model.load_from: seeded:1 -> seeded:9" in told
+
+
+def test_a_layer_that_is_not_computed_with_is_an_error(train, tmp_path, monkeypatch):
+    """As an operation is that takes a layer's weights and never calls it: peft's factors would be ignored."""
+    plain = CrossAttention.forward
+
+    def fused(self: Any, x: Tensor, text: Any, mask: Any) -> Tensor:
+        out, self.out = self.out, self.out.base_layer
+        try:
+            return plain(self, x, text, mask)
+        finally:
+            self.out = out
+
+    monkeypatch.setattr(CrossAttention, "forward", fused)
+    result = train("flow_matching", tmp_path)
+    assert result.status == 2
+    assert "train.lora.targets: no gradient of the generator has come to 4 factors" in result.error
+    assert "blocks.0.cross_attn.out.lora_A.weight" in result.error
+
+
+# What a network with factors computes -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    world = World()
+    connect(world, CPU)
+    yield
+    world.disconnect()
+
+
+@pytest.fixture
+def with_lora(random_model, small_config) -> Callable[..., LongSanaDiT]:
+    """`with_lora(depth=3)`: always the same float32 network, with factors of which none is zero."""
+
+    def build(settings: LoraConfig = EVERYWHERE, dtype: torch.dtype = torch.float32, **sizes: Any) -> LongSanaDiT:
+        model = put_on(random_model(small_config(**sizes), dtype), settings, 0)
+        rng = torch.Generator().manual_seed(5)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data.copy_(0.3 * torch.randn(weight.shape, generator=rng))
+        return model
+
+    return build
+
+
+def factors(model: LongSanaDiT) -> dict[str, Tensor]:
+    return {name.replace(".trained.", "."): weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def gradients(model: LongSanaDiT, inputs: Any) -> dict[str, Tensor]:
+    velocity, _ = two_chunks(model, *inputs)
+    velocity.float().square().mean().backward()
+    return {name: weight.grad.clone() for name, weight in factors(model).items()}
+
+
+@pytest.fixture
+def inputs(random_latents, random_text) -> tuple[Tensor, Any]:
+    return random_latents(2, 5).float(), random_text(2)
+
+
+def test_a_network_with_factors_is_one_with_their_product_added(with_lora, random_model, small_config, inputs):
+    """Of layers that are one here each part has factors of its own, and those that are not targeted have none."""
+    plain, model = random_model(small_config(), torch.float32), with_lora()
+    own = factors(model)
+    layers = targeted(plain, EVERYWHERE.targets, "targets")
+    assert {name: list(parts) for name, parts in layers.items()}["blocks.1.attn.qkv"] == [
+        "transformer_blocks.1.attn1.to_q",
+        "transformer_blocks.1.attn1.to_v",
+    ]
+    weights = dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, parts in layers.items():
+            a, b = own[f"{name}.lora_A.weight"], own[f"{name}.lora_B.weight"]
+            for part, below in zip(a.split(3), b.split([part.rows for part in parts.values()]), strict=True):
+                assert part.shape[0] == below.shape[1] == 3
+        width = len(weights["blocks.0.attn.qkv.weight"]) // 3
+        for block in ("blocks.0", "blocks.1"):
+            for name, places in {"attn.qkv": (0, 2), "cross_attn.kv": (0,)}.items():
+                a, b = own.pop(f"{block}.{name}.lora_A.weight"), own.pop(f"{block}.{name}.lora_B.weight")
+                for place, above, below in zip(places, a.split(3), b.split(width), strict=True):
+                    weights[f"{block}.{name}.weight"][place * width : (place + 1) * width] += 2 * below @ above
+        for name in [name for name in own if ".lora_A." in name]:
+            product = own[name.replace("lora_A", "lora_B")] @ own[name]
+            weights[name.replace(".lora_A.", ".")] += 2 * product
+        expected, _ = plain(inputs[0], torch.full((2,), 889.0), inputs[1])
+        found, _ = model(inputs[0], torch.full((2,), 889.0), inputs[1])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_new_factors_change_nothing_to_the_bit(random_model, small_config, inputs):
+    model = random_model(small_config(), torch.bfloat16)
+    with torch.no_grad():
+        plain, _ = two_chunks(model, *inputs)
+        again, _ = two_chunks(put_on(copy.deepcopy(model), EVERYWHERE, 0).bfloat16(), *inputs)
+    assert torch.equal(again, plain)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("strategy", ["full", "no_shard"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sharded_and_computed_twice_they_have_the_same_gradients(with_lora, inputs, strategy, dtype):
+    """To the bit with checkpointing and without; the base is as it was, and the gradients are float32."""
+    mesh, found = device_mesh(strategy, World(), CPU), []
+    for flag in (False, True):
+        model = with_lora(dtype=dtype)
+        before = model.blocks[0].attn.qkv.base_layer.weight
+        parallelise(model, mesh, compute=dtype, strategy=strategy, checkpointing=flag)
+        assert model.blocks[0].attn.qkv.base_layer.weight is before, "the base is left alone"
+        found.append({name: value.full_tensor() for name, value in gradients(model, inputs).items()})
+    once, twice = found
+    assert {gradient.dtype for gradient in once.values()} == {torch.float32}
+    assert all(gradient.any() and torch.equal(gradient, twice[name]) for name, gradient in once.items())
+    if dtype == torch.float32:
+        for name, gradient in gradients(with_lora(), inputs).items():
+            torch.testing.assert_close(once[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_train_alike(with_lora, inputs, checkpointing, monkeypatch):
+    compile_block = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_block(function, backend="aot_eager"))
+    mesh = device_mesh("full", World(), CPU)
+    build = partial(parallelise, mesh=mesh, compute=torch.float32, checkpointing=checkpointing)
+    plain = train_compiled(build(with_lora()), inputs)
+    compiled = train_compiled(build(with_lora(), compile_blocks=True), inputs)
+    assert compiled.graphs > 0 and compiled.breaks == 0
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert plain.losses[1] != pytest.approx(plain.losses[0], rel=1e-3)
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_replayed_pass_is_the_pass_itself(with_lora, inputs):
+    """Factors that a step changed are seen, and the base is in memory once."""
+    plain, model = with_lora(), with_lora()
+    base = model.blocks[0].attn.qkv.base_layer.weight
+    replayed = replay_passes(model, torch.float32)
+    assert replayed.forward.working.blocks[0].attn.qkv.base_layer.weight is base  # type: ignore[attr-defined]
+    learners = [Learner("generator", each, AdamWConfig(lr=1e-2, beta1=0.9)) for each in (plain, replayed)]
+    for step in range(3):
+        (expected, found) = (gradients(each.model, inputs) for each in learners)
+        assert expected.keys() == found.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
+        for each in learners:
+            each.update(step)
+
+
+# One base of several networks -------------------------------------------------------------------------------------
+
+
+def test_networks_of_one_base_share_it_and_learn_apart(training_config, tmp_path):
+    """Teacher and critic from one file have one copy of it, and the generator another."""
+    config = training_config("self_forcing", *LORA, "fake_score.load_from=seeded:2", "model.depth=1")
+    builder = StageBuilder(config, micro_batches=MicroBatches(0, 1, 1), world=World(), device=CPU, folder=tmp_path)
+    connect(World(), CPU)
+    try:
+        networks = {role: builder.network(role) for role in ("generator", "critic", "teacher")}
+    finally:
+        World().disconnect()
+
+    def base(role: str) -> dict[str, int]:
+        held = networks[role].state_dict(keep_vars=True)
+        return {
+            name.replace(".base_layer.", "."): tensor.data_ptr() for name, tensor in held.items() if "lora_" not in name
+        }
+
+    assert base("critic") == base("teacher")
+    assert not base("critic").items() & base("generator").items()
+    assert not any(weight.requires_grad for weight in networks["teacher"].parameters())
+    starts = [factors(networks[role]) for role in ("generator", "critic")]
+    assert starts[0].keys() == starts[1].keys() and factors(networks["teacher"]) == {}
+    assert not torch.equal(*(each["blocks.0.attn.qkv.lora_A.weight"].full_tensor() for each in starts))
+
+
+def test_a_factor_is_a_function_of_seed_network_and_layer(random_model, small_config):
+    def first(*key: int | str) -> dict[str, Tensor]:
+        return factors(put_on(random_model(small_config()), LoraConfig(2), *key))
+
+    one, again, other = first(0, "critic"), first(0, "critic"), first(0, "generator")
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    above = [name for name in one if ".lora_A." in name]
+    assert not any(torch.equal(one[name], other[name]) for name in above)
+    assert not torch.equal(one["blocks.0.attn.out.lora_A.weight"], one["blocks.1.attn.out.lora_A.weight"])
+
+
+def test_fused_is_added_in_float64_and_rounded_once():
+    rng = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(shape, generator=rng) for shape in ((6, 4), (2, 4), (6, 2)))
+    weights = {"final.linear.weight": weight.bfloat16(), "final.linear.bias": weight[0]}
+    fuse(weights, {"final.linear.lora_A.weight": a, "final.linear.lora_B.weight": b})
+    expected = (weight.bfloat16().double() + b.double() @ a.double()).bfloat16()
+    assert torch.equal(weights["final.linear.weight"], expected)
+    assert F.mse_loss(weights["final.linear.bias"], weight[0]) == 0

@@ -47,6 +47,7 @@ STAGES: dict[str, tuple[str, list[str], int]] = {
     # Their prompts name pictures: of clips in iterations 0, 2 and 4; of every stream.
     "self_forcing_picture": ("self_forcing", ["train.image_probability=0.5"], 7),
     "longsana_picture": ("longsana", ["train.image_probability=1", "sampling.image_first=absorb"], 7),
+    "lora": ("longsana", ["train.lora.rank=2", "train.gradient_checkpointing=true"], 7),
     "changing": ("longsana", ["streaming.prompt_change_prob=0.7", "streaming.prompt_change=recache=2"], 7),
 }
 EVERY_DAY = [pytest.param(name, marks=() if name in ("base", "longsana") else pytest.mark.slow) for name in STAGES]
@@ -168,6 +169,7 @@ def test_the_runs_differ_where_they_should(stage_config, run, tmp_path):
             marks=pytest.mark.slow,  # LongSANA, below, has its networks and losses
         ),
         ("longsana", []),
+        ("lora", []),
         pytest.param("past", [], marks=pytest.mark.slow),
         pytest.param("changing", [], marks=pytest.mark.slow),
         # One switches at the second stretch, the other at the fourth.

@@ -1,0 +1,174 @@
+"""A LoRA that was trained, in files: the pipeline reads it, and `longsana convert --fuse` adds it to the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from longsana import convert
+from longsana.commands import export
+from longsana.runtime.distributed import World
+from longsana.runtime.errors import InputError
+from longsana.weights.checkpoint_folder import open_tensors
+from longsana.weights.files import open_checkpoint
+from tests.pipelines.repository import quiet, shapes_repository
+from tests.scripts import load_script
+from tests.training.conftest import ROOT, SCRIPT
+
+SHIPPED = ROOT / "asset/shapes/longsana.safetensors"
+SHAPES = ROOT / "configs/sana_video_config/longsana/shapes/longsana.yaml"
+SCALE = 6 / 4  # alpha / rank
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two iterations of a LoRA on the shipped LongSANA, which change what it does."""
+    logdir = tmp_path_factory.mktemp("run")
+    settings = [
+        f"model.load_from={SHIPPED}",
+        *("data.data_path=generated:blobs", "data.num_clips=2", "rollout.num_training_frames=5", "train.batch_size=1"),
+        *("sampling.height=32", "sampling.width=48", "train.max_iters=2", "optimizer.generator.lr=0.02"),
+        *("optimizer.generator.num_warmup_steps=0", "train.mixed_precision=false", "train.compile=false"),
+        *("train.lora.rank=4", "train.lora.alpha=6", "train.ema_start_step=0", "train.lora.targets="),
+    ]
+    settings[-1] += "[to_q,attn1.to_k,to_v,to_out.0,conv_inverted,conv_point,linear_1,proj_out]"
+    config = ROOT / "configs/sana_video_config/longsana/shapes/base.yaml"
+    arguments = ["--config_path", str(config), "--logdir", str(logdir), "--disable-wandb", "--threads", "1"]
+    try:
+        assert load_script(SCRIPT).main([*arguments, "--no_visualize", *settings]) == 0
+    finally:
+        World().disconnect()
+    return logdir / "checkpoint_model_000002"
+
+
+@pytest.fixture(scope="module")
+def changes(checkpoint: Path) -> dict[str, Tensor]:
+    """What each weight changes by, by hand, in float64."""
+    factors = {
+        name.removeprefix("generator/").replace(".trained.weight", ""): stored.read().double()
+        for name, stored in open_tensors(checkpoint).items()
+        if name.startswith("generator/")
+    }
+    base, found = load_file(SHIPPED), {}
+    for name in [name.removesuffix(".lora_A") for name in factors if name.endswith(".lora_A")]:
+        a, b = factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]
+        found[f"{name}.weight"] = change = torch.zeros(base[f"{name}.weight"].shape, dtype=torch.float64)
+        places = {"qkv": (0, 1, 2), "kv": (1,)}.get(name.rpartition(".")[2], (0,))  # of kv, attn1 alone has a to_k
+        rows = len(b) // len(places)
+        for place, above, below in zip(places, a.split(4), b.split(rows), strict=True):
+            change[place * rows : (place + 1) * rows] = SCALE * below @ above
+    return found
+
+
+def run(*arguments: Any) -> int:
+    return convert.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def lora(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lora") / "own.safetensors"
+    assert run(checkpoint, path, "--to", "lora") == 0
+    return path
+
+
+def assert_changed(weights: dict[str, Tensor], changes: dict[str, Tensor]) -> None:
+    """Each weight is the base's with its change, rounded once; the others are to the bit what they were."""
+    base = load_file(SHIPPED)
+    assert weights.keys() == base.keys()
+    for name, tensor in base.items():
+        if name not in changes:
+            assert torch.equal(weights[name], tensor), name
+            continue
+        assert changes[name].abs().max() > 1e-3, name
+        expected = (tensor.double() + changes[name]).to(tensor.dtype)
+        torch.testing.assert_close(weights[name], expected, rtol=2 * torch.finfo(tensor.dtype).eps, atol=1e-7)
+
+
+def test_factors_have_the_names_of_diffusers_and_their_rank(lora, changes):
+    factors = load_file(lora)
+    assert all(name.startswith("transformer.") for name in factors)
+    ranks = {len(tensor) for name, tensor in factors.items() if ".lora_A." in name}
+    assert ranks == {4}
+    assert factors["transformer.transformer_blocks.0.attn1.to_q.lora_B.weight"].shape[1] == 4
+    assert factors["transformer.transformer_blocks.0.ff.conv_point.lora_A.weight"].dim() == 4
+    layers = {name.removeprefix("transformer.").partition(".lora_")[0] for name in factors}
+    assert {"transformer_blocks.0.attn1.to_k", "transformer_blocks.0.attn2.to_v"} <= layers
+    assert "transformer_blocks.0.attn2.to_k" not in layers, "attn1.to_k alone was asked for"
+    assert (lora.with_name("own.safetensors.md")).read_text().startswith("# own.safetensors\n\nLoRA of rank 4 on")
+
+
+@pytest.mark.parametrize("given", ["file", "folder", "checkpoint"])
+def test_fused_weights_are_the_base_and_the_change(given, lora, checkpoint, changes, tmp_path):
+    source = {"file": lora, "folder": lora.parent, "checkpoint": checkpoint}[given]
+    assert (
+        run(SHIPPED, tmp_path / "fused.safetensors", "--to", "safetensors", "--config", SHAPES, "--fuse", source) == 0
+    )
+    assert_changed(load_file(tmp_path / "fused.safetensors"), changes)
+    assert f"the LoRA `{source}` added" in (tmp_path / "fused.safetensors.md").read_text()
+
+
+def test_the_pipeline_reads_it(lora, changes, tmp_path):
+    """Put on by `load_lora_weights` and fused there, it is the same change; and so is what the pipeline saves."""
+    pipe = quiet(shapes_repository(tmp_path))
+    pipe.load_lora_weights(lora, adapter_name="own")
+    pipe.save_lora_weights(tmp_path / "again", "own")
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(path).items()}
+        for path in (lora, tmp_path / "again" / "pytorch_lora_weights.safetensors")
+    ]
+    assert shapes[0] == shapes[1]
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    found, base = pipe.transformer.network.state_dict(), load_file(SHIPPED)
+    for name, change in changes.items():
+        expected = base[name].float() + change.float()
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_average_and_another_dtype(checkpoint, lora, changes, tmp_path):
+    assert run(checkpoint, tmp_path / "a.safetensors", "--to", "lora", "--key", "generator_ema") == 0
+    average, raw = load_file(tmp_path / "a.safetensors"), load_file(lora)
+    assert average.keys() == raw.keys() and any(not torch.equal(average[name], raw[name]) for name in raw)
+    given = [str(checkpoint), "--out", str(tmp_path / "b.safetensors"), "--layout", "lora", "--dtype", "bfloat16"]
+    assert export.main(given) == 0
+    for name, tensor in load_file(tmp_path / "b.safetensors").items():
+        assert torch.equal(tensor, raw[name].bfloat16())
+
+
+def of_another_network(path: Path) -> dict[str, Tensor]:
+    return {
+        name: tensor[..., :5].contiguous() if tensor.dim() == 2 else tensor for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{base}", "x.safetensors", "--to", "safetensors", "--fuse", "{wide}"], "it is for another network"),
+        (["{base}", "x.safetensors", "--to", "safetensors", "--fuse", "none"], "--fuse: 'none' not found"),
+        (["{base}", "x.safetensors", "--to", "lora"], "is no checkpoint folder of training with train.lora.rank"),
+        (["{run}", "x.safetensors", "--to", "safetensors"], "holds the factors of a LoRA alone; --to lora writes them"),
+        (["{run}", "x.pth", "--to", "lora"], "the layout lora is a file, NAME.safetensors"),
+        (["{run}", "x.safetensors", "--to", "lora", "--causal"], "--causal: has no meaning with --to lora"),
+        (["{vae}", "x", "--to", "diffusers", "--fuse", "{wide}"], "--fuse: has no meaning for a VAE"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, says, checkpoint, lora, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_file(of_another_network(lora), "wide.safetensors")
+    places = {"base": SHIPPED, "run": checkpoint, "wide": "wide.safetensors", "vae": ROOT / "asset/shapes/vae"}
+    config = ["--config", str(SHAPES)] if arguments[0] == "{base}" and "lora" not in arguments else []
+    assert run(*(word.format(**places) for word in arguments), *config) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert [path.name for path in tmp_path.iterdir()] == ["wide.safetensors"]
+
+
+def test_a_checkpoint_of_factors_is_no_network(checkpoint):
+    with pytest.raises(InputError, match="a checkpoint of a LoRA, which holds its factors alone; put them into"):
+        open_checkpoint(checkpoint, "generator")
