@@ -118,7 +118,7 @@ def test_paths_and_tests_that_are_named_exist(document: Path) -> None:
 @each_document
 def test_settings_that_are_named_exist(document: Path) -> None:
     codes = inline(document.read_text(encoding="utf-8"))
-    named = {name for code in codes for name in re.findall(rf"(?<![\w./])(?:{SECTIONS})\.[a-z]\w*", code)}
+    named = {name for code in codes for name in re.findall(rf"(?<![\w./])(?:{SECTIONS})(?:\.[a-z]\w*)+", code)}
     files = {name for name in named if name.rpartition(".")[2] in ("pth", "pt", "py", "json", "yaml", "safetensors")}
     assert named - files <= SETTINGS | MESSAGES, named - files - SETTINGS - MESSAGES
     for setting in {found for code in codes for found in re.findall(rf"^((?:{SECTIONS})\.\w+=\S+)$", code)}:

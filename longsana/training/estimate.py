@@ -147,7 +147,7 @@ def estimate(
     if lora:
         frozen = _frozen_bytes(config, parameters)
         networks = {role: put_on(networks[role], train.lora) for role in learners}
-        parameters |= {f"{role}'s factors": _count(model) for role, model in networks.items()}
+        parameters |= {f"{role} LoRA": _count(model) for role, model in networks.items()}
     kept = {name: sum(kept_values(p, sharers) for p in _learning(model)) for name, model in networks.items()}
     trained = FLOAT * sum(kept[role] for role in learners)
     compute = compute_dtype(config).itemsize
@@ -277,9 +277,10 @@ def _streams(stage: Stage) -> list[Tensor]:
 def model_flops(config: TrainingConfig, role: Role, *, exit_step: int | None = None) -> int:
     """Operations of one update of a learner with batch 1: the networks' products, as `forward_flops` counts them.
 
-    A forward pass counts once, one with its backward pass three times; what checkpointing computes again and the
-    encoders do not count. exit_step: of every chunk of a rollout; None is the mean over the steps that training draws.
-    Lengths of rollouts that are drawn enter by their mean, too. LongSANA: a stretch after the first.
+    A forward pass counts once, one with its backward pass three times, or under a LoRA, which itself does not count,
+    twice; what checkpointing computes again and the encoders do not count. exit_step: of every chunk of a rollout;
+    None is the mean over the steps that training draws. Lengths of rollouts that are drawn enter by their mean, too.
+    LongSANA: a stretch after the first.
     """
     steps = range(len(FlowSchedule.from_config(config.scheduler).steps))
     drawn = steps[-1:] if config.rollout.last_step_only else steps
@@ -295,11 +296,11 @@ def _count_flops(config: TrainingConfig, role: Role) -> int:
     """Operations of the networks' calls in one loss with batch 1."""
     config = replace(config, train=replace(config.train, batch_size=1))
     builder = MetaBuilder(_with_depth(config, 1), PUBLISHED[config.vae.vae_type])
-    stage, total = builder.stage(), 0
+    stage, total, learns = builder.stage(), 0, 3 if config.train.lora.rank is None else 2
 
     def count(settings: ModelConfig, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         nonlocal total
-        total += (3 if torch.is_grad_enabled() else 1) * forward_flops(settings, *inputs[0].shape[2:])
+        total += (learns if torch.is_grad_enabled() else 1) * forward_flops(settings, *inputs[0].shape[2:])
 
     for name, settings in config.networks.items():
         builder.networks[name].register_forward_pre_hook(partial(count, settings))

@@ -92,7 +92,7 @@ def put_on(model: LongSanaDiT, settings: LoraConfig, *key: int | str) -> LongSan
 
 
 def base_of(settings: ModelConfig, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What decides frozen weights: networks of which it is equal share them."""
+    """Name all that decides frozen weights: networks of which it is equal share them."""
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in empty_model(settings).state_dict().items())
     return settings.load_from, settings.checkpoint_key, dtype, shapes
 

@@ -6,7 +6,8 @@ python tests/full_size/measure_training.py --cache /tmp/hub --out /tmp/training.
 and for 720p `hub_cache.py --size 720`, `measure_training.py --size 720`, which starts every stage from the base model.
 
 A checkpoint of two networks takes 58 GB, so none is written unless --save is given: then the run is stopped after its
-iterations, and the same command goes on for two more.
+iterations, and the same command goes on for two more. With --hold GB the allocator refuses what a GPU of so many 10^9
+bytes would not have; CUDA's own context comes on top. A stage that then ends without memory is recorded as that.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ GIB = 2**30
 BASE_720P = "hf://Efficient-Large-Model/SANA-Video_2B_720p/checkpoints/SANA_Video_2B_720p.pth"
 
 
-def run(path: str, iterations: int, cache: Path, logdir: Path, settings: list[str]) -> list[dict[str, Any]]:
-    """The lines of a run's log."""
+def run(
+    path: str, iterations: int, cache: Path, logdir: Path, settings: list[str], hold: float | None
+) -> list[dict[str, Any]] | None:
+    """The lines of a run's log; None if it needs more than the `hold` GB that it may take of a GPU."""
     command = [
         *("torchrun", "--standalone", f"--nproc_per_node={torch.cuda.device_count()}"),
         "train_video_scripts/train_longsana.py",
@@ -49,7 +52,14 @@ def run(path: str, iterations: int, cache: Path, logdir: Path, settings: list[st
     ]
     print(" ".join(command), flush=True)
     environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    if hold is not None:
+        share = hold * 1e9 / torch.cuda.get_device_properties(0).total_memory
+        environment |= {"PYTORCH_CUDA_ALLOC_CONF": f"per_process_memory_fraction:{share:.6f}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, stderr=subprocess.PIPE, text=True)
+    sys.stderr.write(done.stderr)
+    if hold is not None and "out of memory" in done.stderr:
+        return None
+    done.check_returncode()
     return [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -105,29 +115,38 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write a checkpoint at the end, and go on from it")
     parser.add_argument("--scratch", help="folder for the runs' folders")
     parser.add_argument("--size", type=int, choices=(480, 720), default=480)
+    parser.add_argument("--hold", type=float, metavar="GB", help="of each GPU's memory, so many 10^9 bytes alone")
     parser.add_argument("--set", nargs="*", default=[], help="settings, as section.key=value")
     options = parser.parse_args()
     records = json.loads(options.out.read_text()) if options.out.exists() else {}
     for item in options.stages:
         stage, _, iterations = item.partition("=")
         path = f"configs/sana_video_config/longsana/{options.size}ms/{stage}.yaml"
-        settings = [*options.set, "train.total_batch_size=null"]
+        settings = ["train.total_batch_size=null", *options.set]
         if options.size == 720:
             settings.append(f"model.load_from={BASE_720P}")
         if stage != "ode":
             settings.append("data.data_path=asset/samples/video_prompts_samples.txt")
         with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
             started = time.perf_counter()
-            lines = run(
-                path, int(iterations), options.cache, Path(folder), settings + ([] if options.save else ["--no_save"])
-            )
+            given = settings + ([] if options.save else ["--no_save"])
+            lines = run(path, int(iterations), options.cache, Path(folder), given, options.hold)
+            if lines is None:
+                records[item] = {"held to GB": options.hold, "fits": False, "settings": settings}
+                options.out.write_text(json.dumps(records, indent=1))
+                print(json.dumps(records[item]), flush=True)
+                continue
             seconds = round(time.perf_counter() - started, 1)
             record = {"summary": summary(stage, path, lines, settings), "launch s": seconds}
+            record |= {"held to GB": options.hold, "fits": True} if options.hold else {}
             if options.save:
                 (saved,) = Path(folder).glob("checkpoint_model_*")
                 record["checkpoint GB"] = round(sum(file.stat().st_size for file in saved.iterdir()) / 1e9, 1)
                 started = time.perf_counter()
-                lines = run(path, int(iterations) + 2, options.cache, Path(folder), [*settings, "--no_save"])
+                lines = run(
+                    path, int(iterations) + 2, options.cache, Path(folder), [*settings, "--no_save"], options.hold
+                )
+                assert lines is not None, "it ran before in the same memory"
                 record["resumed launch s"] = round(time.perf_counter() - started, 1)
             records[item] = record | {"lines": lines}
         options.out.write_text(json.dumps(records, indent=1))

@@ -23,6 +23,7 @@ from longsana.training.config import TrainingConfig
 from longsana.training.estimate import Update, estimate, measure_update, model_flops
 from longsana.training.flops import forward_flops
 from longsana.training.learner import learns_by_muon
+from longsana.training.lora import put_on
 from longsana.training.memory import LiveBytes, as_on_gpu
 from longsana.training.meta import PUBLISHED
 from longsana.weights.build import build_model, empty_model
@@ -281,6 +282,33 @@ def test_learned_factors_are_in_the_estimate(training_config: Any) -> None:
     kept = [each.updates["generator"].kept for each in found.values()]
     sums = 2 * 2 * 28 * 29 * 4  # of a chunk in two blocks: what was there before is wanted for the factor's gradient
     assert kept[0] <= kept[1] <= kept[2] < kept[0] + 4 * sums
+
+
+def test_of_a_lora_its_factors_and_each_base_once(training_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teacher and critic come from one file here or from two; parts are those of the networks that are trained."""
+    one, two = (
+        training_config(
+            "self_forcing", "train.lora.rank=2", "train.mixed_precision=true", f"fake_score.load_from={seed}"
+        )
+        for seed in ("seeded:2", "seeded:3")
+    )
+    update = measure_update(one, "critic", accumulates=True)
+    sizes = {role: sum(w.numel() for w in empty_model(one.networks[role]).parameters()) for role in one.networks}
+    factors = {
+        role: sum(w.numel() for w in put_on(empty_model(one.networks[role]), one.train.lora).parameters()) - sizes[role]
+        for role in ("generator", "critic")
+    }
+    assert update.gradients == 4 * factors["critic"]
+    monkeypatch.setattr("longsana.training.estimate.measure_update", lambda *args, **options: update)
+    shared, apart = estimate(one, 1), estimate(two, 1)
+    half = 2  # bytes
+    assert shared.frozen == half * (sizes["generator"] + sizes["critic"])
+    assert apart.frozen == half * sum(sizes.values())
+    assert shared.weights == 4 * sum(factors.values()) and shared.moments == 2 * shared.weights
+    assert (shared.average, shared.teacher) == (4 * factors["generator"], 0)
+    assert shared.parameters == {**sizes, **{f"{role} LoRA": count for role, count in factors.items()}}
+    assert estimate(one, 4).frozen == shared.frozen, "whole on each process"
+    assert "frozen weights" in shared.table()
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
