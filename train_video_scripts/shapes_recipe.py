@@ -3,6 +3,7 @@
     python train_video_scripts/shapes_recipe.py --show                 # the commands, which can be typed as they are
     python train_video_scripts/shapes_recipe.py --out output/shapes
     python train_video_scripts/shapes_recipe.py --out output/remembered_shapes --world remembered_shapes
+    python train_video_scripts/shapes_recipe.py --out output/bars --lora       # what ships learns bars from 200 clips
 
 A step is done when what it makes lies in OUT/parts, and is then passed over: stopped at any moment, the same command
 goes on, training from where it was. OUT/parts is all that later steps need: carry it to another machine,
@@ -46,6 +47,10 @@ CONFIGS = "configs/sana_video_config/longsana/shapes"
 BASE_PHASES = {"base_1": 10_000, "base_2": 3_500, "base_3": 5_500, "base_4": 8_000, "base": 2_000}
 """Iterations of the base model, in phases of at most 8 minutes on one H100. Each goes on from the one before, on clips
 of its own: the second on clips with turns, the last with a lower learning rate."""
+CLIPS = 200
+"""Clips that a LoRA learns from."""
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1", "linear_2")
+"""The default, and the caption's way into the network: the word of the new kind is new to it."""
 PHASES = (*BASE_PHASES, "ode", "self_forcing", "longsana")
 """Training phases of networks, in order."""
 TINY: dict[str, list[str]] = {
@@ -152,6 +157,48 @@ def recipe(out: Path, *, tiny: bool = False, world: WorldName = "shapes") -> dic
     }
 
 
+def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
+    """The steps by which what ships learns a kind of shape that it does not know from CLIPS clips.
+
+    The base model learns it by flow matching. Adapted, it is then teacher and critic of Self-Forcing, which starts from
+    LongSANA itself.
+    """
+    parts, runs = out / "parts", out / "runs"
+    base, longsana = "asset/shapes/base.safetensors", "asset/shapes/longsana.safetensors"
+    rank = ["train.lora.rank=32", f"train.lora.targets=[{','.join(LORA_TARGETS)}]"]
+
+    def train(name: str, config: str, start: str, product: str, iterations: int, *settings: str) -> Step:
+        own = [*rank, f"model.load_from={start}", f"train.max_iters={iterations}", *settings]
+        own += _tiny(tiny, "stage", config)
+        last = load_config(locate(f"{CONFIGS}/{config}.yaml", "the config"), own, TrainingConfig).train.max_iters
+        command = ["train", "--config_path", f"{CONFIGS}/{config}.yaml", "--logdir", str(runs / name)]
+        lora, fused = parts / f"{product}_lora.safetensors", parts / f"{product}.safetensors"
+        checkpoint = str(runs / name / f"checkpoint_model_{last:06d}")
+        of_small = ["--config", f"{CONFIGS}/longsana.yaml", "--force"]
+        return Step(
+            fused,
+            [
+                [*command, "--no_visualize", "--disable-wandb", *own],
+                ["convert", checkpoint, str(lora), "--to", "lora", "--key", "generator_ema", "--force"],
+                ["convert", start, str(fused), "--to", "safetensors", "--fuse", str(lora), *of_small],
+            ],
+        )
+
+    clips = ["data.data_path=generated:bars", f"data.num_clips={CLIPS}", "optimizer.generator.lr=1e-3"]
+    averages = ["train.ema_start_step=0", "train.ema_weight=0.99"]
+    adapted = _from(parts, real_score="teacher", fake_score="teacher")
+    videos = [f"data.data_path={parts / 'prompts.txt'}", "model.state_decay=0.933", *adapted]
+    rates = ["optimizer.generator.lr=5e-4", "optimizer.critic.lr=1e-3"]
+    return {
+        "prompts": Step(parts / "bars.txt", [["shapes", "bar-prompts", str(parts)]]),
+        "teacher": train("teacher", "base", base, "teacher", 2000, *clips, *averages),
+        "bars": train("bars", "self_forcing", longsana, "bars", 1000, *videos, *rates),
+        "scores": Step(
+            parts / "bar_scores.json", [["shapes", "bar-scores", str(parts), *(["--tiny"] if tiny else [])]]
+        ),
+    }
+
+
 def _from(parts: Path, **weights: str) -> list[str]:
     """Settings by which a network, named as its section, starts from a part."""
     return [f"{section}.load_from={parts / name}.safetensors" for section, name in weights.items()]
@@ -213,11 +260,15 @@ def prepare(arguments: Sequence[str]) -> tuple[dict[str, Step], list[str], bool]
     parser.add_argument("--out", type=typed_path, default=Path("output/shapes"), help="(default: %(default)s)")
     parser.add_argument("--steps", nargs="+", metavar="STEP", help="only these (default: all, in order)")
     parser.add_argument("--world", choices=list(WORLDS), default="shapes", help="whose clips (default: %(default)s)")
+    parser.add_argument("--lora", action="store_true", help="a LoRA on what ships, which learns bars from 200 clips")
     parser.add_argument("--size", choices=["full", "tiny"], default="full")
     parser.add_argument("--show", action="store_true", help="print the commands instead of running them")
     options: argparse.Namespace = parser.parse_args(arguments)
     out = options.out if options.show else options.out.resolve()
-    steps = recipe(out, tiny=options.size == "tiny", world=options.world)
+    if options.lora and options.world != "shapes":
+        raise InputError(f"--world {options.world}: what ships, on which --lora is put, is of the world shapes")
+    tiny = options.size == "tiny"
+    steps = lora_recipe(out, tiny=tiny) if options.lora else recipe(out, tiny=tiny, world=options.world)
     names = options.steps or list(steps)
     if unknown := [name for name in names if name not in steps]:
         raise InputError(f"--steps {unknown[0]}: no such step; there are {', '.join(steps)}")

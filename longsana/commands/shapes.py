@@ -7,6 +7,8 @@
     longsana shapes decoder output/shapes/parts/decoder vae=output/shapes/parts/vae    # a tiny one of its latents
     longsana shapes scores output/shapes/parts                         # of all models there; speed: on two cores
     longsana shapes table output/shapes/parts                          # plot, strips: pictures; package: what ships
+    longsana shapes bar-prompts output/bars/parts                      # of a kind that no model here knows
+    longsana shapes bar-scores output/bars/parts                       # of one that has learned it: bars.safetensors
 
 `train_video_scripts/shapes_recipe.py` runs them in order, and the commands that train networks in between. Stopped at
 any moment, the same command goes on: training from where it was, scores after the last model.
@@ -37,6 +39,7 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, naming, whole_file
 from longsana.runtime.hub import locate
+from longsana.shapes.bars import draw_bars
 from longsana.shapes.remembered import WORLDS, WorldName
 from longsana.shapes.scenes import distinct_scenes, prompts, render, to_bytes
 
@@ -50,6 +53,7 @@ DECODER = f"decoder/{SHAPES}.safetensors"
 """A part that ships in the folder of the VAE, whose latents it decodes."""
 VAES: dict[WorldName, str] = {"shapes": "vae.yaml", "remembered_shapes": "vae_remembered.yaml"}
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
+BARS = "bars.txt"
 TRUTH = "ground truth through the VAE"
 
 
@@ -157,6 +161,47 @@ def draw_pictures(request: Request) -> None:
             with whole_file(request.folder / name) as partial:
                 Image.fromarray(picture[0].numpy()).save(partial, "PNG")
     _write_lines(path, lines, request.world)
+
+
+def write_bar_prompts(request: Request) -> None:
+    """Write prompts of bars and of the old kinds: to train on, as many of each, and held-out ones apart."""
+    request.folder.mkdir(parents=True, exist_ok=True)
+    half = TRAINING_PROMPTS // 2
+    lists = {
+        "prompts.txt": [*prompts(1, half, held_out=False, draw=draw_bars), *prompts(1, half, held_out=False)],
+        BARS: prompts(0, HELD_OUT_PROMPTS, held_out=True, draw=draw_bars),
+        "held_out.txt": prompts(0, HELD_OUT_PROMPTS, held_out=True),
+    }
+    for name, lines in lists.items():
+        _write_lines(request.folder / name, lines, request.world)
+
+
+def score_bars(request: Request) -> None:
+    """Score what ships and what has learned bars after half a minute: on held-out prompts of bars, and of old kinds."""
+    from longsana.evaluation.report import table
+    from longsana.evaluation.score_model import Trial, try_model
+
+    path = request.folder / "bar_scores.json"
+    learned, lines = request.folder / "bars.safetensors", []
+    config = locate(f"{CONFIGS}/longsana.yaml", "the config")
+    if not learned.exists():
+        raise InputError(f"{learned}: not found; train_video_scripts/shapes_recipe.py --lora makes it")
+    scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in (BARS, "held_out.txt"):
+        texts = training_prompts(request.folder / name, f"made by longsana shapes bar-prompts {request.folder}")
+        for model, weights in (("what ships", None), ("with the LoRA", learned)):
+            row, trial = f"{model}, {Path(name).stem}", Trial(texts, lengths=(30,))
+            if request.tiny:
+                trial = replace(trial, prompts=texts[:2], seeds=(0,), lengths=(1,), batch=2)
+            if row not in scores:
+                given = [f"vae.decoder={FULL}", *([f"model.load_from={weights}"] if weights else [])]
+                scores[row] = try_model(load_config(config, given, InferenceConfig), trial, request.device)
+                atomic_write_text(path, json.dumps(scores) + "\n")
+            (figures,) = scores[row]["figures"].values()
+            lines.append(
+                {"model": row, **{figure: _percent(figures[figure]) for figure in ("colour", "kind", "motion")}}
+            )
+    print(table(lines))
 
 
 def _write_lines(path: Path, lines: Sequence[str], world: WorldName) -> None:
@@ -408,6 +453,8 @@ TOOLS: dict[str, Callable[[Request], None]] = {
     "plot": write_plot,
     "strips": write_strips,
     "package": package,
+    "bar-prompts": write_bar_prompts,
+    "bar-scores": score_bars,
 }
 DRAWING = ("prompts", "pictures")
 TRAINING = ("text-encoder", "vae", "decoder")
@@ -418,6 +465,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "scores": ("--world", "--tiny"),
     "speed": ("--tiny",),
     "strips": ("--tiny",),
+    "bar-scores": ("--tiny",),
 }
 """The options that mean something to each tool."""
 
@@ -448,7 +496,7 @@ def prepare(arguments: Sequence[str], world: World) -> tuple[str, Request]:
     if world.size > 1:
         raise InputError("several processes: this is the work of one; start it without a launcher")
     folder, device = options.folder.resolve(), world.device()
-    if options.tool not in (*TRAINING, *DRAWING) and not folder.is_dir():
+    if options.tool not in (*TRAINING, *DRAWING, "bar-prompts") and not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give that of the parts")
     return options.tool, Request(folder, options.config_path, options.world, options.tiny, settings, device)
 

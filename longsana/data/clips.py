@@ -18,6 +18,7 @@ from tqdm import tqdm
 from longsana.data.shards import DTYPES, Contents, ShardFolder, ShardWriter
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError, did_you_mean
+from longsana.shapes.bars import draw_bars
 from longsana.shapes.remembered import draw_remembered
 from longsana.shapes.scenes import TURNS, Scene, Track, draw_scene, render
 
@@ -168,6 +169,11 @@ def any_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
 def remembered_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
     """Draw a scene of the world in which the past matters. size: (height, width) of the picture."""
     return draw_remembered(seed, index, size=size)
+
+
+def bars_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
+    """Draw a scene with a kind of shape that the world does not have. size: (height, width) of the picture."""
+    return draw_bars(seed, index, size=size)
 
 
 def turning_scene(seed: int, index: int, size: tuple[int, int], draw: Draw = any_scene) -> Scene:
@@ -332,6 +338,7 @@ GENERATORS: dict[str, Callable[[Shape, int, int, Callable[[], Encoder] | None], 
     "blobs": moving_blobs,
     "shapes": moving_shapes,
     "turning_shapes": partial(moving_shapes, draw=turning_scene),
+    "bars": partial(moving_shapes, draw=bars_scene),
     "remembered_shapes": partial(moving_shapes, draw=remembered_scene),
     "turning_remembered_shapes": partial(moving_shapes, draw=partial(turning_scene, draw=remembered_scene)),
 }

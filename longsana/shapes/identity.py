@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longsana.shapes.looks import MARKINGS
-from longsana.shapes.scenes import FPS, KINDS
+from longsana.shapes.scenes import FPS, SHOWN
 
 TINT_APART = 0.35
 """Tints (of a range from -1 to 1) that are two: 4.2 degrees of hue. Blurred and noisy, 99 % are seen within 0.05."""
@@ -24,7 +24,7 @@ STRIPES = MARKINGS.index("stripes")
 class Looks(NamedTuple):
     """The looks of N objects in K frames, (N, K) each.
 
-    known: bool, whether it can be said. kind: index into KINDS. tint: see `Seen`. size: logarithm of the radius in
+    known: bool, whether it can be said. kind: index into SHOWN. tint: see `Seen`. size: logarithm of the radius in
     pixels. marking: index into MARKINGS. angle: radians, of stripes.
     """
 
@@ -44,7 +44,7 @@ def recall(looks: Looks, last: Tensor, frames: int = FPS) -> Looks:
     striped = looks.known & (looks.marking == STRIPES)
     parts = [
         looks.known[..., None].double(),
-        F.one_hot(looks.kind.clamp(min=0), len(KINDS)) * looks.known[..., None],
+        F.one_hot(looks.kind.clamp(min=0), len(SHOWN)) * looks.known[..., None],
         F.one_hot(looks.marking.clamp(min=0), len(MARKINGS)) * (looks.known & (looks.marking >= 0))[..., None],
         torch.stack([looks.tint.where(looks.known, 0), looks.size.where(looks.known, 0)], dim=-1),
         # Stripes at 0 and at 180 degrees are the same: the mean is taken of doubled angles.
@@ -56,7 +56,7 @@ def recall(looks: Looks, last: Tensor, frames: int = FPS) -> Looks:
         index[..., None].expand(-1, -1, totals.shape[-1]) for index in (after, (after - frames).clamp(min=0))
     )
     sums = totals.gather(1, ends) - totals.gather(1, starts)
-    count, kinds, markings, means, turns = sums.split([1, len(KINDS), len(MARKINGS), 2, 2], dim=-1)
+    count, kinds, markings, means, turns = sums.split([1, len(SHOWN), len(MARKINGS), 2, 2], dim=-1)
     tint, size = (means / count.clamp(min=1)).float().unbind(-1)
     marking = markings.argmax(-1).where(markings.sum(-1) > 0, -1)
     angle = (torch.atan2(turns[..., 1], turns[..., 0]) / 2).float()

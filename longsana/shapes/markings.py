@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longsana.shapes.looks import MARKINGS, painted
-from longsana.shapes.scenes import KINDS, signed_distance
+from longsana.shapes.scenes import SHOWN, signed_distance
 
 SIDE, REACH = 32, 1.15
 """Samples a side of the picture in which markings are compared, and half its extent in radii of the object."""
@@ -28,7 +28,7 @@ def find_marking(darkness: Tensor, place: Tensor, radius: Tensor, kind: Tensor) 
     """Index (M,) into MARKINGS, or -1, and the angle (M,) of stripes in [0, pi), else nan.
 
     darkness: (M, h, w) of crops, 0 where bare, 1 where painted. place: (M, 2) the object's x and y in the crop, in
-    pixels. radius: (M,) pixels. kind: (M,) index into KINDS.
+    pixels. radius: (M,) pixels. kind: (M,) index into SHOWN.
     """
     height, width = darkness.shape[1:]
     line = _line(darkness.device)
@@ -74,7 +74,7 @@ def _templates(device: torch.device) -> tuple[Tensor, Tensor]:
     angles = [math.pi * index / ANGLES for index in range(ANGLES)]
     drawn = [painted("stripes", x, y, 15.0, angle) for angle in angles] + [painted("dots", x, y, 15.0, 0.0)]
     pictures = torch.stack(drawn).flatten(1)
-    masks = torch.stack([signed_distance(kind, x, y, 15.0) < -INSET * 15.0 for kind in KINDS]).flatten(1).float()
+    masks = torch.stack([signed_distance(kind, x, y, 15.0) < -INSET * 15.0 for kind in SHOWN]).flatten(1).float()
     inside = pictures * masks[:, None]
     inside = (inside - inside.sum(-1, keepdim=True) / masks.sum(-1)[:, None, None]) * masks[:, None]
     return inside / inside.norm(dim=-1, keepdim=True), masks

@@ -18,7 +18,7 @@ from torch import Tensor
 from longsana.shapes.looks import SHADE, tint_of, tinted
 from longsana.shapes.markings import find_marking
 from longsana.shapes.motion import velocities
-from longsana.shapes.scenes import BACKGROUNDS, COLOURS, KINDS, coverage
+from longsana.shapes.scenes import BACKGROUNDS, COLOURS, SHOWN, coverage
 
 GROUP = 32
 """Pictures looked at together."""
@@ -46,7 +46,7 @@ class Seen(NamedTuple):
     rims: (B, F, 7, 4) whether its core reaches within RIM pixels of the picture's left, top, right and bottom.
     tint: (B, F, 7) place of its hue in the colour's range, see `tinted`; beyond [-1, 1] outside of it.
     off: (B, F, 7) bytes by which its mean colour, but for paint, misses the range, in the worst channel.
-    kind: (B, F, 7) index into KINDS, -1 if it resembles none or comes in several pieces.
+    kind: (B, F, 7) index into SHOWN, -1 if it resembles none or comes in several pieces.
     radius: (B, F, 7) half its extent in pixels, if it is of this kind; nan where there is no kind.
     centre: (B, F, 7, 2) x and y in pixels; nan where nothing of this colour is seen.
     marking: (B, F, 7) index into MARKINGS, -1 if it resembles none, or where there is no kind.
@@ -198,7 +198,7 @@ def _inspect(
     right, below = local[0] + 0.5 - x[:, None], local[1] + 0.5 - y[:, None]
     radii = (area[:, None] / _unit_areas(area.device)).sqrt()  # (M, kinds)
     misfits = []
-    for index, kind in enumerate(KINDS):
+    for index, kind in enumerate(SHOWN):
         ideal = coverage(kind, right[:, None, :], below[:, :, None], radii[:, index, None, None])
         misfits.append((share - ideal).square().sum((1, 2)) / area)
     misfit, best = torch.stack(misfits, dim=1).min(1)
@@ -262,5 +262,5 @@ def _circular_mean(weights: Tensor) -> Tensor:
 def _unit_areas(device: torch.device) -> Tensor:
     """Area of each kind at radius 1."""
     line = torch.arange(-150, 150, device=device) + 0.5
-    areas = [coverage(kind, line[None, :], line[:, None], 100.0).sum() / 1e4 for kind in KINDS]
+    areas = [coverage(kind, line[None, :], line[:, None], 100.0).sum() / 1e4 for kind in SHOWN]
     return torch.stack(areas)

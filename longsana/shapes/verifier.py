@@ -16,7 +16,7 @@ from torch import Tensor
 from longsana.shapes.identity import Looks, alike, recall
 from longsana.shapes.motion import Course, as_promised
 from longsana.shapes.presence import find_presence
-from longsana.shapes.scenes import BACKGROUNDS, COLOURS, FPS, KINDS, Actor, Promise
+from longsana.shapes.scenes import BACKGROUNDS, COLOURS, FPS, SHOWN, Actor, Promise
 from longsana.shapes.sight import TOLERANCE, Seen
 
 
@@ -114,7 +114,7 @@ class _Cast:
             for values in (
                 [video for video, _ in pairs],
                 [list(COLOURS).index(actor.colour) for actor in actors],
-                [KINDS.index(actor.kind) for actor in actors],
+                [SHOWN.index(actor.kind) for actor in actors],
             )
         )
         promised = torch.zeros(len(promises), len(COLOURS), dtype=torch.bool, device=device)
