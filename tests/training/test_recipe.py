@@ -160,3 +160,32 @@ def test_another_world_has_its_own_prompts_clips_and_folder(tmp_path, capsys):
     assert recipe.main([*tiny, "--steps", "text"]) == 2
     assert "not the prompts of --world shapes; give another folder" in capsys.readouterr().err
     assert recipe.main([*other, "--steps", "text"]) == 0, "it is there"
+
+
+def test_a_lora_on_what_ships_needs_nothing_else(capsys, tmp_path):
+    """Its commands: few clips, factors alone, the adapted base as teacher and critic, and LongSANA to begin with."""
+    steps = recipe.lora_recipe(tmp_path)
+    assert list(steps) == ["prompts", "teacher", "bars", "scores"]
+    (teacher, *_), (bars, *_) = steps["teacher"].commands, steps["bars"].commands
+    assert {"data.data_path=generated:bars", "data.num_clips=200", "train.lora.rank=32"} <= set(teacher)
+    adapted = tmp_path / "parts/teacher.safetensors"
+    assert {f"real_score.load_from={adapted}", f"fake_score.load_from={adapted}", "train.lora.rank=32"} <= set(bars)
+    assert "model.load_from=asset/shapes/longsana.safetensors" in bars
+    assert recipe.main(["--out", str(tmp_path), "--lora", "--steps", "vae"]) == 2
+    assert "no such step; there are prompts, teacher, bars, scores" in capsys.readouterr().err
+    assert recipe.main(["--out", str(tmp_path), "--lora", "--world", "remembered_shapes"]) == 2
+    assert "what ships, on which --lora is put, is of the world shapes" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_recipe_of_a_lora_runs_at_tiny_size(tmp_path, capsys):
+    assert recipe.main(["--out", str(tmp_path), "--size", "tiny", "--lora"]) == 0
+    parts = tmp_path / "parts"
+    table = capsys.readouterr().out
+    for row in ("what ships, bars", "with the LoRA, bars", "what ships, held_out", "with the LoRA, held_out"):
+        assert f"| {row} " in table
+    for name, start in (("teacher", "base"), ("bars", "longsana")):
+        fused, before = load_file(parts / f"{name}.safetensors"), load_file(ROOT / f"asset/shapes/{start}.safetensors")
+        changed = {key for key in before if not torch.equal(fused[key], before[key])}
+        assert changed and all(key.endswith(".weight") for key in changed)
+        assert all("transformer." in key for key in load_file(parts / f"{name}_lora.safetensors"))
