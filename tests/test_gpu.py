@@ -26,7 +26,9 @@ from longsana.ops.dispatch import inductor_options
 from longsana.runtime.distributed import World
 from longsana.sampling.graphs import RecordedPass
 from longsana.sampling.sampler import generate
+from longsana.training.config import LoraConfig
 from longsana.training.graphs import replay_passes
+from longsana.training.lora import put_on
 from longsana.training.parallel import connect, device_mesh, parallelise
 from longsana.weights.build import build_model
 from tests.training.test_graphs import PASTS, two_chunks
@@ -105,6 +107,32 @@ def test_gradients_agree_with_the_cpu(copies: int, compiled: bool, replayed: boo
             if (error := float((given[name] - value).norm() / value.norm())) > 0.1
         }
         assert not wrong
+
+
+def with_factors(model: LongSanaDiT) -> LongSanaDiT:
+    """The network with a LoRA, of which no factor is zero."""
+    put_on(model, LoraConfig(8, 16.0), 0)
+    for number, weight in enumerate(weight for weight in model.parameters() if weight.requires_grad):
+        rng = torch.Generator().manual_seed(number)
+        weight.data.copy_(0.1 * torch.randn(weight.shape, generator=rng))
+    return model
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("replayed", [False, True])
+def test_gradients_of_a_lora_agree_with_the_cpu(compiled: bool, replayed: bool, mesh: DeviceMesh) -> None:
+    """The base in bfloat16, shared with what is recorded; factors and their gradients in float32."""
+    expected = gradients(with_factors(build_model(SHAPES, device="cpu", dtype=torch.float32)), "cpu")
+    model = with_factors(build_model(SHAPES, device="cuda", dtype=torch.bfloat16))
+    if replayed:
+        replay_passes(model, torch.bfloat16, compile_blocks=compiled)
+    else:
+        parallelise(model, mesh, compute=torch.bfloat16, compile_blocks=compiled)
+    for _ in range(2):
+        given = gradients(model, "cuda")
+        assert given.keys() == expected.keys() and all(".lora_" in name for name in given)
+        wrong = {name: float((given[name] - value).norm() / value.norm()) for name, value in expected.items()}
+        assert max(wrong.values()) < 0.1, wrong
 
 
 def test_compiled_gradients_at_full_width() -> None:
