@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.training.config import TrainingConfig
 from longsana.training.learner import Learner
+from longsana.training.parallel import connect
 from longsana.weights.names import PAST
 from tests.scripts import load_script
 
@@ -37,6 +38,7 @@ NETWORK: dict[str, Any] = {
     "caption_length": 48,
 }
 CHANNELS, HEIGHT, WIDTH = 16, 4, 6  # of latents
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -163,6 +165,15 @@ def distilled(training_config, random_model, network, embed, vae) -> Callable[..
         )
 
     return make
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    world = World()
+    connect(world, CPU)
+    yield
+    world.disconnect()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from longsana.training.config import AdamWConfig, LoraConfig
 from longsana.training.graphs import replay_passes
 from longsana.training.learner import Learner
 from longsana.training.lora import put_on
-from longsana.training.parallel import connect, device_mesh, parallelise
+from longsana.training.parallel import device_mesh, parallelise
 from longsana.training.stages.stage import MicroBatches
 from longsana.weights.checkpoint_folder import open_tensors
 from longsana.weights.lora import fuse, targeted
+from tests.training.conftest import CPU
 from tests.training.test_graphs import graphs  # noqa: F401 (a fixture)
-from tests.training.test_parallel import CPU, train_compiled, two_chunks
+from tests.training.test_parallel import train_compiled, two_chunks
 from tests.training.test_resume import assert_equal, contents
 
 LORA = ("train.lora.rank=2", "train.lora.alpha=3", "optimizer.generator.lr=1e-2")
@@ -47,7 +48,15 @@ def train(command: Callable[..., Any], small_training: Callable[..., Path], traj
     return run
 
 
-@pytest.mark.parametrize("trainer", ["flow_matching", "ode", "self_forcing", "longsana"])
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        "flow_matching",
+        pytest.param("ode", marks=pytest.mark.slow),
+        pytest.param("self_forcing", marks=pytest.mark.slow),
+        "longsana",
+    ],
+)
 def test_factors_alone_are_kept_and_a_run_goes_on_from_its_own(train, tmp_path, trainer):
     """Stopped after iteration 4 and gone on with, it is to the bit what a run without a stop is."""
     assert train(trainer, tmp_path / "whole", "train.log_iters=6").status == 0
@@ -117,14 +126,6 @@ def test_a_layer_that_is_not_computed_with_is_an_error(train, tmp_path, monkeypa
 
 
 # What a network with factors computes -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    world = World()
-    connect(world, CPU)
-    yield
-    world.disconnect()
 
 
 @pytest.fixture
@@ -249,15 +250,12 @@ def test_a_replayed_pass_is_the_pass_itself(with_lora, inputs):
 # One base of several networks -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("group")
 def test_networks_of_one_base_share_it_and_learn_apart(training_config, tmp_path):
     """Teacher and critic from one file have one copy of it, and the generator another."""
     config = training_config("self_forcing", *LORA, "fake_score.load_from=seeded:2", "model.depth=1")
     builder = StageBuilder(config, micro_batches=MicroBatches(0, 1, 1), world=World(), device=CPU, folder=tmp_path)
-    connect(World(), CPU)
-    try:
-        networks = {role: builder.network(role) for role in ("generator", "critic", "teacher")}
-    finally:
-        World().disconnect()
+    networks = {role: builder.network(role) for role in ("generator", "critic", "teacher")}
 
     def base(role: str) -> dict[str, int]:
         held = networks[role].state_dict(keep_vars=True)

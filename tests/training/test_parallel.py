@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,20 +18,13 @@ from longsana.runtime.distributed import World
 from longsana.state import CausalState
 from longsana.training.config import AdamWConfig
 from longsana.training.learner import Learner
-from longsana.training.parallel import Strategy, connect, device_mesh, parallelise
+from longsana.training.parallel import Strategy, device_mesh, parallelise
+from tests.training.conftest import CPU
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("group")
 BATCH = 2
 WHOLE: dict[str, Any] = {}
 LEARNED: dict[str, Any] = {"state_decay": "learned", "num_sink_blocks": 1, "num_cached_blocks": 2}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group() -> Iterator[None]:
-    world = World()
-    connect(world, CPU)
-    yield
-    world.disconnect()
 
 
 @pytest.fixture
