@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from longsana.commands import shapes
 from longsana.shapes.bars import draw_bars
 from longsana.shapes.remembered import draw_remembered
 from longsana.shapes.scenes import (
@@ -77,3 +78,18 @@ def test_no_other_kind_is_taken_for_it_nor_it_for_another():
     wrong = [parse_caption(scene.caption.replace(NEW_KIND, "square")) for scene in scenes]
     verdict = score(judge(watch(scenes, 20), wrong))
     assert verdict.kind < 0.5 and verdict.persistence == 0
+
+
+def test_prompts_to_train_on_and_to_try(tmp_path, capsys):
+    assert shapes.main(["bar-prompts", str(tmp_path)]) == 0
+    names = ("prompts.txt", "bars.txt", "held_out.txt")
+    train, bars, old = ((tmp_path / name).read_text().splitlines() for name in names)
+    promises = [[parse_caption(line) for line in lines] for lines in (train, bars, old)]
+    with_bars = [[promise.actors[0].kind == NEW_KIND for promise in some] for some in promises]
+    assert sum(with_bars[0]) == len(train) / 2 and all(with_bars[1]) and not any(with_bars[2])
+    assert not {*train} & {*bars, *old}
+    assert old == prompts(0, 64, held_out=True), "of the old kinds those of the recipe's table"
+    assert shapes.main(["bar-scores", str(tmp_path)]) == 2
+    assert (
+        "bars.safetensors: not found; train_video_scripts/shapes_recipe.py --lora makes it" in capsys.readouterr().err
+    )
