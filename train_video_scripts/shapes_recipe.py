@@ -191,7 +191,7 @@ def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
     rates = ["optimizer.generator.lr=5e-4", "optimizer.critic.lr=1e-3"]
     return {
         "prompts": Step(parts / "bars.txt", [["shapes", "bar-prompts", str(parts)]]),
-        "teacher": train("teacher", "base", base, "teacher", 2000, *clips, *averages),
+        "teacher": train("teacher", "base", base, "teacher", 500, *clips, *averages),
         "bars": train("bars", "self_forcing", longsana, "bars", 1000, *videos, *rates),
         "scores": Step(
             parts / "bar_scores.json", [["shapes", "bar-scores", str(parts), *(["--tiny"] if tiny else [])]]
