@@ -54,6 +54,8 @@ NEEDED = {
 }
 NEEDED_BY_A_FLEET = {"ray": "ray[serve]"}
 """Modules that the extras bring, and their packages."""
+VIEWERS = 4
+"""Viewers of a replica beyond which another one is started."""
 MOST_CONNECTIONS = 1000
 FAREWELL = 5
 """Seconds that open connections have to end when the server is stopped."""
@@ -108,10 +110,8 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     )
     parser.add_argument("--replicas", type=whole, help="processes that make videos, by Ray Serve; without it this one")
     parser.add_argument("--most_replicas", type=whole, help="as many, when there are viewers (default: --replicas)")
-    parser.add_argument(
-        "--viewers_per_replica", type=whole, default=4, help="beyond which more are started (default: %(default)s)"
-    )
-    parser.add_argument("--cpus_per_replica", type=number, default=1.0, help="(default: %(default)s)")
+    parser.add_argument("--viewers_per_replica", type=whole, help=f"beyond which more are started (default: {VIEWERS})")
+    parser.add_argument("--cpus_per_replica", type=number, help="(default: 1)")
     parser.add_argument("--gpus_per_replica", type=number, help="(default: 1, where the cluster has any)")
     parser.add_argument(
         "--ray", metavar="ADDRESS", help="of a cluster; auto: this machine's. Without it one is started"
@@ -156,6 +156,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     if fleet is not None:  # whoever goes back by chunks must find a snapshot from before them
         limits = replace(limits, own_snapshots=2 + math.ceil(limits.kept / options.snapshot_every))
     served = served_by(config, config_path.stem, limits, options.snapshot_every)
+    served = replace(served, fleet=fleet is not None)
     key = read_key()
     listening = listen(options.host, options.port)
     return Request(config, served, listening, options.work_dir, tuple(options.origin), key, options.threads, fleet)
@@ -163,7 +164,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
 
 def _fleet(options: argparse.Namespace) -> FleetRequest | None:
     """Read what is said of replicas; None where the server is this process alone."""
-    parts = ("most_replicas", "gpus_per_replica", "ray")
+    parts = ("most_replicas", "viewers_per_replica", "cpus_per_replica", "gpus_per_replica", "ray")
     if options.replicas is None:
         for name in parts:
             if getattr(options, name) is not None:
@@ -174,12 +175,14 @@ def _fleet(options: argparse.Namespace) -> FleetRequest | None:
             f"--snapshot_every {options.snapshot_every}: with --replicas, sessions go on elsewhere from snapshots; "
             "choose 1 or more"
         )
+    if options.ray == "":
+        raise InputError("--ray: an empty address; auto is the cluster that this machine is in")
     most = options.replicas if options.most_replicas is None else options.most_replicas
     return FleetRequest(
         options.replicas,
         most,
-        options.viewers_per_replica,
-        options.cpus_per_replica,
+        options.viewers_per_replica or VIEWERS,
+        1.0 if options.cpus_per_replica is None else options.cpus_per_replica,
         options.gpus_per_replica,
         options.ray,
     )

@@ -143,8 +143,11 @@ def create_app(
         return {"object": "list", "data": [model]}
 
     @_reads(app, "/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok"}
+    async def health() -> Response:
+        well = await asyncio.to_thread(lambda: studio.is_alive)
+        if well:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse(error_value(503, "nobody is there to make videos"), 503)
 
     @_reads(app, "/metrics")
     async def metrics() -> Response:

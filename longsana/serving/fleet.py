@@ -69,7 +69,7 @@ class Fleet:
 
     def __init__(self, replicas: Replicas, move_within: float = MOVE_WITHIN) -> None:
         self.replicas, self.move_within = replicas, move_within
-        self.moves = 0
+        self.moves = self.failures = 0
         self._sessions: dict[str, FleetSession] = {}
         self._lock = threading.Lock()
         self._coming: Counter[str] = Counter()  # sessions that are on their way to a replica, and in no figures yet
@@ -96,6 +96,11 @@ class Fleet:
                 continue
         raise InputError("fleet: no replica is there; try again later")
 
+    @property
+    def is_alive(self) -> bool:
+        """True as long as a replica answers."""
+        return bool(self.replicas.figures())
+
     def session(self, id: str) -> FleetSession | None:
         """The session of this id, until it is closed or has failed."""
         with self._lock:
@@ -121,7 +126,7 @@ class Fleet:
             sum(speeds) / len(speeds) if speeds else None,
             total("chunks_made"),
             total("chunks_dropped"),
-            total("failures"),
+            total("failures") + self.failures,
             total("snapshots"),
             total("snapshot_bytes"),
             len(found),
@@ -144,8 +149,9 @@ class Fleet:
         """Begin a session on the replica with most room; returns its name, and what has begun.
 
         Raises:
-            InputError, Full: what the last one said that was asked.
-            Lost: none is there.
+            InputError: the first one's that has room, which others would say too.
+            Full: all are.
+            Lost: none is there that can.
         """
         full: Full | None = None
         found = self.replicas.figures()
@@ -166,6 +172,11 @@ class Fleet:
             except Full as error:
                 full = error
                 del found[name]
+            except InputError:
+                raise
+            except Exception:  # of that replica; another one may do
+                log.exception("a replica could not begin a session")
+                del found[name]
             finally:
                 with self._lock:
                     self._coming[name] -= 1
@@ -175,9 +186,9 @@ class Fleet:
             raise InputError("fleet: no replica is there; try again later")
         raise Lost
 
-    def forked(self, session: FleetSession, begun: Begun) -> FleetSession:
-        """Take in a session that its replica has forked off another one."""
-        return self._take_in(FleetSession(self, session.order, session.where, begun))
+    def forked(self, order: Order, where: str, begun: Begun) -> FleetSession:
+        """Take in a session that a replica has forked off another one."""
+        return self._take_in(FleetSession(self, order, where, begun))
 
     def left(self, session: FleetSession) -> None:
         """Forget a session that has ended."""
@@ -203,7 +214,9 @@ class FleetSession:
         self.id, self.height, self.width, self.fps = begun.id, begun.height, begun.width, begun.fps
         self.init, self.mime = begun.init, begun.mime
         self.order, self.where, self.started = order, where, time.monotonic()
-        self._fleet, self._ticket, self._position = fleet, begun.ticket, begun.position
+        self._fleet, self._position = fleet, begun.position
+        self._stay = 0  # grows when a move begins: answers of an earlier stay are none any more
+        self._ticket = self._had = begun.ticket  # the newest, and that of the last chunk which is here
         self._wakes = threading.Condition()
         self._moving, self._steering = threading.Lock(), threading.Lock()
         self._callback: Callable[[], object] | None = None
@@ -243,7 +256,7 @@ class FleetSession:
                 self._wakes.notify_all()
                 self._wakes.wait_for(lambda: self._piece is not None or self._closed, timeout)
             if self._closed and not isinstance(self._piece, End):
-                self._piece = End("closed", "", self._ticket.chunks)
+                self._piece = End("closed", "", self._had.chunks)
             piece = self._piece
             if isinstance(piece, Chunk):
                 self._piece = None
@@ -286,7 +299,7 @@ class FleetSession:
         After a move a replica has no more of them than it has made again.
         """
         before = self._ticket.rewinds
-        self._steer("rewind", chunks, is_done=lambda ticket: ticket.rewinds > before)
+        self._steer("rewind", chunks, is_done=lambda ticket: ticket.rewinds > before, back=chunks)
         with self._wakes:
             if isinstance(self._piece, End):
                 self._piece = None
@@ -295,12 +308,12 @@ class FleetSession:
     def snapshot(self) -> str:
         """Save the state after the last chunk that was taken; returns its id."""
         with self._steering:
-            return str(self._ask("snapshot"))
+            return str(self._ask("snapshot")[1])
 
     def fork(self) -> FleetSession:
         """Begin a session that goes on from the last chunk that was taken, on the same replica; see `Session.fork`."""
         with self._steering:
-            return self._fleet.forked(self, self._ask("fork"))
+            return self._fleet.forked(self.order, *self._ask("fork"))
 
     def close(self) -> None:
         """End the session; the replica is told in the background."""
@@ -315,71 +328,93 @@ class FleetSession:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _steer(self, method: str, *arguments: Any, is_done: Callable[[Ticket], bool]) -> None:
-        """Do something to the session once: not again where a replica was lost after it, and before it could say so."""
+    def _steer(self, method: str, *arguments: Any, is_done: Callable[[Ticket], bool], back: int = 0) -> None:
+        """Do something to the session once: not again where a replica was lost after it, and before it could say so.
+
+        back: chunks that another replica must be able to go back by.
+        """
         with self._steering:
             while True:
-                where = self.where
+                where, stay = self._here()
                 try:
-                    self._note(self._fleet.replicas.call(where, method, self.id, *arguments))
-                    break
-                except Lost:
-                    self._move(where)
-                    if is_done(self._ticket):
+                    if self._note(self._fleet.replicas.call(where, method, self.id, *arguments), stay):
                         break
+                except Lost:
+                    pass
+                self._move(stay, back)
+                if is_done(self._ticket):
+                    break
         with self._wakes:
             self._tell()
 
-    def _ask(self, method: str) -> Any:
+    def _ask(self, method: str) -> tuple[str, Any]:
+        """Ask the replica for something that changes nothing; returns its name, and the answer."""
         while True:
-            where = self.where
+            where, stay = self._here()
             try:
-                return self._fleet.replicas.call(where, method, self.id)
+                return where, self._fleet.replicas.call(where, method, self.id)
             except Lost:
-                self._move(where)
+                self._move(stay)
 
-    def _note(self, ticket: Ticket) -> None:
+    def _here(self) -> tuple[str, int]:
+        """The replica's name, and which stay it is; after a move that is under way."""
+        with self._moving, self._wakes:
+            return self.where, self._stay
+
+    def _note(self, ticket: Ticket, stay: int) -> bool:
+        """Take a ticket; False if the session has left that stay."""
         with self._wakes:
+            if stay != self._stay:
+                return False
             if ticket.version > self._ticket.version:
                 self._ticket = ticket
+            return True
 
     def _pull(self) -> None:
         """The thread: it pulls a piece when one is wanted, and otherwise says now and then that somebody is there."""
         while not self._closed:
             with self._wakes:
                 wants = self._wakes.wait_for(lambda: self._closed or self._wants(), HEAR)
-                where, idle = self.where, self._closed or self.state == "failed"
-            if idle:
-                continue
+                if self._closed or self.state == "failed":
+                    continue
             try:
-                if wants:
-                    self._pulled(self._fleet.replicas.call(where, "pull", self.id, POLL))
-                else:
-                    self._note(self._fleet.replicas.call(where, "hear", self.id))
-            except Lost:
+                where, stay = self._here()
                 try:
-                    self._move(where)
-                except InputError as error:
-                    self._fail(str(error))
+                    if wants:
+                        self._pulled(self._fleet.replicas.call(where, "pull", self.id, POLL), stay)
+                    else:
+                        self._note(self._fleet.replicas.call(where, "hear", self.id), stay)
+                except Lost:
+                    self._move(stay)
+            except InputError as error:
+                self._fail(str(error))
             except Exception:
                 log.exception("session %s", self.id)
                 self._fail("an error of the server ended this video")
+        self._leave()
+
+    def _leave(self) -> None:
+        """Tell the replica that the session has ended."""
         try:
-            self._fleet.replicas.call(self.where, "close", self.id)
+            self._fleet.replicas.call(self._here()[0], "close", self.id)
         except Lost:
             log.debug("session %s: its replica is gone", self.id)
+        except Exception:
+            log.exception("session %s", self.id)
 
     def _wants(self) -> bool:
         return self._wanted and self._piece is None and not self._ticket.paused
 
-    def _pulled(self, pulled: Pulled) -> None:
+    def _pulled(self, pulled: Pulled, stay: int) -> None:
         with self._wakes:
-            self._note(pulled.ticket)
+            if not self._note(pulled.ticket, stay):
+                return  # it is made again where the session is now
             news = pulled.piece is not None or pulled.position != self._position
             self._position = pulled.position
             if (piece := pulled.piece) is not None:
                 self._piece, self._wanted = piece, False
             if isinstance(piece, Chunk):
+                self._had = pulled.ticket
                 now, self._until = time.monotonic(), piece.pts_seconds + piece.duration_seconds
                 self._pace.took(piece.pts_seconds, now, now)
             if news:
@@ -395,51 +430,68 @@ class FleetSession:
 
     def _fail(self, message: str) -> None:
         with self._wakes:
-            self._piece, self._position = End("failed", message, self._ticket.chunks), 0
+            self._piece, self._position = End("failed", message, self._had.chunks), 0
             self._tell()
+        self._fleet.failures += 1
 
     # Moves ------------------------------------------------------------------------------------------------------------
 
-    def _move(self, lost: str) -> None:
-        """Go on with another replica than one that is lost.
+    def _move(self, stay: int, back: int = 0) -> None:
+        """Go on with another replica after a stay whose replica is lost.
+
+        back: chunks that it must be able to go back by.
 
         Raises:
             InputError: there is none in time, or no state to go on from; or the session is closed.
         """
         with self._moving:
-            if self.where != lost:  # another thread has moved it
-                return
-            end, retry, said = time.monotonic() + self._fleet.move_within, RETRY, "no replica is there"
-            while not self._closed and time.monotonic() < end:
-                for order, moved in self._ways():
-                    try:
-                        where, begun = self._fleet.place(order, moved)
-                    except Lost:
-                        break
-                    except Full as error:
-                        said = str(error)
-                        break
-                    except InputError as error:  # of this state; an earlier one may do
-                        said = str(error)
-                        continue
-                    self.where = where
-                    self._note(begun.ticket)
-                    self._fleet.moves += 1
-                    log.info("session %s: goes on with another replica from chunk %d", self.id, begun.ticket.index)
+            with self._wakes:
+                if self._stay != stay:  # another thread has moved it
                     return
-                time.sleep(retry)
-                retry = min(2 * retry, MOST_RETRY)
-            raise InputError(f"session: the machine that made this video is gone, and no other could go on ({said})")
+                self._stay += 1
+                ticket = self._ticket = self._ticket.shown(self._had)
+            where, begun = self._moved(ticket, back)
+            with self._wakes:
+                self.where, self._ticket = where, begun.ticket
+                self._had = begun.ticket
+            self._fleet.moves += 1
+            log.info("session %s: goes on with another replica from chunk %d", self.id, ticket.index)
 
-    def _ways(self) -> Iterator[tuple[Order, Moved]]:
+    def _moved(self, ticket: Ticket, back: int) -> tuple[str, Begun]:
+        """Find a replica, and have it go on from a ticket."""
+        end, retry, said = time.monotonic() + self._fleet.move_within, RETRY, "no replica is there"
+        while not self._closed and time.monotonic() < end:
+            first = ""
+            for way in self._ways(ticket, back):
+                try:
+                    return self._fleet.place(*way)
+                except Lost:
+                    break
+                except Full as error:
+                    said = str(error)
+                    break
+                except InputError as error:  # of this state; an earlier one may do
+                    first = first or str(error)
+            else:
+                said = first or "no state of it was saved"
+                break
+            time.sleep(retry)
+            retry = min(2 * retry, MOST_RETRY)
+        raise InputError(f"session: the machine that made this video is gone, and no other could go on ({said})")
+
+    def _ways(self, ticket: Ticket, back: int) -> Iterator[tuple[Order, Moved]]:
         """Orders with which a replica can go on, that with the least to make again first."""
-        with self._wakes:
-            ticket, ahead = self._ticket, self._pace.ahead(self._until, time.monotonic())
-        for saved in reversed(ticket.saved):
-            later = replace(self.order, prompt=None, image=None, film=None, snapshot=saved.id, num_frames=saved.frames)
-            yield later, Moved(self.id, ticket, saved, ahead)
+        own = replace(self.order, transition_chunks=ticket.transition_chunks)
+        enough = [saved for saved in ticket.saved if saved.index <= ticket.index - back] or ticket.saved
+        for saved in reversed(enough):
+            later = replace(own, prompt=None, image=None, film=None, snapshot=saved.id, num_frames=saved.frames)
+            yield later, Moved(self.id, ticket, saved, self._ahead())
         if ticket.base is not None and ticket.index - ticket.base <= TOLD:
-            yield self.order, Moved(self.id, ticket, None, ahead)
+            yield self.order, Moved(self.id, ticket, None, self._ahead())
+
+    def _ahead(self) -> float | None:
+        with self._wakes:
+            return self._pace.ahead(self._until, time.monotonic())
 
 
 AnyStudio = Studio | Fleet

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,11 +25,12 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray'
 import ray
 from ray import exceptions, serve
 from ray.serve.config import RequestRouterConfig
-from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from longsana.config import InferenceConfig
+from longsana.runtime import stop
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.serving.fleet import Lost
@@ -38,12 +42,16 @@ log = logging.getLogger(__name__)
 
 APP = "longsana"
 """The application's name in a cluster, and its deployment's."""
-ANSWER = 30.0
+ANSWER = 20.0
 """Seconds after which a replica that has not answered is taken for lost, beside those in which a session catches up."""
 LOOK = 5.0
 """Seconds in which replicas say what they have to do; those that do not are passed over."""
 SPARE_CALLS = 16
 """Calls that a replica answers at a time beside those in which its sessions wait."""
+LOOK_EVERY, HUNG = 5.0, 15.0
+"""Seconds between two looks of Serve's whether a replica is well, and after which one that says nothing is killed."""
+REACH = 5.0
+"""Seconds in which a cluster must answer."""
 MOST_CALLS = 10_000
 WRONG = 5
 """Times that a call is sent again which came to another replica, although its own is there."""
@@ -96,7 +104,7 @@ class _Replica:
 
     def __init__(self, wanted: Wanted) -> None:
         logging.getLogger("longsana").setLevel(logging.INFO)
-        self._name = serve.get_replica_context().replica_id.unique_id
+        self._name, self._digest = serve.get_replica_context().replica_id.unique_id, digest(wanted)
         world = World()
         set_threads(wanted.threads or max(1, int(wanted.cpus)), world)
         keep_freed_memory()
@@ -124,6 +132,9 @@ class _Replica:
         except OSError as error:
             return "disk", (error.errno, str(error))
 
+    async def digest(self) -> str:
+        return self._digest
+
     async def figures(self) -> tuple[str, Figures]:
         return self._name, await asyncio.get_running_loop().run_in_executor(self._calls, self._replica.figures)
 
@@ -147,7 +158,7 @@ class RayReplicas:
                 raise Lost(f"{name}: {type(error).__name__}") from error
             if kind == "answer":
                 return said
-            if kind == "lost" or name not in self.figures():
+            if kind == "lost":
                 raise Lost(name)
             if kind == "full":
                 raise Full(said)
@@ -155,6 +166,8 @@ class RayReplicas:
                 raise InputError(said)
             if kind == "disk":
                 raise OSError(*said)
+            if name not in self.figures():  # it came to another one
+                break
         raise Lost(name)
 
     def figures(self) -> dict[str, Figures]:
@@ -182,33 +195,66 @@ def replicas(wanted: Wanted, address: str | None) -> Iterator[RayReplicas]:
     """
     for name in ("ray", "ray.serve"):  # which say, at whatever level they set themselves, what they do anyway
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+    deployed = False
     try:
-        own: dict[str, Any] = {} if address else {"include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        own: dict[str, Any] = {"address": address}
+        if address is None:  # and none that happens to be here, which is somebody else's
+            own = {"address": "local", "include_dashboard": False}
+        elif (host := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address)) is not None:  # Ray tries for ever
+            socket.create_connection((host[1], int(host[2])), REACH).close()
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"--ray {address}: no cluster answers there ({_line(error)}); ray start --head") from error
     try:
+        stop.catch()  # again: Ray has put handlers of its own in place of those
         wanted = fitted(wanted, ray.cluster_resources())
         serve.start(proxy_location="Disabled")  # the front has its own port
+        stop.catch()
+        deployed = True
         yield RayReplicas(deploy(wanted))
     finally:
-        if address is None:
-            serve.delete(APP)  # which lets them finish what they save
-        ray.shutdown()
+        try:
+            if deployed and address is None:
+                serve.delete(APP)  # which lets them finish what they save
+        except Exception as error:
+            log.debug("the replicas: %s", error)
+        finally:
+            ray.shutdown()
 
 
 def deploy(wanted: Wanted) -> DeploymentHandle[Any]:
     """Have the replicas of this machine's cluster be as wanted; returns when they are.
 
-    Those that run are replaced one by one where they were started with other values, and are left alone otherwise.
+    Those that run are replaced one by one where they were started with other values or other code, and are left alone
+    otherwise.
 
     Raises:
         InputError: they do not start.
     """
+    if (running := _running(digest(wanted))) is not None:
+        return running
     try:
         return serve.run(_application(wanted), name=APP, route_prefix=None)
     except RuntimeError as error:
         raise InputError(f"the replicas did not start: {_line(error)}; Ray's logs have more") from error
+
+
+def digest(wanted: Wanted) -> str:
+    """Name all that decides what a replica is: the values, and this package's code."""
+    parts = [repr(wanted).encode()]
+    root = Path(__file__).parents[1]
+    parts += [path.read_bytes() for path in sorted(root.rglob("*.py"))]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def _running(wanted: str) -> DeploymentHandle[Any] | None:
+    """The replicas that run, if all are of this digest."""
+    try:
+        handle = serve.get_app_handle(APP)
+        found = handle.broadcast("digest").results(timeout_s=LOOK, return_exceptions=True)
+    except (RayServeException, *LATER):
+        return None
+    return handle if found and set(found) == {wanted} else None
 
 
 def fitted(wanted: Wanted, there: Mapping[str, float]) -> Wanted:
@@ -240,6 +286,8 @@ def _application(wanted: Wanted) -> Any:
         max_ongoing_requests=MOST_CALLS,
         request_router_config=RequestRouterConfig(**router),
         graceful_shutdown_timeout_s=20.0,
+        health_check_period_s=LOOK_EVERY,
+        health_check_timeout_s=HUNG,
         ray_actor_options={"num_cpus": wanted.cpus, "num_gpus": wanted.gpus},
         **scale,
     )

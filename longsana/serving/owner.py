@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -94,9 +94,10 @@ class Ticket:
 
     version: grows with each that is made. index: `Chunk.generation_index` of the chunk that comes next. base: that of
     the order's first chunk; None: changes of prompt since then are forgotten, so that nothing can begin there again.
-    chunks, pictures: that were taken. rewinds: so far. paused: whether it is. saved: states to go on from, the newest
-    last, of what is still the session's past. told: by index, the last change of prompt that each chunk since the first
-    of them, or since `base`, began with. waiting: changes that no taken chunk has shown.
+    chunks, pictures: that were taken. rewinds: so far. paused: whether it is. transition_chunks: of changes that do
+    not say their own. saved: states to go on from, the newest last, of what is still the session's past. told: by
+    index, the last change of prompt that each chunk since the first of them, or since `base`, began with. waiting:
+    changes that no taken chunk has shown.
     """
 
     version: int
@@ -106,9 +107,27 @@ class Ticket:
     pictures: int
     rewinds: int
     paused: bool
+    transition_chunks: int
     saved: tuple[Saved, ...]
     told: tuple[tuple[int, Event], ...]
     waiting: tuple[Event, ...]
+
+    def shown(self, had: Ticket) -> Ticket:
+        """The ticket of a session whose viewer has had the chunks of an earlier one alone, and none since."""
+        if self.chunks == had.chunks:
+            return self
+        if self.rewinds != had.rewinds:  # back behind what he has not had, as well
+            return replace(self, chunks=had.chunks, pictures=had.pictures)
+        again = tuple(event for index, event in self.told if index >= had.index)
+        return replace(
+            self,
+            index=had.index,
+            chunks=had.chunks,
+            pictures=had.pictures,
+            saved=tuple(saved for saved in self.saved if saved.index <= had.index),
+            told=tuple(one for one in self.told if one[0] < had.index),
+            waiting=(*again, *self.waiting),
+        )
 
 
 @dataclass(frozen=True)
@@ -116,7 +135,7 @@ class Moved:
     """A session that goes on in another studio.
 
     id: which it keeps. ticket: that it had. base: the state that its order goes on from; None: as it began.
-    ahead: seconds that its viewer has still to see; None: nothing was shown yet.
+    ahead: seconds that its viewer has still to see, from the call on; None: nothing was shown yet.
     """
 
     id: str

@@ -51,6 +51,7 @@ class Served:
     name: as in /v1/models. height, width: pixels; fps; num_frames: of a video of which nothing else is said.
     time_stride: pixel frames of a latent one. fixed: values of fields that a request can repeat and not change.
     limits: the studio's. snapshots: whether it has a folder of them. snapshot_every: chunks between two of a session.
+    fleet: whether videos without a viewer are saved as well, to go on elsewhere.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Served:
     limits: Limits
     snapshots: bool = False
     snapshot_every: int = 0
+    fleet: bool = False
 
     def frames(self, seconds: float, fps: float | None) -> int:
         """Count the pixel frames of the nearest length that a video can have, at least one latent after the first."""
@@ -283,7 +285,7 @@ def _order(fields: dict[str, Any], extra: dict[str, Any], served: Served, snapsh
         snapshot=snapshot,
         pace=live if pace is None else pace and live,
         lead=_take(extra, "pacing_lead_seconds", lead, "extra_params.pacing_lead_seconds"),
-        snapshot_every=served.snapshot_every if live and served.snapshots else 0,
+        snapshot_every=served.snapshot_every if (live or served.fleet) and served.snapshots else 0,
     )
     return Start(order, names)
 

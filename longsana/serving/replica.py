@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 
+from longsana.runtime.errors import InputError
 from longsana.serving.owner import Moved, Ticket
 from longsana.serving.session import Session
 from longsana.serving.studio import Studio
@@ -79,18 +80,25 @@ class Replica:
 
         Raises:
             InputError: see `Studio.start` and `Session.catch_up`.
-            Full: as many wait as may.
+            Full: as many wait as may, or it took too long.
+            Elsewhere: the studio is closed.
         """
-        if moved is None:
-            return self._begun(self.studio.start(order))
-        self.close(moved.id)  # of an earlier stay
-        session = self.studio.start(order, moved)
+        began = time.monotonic()
         try:
-            session.catch_up(moved, CATCH_UP)
-        except BaseException:
-            session.close()
-            raise
-        return self._begun(session)
+            if moved is None:
+                return self._begun(self.studio.start(order))
+            self.close(moved.id)  # of an earlier stay
+            session = self.studio.start(order, moved)
+            try:
+                session.catch_up(moved, began, CATCH_UP)
+            except BaseException:
+                session.close()
+                raise
+            return self._begun(session)
+        except InputError as error:
+            if self.studio.is_alive:
+                raise
+            raise Elsewhere(str(error)) from error
 
     def pull(self, id: str, timeout: float) -> Pulled:
         """Take the next piece of a session, as soon as it is there and due, or say after `timeout` seconds that there

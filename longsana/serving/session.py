@@ -297,28 +297,31 @@ class Session:
                 self._pictures,
                 self._rewinds,
                 self._paused,
+                self.video.telling.transition_chunks,
                 tuple(self._saved),
                 tuple(self._told),
                 (*waiting, *self._pending),
             )
 
-    def catch_up(self, moved: Moved, within: float) -> None:
+    def catch_up(self, moved: Moved, began: float, within: float) -> None:
         """Make again what the viewer of a session that was in another studio has had, and go on after it.
 
         To be called once, before anything is taken. It waits for a place, and for the chunks, none of which it gives
         out. They are those of the other studio to rounding: the decoder's memory is rebuilt from the last latents.
 
-        within: seconds, after which it is given up.
+        began: the moment from which `moved` counts (`time.monotonic`). within: seconds from then, after which it is
+            given up.
 
         Raises:
             InputError: a change of prompt since reaches back to what the state does not hold, or the session has ended.
             Full: it took too long.
         """
         ticket, base = moved.ticket, moved.base
-        told, end = dict(ticket.told), time.monotonic() + within
+        told, end = dict(ticket.told), began + within
         with self._owner.lock:
             self._base, self._version = ticket.base, ticket.version
             self._told.extend(ticket.told)
+            self._ids.extend(event.id for _, event in ticket.told)
             self._saved.extend(saved for saved in ticket.saved if base and saved.index <= base.index)
             self._wait(lambda: self._points, end)
             while self._index < ticket.index:
@@ -336,7 +339,7 @@ class Session:
                 self._check_reach(event)
             self.await_events(list(ticket.waiting))
             if moved.ahead is not None:
-                self._pace.zero = time.monotonic() + moved.ahead - self._seconds(self._pictures)
+                self._pace.zero = began + moved.ahead - self._seconds(self._pictures)
             if not self.video.length(self._points[-1].chunk):
                 self._state = "finished"
             if ticket.paused:

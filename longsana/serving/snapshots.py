@@ -49,8 +49,8 @@ class Snapshots:
     Files are those of `Continuation.save`, without the decoder's memory, which is rebuilt from the last latents.
 
     most, most_bytes: files, and their bytes, that there are after a new one. most_asked: of one session, of those that
-    were asked for. fleet: the folders beside this one are those of other processes, whose snapshots can be had as well;
-    what processes left there that are gone becomes this one's.
+    were asked for. fleet: this folder is one of several in a common one, each of a process that can have the snapshots
+    of all. What is left in the folder, of one process or of a fleet, by those that are gone becomes this one's.
     """
 
     def __init__(self, folder: Path, most: int, most_bytes: int, most_asked: int = 16, *, fleet: bool = False) -> None:
@@ -58,8 +58,7 @@ class Snapshots:
         self._fleet = fleet
         self._owners: dict[str, _Owner] = {}
         self._lock = threading.Lock()
-        if fleet:
-            self._inherit()
+        self._inherit()
         for left in folder.glob(partial_name(Path(f"*{SUFFIX}")).name):  # of a process that was killed
             left.unlink(missing_ok=True)
         self._make_room()
@@ -127,12 +126,17 @@ class Snapshots:
     def _found(self, id: str) -> Path | None:
         """The file of an id, here or, in a fleet, beside."""
         path = self._path(id)
-        places = [path, *self.folder.parent.glob(f"*/{path.name}")] if self._fleet else [path]
+        places = [path, *self._common.glob(f"*/{path.name}")] if self._fleet else [path]
         return next((place for place in places if place.is_file()), None)
+
+    @property
+    def _common(self) -> Path:
+        """The folder of all processes; one that is alone has it."""
+        return self.folder.parent if self._fleet else self.folder
 
     def _inherit(self) -> None:
         """Take over what is in the folders of processes that are gone."""
-        for folder in self.folder.parent.iterdir():
+        for folder in [self._common, *self._common.iterdir()]:
             if folder == self.folder or not folder.is_dir():
                 continue
             with suppress(InputError, OSError):  # it is in use, or another one inherits too
@@ -142,7 +146,8 @@ class Snapshots:
                             path.rename(self.folder / path.name)
                     for left in folder.glob(partial_name(Path(f"*{SUFFIX}")).name):
                         left.unlink(missing_ok=True)
-                folder.rmdir()
+                if folder != self._common:
+                    folder.rmdir()
 
     def _files(self) -> list[_File]:
         found = []

@@ -152,6 +152,11 @@ class Studio:
         """
         self._read(order)
 
+    @property
+    def is_alive(self) -> bool:
+        """True as long as chunks can be made."""
+        return not self._closed and self._worker.is_alive()
+
     def session(self, id: str) -> Session | None:
         """The session of this id, until it is closed or has failed."""
         with self.lock:

@@ -14,6 +14,8 @@ from longsana.shapes.sight import observe
 from tests.full_size import tables
 from tests.scripts import load_script
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--pictures", "2", "--seeds", "0", "--seconds", "2")
 
 

@@ -18,6 +18,8 @@ from tests.forks import Fork, Forks
 from tests.full_size import tables
 from tests.scripts import load_script
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("everything", "sink 1, decay 0.5 a chunk")
 

@@ -18,6 +18,8 @@ from longsana.shapes.sight import observe
 from tests.full_size import tables
 from tests.scripts import load_script
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("keep", "cut")
 
 

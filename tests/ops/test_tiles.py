@@ -67,6 +67,7 @@ def check_shared_memory(found: dict[str, list[dict[str, Any]]]) -> None:
             assert dtype != "bfloat16" or launch["spilled"] <= SPILLED, launch
 
 
+@pytest.mark.slow
 def test_kernels_of_every_set_fit_what_it_is_for(tmp_path: Path) -> None:
     """An H100, an A100 and an RTX 3090, as Triton compiles for them, in the dtype of the 2B network."""
     found = compiled(

@@ -126,7 +126,8 @@ def test_the_batch_command(name: str, settings: dict[str, str], what: torch.dtyp
     with default(what):
         found = made(config)
     assert len(found) == len(expected)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+    for one, other in zip(found, expected, strict=True):  # of so short a video some figures are nan
+        torch.testing.assert_close(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def test_plain_defaults_are_put_back() -> None:

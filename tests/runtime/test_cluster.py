@@ -26,6 +26,7 @@ ROOT = HERE.parents[1]
 TRAINING = ROOT / "train_video_scripts/train_longsana.py"
 EXPORT = ROOT / "train_video_scripts/export.py"
 EVALUATE = ROOT / "inference_video_scripts/evaluate.py"
+EVALUATED = ["evaluation.html", "evaluation.json", "evaluation.md", "evaluation.png", "evaluation_frames.png"]
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 POOR = {"flock": errno.ENOSYS, "fsync_folder": errno.EINVAL, "link": errno.EPERM, "symlink": errno.EPERM, "nfs": 1}
 """What a file system lacks that is no more than the command needs; names of open files linger on it."""
@@ -379,10 +380,10 @@ def test_videos_that_lie_read_only_are_evaluated(run: Run, tmp_path: Path) -> No
     assert names(out) == []
     done = run(EVALUATE, *given, "--out", out, writes=tmp_path, TMPDIR=str(tmp_path), faults=POOR, on=out)
     assert done.status == 0, done.output
-    assert names(out) == ["evaluation.json", "evaluation.md", "evaluation.png"]
+    assert names(out) == EVALUATED
     done = run(EVALUATE, *given, "--out", out, faults={"write": errno.EDQUOT}, on=out, quota=9)
     assert done.status == 1 and "Disk quota exceeded" in done.line("failed: ")
-    assert names(out) == ["evaluation.json", "evaluation.md", "evaluation.png"]
+    assert names(out) == EVALUATED
 
 
 @mounting

@@ -210,6 +210,8 @@ class FakeStudio:
         point, id = self.saved[order.snapshot]
         return self.add(FakeSession(self, order, point, "" if id in self.sessions else id))
 
+    is_alive = True
+
     def session(self, id: str) -> FakeSession | None:
         return self.sessions.get(id)
 

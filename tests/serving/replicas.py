@@ -36,6 +36,7 @@ class Local:
             for session in list(replica.studio._sessions.values()):
                 session.close()
         self.there = dict(self.all)
+        self.draining: set[str] = set()
         self.calls: list[tuple[str, str]] = []
         self.before: Callable[[str, str], object] = lambda name, method: None
         self.after: Callable[[str, str], object] = lambda name, method: None
@@ -49,6 +50,11 @@ class Local:
 
     def lose(self, name: str) -> None:
         """Have a replica gone, with all that it knows; what it is doing nobody hears of."""
+        del self.there[name]
+
+    def drain(self, name: str) -> None:
+        """Have a replica gone for new calls, and answer those that are under way, as one that is replaced."""
+        self.draining.add(name)
         del self.there[name]
 
     def end(self, name: str) -> None:
@@ -71,7 +77,7 @@ class Local:
                 raise Lost from error
             raise
         self.after(name, method)
-        if name not in self.there:
+        if name not in self.there and name not in self.draining:
             raise Lost
         return answer
 

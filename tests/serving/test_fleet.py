@@ -6,6 +6,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def undisturbed(studio: Studio) -> list[Chunk]:
 
 
 def same_but_snapshots(one: Chunk, other: Chunk) -> bool:
-    plain: dict[str, Any] = {"data": b"", "snapshot": "", "generation_ms": 0, "encode_ms": 0, "completed": ()}
+    plain: dict[str, Any] = {"data": b"", "snapshot": "", "generation_ms": 0, "encode_ms": 0}
     return replace(one, **plain) == replace(other, **plain)
 
 
@@ -164,6 +165,146 @@ def test_both_are_lost_and_replaced(local: Local, fleet: Fleet, undisturbed: lis
     chunks = told(session, update)
     assert fleet.moves >= 5 and all(map(same_but_snapshots, chunks, undisturbed))
     assert psnr(pixels(chunks), pixels(undisturbed)) >= CLOSE
+
+
+def test_a_replica_that_is_replaced_answers_what_is_under_way(local: Local, fleet: Fleet) -> None:
+    """Its last answers come while the session is moved already: no chunk twice, and no change that is forgotten."""
+    session = fleet.start(order(pace=True, lead=0.1, snapshot_every=1))
+    chunks = taken(session, 3)
+    has_saved(session)
+    until(lambda: session.take(0.0) is None)  # a pull waits, for a chunk that is not due
+    local.drain(session.where)
+    session.change(OTHER, "other")
+    chunks += taken(session, 3)
+    assert [chunk.index for chunk in chunks] == list(range(6)) and fleet.moves == 1
+    assert [chunk.started for chunk in chunks[3:]].count(("other",)) == 1
+
+
+def test_a_change_that_is_answered_while_the_session_moves_is_made_again(local: Local, fleet: Fleet) -> None:
+    session = fleet.start(order(snapshot_every=1))
+    taken(session, 2)
+    has_saved(session)
+
+    def leave(name: str, method: str) -> None:
+        if method == "change" and name in local.there and not local.draining:
+            local.drain(name)
+            session._move(session._stay)  # as the puller does
+
+    local.after = leave
+    session.change(OTHER, "other")
+    assert taken(session, 1)[0].started == ("other",) and fleet.moves == 1
+
+
+def test_a_chunk_whose_answer_is_lost_is_made_again(local: Local, fleet: Fleet) -> None:
+    """Though its replica has told of it already, in answer to something else."""
+    session = fleet.start(order(snapshot_every=1))
+    chunks = taken(session, 3)
+    has_saved(session)
+    done = threading.Event()
+
+    def lose(name: str, method: str) -> None:
+        if method == "pull" and len(local.there) == 2:
+            assert done.wait(WAIT)
+            local.lose(name)
+
+    def ask() -> None:
+        until(lambda: local.all[session.where].studio.session(session.id).ticket().chunks == 4)  # type: ignore[union-attr]
+        session.change(OTHER, "other")
+        done.set()
+
+    local.after = lose
+    asks = threading.Thread(target=ask)
+    asks.start()
+    chunks += taken(session, 3)
+    asks.join()
+    assert [chunk.index for chunk in chunks] == list(range(6)) and fleet.moves == 1
+    assert [chunk.started for chunk in chunks].count(("other",)) == 1
+
+
+def test_a_rewind_reaches_back_behind_the_last_snapshot(local: Local, fleet: Fleet) -> None:
+    session = fleet.start(order(snapshot_every=1))
+    for _ in range(4):
+        taken(session, 1)
+        before = session._ticket.saved
+        until(lambda: fleet.replicas.call(session.where, "hear", session.id).saved != before)  # noqa: B023
+    local.lose(session.where)
+    session.rewind(2)
+    chunk = taken(session, 1)[0]
+    assert (chunk.index, chunk.generation_index, fleet.moves) == (4, 2, 1)
+
+
+def test_a_transition_that_is_moved_stays_one(local: Local, fleet: Fleet, studio: Studio) -> None:
+    """And changes after it are as they would have been."""
+
+    def told(session: Any, lose: Callable[[], object]) -> list[Chunk]:
+        chunks = taken(session, 2)
+        session.change(OTHER, "slow", transition_chunks=3)
+        chunks += taken(session, 2)
+        lose()
+        chunks += taken(session, 3)
+        session.change(THIRD, "plain")
+        return chunks + taken(session, 2)
+
+    plain, session = studio.start(order(snapshot_every=1)), fleet.start(order(snapshot_every=1))
+
+    def lose() -> None:
+        until(lambda: fleet.replicas.call(session.where, "hear", session.id).saved[-1].index == 4)
+        local.lose(session.where)
+
+    expected, found = told(plain, lambda: None), told(session, lose)
+    plain.close()
+    assert all(map(same_but_snapshots, found, expected)) and fleet.moves == 1
+    assert psnr(pixels(found), pixels(expected)) >= CLOSE
+
+
+def test_a_replica_that_fails_to_begin_is_passed_over(local: Local, fleet: Fleet) -> None:
+    session = fleet.start(order(snapshot_every=1))
+    taken(session, 2)
+
+    def fail(name: str, method: str) -> None:
+        if method == "begin" and local.calls.count((name, "begin")) < 3:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+
+    local.before = fail
+    local.lose(session.where)
+    assert taken(session, 1)[0].index == 2 and fleet.moves == 1
+    assert session._puller.is_alive()
+
+
+@pytest.mark.parametrize("policy", [None, "recache=4"])
+def test_what_no_replica_could_go_on_with_ends_at_once(local: Local, fleet: Fleet, policy: str | None) -> None:
+    session = fleet.start(order(snapshot_every=0 if policy is None else 2))
+    taken(session, 6)
+    if policy is not None:
+        has_saved(session)
+        session.change(OTHER, policy=policy)
+        taken(session, 1)
+    ticket = session._ticket  # as after many chunks
+    session._ticket = session._had = replace(ticket, base=None, saved=ticket.saved[-1:])
+    begun = local.calls.count(("a", "begin")) + local.calls.count(("b", "begin"))
+    local.lose(session.where)
+    until(lambda: isinstance(session.take(WAIT), End))
+    end = session.take(0.0)
+    why = "no state of it was saved" if policy is None else r"session: cannot go on elsewhere: [recache=4] reaches back"
+    assert isinstance(end, End) and why in end.message
+    tried = local.calls.count(("a", "begin")) + local.calls.count(("b", "begin")) - begun
+    assert tried == len(session._ticket.saved) and fleet.figures().failures >= 1
+
+
+def test_a_session_that_is_closed_while_it_moves_is_nowhere(local: Local, fleet: Fleet) -> None:
+    session = fleet.start(order(snapshot_every=1))
+    taken(session, 2)
+
+    def close(name: str, method: str) -> None:
+        if method == "begin":
+            session.close()
+
+    local.before = close
+    local.lose(session.where)
+    with suppress(InputError):
+        session.pause()
+    session.join()
+    assert not any(replica.studio.session(session.id) for replica in local.there.values())
 
 
 def test_a_file_that_was_moved_is_one_video(local: Local, fleet: Fleet) -> None:
@@ -292,8 +433,13 @@ def test_a_session_that_nobody_asks_for_ends(studio: Studio) -> None:
 
 
 def test_a_new_replica_inherits_what_a_gone_one_has_saved(config: InferenceConfig, tmp_path: Path) -> None:
+    with Studio(config, snapshots=tmp_path) as alone:  # what one process had saved counts, too
+        viewed = alone.start(order())
+        taken(viewed, 1)
+        before = viewed.snapshot()
     local = Local(config, tmp_path, "a")
     fleet = Fleet(local)
+    assert taken(fleet.start(order(prompt=None, snapshot=before, seed=None)), 1)
     session = fleet.start(order())
     taken(session, 2)
     state = session.snapshot()
@@ -302,6 +448,9 @@ def test_a_new_replica_inherits_what_a_gone_one_has_saved(config: InferenceConfi
     assert not (tmp_path / "a").exists() and (tmp_path / "c" / f"{state}.safetensors").is_file()
     assert taken(fleet.start(order(prompt=None, snapshot=state, seed=None)), 1)
     fleet.close()
+    with Studio(config, snapshots=tmp_path) as alone:
+        assert taken(alone.start(order(prompt=None, snapshot=state, seed=None)), 1)
+    assert not (tmp_path / "c").exists() and (tmp_path / f"{before}.safetensors").is_file()
 
 
 def test_a_fleet_behind_the_server(local: Local, fleet: Fleet, running: Callable[..., Running]) -> None:
