@@ -73,6 +73,14 @@ def catch() -> dict[int, Any]:
     return taken
 
 
+def catch_again() -> None:
+    """Take the signals back from a library that has taken them since `catch`, perhaps behind Python's back."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _note)
+
+
 @contextmanager
 def caught(on_exit: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Inside the block a request raises `Stopped`; afterwards the signals are whose they were.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import importlib
 import logging
 import os
 import re
@@ -195,31 +196,45 @@ def replicas(wanted: Wanted, address: str | None) -> Iterator[RayReplicas]:
     """
     for name in ("ray", "ray.serve"):  # which say, at whatever level they set themselves, what they do anyway
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
-    deployed = False
-    try:
-        own: dict[str, Any] = {"address": address}
-        if address is None:  # and none that happens to be here, which is somebody else's
-            own = {"address": "local", "include_dashboard": False}
-        elif (host := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address)) is not None:  # Ray tries for ever
-            socket.create_connection((host[1], int(host[2])), REACH).close()
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"--ray {address}: no cluster answers there ({_line(error)}); ray start --head") from error
-    try:
-        stop.catch()  # again: Ray has put handlers of its own in place of those
+    own: dict[str, Any] = {"address": address}
+    if address is None:  # and none that happens to be here, which is somebody else's
+        own = {"address": "local", "include_dashboard": False}
+    with ExitStack() as undo:
+        undo.callback(ray.shutdown)
+        try:
+            if address and (host := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address)) is not None:
+                socket.create_connection((host[1], int(host[2])), REACH).close()  # Ray would try for ever
+            with _signals_kept():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"--ray {address}: no cluster answers there ({_line(error)}); ray start --head") from error
         wanted = fitted(wanted, ray.cluster_resources())
         serve.start(proxy_location="Disabled")  # the front has its own port
-        stop.catch()
-        deployed = True
+        stop.catch_again()
+        if address is None:
+            undo.callback(_delete)
         yield RayReplicas(deploy(wanted))
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Have SIGTERM stop this command, as it does elsewhere, while and after Ray begins, which would take it."""
+    utils: Any = importlib.import_module("ray._private.utils")
+    before = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
     finally:
-        try:
-            if deployed and address is None:
-                serve.delete(APP)  # which lets them finish what they save
-        except Exception as error:
-            log.debug("the replicas: %s", error)
-        finally:
-            ray.shutdown()
+        utils.set_sigterm_handler = before
+        stop.catch_again()
+
+
+def _delete() -> None:
+    """Let the replicas finish what they save, and end them."""
+    try:
+        serve.delete(APP)
+    except Exception as error:  # there are none, or no longer
+        log.debug("the replicas: %s", error)
 
 
 def deploy(wanted: Wanted) -> DeploymentHandle[Any]:
