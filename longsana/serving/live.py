@@ -201,6 +201,7 @@ class Viewer:
         self._viewing = Viewing(connections.measurements, session.started if is_new else None)
         self._wake = asyncio.Event()
         self._speaking = asyncio.Lock()  # a chunk's two messages follow each other
+        self._steering = asyncio.Lock()  # a chunk that shows what was asked for comes after the answer
         self._heard = time.monotonic()
         self._tasks: list[asyncio.Task[int | None]] = []
         self._forks: list[str] = []  # that nobody may have taken yet
@@ -256,8 +257,9 @@ class Viewer:
             await self._say(self._message("video.start", **self._start()))
             first = True
             while True:
-                self._wake.clear()
-                piece = session.take(0.0)
+                async with self._steering:
+                    self._wake.clear()
+                    piece = session.take(0.0)
                 if piece is None:
                     await self._wait(session.due)
                 elif isinstance(piece, Chunk):
@@ -338,19 +340,23 @@ class Viewer:
             if text is None:
                 return
             self._heard = time.monotonic()
-            try:
-                asked = protocol.read_later(text, self._served)
-                with protocol.named(protocol.LATER):
-                    said = await self._do(asked)
-            except Full as error:
-                said = self._error(str(error), "no_capacity")
-            except InputError as error:
-                said = self._error(str(error), "invalid_request", protocol.event_id_of(text))
-            except OSError as error:
-                log.warning("a snapshot failed: %s", disk_failure(error) or error)
-                said = self._error("the snapshot was not saved: the server's disk is full or broken", "disk")
-            if said:
-                await self._say(said)
+            async with self._steering:
+                if said := await self._answer(text):
+                    await self._say(said)
+
+    async def _answer(self, text: str | bytes) -> str:
+        """Do what a message asks for; returns what to say of it, or "" where the end is the answer."""
+        try:
+            asked = protocol.read_later(text, self._served)
+            with protocol.named(protocol.LATER):
+                return await self._do(asked)
+        except Full as error:
+            return self._error(str(error), "no_capacity")
+        except InputError as error:
+            return self._error(str(error), "invalid_request", protocol.event_id_of(text))
+        except OSError as error:
+            log.warning("a snapshot failed: %s", disk_failure(error) or error)
+            return self._error("the snapshot was not saved: the server's disk is full or broken", "disk")
 
     async def _do(self, asked: protocol.Later) -> str:
         """Do what a client asks; returns the answer, or "" where the end is one."""

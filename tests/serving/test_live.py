@@ -443,6 +443,27 @@ def test_the_client_says_in_words_why_a_connection_is_none(running: Run) -> None
                 pass
 
 
+def test_a_chunk_comes_after_the_answer_to_what_it_shows(running: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    change = FakeSession.change
+
+    def slowly(session: FakeSession, *told: Any) -> str:
+        id = change(session, *told)
+        time.sleep(0.05)  # the next chunk is there before whoever asked goes on
+        return id
+
+    monkeypatch.setattr(FakeSession, "change", slowly)
+    server = running()
+    with LiveVideo(server.url, prompt="red", num_frames=None, extra_params={"pacing_lead_seconds": 10}) as video:
+        for number in range(4):
+            video._send({"type": "session.interaction", "interaction": {"event": {"prompt": f"green {number}"}}})
+            queued, shown = "", False
+            while not shown:
+                message = video._receive()
+                queued = queued or message.get("event_id", "")
+                shown = bool(message.get("started_event_ids"))
+                assert not shown or message["started_event_ids"] == [queued]
+
+
 def test_twenty_sessions(running: Run) -> None:
     server = running(FakeStudio(Limits(sessions=20)), served(Limits(sessions=20)))
     videos = [LiveVideo(server.url, prompt="red", num_frames=16) for _ in range(20)]

@@ -245,7 +245,7 @@ def check_saved(run: Path) -> None:
 @pytest.mark.parametrize(
     ("chosen", "launcher"),
     [
-        pytest.param(moments(2000, 3), False, id="3"),
+        pytest.param(moments(2000, 3), False, id="3", marks=pytest.mark.slow),
         pytest.param(moments(1, 20), True, id="20 of torchrun", marks=pytest.mark.slow),
     ],
 )
