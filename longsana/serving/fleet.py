@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from longsana.runtime.arguments import TEXT
 from longsana.runtime.errors import InputError
-from longsana.serving.owner import Moved, Ticket
+from longsana.serving.owner import Moved, Ticket, ring
 from longsana.serving.pace import Pace
 from longsana.serving.replica import ABANDONED, Begun, Pulled
 from longsana.serving.session import TOLD, Session
@@ -421,12 +421,7 @@ class FleetSession:
                 self._tell()
 
     def _tell(self) -> None:
-        self._wakes.notify_all()
-        if self._callback is not None:
-            try:
-                self._callback()
-            except Exception as error:  # a loop that is closed has nobody who waits
-                log.debug("session %s: %s", self.id, error)
+        ring(self._wakes, self._callback, self.id)
 
     def _fail(self, message: str) -> None:
         with self._wakes:

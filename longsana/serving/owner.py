@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -14,6 +16,18 @@ from longsana.serving.values import Limits
 
 if TYPE_CHECKING:
     from longsana.serving.session import Session
+
+log = logging.getLogger(__name__)
+
+
+def ring(wakes: threading.Condition, callback: Callable[[], object] | None, id: str) -> None:
+    """Wake whoever waits for a session, and call whoever wants to be called; with the lock of `wakes`."""
+    wakes.notify_all()
+    if callback is not None:
+        try:
+            callback()
+        except Exception as error:  # a loop that is closed has nobody who waits
+            log.debug("session %s: %s", id, error)
 
 
 class Dropped(Exception):

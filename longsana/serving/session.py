@@ -16,7 +16,7 @@ from longsana.runtime.errors import InputError
 from longsana.serving.making import Event, Made, Point, Video, nbytes, thinned
 from longsana.serving.media import ChunkEncoder
 from longsana.serving.orders import event_of
-from longsana.serving.owner import Dropped, Entry, Moved, Owner, Saved, Task, Ticket
+from longsana.serving.owner import Dropped, Entry, Moved, Owner, Saved, Task, Ticket, ring
 from longsana.serving.pace import Pace
 from longsana.serving.values import Chunk, End, Full, Order, SessionFigures
 
@@ -456,12 +456,7 @@ class Session:
 
     def tell(self) -> None:
         """Wake whoever waits for this session."""
-        self._wakes.notify_all()
-        if self._callback is not None:
-            try:
-                self._callback()
-            except Exception as error:  # a loop that is closed has nobody who waits
-                log.debug("session %s: %s", self.id, error)
+        ring(self._wakes, self._callback, self.id)
 
     def points(self) -> list[Point]:
         """List the points that it holds."""

@@ -29,9 +29,7 @@ from longsana.models.embeddings import TextEmbedding
 from longsana.models.float8 import to_float8
 from longsana.sampling.engine import Engine
 from longsana.sampling.graphs import ReplayedNetwork
-from longsana.weights.build import resolve_dtype
-from tests.full_size.hub_cache import randomise
-from tests.full_size.measure_float8 import CONFIGS, SIZES
+from tests.full_size.measure_float8 import CONFIGS, SIZES, random_network
 
 BATCHES, CHUNKS, TOKENS, PASSES = (1, 2, 4), (3, 10), 300, 20
 
@@ -56,12 +54,7 @@ def measure(file: Path, seed: int, device: torch.device) -> dict[str, float]:
     """Milliseconds of each kind of pass."""
     config: InferenceConfig = load_config(file, [])
     engine = Engine(config, device)
-    with torch.device("meta"):
-        network = LongSanaDiT(config.model)
-    network.to_empty(device=device).requires_grad_(False)
-    randomise(network, torch.Generator(device).manual_seed(seed))
-    network.text_embed.null_tokens.zero_()
-    network = network.to(resolve_dtype(config.model.dtype, device)).eval()
+    network = random_network(config, seed, device)
     found = {}
     for way in ("bfloat16", "float8") if device.type == "cuda" else ("own dtype",):
         if way == "float8":

@@ -68,6 +68,16 @@ LONGEST = 25
 """Kernels that the table shows; the JSON has all."""
 
 
+def random_network(config: InferenceConfig, seed: int, device: torch.device) -> LongSanaDiT:
+    """The network of a config with random weights, those of `hub_cache.py`, frozen and in its own dtype."""
+    with torch.device("meta"):
+        network = LongSanaDiT(config.model)
+    network.to_empty(device=device).requires_grad_(False)
+    randomise(network, torch.Generator(device).manual_seed(seed))
+    network.text_embed.null_tokens.zero_()
+    return network.to(resolve_dtype(config.model.dtype, device)).eval()
+
+
 @torch.no_grad()
 def measure_network(size: str, settings: Sequence[str], device: torch.device) -> dict[str, Any]:
     """Passes and kernels in both ways, and errors."""
@@ -75,12 +85,7 @@ def measure_network(size: str, settings: Sequence[str], device: torch.device) ->
     own = [f"vae.decoder={decoder}", "vae.decoder_pretrained=seeded:0"]
     config: InferenceConfig = load_config(CONFIGS / file, [*own, *settings])
     engine = Engine(config, device)
-    with torch.device("meta"):
-        network = LongSanaDiT(config.model)
-    network.to_empty(device=device).requires_grad_(False)
-    randomise(network, torch.Generator(device).manual_seed(seed))
-    network.text_embed.null_tokens.zero_()
-    network = network.to(resolve_dtype(config.model.dtype, device)).eval()
+    network = random_network(config, seed, device)
     if device.type == "cuda" and backend() == "triton":
         network.optimize_layout()
     loaded, pixels = Loaded(engine, network, engine.load_decoder()), (config.sampling.height, config.sampling.width)
