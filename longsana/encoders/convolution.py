@@ -96,12 +96,10 @@ class Rows(NamedTuple):
 
     def enlarged(self, layer: Layer, x: Tensor, *, bias: bool = True) -> Tensor:
         """Enlarge rows (N, H, W, C) to (N, 2 H, 2 W, C'), whose edges depend on the neighbours' too; see `enlarge`."""
-        above, below = int(self.peers.rank > 0), int(self.peers.rank < self.peers.size - 1)
-        buffer = x.new_empty(x.shape[0], x.shape[1] + 2, *x.shape[2:])
+        buffer = x.new_zeros(x.shape[0], x.shape[1] + 2, *x.shape[2:])
         buffer[:, 1:-1] = x
         self.peers.exchange_rows(buffer, 1)
-        y = enlarged(layer, buffer[:, 1 - above : buffer.shape[1] - 1 + below], bias=bias)
-        return y[:, 2 * above : y.shape[1] - 2 * below]
+        return enlarged(layer, buffer, beside=1, bias=bias)
 
 
 class Memory:
@@ -176,11 +174,14 @@ def conv3d(layer: Layer, x: Tensor, *, bias: bool = True) -> Tensor:
     return y.permute(0, 2, 3, 4, 1)
 
 
-def enlarged(layer: Layer, x: Tensor, *, bias: bool = True) -> Tensor:
-    """Enlarge pictures (N, H, W, C) to (N, 2 H, 2 W, C'); see `enlarge`."""
+def enlarged(layer: Layer, x: Tensor, *, beside: int = 0, bias: bool = True) -> Tensor:
+    """Enlarge pictures (N, H, W, C) to (N, 2 H, 2 W, C'); see `enlarge`.
+
+    beside: rows at the top and as many at the bottom that are only looked at, of neighbours, or 0 beyond the border.
+    """
     added = layer.bias if bias else None
     with _same_each_time():
-        y = F.conv_transpose2d(x.permute(0, 3, 1, 2), layer.enlarging, added, stride=2, padding=1)
+        y = F.conv_transpose2d(x.permute(0, 3, 1, 2), layer.enlarging, added, stride=2, padding=(1 + 2 * beside, 1))
     return y.permute(0, 2, 3, 1)
 
 

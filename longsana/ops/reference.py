@@ -264,10 +264,11 @@ def norm_silu_into(x: Tensor, gamma: Tensor | None, out: Tensor, bias: Tensor | 
         out = silu(y)      y = gamma * (x + bias) / max(sqrt(mean((x + bias)^2) + eps), 1e-12 / sqrt(C))
 
     Args:
-        x: (B, T, H, W, C).
+        x: (B, T, H, W, C), without gaps.
         gamma: (C,); None is 1. bias: (C,), of the convolution that made x, if it is still to be added.
         out: (B, T, H, W, C), any view, such as the interior of a padded buffer; only its elements are written.
     """
+    assert _without_gaps(x)
     wide = x.to(accumulation_dtype(x.dtype))
     if bias is not None:
         wide = wide + bias
@@ -282,8 +283,10 @@ def add_shortcut(x: Tensor, shortcut: Tensor, bias: Tensor | None = None) -> Ten
     """x + shortcut + bias, in x's memory: a residual block's end in a decoder.
 
     Args:
-        x, shortcut: (B, T, H, W, C). bias: (C,), of the convolution that made x, if it is still to be added.
+        x, shortcut: (B, T, H, W, C), without gaps. bias: (C,), of the convolution that made x, if it is still to be
+            added.
     """
+    assert _without_gaps(x) and _without_gaps(shortcut)
     if bias is not None:
         shortcut = shortcut.to(accumulation_dtype(x.dtype)) + bias
     return x.add_(shortcut)
@@ -313,3 +316,9 @@ def relu_into(x: Tensor, out: Tensor, bias: Tensor | None = None, shortcut: Tens
         if term is not None:
             wide = wide + term
     out.copy_(F.relu(wide))
+
+
+def _without_gaps(x: Tensor) -> bool:
+    """Tell whether x's elements fill its memory, in any order: a GPU's convolutions write channels last, others not."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.numel() == 0 or last + 1 == x.numel()

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The measurements that docs/performance.md and docs/serving.md ask of H200s, in calls of at most ten minutes.
 #
-#     OUT=folder bash tests/full_size/gpu.sh two       # two GPUs: float8, a small GPU's change of prompt, one video on both
-#     OUT=folder bash tests/full_size/gpu.sh load      # one GPU: viewers of a live server at 480p, three rows; load720: at 720p
-#     OUT=folder bash tests/full_size/gpu.sh flat      # one GPU: 1,000 chunks and 200 sessions; batches of sessions
+#     OUT=folder bash tests/full_size/gpu.sh two       # float8, a small GPU's change of prompt, one video on both GPUs
+#     OUT=folder bash tests/full_size/gpu.sh viewers   # a server at 480p with each decoder; batches of sessions
+#     OUT=folder bash tests/full_size/gpu.sh flat      # a server at 720p; 1,000 chunks and 200 sessions
 #
+# All want two GPUs. Where each has work of its own, it has half of the CPUs too, as if it were a machine of one.
 # Each step has a time limit of its own, and what it wrote is in OUT/results.tgz, whichever came last. Random weights.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -30,6 +31,15 @@ step() {
   tar czf "$OUT/results.tgz" -C "$results" .
 }
 
+# half GPU NAME SECONDS SCRIPT...: a step on one of the two GPUs and half of the CPUs.
+half() {
+  local gpu=$1 name=$2 limit=$3 cpus
+  shift 3
+  cpus=$(($(nproc) / 2))
+  CUDA_VISIBLE_DEVICES=$gpu HF_HUB_CACHE=$cache \
+    step "$name" "$limit" taskset -c "$((gpu * cpus))-$((gpu * cpus + cpus - 1))" "$python" "$@"
+}
+
 benchmark() {
   local name=$1 limit=$2
   shift 2
@@ -46,9 +56,9 @@ together() {
 
 case ${1:-} in
 two)
-  step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
-  CUDA_VISIBLE_DEVICES=1 step scores 330 "$python" tests/full_size/measure_float8.py scores --seconds 5 30 --batch 32 \
+  CUDA_VISIBLE_DEVICES=1 step scores 300 "$python" tests/full_size/measure_float8.py scores --seconds 5 30 --batch 32 \
     --out "$results/float8" &
+  CUDA_VISIBLE_DEVICES=0 step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
   CUDA_VISIBLE_DEVICES=0 benchmark full_float8 110 "${float8[@]}"
   CUDA_VISIBLE_DEVICES=0 benchmark tiny_float8 80 "${tiny[@]}" "${float8[@]}"
   CUDA_VISIBLE_DEVICES=0 step change 90 "$python" tests/full_size/measure_memory.py --cache "$cache" \
@@ -59,24 +69,29 @@ two)
   together two_full_float8 80 "${float8[@]}"
   step peers 110 "$python" -m pytest -q -m gpu tests/models/test_peers.py
   ;;
-load)
-  step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
-  step load480 580 "$python" tests/full_size/measure_load.py --cache "$cache" --out "$results/load.json" \
-    --only "${2:-480p}" --seconds "${3:-120}"
-  ;;
-load720)
-  step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --size 720
-  step load720 400 "$python" tests/full_size/measure_load.py --cache "$cache" --out "$results/load720.json" --only 720p
+viewers)
+  CUDA_VISIBLE_DEVICES=0 step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
+  together two_full 90
+  together two_full_float8 80 "${float8[@]}"
+  {
+    half 0 viewers_tiny 400 tests/full_size/measure_load.py --cache "$cache" --out "$results/tiny.json" --only taew2_1
+    half 0 batch 120 tests/full_size/measure_batch.py --out "$results/batch.json"
+  } &
+  half 1 viewers_full 450 tests/full_size/measure_load.py --cache "$cache" --out "$results/full.json" --only "480p, full"
+  wait
+  step peers 110 "$python" -m pytest -q -m gpu tests/models/test_peers.py
   ;;
 flat)
-  step batch 150 "$python" tests/full_size/measure_batch.py --out "$results/batch.json"
-  step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
-  step flat 420 env HF_HUB_CACHE="$cache" "$python" tests/full_size/measure_flat.py --config "$own" \
-    --model_path "$model" --out "$results/flat.json" sampling.chunk_frames=3 vae.decoder=taew2_1 \
-    vae.decoder_pretrained=seeded:0 sampling.cuda_graphs=true
+  [ -d "$cache" ] || CUDA_VISIBLE_DEVICES=1 step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
+  half 1 flat 450 tests/full_size/measure_flat.py --config "$own" --model_path "$model" --out "$results/flat.json" \
+    sampling.chunk_frames=3 vae.decoder=taew2_1 vae.decoder_pretrained=seeded:0 sampling.cuda_graphs=true &
+  cache=/tmp/hub720
+  half 0 cache720 150 tests/full_size/hub_cache.py "$cache" --size 720
+  half 0 viewers720 400 tests/full_size/measure_load.py --cache "$cache" --out "$results/720.json" --only 720p
+  wait
   ;;
 *)
-  echo "usage: OUT=folder bash tests/full_size/gpu.sh two|load|load720|flat" >&2
+  echo "usage: OUT=folder bash tests/full_size/gpu.sh two|viewers|flat" >&2
   exit 2
   ;;
 esac

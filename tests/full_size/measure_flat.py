@@ -83,11 +83,16 @@ def main() -> int:
     config = load_config(options.config, settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, list[dict[str, Any]]] = {"chunks": [], "sessions": []}
+
+    def note(kind: str, done: int, took: list[float]) -> None:
+        found[kind].append(noted(done, took))
+        options.out.write_text(json.dumps(found, indent=1) + "\n")  # whoever is stopped leaves what there is
+
     with tempfile.TemporaryDirectory() as folder, Studio(config, device, snapshots=Path(folder)) as studio:
         session = studio.start(Order(PROMPT, pace=False, snapshot_every=2))
         for tenth in range(1, 11):
             took = [taken(session) for _ in range(options.chunks // 10)]
-            found["chunks"].append(noted(tenth * (options.chunks // 10), took))
+            note("chunks", tenth * (options.chunks // 10), took)
         session.pause()
         for tenth in range(1, 11):
             took = []
@@ -97,7 +102,7 @@ def main() -> int:
                 viewer.change(OTHER)
                 took.append(taken(viewer))
                 viewer.close()
-            found["sessions"].append(noted(tenth * (options.sessions // 10), took))
+            note("sessions", tenth * (options.sessions // 10), took)
     worse = {name: grown(rows) for name, rows in found.items()}
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     found |= {"device": name, "seconds": round(time.monotonic() - began, 1), "grown": worse}  # type: ignore[dict-item]

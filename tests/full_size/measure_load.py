@@ -7,9 +7,9 @@
 
 Each row is `longsana serve` in a process of its own, with random weights or the small default, and `longsana load` in
 another one: viewers paced to media time, each with two changes of prompt a minute. The row has what `longsana load`
-reports for all, the times of a chunk and of its coding, the peak of the GPU's memory by nvidia-smi, and how busy all
-CPUs were. Rows that are in OUT already are kept. A row whose viewers stall is measured again with one less, at most
-twice.
+reports for all, the times of a chunk and of its coding, the peak of the GPU's memory by nvidia-smi, and how busy this
+process's CPUs were. Rows that are in OUT already are kept. A row whose viewers stall is measured again with one less,
+at most twice.
 """
 
 from __future__ import annotations
@@ -84,10 +84,11 @@ def measure(row: Row, viewers: int, cache: Path | None, seconds: int, folder: Pa
         threading.Thread(target=lambda: log.writelines(server.stderr or ()), daemon=True).start()
         try:
             report = folder / "report.json"
-            psutil.cpu_percent()
+            psutil.cpu_percent(percpu=True)
             watch = ["inference_video_scripts/load.py", found[0], "--viewers", str(viewers), "--seconds", str(seconds)]
             subprocess.run([sys.executable, *watch, "--out", str(report)], cwd=ROOT, env=environment, check=True)
-            busy, used = psutil.cpu_percent(), _used()
+            cpus = sorted(os.sched_getaffinity(0))
+            each, used = psutil.cpu_percent(percpu=True), _used()
         finally:
             server.terminate()
             server.wait(60)
@@ -105,13 +106,14 @@ def measure(row: Row, viewers: int, cache: Path | None, seconds: int, folder: Pa
         "real_time_factor": metrics.get("longsana_real_time_factor"),
         "load": metrics.get("longsana_load"),
         "gpu_used_mib": used,
-        "cpus": os.cpu_count(),
-        "cpu_busy_percent": busy,
+        "cpus": len(cpus),
+        "cpu_busy_percent": round(sum(each[cpu] for cpu in cpus) / len(cpus), 1),
     }
 
 
 def _smi(what: str) -> list[str]:
-    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    own = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+    command = ["nvidia-smi", f"--id={own}", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
     except (OSError, subprocess.CalledProcessError):

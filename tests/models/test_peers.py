@@ -30,8 +30,8 @@ def together(*checks: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.gpu
-def test_replayed_passes_of_two_gpus() -> None:
-    done = together("graphs")
+def test_replayed_passes_and_decoders_of_two_gpus() -> None:
+    done = together("graphs", "fused decoders")
     assert done.returncode == 0, done.stderr[-3000:]
 
 

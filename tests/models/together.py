@@ -116,11 +116,18 @@ def check_videos(peers: Peers, world: World) -> None:
                 assert torch.equal(theirs, together.latents)
 
 
-def check_decoders(peers: Peers, world: World) -> None:
+def check_decoders(
+    peers: Peers,
+    world: World,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+    tolerance: float = EXACT,
+) -> None:
     """Pictures of rows that come out even or not, latents in calls of any length, and memory that changes hands."""
     torch.manual_seed(0)
     for kind, model in ((WanVAE, AutoencoderKLWan(**WAN)), (LTX2VAE, AutoencoderKLLTX2Video(**LTX2))):
-        model = model.to(torch.float64).eval()
+        model = model.to(device, dtype).eval()
         alone, together = kind.around(model, 2), kind.around(model, 2)
         together.divide(peers)
         rng = torch.Generator().manual_seed(2)
@@ -128,16 +135,22 @@ def check_decoders(peers: Peers, world: World) -> None:
         for height in (2 * peers.size + 1, 3):
             caches: list[Any] = [None, None]
             for frames in (1, 2, 3, 1):
-                latents = torch.randn(1, channels, frames, height, 3, generator=rng)
+                latents = torch.randn(1, channels, frames, height, 3, generator=rng).to(device)
                 expected, caches[0] = alone.decode_stream(latents, caches[0], more=True)
                 own, caches[1] = together.decode_stream(latents, caches[1], more=True)
-                same(own, expected, 1e-6)  # frames are in float32
+                same(own, expected, max(tolerance, 1e-6))  # frames are in float32
                 whole = together.whole(caches[1])
                 for a, b in zip(whole.features, caches[0].features, strict=True):
-                    same(a, b)
+                    same(a, b, tolerance)
                 assert whole._replace(features=()) == caches[0]._replace(features=())
                 caches[1] = together.own(caches[0] if frames == 3 else whole)
                 assert bool(caches[1].rows) == (height >= 2 * peers.size)
+
+
+def check_fused_decoders(peers: Peers, world: World) -> None:
+    """On GPUs: decoders' fused operations over rows."""
+    torch.backends.cudnn.allow_tf32 = False
+    check_decoders(peers, world, device=world.device(), dtype=torch.float32, tolerance=1e-3)
 
 
 def check_graphs(peers: Peers, world: World) -> None:
@@ -189,9 +202,13 @@ CHECKS: dict[str, Callable[[Peers, World], None]] = {
     "passes": check_passes,
     "videos": check_videos,
     "decoders": check_decoders,
+    "fused decoders": check_fused_decoders,
     "graphs": check_graphs,
     "stuck": check_stuck,
 }
+
+
+ON_GPUS = {"fused decoders", "graphs"}
 
 
 @torch.no_grad()
@@ -199,7 +216,7 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(1)
     world = World.from_environment()
     world.connect()
-    team = Team.of(world, world.size, world.device() if "graphs" in arguments else torch.device("cpu"))
+    team = Team.of(world, world.size, world.device() if ON_GPUS & {*arguments} else torch.device("cpu"))
     assert team.peers is not None
     for check in arguments:
         CHECKS[check](team.peers, world)
