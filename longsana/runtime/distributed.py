@@ -263,10 +263,14 @@ def set_threads(requested: int | None, world: World) -> int:
 
     Launchers export OMP_NUM_THREADS=1, which would leave all cores but one idle.
     """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = requested or max(usable // world.local_size, 1)
+    threads = requested or max(usable_cores() // world.local_size, 1)
     torch.set_num_threads(threads)
     return threads
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h

@@ -77,6 +77,7 @@ class Session:
         self._wakes = threading.Condition(owner.lock)
         self._callback: Callable[[], object] | None = None
         self._encoder: ChunkEncoder | None = None
+        self._coding = threading.Lock()
         self._rate, self._init, self._mime = self.fps, b"", ""
         if order.media == "mp4":
             self._encoder = encoder = ChunkEncoder(self.width, self.height, self.fps, *owner.coding)
@@ -435,18 +436,21 @@ class Session:
         self._wakes.notify_all()
         return entry
 
-    def code(self, entry: Entry) -> None:
-        """Code a chunk; called by the encoder's thread, without the lock."""
-        with self._owner.lock:
-            pixels, began = entry.pixels, time.monotonic()
-            encoder = self._encoder  # which goes with the session's end
-            if pixels is None or not any(other is entry for other in self._unsent):
-                return
-        coded = pixels.tobytes() if encoder is None else encoder.code(pixels) if len(pixels) else []
-        with self._owner.lock:
-            entry.ready = time.monotonic()
-            entry.coded, entry.pixels, entry.encode_ms = coded, None, 1000 * (entry.ready - began)
-            self.tell()
+    def code(self) -> None:
+        """Code the first chunk that is not; called once for each, from any thread, without the lock."""
+        with self._coding:  # an encoder codes a chunk at a time, in their order
+            with self._owner.lock:
+                entry = next((entry for entry in self._unsent if entry.pixels is not None), None)
+                encoder = self._encoder  # which goes with the session's end
+                if entry is None:  # what was to be coded is not wanted any more
+                    return
+                pixels, began = entry.pixels, time.monotonic()
+                assert pixels is not None
+            coded = pixels.tobytes() if encoder is None else encoder.code(pixels) if len(pixels) else []
+            with self._owner.lock:
+                entry.ready = time.monotonic()
+                entry.coded, entry.pixels, entry.encode_ms = coded, None, 1000 * (entry.ready - began)
+                self.tell()
 
     def fail(self, message: str) -> None:
         """End with a message; nothing of its memory stays."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longsana.config import InferenceConfig
 from longsana.published import DISTILLED
+from longsana.runtime.distributed import usable_cores
 from longsana.runtime.errors import InputError
 from longsana.runtime.gpu_memory import free_memory
 from longsana.sampling.captions import caption_encoder
@@ -27,7 +28,7 @@ from longsana.sampling.engine import Engine
 from longsana.sampling.memory import fit_memory, work_of
 from longsana.serving.making import Bytes, Event, Maker, Point, Video, nbytes
 from longsana.serving.orders import video_of
-from longsana.serving.owner import Dropped, Entry, Moved, Task
+from longsana.serving.owner import Dropped, Moved, Task
 from longsana.serving.session import Session
 from longsana.serving.snapshots import Snapshots
 from longsana.serving.values import Figures, Full, Limits, Order
@@ -42,6 +43,8 @@ ON_CPU = 2 << 30
 """Bytes for all sessions' memory where there is no GPU."""
 OF_FREE = 0.8
 """The share of a GPU's free memory that is for sessions; the rest is for what a chunk needs while it is made."""
+CODERS = 4
+"""Sessions whose chunks are coded at once, at most: half of the cores are for it, of which each x264 takes some."""
 WARM_UP = "a warm-up"
 """The prompt of the chunks that are made before the first session, and by which times and memory are known."""
 
@@ -113,10 +116,10 @@ class Studio:
             self._maker = Maker(engine, encode, self.limits.captions)
             self._warm_up()
             self._most_bytes = self.limits.memory_bytes or self._room()
-            self._coder = ThreadPoolExecutor(1, "encoder of chunks")
+            self._coders = ThreadPoolExecutor(max(1, min(CODERS, usable_cores() // 2)), "encoder of chunks")
             self._saver = ThreadPoolExecutor(1, "snapshots")
             undo.callback(self._saver.shutdown)
-            undo.callback(self._coder.shutdown)
+            undo.callback(self._coders.shutdown)
             self._worker = threading.Thread(target=self._run, name="maker of chunks", daemon=True)
             self._worker.start()
             self._undo = undo.pop_all()
@@ -455,7 +458,7 @@ class Studio:
                 self._made += 1
                 shown = entry.frames / session.fps
             # Its pictures are on their way before it is absorbed.
-            self._coder.submit(self._code, session, entry)
+            self._coders.submit(self._code, session)
             if session.video.length(made.point.chunk):
                 session.check(task.epoch)
                 assert made.point.after is not None
@@ -476,9 +479,9 @@ class Studio:
         except Exception as error:
             self._fail(session, error)
 
-    def _code(self, session: Session, entry: Entry) -> None:
+    def _code(self, session: Session) -> None:
         try:
-            session.code(entry)
+            session.code()
         except Exception as error:
             self._fail(session, error)
 

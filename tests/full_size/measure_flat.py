@@ -5,7 +5,8 @@
 
 Config, settings and flags are those of `longsana serve`. After each tenth of the chunks, and of the sessions, it notes
 the process's memory, the GPU's (allocated, and reserved by torch), threads, and the median time of a chunk. Exits with
-1 where the last tenth has more than the second: 64 MiB of memory, 1 % of the GPU's, two threads, or 10 % of time.
+1 where the last tenth has more than the third: 64 MiB of memory, 1 % of the GPU's, two threads, or 10 % of time. Before
+the third, a snapshot that is written while the next is taken may be the first of its kind, and takes a state's memory.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def noted(done: int, seconds: list[float]) -> dict[str, Any]:
 
 
 def grown(rows: list[dict[str, Any]]) -> list[str]:
-    """Name what the last of the rows has more of than the second."""
-    first, last = rows[1], rows[-1]
+    """Name what the last of the rows has more of than the third."""
+    first, last = rows[2], rows[-1]
     most = {
         "memory_mib": first["memory_mib"] + 64,
         "gpu_allocated_mib": 1.01 * first["gpu_allocated_mib"],

@@ -20,6 +20,7 @@ import torch
 from longsana.config import InferenceConfig
 from longsana.runtime.errors import InputError
 from longsana.serving.making import Point
+from longsana.serving.media import ChunkEncoder
 from longsana.serving.session import Session
 from longsana.serving.studio import Studio, Times
 from longsana.serving.values import Chunk, End, Full, Limits
@@ -130,6 +131,28 @@ def test_an_ended_session_has_no_encoder(narrow: Studio) -> None:
     session.close()
     settled(narrow)
     assert encoder() is None and session.init == init and session.mime.startswith("video/mp4")
+
+
+def test_chunks_of_sessions_are_coded_at_once_and_of_one_in_order(
+    config: InferenceConfig, narrow: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [chunk.data for chunk in taken(narrow.start(order(media="mp4")), 4)]
+    monkeypatch.setattr("longsana.serving.studio.usable_cores", lambda: 4)
+    code, both = ChunkEncoder.code, threading.Barrier(2)
+
+    def together(encoder: ChunkEncoder, pixels: np.ndarray) -> Any:
+        both.wait(WAIT)
+        return code(encoder, pixels)
+
+    with Studio(config, limits=Limits(sessions=2)) as studio:
+        monkeypatch.setattr(ChunkEncoder, "code", together)
+        sessions = [studio.start(order(media="mp4")) for _ in range(2)]
+        for session in sessions:
+            assert [taken(session, 1)[0].data] == expected[:1]
+        both.abort()
+        monkeypatch.setattr(ChunkEncoder, "code", code)
+        sessions[1].close()
+        assert [chunk.data for chunk in taken(studio.start(order(media="mp4")), 4)] == expected
 
 
 def test_short_memory_keeps_fewer_chunks(config: InferenceConfig) -> None:
