@@ -8,6 +8,8 @@ from typing import Literal
 
 ImageFirst = Literal["absorb", "pin"]
 """A way for a video to begin with a picture: as a chunk of one latent, or as the first latent of the first chunk."""
+Absorb = Literal["clean", "last_step"]
+"""Where the state after a chunk comes from: a pass over its clean latents at t = 0, or the pass of its last step."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longsana.chunks import ImageFirst
+from longsana.chunks import Absorb, ImageFirst
 from longsana.published import INFERENCE, Context, Published, Translation
 from longsana.runtime.errors import InputError, did_you_mean, did_you_mistype, mistyped_setting
 from longsana.runtime.files import atomic_write_text, expanded
@@ -141,6 +141,9 @@ class SchedulerConfig:
     # Of longlive_flow_euler; a trailing 0 is dropped
     denoising_step_list: tuple[int, ...] = (1000, 960, 889, 727)
     bf16_timesteps: bool = False  # round timesteps as published (889 -> 888, 727 -> 728); for parity only
+    # Of longlive_flow_euler: the state after a chunk is that of a pass over its clean latents, or of its last step, one
+    # pass less; for a network that was trained so
+    absorb: Absorb = "clean"
     num_inference_steps: int = bounded(50, 1, 10_000)  # of all but longlive_flow_euler
     # chunk_flow_euler: a chunk begins when the one before has done this share of its steps
     interval_k: float = bounded(0.5, 0, 1)

@@ -62,7 +62,7 @@ class Row:
     """A line of the table.
 
     weights: the part with the network; empty for the truth. settings: of the sampler. lengths: seconds from the start,
-    scored apart. prompts, seeds: at most so many. steps: what the table says of the sampler. absorbs: see `Trial`.
+    scored apart. prompts, seeds: at most so many. steps: what the table says of the sampler.
     tiny_decoder: shows its pictures instead of the VAE's.
     """
 
@@ -73,7 +73,6 @@ class Row:
     prompts: int = HELD_OUT_PROMPTS
     seeds: int = 3
     steps: int = 4
-    absorbs: bool = True
     tiny_decoder: bool = False
 
 
@@ -96,7 +95,7 @@ ROWS = (
     Row("LongSANA, tiny decoder", "longsana", tiny_decoder=True),
     Row("LongSANA, the whole past", "longsana", WHOLE_PAST),
     Row("LongSANA, num_cached_blocks 2", "longsana", (*WHOLE_PAST, "model.num_cached_blocks=2"), prompts=32, seeds=1),
-    Row("LongSANA, no clean absorbing pass", "longsana", prompts=32, seeds=1, absorbs=False),
+    Row("LongSANA, no clean absorbing pass", "longsana", ("scheduler.absorb=last_step",), prompts=32, seeds=1),
     Row("Self-Forcing, state_decay 0.933", "self_forcing", prompts=32, seeds=1),
 )
 CARD = """\
@@ -272,9 +271,7 @@ def score_models(request: Request) -> None:
         path = request.folder / f"scores_{row.name.replace(' ', '_').replace(',', '')}.json"
         if not path.exists():
             started = time.perf_counter()
-            trial = Trial(
-                texts[: row.prompts], tuple(range(row.seeds)), row.lengths, absorbs=row.absorbs, world=request.world
-            )
+            trial = Trial(texts[: row.prompts], tuple(range(row.seeds)), row.lengths, world=request.world)
             if request.tiny:
                 trial = replace(trial, prompts=texts[:2], seeds=(0,), lengths=(1,), batch=2)
             attempt = try_model if row.weights else try_truth
@@ -296,9 +293,7 @@ def measure_speeds(request: Request) -> None:
         for row in ROWS:
             if row.weights:
                 seconds = 1 if request.tiny else min(10, max(row.lengths))
-                speeds[row.name] = measure_speed(
-                    _sampler(request, row), _held_out(request)[0], seconds, absorbs=row.absorbs
-                )
+                speeds[row.name] = measure_speed(_sampler(request, row), _held_out(request)[0], seconds)
                 log.info("%s: %.1f FPS", row.name, speeds[row.name])
     finally:
         torch.set_num_threads(threads)

@@ -28,15 +28,13 @@ from longsana.evaluation.measures import (
     per_second,
     seam_index,
 )
-from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
 from longsana.runtime.files import whole_file
 from longsana.sampling.captions import caption_encoder
-from longsana.sampling.engine import CaptionedNetwork, Engine, decode
+from longsana.sampling.engine import Engine, decode
 from longsana.shapes.remembered import WORLDS, WorldName
 from longsana.shapes.scenes import FPS, parse_caption, render
 from longsana.shapes.sight import Seen, observe
 from longsana.shapes.verifier import Verdicts, all_in_view, judge
-from longsana.state import CausalState
 from longsana.weights.build import resolve_dtype
 
 FIGURES = Verdicts._fields
@@ -56,7 +54,6 @@ class Trial:
     seeds: Sequence[int] = (0, 1, 2)
     lengths: Sequence[int] = (5, 30, 60)
     batch: int = 64  # videos at a time
-    absorbs: bool = True  # False, an ablation: a chunk's state is that of its last denoising pass
     world: WorldName = "shapes"
 
     @property
@@ -71,7 +68,7 @@ def try_model(config: InferenceConfig, trial: Trial, device: torch.device) -> di
 
 def score_videos(config: InferenceConfig, trial: Trial, device: torch.device) -> list[list[dict[str, Any]]]:
     """Sample the trial's videos: for each seed the scores of each, as `score_looks` has them."""
-    films = _Films(config, trial.prompts, trial.frames, device, absorbs=trial.absorbs)
+    films = _Films(config, trial.prompts, trial.frames, device)
     plan = films.engine.plan
     seam = seam_of(plan, films.engine.geometry.time_stride)
     runs = []
@@ -84,10 +81,10 @@ def score_videos(config: InferenceConfig, trial: Trial, device: torch.device) ->
     return runs
 
 
-def measure_speed(config: InferenceConfig, prompt: str, seconds: int, *, absorbs: bool = True) -> float:
+def measure_speed(config: InferenceConfig, prompt: str, seconds: int) -> float:
     """Frames a second, from caption to pixels, on the CPU with as many threads as torch has."""
     device = torch.device("cpu")
-    films = _Films(config, [prompt], seconds * FPS + 1, device, absorbs=absorbs)
+    films = _Films(config, [prompt], seconds * FPS + 1, device)
     started = time.perf_counter()
     frames = sum(pixels.shape[1] for pixels in films.sample())
     return frames / (time.perf_counter() - started)
@@ -96,20 +93,14 @@ def measure_speed(config: InferenceConfig, prompt: str, seconds: int, *, absorbs
 class _Films:
     """Videos of so many frames of some texts, whose model is loaded."""
 
-    def __init__(
-        self, config: InferenceConfig, texts: Sequence[str], frames: int, device: torch.device, *, absorbs: bool = True
-    ) -> None:
-        # A recording is of a pass, which without absorbing is not always made.
-        sampling = dataclasses.replace(
-            config.sampling, num_frames=frames, cuda_graphs=config.sampling.cuda_graphs and absorbs
-        )
+    def __init__(self, config: InferenceConfig, texts: Sequence[str], frames: int, device: torch.device) -> None:
+        sampling = dataclasses.replace(config.sampling, num_frames=frames)
         self.engine = Engine(dataclasses.replace(config, sampling=sampling), device)
         size = sampling.height, sampling.width
         self._prompts = [Prompt(line, text, (text,), 0, *size) for line, text in enumerate(texts, 1)]
         with caption_encoder(self.engine.config, self.engine.device) as encode:
             self._captions = [encode(prompt) for prompt in self._prompts]
-        network, self._decoder = self.engine.load()
-        self._network: CaptionedNetwork = network if absorbs else _Unabsorbing(network)
+        self._network, self._decoder = self.engine.load()
 
     def sample(self, some: slice = slice(None), seed: int | None = None) -> Iterator[Tensor]:
         """Pixels (B, F, H, W, 3), uint8, piece by piece. seed: None is the config's."""
@@ -130,29 +121,6 @@ def strips(
     picture = rows.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
     with whole_file(path) as unfinished:
         pyplot.imsave(unfinished, picture.numpy())
-
-
-class _Unabsorbing:
-    """A network without the clean pass at t = 0: asked for one, it gives the state of the pass before."""
-
-    def __init__(self, model: CaptionedNetwork) -> None:
-        self.model = model
-        self.state: CausalState | None = None
-
-    @property
-    def text_embed(self) -> CaptionEmbedding:
-        return self.model.text_embed
-
-    def cache_caption(self, text: TextEmbedding) -> Text:
-        return self.model.cache_caption(text)
-
-    def __call__(
-        self, x: Tensor, t: Tensor, text: Text, *, plan: ChunkPlan | None = None, state: CausalState | None = None
-    ) -> tuple[Tensor, CausalState]:
-        if self.state is not None and not t.any():
-            return x, self.state
-        velocity, self.state = self.model(x, t, text, plan=plan, state=state)
-        return velocity, self.state
 
 
 def try_truth(config: InferenceConfig, trial: Trial, device: torch.device) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longsana.chunks import Absorb
 from longsana.config import SchedulerConfig
 
 TIMESTEPS = 1000
@@ -15,17 +16,20 @@ TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class FlowSchedule:
-    """The shifted noise table and the timesteps of the distilled sampler.
+    """The shifted noise table and the timesteps of the distilled sampler, and how it takes a chunk into the state.
 
     shift: s in sigma = s u / (1 + (s - 1) u), for u = 1, 0.999, ..., 0.001.
     steps: timesteps, noisiest first, at which the distilled model denoises.
     bf16_timesteps: let the network and the x0 conversion see the steps rounded to bfloat16 (889 as 888, 727 as 728), as
         the published code does at inference.
+    absorb: clean: by a pass over the chunk's clean latents at t = 0, as published; last_step: by the pass of the last
+        step, if the chunk takes it.
     """
 
     shift: float
     steps: tuple[int, ...] = (1000, 960, 889, 727)
     bf16_timesteps: bool = False
+    absorb: Absorb = "clean"
 
     @classmethod
     def from_config(cls, config: SchedulerConfig) -> FlowSchedule:
@@ -33,7 +37,7 @@ class FlowSchedule:
         Raises:
             ValueError: the steps do not fall, or the shift is not positive.
         """
-        return cls(config.inference_flow_shift, config.denoising_step_list, config.bf16_timesteps)
+        return cls(config.inference_flow_shift, config.denoising_step_list, config.bf16_timesteps, config.absorb)
 
     def __post_init__(self) -> None:
         # Published lists end in a 0 that is not a denoising step.

@@ -139,6 +139,8 @@ def fingerprint(
     decides_nothing |= {f"sampling.{name}" for name in PICTURES}
     if not sampling["first_chunk_frames"]:  # the videos that they were before there was such a length
         decides_nothing.add("sampling.first_chunk_frames")
+    if deciding["scheduler"]["absorb"] == "clean":  # likewise
+        decides_nothing.add("scheduler.absorb")
     for setting in decides_nothing:
         section, _, key = setting.partition(".")
         del deciding[section][key]

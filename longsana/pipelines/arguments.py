@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from longsana.chunks import ImageFirst
+from longsana.chunks import Absorb, ImageFirst
 from longsana.data.pictures import Fit
 from longsana.flow.schedule import TIMESTEPS
 from longsana.runtime.arguments import TEXT, Callback, Flag, Is, Number, OneOf, Rule, Several, Whole
@@ -77,6 +77,7 @@ ARGUMENTS: dict[str, Rule] = {
     "motion_score": Whole(0, 1000),
     "flow_shift": Number(above=0, most=1000),
     **dict.fromkeys(("chunk_frames", "base_chunk_frames"), Whole(1, MOST_LATENTS)),
+    "absorb": OneOf(get_args(Absorb)),
     "first_chunk_frames": Whole(0, MOST_LATENTS + 1),
     "latents_per_call": Whole(1, MOST_LATENTS),
     "fps": Number(above=0, most=1000),

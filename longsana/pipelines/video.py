@@ -24,7 +24,7 @@ from diffusers.utils import is_peft_available, logging
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from longsana.chunks import ChunkPlan, ImageFirst
+from longsana.chunks import Absorb, ChunkPlan, ImageFirst
 from longsana.config import SamplingConfig, check_chi_prompt
 from longsana.data.films import frames_used
 from longsana.data.pictures import Fit
@@ -159,6 +159,8 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             `longsana.models.past`), from now on, whoever else has this transformer. None is what its files say, for
             published ones all; that is asked for with -1, 1.0 and 0.
         base_chunk_frames: latent frames of a chunk where a call does not say it.
+        absorb: distilled: the state after a chunk is that of a pass over its clean latents (clean), or, of a network
+            that was trained so, of its last step (last_step), one pass less.
         decoder: a tiny network that decodes in the VAE's place; films and pictures are still encoded by the VAE.
         tiny_encoder: encode them with the tiny network's own encoder.
 
@@ -194,6 +196,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         state_decay: float | list[float] | str | None = None,
         num_sink_blocks: int | None = None,
         base_chunk_frames: int = 10,
+        absorb: Absorb = "clean",
         decoder: TinyVideoAutoencoder | None = None,
         tiny_encoder: bool = False,
     ) -> None:
@@ -224,6 +227,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             chi_prompt=chi_prompt,
             softcap=softcap,
             base_chunk_frames=base_chunk_frames,
+            absorb=absorb,
             tiny_encoder=tiny_encoder,
         )
         past = {"num_cached_blocks": num_cached_blocks, "state_decay": state_decay, "num_sink_blocks": num_sink_blocks}
@@ -1111,11 +1115,11 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             raise InputError(f"num_inference_steps={steps}: beside timesteps {list(timesteps)}, which take its place")
         grid = [round(sigma * TIMESTEPS) for sigma in uniform_sigmas(GRID_SHIFT, count)[:-1].tolist()]
         try:
-            return FlowSchedule(shift, tuple(grid if timesteps is None else timesteps))
+            given = tuple(grid if timesteps is None else timesteps)
+            return FlowSchedule(shift, given, absorb=self.config["absorb"])
         except ValueError as error:
-            given = f"num_inference_steps={count}: too many steps to tell apart" if timesteps is None else ""
-            what = given or f"timesteps: {error}"
-            raise InputError(what) from error
+            many = f"num_inference_steps={count}: too many steps to tell apart" if timesteps is None else ""
+            raise InputError(many or f"timesteps: {error}") from error
 
     def _shift(self, given: float | None) -> float:
         if given is None and not self.distilled:

@@ -38,6 +38,7 @@ DECODER = "decoder"
 SAMPLERS: dict[str, tuple[tuple[str, ...], str]] = {
     "scheduler.denoising_step_list": ((DISTILLED,), "it takes scheduler.num_inference_steps steps"),
     "scheduler.bf16_timesteps": ((DISTILLED,), "its timesteps are never rounded"),
+    "scheduler.absorb": ((DISTILLED,), "it keeps no state of its last steps"),
     "sampling.cuda_graphs": ((DISTILLED,), "its passes are not recorded"),
     **dict.fromkeys(
         ("sampling.prompt_change", "sampling.transition_chunks", "sampling.transition"),

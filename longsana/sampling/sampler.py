@@ -20,7 +20,7 @@ from longsana.flow.solvers import Euler, Solver
 from longsana.models.embeddings import Text
 from longsana.runtime.clock import Clock
 from longsana.runtime.later import Later
-from longsana.sampling.recent import Holds, Recent
+from longsana.sampling.recent import Holds, Recent, each_of_state
 from longsana.state import CausalState
 
 
@@ -55,7 +55,8 @@ def go_on(step: int, x: Tensor) -> Tensor:
 class Chunk:
     """A finished stretch of video: latents (B, C, T, H, W) in float32, and the state that includes it.
 
-    absorbed: makes the state, by the pass for which the latents do not wait. The many-step samplers give none.
+    absorbed: makes the state, by the pass for which the latents do not wait, if it takes one. The many-step samplers
+        give none.
     """
 
     index: int
@@ -79,28 +80,28 @@ def denoise_chunk(
     first: Tensor | None = None,
     exit_at: int | None = None,
     on_step: StepEnd = go_on,
-) -> Tensor:
-    """Clean latents of one chunk.
+) -> tuple[Tensor, CausalState | None]:
+    """Denoise one chunk: its clean latents, and the state after the pass of its last step.
 
     Args:
         noise: (B, C, T, H, W), the initial noise.
         rng: step index to fresh noise like `noise`.
-        first: see `solve`; a chunk of one latent is it, without a step.
+        first: see `solve`; a chunk of one latent is it, without a step or a state.
         exit_at: index of the step whose x0 is returned; None is the last. Only this step builds a graph.
         on_step: is shown what the next step starts from, and in the end x0.
     """
     if first is not None and noise.shape[2] == 1:
-        return first
+        return first, None
     last = len(schedule.steps) - 1 if exit_at is None else exit_at
-    x = begun_with(first, noise)
+    x, after = begun_with(first, noise), None
     for i in range(last + 1):
         seen = timestep(schedule.seen_steps[i], x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):
-            velocity, _ = model(x, seen if first is None else after_clean(seen, x), text, state=state)
+            velocity, after = model(x, seen if first is None else after_clean(seen, x), text, state=state)
             x0 = begun_with(first, schedule.to_x0(x, velocity, seen))
         if i < last:
             x = begun_with(first, on_step(i, schedule.add_noise(x0, rng(i + 1), timestep(schedule.steps[i + 1], x))))
-    return begun_with(first, on_step(last, x0))
+    return begun_with(first, on_step(last, x0)), after
 
 
 @torch.no_grad()
@@ -154,6 +155,7 @@ def generate(
     begun = _Begun({0: first} if isinstance(first, Tensor) else first or {}, plan, apart)
     draw = partial(begun.draw, rng, shape, device)
     take_in = partial(_take_in, model, schedule, recent, rng if noisy_absorb else None)
+    own_last = len(schedule.steps) - 1 if schedule.absorb == "last_step" else None
     noise: Tensor | None = None
     for index, text in zip(range(len(plan)), texts, strict=True):
         start, last, alone = 0 if state is None else state.frames, index + 1 == len(plan), begun.alone(index)
@@ -165,16 +167,18 @@ def generate(
         with clock.part("denoise"), torch.set_grad_enabled(learned):
             noise = own(0) if noise is None else noise
             how = begun.how(index, on_step) | {"rng": own, "exit_at": exit_at}
-            x0 = denoise_chunk(model, schedule, noise, text, state, **how)
+            x0, after = denoise_chunk(model, schedule, noise, text, state, **how)
+            if own_last is None or exit_at not in (None, own_last):
+                after = None  # the state of a pass that is not the chunk's
         # Before the chunk is given: whoever takes it waits for the GPU, which would idle while noise is drawn then.
         with clock.part("denoise"):
             noise = None if last else draw(index + 1, start + plan.lengths[index], 0)
         absorbed: Later[CausalState | None] = Later(
-            partial(take_in, x0, text, state, joins=alone, clock=clock)
+            partial(take_in, x0, text, state, after=after, joins=alone, clock=clock)
             if absorb_last or not last
             else partial(_as_it_is, state)
         )
-        state = None  # what absorbs holds it, and lets go of it then
+        state = after = None  # what absorbs holds it, and lets go of it then
         yield Chunk(index, start, begun.whole(index, x0), absorbed)
         state = absorbed()
 
@@ -194,11 +198,17 @@ def _take_in(
     state: CausalState | None,
     *,
     clock: Clock,
+    after: CausalState | None = None,
     joins: bool = False,
 ) -> CausalState:
-    """The state after x0 (B, C, T, H, W), which is held. noise: of nearly clean latents; joins: see `Recent.keep`."""
+    """The state after x0 (B, C, T, H, W), which is held.
+
+    noise: of nearly clean latents; after: the state, where a step has made it; joins: see `Recent.keep`.
+    """
     with clock.part("absorb"):
         clean = x0.detach()
+        if after is not None:
+            return recent.keep(clean, state, each_of_state(after, lambda tensor, batch: tensor.detach()), joins=joins)
         if noise is not None:
             fresh = noise.draw(0 if state is None else state.frames, len(schedule.steps), clean.shape[1:], clean.device)
             clean = schedule.add_noise(clean, fresh, timestep(0, clean))

@@ -105,7 +105,8 @@ class Studio:
         self._recent: deque[tuple[float, float]] = deque(maxlen=MEASURED)
         self._bytes: dict[tuple[int, int], Bytes] = {}
         self._given = 0.0  # seconds of chunks that were made while another one waited
-        self._passes = sum(step > 0 for step in engine.config.scheduler.denoising_step_list) + 1
+        scheduler = engine.config.scheduler
+        self._passes = sum(step > 0 for step in scheduler.denoising_step_list) + (scheduler.absorb == "clean")
         self._made = self._dropped = self._failures = 0
         with ExitStack() as undo:
             self._snapshots: Snapshots | None = None

@@ -25,6 +25,7 @@ INSTEAD = {
     "scheduler.num_inference_steps": "pairs.num_steps",
     "scheduler.interval_k": "nothing: a chunk begins when the one before is clean",
     "scheduler.bf16_timesteps": "nothing: the teacher's timesteps are never rounded",
+    "scheduler.absorb": "nothing: the teacher absorbs clean chunks",
     "sampling.cfg_scale": "pairs.cfg_scale",
     "sampling.fps": "nothing: no video is written",
     "vae": "nothing: no video is decoded",

@@ -56,7 +56,7 @@ def test_policies_are_those_of_the_question(script: ModuleType) -> None:
         assert isinstance(decay, float) and decay**10 == pytest.approx(share)
     ends: Any = pasts["by head, 0.3 to 0.9 a chunk"].decay
     assert [end**10 for end in ends] == pytest.approx([0.3, 0.9])
-    assert {policy.name for policy in script.POLICIES if not policy.absorbs} == {
+    assert {policy.name for policy in script.POLICIES if "scheduler.absorb=last_step" in policy.settings} == {
         "everything, no absorbing pass", "window 2, no absorbing pass",
     }  # fmt: skip
 
@@ -117,7 +117,7 @@ def test_processes_share_the_policies(
 
 
 def test_speed_is_added_to_the_table(script: ModuleType, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "measure_speed", lambda config, text, seconds, absorbs=True: 12.5)
+    monkeypatch.setattr(script, "measure_speed", lambda config, text, seconds: 12.5)
     assert script.main([*arguments(measured), "--speed", "--only", NAMES[0]]) == 0
     lines = (measured / "table.md").read_text().splitlines()
     assert ["12.5" in line for line in lines if line.startswith(("| everything ", "| sink"))] == [

@@ -53,11 +53,10 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Policy:
-    """A way to keep the past. settings: of the model. absorbs: False: a chunk's state is that of its last denoising."""
+    """A way to keep the past, by settings of the config."""
 
     name: str
     settings: tuple[str, ...] = ()
-    absorbs: bool = True
 
     @property
     def file(self) -> str:
@@ -74,6 +73,7 @@ def window(chunks: int) -> str:
     return f"model.num_cached_blocks={chunks}"
 
 
+OWN_LAST = "scheduler.absorb=last_step"
 SINK = "model.num_sink_blocks=1"
 POLICIES = (
     Policy("everything"),
@@ -84,8 +84,8 @@ POLICIES = (
     Policy("decay 0.7 a chunk", (decay(0.7),)),
     Policy("decay 0.3 a chunk", (decay(0.3),)),
     Policy("sink 1, window 2", (SINK, window(2))),
-    Policy("everything, no absorbing pass", absorbs=False),
-    Policy("window 2, no absorbing pass", (window(2),), absorbs=False),
+    Policy("everything, no absorbing pass", (OWN_LAST,)),
+    Policy("window 2, no absorbing pass", (window(2), OWN_LAST)),
     Policy("decay 0.85 a chunk", (decay(0.85),)),
     Policy("window 1", (window(1),)),
     Policy("window 4", (window(4),)),
@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> int:
     finish(options.out)
 
     def measured(policy: Policy) -> dict[str, Any]:
-        trial = Trial(texts, (0,), tuple(options.seconds), batch=options.batch, absorbs=policy.absorbs)
+        trial = Trial(texts, (0,), tuple(options.seconds), batch=options.batch)
         return try_model(sampler(policy), trial, device)
 
     return measure_each(
@@ -144,7 +144,6 @@ def measure(options: argparse.Namespace, device: torch.device) -> int:
         lambda policy: {
             "policy": policy.name,
             "settings": list(policy.settings),
-            "absorbs": policy.absorbs,
             **common,
         },
         measured,
@@ -163,7 +162,7 @@ def measure_speeds(options: argparse.Namespace) -> int:
     measure_speed(sampler(POLICIES[0]), text, 1)  # what is set up on first use
     for policy in options.policies:
         if policy.name not in speeds:
-            speeds[policy.name] = measure_speed(sampler(policy), text, seconds, absorbs=policy.absorbs)
+            speeds[policy.name] = measure_speed(sampler(policy), text, seconds)
             log.info("%s: %.1f FPS", policy.name, speeds[policy.name])
             atomic_write_text(path, json.dumps(speeds, indent=1) + "\n")
     write_table(options.out)

@@ -103,7 +103,7 @@ def from_scratch(model: LongSanaDiT) -> Callable[[Tensor, TextEmbedding, list[Pa
         state = model.empty_state(2, *SHAPE[1:], frames=history[0].start if history else start)
         for past in history:
             state = absorb(model, past.x0, past.text, state)
-        return denoise_chunk(model, SCHEDULE, noise, text, state, rng=fresh_noise(start, noise))
+        return denoise_chunk(model, SCHEDULE, noise, text, state, rng=fresh_noise(start, noise))[0]
 
     return denoise
 
@@ -183,7 +183,7 @@ def test_it_is_that_of_the_naive_network(
             lambda x, t, text, *, state=None: (run(x, t, text, start)[0], state),  # type: ignore[arg-type, return-value]
             *(SCHEDULE, noise, text, None),
             rng=fresh_noise(start, noise),
-        )
+        )[0]
 
     for chunk, latents in zip(sampled(model, texts, changes), by_definition(denoise, texts, changes), strict=True):
         assert float((chunk.latents - latents).abs().max()) < 1e-8, chunk.index

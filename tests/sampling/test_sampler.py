@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
+from longsana.data.story import Change
 from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule, euler_sigmas, uniform_sigmas
 from longsana.flow.solvers import DPMSolver, Euler
@@ -139,9 +140,53 @@ def test_rounded_timesteps_change_the_conversion_and_not_the_noise():
 
     noise, zero = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), torch.tensor([889])
     schedule = FlowSchedule(7.0, (1000, 889), bf16_timesteps=True)
-    x0 = denoise_chunk(network, schedule, noise, None, None, rng=lambda step: noise)
+    x0, _ = denoise_chunk(network, schedule, noise, None, None, rng=lambda step: noise)
     assert float(fed[1]) == pytest.approx(float(schedule.sigma(zero)))  # x0 of step 1 is 1 - 1
     assert float(x0) == pytest.approx(float(fed[1]) - float(schedule.sigma(torch.tensor([888]))))
+
+
+def test_the_last_step_gives_the_state(model, random_text):
+    """One pass less a chunk: the next one goes on from what that step has seen."""
+    text, lengths, schedule = random_text(2), (3, 2, 4), FlowSchedule(7.0, (1000, 889), absorb="last_step")
+    network, rng, state, start = Recorder(model), PromptNoise(3, PROMPTS), None, 0
+    texts = itertools.repeat(text, len(lengths))
+    made = generate(network, schedule, texts, ChunkPlan(lengths), shape=SHAPE, rng=rng, device="cpu")
+    for chunk, frames in zip(made, lengths, strict=True):
+        noises = [rng.draw(start, step, (SHAPE[0], frames, *SHAPE[1:]), "cpu") for step in range(2)]
+        times = [torch.full((2,), float(step)) for step in schedule.steps]
+        first = schedule.to_x0(noises[0], model(noises[0], times[0], text, state=state)[0], times[0])
+        x = schedule.add_noise(first, noises[1], times[1])
+        velocity, state = model(x, times[1], text, state=state)
+        assert torch.equal(chunk.latents, schedule.to_x0(x, velocity, times[1]))
+        assert chunk.state is not None and chunk.state[3:] == state[3:]
+        assert all(torch.equal(own, part) for own, part in zip(chunk.state[:3], state[:3], strict=True))
+        start += frames
+    assert len(network.calls) == 2 * len(lengths)
+
+
+@pytest.mark.parametrize("image_first", ["absorb", "pin"])
+def test_what_took_no_last_step_is_absorbed_clean(model, random_text, image_first):
+    """A picture by itself, chunks that are absorbed again, and those that training ends at an earlier step."""
+    schedule, rng = FlowSchedule(7.0, (1000, 889), absorb="last_step"), PromptNoise(3, PROMPTS)
+    picture = torch.randn(2, SHAPE[0], 1, *SHAPE[1:])
+    plan = ChunkPlan.with_picture(9, 3, image_first)
+
+    def passes(**settings) -> list[int]:
+        network = Recorder(model)
+        texts = itertools.repeat(random_text(2), len(plan))
+        chunks = list(generate(network, schedule, texts, plan, shape=SHAPE, rng=rng, device="cpu", **settings))
+        assert not any(part.requires_grad for chunk in chunks for part in chunk.state[:3])
+        return [int(call.t.max()) for call in network.calls]
+
+    alone = [0] if image_first == "absorb" else []
+    rest = len(plan) - len(alone)
+    assert passes(first=picture) == alone + [1000, 889] * rest
+    again = passes(first=picture, changes={len(plan) - 1: Change.parse("recache=1")})
+    assert again == alone + [1000, 889] * (rest - 1) + [0] + [1000, 889]
+    exits = [*([0] * len(alone)), *([0, 1, 0, 1][:rest])]
+    with torch.enable_grad():
+        trained = passes(first=picture, exits=exits, learned_from=0)
+    assert trained == alone + [t for end in exits[len(alone) :] for t in ([1000, 889] if end else [1000, 0])]
 
 
 @pytest.mark.parametrize("exit_at", [0, 1, 3, None])
@@ -158,7 +203,7 @@ def test_exit_at_returns_that_step_and_builds_one_graph(model, random_text, exit
 
     with torch.no_grad():
         denoise_chunk(model, Schedule(7.0), draw(0), text, None, rng=draw)
-    x0 = denoise_chunk(network, SCHEDULE, draw(0), text, None, rng=draw, exit_at=exit_at)
+    x0, _ = denoise_chunk(network, SCHEDULE, draw(0), text, None, rng=draw, exit_at=exit_at)
 
     last = 3 if exit_at is None else exit_at
     assert torch.equal(x0, answers[last])
