@@ -1,4 +1,4 @@
-"""Losses of training: flow matching, ODE regression and distribution matching (method.md 7.4 to 7.6).
+"""Losses of training: flow matching, ODE regression, consistency and distribution matching (method.md 7.4 to 7.6).
 
 Videos are (B, C, T, H, W) in any dtype, without the frames that do not count. All is computed in float32 or finer: the
 published code forms scores and gradient of distribution matching in bfloat16 (method.md 7.9).
@@ -26,6 +26,20 @@ def trajectory_loss(x0_predicted: Tensor, x0: Tensor, t: Tensor) -> Tensor:
     counts = (t != 0)[:, None, :, None, None]
     error = torch.where(counts, _wide(x0_predicted) - _wide(x0), 0)
     return error.square().sum() / counts.expand_as(error).sum().clamp(min=1)
+
+
+def consistency_loss(x0_predicted: Tensor, target: Tensor, t: Tensor) -> Tensor:
+    """Scalar: sqrt(|x0_predicted - target|^2 + c^2) - c, over the frames of a clip whose timestep is not 0; t: (B, T).
+
+    The mean over clips, per root of the numbers in a frame, with c = 0.00054 times the root of the clip's numbers: the
+    pseudo-Huber metric of Song and Dhariwal (2023), which counts a clip that is far off less than a square would. A
+    clip without such a frame counts as 0, with a graph to x0_predicted: every rank takes part in the backward pass.
+    """
+    assert x0_predicted.shape == target.shape and t.shape == (target.shape[0], target.shape[2]), target.shape
+    counts = (t != 0)[:, None, :, None, None]
+    error = torch.where(counts, _wide(x0_predicted) - _wide(target), 0).flatten(1)
+    c, numbers = 0.00054 * error.shape[1] ** 0.5, error.shape[1] / t.shape[1]
+    return ((error.square().sum(1) + c * c).sqrt() - c).mean() / numbers**0.5
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from longsana.training.lora import base_of, put_on
 from longsana.training.parallel import device_mesh, parallelise
 from longsana.training.pictures import Pictures
 from longsana.training.run_folder import CAPTIONS
+from longsana.training.stages.consistency import Consistency
 from longsana.training.stages.flow_matching import FlowMatching
 from longsana.training.stages.longsana import LongSana
 from longsana.training.stages.ode import OdeInitialisation
@@ -67,6 +68,7 @@ class StageBuilder:
         return {
             "flow_matching": self._flow_matching,
             "ode": self._ode,
+            "consistency": self._consistency,
             "self_forcing": self._self_forcing,
             "longsana": self._longsana,
         }[self.config.trainer]()
@@ -107,7 +109,7 @@ class StageBuilder:
         return device_mesh(self.config.train.sharding_strategy, self.world, self.device)
 
     def clips(self) -> ClipSource:
-        """The clips that flow matching learns from."""
+        """The clips that flow matching and consistency learn from."""
         config, path = self.config, self.config.data.data_path
         return open_clips(
             path if path.startswith(GENERATED) else str(locate(path, "data.data_path")),
@@ -195,6 +197,19 @@ class StageBuilder:
         self.captions.prepare(trajectories.prompts())
         return OdeInitialisation(
             config, self._generator(), embed=self.captions.embed, trajectories=trajectories, frames=frames
+        )
+
+    def _consistency(self) -> Stage:
+        clips = self.clips()
+        self.captions.prepare(clips.prompts())
+        return Consistency(
+            self.config,
+            self._generator(),
+            self._teacher,
+            embed=self.captions.embed,
+            negative=self._null(self._teacher),
+            clips=clips,
+            frames=self.config.rollout.num_training_frames,
         )
 
     def _self_forcing(self) -> Stage:

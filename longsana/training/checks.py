@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 
 from longsana.chunks import ChunkPlan
-from longsana.config import load_config
+from longsana.config import ModelConfig, load_config
 from longsana.data.clips import GENERATED, open_clips
 from longsana.data.lmdb_entries import DATA
 from longsana.data.pictures import read_picture
@@ -48,7 +48,8 @@ from longsana.sampling.checks import (
 )
 from longsana.training.config import LoraConfig, TrainingConfig
 from longsana.training.lora import TARGETS, check_peft
-from longsana.training.published import DISTILLING, SECTIONS, means_something, section_of
+from longsana.training.published import DISTILLING, SECTIONS, TAUGHT, means_something, section_of
+from longsana.training.stages.consistency import timesteps
 from longsana.training.stages.prompt_changes import change_of, switch_places
 from longsana.training.stages.stage import MicroBatches
 from longsana.weights.build import empty_model
@@ -87,6 +88,9 @@ def check_training(config: TrainingConfig) -> None:
     ):
         if network.float8:
             raise InputError(f"{name}.float8=true: weights in float8 cannot be trained; it is for inference")
+    whole = trainer == "flow_matching" and not config.flow_matching.causal
+    for key, value in chosen_past(config.model).items() if whole else ():
+        raise InputError(f"model.{key}={value}: has no meaning with flow_matching.causal=false; a clip is one chunk")
     check_no_first_chunk(config)
     check_no_memory(config)
     if config.vae.encoder != FULL:
@@ -100,8 +104,12 @@ def check_training(config: TrainingConfig) -> None:
         raise InputError(
             f"train.ema_relative_width={width}: train.ema_weight=0 keeps no average; leave one of them out"
         )
+    if trainer in TAUGHT:
+        _check_score(config, "real_score")
     if trainer in DISTILLING:
         _check_distillation(config)
+    if trainer == "consistency":
+        timesteps(config.consistency)
     _check_lora(config)
     flow, sampling = config.flow_matching, config.sampling
     replaces = flow.class_dropout_prob > 0 and flow.dropped_caption == "null_caption"
@@ -242,22 +250,7 @@ def _check_distillation(config: TrainingConfig) -> None:
             f"rollout.min_num_training_frames={shortest}: must be rollout.num_training_frames={longest} or less by a "
             f"multiple of sampling.chunk_frames={chunk}"
         )
-    whole = config.trainer == "flow_matching" and not config.flow_matching.causal
-    for key, value in chosen_past(config.model).items() if whole else ():
-        raise InputError(f"model.{key}={value}: has no meaning with flow_matching.causal=false; a clip is one chunk")
-    for name, score in (("real_score", config.real_score), ("fake_score", config.fake_score)):
-        empty_model(score)
-        for key, value in chosen_past(score).items():
-            if value != LEARNED:  # that says what is in the weights
-                raise InputError(
-                    f"{name}.{key}={value}: has no meaning; a score sees a clip as one chunk, without a past"
-                )
-        for key in ("in_channels", "caption_channels", "caption_length"):
-            if getattr(score, key) != getattr(config.model, key):
-                raise InputError(
-                    f"{name}.{key}={getattr(score, key)}: must be that of the generator, model.{key}="
-                    f"{getattr(config.model, key)}: both see the same latents and captions"
-                )
+    _check_score(config, "fake_score")
     if rollout.overlap_latents > chunk:
         raise InputError(
             f"rollout.overlap_latents={rollout.overlap_latents}: must be 0 to sampling.chunk_frames={chunk}"
@@ -267,6 +260,20 @@ def _check_distillation(config: TrainingConfig) -> None:
             f"distillation.min_timestep={settings.min_timestep}: must be at most distillation.max_timestep="
             f"{settings.max_timestep}"
         )
+
+
+def _check_score(config: TrainingConfig, name: Literal["real_score", "fake_score"]) -> None:
+    score: ModelConfig = getattr(config, name)
+    empty_model(score)
+    for key, value in chosen_past(score).items():
+        if value != LEARNED:  # that says what is in the weights
+            raise InputError(f"{name}.{key}={value}: has no meaning; a score sees a clip at once, without a past")
+    for key in ("in_channels", "caption_channels", "caption_length"):
+        if getattr(score, key) != getattr(config.model, key):
+            raise InputError(
+                f"{name}.{key}={getattr(score, key)}: must be that of the generator, model.{key}="
+                f"{getattr(config.model, key)}: both see the same latents and captions"
+            )
 
 
 def _of_other_trainers(config: TrainingConfig) -> Iterator[tuple[str, Any, Any]]:
@@ -289,8 +296,9 @@ def check_sources(config: TrainingConfig, *, visualize: bool = True) -> None:
     """
     distilling, generated = config.trainer in DISTILLING, config.data.data_path.startswith(GENERATED)
     check_weights(config, fetch=True, encodes=distilling or generated)
-    if distilling:
+    if config.trainer in TAUGHT:
         check_network(config.real_score, "real_score.load_from", fetch=True)
+    if distilling:
         check_network(config.fake_score, "fake_score.load_from", fetch=True)
         pictures = config.train.image_probability > 0
         training_prompts(config.data.data_path, pictures=pictures)

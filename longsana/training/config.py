@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from longsana.config import InferenceConfig, ModelConfig
 from longsana.published import Published
 from longsana.runtime.settings import bounded
-from longsana.training.published import DISTILLING, TRAINING
+from longsana.training.published import DISTILLING, TAUGHT, TRAINING
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,16 @@ class FlowMatchingConfig:
     # What a dropped caption becomes: the checkpoint's null tokens under the caption's own mask, as published, or what
     # sampling.null_caption names, with its mask
     dropped_caption: Literal["masked_null", "null_caption"] = "masked_null"
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig:
+    """Causal consistency: one small step of the teacher (real_score) ties the student's answers before and after it."""
+
+    num_steps: int = bounded(40, 2, 1000)  # of the teacher's way from noise, one of which is drawn
+    shift: float = bounded(8.0, above=0, most=1000)
+    guidance_scale: float = bounded(3.0, -1000, 1000)  # g in cond + g (cond - uncond) of the teacher
+    causal_teacher: bool = True  # it sees chunks as the student does; false: the bidirectional base model, the clip
 
 
 @dataclass(frozen=True)
@@ -181,11 +191,13 @@ class WandbConfig:
 class TrainingConfig(InferenceConfig):
     """`model` is the generator; validation samples it with the settings of inference."""
 
-    trainer: Literal["flow_matching", "ode", "self_forcing", "longsana"] = MISSING  # a config must say it
+    # A config must say it
+    trainer: Literal["flow_matching", "ode", "consistency", "self_forcing", "longsana"] = MISSING
     real_score: ModelConfig = field(default_factory=ModelConfig)  # the frozen teacher
     fake_score: ModelConfig = field(default_factory=ModelConfig)  # the critic, where it starts from
     data: DataConfig = field(default_factory=DataConfig)
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     streaming: StreamingConfig = field(default_factory=StreamingConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -199,8 +211,12 @@ class TrainingConfig(InferenceConfig):
     @property
     def networks(self) -> dict[str, ModelConfig]:
         """Settings of the networks that the trainer has, by their roles."""
-        scores = {"critic": self.fake_score, "teacher": self.real_score}
-        return {"generator": self.model} | (scores if self.trainer in DISTILLING else {})
+        found = {"generator": self.model}
+        if self.trainer in DISTILLING:
+            found["critic"] = self.fake_score
+        if self.trainer in TAUGHT:
+            found["teacher"] = self.real_score
+        return found
 
 
 @dataclass(frozen=True)

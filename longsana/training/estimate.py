@@ -162,7 +162,7 @@ def estimate(
         weights=trained,
         moments=2 * trained - FLOAT * sum(_kept_by_muon(config, role, networks[role], sharers) for role in learners),
         average=FLOAT * kept["generator"] if train.ema_weight > 0 else 0,
-        teacher=_dtype(config, "teacher").itemsize * kept["teacher"] if distilled and not lora else 0,
+        teacher=_dtype(config, "teacher").itemsize * kept["teacher"] if "teacher" in kept and not lora else 0,
         frozen=frozen,
         text_encoder=resolve_dtype(config.text_encoder.dtype, GPU).itemsize * encoders.text_parameters
         if train.text_encoder == "keep"

@@ -28,16 +28,18 @@ from longsana.published import (
 )
 from longsana.runtime.errors import InputError
 
-TRAINERS = ("flow_matching", "ode", "self_forcing", "longsana")
+TRAINERS = ("flow_matching", "ode", "consistency", "self_forcing", "longsana")
 DISTILLING = ("self_forcing", "longsana")
+TAUGHT = ("consistency", *DISTILLING)
 BASE = ("flow_matching",)
 STREAMS = ("longsana",)
 SECTIONS = {
     "flow_matching": BASE,
+    "consistency": ("consistency",),
     "rollout": DISTILLING,
     "streaming": STREAMS,
     "distillation": DISTILLING,
-    "real_score": DISTILLING,
+    "real_score": TAUGHT,
     "fake_score": DISTILLING,
     "optimizer.critic": DISTILLING,
 }

@@ -26,7 +26,7 @@ from longsana.runtime.files import LINGERING, LOCK, check_writable, hold_folder,
 from longsana.runtime.hub import SEEDED, file_sha256, locate
 from longsana.runtime.logging import METRICS, WANDB_ID
 from longsana.training.checkpoint import checkpoints_of
-from longsana.training.checks import DISTILLING, check_same_run
+from longsana.training.checks import DISTILLING, TAUGHT, check_same_run
 from longsana.training.config import TrainingConfig
 from longsana.training.learner import Learner
 from longsana.training.lora import put_on
@@ -154,7 +154,7 @@ def sources(config: TrainingConfig) -> dict[str, str]:
     distilled, data = config.trainer in DISTILLING, config.data.data_path
     generated = data.startswith(GENERATED) and not distilled
     named = {"text_encoder.text_encoder_name": config.text_encoder.text_encoder_name}
-    if distilled:
+    if config.trainer in TAUGHT:
         named["real_score.load_from"] = config.real_score.load_from
     if config.train.lora.rank is not None:  # whose checkpoints hold no weights
         named["model.load_from"] = config.model.load_from

@@ -80,6 +80,10 @@ def small_training(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
             config["distillation"] = {"dfake_gen_update_ratio": 2}
         if trainer == "longsana":
             config["streaming"] = {"streaming_max_length": 9, "streaming_min_new_frame": 4}
+        if trainer == "consistency":
+            config["data"]["data_path"] = "generated:blobs"
+            config["real_score"] = NETWORK | {"depth": 1, "load_from": "seeded:2"}
+            config["sampling"]["negative_prompt"] = "blurred"
         if trainer == "flow_matching":
             config["data"]["data_path"] = "generated:blobs"
             config["sampling"] |= {"null_caption": "learned", "cfg_scale": 2.0}

@@ -246,10 +246,11 @@ def test_every_stage_has_an_estimate(training_config: Any) -> None:
     decoding = 2 * 10**6 * 32 * 48
     found = {
         trainer: estimate(training_config(trainer), 1, encoders=encoders)
-        for trainer in ("flow_matching", "ode", "longsana")
+        for trainer in ("flow_matching", "ode", "consistency", "longsana")
     }
-    flow, ode, longsana = found.values()
-    assert list(flow.updates) == list(ode.updates) == ["generator"]
+    flow, ode, consistency, longsana = found.values()
+    assert list(flow.updates) == list(ode.updates) == list(consistency.updates) == ["generator"]
+    assert 0 < consistency.teacher < consistency.weights == ode.weights and consistency.vae == 0
     assert ode.updates["generator"].kept == pytest.approx(flow.updates["generator"].kept, rel=0.1)
     assert max(flow.updates["generator"].activations, ode.updates["generator"].activations) < decoding
     for role in ("generator", "critic"):

@@ -15,6 +15,7 @@ from longsana.data.clips import open_clips
 from longsana.data.trajectories import open_trajectories
 from longsana.models.embeddings import TextEmbedding
 from longsana.training.learner import Learner
+from longsana.training.stages.consistency import Consistency
 from longsana.training.stages.flow_matching import FlowMatching
 from longsana.training.stages.ode import OdeInitialisation
 from longsana.training.stages.stage import MicroBatch
@@ -45,11 +46,19 @@ def build(training_config, random_model, network, embed, trajectories) -> Callab
     """`build("ode")`: the stage, whose network is a Recorder."""
 
     def make(trainer: str, *overrides: str) -> Any:
+        stage: Any
         config = training_config(trainer, *overrides)
         learner = Learner("generator", random_model(network, torch.float32), config.optimizer.generator)
-        if trainer == "ode":
+        if trainer == "consistency":
+            teacher = random_model(replace(network, depth=1), torch.float32, 1).requires_grad_(False)
+            negative = TextEmbedding(torch.full((1, 48, 64), 7.0), torch.arange(48)[None] < 2)
+            clips = open_clips("generated:blobs", shape=CLIP)
+            stage = Consistency(
+                config, learner, Recorder(teacher), embed=embed, negative=negative, clips=clips, frames=5
+            )
+        elif trainer == "ode":
             opened = open_trajectories(str(trajectories), shape=CLIP)
-            stage: Any = OdeInitialisation(config, learner, embed=embed, trajectories=opened, frames=5)
+            stage = OdeInitialisation(config, learner, embed=embed, trajectories=opened, frames=5)
         else:
             null = TextEmbedding(torch.full((1, 48, 64), 7.0), torch.arange(48)[None] < 2)
             clips = open_clips("generated:blobs", shape=CLIP)
@@ -217,3 +226,81 @@ def test_each_chunk_of_a_trajectory_has_a_state_of_its_own_and_the_end_as_its_ta
         assert float(loss.value.detach()) == pytest.approx(expected, rel=1e-4)
         assert torch.equal(call.text.tokens, stage.embed([item.prompt for item in items]).tokens)
     assert seen == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_consistency_by_hand(build: Callable[..., Any], causal: bool) -> None:
+    """One step of the guided teacher's, and the student's answers before and after it."""
+    stage = build("consistency", f"consistency.causal_teacher={causal}", "consistency.num_steps=4")
+    times, seen = stage.times.tolist(), set()
+    assert times == [1000, 960, 889, 727, 0]
+    for step in range(12):
+        now = micro_batch(step, 2)
+        value = stage.loss(now).value
+        (cond, uncond), (after, before) = stage.teacher.calls[-2:], stage.generator.calls[-2:]
+        x0 = torch.stack([stage.clips[stage.order[i]].latents for i in now.samples])
+        noise, losses = now.normal("noise", x0.shape), []
+        assert torch.equal(uncond.text.tokens, torch.full((2, 48, 64), 7.0)) and (cond.x is uncond.x)
+        assert before.plan.lengths == after.plan.lengths == (3, 2)
+        assert cond.plan == (before.plan if causal else None)
+        assert before.velocity.requires_grad and not after.velocity.requires_grad
+        for row in range(2):
+            clean = 3 if causal and before.t[row, 0] == 0 else 0
+            level = times.index(float(before.t[row, 4]))
+            seen.add((clean, level))
+            assert before.t[row].tolist() == [0.0] * clean + [times[level]] * (5 - clean)
+            assert after.t[row].tolist() == [0.0] * clean + [times[level + 1]] * (5 - clean)
+            assert torch.equal(before.x[row, :, :clean], x0[row, :, :clean])
+            assert torch.equal(after.x[row, :, :clean], x0[row, :, :clean])
+            own = slice(clean, None)
+            sigma, nearer = (float(stage.schedule.sigma(torch.tensor(times[at]))) for at in (level, level + 1))
+            nearer *= level < 3
+            x = (1 - sigma) * x0[row, :, own] + sigma * noise[row, :, own]
+            torch.testing.assert_close(before.x[row, :, own], x)
+            velocity = 4 * cond.velocity[row, :, own] - 3 * uncond.velocity[row, :, own]
+            further = x + (nearer - sigma) * velocity
+            torch.testing.assert_close(after.x[row, :, own], further, rtol=1e-4, atol=1e-5)
+            target = further - nearer * after.velocity[row, :, own]
+            error = x - sigma * before.velocity[row, :, own] - target
+            c = 0.00054 * x0[row].numel() ** 0.5
+            losses.append((float((error.square().sum().detach() + c * c) ** 0.5) - c) / x0[row, :, 0].numel() ** 0.5)
+        assert float(value.detach()) == pytest.approx(sum(losses) / 2, rel=1e-4)
+    assert {clean for clean, _ in seen} == ({0, 3} if causal else {0}) and {level for _, level in seen} == {0, 1, 2, 3}
+
+
+class Straight(torch.nn.Module):
+    """A network whose ways all end at the same video, wherever they begin."""
+
+    def __init__(self, stage: Consistency, end: Tensor) -> None:
+        super().__init__()
+        self.schedule, self.end = stage.schedule, torch.nn.Parameter(end)
+
+    def forward(self, x: Tensor, t: Tensor, text: TextEmbedding, *, plan: Any = None) -> Any:
+        return (x - self.end) / self.schedule.sigma(t).float()[:, None, :, None, None], None
+
+
+def test_answers_that_agree_along_the_way_cost_nothing(build: Callable[..., Any]) -> None:
+    """Whatever the guidance; others are drawn to where the way ends, by its last step."""
+    stage, end = build("consistency"), torch.randn(1, *CLIP)
+    stage.teacher, stage.generator = Straight(stage, end), Straight(stage, end.clone())
+    for step in range(8):
+        assert float(stage.loss(micro_batch(step, 2)).value.detach()) < 1e-4
+    stage.generator = Straight(stage, end + 1)
+    stage.times = torch.tensor([800.0, 0.0])
+    loss = stage.loss(micro_batch(0, 2)).value
+    loss.backward()
+    assert float(loss.detach()) > 0.5 and stage.teacher.end.grad is None
+    grad = stage.generator.end.grad
+    assert (grad >= 0).all() and (grad[:, :, 3:] > 0).all()
+
+
+@pytest.mark.parametrize("image_first", ["absorb", "pin"])
+def test_a_picture_first_is_clean_for_student_and_teacher(build: Callable[..., Any], image_first: str) -> None:
+    stage = build("consistency", pinning(1.0), f"sampling.image_first={image_first}")
+    for step in range(6):
+        now = micro_batch(step, 2)
+        loss = stage.loss(now)
+        x0 = torch.stack([stage.clips[stage.order[i]].latents for i in now.samples])
+        for call in (*stage.teacher.calls[-2:], *stage.generator.calls[-2:]):
+            assert (call.t[:, 0] == 0).all() and torch.equal(call.x[:, :, 0], x0[:, :, 0])
+        assert (stage.generator.calls[-1].t[:, -1] > 0).all() and float(loss.value.detach()) > 0
