@@ -31,7 +31,7 @@ from longsana.sampling.engine import Engine
 from longsana.sampling.graphs import ReplayedNetwork
 from tests.full_size.measure_float8 import CONFIGS, SIZES, random_network
 
-BATCHES, CHUNKS, TOKENS, PASSES = (1, 2, 4), (3, 10), 300, 20
+BATCHES, CHUNKS, TOKENS, PASSES = (1, 2, 4), (3, 10), 300, 6
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:

@@ -57,18 +57,13 @@ ROWS = (
 )
 
 
-def weights(cache: Path, size: int) -> Path:
-    """The network's checkpoint in a hub cache of random weights."""
-    return next(path for path in cache.glob(f"models--*/snapshots/*/**/*{size}p*LongLive*.pth"))
-
-
 def measure(row: Row, viewers: int, cache: Path | None, seconds: int, folder: Path) -> dict[str, Any]:
     """Serve so many viewers for so many seconds."""
     environment, model = os.environ | {"LONGSANA_API_KEY": ""}, []
     if row.size:
         assert cache is not None, "rows of full size need --cache"
         environment |= {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-        model = ["--config", CONFIGS[row.size], "--model_path", str(weights(cache, row.size))]
+        model = ["--config", CONFIGS[row.size]]
     serve = ["inference_video_scripts/serve.py", "--port", "0", "--work_dir", str(folder / "work"), "--load", "100"]
     threads = [] if row.size else ["--threads", "1"]
     command = [sys.executable, *serve, *threads, *model, *row.settings]
