@@ -20,7 +20,7 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.shapes.bars import draw_bars
 from longsana.shapes.remembered import draw_remembered
-from longsana.shapes.scenes import TURNS, Scene, Track, draw_scene, render
+from longsana.shapes.scenes import TURNS, Actor, Scene, Track, draw_scene, render
 
 KIND = "clips"
 GENERATED = "generated:"
@@ -195,6 +195,20 @@ def _turns(track: Track) -> bool:
     return track.actor.motion in ("bounce", *TURNS)
 
 
+def crossing_scene(seed: int, index: int, size: tuple[int, int], draw: Draw = any_scene) -> Scene:
+    """Choose a scene: in three of four a shape goes one way quickly, and so over the picture's edges; else any.
+
+    What comes in on the other side is the rest of what left, which a network that knows places from the edges learns
+    last: in 5 seconds one shape in four crosses one. draw: of which world.
+    """
+    scenes = (draw(seed + 1000 * again, index, size) for again in itertools.count())
+    return next(scene for scene in scenes if index % 4 == 0 or any(_crosses(track.actor) for track in scene.tracks))
+
+
+def _crosses(actor: Actor) -> bool:
+    return actor.motion not in ("bounce", "still", *TURNS) and actor.speed == "quickly"
+
+
 START = (0.5, 0.5, 0.625, 0.5)
 """A track's draws: the middle of its box, or the upper left of its orbit."""
 
@@ -338,6 +352,7 @@ GENERATORS: dict[str, Callable[[Shape, int, int, Callable[[], Encoder] | None], 
     "blobs": moving_blobs,
     "shapes": moving_shapes,
     "turning_shapes": partial(moving_shapes, draw=turning_scene),
+    "crossing_shapes": partial(moving_shapes, draw=crossing_scene),
     "bars": partial(moving_shapes, draw=bars_scene),
     "remembered_shapes": partial(moving_shapes, draw=remembered_scene),
     "turning_remembered_shapes": partial(moving_shapes, draw=partial(turning_scene, draw=remembered_scene)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from longsana.data.clips import (
     Encoder,
     GeneratedClips,
     ShapeClips,
+    crossing_scene,
     open_clips,
     turning_scene,
     write_clips,
@@ -29,7 +31,7 @@ from longsana.data.clips import (
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.encoders.vae import WanVAE
 from longsana.runtime.errors import InputError
-from longsana.shapes.scenes import TURNS, draw_scene, is_held_out, parse_caption, render
+from longsana.shapes.scenes import TURNS, Actor, Scene, draw_scene, is_held_out, parse_caption, render
 
 SHAPE = (16, 9, 12, 20)
 
@@ -224,9 +226,23 @@ def test_shape_clips_are_opened_by_name_and_encoded_by_anyone() -> None:
     assert len(asked) == 1, "blobs are not made of pictures"
 
 
-def test_most_turning_scenes_turn_and_none_is_held_out() -> None:
-    scenes = [turning_scene(2, index, (96, 160)) for index in range(200)]
-    turning = [any(track.actor.motion in ("bounce", *TURNS) for track in scene.tracks) for scene in scenes]
+def turns(actor: Actor) -> bool:
+    return actor.motion in ("bounce", *TURNS)
+
+
+def crosses(actor: Actor) -> bool:
+    return actor.motion in ("right", "left", "up", "down") and actor.speed == "quickly"
+
+
+@pytest.mark.parametrize(
+    ("name", "draw", "wanted"),
+    [("turning_shapes", turning_scene, turns), ("crossing_shapes", crossing_scene, crosses)],
+)
+def test_most_scenes_turn_or_cross_and_none_is_held_out(
+    name: str, draw: Callable[..., Scene], wanted: Callable[[Actor], bool]
+) -> None:
+    scenes = [draw(2, index, (96, 160)) for index in range(200)]
+    turning = [any(wanted(track.actor) for track in scene.tracks) for scene in scenes]
     assert all(turning[index] for index in range(200) if index % 4)
     drawn = [draw_scene(2, index) for index in range(0, 200, 4)]
     assert [scene.caption for scene in scenes[::4]] == [scene.caption for scene in drawn]
@@ -235,7 +251,7 @@ def test_most_turning_scenes_turn_and_none_is_held_out() -> None:
     for scene in scenes:
         for track in scene.tracks:
             assert not is_held_out(track.actor.kind, track.actor.colour, track.actor.motion)
-    clips = open_clips("generated:turning_shapes", shape=PICTURES, seed=2, count=4, encoder=Pooling)
+    clips = open_clips(f"generated:{name}", shape=PICTURES, seed=2, count=4, encoder=Pooling)
     assert clips.prompts() == [scene.caption for scene in scenes[:4]]
 
 
