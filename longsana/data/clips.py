@@ -199,7 +199,7 @@ def crossing_scene(seed: int, index: int, size: tuple[int, int], draw: Draw = an
     """Choose a scene: in three of four a shape goes one way quickly, and so over the picture's edges; else any.
 
     What comes in on the other side is the rest of what left, which a network that knows places from the edges learns
-    last: in 5 seconds one shape in four crosses one. draw: of which world.
+    last. draw: of which world.
     """
     scenes = (draw(seed + 1000 * again, index, size) for again in itertools.count())
     return next(scene for scene in scenes if index % 4 == 0 or any(_crosses(track.actor) for track in scene.tracks))
