@@ -128,13 +128,14 @@ def _refuse_none(request: Request, clips: Sequence[Sized], found: Sequence[Facts
         return
     fps, frames = request.config.sampling.fps, clip_frames(request.config)
     broken = [facts.problem for facts in found if facts.problem is not None]
-    longest = max(facts.seconds for facts in found)
-    first = f", such as {broken[0]}" if broken else ""
-    raise InputError(
-        f"{request.options.folder}: no clip of {frames} frames ({frames / fps:.1f} s) in it: {len(broken)} of "
-        f"{len(found)} films are broken{first}; the longest other one has {longest:.1f} s; lower "
-        "rollout.num_training_frames, or give longer films"
-    )
+    told = f"{request.options.folder}: no clip of {frames} frames ({frames / fps:.1f} s) in it"
+    if broken:
+        told += f"; {len(broken)} of {len(found)} films are broken, the first: {broken[0]}"
+    if len(broken) < len(found):
+        longest = max(facts.seconds for facts in found)
+        told += f"; the longest {'other ' if broken else ''}film has {longest:.1f} s: lower "
+        told += "rollout.num_training_frames, or give longer films"
+    raise InputError(told)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -3,8 +3,8 @@
     python inference_video_scripts/evaluate.py output/inference/longsana/shapes_prompts
 
 Videos in folders of the folder count too. Writes evaluation.json, evaluation.md, evaluation.png, evaluation_frames.png
-and a page, evaluation.html. Videos whose prompt is not of the shapes world, or that have no sidecar, get the general
-figures alone. A video that is broken, or whose sidecar is, is skipped and listed.
+and a page, evaluation.html; with --wandb all is shown there too. Videos whose prompt is not of the shapes world, or
+that have no sidecar, get the general figures alone. A video that is broken, or whose sidecar is, is skipped and listed.
 
 Exit status: 0 all videos are evaluated; 1 the results are of the others, as some were skipped or have no other one to
 be compared with, or they could not be written; 2 bad input, or no video that can be evaluated; 128 + n stopped by
@@ -13,6 +13,7 @@ signal n.
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ import torch
 from tqdm import tqdm
 
 from longsana.evaluation.flow import FlowMeter
-from longsana.evaluation.report import SHEET, examine, load_matplotlib, write_report
+from longsana.evaluation.report import NUMBERS, SHEET, examine, load_matplotlib, show, write_report
 from longsana.evaluation.videos import describe, find_videos, pair
 from longsana.runtime import strips
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable, hold_folder
+from longsana.runtime.logging import Wandb, WandbRun
+from longsana.training.config import WandbConfig
 
 log = logging.getLogger("longsana")
 
@@ -43,6 +46,7 @@ class Request:
     pairs: dict[Path, Path]
     alone: list[Path]
     flow: bool
+    wandb: WandbRun | None
 
 
 def prepare(arguments: Sequence[str]) -> Request:
@@ -53,6 +57,11 @@ def prepare(arguments: Sequence[str]) -> Request:
     parser.add_argument("--against", type=typed_path, help="folder of videos of the same names, for PSNR and SSIM")
     parser.add_argument("--flow", action="store_true", help="measure optical flow too; needs the extra flow")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    parser.add_argument("--wandb", action="store_true", help="show figures, pictures and videos on wandb too")
+    parser.add_argument("--wandb_name", help="the run's name in wandb (default: the folder's name)")
+    parser.add_argument("--wandb_project", default=WandbConfig.project, help="(default: %(default)s)")
+    parser.add_argument("--wandb_entity", help="user or team (default: wandb's own)")
+    parser.add_argument("--wandb-save-dir", type=typed_path, default=Path("wandb"), help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     device = _device(options.device)
     videos = find_videos(options.folder)
@@ -62,7 +71,21 @@ def prepare(arguments: Sequence[str]) -> Request:
     load_matplotlib()  # which may fail, before videos are read for hours
     if options.flow:
         FlowMeter()
-    return Request(options.folder, videos, out, device, pairs, alone, options.flow)
+    return Request(options.folder, videos, out, device, pairs, alone, options.flow, _wandb(options))
+
+
+def _wandb(options: argparse.Namespace) -> WandbRun | None:
+    if not options.wandb:
+        return None
+    against = str(options.against) if options.against else None
+    return WandbRun(
+        project=options.wandb_project,
+        entity=options.wandb_entity,
+        name=options.wandb_name or options.folder.resolve().name,
+        folder=options.wandb_save_dir,
+        config={"folder": str(options.folder), "against": against, "flow": options.flow},
+        without="leave out --wandb",
+    )
 
 
 def _device(name: str | None) -> torch.device:
@@ -82,7 +105,8 @@ def run(request: Request) -> int:
     examined = []
     skipped = {str(path): f"{path}: no video of this name to compare it with" for path in request.alone}
     shown = strips.evenly(len(request.videos), SHEET)
-    with hold_folder(request.out, "--out"):
+    # wandb early: one that is wanted and not there is found before videos are read for hours.
+    with hold_folder(request.out, "--out"), Wandb(request.wandb, request.out / NUMBERS) as wandb:
         for place, path in enumerate(tqdm(request.videos, unit="video", disable=None)):
             name = path.relative_to(request.folder).as_posix()
             try:
@@ -95,6 +119,7 @@ def run(request: Request) -> int:
             others = f" (and {len(skipped) - 1} more videos cannot be evaluated)" if len(skipped) > 1 else ""
             raise InputError(f"{next(iter(skipped.values()))}{others}")
         print(write_report(examined, skipped, request.out))
+        show(examined, request.out, wandb)
     for reason in skipped.values():
         log.warning("skipped: %s", reason)
     return 1 if skipped else 0

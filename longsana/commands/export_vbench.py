@@ -2,6 +2,7 @@
 
     longsana export-vbench output/inference/vbench --out output/for_vbench --full_info VBench_full_info.json
     longsana export-vbench output/inference/long --out output/for_vbench_long --layout custom
+    longsana export-vbench output/inference/own --out output/for_another --layout custom --names '{line:04d}.mp4'
 
 Prompts are those of the videos' sidecars. Videos are linked where the disk can, else copied. OUT/videos is what these
 programs are given; docs/usage.md has their commands.
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longsana.evaluation.vbench import VIDEOS, Named, missing, named, write
+from longsana.evaluation.vbench import NAMES, VIDEOS, Named, check_names, missing, named, write
 from longsana.evaluation.videos import find_videos
 from longsana.runtime.commandline import Parser, run_command, typed_path, whole
 from longsana.runtime.errors import InputError
@@ -39,16 +40,21 @@ def prepare(arguments: Sequence[str]) -> Request:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=typed_path, help="where the mp4s and their sidecars are")
     parser.add_argument("--out", type=typed_path, required=True, help="folder of the results, which is new")
-    parser.add_argument(
-        "--layout", choices=("standard", "custom"), default="standard", help="PROMPT-0.mp4, or own names"
-    )
+    parser.add_argument("--layout", choices=tuple(NAMES), default="standard", help="PROMPT-0.mp4, or own names")
+    parser.add_argument("--names", help="own names: text with {prompt}, {number}, {line}, {path} (default: {path}.mp4)")
     parser.add_argument("--prompts", type=typed_path, help="text file: prompts in the place of the lines videos are of")
     parser.add_argument("--full_info", type=typed_path, help="VBench_full_info.json, to say what is missing of it")
     parser.add_argument("--samples", type=whole, default=5, help="videos of a prompt that are asked for (default: 5)")
     options = parser.parse_args(arguments)
     if options.full_info and options.layout == "custom":
         raise InputError("--full_info: has no meaning with --layout custom, whose prompts are one's own; leave it out")
-    videos = named(find_videos(options.folder), options.folder, options.layout, options.prompts)
+    if options.names and options.layout != "custom":
+        raise InputError(
+            "--names: has no meaning with --layout standard, whose names are VBench's; use --layout custom"
+        )
+    names = options.names or NAMES[options.layout]
+    check_names(names)
+    videos = named(find_videos(options.folder), options.folder, names, options.prompts)
     absent = missing(videos, options.full_info, options.samples) if options.full_info else []
     if options.out.exists():
         raise InputError(f"{options.out}: is there already; choose another --out")

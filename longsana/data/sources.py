@@ -98,10 +98,12 @@ def find_sources(folder: Path, captions: str | Path = BESIDE) -> list[Source]:
     without = [name for stem, name in stems.items() if not texts.get(stem, "").strip()]
     if without:
         others = f" (and {len(without) - 1} more)" if len(without) > 1 else ""
-        raise InputError(
-            f"{folder / without[0]}: a clip without a caption{others}; write {_stem(without[0])}.txt, or say where "
-            "captions are: --captions names, or a CSV or JSON Lines file"
+        remedy = (
+            f"write {_stem(without[0])}.txt, or say where captions are: --captions names, or a CSV or JSON Lines file"
+            if captions == BESIDE
+            else f"add it to {captions}"
         )
+        raise InputError(f"{folder / without[0]}: a clip without a caption{others}; {remedy}")
     sources = []
     for stem, name in stems.items():
         caption = " ".join(texts[stem].split())
@@ -165,6 +167,7 @@ def _listed(path: Path, stems: Mapping[str, str]) -> dict[str, str]:
         if name is None or caption is None:
             wanted = f"{'/'.join(FILE_KEYS)} and {'/'.join(CAPTION_KEYS)}"
             raise InputError(f"{path}, line {line}: needs a film and a caption; name the columns {wanted}")
+        name = str(PurePosixPath(name))  # ./NAME too
         stem = _stem(name) if name.lower().endswith(FILMS) else name
         if stem not in stems or (stem != name and stems[stem] != name):
             raise InputError(f"{path}, line {line}: a caption without a clip, {name}; paths are those below the folder")

@@ -183,7 +183,10 @@ def write_summary(
     text += "".join(f"\n* {name}: shorter than a clip" for name in short)
     atomic_write_text(folder / "summary.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     atomic_write_text(folder / "summary.md", text.rstrip() + "\n")
-    write_sheet(_sheet([clips[place] for place in evenly(len(clips), SHEET)]), folder / "contact_sheet.png")
+    if clips:
+        write_sheet(_sheet([clips[place] for place in evenly(len(clips), SHEET)]), folder / "contact_sheet.png")
+    else:
+        (folder / "contact_sheet.png").unlink(missing_ok=True)
     return text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from longsana.evaluation.videos import Video, frame_rate, read_pieces
 from longsana.runtime import stop, strips
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, whole_file
+from longsana.runtime.logging import Wandb
 from longsana.shapes.scenes import COLOURS
 from longsana.shapes.sight import Seen, observe
 from longsana.shapes.verifier import Verdicts, all_in_view, judge, score
@@ -34,7 +35,9 @@ NOT_SCORED = "not scored"
 MOST_DECIBELS = 100.0
 """PSNR of equal pictures, and of what comes closer, in a mean."""
 SHEET = 24
-"""Videos whose pictures are shown together."""
+"""Videos whose pictures are shown together, and which are shown on wandb."""
+NUMBERS, PICTURES = "evaluation.json", ("evaluation.png", "evaluation_frames.png")
+"""Files of a report: all its numbers, its plot and its strips."""
 
 Row = dict[str, Any]
 """One line of the table: a name, and numbers by column; None where a figure is undefined."""
@@ -84,9 +87,9 @@ def examine(
 ) -> dict[str, Any]:
     """Measure one video, read in pieces: "row" for the table, "scores" by length, and "curves" by second.
 
-    "velocity": of each colour that is seen, x (to the right) and y (down) in pixels a frame, by second. "strip":
-    pictures (H, W, 3), uint8. name: in the table; else the file's. against: the video to compare it with. flow: whether
-    its optical flow is measured.
+    "velocity": of each colour that is seen, x (to the right) and y (down) in pixels a frame, by second. "paths": its
+    own and that of the other one. "strip": pictures (H, W, 3), uint8. name: in the table; else the file's. against: the
+    video to compare it with. flow: whether its optical flow is measured.
     """
     promise, rate = video.promise, frame_rate(video.path)
     seen: list[Seen] = []
@@ -142,7 +145,8 @@ def examine(
         row[measure] = float(values.mean())
         curves[measure] = measures.per_second(values, rate)
     told = {"row": row, "prompt": video.prompt, "scores": scores, "curves": curves, "velocity": velocity}
-    return {**_plain(told), "path": str(video.path), "strip": strip.pictures()}
+    paths = [str(path) for path in (video.path, against) if path is not None]
+    return {**_plain(told), "paths": paths, "strip": strip.pictures()}
 
 
 def summarize(examined: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -161,7 +165,7 @@ def summarize(examined: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, a line a row; the columns are those of all rows, in order of appearance, but for empty ones."""
+    """Markdown, a line a row; the columns are those of all rows that have a value, in order of appearance."""
     cells = _cells(rows)
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     aligned = [
@@ -178,7 +182,7 @@ def table(rows: Sequence[Row]) -> str:
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table as text, its head first."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    columns = [column for column in columns if any(row.get(column, "") != "" for row in rows)]
+    columns = [column for column in columns if any(row.get(column) not in (None, "", NOT_SCORED) for row in rows)]
     return [columns, *([_cell(column, row.get(column)) for column in columns] for row in rows)]
 
 
@@ -198,11 +202,13 @@ def load_matplotlib() -> None:
     mpl.use("Agg")
 
 
-def plot(curves: Mapping[str, Curves], path: Path, *, every: int = 1, least: float = 0.0) -> None:
+def plot(
+    curves: Mapping[str, Curves], path: Path, *, behind: Sequence[Curves] = (), every: int = 1, least: float = 0.0
+) -> None:
     """Write a PNG with a panel for each figure and a line for each name: of one model, or of several to compare.
 
-    curves: by the name of the line, then of the figure; values a second. every: seconds whose mean is a point. least:
-    where the axes of shares begin.
+    curves: by the name of the line, then of the figure; values a second. behind: those that are thin and have no names.
+    every: seconds whose mean is a point. least: where the axes of shares begin.
     """
     load_matplotlib()
     from matplotlib import pyplot, ticker
@@ -214,12 +220,15 @@ def plot(curves: Mapping[str, Curves], path: Path, *, every: int = 1, least: flo
         lines, columns, figsize=(4.2 * columns, 2.9 * lines), squeeze=False, layout="constrained"
     )
     for axis, panel in zip(axes.flat, panels, strict=False):
-        for name, figures in curves.items():
+        thin: dict[str, Any] = {"color": "0.8", "linewidth": 0.6, "zorder": 1}
+        drawn = [(figures, thin) for figures in behind] + [(own, {"label": name}) for name, own in curves.items()]
+        for figures, style in drawn:
             own = figures.get(panel, ())
             starts = range(0, len(own), every)
             means = [_mean(own[start : start + every]) for start in starts]
             values = [math.nan if value is None else value for value in means]
-            axis.plot([start + every / 2 for start in starts], values, label=name)
+            marker = "." if len(values) == 1 else None  # which is no line
+            axis.plot([start + every / 2 for start in starts], values, marker=marker, **style)
         if "drift" in panel:
             axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
             low, high = axis.get_ylim()  # what is less than a tenth shall not fill the panel
@@ -227,9 +236,10 @@ def plot(curves: Mapping[str, Curves], path: Path, *, every: int = 1, least: flo
             axis.yaxis.set_major_formatter(ticker.PercentFormatter(1))
         elif panel in FREE:
             low, high = axis.get_ylim()
-            axis.set_ylim(low if panel == "PSNR" else 0, high + 0.1 * (high - low))
+            axis.set_ylim(*((low, high) if panel == "PSNR" else (0, 1.05 * high)))
         else:
             axis.set_ylim(least - 0.03 * (1 - least), 1 + 0.03 * (1 - least))
+        axis.set_xlim(0, max(1, *(len(figures.get(panel, ())) for figures, _ in drawn)))
         axis.set_title(panel)
         axis.set_xlabel("seconds")
         axis.grid(alpha=0.3)
@@ -253,20 +263,49 @@ def write_report(examined: Sequence[Mapping[str, Any]], skipped: Mapping[str, st
         text += "\n" + table([{"from the start": length} | row for length, row in summary["scores"].items()])
     if skipped:
         text += "\nSkipped:\n\n" + "".join(f"* {name}: {reason}\n" for name, reason in skipped.items())
-    videos = [{key: value for key, value in item.items() if key not in ("path", "strip")} for item in examined]
+    videos = [{key: value for key, value in item.items() if key not in ("paths", "strip")} for item in examined]
     record = {"mean": summary, "videos": videos, "skipped": dict(skipped)}
     head, *lines = _cells(rows)
     figures = [dict(zip(head[1:], line[1:], strict=True)) for line in lines]
-    pictures = ["evaluation.png", "evaluation_frames.png"]
     title = f"{len(examined)} videos"
     with stop.deferred():  # all are of one evaluation
-        atomic_write_text(folder / "evaluation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        atomic_write_text(folder / NUMBERS, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         atomic_write_text(folder / "evaluation.md", text)
-        plot({summary["row"]["video"]: summary["curves"]}, folder / pictures[0])
-        strips.write_sheet([strips.Row(item["row"]["video"], item["strip"]) for item in examined], folder / pictures[1])
-        html = page(title, [head, *lines], list(zip(examined, figures, strict=False)), pictures, skipped, folder)
+        several = [item["curves"] for item in examined] if len(examined) > 1 else []
+        plot({summary["row"]["video"]: summary["curves"]}, folder / PICTURES[0], behind=several)
+        strips.write_sheet([strips.Row(_words(item), item["strip"]) for item in examined], folder / PICTURES[1])
+        html = page(title, [head, *lines], list(zip(examined, figures, strict=False)), PICTURES, skipped, folder)
         atomic_write_text(folder / "evaluation.html", html)
     return text
+
+
+def show(examined: Sequence[Mapping[str, Any]], folder: Path, wandb: Wandb) -> None:
+    """Show on wandb what `write_report` has written to a folder.
+
+    The means by second are in `by second/FIGURE`, with the second as step; those of the whole videos in `mean/FIGURE`;
+    every video's in the table `videos`; the two pictures, and as many videos as there are strips.
+    """
+    summary = summarize(examined)
+    last = max(map(len, summary["curves"].values())) - 1
+    for second in range(last + 1):
+        values = {name: own[second] for name, own in summary["curves"].items() if second < len(own)}
+        wandb.log(second, {f"by second/{name}": value for name, value in values.items() if value is not None})
+    wandb.log(last, {f"mean/{name}": value for name, value in summary["row"].items() if isinstance(value, int | float)})
+    columns = list(dict.fromkeys(column for item in examined for column in item["row"]))
+    cells = [[item["row"].get(column) for column in columns] for item in examined]
+    # A column has one type.
+    wandb.table(last, "videos", [columns, *([None if cell == NOT_SCORED else cell for cell in row] for row in cells)])
+    for name in PICTURES:
+        wandb.picture(last, PurePosixPath(name).stem, folder / name)
+    for item in examined:
+        # wandb takes the kinds of videos that browsers show.
+        if item["strip"] and not item["paths"][0].lower().endswith(".mov"):
+            wandb.video(last, f"video/{PurePosixPath(item['row']['video']).with_suffix('')}", Path(item["paths"][0]))
+
+
+def _words(item: Mapping[str, Any]) -> str:
+    """Words above a video's strip."""
+    return f"{item['row']['video']}: {item['prompt']}" if item["prompt"] else str(item["row"]["video"])
 
 
 def _cell(column: str, value: Any) -> str:

@@ -2,7 +2,7 @@
 
 So has it the package vbench 0.1.5 (`VBench.build_full_info_json`, `VBenchLong.build_full_info_json`): videos of its
 standard prompts are `PROMPT-0.mp4` to `PROMPT-4.mp4`, in one folder; own ones have any names, and a JSON file says the
-prompt of each.
+prompt of each. Any other names, as of a benchmark that is not known here, are made by a pattern.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from longsana.evaluation.videos import REPAIR, describe
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import whole_folder
 from longsana.runtime.foreign import read_bytes, read_json
 
-Layout = Literal["standard", "custom"]
+NAMES = {"standard": "{prompt}-{number}.mp4", "custom": "{path}.mp4"}
+"""Patterns of names, by layout. prompt: the video's. number: among the videos of its prompt, from 0. line: of its
+prompt's file, from 1. path: below the folder, `-` for `/`, without suffix."""
+FIELDS = ("prompt", "number", "line", "path")
 CUSTOM = (
     *("subject_consistency", "background_consistency", "motion_smoothness", "dynamic_degree"),
     *("aesthetic_quality", "imaging_quality"),
@@ -39,8 +43,25 @@ class Named(NamedTuple):
     name: str
 
 
-def named(videos: Sequence[Path], folder: Path, layout: Layout, prompts: Path | None = None) -> list[Named]:
-    """Name videos of a folder: by their prompts, counted from 0 for each, or by their paths below the folder.
+def check_names(names: str) -> None:
+    """Refuse a pattern that makes no names.
+
+    Raises:
+        InputError: it has other fields than `FIELDS`, or does not make the name of an mp4.
+    """
+    try:
+        if unknown := _fields(names) - {*FIELDS}:
+            raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+        name = names.format(prompt="prompt", number=0, line=1, path="path")
+        if "/" in name or name.startswith(".") or not name.endswith(".mp4"):
+            raise ValueError("not the name of an mp4")
+    except (ValueError, KeyError) as error:
+        known = ", ".join(f"{{{field}}}" for field in FIELDS)
+        raise InputError(f"--names {names}: {error}; it may have {known}, as in {{line:04d}}_{{number}}.mp4") from error
+
+
+def named(videos: Sequence[Path], folder: Path, names: str, prompts: Path | None = None) -> list[Named]:
+    """Name videos of a folder by a pattern, see `NAMES`.
 
     prompts: a file whose line stands for the line that a video was made of, as the short form of an extended prompt.
 
@@ -54,17 +75,18 @@ def named(videos: Sequence[Path], folder: Path, layout: Layout, prompts: Path | 
         if path.suffix != ".mp4":
             raise InputError(f"{path}: VBench reads mp4; convert it, or remove it")
         prompt = _prompt(path, lines, prompts)
-        name = f"{prompt}-{count[prompt]}.mp4"
-        if layout == "custom":
-            name = path.relative_to(folder).as_posix().replace("/", "-")
-        elif "/" in prompt or len(name.encode()) > LONGEST:
+        line = _line(path) if "line" in _fields(names) else None
+        own = path.relative_to(folder).with_suffix("").as_posix().replace("/", "-")
+        name = names.format(prompt=prompt, number=count[prompt], line=line, path=own)
+        if "/" in name or len(name.encode()) > LONGEST:
+            what = "prompt" if "prompt" in _fields(names) else "path"
             raise InputError(
-                f"{path}: its prompt cannot be a file's name ({'a / in it' if '/' in prompt else 'too long'}); give "
-                "short ones by --prompts, or use --layout custom"
+                f"{path}: its {what} cannot be a file's name ({'a / in it' if '/' in name else 'too long'}); give "
+                "short prompts by --prompts, or use --layout custom"
             )
         count[prompt] += 1
         if name in found:
-            raise InputError(f"{path}: two clips of one name, with {found[name].path}; rename one")
+            raise InputError(f"{path}: two clips of one name, {name}, with {found[name].path}; rename one")
         found[name] = Named(path, prompt, name)
     return list(found.values())
 
@@ -112,15 +134,21 @@ def _prompt(path: Path, lines: Sequence[str] | None, prompts: Path | None) -> st
         raise InputError(f"{path}: no sidecar says its prompt; give the folder that inference wrote its videos to")
     if lines is None:
         return prompt
-    line = _line(read_json(path.with_suffix(".json"), REPAIR))
-    if line is None or line > len(lines) or not lines[line - 1].strip():
+    line = _line(path)
+    if line > len(lines) or not lines[line - 1].strip():
         raise InputError(f"{path}: was made of line {line}, which {prompts} does not have; give the file of its lines")
     return lines[line - 1].strip()
 
 
-def _line(record: Mapping[str, object]) -> int | None:
-    line = record.get("line")
-    return line if isinstance(line, int) and line > 0 else None
+def _line(path: Path) -> int:
+    line = read_json(path.with_suffix(".json"), REPAIR).get("line")
+    if not isinstance(line, int) or line < 1:
+        raise InputError(f"{path}: its sidecar does not say of which line of a file it was made; {REPAIR}")
+    return line
+
+
+def _fields(names: str) -> set[str]:
+    return {field for _, field, _, _ in string.Formatter().parse(names) if field is not None}
 
 
 def _lines(path: Path) -> list[str]:

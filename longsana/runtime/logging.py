@@ -1,4 +1,7 @@
-"""The reports of a training run: metrics in a file, a bar on a terminal or lines without one, wandb if it is wanted."""
+"""The reports of a training run: metrics in a file, a bar on a terminal or lines without one, wandb if it is wanted.
+
+`Wandb` stands on its own, for commands that have other files.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,6 +44,7 @@ class WandbRun:
 
     folder: where wandb keeps its files; a subfolder "wandb" is made in it.
     config: what the run's page shows as its settings.
+    without: what a command line says to go without wandb, for messages.
     """
 
     project: str
@@ -48,6 +52,82 @@ class WandbRun:
     name: str | None
     folder: Path
     config: Mapping[str, Any]
+    without: str = "--disable-wandb"
+
+
+class Wandb:
+    """A run on wandb, where one is wanted; without, everything here does nothing.
+
+    What fails in wandb is warned of once and ends nothing; only what wandb itself says to a new run is an error.
+
+    run: None for no wandb.
+    numbers: the file that has all of them, for that warning.
+    id_file: where the run's id is kept, with which a run that is `resumed` goes on in the same one.
+
+    Raises:
+        InputError: of a new run, wandb is wanted, but not installed or not to be reached.
+    """
+
+    def __init__(
+        self, run: WandbRun | None, numbers: Path, id_file: Path | None = None, *, resumed: bool = False
+    ) -> None:
+        self._run = None if run is None else _start_wandb(run, id_file, resumed=resumed)
+        self._numbers, self._failed = numbers, False
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Show numbers of a step."""
+        self._tell(lambda run: run.log({"step": step, **values}))
+
+    def video(self, step: int, name: str, path: Path) -> None:
+        """Show the video at `path`."""
+        self._show(step, name, lambda wandb: wandb.Video(str(path)))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show the picture at `path`."""
+        self._show(step, name, lambda wandb: wandb.Image(str(path)))
+
+    def table(self, step: int, name: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Show a table, whose first row is its head."""
+        self._show(step, name, lambda wandb: wandb.Table(columns=list(rows[0]), data=[list(row) for row in rows[1:]]))
+
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the run; `failed` marks it as crashed."""
+        self._tell(lambda run: run.finish(exit_code=int(failed)))
+        if self._failed:
+            import wandb
+
+            # Else wandb tries again when Python ends, and shows a traceback.
+            with suppress(Exception):
+                wandb.teardown()
+
+    def __enter__(self) -> Wandb:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(failed=error is not None)
+
+    def _show(self, step: int, name: str, make: Callable[[Any], object]) -> None:
+        if self._run is None:
+            return
+        import wandb
+
+        self._tell(lambda run: run.log({"step": step, name: make(wandb)}))
+
+    def _tell(self, action: Callable[[wandb.Run], object]) -> None:
+        """Let wandb do something; if it cannot, the command goes on, and it is asked again the next time."""
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:  # its process was killed, its disk is full, its server is down ...
+            if not self._failed:
+                log.warning(
+                    "wandb fails (%s: %s); the command goes on, and all numbers are in %s",
+                    *(type(error).__name__, " ".join(str(error).split()), self._numbers),
+                )
+            self._failed = True
 
 
 class RunLog:
@@ -59,8 +139,7 @@ class RunLog:
     step: the iteration that comes next, counted from 0; 0 for a new run. Lines of this and later steps, written by
         a run that was killed after its last checkpoint, are dropped, and so is a line that it did not finish.
     total: iterations of the whole run.
-    wandb: None for no wandb. A run that is resumed (step > 0) goes on in the wandb run of `{folder}/wandb_id`. What
-        fails in wandb is warned of and ends no training; only what wandb itself says to a new run is an error.
+    wandb: None for no wandb. A run that is resumed (step > 0) goes on in the wandb run of `{folder}/wandb_id`.
 
     Raises:
         InputError: the folder cannot be written to; or of a new run, wandb is wanted, but not installed or not to be
@@ -73,8 +152,7 @@ class RunLog:
             return
         check_writable(folder, "--logdir")
         self._path = folder / METRICS
-        self._wandb = _start_wandb(wandb, folder / WANDB_ID, resumed=step > 0) if wandb is not None else None
-        self._wandb_failed = False
+        self._wandb = Wandb(wandb, self._path, folder / WANDB_ID, resumed=step > 0)
         try:
             _cut(self._path, step)
             self._file = self._path.open("ab", buffering=0)
@@ -99,7 +177,7 @@ class RunLog:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = {"step": step, "time": round(time.time(), 3), **finite}
         self._append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._tell_wandb(lambda run: run.log({"step": step, **values}))
+        self._wandb.log(step, values)
         self._next = step + 1
         self._bar.set_postfix_str(_memory(), refresh=False)
         self._bar.update(self._next - self._bar.n)
@@ -108,19 +186,13 @@ class RunLog:
 
     def video(self, step: int, name: str, path: Path) -> None:
         """Show the video at `path` on wandb; without wandb its file is all there is."""
-        if not self._main or self._wandb is None:
-            return
-        import wandb
-
-        self._tell_wandb(lambda run: run.log({"step": step, name: wandb.Video(str(path))}))
+        if self._main:
+            self._wandb.video(step, name, path)
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Show the picture at `path` on wandb; without wandb its file is all there is."""
-        if not self._main or self._wandb is None:
-            return
-        import wandb
-
-        self._tell_wandb(lambda run: run.log({"step": step, name: wandb.Image(str(path))}))
+        if self._main:
+            self._wandb.picture(step, name, path)
 
     def close(self, *, failed: bool = False) -> None:
         """Finish the files and the bar; `failed` marks the run on wandb as crashed."""
@@ -128,13 +200,7 @@ class RunLog:
             return
         self._bar.close()
         self._file.close()
-        self._tell_wandb(lambda run: run.finish(exit_code=int(failed)))
-        if self._wandb_failed:
-            import wandb
-
-            # Else wandb tries again when Python ends, and shows a traceback.
-            with suppress(Exception):
-                wandb.teardown()
+        self._wandb.close(failed=failed)
 
     def __enter__(self) -> RunLog:
         return self
@@ -154,20 +220,6 @@ class RunLog:
                 with suppress(OSError):
                     os.ftruncate(handle, end)
                 raise
-
-    def _tell_wandb(self, action: Callable[[wandb.Run], object]) -> None:
-        """Let wandb do something; if it cannot, training goes on, and it is asked again the next time."""
-        if self._wandb is None:
-            return
-        try:
-            action(self._wandb)
-        except Exception as error:  # its process was killed, its disk is full, its server is down ...
-            if not self._wandb_failed:
-                log.warning(
-                    "wandb fails (%s: %s); training goes on, and all numbers are in %s",
-                    *(type(error).__name__, " ".join(str(error).split()), self._path),
-                )
-            self._wandb_failed = True
 
     def _tell(self, values: Mapping[str, float]) -> None:
         """A line about the iterations since the last line, now and then."""
@@ -214,8 +266,8 @@ def _cut(path: Path, step: int) -> None:
         atomic_write_text(path, text)
 
 
-def _start_wandb(run: WandbRun, id_file: Path, *, resumed: bool) -> wandb.Run | None:
-    """The run on wandb; None, with a warning, where it cannot be and the training is not to end for that."""
+def _start_wandb(run: WandbRun, id_file: Path | None, *, resumed: bool) -> wandb.Run | None:
+    """The run on wandb; None, with a warning, where it cannot be and the command is not to end for that."""
     try:
         return _open_wandb(run, id_file, resumed=resumed)
     except InputError as error:
@@ -228,7 +280,7 @@ def _start_wandb(run: WandbRun, id_file: Path, *, resumed: bool) -> wandb.Run | 
     return None
 
 
-def _open_wandb(run: WandbRun, id_file: Path, *, resumed: bool) -> wandb.Run:
+def _open_wandb(run: WandbRun, id_file: Path | None, *, resumed: bool) -> wandb.Run:
     """
     Raises:
         InputError: wandb is not installed, its folder cannot be written to, or it says that it cannot start.
@@ -239,10 +291,13 @@ def _open_wandb(run: WandbRun, id_file: Path, *, resumed: bool) -> wandb.Run:
         if error.name != "wandb":
             raise
         raise InputError(
-            "wandb is not installed; install it with `pip install -e '.[wandb]'`, or go without: --disable-wandb"
+            f"wandb is not installed; install it with `pip install -e '.[wandb]'`, or go without: {run.without}"
         ) from error
-    if not (resumed and id_file.is_file()):
-        atomic_write_text(id_file, secrets.token_hex(4) + "\n")
+    name = secrets.token_hex(4)
+    if id_file is not None and resumed and id_file.is_file():
+        name = id_file.read_text(encoding="utf-8").strip()
+    elif id_file is not None:
+        atomic_write_text(id_file, f"{name}\n")
     # wandb takes another folder, with a warning that nobody reads, where this one is missing.
     check_writable(run.folder, "--wandb-save-dir")
     try:
@@ -252,13 +307,13 @@ def _open_wandb(run: WandbRun, id_file: Path, *, resumed: bool) -> wandb.Run:
             name=run.name,
             dir=str(run.folder),
             config=dict(run.config),
-            id=id_file.read_text(encoding="utf-8").strip(),
+            id=name,
             resume="allow",
         )
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"wandb did not start ({reason}); run `wandb login`, set WANDB_MODE=offline, or go without: --disable-wandb"
+            f"wandb did not start ({reason}); run `wandb login`, set WANDB_MODE=offline, or go without: {run.without}"
         ) from error
     # wandb's own step never goes back: it would throw away what a resumed run does again after its checkpoint.
     started.define_metric("step")

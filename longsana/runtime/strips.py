@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +18,10 @@ from longsana.runtime.files import whole_file
 COLUMNS = 6
 """Pictures of a film."""
 HEIGHT, GAP, LINE = 96, 4, 16
-WIDEST = 4096
-"""Pixels of a sheet's side, beyond which its pictures are made smaller."""
+NARROWEST, WIDEST = 640, 4096
+"""Pixels of a sheet's side: room for words, and the most, beyond which its pictures are made smaller."""
+FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")
+"""Fonts for words of any language, of the system, before those of libraries, which know fewer letters."""
 
 
 class Row(NamedTuple):
@@ -33,14 +39,17 @@ def evenly(count: int, wanted: int) -> list[int]:
 
 
 def write_sheet(rows: Iterable[Row], path: Path) -> None:
-    """Write a PNG of rows of pictures, each `HEIGHT` pixels high, or less where they would be too wide together."""
+    """Write a PNG of rows of pictures, each `HEIGHT` pixels high, or less where they would be too wide together.
+
+    Words that are too long for a line are cut.
+    """
     lines = [row for row in rows if row.pictures]
     scaled = [[_scaled(picture, len(row.pictures)) for picture in row.pictures] for row in lines]
-    width = max((sum(one.width + GAP for one in row) + GAP for row in scaled), default=1)
+    width = max([NARROWEST, *(sum(one.width + GAP for one in row) + GAP for row in scaled)])
     sheet = Image.new("RGB", (width, sum(LINE + row[0].height + 2 * GAP for row in scaled) or 1), "white")
-    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(11), 0
+    draw, font, top = ImageDraw.Draw(sheet), _font(), 0
     for row, pictures in zip(lines, scaled, strict=True):
-        draw.text((GAP, top + 2), " ".join(row.words.split()), fill="black", font=font)
+        draw.text((GAP, top + 1), _cut(" ".join(row.words.split()), font, width - 2 * GAP), fill="black", font=font)
         top, left = top + LINE, GAP
         for picture in pictures:
             sheet.paste(picture, (left, top))
@@ -48,6 +57,23 @@ def write_sheet(rows: Iterable[Row], path: Path) -> None:
         top += pictures[0].height + 2 * GAP
     with whole_file(path) as partial:
         sheet.save(partial, format="PNG")
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    library = find_spec("matplotlib")
+    own = [str(Path(library.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf")] if library and library.origin else []
+    for name in (*FONTS, *own):
+        with suppress(OSError):
+            return ImageFont.truetype(name, 11)
+    return ImageFont.load_default(11)
+
+
+def _cut(words: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if font.getlength(words) <= width:
+        return words
+    # The longest beginning that has room.
+    end = bisect_right(range(len(words)), width, key=lambda end: math.ceil(font.getlength(f"{words[:end]}..."))) - 1
+    return f"{words[:end]}..."
 
 
 def _scaled(picture: np.ndarray, beside: int) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -16,6 +17,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from longsana.commands import evaluate
 from longsana.encoders.closeness import psnr, ssim
@@ -26,6 +28,7 @@ from longsana.evaluation.videos import describe, find_videos, read_pieces
 from longsana.runtime.files import hold_folder
 from longsana.runtime.video import VideoWriter
 from longsana.shapes import scenes as shapes
+from tests.runtime.test_logging import history, records
 from tests.scripts import load_script
 from tests.shapes.films import pictures
 
@@ -294,11 +297,58 @@ def test_two_folders_are_compared_by_name(folder, command, tmp_path, capsys):
     read = [torch.cat(list(read_pieces(place / "noisy.mp4")), 1) for place in (one, two)]
     assert rows["noisy.mp4"]["PSNR"] == pytest.approx(float(psnr(*read).mean()))
     assert rows["noisy.mp4"]["SSIM"] == pytest.approx(float(ssim(*read).mean()))
+    found = Links((one / "evaluation.html").read_text())
+    assert found.shown[2:] == ["alone.mp4", "noisy.mp4", "../two/noisy.mp4", "same.mp4", "../two/same.mp4"]
     assert 10 < rows["noisy.mp4"]["PSNR"] < 40 and "PSNR" not in rows["alone.mp4"]
     assert set(record["skipped"]) == {str(one / "alone.mp4"), str(two / "other.mp4"), "longer.mp4"}
     assert "not as many frames" in record["skipped"]["longer.mp4"]
     assert command.main([str(one), "--against", str(folder), "--device", "cpu"]) == 2
     assert f"{folder}: no video of a name that is in {one}" in capsys.readouterr().err
+
+
+def test_wandb_is_shown_what_is_written(folder, command, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "mine/more").mkdir(parents=True)
+    for name in ("00000-a.mp4", "00000-a.json", "00007-a.mp4"):
+        shutil.copy(folder / name, tmp_path / "mine/more")
+    shutil.copy(folder / "00007-a.mp4", tmp_path / "mine/other.mov")
+    out, saved = tmp_path / "out", tmp_path / "saved"
+    given = [str(tmp_path / "mine"), "--out", str(out), "--device", "cpu", "--wandb", "--wandb-save-dir", str(saved)]
+    assert command.main([*given, "--wandb_project", "own"]) == 0
+    record = json.loads((out / "evaluation.json").read_text())
+    (run,) = [item.run for item in records(saved) if item.HasField("run")]
+    assert (run.project, run.display_name) == ("own", "mine")
+    shown = history(saved)
+    numbers = {(row["step"], name): value for row in shown for name, value in row.items()}
+    for name, values in record["mean"]["curves"].items():
+        for second, value in enumerate(values):
+            assert numbers.get((second, f"by second/{name}")) == value
+    last = max(step for step, _ in numbers)
+    assert last == len(record["mean"]["curves"]["movement"]) - 1 == 5
+    for name, value in record["mean"]["row"].items():
+        assert numbers.get((last, f"mean/{name}")) == (value if isinstance(value, float) else None)
+    kept = {path.name: path.read_bytes() for path in saved.rglob("media/**/*") if path.is_file()}
+    files = {name: kept[Path(value).name] for row in shown for name, value in row.items() if name.endswith("/path")}
+    assert files.pop("evaluation/path") == (out / "evaluation.png").read_bytes()
+    assert files.pop("evaluation_frames/path") == (out / "evaluation_frames.png").read_bytes()
+    told = json.loads(files.pop("videos/path"))
+    assert [dict(zip(told["columns"], row, strict=True)) for row in told["data"]] == [
+        {name: None if value == "not scored" else value for name, value in video["row"].items()}
+        for video in record["videos"]
+    ]
+    assert files == {
+        f"video/more/{name}/path": (folder / f"{name}.mp4").read_bytes() for name in ("00000-a", "00007-a")
+    }, "no browser takes a mov from wandb"
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    given[2] = str(tmp_path / "none")
+    assert command.main(given) == 2
+    assert "pip install -e '.[wandb]'`, or go without: leave out --wandb" in capsys.readouterr().err
+    assert not list((tmp_path / "none").iterdir())
 
 
 def test_flow_is_motion_and_not_light(folder, command, tmp_path, capsys, monkeypatch):
@@ -332,6 +382,26 @@ def test_table():
         "| a     |  50.0% |       1.23 |                - |",
         "| bbb   |      - |          - |            -5.0% |",
     ]
+
+
+def test_figures_that_no_video_has_are_no_columns():
+    rows = [{"video": "a", "colour": "not scored", "seam index": None, "movement": 0.5}]
+    assert table(rows).splitlines()[0] == "| video | movement |"
+
+
+def test_one_second_is_seen_and_so_is_what_hardly_changes(tmp_path):
+    def plotted(*values: float, figure: str = "adherence", behind: float | None = None) -> np.ndarray:
+        others = [] if behind is None else [{figure: [behind] * len(values)}]
+        plot({"one": {figure: values}}, tmp_path / "a.png", behind=others)
+        with Image.open(tmp_path / "a.png") as picture:
+            return np.asarray(picture.convert("RGB")).astype(int)
+
+    assert np.abs(plotted(0.2) - plotted(0.8)).max() > 100
+    panel = plotted(0.157, 0.156, 0.157, figure="saturation")
+    frame = np.flatnonzero((panel.max(2) < 100).mean(1) > 0.5)  # rows of its frame
+    curve = np.flatnonzero((panel[: frame[-1], :, 2] - panel[: frame[-1], :, 0] > 80).any(1))
+    assert frame[0] + 5 < curve.min(), "the line runs along the frame"
+    assert not np.array_equal(plotted(0.5, 0.5), plotted(0.5, 0.5, behind=0.2))
 
 
 def test_plot_compares_models(tmp_path):

@@ -59,6 +59,10 @@ def test_own_videos_keep_their_names(made: Path, tmp_path: Path) -> None:
     prompts = json.loads((out / "prompts.json").read_text())
     assert prompts == {"1-cat.mp4": "A cat, extended", "2-dog.mp4": "a dog-2", "again-1-cat.mp4": "A cat, extended"}
     assert {path.name for path in (out / "videos").iterdir()} == set(prompts)
+    named = [str(made), "--out", str(tmp_path / "named"), "--layout", "custom", "--names", "{line:03d}_{number}.mp4"]
+    assert export_vbench.main(named) == 0
+    content = {path.name: path.read_bytes() for path in (tmp_path / "named/videos").iterdir()}
+    assert content == {"001_0.mp4": b"1-cat", "001_1.mp4": b"again/1-cat", "002_0.mp4": b"2-dog"}
 
 
 def test_what_cannot_be_exported_is_one_line_and_writes_nothing(
@@ -76,6 +80,14 @@ def test_what_cannot_be_exported_is_one_line_and_writes_nothing(
     (tmp_path / "info.json").write_text(json.dumps([{"prompt_en": "a dog-2"}]))
     assert "its prompt is not in" in complaint("--full_info", str(tmp_path / "info.json"))
     assert "has no meaning with --layout custom" in complaint("--full_info", "x", "--layout", "custom")
+    assert "--names: has no meaning with --layout standard" in complaint("--names", "{line}.mp4")
+    for names, words in (
+        *(("{seed}.mp4", "unknown field 'seed'"), ("{prompt.x}.mp4", "unknown field 'prompt.x'")),
+        *(("{line:{x}}.mp4", "'x'"), ("{.mp4", "expected '}'"), ("{prompt:d}.mp4", "format code 'd'")),
+        *(("{line}", "not the name of an mp4"), ("a/{line}.mp4", "not the name of an mp4")),
+        ("{line}.mp4", "two clips of one name, 1.mp4"),
+    ):
+        assert words in complaint("--layout", "custom", "--names", names)
     (tmp_path / "info.json").write_text("{}")
     assert "no list of prompts" in complaint("--full_info", str(tmp_path / "info.json"))
     (made / "again-1-cat.mp4").write_bytes(b"")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from longsana.runtime.later import ahead
-from longsana.runtime.strips import COLUMNS, GAP, HEIGHT, LINE, Row, Strip, evenly, write_sheet
+from longsana.runtime.strips import COLUMNS, GAP, HEIGHT, LINE, NARROWEST, Row, Strip, evenly, write_sheet
 
 
 @pytest.mark.parametrize("count", [1, 2, 6, 7, 100, 1000])
@@ -39,10 +39,24 @@ def test_a_sheet_has_a_row_for_each_film(tmp_path: Path) -> None:
     red, blue = (np.full((48, 80, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
     write_sheet([Row("one", [red, blue]), Row("none", []), Row("two\nlines", [blue])], tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as sheet:
-        assert sheet.size == (GAP + 2 * (160 + GAP), 2 * (LINE + HEIGHT + 2 * GAP))
+        assert sheet.size == (NARROWEST, 2 * (LINE + HEIGHT + 2 * GAP))
         row = LINE + HEIGHT + 2 * GAP
         found = [sheet.getpixel((left, top)) for left, top in ((9, LINE + 9), (180, LINE + 9), (9, row + LINE + 9))]
     assert found == [(255, 0, 0), (0, 0, 255), (0, 0, 255)]
+
+
+def test_words_are_of_any_language_and_end_where_the_sheet_does(tmp_path: Path) -> None:
+    def line(words: str) -> np.ndarray:
+        write_sheet([Row(words, [np.zeros((48, 80, 3), np.uint8)] * 5)], tmp_path / "a.png")
+        with Image.open(tmp_path / "a.png") as sheet:
+            assert sheet.width == 5 * (160 + GAP) + GAP
+            return np.asarray(sheet)[:LINE].min(2)
+
+    letters = [line(letter).tobytes() for letter in "üïéжя"]
+    assert len(set(letters)) == 5, "a letter that a font lacks looks like any other"
+    long = line("word " * 200)
+    assert long[:, :-30].min() < 100 and long[:, -GAP:].min() == 255
+    assert np.array_equal(long, line("word " * 199)) and not np.array_equal(long, line("word " * 5))
 
 
 def test_threads_work_ahead_and_keep_the_order() -> None:

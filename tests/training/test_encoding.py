@@ -139,7 +139,7 @@ def test_a_tar_gives_what_its_files_give(films: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_text("video,caption\n" + "".join(f'{name},"{caption}"\n' for name, caption in rows))
     lines = tmp_path / "lines.jsonl"
-    lines.write_text("".join(json.dumps({"file_name": name, "text": caption}) + "\n" for name, caption in rows))
+    lines.write_text("".join(json.dumps({"file_name": f"./{name}", "text": caption}) + "\n" for name, caption in rows))
     for captions in (table, lines):
         assert [(source.name, source.caption) for source in find_sources(films, captions)] == rows
     assert [source.caption for source in find_sources(films, "names")] == ["even", "a red circle", "turned", "uneven"]
@@ -216,7 +216,14 @@ def test_what_is_broken_is_skipped_and_counted(
     settings = [*SMALL[:-1], "rollout.num_training_frames=300"]
     assert encode.main([str(films), "--out", str(tmp_path / "long"), *settings]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert "no clip of 1197 frames (74.8 s) in it: 4 of 9 films are broken" in line
+    assert "no clip of 1197 frames (74.8 s) in it; 4 of 9 films are broken, the first: " in line
+    assert line.endswith("the longest other film has 1.8 s: lower rollout.num_training_frames, or give longer films")
+    for path in films.rglob("*.*"):
+        if path.stem not in bad:
+            path.unlink()
+    assert encode.main([str(films), "--out", str(out), "--summary_only", *SMALL]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "4 of 4 films are broken" in line and "longest" not in line and not (out / "contact_sheet.png").exists()
 
 
 def refused(folder: Path, captions: str | Path = "beside") -> str:
@@ -251,7 +258,7 @@ def test_folders_that_cannot_be_used_are_refused_in_one_line(
     for text, words in {
         "file,caption\nnone.mp4,x\n": "line 2: a caption without a clip, none.mp4",
         "file,caption\neven.mp4,x\neven,y\n": "line 3: a second caption of even",
-        "file,caption\neven.mp4,x\n": "more/a_red_circle.webm: a clip without a caption (and 2 more)",
+        "file,caption\neven.mp4,x\n": "more/a_red_circle.webm: a clip without a caption (and 2 more); add it to ",
         "film,words\neven.mp4,x\n": "needs a film and a caption",
     }.items():
         table.write_text(text)
