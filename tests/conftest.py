@@ -167,3 +167,27 @@ def limited() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limit
+
+
+# A browser
+
+CHROMIUM = Path(os.environ.get("LONGSANA_CHROMIUM", "/usr/bin/chromium"))
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser; without one tests are skipped, and with LONGSANA_BROWSER=required, as in CI, they fail."""
+    reason = "" if CHROMIUM.exists() else f"there is no browser at {CHROMIUM}"
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        reason = "playwright is not installed"
+    if reason and os.environ.get("LONGSANA_BROWSER") == "required":
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()

@@ -1,6 +1,6 @@
 """The page in a real browser, over the small default: what is typed is seen, a fork and a reload go on.
 
-Without Chromium at `CHROMIUM` the test is skipped; with LONGSANA_BROWSER=required, as in CI, that is a failure.
+The fixture `browser` (tests/conftest.py) says where it is and what happens without one.
 LONGSANA_SCREENSHOTS names a folder for the pictures of docs/live.md.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,6 @@ from tests.serving.fake import FakeSession, FakeStudio, served
 from tests.serving.server import Running
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = Path(os.environ.get("LONGSANA_CHROMIUM", "/usr/bin/chromium"))
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
 RED = "A big red circle moves slowly to the right on a black background."
 BLUE = "A big blue square stays still on a gray background."
 YELLOW = "A big yellow circle stays still on a teal background."
@@ -48,23 +46,6 @@ SHOT = """async (n) => {
 }"""
 
 pytestmark = pytest.mark.xdist_group("browser")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    reason = "" if CHROMIUM.exists() else f"there is no browser at {CHROMIUM}"
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        reason = "playwright is not installed"
-    if reason and os.environ.get("LONGSANA_BROWSER") == "required":
-        pytest.fail(reason)
-    if reason:
-        pytest.skip(reason)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 def until(page: Any, expression: str, seconds: float = 60.0) -> None:
