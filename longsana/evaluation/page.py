@@ -18,7 +18,7 @@ overflow-wrap:anywhere}
 .videos{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20em,100%),1fr));gap:1.5em}
 .pairs{grid-template-columns:repeat(auto-fill,minmax(min(40em,100%),1fr))}
 figure{margin:0}figure,ul{overflow-wrap:anywhere}figure>div{display:flex;gap:.5em}figure>div>*{flex:1;min-width:0}
-video{width:100%;max-height:24em;background:#000;display:block}
+video{max-height:24em;background:#000}
 dl{display:grid;grid-template-columns:auto 1fr;gap:0 .7em;margin:.3em 0}dd{margin:0;text-align:right}"""
 
 
