@@ -126,4 +126,8 @@ def run(request: Request) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    return run_command(lambda world: prepare(arguments), lambda request, world: run(request))
+    return run_command(
+        lambda world: prepare(arguments),
+        lambda request, world: run(request),
+        after_stop="nothing was written; give the same command again",
+    )
