@@ -2,8 +2,9 @@
 # The measurements that docs/performance.md and docs/serving.md ask of H200s, in calls of at most ten minutes.
 #
 #     OUT=folder bash tests/full_size/gpu.sh two       # float8, a small GPU's change of prompt, one video on both GPUs
-#     OUT=folder bash tests/full_size/gpu.sh viewers   # a server at 480p with each decoder; batches of sessions
-#     OUT=folder bash tests/full_size/gpu.sh flat      # a server at 720p; 1,000 chunks and 200 sessions
+#     OUT=folder bash tests/full_size/gpu.sh viewers   # a server with the tiny decoder, and at 720p; batches of sessions
+#     OUT=folder bash tests/full_size/gpu.sh full      # the full decoder: one video on both GPUs, and a server
+#     OUT=folder bash tests/full_size/gpu.sh flat      # 1,000 chunks and 200 sessions
 #
 # All want two GPUs. Where each has work of its own, it has half of the CPUs too, as if it were a machine of one.
 # Each step has a time limit of its own, and what it wrote is in OUT/results.tgz, whichever came last. Random weights.
@@ -64,34 +65,33 @@ two)
   CUDA_VISIBLE_DEVICES=0 step change 90 "$python" tests/full_size/measure_memory.py --cache "$cache" \
     --out "$results/memory.json" --only "a change"
   wait
-  together two_full 90
   together two_tiny_float8 70 "${tiny[@]}" "${float8[@]}"
-  together two_full_float8 80 "${float8[@]}"
   step peers 110 "$python" -m pytest -q -m gpu tests/models/test_peers.py
   ;;
 viewers)
   CUDA_VISIBLE_DEVICES=0 step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
-  together two_full 90
-  together two_full_float8 80 "${float8[@]}"
   {
     half 0 viewers_tiny 400 tests/full_size/measure_load.py --cache "$cache" --out "$results/tiny.json" --only taew2_1
     half 0 batch 120 tests/full_size/measure_batch.py --out "$results/batch.json"
   } &
-  half 1 viewers_full 450 tests/full_size/measure_load.py --cache "$cache" --out "$results/full.json" --only "480p, full"
+  cache=/tmp/hub720
+  half 1 cache720 150 tests/full_size/hub_cache.py "$cache" --size 720
+  half 1 viewers720 400 tests/full_size/measure_load.py --cache "$cache" --out "$results/720.json" --only 720p
   wait
-  step peers 110 "$python" -m pytest -q -m gpu tests/models/test_peers.py
+  ;;
+full)
+  CUDA_VISIBLE_DEVICES=0 step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
+  together two_full 90
+  together two_full_float8 80 "${float8[@]}"
+  half 1 viewers_full 400 tests/full_size/measure_load.py --cache "$cache" --out "$results/full.json" --only "480p, full"
   ;;
 flat)
-  [ -d "$cache" ] || CUDA_VISIBLE_DEVICES=1 step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
-  half 1 flat 450 tests/full_size/measure_flat.py --config "$own" --model_path "$model" --out "$results/flat.json" \
-    sampling.chunk_frames=3 vae.decoder=taew2_1 vae.decoder_pretrained=seeded:0 sampling.cuda_graphs=true &
-  cache=/tmp/hub720
-  half 0 cache720 150 tests/full_size/hub_cache.py "$cache" --size 720
-  half 0 viewers720 400 tests/full_size/measure_load.py --cache "$cache" --out "$results/720.json" --only 720p
-  wait
+  CUDA_VISIBLE_DEVICES=0 step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
+  half 0 flat 450 tests/full_size/measure_flat.py --config "$own" --model_path "$model" --out "$results/flat.json" \
+    sampling.chunk_frames=3 vae.decoder=taew2_1 vae.decoder_pretrained=seeded:0 sampling.cuda_graphs=true
   ;;
 *)
-  echo "usage: OUT=folder bash tests/full_size/gpu.sh two|viewers|flat" >&2
+  echo "usage: OUT=folder bash tests/full_size/gpu.sh two|viewers|full|flat" >&2
   exit 2
   ;;
 esac
