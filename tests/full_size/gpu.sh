@@ -2,7 +2,7 @@
 # The measurements that docs/performance.md and docs/serving.md ask of H200s, in calls of at most ten minutes.
 #
 #     OUT=folder bash tests/full_size/gpu.sh two       # float8, a small GPU's change of prompt, one video on both GPUs
-#     OUT=folder bash tests/full_size/gpu.sh viewers   # a server with the tiny decoder, and at 720p; batches of sessions
+#     OUT=folder bash tests/full_size/gpu.sh viewers   # a server with the tiny decoder and at 720p; batches of sessions
 #     OUT=folder bash tests/full_size/gpu.sh full      # the full decoder: one video on both GPUs, and a server
 #     OUT=folder bash tests/full_size/gpu.sh flat      # 1,000 chunks and 200 sessions
 #
