@@ -24,7 +24,7 @@ from diffusers.utils import is_peft_available, logging
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from longsana.chunks import Absorb, ChunkPlan, ImageFirst
+from longsana.chunks import ChunkPlan, ImageFirst
 from longsana.config import SamplingConfig, check_chi_prompt
 from longsana.data.films import frames_used
 from longsana.data.pictures import Fit
@@ -196,7 +196,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         state_decay: float | list[float] | str | None = None,
         num_sink_blocks: int | None = None,
         base_chunk_frames: int = 10,
-        absorb: Absorb = "clean",
+        absorb: str = "clean",
         decoder: TinyVideoAutoencoder | None = None,
         tiny_encoder: bool = False,
     ) -> None:

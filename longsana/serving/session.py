@@ -65,7 +65,7 @@ class Session:
         self.order, self.video = order, video
         self.place = 0  # in the queue; 0: it has a place
         self.last_turn = 0.0
-        self.saving = False
+        self.saving = self.coding = False
         self._saved: deque[Saved] = deque()  # of itself
         self._stale: list[str] = []  # snapshots of what was rewound, which a viewer may still name
         self._told: deque[tuple[int, Event]] = deque()
@@ -77,7 +77,6 @@ class Session:
         self._wakes = threading.Condition(owner.lock)
         self._callback: Callable[[], object] | None = None
         self._encoder: ChunkEncoder | None = None
-        self._coding = threading.Lock()
         self._rate, self._init, self._mime = self.fps, b"", ""
         if order.media == "mp4":
             self._encoder = encoder = ChunkEncoder(self.width, self.height, self.fps, *owner.coding)
@@ -436,21 +435,24 @@ class Session:
         self._wakes.notify_all()
         return entry
 
+    @property
+    def uncoded(self) -> Entry | None:
+        """The first chunk that is still to be coded; asked with the lock."""
+        return next((entry for entry in self._unsent if entry.pixels is not None), None)
+
     def code(self) -> None:
-        """Code the first chunk that is not; called once for each, from any thread, without the lock."""
-        with self._coding:  # an encoder codes a chunk at a time, in their order
-            with self._owner.lock:
-                entry = next((entry for entry in self._unsent if entry.pixels is not None), None)
-                encoder = self._encoder  # which goes with the session's end
-                if entry is None:  # what was to be coded is not wanted any more
-                    return
-                pixels, began = entry.pixels, time.monotonic()
-                assert pixels is not None
-            coded = pixels.tobytes() if encoder is None else encoder.code(pixels) if len(pixels) else []
-            with self._owner.lock:
-                entry.ready = time.monotonic()
-                entry.coded, entry.pixels, entry.encode_ms = coded, None, 1000 * (entry.ready - began)
-                self.tell()
+        """Code the first chunk that is not, if there is one; called without the lock, by one thread at a time."""
+        with self._owner.lock:
+            entry, encoder = self.uncoded, self._encoder  # which goes with the session's end
+            if entry is None:  # it is not wanted any more
+                return
+            pixels, began = entry.pixels, time.monotonic()
+            assert pixels is not None
+        coded = pixels.tobytes() if encoder is None else encoder.code(pixels) if len(pixels) else []
+        with self._owner.lock:
+            entry.ready = time.monotonic()
+            entry.coded, entry.pixels, entry.encode_ms = coded, None, 1000 * (entry.ready - began)
+            self.tell()
 
     def fail(self, message: str) -> None:
         """End with a message; nothing of its memory stays."""

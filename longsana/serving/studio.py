@@ -459,7 +459,8 @@ class Studio:
                 self._made += 1
                 shown = entry.frames / session.fps
             # Its pictures are on their way before it is absorbed.
-            self._coders.submit(self._code, session)
+            with self.lock:
+                self._code_next(session)
             if session.video.length(made.point.chunk):
                 session.check(task.epoch)
                 assert made.point.after is not None
@@ -480,11 +481,20 @@ class Studio:
         except Exception as error:
             self._fail(session, error)
 
+    def _code_next(self, session: Session) -> None:
+        """Have a session's next chunk coded, if one is not being coded; called with the lock."""
+        if not session.coding and not self._closed and session.uncoded is not None:
+            session.coding = True
+            self._coders.submit(self._code, session)
+
     def _code(self, session: Session) -> None:
         try:
             session.code()
         except Exception as error:
             self._fail(session, error)
+        with self.lock:  # a chunk at a time: no coder waits for another one of the same session
+            session.coding = False
+            self._code_next(session)
 
     def _fail(self, session: Session, error: Exception) -> None:
         """End a session whose chunk failed; others go on."""

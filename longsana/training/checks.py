@@ -265,8 +265,9 @@ def _check_distillation(config: TrainingConfig) -> None:
 def _check_score(config: TrainingConfig, name: Literal["real_score", "fake_score"]) -> None:
     score: ModelConfig = getattr(config, name)
     empty_model(score)
+    causal = config.trainer == "consistency" and config.consistency.causal_teacher
     for key, value in chosen_past(score).items():
-        if value != LEARNED:  # that says what is in the weights
+        if value != LEARNED and not causal:  # that says what is in the weights
             raise InputError(f"{name}.{key}={value}: has no meaning; a score sees a clip at once, without a past")
     for key in ("in_channels", "caption_channels", "caption_length"):
         if getattr(score, key) != getattr(config.model, key):

@@ -43,6 +43,7 @@ from longsana.evaluation.score_model import Trial, score_videos
 from longsana.inference.benchmark import machine
 from longsana.inference.microbenchmark import Loaded, measure_float8, measure_passes, measure_profile
 from longsana.inference.sidecar import commit, versions
+from longsana.models import float8
 from longsana.models.dit import LongSanaDiT
 from longsana.models.float8 import check_float8
 from longsana.ops import backend
@@ -158,6 +159,7 @@ def scores_table(result: dict[str, Any]) -> str:
 
 def run(options: argparse.Namespace, device: torch.device) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    float8.PRODUCTS = tuple(name for name in float8.PRODUCTS if name not in options.leave)
     for part in options.parts:
         if part == SCORES:
             result = measure_scores(options, device)
@@ -165,7 +167,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
         else:
             result = measure_network(part, options.settings, device)
             lines = network_table(result)
-        asked = {name: getattr(options, name) for name in ("videos", "seeds", "seconds", "settings")}
+        asked = {name: getattr(options, name) for name in ("videos", "seeds", "seconds", "leave", "settings")}
         made = {"asked": asked, "machine": machine(device), "versions": versions(), "commit": commit()}
         atomic_write_text(options.out / f"{part}.json", json.dumps(made | {"result": result}, indent=1) + "\n")
         atomic_write_text(options.out / f"{part}.md", lines)
@@ -181,6 +183,7 @@ def prepare(arguments: Sequence[str], device: torch.device) -> argparse.Namespac
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     parser.add_argument("--seconds", type=int, nargs="+", default=[5, 30, 60], help="judged apart (default: 5 30 60)")
     parser.add_argument("--batch", type=int, default=64, help="videos at a time (default: %(default)s)")
+    parser.add_argument("--leave", nargs="+", default=[], metavar="LAYER", help="products that stay in their own dtype")
     parser.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="of the config")
     options: Any = parser.parse_args(arguments)
     known = [*SIZES, SCORES]
@@ -190,6 +193,8 @@ def prepare(arguments: Sequence[str], device: torch.device) -> argparse.Namespac
     if min(options.seconds) < 1:
         raise InputError(f"--seconds {min(options.seconds)}: must be at least 1")
     check_options(options, "videos", "batch")
+    if unknown := [name for name in options.leave if name not in float8.PRODUCTS]:
+        raise InputError(f"--leave {unknown[0]}: is no product in float8; there are {', '.join(float8.PRODUCTS)}")
     try:
         check_float8(device, resolve_dtype("auto", device))
     except ValueError as error:

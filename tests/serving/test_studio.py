@@ -155,6 +155,29 @@ def test_chunks_of_sessions_are_coded_at_once_and_of_one_in_order(
         assert [chunk.data for chunk in taken(studio.start(order(media="mp4")), 4)] == expected
 
 
+def test_who_is_slow_to_code_takes_one_coder(config: InferenceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of its chunks wait to be coded."""
+    monkeypatch.setattr("longsana.serving.studio.usable_cores", lambda: 4)
+    code, go_on, slow = ChunkEncoder.code, threading.Event(), []
+
+    def held(encoder: ChunkEncoder, pixels: np.ndarray) -> Any:
+        if encoder in slow:
+            assert go_on.wait(WAIT)
+        return code(encoder, pixels)
+
+    with Studio(config, limits=Limits(sessions=2)) as studio:
+        monkeypatch.setattr(ChunkEncoder, "code", held)
+        first = studio.start(order(media="mp4", pace=True, lead=9))
+        slow.append(first._encoder)
+        deadline = time.monotonic() + WAIT
+        while len(first._unsent) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert len(taken(studio.start(order(media="mp4")), 3)) == 3
+        go_on.set()
+        assert len(taken(first, 2)) == 2
+
+
 def test_short_memory_keeps_fewer_chunks(config: InferenceConfig) -> None:
     with Studio(config, limits=Limits(memory_bytes=1, kept=4)) as studio:
         first, second = studio.start(order()), studio.start(order())

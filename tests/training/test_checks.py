@@ -74,6 +74,11 @@ def test_the_published_stages_are_as_published():
         ("ode", "optimizer.critic.lr=3e-6", "belongs to self_forcing and longsana"),
         ("self_forcing", "flow_matching.causal=true", "belongs to flow_matching"),
         ("consistency", "real_score.caption_channels=32", "must be that of the generator"),
+        (
+            "consistency",
+            "real_score.state_decay=0.9 consistency.causal_teacher=false",
+            "real_score.state_decay=0.9: has no meaning",
+        ),
         ("consistency", "fake_score.depth=3", "fake_score belongs to self_forcing and longsana"),
         ("ode", "consistency.num_steps=20", "consistency belongs to consistency"),
         (
@@ -129,6 +134,10 @@ def test_a_setting_that_cannot_be_is_named(small_training, trainer, override, wo
     message = str(caught.value)
     assert words in message, message
     assert "\n" not in message
+
+
+def test_a_causal_teacher_has_a_past(small_training):
+    check_training(load(small_training("consistency"), "real_score.state_decay=0.9"))
 
 
 def test_scores_may_start_from_weights_with_learned_factors(small_training):
