@@ -7,6 +7,7 @@ that are none of ours is said in `longsana.published`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -255,14 +256,14 @@ def load_config(
             the key's path and the nearest right name. Or values of published keys cannot be honoured: it names all.
     """
     command = _Layer(COMMAND_LINE, parse_overrides(overrides, _kinds(schema)))
-    merged = OmegaConf.structured(schema)
+    merged = copy.deepcopy(_defaults(schema))  # type: ignore[arg-type]
     typed: dict[str, str] = {}  # texts of the command line, in which OmegaConf would see placeholders
     for source, settings in _translated(_layers(Path(path), schema, command), schema, str(path)):
         _check_values(settings, leaf_keys(schema), source)
         if source == COMMAND_LINE:
             typed = {key: settings.pop(key) for key, value in list(settings.items()) if _looks_special(value)}
         try:
-            merged = OmegaConf.merge(merged, *(OmegaConf.create(_nested(*leaf)) for leaf in settings.items()))
+            merged = OmegaConf.unsafe_merge(merged, _nested(settings))
         except OmegaConfBaseException:
             _blame_key(merged, settings, source)
             raise
@@ -275,6 +276,12 @@ def load_config(
     result = _at_home(result, schema)
     check_bounds(result)
     return result
+
+
+@functools.cache
+def _defaults(schema: type) -> Any:
+    """The defaults of a config class as OmegaConf has them: to be copied, which takes a fraction of making them."""
+    return OmegaConf.structured(schema)
 
 
 def _check_values(settings: Mapping[str, Any], kinds: Mapping[str, str], source: str) -> None:
@@ -480,7 +487,7 @@ def _found_beside(folder: Path | None, key: str, value: Any) -> Any:
 
 def render_config(config: Any) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal object."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -500,12 +507,17 @@ def _as_float(value: Any) -> Any:
 
 def leaf_keys(schema: type) -> dict[str, str]:
     """Dotted name of every setting of a config class, and its type as it stands in the source."""
+    return dict(_leaf_keys(schema))
+
+
+@functools.cache
+def _leaf_keys(schema: type) -> dict[str, str]:
     leaves: dict[str, str] = {}
     types = get_type_hints(schema)
     for item in dataclasses.fields(schema):
         section = types[item.name]
         if dataclasses.is_dataclass(section):
-            leaves |= {f"{item.name}.{key}": kind for key, kind in leaf_keys(section).items()}  # type: ignore[arg-type]
+            leaves |= {f"{item.name}.{key}": kind for key, kind in _leaf_keys(section).items()}  # type: ignore[arg-type]
         else:
             leaves[item.name] = str(item.type)
     return leaves
@@ -519,7 +531,7 @@ def _blame_key(merged: Any, leaves: Mapping[str, Any], source: str) -> None:
     """
     for key, value in leaves.items():
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.create(_nested(key, value)))
+            merged = OmegaConf.unsafe_merge(merged, _nested({key: value}))
         except OmegaConfBaseException as error:
             # OmegaConf leaves its placeholders unfilled for items of a list.
             reason = _reason(error).replace("$VALUE_TYPE", type(value).__name__).replace("$VALUE", str(value))
@@ -530,10 +542,13 @@ def _reason(error: OmegaConfBaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+def _nested(settings: Mapping[str, Any]) -> Any:
+    """Make OmegaConf's sections of settings by dotted name."""
+    root: dict[str, Any] = {}
+    for key, value in settings.items():
+        *sections, name = key.split(".")
+        functools.reduce(lambda inner, section: inner.setdefault(section, {}), sections, root)[name] = value
+    return OmegaConf.create(root)
 
 
 def _unknown(key: str, known: Iterable[str], names: Iterable[str]) -> str:

@@ -32,6 +32,7 @@ def measured(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
+@pytest.mark.slow
 def test_the_full_decoders_figures_are_those_of_its_videos(script: ModuleType, measured: Path) -> None:
     """It is given latents here, and is a part of the engine there."""
     found = json.loads((measured / "decoders.json").read_text())["figures"]
@@ -45,6 +46,7 @@ def test_the_full_decoders_figures_are_those_of_its_videos(script: ModuleType, m
         }
 
 
+@pytest.mark.slow
 def test_an_untrained_decoder_shows_nothing_of_what_the_full_one_does(measured: Path) -> None:
     report = json.loads((measured / "decoders.json").read_text())
     own = report["figures"]["2"]

@@ -41,6 +41,7 @@ def test_a_networks_passes_kernels_and_errors(script: ModuleType, tmp_path: Path
     assert "| forward " in lines and "| error of feed_forward.temporal " in lines
 
 
+@pytest.mark.slow
 def test_scores_in_both_ways(script: ModuleType, tmp_path: Path) -> None:
     assert script.main(["scores", "--out", str(tmp_path), "--videos", "2", "--seconds", "1"]) == 0
     found = json.loads((tmp_path / "scores.json").read_text())["result"]["1"]

@@ -8,10 +8,12 @@ from typing import Any
 
 from longsana.commands import generate
 from longsana.inference import batch
+from longsana.runtime import teams
 from longsana.runtime.errors import InputError
 
 
 def main(arguments: Sequence[str]) -> int:
+    teams.DOUBT = 1.0  # the other never comes to the end of its pass, however long it has
     if os.environ["RANK"] == arguments[0]:
 
         def broken(*given: Any, **more: Any) -> Any:

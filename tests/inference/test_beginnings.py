@@ -104,30 +104,27 @@ def test_a_chain_of_states_is_the_uncut_video(command: Command, prompts: Prompts
     assert uncut.network.frames == chained.network.frames == 9
 
 
-@pytest.mark.parametrize("done", [1, 2, 3])
 @pytest.mark.parametrize("change", ["cut", "keep", "recache=2", "rebuild=1"])
-def test_a_story_goes_on_where_it_was(command: Command, prompts: Prompts, out: Path, change: str, done: int) -> None:
+def test_a_story_goes_on_where_it_was(command: Command, prompts: Prompts, out: Path, change: str) -> None:
     """Before its change, at it, and after it: the state in the end is the uncut video's."""
     path, blended = prompts(f"a red circle[2s] | [{change}] a blue square"), ("--sampling.transition_chunks", "1")
     assert command("--txt_file", path, *LONG, "--dataset", "uncut", "--save_every", "1", *FULL, *blended) == 0
     (whole,) = sidecars(out / "uncut")
     assert [part["chunk"] for part in whole["parts"]] == [0, 2]
-    after = state_in(out / "uncut", f"*.chunk0000{done}.safetensors")
-    left = str(8 * (4 - done) + 1)
-    assert command("--from_state", after, "--num_frames", left, "--dataset", "rest", *FULL) == 0, "the state says it"
-    (rest,) = sidecars(out / "rest")
-    told = [(part["text"], part["chunk"], part["frame"]) for part in rest["parts"]]
-    assert (
-        told
-        == {
-            1: [("a red circle", 0, 0), ("a blue square", 1, 8)],
-            2: [("a blue square", 0, 0)],
-            3: [("a blue square", 0, 0)],
-        }[done]
-    )
-    uncut, gone_on = (Continuation.load(state_in(out / name, "*[!0-9].safetensors")) for name in ("uncut", "rest"))
-    assert uncut.network.frames == gone_on.network.frames == 9
-    assert all((one == other).all() for one, other in zip(uncut.network[:3], gone_on.network[:3], strict=True))
+    uncut = Continuation.load(state_in(out / "uncut", "*[!0-9].safetensors"))
+    for done, parts in {
+        1: [("a red circle", 0, 0), ("a blue square", 1, 8)],
+        2: [("a blue square", 0, 0)],
+        3: [("a blue square", 0, 0)],
+    }.items():
+        after, own = state_in(out / "uncut", f"*.chunk0000{done}.safetensors"), out / f"rest{done}"
+        left = str(8 * (4 - done) + 1)
+        assert command("--from_state", after, "--num_frames", left, "--dataset", own.name, *FULL) == 0, "the state says"
+        (rest,) = sidecars(own)
+        assert [(part["text"], part["chunk"], part["frame"]) for part in rest["parts"]] == parts
+        gone_on = Continuation.load(state_in(own, "*[!0-9].safetensors"))
+        assert uncut.network.frames == gone_on.network.frames == 9
+        assert all((one == other).all() for one, other in zip(uncut.network[:3], gone_on.network[:3], strict=True))
 
 
 def test_forks_by_seed_and_caption(command: Command, prompts: Prompts, out: Path, tmp_path: Path) -> None:
@@ -269,9 +266,8 @@ def test_what_cannot_be_gone_on_from_is_one_line(
 
 
 @pytest.mark.parametrize("first", ["absorb", "pin"])
-@pytest.mark.parametrize("done", [1, 2, 3])
 def test_a_story_with_a_picture_goes_on_where_it_was(
-    command: Command, prompts: Prompts, out: Path, tmp_path: Path, done: int, first: str
+    command: Command, prompts: Prompts, out: Path, tmp_path: Path, first: str
 ) -> None:
     """The state holds the picture that is to come, and says how it begins its chunk: its file may be gone."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)).save(tmp_path / "p.png")
@@ -281,21 +277,22 @@ def test_a_story_with_a_picture_goes_on_where_it_was(
     (tmp_path / "p.png").unlink()
     (whole,) = sidecars(out / "uncut")
     assert [part["chunk"] for part in whole["parts"]] == [0, 2, 3]
-    after = state_in(out / "uncut", f"*.chunk0000{done}.safetensors")
-    assert list(Continuation.load(after).pictures) == ([1] if done < 3 else [])
-    step, states = after, []
-    for number in range(done, 4):  # a chunk at a time, each from the state before
-        assert command("--from_state", step, "--num_frames", "9", "--dataset", f"step{number}", *FULL) == 0
-        step = state_in(out / f"step{number}")
-        states.append(step)
-    (rest,) = sidecars(out / f"step{2 if done < 3 else 3}")
-    pictured = [part for part in rest["parts"] if "image" in part]
-    assert [part["text"] for part in pictured] == (["a blue square"] if done < 3 else [])
-    assert all(part["image_sha256"] == rest["began"]["sha256"] for part in pictured)
-    uncut, gone_on = Continuation.load(state_in(out / "uncut", "*[!0-9].safetensors")), Continuation.load(states[-1])
-    assert uncut.network.frames == gone_on.network.frames == 9
-    assert all((one == other).all() for one, other in zip(uncut.network[:3], gone_on.network[:3], strict=True))
-    assert uncut.latents is not None and (uncut.latents == gone_on.latents).all()
+    uncut = Continuation.load(state_in(out / "uncut", "*[!0-9].safetensors"))
+    for done in (1, 2, 3):
+        step = state_in(out / "uncut", f"*.chunk0000{done}.safetensors")
+        assert list(Continuation.load(step).pictures) == ([1] if done < 3 else [])
+        for number in range(done, 4):  # a chunk at a time, each from the state before
+            name = f"from{done}step{number}"
+            assert command("--from_state", step, "--num_frames", "9", "--dataset", name, *FULL) == 0
+            step = state_in(out / name)
+        (rest,) = sidecars(out / f"from{done}step{2 if done < 3 else 3}")
+        pictured = [part for part in rest["parts"] if "image" in part]
+        assert [part["text"] for part in pictured] == (["a blue square"] if done < 3 else [])
+        assert all(part["image_sha256"] == rest["began"]["sha256"] for part in pictured)
+        gone_on = Continuation.load(step)
+        assert uncut.network.frames == gone_on.network.frames == 9
+        assert all((one == other).all() for one, other in zip(uncut.network[:3], gone_on.network[:3], strict=True))
+        assert uncut.latents is not None and (uncut.latents == gone_on.latents).all()
 
 
 def test_a_continuation_is_cut_to_a_picture(

@@ -310,7 +310,7 @@ def diffusers_twin(small_config, random_model, renamed) -> tuple[LongSanaDiT, to
         cross_attention_head_dim=28,
         cross_attention_dim=112,
         caption_channels=32,
-        mlp_ratio=3.0,
+        mlp_ratio=model.config.mlp_ratio,
         patch_size=(1, 2, 2),
         qk_norm="rms_norm_across_heads",
     )

@@ -64,7 +64,7 @@ def test_the_temporal_convolution_stays_near_itself(lengths):
 
 
 def test_a_network_stays_near_itself(small_config, random_model, random_text, random_latents):
-    model = random_model(small_config(hidden_size=112), torch.float32)
+    model = random_model(small_config(hidden_size=112, mlp_ratio=1.0), torch.float32)
     rounded = copy.deepcopy(model)
     to_float8(rounded)
     x, text, t = random_latents(1, 3).float(), random_text(1), torch.tensor([700.0])
@@ -80,7 +80,7 @@ def test_a_network_stays_near_itself(small_config, random_model, random_text, ra
 @torch.no_grad()
 def test_a_stream_is_the_whole(small_config, random_model, random_text, random_latents, lengths):
     """Chunk by chunk with the state, or all chunks at once; rounding to float8 makes more of the sums' rounding."""
-    model = random_model(small_config(hidden_size=112), torch.float32)
+    model = random_model(small_config(hidden_size=112, mlp_ratio=1.0), torch.float32)
     to_float8(model)
     x, text, t = random_latents(2, sum(lengths)).float(), random_text(2), torch.tensor([700.0, 20.0])
     expected, after = model(x, t, text, plan=ChunkPlan(lengths))
@@ -94,7 +94,7 @@ def test_a_stream_is_the_whole(small_config, random_model, random_text, random_l
 
 @torch.no_grad()
 def test_its_weights_may_be_laid_out_before_or_after(small_config, random_model, random_text, random_latents):
-    before, after = (random_model(small_config(hidden_size=112), torch.float32) for _ in range(2))
+    before, after = (random_model(small_config(hidden_size=112, mlp_ratio=1.0), torch.float32) for _ in range(2))
     before.optimize_layout()
     to_float8(before)
     to_float8(after)
@@ -109,10 +109,10 @@ def test_its_weights_may_be_laid_out_before_or_after(small_config, random_model,
 @torch.no_grad()
 def test_its_past_is_that_of_the_network(small_config, random_model, random_text, random_latents, settings):
     """The sums of three chunks stay near; those of the whole past are others."""
-    model = random_model(small_config(hidden_size=112, **settings), torch.float32)
+    model = random_model(small_config(hidden_size=112, mlp_ratio=1.0, **settings), torch.float32)
     rounded, text, t = copy.deepcopy(model), random_text(1), torch.zeros(1)
     to_float8(rounded)
-    whole = random_model(small_config(hidden_size=112), torch.float32)
+    whole = random_model(small_config(hidden_size=112, mlp_ratio=1.0), torch.float32)
     state = rounded_state = sums = None
     for seed in range(3):
         x = random_latents(1, 3, seed=seed).float()

@@ -131,7 +131,16 @@ def check_twins(sizes: Sizes) -> None:
             assert error < 2 * TOLERANCE[sizes.dtype], (case.name, "gradients", dtype, error)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("dtype", "memory"),
+    [
+        # The largest tiles and the smallest; those between them take as long in the interpreter.
+        *((torch.bfloat16, memory) for memory in (SHARED_MEMORY[0], SHARED_MEMORY[-1])),
+        *(pytest.param(torch.bfloat16, memory, marks=pytest.mark.slow) for memory in SHARED_MEMORY[1:-1]),
+        *(pytest.param(torch.float32, memory, marks=pytest.mark.slow) for memory in SHARED_MEMORY),
+    ],
+    indirect=["memory"],
+)
 def test_operations_are_their_twins_with_the_tiles_of_every_set(dtype: torch.dtype, memory: int) -> None:
     """Small, for the interpreter: in bfloat16 two heads of 112 and several tiles, in float32 heads of 32."""
     if torch.cuda.is_available():

@@ -104,12 +104,12 @@ def test_distilled_with_parts(loaded: LongSanaVideoPipeline) -> None:
 @pytest.mark.parametrize(
     ("text", "settings"),
     [
-        ("{}[1s] | {}", {}),
+        pytest.param("{}[1s] | {}", {}, marks=pytest.mark.slow),  # as below, without a transition
         ("{}[1s] | [cut] {} | [recache=2] {}", {}),
         ("{} | [rebuild=1] {} | {}", {"prompt_change": "recache=1"}),
         ("{}<split>{}", {"prompt_change": "rebuild=2", "transition_chunks": 1, "transition": "spherical"}),
         ("{}[0.5s] | {}", {"fps": 8.0, "transition_chunks": 2}),
-        (r"{} \| {}[1s]", {}),
+        pytest.param(r"{} \| {}[1s]", {}, marks=pytest.mark.slow),  # how lines are read is one function for both
     ],
 )
 def test_distilled_with_a_story(loaded: LongSanaVideoPipeline, text: str, settings: dict[str, Any]) -> None:

@@ -115,7 +115,14 @@ def same_but_snapshots(one: Chunk, other: Chunk) -> bool:
     return replace(one, **plain) == replace(other, **plain)
 
 
-@pytest.mark.parametrize(("step", "every"), [*((step, 2) for step in range(len(STORY) - 1)), (3, 0)])
+@pytest.mark.parametrize(
+    ("step", "every"),
+    [
+        # Before anything was told, in a transition and while it pauses; and where one was told as at another moment.
+        *(pytest.param(step, 2, marks=pytest.mark.slow if step in (1, 5) else ()) for step in range(len(STORY) - 1)),
+        (3, 0),
+    ],
+)
 def test_a_replica_is_lost_at_any_moment(
     local: Local, fleet: Fleet, undisturbed: list[Chunk], step: int, every: int
 ) -> None:
@@ -133,8 +140,17 @@ def test_a_replica_is_lost_at_any_moment(
     assert psnr(pixels(chunks), pixels(undisturbed)) >= CLOSE
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("method", ["change", "rewind", "pause", "resume"])
+@pytest.mark.parametrize(
+    ("method", "after"),
+    [
+        *(("change", False), ("change", True), ("rewind", True), ("pause", False), ("resume", True)),
+        # To each a call is the same, before as after.
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("rewind", False), ("pause", True), ("resume", False))
+        ),
+    ],
+)
 def test_what_was_asked_of_a_lost_replica_is_done_once(
     local: Local, fleet: Fleet, undisturbed: list[Chunk], method: str, after: bool
 ) -> None:

@@ -1,6 +1,7 @@
 """The page in a real browser, over the small default: what is typed is seen, a fork and a reload go on.
 
-The fixture `browser` (tests/conftest.py) says where it is and what happens without one.
+The fixture `browser` (tests/conftest.py) says where it is and what happens without one. Beside other tests (pytest -n)
+they are skipped: what plays in real time needs the cores for itself.
 LONGSANA_SCREENSHOTS names a folder for the pictures of docs/live.md.
 """
 
@@ -31,6 +32,7 @@ from tests.serving.fake import FakeSession, FakeStudio, served
 from tests.serving.server import Running
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="alone: pytest tests/serving/test_page.py")
 RED = "A big red circle moves slowly to the right on a black background."
 BLUE = "A big blue square stays still on a gray background."
 YELLOW = "A big yellow circle stays still on a teal background."

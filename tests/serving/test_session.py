@@ -66,7 +66,7 @@ def test_it_is_a_stream(ordered: Any, pipe: LongSanaVideoPipeline, own: dict[str
     session = ordered(**own)
     chunks = taken(session, 3)
     stream = followed(pipe, 3, **own)
-    assert np.array_equal(pictures(session, chunks), streamed(pipe, 3, **own))
+    assert np.array_equal(pictures(session, chunks), shown(stream))
     assert torch.equal(latents_of(session), stream[-1].state.latents)
     assert [chunk.index for chunk in chunks] == [chunk.generation_index for chunk in chunks] == [0, 1, 2]
     frames = [chunk.frames for chunk in chunks]
@@ -90,7 +90,7 @@ def test_a_change_counts_from_the_last_chunk_that_was_taken(
     told = [PROMPT, PROMPT, f"[{policy}] {OTHER}"]
     kept = "recache=4" if policy != "rebuild=3" else policy
     stream = followed(pipe, 4, told, prompt_change=kept)
-    assert np.array_equal(pictures(session, first + rest), streamed(pipe, 4, told, prompt_change=kept))
+    assert np.array_equal(pictures(session, first + rest), shown(stream))
     assert torch.equal(latents_of(session), stream[-1].state.latents)
     assert id == "mine" and [chunk.started for chunk in first + rest] == [(), (), ("mine",), ()]
     assert [chunk.completed for chunk in rest] == [("mine",), ()] and not rest[0].active
@@ -123,7 +123,7 @@ def test_a_story_and_what_interrupts_it(ordered: Any, pipe: LongSanaVideoPipelin
     session = ordered(prompt=story, **own)
     chunks = taken(session, 5)
     stream = followed(pipe, 5, story, **own)
-    assert np.array_equal(pictures(session, chunks), streamed(pipe, 5, story, **own))
+    assert np.array_equal(pictures(session, chunks), shown(stream))
     again = ordered(prompt=story, **own)
     taken(again, 2)
     again.change(THIRD)

@@ -305,18 +305,20 @@ def test_nobody_comes_back() -> None:
 def test_who_forgets_is_wrong() -> None:
     """Whatever else is as promised, looks that are drawn anew are rarely the old ones."""
     alone = [scene for scene in remembered(48, seed=4) if len(scene.tracks) == 1 and scene.tracks[0].away]
-    clips, promised = [], []
+    films, promised = [], []
     for scene, other in zip(alone, alone[1:] + alone[:1], strict=True):
-        seen = watch([scene], 113).present[0].any(-1)
-        gone = int((~seen).int().argmax())
-        if seen[gone:].sum() < 30:
+        seen = watch([scene], 113)
+        present = seen.present[0].any(-1)
+        gone = int((~present).int().argmax())
+        if present[gone:].sum() < 30:
             continue  # back too late
         actor, look = scene.tracks[0].actor, other.tracks[0].look
         anew = changed(scene, **{name: getattr(look, name) for name in ("tint", "marking", "angle")})
-        clips.append(cut((scene, range(gone)), (anew, range(gone, 113))))
+        films.append(Seen.join([seen.first(gone), observe(cut((anew, range(gone, 113))))]))
         promised.append(shapes.Promise((actor,), scene.background))
-    assert len(clips) >= 8
-    result = score(judge(observe(torch.cat(clips)), promised))
+    assert len(films) >= 8
+    *tensors, sizes = zip(*films, strict=True)
+    result = score(judge(Seen._make([*map(torch.cat, tensors), sizes[0]]), promised))
     assert result.returns < 0.3
     assert min(result.colour, result.kind, result.background, result.motion, result.persistence) >= LEAST[False]
 

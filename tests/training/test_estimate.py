@@ -25,7 +25,7 @@ from longsana.training.flops import forward_flops
 from longsana.training.learner import learns_by_muon
 from longsana.training.lora import put_on
 from longsana.training.memory import LiveBytes, as_on_gpu
-from longsana.training.meta import PUBLISHED
+from longsana.training.meta import PUBLISHED, Role
 from longsana.weights.build import build_model, empty_model
 
 DEEP = ("model.depth=4", "real_score.depth=4", "fake_score.depth=4", "train.gradient_checkpointing=true")
@@ -61,7 +61,14 @@ def test_parameters_of_the_published_networks(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     "past", [(), ("model.state_decay=0.9",), ("model.num_cached_blocks=2", "model.num_sink_blocks=3")], ids=str
 )
-def test_state_is_what_a_network_keeps(training_config: Any, past: tuple[str, ...]) -> None:
+def test_state_is_what_a_network_keeps(
+    training_config: Any, past: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_the_generator(config: TrainingConfig, role: Role, **options: Any) -> Update:
+        """Streams are those of its updates; the critic's take as long to measure."""
+        return measure_update(config, role, **options) if role == "generator" else Update(0, 0, 0, 0)
+
+    monkeypatch.setattr("longsana.training.estimate.measure_update", of_the_generator)
     config = training_config("longsana", "train.batch_size=3", "train.gradient_accumulation_steps=2", *past)
     model = build_model(config.model, device="cpu", dtype=torch.float32)
     found = estimate(config, 1)
@@ -167,7 +174,7 @@ def test_a_block_keeps_these(small_config: Any) -> None:
     )
     kept = {}
     for depth in (2, 3):
-        config = small_config(depth=depth, hidden_size=448, linear_head_dim=112, caption_length=2)
+        config = small_config(depth=depth, hidden_size=448, mlp_ratio=3.0, linear_head_dim=112, caption_length=2)
         model = empty_model(config).to(torch.bfloat16)
         for block in model.blocks:
             block.forward = as_on_gpu(block.forward)

@@ -60,8 +60,16 @@ def build_switching(build: Callable[..., LongSana]) -> Callable[..., LongSana]:
     return make
 
 
-@pytest.mark.parametrize("past", PASTS, ids=str)
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("change", "past"),
+    [
+        # That any past is absorbed again is shown of the network itself, in tests/sampling/test_recent.py.
+        pytest.param(change, past, marks=() if not past or change == "recache=2" else pytest.mark.slow)
+        for change in CHANGES
+        for past in PASTS
+    ],
+    ids=str,
+)
 def test_a_stream_is_a_story(build: Callable[..., LongSana], change: str, past: tuple[str, ...]) -> None:
     """Each stretch is what follows a history that is absorbed from scratch, under the captions of its definition."""
     stage = build(f"streaming.prompt_change={change}", *past)
@@ -95,7 +103,11 @@ NOISY = "rollout.noisy_absorb=true"
 @pytest.mark.parametrize(
     ("change", "more"),
     [
-        *((change, ()) for change in CHANGES),
+        *(
+            # What reaches back one chunk has nothing that one that reaches back farther has not.
+            pytest.param(change, (), marks=pytest.mark.slow if change.endswith("=1") else ())
+            for change in CHANGES
+        ),
         *(
             pytest.param(change, (NOISY,), marks=() if change == "recache=2" else pytest.mark.slow)
             for change in CHANGES
@@ -189,8 +201,17 @@ def test_the_generator_learns_after_a_change(build: Callable[..., LongSana]) -> 
     assert not any(tensor.requires_grad for tensor in (*stream.state[:3], *stream.recent.held.tensors().values()))
 
 
-@pytest.mark.parametrize("more", [(), ("train.batch_size=2",)], ids=str)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "more"),
+    [
+        *((mode, ()) for mode in MODES),
+        *(
+            pytest.param(mode, ("train.batch_size=2",), marks=() if mode == "random" else pytest.mark.slow)
+            for mode in MODES
+        ),
+    ],
+    ids=str,
+)
 def test_a_stream_switches_once_to_the_same_lines(
     build_switching: Callable[..., LongSana], embed: Callable[..., TextEmbedding], mode: str, more: tuple[str, ...]
 ) -> None:
@@ -242,7 +263,14 @@ def test_places_are_drawn_for_each_stream(build_switching: Callable[..., LongSan
 
 
 @pytest.mark.parametrize(
-    ("mode", "updates"), [("fixed", 2), ("fixed", 4), ("random", 1), ("random", 5), ("random_choice", 4)]
+    ("mode", "updates"),
+    [
+        *(("fixed", 2), ("fixed", 4), ("random", 5)),
+        *(
+            pytest.param(mode, updates, marks=pytest.mark.slow)
+            for mode, updates in (("random", 1), ("random_choice", 4))
+        ),
+    ],
 )
 def test_streams_that_switch_go_on_to_the_bit(
     build_switching: Callable[..., LongSana], mode: str, updates: int
