@@ -12,9 +12,6 @@ from longsana.config import InferenceConfig, load_config
 from longsana.encoders.loading import load_vae
 from longsana.evaluation import score_model as trial
 from longsana.evaluation.score_model import FIGURES, Trial, summarise, try_model, try_truth
-from longsana.flow.noise import PromptNoise
-from longsana.flow.schedule import FlowSchedule
-from longsana.sampling.sampler import generate
 from longsana.shapes.remembered import WORLDS, draw_remembered
 from longsana.shapes.scenes import FPS, draw_scene, prompts, render
 
@@ -107,29 +104,6 @@ def test_mean_and_spread_are_over_seeds():
     report = summarise([[video(0.0), video(1.0)], [video(1.0), video(math.nan)]], (5,))
     assert report["figures"]["5"]["colour"] == [0.75, 0.25]
     assert report["curves"]["persistence"] == [pytest.approx(2 / 3), None]
-
-
-def test_without_the_clean_pass_a_state_is_that_of_the_last_denoising_pass(small_config, random_model, random_text):
-    """The ablation's sampler against one written out."""
-    model, text = random_model(small_config(), torch.float32), random_text(1)
-    text = text._replace(tokens=text.tokens.float())
-    schedule, plan = FlowSchedule(7.0), ChunkPlan((3, 2))
-    rng = PromptNoise(0, [("a prompt", 0)])
-    ablated = list(
-        generate(trial._Unabsorbing(model), schedule, [text, text], plan, shape=(4, 4, 6), rng=rng, device=CPU)
-    )
-    state, start = None, 0
-    for chunk, length in zip(ablated, plan.lengths, strict=True):
-        x = rng.draw(start, 0, (4, length, 4, 6), CPU)
-        with torch.no_grad():
-            for step, t in enumerate(schedule.steps):
-                velocity, after = model(x, torch.tensor([float(t)]), text, state=state)
-                x0 = schedule.to_x0(x, velocity, torch.tensor([float(t)]))
-                if step + 1 < len(schedule.steps):
-                    noise = rng.draw(start, step + 1, (4, length, 4, 6), CPU)
-                    x = schedule.add_noise(x0, noise, torch.tensor([float(schedule.steps[step + 1])]))
-        assert torch.equal(chunk.latents, x0)
-        state, start = after, start + length
 
 
 def test_a_network_is_sampled_and_scored():
