@@ -20,7 +20,7 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.shapes.bars import draw_bars
 from longsana.shapes.remembered import draw_remembered
-from longsana.shapes.scenes import TURNS, Actor, Scene, Track, draw_scene, render
+from longsana.shapes.scenes import TURNS, Scene, Track, draw_scene, render
 
 KIND = "clips"
 GENERATED = "generated:"
@@ -183,30 +183,34 @@ def turning_scene(seed: int, index: int, size: tuple[int, int], draw: Draw = any
     picture alone, and of an unknown place the sense of an orbit says nothing: all orbits taken together look alike in
     both senses. From a known start it says at once where the shape goes, which is learned first. draw: of which world.
     """
-    scenes = (draw(seed + 1000 * again, index, size) for again in itertools.count())
-    scene = next(scene for scene in scenes if index % 4 == 0 or any(_turns(track) for track in scene.tracks))
+    scene = _mostly(_turns, draw, seed, index, size)
     # A last number that draw_scene does not have: zeros at a seed's end change nothing.
     spread = np.random.default_rng((seed, index, 2)).random() ** 2
     tracks = (_near_start(track, spread) if _turns(track) else track for track in scene.tracks)
     return replace(scene, tracks=tuple(tracks))
 
 
+def _mostly(wanted: Callable[[Track], bool], draw: Draw, seed: int, index: int, size: tuple[int, int]) -> Scene:
+    """Draw a scene that in three of four has a track that is wanted."""
+    scenes = (draw(seed + 1000 * again, index, size) for again in itertools.count())
+    return next(scene for scene in scenes if index % 4 == 0 or any(map(wanted, scene.tracks)))
+
+
 def _turns(track: Track) -> bool:
     return track.actor.motion in ("bounce", *TURNS)
 
 
-def crossing_scene(seed: int, index: int, size: tuple[int, int], draw: Draw = any_scene) -> Scene:
+def crossing_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
     """Choose a scene: in three of four a shape goes one way quickly, and so over the picture's edges; else any.
 
     What comes in on the other side is the rest of what left, which a network that knows places from the edges learns
-    last. draw: of which world.
+    last.
     """
-    scenes = (draw(seed + 1000 * again, index, size) for again in itertools.count())
-    return next(scene for scene in scenes if index % 4 == 0 or any(_crosses(track.actor) for track in scene.tracks))
+    return _mostly(_crosses, any_scene, seed, index, size)
 
 
-def _crosses(actor: Actor) -> bool:
-    return actor.motion not in ("bounce", "still", *TURNS) and actor.speed == "quickly"
+def _crosses(track: Track) -> bool:
+    return not _turns(track) and track.actor.speed == "quickly"
 
 
 START = (0.5, 0.5, 0.625, 0.5)

@@ -81,7 +81,7 @@ def denoise_chunk(
     exit_at: int | None = None,
     on_step: StepEnd = go_on,
 ) -> tuple[Tensor, CausalState | None]:
-    """Denoise one chunk: its clean latents, and the state after the pass of its last step.
+    """Denoise one chunk: its clean latents, and the state that its last step makes, if `schedule.absorb` takes it so.
 
     Args:
         noise: (B, C, T, H, W), the initial noise.
@@ -92,8 +92,9 @@ def denoise_chunk(
     """
     if first is not None and noise.shape[2] == 1:
         return first, None
-    last = len(schedule.steps) - 1 if exit_at is None else exit_at
-    x, after = begun_with(first, noise), None
+    final = len(schedule.steps) - 1
+    last, after = final if exit_at is None else exit_at, None
+    x = begun_with(first, noise)
     for i in range(last + 1):
         seen = timestep(schedule.seen_steps[i], x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):
@@ -101,7 +102,7 @@ def denoise_chunk(
             x0 = begun_with(first, schedule.to_x0(x, velocity, seen))
         if i < last:
             x = begun_with(first, on_step(i, schedule.add_noise(x0, rng(i + 1), timestep(schedule.steps[i + 1], x))))
-    return begun_with(first, on_step(last, x0)), after
+    return begun_with(first, on_step(last, x0)), after if schedule.absorb == "last_step" and last == final else None
 
 
 @torch.no_grad()
@@ -155,7 +156,6 @@ def generate(
     begun = _Begun({0: first} if isinstance(first, Tensor) else first or {}, plan, apart)
     draw = partial(begun.draw, rng, shape, device)
     take_in = partial(_take_in, model, schedule, recent, rng if noisy_absorb else None)
-    own_last = len(schedule.steps) - 1 if schedule.absorb == "last_step" else None
     noise: Tensor | None = None
     for index, text in zip(range(len(plan)), texts, strict=True):
         start, last, alone = 0 if state is None else state.frames, index + 1 == len(plan), begun.alone(index)
@@ -168,8 +168,6 @@ def generate(
             noise = own(0) if noise is None else noise
             how = begun.how(index, on_step) | {"rng": own, "exit_at": exit_at}
             x0, after = denoise_chunk(model, schedule, noise, text, state, **how)
-            if own_last is None or exit_at not in (None, own_last):
-                after = None  # the state of a pass that is not the chunk's
         # Before the chunk is given: whoever takes it waits for the GPU, which would idle while noise is drawn then.
         with clock.part("denoise"):
             noise = None if last else draw(index + 1, start + plan.lengths[index], 0)

@@ -458,9 +458,7 @@ class Studio:
                     raise Dropped
                 self._made += 1
                 shown = entry.frames / session.fps
-            # Its pictures are on their way before it is absorbed.
-            with self.lock:
-                self._code_next(session)
+                self._code_next(session)  # its pictures are on their way before it is absorbed
             if session.video.length(made.point.chunk):
                 session.check(task.epoch)
                 assert made.point.after is not None

@@ -1,4 +1,4 @@
-"""Films of one's own to shards of latents, which flow matching learns from.
+"""Films of one's own to shards of latents, which flow matching and consistency learn from.
 
 A shard is a function of the films, the settings and the VAE alone, on a CPU of its number of threads too: any number of
 processes, stopped at any moment, write the same bytes.

@@ -45,7 +45,6 @@ from longsana.inference.microbenchmark import Loaded, measure_float8, measure_pa
 from longsana.inference.sidecar import commit, versions
 from longsana.models import float8
 from longsana.models.dit import LongSanaDiT
-from longsana.models.float8 import check_float8
 from longsana.ops import backend
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.errors import InputError
@@ -196,7 +195,7 @@ def prepare(arguments: Sequence[str], device: torch.device) -> argparse.Namespac
     if unknown := [name for name in options.leave if name not in float8.PRODUCTS]:
         raise InputError(f"--leave {unknown[0]}: is no product in float8; there are {', '.join(float8.PRODUCTS)}")
     try:
-        check_float8(device, resolve_dtype("auto", device))
+        float8.check_float8(device, resolve_dtype("auto", device))
     except ValueError as error:
         raise InputError(str(error)) from error
     return options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,19 @@ def test_a_setting_that_cannot_be_is_named(small_training, trainer, override, wo
     message = str(caught.value)
     assert words in message, message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("size", ["480ms", "720ms"])
+def test_two_steps_are_trained_as_four_are(size):
+    """But for the sampler, and the weights that they start from."""
+    four, two = (
+        load_config(ROOT / f"configs/sana_video_config/longsana/{size}/longsana{name}.yaml", (), TrainingConfig)
+        for name in ("", "_2step")
+    )
+    assert (two.scheduler.denoising_step_list, two.scheduler.absorb) == ((1000, 889), "last_step")
+    assert two.model.load_from != four.model.load_from
+    model = replace(two.model, load_from=four.model.load_from)
+    assert replace(two, scheduler=four.scheduler, model=model) == four
 
 
 def test_a_causal_teacher_has_a_past(small_training):

@@ -18,7 +18,7 @@ from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.errors import InputError
 from longsana.training.config import ConsistencyConfig, TrainingConfig
 from longsana.training.learner import Learner
-from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage
+from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage, each_frame, repeated
 
 
 class Consistency(Stage):
@@ -63,7 +63,7 @@ class Consistency(Stage):
         plan = self.plan_of_picture if pictured else self.plan
         level, clean = self._levels(len(prompts), plan, micro_batch, pictured=pictured)
         t, nearer = (self.times[at].masked_fill(clean, 0).to(micro_batch.device) for at in (level, level + 1))
-        whole = clean.to(micro_batch.device)[:, None, :, None, None]
+        whole = per_frame(clean.to(micro_batch.device), x0)
         noise = micro_batch.normal("noise", x0.shape)
         x = torch.where(whole, x0, self.schedule.add_noise(x0, noise, t))
         with torch.no_grad():
@@ -78,16 +78,15 @@ class Consistency(Stage):
         t, nearer: (B, T), the timesteps before and after that step.
         """
         seen = plan if self.settings.causal_teacher else None
-        negative = TextEmbedding(*(part.expand(len(x), *part.shape[1:]) for part in self.negative))
-        cond, uncond = (self.teacher(x, t, caption, plan=seen)[0] for caption in (text, negative))
+        captions = text, repeated(self.negative, len(x))
+        cond, uncond = (self.teacher(x, t, caption, plan=seen)[0] for caption in captions)
         velocity = guided(cond, uncond, self.settings.guidance_scale)
         arrived = nearer == 0
         level = self.schedule.sigma(nearer).masked_fill(arrived, 0)
         step = (level - self.schedule.sigma(t)).masked_fill(t == 0, 0)  # what is clean stays so
         further = (x + per_frame(step, x) * velocity).to(x.dtype)
         answer, _ = self.generator(further, nearer, text, plan=plan)
-        arrived = arrived[:, None, :, None, None]
-        return torch.where(arrived, further, self.schedule.to_x0(further, answer, nearer))
+        return torch.where(per_frame(arrived, x), further, self.schedule.to_x0(further, answer, nearer))
 
     def _levels(self, batch: int, plan: ChunkPlan, micro_batch: MicroBatch, *, pictured: bool) -> tuple[Tensor, Tensor]:
         """Draw where on the way each frame is, an index into `times`, and whether it is clean instead; both (B, T)."""
@@ -98,8 +97,7 @@ class Consistency(Stage):
         if self.settings.causal_teacher:
             before = torch.randint(alone, len(plan), (batch, 1), generator=rng, dtype=torch.int64, device="cpu")
         chunk = torch.arange(len(plan), dtype=torch.int64, device="cpu")
-        lengths = torch.tensor(plan.lengths, dtype=torch.int64, device="cpu")
-        clean = (chunk < before).repeat_interleave(lengths, dim=1)
+        clean = each_frame(chunk < before, plan)
         if pictured:
             clean[:, 0] = True
         return drawn.expand(batch, plan.frames), clean

@@ -13,7 +13,7 @@ from longsana.flow.timesteps import independent, monotone
 from longsana.models.embeddings import TextEmbedding
 from longsana.training.config import TrainingConfig
 from longsana.training.learner import Learner
-from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage
+from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage, each_frame
 
 
 class FlowMatching(Stage):
@@ -45,8 +45,7 @@ class FlowMatching(Stage):
         latents, prompts = self.clips.batch([self.order[number] for number in micro_batch.samples])
         x0 = latents.to(micro_batch.device, torch.float32)
         text = self._drop(self.embed(prompts), micro_batch)
-        t = self._timesteps(len(prompts), micro_batch.rng("t"))
-        t = t.repeat_interleave(torch.tensor(self.plan.lengths, dtype=torch.int64, device="cpu"), dim=1)
+        t = each_frame(self._timesteps(len(prompts), micro_batch.rng("t")), self.plan)
         pinned = micro_batch.happens("image", self.image_probability)
         if pinned:
             t[:, 0] = 0

@@ -11,7 +11,7 @@ from longsana.flow.noise import to_device
 from longsana.flow.schedule import FlowSchedule
 from longsana.training.config import TrainingConfig
 from longsana.training.learner import Learner
-from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage
+from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage, each_frame
 
 
 class OdeInitialisation(Stage):
@@ -39,9 +39,9 @@ class OdeInitialisation(Stage):
         plan = self.plan_of_picture if pictured else self.plan
         # Of an item's states, (S, C, T, H, W).
         times = torch.tensor((*self.schedule.steps, 0), dtype=torch.float32, device="cpu")
-        rng, lengths = micro_batch.rng("state"), torch.tensor(plan.lengths, dtype=torch.int64, device="cpu")
+        rng = micro_batch.rng("state")
         drawn = torch.randint(len(times), (len(items), len(plan)), generator=rng, dtype=torch.int64, device="cpu")
-        index = drawn.repeat_interleave(lengths, dim=1)  # (B, T)
+        index = each_frame(drawn, plan)
         if pictured:
             index[:, 0] = len(times) - 1
         frames = range(plan.frames)

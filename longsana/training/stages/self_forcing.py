@@ -26,7 +26,7 @@ from longsana.state import CausalState
 from longsana.training.config import TrainingConfig
 from longsana.training.learner import Learner
 from longsana.training.pictures import Pictures
-from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage
+from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage, repeated
 
 
 class Window(NamedTuple):
@@ -207,7 +207,7 @@ class SelfForcing(Stage):
             fake = self._clean(self.critic, noisy, t, window.text)
             real = guided(
                 self._clean(self.teacher, noisy, t, window.text),
-                self._clean(self.teacher, noisy, t, self._negative(x.shape[0])),
+                self._clean(self.teacher, noisy, t, repeated(self.negative, x.shape[0])),
                 self.config.distillation.guidance_scale,
             )
             if window.pictured:  # of a clean latent there is nothing to predict
@@ -237,9 +237,6 @@ class SelfForcing(Stage):
     def _clean(self, network: Network, noisy: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
         velocity, _ = network(noisy, t, text)
         return self.schedule.to_x0(noisy, velocity, t)
-
-    def _negative(self, batch: int) -> TextEmbedding:
-        return TextEmbedding(*(part.expand(batch, *part.shape[1:]) for part in self.negative))
 
     def _timesteps(self, micro_batch: MicroBatch, exits: Sequence[int]) -> Tensor:
         settings, first, last = self.config.distillation, 0, TIMESTEPS

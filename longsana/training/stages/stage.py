@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from longsana.chunks import ChunkPlan
 from longsana.flow.noise import keyed_generator, to_device
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
@@ -92,6 +93,16 @@ class MicroBatch:
         where = self.device if self.device_noise else torch.device("cpu")
         rng = keyed_generator(self.seed, self.step, self.role, self.index, name, device=where)
         return to_device(torch.randn(*shape, generator=rng, dtype=torch.float32, device=where), self.device)
+
+
+def each_frame(values: Tensor, plan: ChunkPlan) -> Tensor:
+    """Give each frame its chunk's value: (B, chunks) on the CPU to (B, T)."""
+    return values.repeat_interleave(torch.tensor(plan.lengths, dtype=torch.int64, device="cpu"), dim=1)
+
+
+def repeated(text: TextEmbedding, batch: int) -> TextEmbedding:
+    """Expand an embedding of one caption, (1, L, C), to a batch."""
+    return TextEmbedding(*(part.expand(batch, *part.shape[1:]) for part in text))
 
 
 class Shuffled:
