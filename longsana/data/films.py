@@ -7,7 +7,7 @@ each, the largest part in the middle with the video's shape is scaled to its siz
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
@@ -163,11 +163,9 @@ def _promised(film: InputContainer, video: VideoStream) -> float | None:
 
 def _display_matrix(opening: av.VideoFrame) -> np.ndarray | None:
     """Read the note beside a film's first picture that says how it is turned or mirrored for display."""
-    notes: Iterable[Any] = opening.side_data  # a mapping by its type's word; it goes through its values
-    for note in notes:
-        if note.type.name == "DISPLAYMATRIX":
-            return np.frombuffer(bytes(note), np.int32).reshape(3, 3)
-    return None
+    notes: Mapping[str, Any] = opening.side_data  # by a type's word, which every PyAV has; what it goes through differs
+    note = notes.get("DISPLAYMATRIX")
+    return None if note is None else np.frombuffer(bytes(note), np.int32).reshape(3, 3)
 
 
 def _upright(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:

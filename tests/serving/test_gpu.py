@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,6 +69,7 @@ def test_replayed_sessions_show_the_same(studio: Studio) -> None:
 
 def test_memory_is_counted_and_does_not_grow(studio: Studio) -> None:
     """What the figures say is what the GPU holds beside the networks; after the last session nothing stays."""
+    two_videos(studio)  # the libraries' workspaces are there from then on
     empty = rested(studio)
     session = studio.start(order())
     held = []
@@ -90,7 +92,7 @@ def failed(session: Session) -> End:
 
 def test_without_memory_a_session_ends_and_no_other(config: InferenceConfig) -> None:
     """The GPU really has none: the process is held to little more than it uses."""
-    limits = Limits(most_pixels=4096 * 4096, memory_bytes=1 << 40)
+    limits = Limits(most_pixels=4096 * 4096, memory_bytes=1 << 40, pass_seconds=math.inf)
     with Studio(config, "cuda", limits=limits) as studio:
         undisturbed = studio.start(order(seed=1))
         expected = pictures(undisturbed, taken(undisturbed, 6))
