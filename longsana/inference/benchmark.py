@@ -101,7 +101,10 @@ def benchmark(
         if compiled:
             compile_blocks(loaded.model.blocks)
     with Watcher() as watcher:
-        cold = make_film(loaded, prompt, caption, folder / "cold.mp4", watcher, chunks=_warming(loaded))
+        cold, *_ = [
+            make_film(loaded, prompt, caption, folder / f"cold_{number}.mp4", watcher, chunks=chunks)
+            for number, chunks in enumerate(_warming(loaded))
+        ]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         warm = make_film(loaded, prompt, caption, folder / "warm.mp4", watcher)
@@ -148,16 +151,17 @@ def accompany(config: InferenceConfig, prompt: Prompt, device: torch.device, tea
     engine = Engine(config, device, team.peers)
     _, caption = _encode(engine, prompt, {})
     loaded = Loaded(engine, *engine.load())
-    for chunks in (_warming(loaded), None):
+    for chunks in (*_warming(loaded), None):
         for frames in engine.sample(loaded.model, loaded.vae, [prompt], [caption]):
             if frames.chunk + 1 == chunks:
                 break
     measure_passes(loaded, (prompt.height, prompt.width))
 
 
-def _warming(loaded: Loaded) -> int:
-    """Count the chunks that warm everything up."""
-    return 2 + math.ceil(loaded.vae.ahead / loaded.engine.config.sampling.chunk_frames)
+def _warming(loaded: Loaded) -> list[int]:
+    """Count the chunks of the films that warm everything up: where passes are replayed, a second one records them."""
+    chunks = 2 + math.ceil(loaded.vae.ahead / loaded.engine.config.sampling.chunk_frames)
+    return [chunks] * (2 if loaded.engine.recorded else 1)
 
 
 def _speeds(film: Film, text: float) -> dict[str, Any]:

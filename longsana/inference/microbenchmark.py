@@ -227,6 +227,12 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     settings = {"lengths": [frames * tokens], "window": -1, "eps": network.linear_attn_eps}
     yield Case("linear_attention", (q, k, v, *turn, *past), settings, 4 * frames * tokens * width * dim, learned=3)
     del qkv, q, k, v
+    q = random(1, frames * tokens, width).unflatten(-1, (-1, dim))
+    caption = network.caption_length
+    k, v = (random(1, caption, width).unflatten(-1, (-1, dim)).transpose(1, 2) for _ in range(2))
+    lengths = torch.full((1,), caption, dtype=torch.int32, device=device)
+    yield Case("caption_attention", (q, k, v, lengths), {}, 4 * frames * tokens * width * caption)
+    del q, k, v
     wide, filters = random(1, frames, tokens, 2 * inner), random(2 * inner, 1, 3, 3) / 3
     yield Case("gated_conv", (wide, filters, random(2 * inner), grid), {})
     del wide

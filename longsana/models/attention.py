@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from longsana.models.past import Reach
 from longsana.models.rope import Rotary
-from longsana.ops import Float8Rows, linear_attention, qk_features
+from longsana.ops import Float8Rows, caption_attention, linear_attention, qk_features
 from longsana.runtime.peers import Peers
 
 NORM_EPS = 1e-5
@@ -66,13 +66,15 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor | Float8Rows, text: Tensor | tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """x: (B, ..., D), N tokens; text: (B, L, D), or its cache; mask: (B, L), True where x may look.
+        """x: (B, ..., D), N tokens; text: (B, L, D), or its cache; mask: see `TextMemory`.
 
         Returns (B, N, D).
         """
         k, v = self.cache_caption(text) if isinstance(text, Tensor) else text
-        mask = None if mask is None else mask[:, None, None]
-        out = F.scaled_dot_product_attention(self._heads(self.q_norm(self.q(x).flatten(1, -2))), k, v, attn_mask=mask)
+        q = self.q_norm(self.q(x).flatten(1, -2)).unflatten(-1, (self.heads, -1))
+        if mask is None or mask.dim() == 1:
+            return self.out(caption_attention(q, k, v, mask).flatten(-2))
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None, None])
         return self.out(out.transpose(1, 2).flatten(-2))
 
     def cache_caption(self, text: Tensor) -> tuple[Tensor, Tensor]:

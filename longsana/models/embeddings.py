@@ -26,7 +26,8 @@ class TextMemory(NamedTuple):
     """Keys and values that a network's blocks have made of a `TextEmbedding`: see `LongSanaDiT.cache_caption`.
 
     layers: of each block, keys and values (B, heads, L, d).
-    mask: (B, L); None if all tokens may be looked at.
+    mask: (B, L), bool, of the tokens that may be looked at; or (B,), int32, how many of each caption's first ones may
+        be; None if all.
     """
 
     layers: list[tuple[Tensor, Tensor]]

@@ -14,6 +14,7 @@ FUSED = {
     "add_norm_modulate": "norms",
     "add_norm_modulate_rows": "float8",
     "add_shortcut": "decoder",
+    "caption_attention": "caption",
     "copy_into": "decoder",
     "gated_conv": "gated_conv",
     "gated_residual": "norms",
@@ -33,6 +34,7 @@ FUSED = {
 add_norm_modulate = operation(reference.add_norm_modulate, FUSED)
 add_norm_modulate_rows = operation(reference.add_norm_modulate_rows, FUSED)
 add_shortcut = operation(reference.add_shortcut, FUSED)
+caption_attention = operation(reference.caption_attention, FUSED)
 copy_into = operation(reference.copy_into, FUSED)
 gated_conv = operation(reference.gated_conv, FUSED)
 gated_residual = operation(reference.gated_residual, FUSED)
@@ -54,6 +56,7 @@ __all__ = [
     "add_norm_modulate_rows",
     "add_shortcut",
     "backend",
+    "caption_attention",
     "copy_into",
     "gated_conv",
     "gated_residual",

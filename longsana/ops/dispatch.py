@@ -26,7 +26,7 @@ SHARED_MEMORY = (227, 163, 99)
 GPUs of these generations (compute capability 8.6, 8.9, 12.0), and so on all from 8.0 on."""
 WITHOUT_GRADIENTS = (
     *("add_norm_modulate_rows", "gated_residual_rows", "neighbour_rows", "norm_modulate_rows", "quantise_rows"),
-    *("add_shortcut", "copy_into", "norm_silu_into", "relu_into"),
+    *("add_shortcut", "caption_attention", "copy_into", "norm_silu_into", "relu_into"),
 )
 """Operations that are fused only where nothing is differentiated."""
 

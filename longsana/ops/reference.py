@@ -318,6 +318,21 @@ def relu_into(x: Tensor, out: Tensor, bias: Tensor | None = None, shortcut: Tens
     out.copy_(F.relu(wide))
 
 
+def caption_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Attend with softmax over a caption: (B, N, H, d).
+
+        out_n = sum_l softmax_l(q_n . k_l / sqrt(d)) v_l
+
+    Args:
+        q: (B, N, H, d). k, v: (B, H, L, d).
+        lengths: (B,), int32: how many of each caption's first tokens are looked at, at least one; None: all.
+    """
+    mask = None
+    if lengths is not None:
+        mask = (torch.arange(k.shape[2], dtype=torch.int32, device=k.device) < lengths[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
+
+
 def _without_gaps(x: Tensor) -> bool:
     """Tell whether x's elements fill its memory, in any order: a GPU's convolutions write channels last, others not."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

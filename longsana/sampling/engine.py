@@ -98,7 +98,7 @@ class Videos:
     noise: where all of their noise comes from.
     cfg_scale: of guidance, asked for at each step if it is a function; not used where there is no negative caption.
     peers: processes that make every pass of these videos together; None: this one alone.
-    recorded: the distilled model's passes are replayed as CUDA graphs (see `ReplayedNetwork`); it is on a GPU.
+    replayed: makes the passes of the distilled model's network, on a GPU, as CUDA graphs; None: they are launched.
     null_caption: guidance leads away from the checkpoint's own null caption, and not from the captions' negative ones.
     outlines: of the distilled model, where the parts of each video's prompt begin, from the first of these chunks on;
         their changes of the past are the same.
@@ -115,7 +115,7 @@ class Videos:
     device: torch.device
     cfg_scale: float | Callable[[], float] = 1.0
     peers: Peers | None = None
-    recorded: bool = False
+    replayed: ReplayedNetwork | None = None
     null_caption: bool = False
     outlines: Sequence[Outline] = ()
     transition_chunks: int = 0
@@ -188,6 +188,7 @@ class Engine:
 
     def __init__(self, config: InferenceConfig, device: torch.device | str, peers: Peers | None = None) -> None:
         self.config, self.peers = settled(config), peers
+        self._replayed: ReplayedNetwork | None = None
         check_config(self.config)
         if peers is not None:
             check_division(self.config)
@@ -278,7 +279,6 @@ class Engine:
             self.device,
             sampling.cfg_scale,
             self.peers,
-            recorded=self.recorded,
             null_caption=sampling.cfg_scale != 1 and sampling.null_caption == "learned",
             outlines=outlines,
             transition_chunks=sampling.transition_chunks,
@@ -303,6 +303,7 @@ class Engine:
     ) -> Iterator[Frames]:
         """Frames of the prompts' videos, of one size and length, as the config says; see the function `sample`."""
         videos, clock = self.videos(prompts, begun, outlines), clock or Clock(self.device)
+        videos = replace(videos, replayed=self._replaying(network))
         if any(prompt.pictures for prompt in prompts):
             with clock.part("encode"):
                 videos = replace(videos, first=self.first_of(decoder, prompts, videos))
@@ -316,6 +317,15 @@ class Engine:
             to_the_end=to_the_end,
             wanted=wanted,
         )
+
+    def _replaying(self, network: CaptionedNetwork) -> ReplayedNetwork | None:
+        """Give what replays a network's passes, the same for all videos, so that their captions share recordings."""
+        if not self.recorded:
+            return None
+        if self._replayed is None or self._replayed.model is not network:
+            assert isinstance(network, LongSanaDiT)
+            self._replayed = ReplayedNetwork(network, peers=self.peers)
+        return self._replayed
 
     @property
     def recorded(self) -> bool:
@@ -505,9 +515,7 @@ def sample_latents(
                 ]
                 return network.cache_caption(stacked(own, videos.device))
 
-        if videos.recorded:
-            assert isinstance(network, LongSanaDiT)
-            passes = ReplayedNetwork(network, peers=videos.peers)
+        passes = videos.replayed or passes
         state = None if videos.begun is None else videos.begun.network
         texts, changes = map(text, zip(*shown, strict=True)), shared_changes(videos.outlines)
         where |= {"changes": changes, "recent": recent or videos.recent(), "on_step": on_step}

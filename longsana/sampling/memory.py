@@ -145,7 +145,7 @@ def needed(config: InferenceConfig, parts: Parts, work: Work, *, fused: bool = T
     beside_pass, beside_call = (0, 0) if alone else (decoder.weights, network.weights)
     graphs = 0.0
     if config.sampling.cuda_graphs:
-        graphs += network.passing + 2 * network.state * (RECORDINGS if live else 1)
+        graphs += network.passing + 2 * network.state * (RECORDINGS if live else 2) + network.text
         graphs += 0 if config.vae.decoder == FULL else decoder.call + decoder.cache
     # Of what a video goes on from, and of a live session's moments.
     others = (work.goes_on + POINTS * live) * (network.state + decoder.cache) + network.state * live

@@ -35,7 +35,7 @@ from longsana.sampling.transition import Way, blend
 from longsana.serving.past import SharedPast
 
 RECORDINGS = 4
-"""Kinds of passes that are kept as CUDA graphs, of captions and sizes: each has two states of the network's."""
+"""Kinds of passes that are kept as CUDA graphs, of lengths and sizes: each has two states of the network's."""
 TEXTS = 4
 """Captions whose keys and values stay on the device, for all sessions: 54 MB each with the published network."""
 

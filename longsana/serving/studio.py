@@ -399,6 +399,9 @@ class Studio:
                 torch.cuda.synchronize(self._device)
             self._seconds[_key(video.size, video.length(1))] = Times(time.monotonic() - began)
         self._bytes[video.size] = Bytes.of(memory)
+        # So that no viewer waits for the recording of a first chunk.
+        if self._maker.engine.recorded:
+            self._maker.make(video, Point())
 
     def _run(self) -> None:
         """The thread."""

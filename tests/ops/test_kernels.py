@@ -16,8 +16,9 @@ from torch import Tensor
 from longsana.ops import reference, temporal
 
 pytest.importorskip("triton")
-attention, float8, gated_conv, norms = (
-    importlib.import_module(f"longsana.ops.{name}") for name in ("attention", "float8", "gated_conv", "norms")
+attention, caption, float8, gated_conv, norms = (
+    importlib.import_module(f"longsana.ops.{name}")
+    for name in ("attention", "caption", "float8", "gated_conv", "norms")
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,11 +37,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.fixture(autouse=True)
 def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a kernel forgets to write is seen."""
-    for name in ("empty", "empty_like"):
-        plain = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *args, plain=plain, **options: plain(*args, **options).fill_(torch.nan))
-    new_empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **options: new_empty(*args, **options).fill_(torch.nan))
+
+    def filled(made: Tensor) -> Tensor:
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, plain=plain, **options: filled(plain(*args, **options)))
 
 
 def compare(
@@ -337,3 +340,32 @@ def test_temporal_conv(lengths, dtype, tolerance):
         dtype,
         2 * tolerance,
     )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 37, 2, 112, 130), (1, 150, 3, 32, 7), (1, 5, 2, 56, 64)])
+def test_caption_attention(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    """Strided, as the network has them; what lies behind a caption's end is not read, and changes no bit."""
+    batch, tokens, heads, dim, length = shape
+    q = random(batch, tokens, heads * dim, seed=1).unflatten(-1, (heads, dim))
+    k, v = random(batch, length, 2, heads, dim, seed=2).unbind(2)
+    lengths = torch.tensor([length - 3, 1][:batch], dtype=torch.int32)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, module: ModuleType = caption) -> Tensor:
+        k, v = k.transpose(1, 2), v.transpose(1, 2).contiguous()
+        return module.caption_attention(q, k, v, None if lengths is None else lengths.to(q.device))
+
+    for own in (None, lengths):
+        compare(
+            lambda *parts, own=own: attend(*parts, own),
+            lambda *parts, own=own: attend(*parts, own, module=reference),
+            (q, k, v),
+            dtype,
+            tolerance,
+        )
+    q, k, v = (part.to(DEVICE, dtype) for part in (q, k, v))
+    k[0, length - 3 :] = v[0, length - 3 :] = torch.nan
+    given = attend(q, k, v, lengths)
+    assert given.isfinite().all()
+    short = attend(*(part[:1] for part in (q, k[:, : length - 3], v[:, : length - 3])), None)
+    assert torch.equal(given[:1], short)

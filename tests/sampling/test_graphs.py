@@ -51,10 +51,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
     return Counted
 
 
-def caption(model: LongSanaDiT, seed: int) -> TextMemory:
+def caption(model: LongSanaDiT, seed: int, length: int = 48) -> TextMemory:
     device = model.patch_embed.weight.device
     tokens = torch.randn(1, 48, 64, generator=torch.Generator().manual_seed(seed)).to(device, model.dtype)
-    return model.cache_caption(TextEmbedding(tokens, torch.ones(1, 48, dtype=torch.bool, device=device)))
+    return model.cache_caption(TextEmbedding(tokens, torch.arange(48, device=device)[None] < length))
 
 
 def video(
@@ -69,15 +69,21 @@ def video(
     return torch.cat([chunk.latents for chunk in chunks], dim=2)
 
 
+def same(one: Tensor, other: Tensor) -> bool:
+    """Tell whether videos are equal; on a CPU to rounding, where plain operations leave out what they could not see."""
+    return torch.equal(one, other) if one.is_cuda else torch.allclose(one, other, rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_video_is_recorded_from_its_third_chunk_on(counted: type[Counted]) -> None:
     model = build_model(SHAPES, device="cpu", dtype=torch.float32)
     network, text = ReplayedNetwork(model), caption(model, 0)
-    assert torch.equal(video(network, [text] * 5), video(model, [text] * 5))
+    assert same(video(network, [text] * 5), video(model, [text] * 5))
     assert (len(counted.made), counted.replayed) == (1, 15)
-    # The next one with this caption is replayed from its second chunk on: the first has no state.
-    assert torch.equal(video(network, [text] * 5), video(model, [text] * 5))
-    assert (len(counted.made), counted.replayed) == (1, 35)
+    # The next one is replayed from its first chunk on, with whatever caption.
+    other = caption(model, 1, 20)
+    assert same(video(network, [other] * 5), video(model, [other] * 5))
+    assert (len(counted.made), counted.replayed) == (2, 40)
 
 
 @torch.no_grad()
@@ -85,42 +91,44 @@ def test_a_longer_chunk_or_a_batch_is_a_recording_of_its_own(counted: type[Count
     model = build_model(SHAPES, device="cpu", dtype=torch.float32)
     network, text = ReplayedNetwork(model), caption(model, 0)
     plan = ChunkPlan((2, 2, 2, 3, 3))
-    assert torch.equal(video(network, [text] * 5, plan=plan), video(model, [text] * 5, plan=plan))
-    assert (len(counted.made), counted.replayed) == (2, 10)
+    assert same(video(network, [text] * 5, plan=plan), video(model, [text] * 5, plan=plan))
+    assert (len(counted.made), counted.replayed) == (2, 15)
     x, t = torch.randn(2, 16, 2, 4, 6), torch.zeros(2)
-    tokens = torch.randn(2, 48, 64)
-    masked = model.cache_caption(TextEmbedding(tokens, torch.arange(48)[None] < torch.tensor([[7], [48]])))
-    _, state = model(x, t, masked)
-    for _ in range(replay.PLAIN_PASSES + 2):
-        assert torch.equal(network(x, t, masked, state=state)[0], model(x, t, masked, state=state)[0])
-    assert (len(counted.made), counted.replayed) == (3, 12)
+    for seed in range(2):  # captions of a batch, which have a mask
+        tokens, lengths = torch.randn(2, 48, 64), torch.tensor([[7 + seed], [48]])
+        masked = model.cache_caption(TextEmbedding(tokens, torch.arange(48)[None] < lengths))
+        _, state = model(x, t, masked)
+        for _ in range(replay.PLAIN_PASSES + 2):
+            assert torch.equal(network(x, t, masked, state=state)[0], model(x, t, masked, state=state)[0])
+    assert (len(counted.made), counted.replayed) == (3, 15 + 2 + replay.PLAIN_PASSES + 2)
 
 
 @torch.no_grad()
-def test_another_caption_is_another_recording(counted: type[Counted]) -> None:
+def test_captions_of_any_length_share_a_recording(counted: type[Counted]) -> None:
+    """A later, shorter one sees nothing of the one before it."""
     model = build_model(SHAPES, device="cpu", dtype=torch.float32)
-    network, first, second = ReplayedNetwork(model), caption(model, 0), caption(model, 1)
-    texts = [first, first, first, second, second]
-    assert torch.equal(video(network, texts), video(model, texts))
-    assert counted.replayed == 10
-    assert counted.made[0] is first and counted.made[1] is second
+    network = ReplayedNetwork(model)
+    texts = [caption(model, seed, length) for seed, length in ((0, 48), (1, 20), (2, 33), (1, 20), (3, 1))]
+    assert same(video(network, texts), video(model, texts))
+    assert (len(counted.made), counted.replayed) == (1, 15)
+    assert network._place is not None and network._place.text.layers[0][0].shape[2] == 48
 
 
 @torch.no_grad()
 def test_as_many_recordings_are_kept_as_there_is_room_for(counted: type[Counted]) -> None:
-    """Two videos whose chunks take turns, as viewers' do; a third one takes the place of the one used longest ago."""
+    """Two lengths of chunks in turns; a third one takes the place of the one used longest ago."""
     model = build_model(SHAPES, device="cpu", dtype=torch.float32)
-    network, texts = ReplayedNetwork(model, most=2), [caption(model, seed) for seed in range(3)]
-    x, t = torch.randn(1, 16, 2, 4, 6), torch.zeros(1)
-    _, state = model(x, t, texts[0])
+    network, text, t = ReplayedNetwork(model, most=2), caption(model, 0), torch.zeros(1)
+    xs = [torch.randn(1, 16, frames, 4, 6) for frames in (2, 3, 4)]
+    _, state = model(xs[0], t, text)
     for _ in range(replay.PLAIN_PASSES + 2):
-        for text in texts[:2]:
-            assert torch.equal(network(x, t, text, state=state)[0], model(x, t, text, state=state)[0])
+        for x in xs[:2]:
+            assert same(network(x, t, text, state=state)[0], model(x, t, text, state=state)[0])
     assert (len(counted.made), counted.replayed) == (2, 4)
-    network(x, t, texts[2], state=state)
-    network(x, t, texts[1], state=state)
+    network(xs[2], t, text, state=state)
+    network(xs[1], t, text, state=state)
     assert counted.replayed == 5
-    network(x, t, texts[0], state=state)
+    network(xs[0], t, text, state=state)
     assert counted.replayed == 5
 
 
@@ -129,10 +137,11 @@ def test_as_many_recordings_are_kept_as_there_is_room_for(counted: type[Counted]
 def test_a_past_that_changes_is_replayed_too(counted: type[Counted], change: str) -> None:
     """Its passes are the new caption's, beside those of the chunk."""
     model = build_model(SHAPES, device="cpu", dtype=torch.float32)
-    network, first, second = ReplayedNetwork(model), caption(model, 0), caption(model, 1)
+    network, first, second = ReplayedNetwork(model), caption(model, 0), caption(model, 1, 30)
     texts, changes = [first, first, second, second, second], {2: Change.parse(change)}
-    assert torch.equal(video(network, texts, changes=changes), video(model, texts, changes=changes))
-    assert [made is second for made in counted.made][-1]
+    assert same(video(network, texts, changes=changes), video(model, texts, changes=changes))
+    # The first chunk, absorbed again, is longer than others.
+    assert len(counted.made) == (1 if change == "cut" else 2) and counted.replayed >= 15
 
 
 def recorded(network: ReplayedNetwork) -> bool:
@@ -153,7 +162,7 @@ def test_recorded_passes_of_every_past(graphs: None, settings: dict[str, Any]) -
     """To the bit; chunks that join the sinks are not taken for later ones."""
     model = past_of(settings, "cpu", torch.float32)
     network, text = ReplayedNetwork(model), caption(model, 0)
-    assert torch.equal(video(network, [text] * 5), video(model, [text] * 5))
+    assert same(video(network, [text] * 5), video(model, [text] * 5))
     assert recorded(network)
     x, t = torch.randn(1, 16, 2, 4, 6), torch.zeros(1)
     states: list[Any] = [None, None]
@@ -202,7 +211,7 @@ def test_recordings_that_share_memory_take_turns() -> None:
     """To the bit, of several captions and lengths, each going on from its own state."""
     model = build_model(SHAPES, device="cuda", dtype=torch.bfloat16)
     network, t = ReplayedNetwork(model, most=3), torch.full((1,), 500.0, device="cuda")
-    kinds = [(caption(model, seed), torch.randn(1, 16, n, 4, 6, device="cuda")) for seed, n in enumerate((2, 3, 2))]
+    kinds = [(caption(model, seed), torch.randn(1, 16, n, 4, 6, device="cuda")) for seed, n in enumerate((2, 3, 4))]
     plain = [model(x, t, text)[1] for text, x in kinds]
     own = list(plain)
     for _ in range(replay.PLAIN_PASSES + 3):
