@@ -550,6 +550,11 @@ def guided_texts(network: CaptionedNetwork, captions: Sequence[Caption], videos:
     return [network.cache_caption(text) for text in texts]
 
 
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Join pieces (B, F, ...) of the same videos, at least one; one alone is given as it is, since copies take time."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=1)
+
+
 def decode(
     decoder: VideoVAE,
     latents: Tensor,
@@ -581,5 +586,4 @@ def decode(
         del decoded
     assert cache is not None, "no latents to decode"
     seen = torch.stack(extremes) if extremes else latents.new_empty(0)
-    pixels = finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
-    return to_host(pixels, name, {"latents": latents, "decoded frames": seen}), cache
+    return to_host(joined(finished), name, {"latents": latents, "decoded frames": seen}), cache

@@ -26,7 +26,7 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.later import Later
 from longsana.sampling.captions import Caption, CaptionEncoder, stacked
 from longsana.sampling.continuation import Continuation, Moment, Telling, mark_of, restored, vae_mark_of
-from longsana.sampling.engine import Decoding, Engine, stretches
+from longsana.sampling.engine import Decoding, Engine, joined, stretches
 from longsana.sampling.films import absorb_film, film_latents
 from longsana.sampling.graphs import ReplayedNetwork
 from longsana.sampling.recent import Held
@@ -315,7 +315,7 @@ class Maker:
         steered = point.steered or bool(events)
         after = Point(point.chunk + 1, Later(absorbed), turn._replace(picture=None), steered, steps, active)
         completed = tuple(id for id in known if id not in active)
-        return Made(torch.cat(shown, dim=1)[0].numpy(), after, ids, completed)
+        return Made(joined(shown)[0].numpy(), after, ids, completed)
 
     def state(self, video: Video, point: Point) -> Continuation:
         """The state at a point, as `LongSanaVideoPipeline.stream` and the batch command go on from it.
