@@ -15,10 +15,10 @@ from longsana.runtime.h264 import frame_of, picture_of, zerolatency_encoder
 
 
 class ChunkEncoder:
-    """Codes chunks of pictures as H.264, each beginning with an IDR, with one encoder that lives as long as its video.
+    """Codes chunks of pictures as H.264, each by itself: its bytes depend on no other chunk, and begin with an IDR.
 
-    A chunk's pieces never wait for the next one. What was coded and is not sent leaves no trace: a fragment depends on
-    nothing before its IDR, and gets its number and times when it is `packed`.
+    So a chunk is coded wherever there is room, what was coded and is not sent leaves no trace, and a fragment gets its
+    number and times when it is `packed`. Opening x264 for each takes 2.5 ms.
 
     width, height: even pixel counts. fps: pictures a second; of a fraction with a denominator up to 1001, that
     fraction. crf: 0 (lossless) to 51. threads: at most `SLICES` count.
@@ -27,16 +27,13 @@ class ChunkEncoder:
     def __init__(self, width: int, height: int, fps: float, crf: int, threads: int) -> None:
         self.rate = Fraction(fps).limit_denominator(1001)
         self._settings = width, height, self.rate, crf, threads
-        self._coded = 0
 
-    @cached_property
-    def _encoder(self) -> VideoCodecContext:
-        """The encoder, opened when something is asked of it: who waits in a queue needs none."""
+    def _open(self) -> VideoCodecContext:
         return zerolatency_encoder(*self._settings, x264="keyint=infinite")
 
-    @property
+    @cached_property
     def _sets(self) -> bytes:
-        return bytes(self._encoder.extradata or b"")
+        return bytes(self._open().extradata or b"")
 
     @cached_property
     def init(self) -> bytes:
@@ -51,12 +48,11 @@ class ChunkEncoder:
 
     def code(self, pixels: np.ndarray) -> list[Picture]:
         """Code the pictures (F, H, W, 3), uint8, of a chunk, at least one; their places count from 0."""
-        coded, encoder = [], self._encoder
+        coded, encoder = [], self._open()
         for place, picture in enumerate(np.ascontiguousarray(pixels)):
-            frame = frame_of(picture, self._coded)
+            frame = frame_of(picture, place)
             frame.pict_type = PictureType.I if place == 0 else PictureType.NONE
-            self._coded += 1
-            coded += [picture_of(packet)._replace(place=place) for packet in encoder.encode(frame)]
+            coded += [picture_of(packet) for packet in encoder.encode(frame)]
         assert len(coded) == len(pixels) and coded[0].is_key, "an encoder that keeps pictures back"
         return coded
 

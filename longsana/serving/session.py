@@ -9,10 +9,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from longsana.runtime.arguments import TEXT
 from longsana.runtime.errors import InputError
+from longsana.serving.coders import Code
 from longsana.serving.making import Event, Made, Point, Video, nbytes, thinned
 from longsana.serving.media import ChunkEncoder
 from longsana.serving.orders import event_of
@@ -127,7 +130,8 @@ class Session:
                 now = time.monotonic()
                 due = self.due
                 if due == 0:
-                    return self._taken(now)
+                    chunk, pack = self._taken(now)
+                    break
                 if (ended := self._ended()) is not None:
                     return ended
                 left = math.inf if end is None else end - now
@@ -135,6 +139,7 @@ class Session:
                     return None
                 wait = min(left, math.inf if due is None else due)
                 self._wakes.wait(None if wait == math.inf else wait)
+        return replace(chunk, data=pack())  # the worker, who makes chunks, does not wait for the copy
 
     @property
     def due(self) -> float | None:
@@ -440,7 +445,7 @@ class Session:
         """The first chunk that is still to be coded; asked with the lock."""
         return next((entry for entry in self._unsent if entry.pixels is not None), None)
 
-    def code(self) -> None:
+    def code(self, by: Code) -> None:
         """Code the first chunk that is not, if there is one; called without the lock, by one thread at a time."""
         with self._owner.lock:
             entry, encoder = self.uncoded, self._encoder  # which goes with the session's end
@@ -448,7 +453,7 @@ class Session:
                 return
             pixels, began = entry.pixels, time.monotonic()
             assert pixels is not None
-        coded = pixels.tobytes() if encoder is None else encoder.code(pixels) if len(pixels) else []
+        coded = pixels.tobytes() if encoder is None else by(encoder, pixels) if len(pixels) else []
         with self._owner.lock:
             entry.ready = time.monotonic()
             entry.coded, entry.pixels, entry.encode_ms = coded, None, 1000 * (entry.ready - began)
@@ -584,19 +589,20 @@ class Session:
         self._points.append(point)
         self.trim()
 
-    def _taken(self, now: float) -> Chunk:
+    def _taken(self, now: float) -> tuple[Chunk, Callable[[], bytes]]:
+        """Take the first chunk; returns it without its data, and what makes them, which needs no lock."""
         entry, pts = self._unsent.popleft(), self._seconds(self._pictures)
         self._note(entry)
         coded, (started, completed) = entry.coded, self._carried
         assert coded is not None
         self._carried = (), ()
         if isinstance(coded, bytes):
-            data = coded
+            pack: Callable[[], bytes] = partial(bytes, coded)
         else:
             assert self._encoder is not None
-            data = self._encoder.pack(coded, before=self._pictures, number=self._chunks)
+            pack = partial(self._encoder.pack, coded, before=self._pictures, number=self._chunks)
         chunk = Chunk(
-            data,
+            b"",
             self.init if not self._chunks else None,
             self._chunks,
             self.video.done + entry.point.chunk - 1,
@@ -621,7 +627,7 @@ class Session:
         elif self.order.snapshot_every and self._chunks % self.order.snapshot_every == 0:
             self._owner.save_later(self, entry.point)
         self._owner.wake()
-        return chunk
+        return chunk, pack
 
     def _ended(self) -> End | None:
         if self._state == "running":

@@ -26,6 +26,7 @@ from longsana.runtime.gpu_memory import free_memory
 from longsana.sampling.captions import caption_encoder
 from longsana.sampling.engine import Engine
 from longsana.sampling.memory import fit_memory, work_of
+from longsana.serving.coders import Code, Coders
 from longsana.serving.making import Bytes, Event, Maker, Point, Video, nbytes
 from longsana.serving.orders import video_of
 from longsana.serving.owner import Dropped, Moved, Task
@@ -71,7 +72,7 @@ class Studio:
     A chunk that fails, or for which the GPU has no memory, ends its session and no other.
 
     snapshots: the folder that has them, made if it is missing, for this process alone; None: none can be saved.
-    fleet: see `Snapshots`.
+    fleet: see `Snapshots`. coders_apart: chunks are coded in processes of their own; None: on a GPU.
 
     Raises:
         InputError: the config is not of the distilled model, files are missing or do not fit, or another process has
@@ -86,6 +87,7 @@ class Studio:
         snapshots: Path | None = None,
         *,
         fleet: bool = False,
+        coders_apart: bool | None = None,
     ) -> None:
         self.limits = limits or Limits()
         config = fit_memory(config, torch.device(device), work_of(config, encodes=True, live=True))
@@ -114,13 +116,14 @@ class Studio:
                 most = self.limits.snapshots, self.limits.snapshot_bytes, self.limits.session_snapshots
                 self._snapshots = undo.enter_context(Snapshots.opened(snapshots, *most, fleet=fleet))
             encode = undo.enter_context(caption_encoder(engine.config, engine.device, engine.turns))
+            apart = engine.device.type == "cuda" if coders_apart is None else coders_apart
+            self._coders = Coders(max(1, min(CODERS, usable_cores() // 2)), apart=apart)
+            undo.callback(self._coders.close)
             self._maker = Maker(engine, encode, self.limits.captions)
             self._warm_up()
             self._most_bytes = self.limits.memory_bytes or self._room()
-            self._coders = ThreadPoolExecutor(max(1, min(CODERS, usable_cores() // 2)), "encoder of chunks")
             self._saver = ThreadPoolExecutor(1, "snapshots")
             undo.callback(self._saver.shutdown)
-            undo.callback(self._coders.shutdown)
             self._worker = threading.Thread(target=self._run, name="maker of chunks", daemon=True)
             self._worker.start()
             self._undo = undo.pop_all()
@@ -486,11 +489,11 @@ class Studio:
         """Have a session's next chunk coded, if one is not being coded; called with the lock."""
         if not session.coding and not self._closed and session.uncoded is not None:
             session.coding = True
-            self._coders.submit(self._code, session)
+            self._coders.submit(partial(self._code, session))
 
-    def _code(self, session: Session) -> None:
+    def _code(self, session: Session, by: Code) -> None:
         try:
-            session.code()
+            session.code(by)
         except Exception as error:
             self._fail(session, error)
         with self.lock:  # a chunk at a time: no coder waits for another one of the same session
