@@ -97,7 +97,8 @@ def draw_changes(load: Load, viewer: int) -> list[Change]:
 @dataclass
 class Shown:
     """A chunk that has come. at: when, in seconds of the load. late: seconds after its deadline, which the viewer has
-    stood still; 0 if it was in time. ahead: seconds of video that the viewer then had to show."""
+    stood still; 0 if it was in time. ahead: seconds of video that the viewer then had to show. making, coding: seconds
+    that the server says it took. coming: seconds from its announcement to the last byte."""
 
     at: float
     pts: float
@@ -105,6 +106,9 @@ class Shown:
     late: float
     ahead: float
     bytes: int
+    making: float
+    coding: float
+    coming: float
 
 
 @dataclass
@@ -215,8 +219,8 @@ class Viewer:
             while True:
                 message = json.loads(await socket.recv())
                 if message["type"] == "video.chunk_metadata":
-                    data = await socket.recv()
-                    self._show(message, len(data))
+                    announced, data = self._now(), await socket.recv()
+                    self._show(message, len(data), self._now() - announced)
                 elif message["type"] == "session.done":
                     if self.ended is None:
                         raise Refused("the video ended before the load did")
@@ -240,7 +244,7 @@ class Viewer:
         elif kind == "error":  # the server closes the connection next
             raise Refused(str(message["message"]), str(message.get("code", "")))
 
-    def _show(self, said: dict[str, Any], length: int) -> None:
+    def _show(self, said: dict[str, Any], length: int, coming: float) -> None:
         now = self._now()
         if self.ended is not None:  # was under way when the viewer left
             return
@@ -251,7 +255,9 @@ class Viewer:
         self._next = pts + duration
         zero = self._pace.zero
         assert zero is not None
-        self.shown.append(Shown(now, pts, duration, late, zero + self._next - now, length))
+        making, coding = float(said["generation_ms"]) / 1000, float(said["encode_ms"]) / 1000
+        ahead = zero + self._next - now
+        self.shown.append(Shown(now, pts, duration, late, ahead, length, making, coding, coming))
         for id in said["started_event_ids"]:
             if id in self.asked and self.asked[id].outcome == "unseen":
                 asked = self.asked[id]
@@ -303,6 +309,10 @@ def summary(viewers: Sequence[Viewer]) -> dict[str, Any]:
         "bytes": sum(one.bytes for viewer in viewers for one in viewer.shown),
         "first_chunk_seconds": spread(firsts),
         "inter_arrival_seconds": spread(gaps),
+        **{
+            f"{name}_seconds": spread(getattr(one, name) for viewer in viewers for one in viewer.shown)
+            for name in ("making", "coding", "coming")
+        },
         "in_time_share": sum(one.late <= IN_TIME for one in later) / len(later) if later else None,
         "underruns": len(stalls),
         "stall_seconds": sum(stalls),

@@ -81,6 +81,9 @@ def loaded(server: Running, key: str | None = None, **changes: Any) -> dict[str,
     for viewer in viewers:
         assert len(viewer["shown"]) == viewer["chunks"]
         assert viewer["inter_arrival_seconds"]["count"] == max(0, viewer["chunks"] - 1)
+        for name in ("making", "coding", "coming"):
+            assert viewer[f"{name}_seconds"]["count"] == viewer["chunks"]
+            assert all(0 <= one[name] <= one["at"] for one in viewer["shown"])
         changes_of = viewer["changes"]
         assert changes_of["asked"] == len(viewer["asked"]) == sum(changes_of.values()) - changes_of["asked"]
         assert changes_of["seen"] == viewer["change_seconds"]["count"]
