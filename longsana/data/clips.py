@@ -183,34 +183,56 @@ def turning_scene(seed: int, index: int, size: tuple[int, int], draw: Draw = any
     picture alone, and of an unknown place the sense of an orbit says nothing: all orbits taken together look alike in
     both senses. From a known start it says at once where the shape goes, which is learned first. draw: of which world.
     """
-    scene = _mostly(_turns, draw, seed, index, size)
+    scene = draw(seed, index, size) if index % 4 == 0 else _drawn_with(_turns, draw, seed, index, size)
+    return _near_starts(scene, seed, index)
+
+
+def _near_starts(scene: Scene, seed: int, index: int) -> Scene:
+    """Move the starts of shapes that bounce or orbit nearer to one point, by as much as the scene's number says."""
     # A last number that draw_scene does not have: zeros at a seed's end change nothing.
     spread = np.random.default_rng((seed, index, 2)).random() ** 2
     tracks = (_near_start(track, spread) if _turns(track) else track for track in scene.tracks)
     return replace(scene, tracks=tuple(tracks))
 
 
-def _mostly(wanted: Callable[[Track], bool], draw: Draw, seed: int, index: int, size: tuple[int, int]) -> Scene:
-    """Draw a scene that in three of four has a track that is wanted."""
+def _drawn_with(wanted: Callable[[Track], bool], draw: Draw, seed: int, index: int, size: tuple[int, int]) -> Scene:
+    """Draw a scene with a track that is wanted: the first of its series."""
     scenes = (draw(seed + 1000 * again, index, size) for again in itertools.count())
-    return next(scene for scene in scenes if index % 4 == 0 or any(map(wanted, scene.tracks)))
+    return next(scene for scene in scenes if any(map(wanted, scene.tracks)))
+
+
+def mixed_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
+    """Choose a scene: in four of five a shape does or is what a base model is slowest to learn (`HARD`); else any.
+
+    What bounces or orbits begins as in `turning_scene`.
+    """
+    wanted = HARD[index % len(HARD)]
+    scene = any_scene(seed, index, size) if wanted is None else _drawn_with(wanted, any_scene, seed, index, size)
+    return _near_starts(scene, seed, index)
 
 
 def _turns(track: Track) -> bool:
-    return track.actor.motion in ("bounce", *TURNS)
+    return _bounces(track) or _orbits(track)
 
 
-def crossing_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
-    """Choose a scene: in three of four a shape goes one way quickly, and so over the picture's edges; else any.
+def _bounces(track: Track) -> bool:
+    return track.actor.motion == "bounce"
 
-    What comes in on the other side is the rest of what left, which a network that knows places from the edges learns
-    last.
-    """
-    return _mostly(_crosses, any_scene, seed, index, size)
+
+def _orbits(track: Track) -> bool:
+    return track.actor.motion in TURNS
 
 
 def _crosses(track: Track) -> bool:
     return not _turns(track) and track.actor.speed == "quickly"
+
+
+def _is_thin(track: Track) -> bool:
+    return track.actor.size == "small" and track.actor.kind in ("ring", "cross")
+
+
+HARD = (_bounces, _orbits, _crosses, _is_thin, None)
+"""What a scene of `mixed_scene` must have, by its index; None: nothing. docs/shapes.md has why."""
 
 
 START = (0.5, 0.5, 0.625, 0.5)
@@ -356,7 +378,7 @@ GENERATORS: dict[str, Callable[[Shape, int, int, Callable[[], Encoder] | None], 
     "blobs": moving_blobs,
     "shapes": moving_shapes,
     "turning_shapes": partial(moving_shapes, draw=turning_scene),
-    "crossing_shapes": partial(moving_shapes, draw=crossing_scene),
+    "mixed_shapes": partial(moving_shapes, draw=mixed_scene),
     "bars": partial(moving_shapes, draw=bars_scene),
     "remembered_shapes": partial(moving_shapes, draw=remembered_scene),
     "turning_remembered_shapes": partial(moving_shapes, draw=partial(turning_scene, draw=remembered_scene)),

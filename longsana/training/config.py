@@ -18,7 +18,7 @@ from longsana.training.published import DISTILLING, TAUGHT, TRAINING
 
 @dataclass(frozen=True)
 class DataConfig:
-    # flow_matching and consistency: a folder of latent clips, or generated:shapes, :turning_shapes, :crossing_shapes,
+    # flow_matching and consistency: a folder of latent clips, or generated:shapes, :turning_shapes, :mixed_shapes,
     # :bars, :remembered_shapes, :turning_remembered_shapes or :blobs; ode: a folder of trajectories or a published
     # LMDB; self_forcing and longsana: a text file, one prompt a line
     data_path: str = "data/longsana/vidprom_filtered_extended.txt"
