@@ -76,7 +76,7 @@ def groups(caption: str) -> Iterator[str]:
         yield f"{actor.size} {actor.kind}"
 
 
-def scored(config: TrainingConfig, trial: Trial, device: torch.device) -> dict[str, dict[str, float]]:
+def scored(config: TrainingConfig, trial: Trial, device: torch.device) -> dict[str, dict[str, float | None]]:
     """Means of the figures by group, each with "videos"."""
     (seconds,), by_group = trial.lengths, defaultdict(list)
     for run in score_videos(config, trial, device):
@@ -92,8 +92,12 @@ def scored(config: TrainingConfig, trial: Trial, device: torch.device) -> dict[s
     }
 
 
-def _mean(values: Sequence[float]) -> float:
-    return round(100 * sum(values) / len(values), 1) if values else float("nan")
+def _told(loss: Sequence[float]) -> str:
+    return f"{loss[0]:.4f} ± {loss[1]:.4f}"
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -113,11 +117,8 @@ def main(arguments: Sequence[str]) -> None:
     result: dict[str, Any] = {"loss": {}, "scores": {}}
     for name, seed in (("seen", options.seen), ("unseen", UNSEEN)):
         result["loss"][name] = losses(config, seed, options.clips, device)
-    print(
-        table(
-            [{"sigma": sigma, **{n: own[sigma][0] for n, own in result["loss"].items()}} for sigma in map(str, SIGMAS)]
-        )
-    )
+    lines = result["loss"].items()
+    print(table([{"sigma": sigma, **{name: _told(own[sigma]) for name, own in lines}} for sigma in map(str, SIGMAS)]))
     held = Trial(prompts(0, options.prompts, held_out=True), (0, 1, 2), (options.seconds,))
     trained = Trial(prompts(TRAINED, 8 * options.prompts, held_out=False), (0,), (options.seconds,))
     for name, trial in (("held-out", held), ("trained", trained)):
