@@ -64,6 +64,10 @@ class ChunkPlan:
         """
         return cls.split(frames, size, size if first_chunk else 0)
 
+    def resized(self, chunk: int, frames: int) -> ChunkPlan:
+        """The plan with so many frames in this chunk; the others keep their lengths."""
+        return ChunkPlan((*self.lengths[:chunk], frames, *self.lengths[chunk + 1 :]))
+
     @property
     def frames(self) -> int:
         return sum(self.lengths)

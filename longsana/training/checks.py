@@ -91,7 +91,6 @@ def check_training(config: TrainingConfig) -> None:
     whole = trainer == "flow_matching" and not config.flow_matching.causal
     for key, value in chosen_past(config.model).items() if whole else ():
         raise InputError(f"model.{key}={value}: has no meaning with flow_matching.causal=false; a clip is one chunk")
-    check_no_first_chunk(config)
     check_no_memory(config)
     if config.vae.encoder != FULL:
         raise InputError(
@@ -121,6 +120,7 @@ def check_training(config: TrainingConfig) -> None:
         )
     if config.train.image_probability > 0:
         _check_pictures(config)
+    _check_first_chunk(config)
     if trainer == "longsana":
         _check_streams(config)
 
@@ -235,6 +235,46 @@ def _check_pictures(config: TrainingConfig) -> None:
             f"rollout.num_training_frames={frames}: after a picture that is absorbed it must be as many chunks of "
             f"{sampling.chunk_frames} as without one, so that all processes run the network equally often; for example "
             f"{frames + 1}, or sampling.image_first=pin"
+        )
+
+
+def _check_first_chunk(config: TrainingConfig) -> None:
+    train, sampling = config.train, config.sampling
+    share, first, name = train.first_chunk_probability, sampling.first_chunk_frames, "train.first_chunk_probability"
+    if config.trainer not in DISTILLING:
+        if share:
+            raise InputError(
+                f"{name}={share}: the trainer {config.trainer} learns clips that are cut as published; short first "
+                f"chunks are for {' and '.join(DISTILLING)}; leave it out"
+            )
+        check_no_first_chunk(config)
+    if not share:
+        if first:
+            raise InputError(
+                f"sampling.first_chunk_frames={first}: has no meaning for training with {name}=0, where no video "
+                "begins so; set that above 0, or leave this to inference"
+            )
+        return
+    if not first:
+        raise InputError(
+            f"{name}={share}: does not say how short; set sampling.first_chunk_frames too, or leave it out"
+        )
+    shortest, pictured = config.rollout.min_num_training_frames, train.image_probability > 0
+    apart = pictured and sampling.image_first == "absorb"
+    usual = ChunkPlan.split(shortest - apart, sampling.chunk_frames).lengths[0]
+    if first >= usual:
+        raise InputError(
+            f"sampling.first_chunk_frames={first}: with {name}={share} it must be below {usual}, the first chunk of a "
+            f"rollout of {shortest} latents" + (" after its picture" if apart else "")
+        )
+    if pictured and not apart and first == 1:
+        raise InputError(
+            "sampling.first_chunk_frames=1: with train.image_probability above 0 a picture that is pinned is all of "
+            "such a chunk; make it at least 2, or set sampling.image_first=absorb"
+        )
+    if config.trainer == "longsana" and not config.streaming.train_first_chunk:
+        raise InputError(
+            f"{name}={share}: with streaming.train_first_chunk=false first chunks have no loss; leave one of them out"
         )
 
 

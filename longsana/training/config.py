@@ -165,6 +165,8 @@ class TrainConfig:
     # Share of updates, or of videos, that begin with a picture, which has no loss: latent 0 of a clip or a trajectory,
     # or what data.data_path names for each prompt; base models pin it, other stages do as sampling.image_first says
     image_probability: float = bounded(0.0, 0, 1)
+    # Share of updates, or of streams, whose first chunk has sampling.first_chunk_frames; self_forcing and longsana
+    first_chunk_probability: float = bounded(0.0, 0, 1)
     text_encoder: Literal["keep", "offload", "free"] = "keep"  # on the GPU; on the host between uses; encode all first
     # Captions encoded at a time; more are faster with a small encoder, and round differently
     captions_together: int = bounded(1, 1, 100_000)

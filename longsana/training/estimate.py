@@ -29,6 +29,7 @@ from longsana.training.meta import (
     Role,
     beginnings_of,
     exiting,
+    first_chunks_of,
     lengths_of,
 )
 from longsana.training.stages.stage import Stage
@@ -279,17 +280,19 @@ def model_flops(config: TrainingConfig, role: Role, *, exit_step: int | None = N
 
     A forward pass counts once, one with its backward pass three times, or under a LoRA, which itself does not count,
     twice; what checkpointing computes again and the encoders do not count. exit_step: of every chunk of a rollout;
-    None is the mean over the steps that training draws. Lengths of rollouts that are drawn enter by their mean, too.
+    None is the mean over the steps that training draws. Lengths of rollouts and of first chunks that are drawn enter by
+    their mean, too.
     LongSANA: a stretch after the first.
     """
     steps = range(len(FlowSchedule.from_config(config.scheduler).steps))
     drawn = steps[-1:] if config.rollout.last_step_only else steps
     totals = [
-        _count_flops(exiting(drawn_length, step), role)
-        for drawn_length in lengths_of(config)
+        (share, _count_flops(exiting(drawn_length, step), role))
+        for share, drawn_first in first_chunks_of(config)
+        for drawn_length in lengths_of(drawn_first)
         for step in (drawn if exit_step is None else [exit_step])
     ]
-    return sum(totals) // len(totals)
+    return round(sum(share * total for share, total in totals) / sum(share for share, _ in totals))
 
 
 def _count_flops(config: TrainingConfig, role: Role) -> int:

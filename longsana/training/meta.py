@@ -129,10 +129,25 @@ def lengths_of(config: TrainingConfig) -> list[TrainingConfig]:
 
 
 def beginnings_of(config: TrainingConfig) -> list[TrainingConfig]:
-    """The config with each beginning of its videos that it draws: noise in all updates, or a picture in all of them."""
+    """The config with each beginning of its videos that it draws: noise in all updates, or a picture in all of them.
+
+    Without short first chunks, unless all are: as many chunks of fewer latents need no more.
+    """
     train, share = config.train, config.train.image_probability
     drawn = {0.0} if share == 0 else {1.0} if share == 1 else {0.0, 1.0}
+    train = replace(train, first_chunk_probability=float(train.first_chunk_probability == 1))
     return [replace(config, train=replace(train, image_probability=share)) for share in sorted(drawn)]
+
+
+def first_chunks_of(config: TrainingConfig) -> list[tuple[float, TrainingConfig]]:
+    """The config with each first chunk that it draws, the usual one in all updates or a short one, and its share."""
+    share = config.train.first_chunk_probability
+    drawn = {0.0: 1 - share, 1.0: share}
+    return [
+        (weight, replace(config, train=replace(config.train, first_chunk_probability=certain)))
+        for certain, weight in drawn.items()
+        if weight
+    ]
 
 
 def exiting(config: TrainingConfig, step: int) -> TrainingConfig:

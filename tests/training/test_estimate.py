@@ -276,6 +276,18 @@ def test_a_picture_first_is_in_the_estimate(training_config: Any) -> None:
     assert all_of_them.activations == pytest.approx(without.activations, rel=0.1)
 
 
+def test_a_short_first_chunk_in_the_estimate(training_config: Any) -> None:
+    """The update without one where both are drawn, which is the fuller."""
+
+    def measured(share: float) -> Update:
+        own = (f"train.first_chunk_probability={share}", "sampling.first_chunk_frames=1")
+        return measure_update(training_config("self_forcing", *own), "generator")
+
+    without, few, many, all_of_them = map(measured, (0.0, 0.001, 0.999, 1.0))
+    assert without == few == many
+    assert all_of_them.activations + all_of_them.gradients < without.activations + without.gradients
+
+
 @pytest.mark.slow
 def test_learned_factors_are_in_the_estimate(training_config: Any) -> None:
     """A number for each block and head of the generator, and what chunks keep for the gradients of these."""
@@ -366,6 +378,17 @@ def test_flops_of_an_update_counted_by_hand() -> None:
     assert model_flops(large("ode"), "generator") == model_flops(large("flow_matching"), "generator") == 3 * whole
     stretch = 3 * 2 * forward(10) + 2 * forward(10) + 3 * whole
     assert model_flops(large("longsana"), "critic", exit_step=2) == stretch
+
+
+def test_flops_of_first_chunks_that_are_drawn() -> None:
+    """The mean of 21 latents and of 13, by their shares."""
+    config = large("self_forcing")
+    config = replace(config, sampling=replace(config.sampling, first_chunk_frames=3))
+    forward = partial(forward_flops, config.model, height=60, width=104)
+    usual, short = (2 * forward(first) + forward(10) + 3 * forward(first + 10) for first in (11, 3))
+    for share in (0, 0.25, 1):
+        drawn = replace(config, train=replace(config.train, first_chunk_probability=share))
+        assert model_flops(drawn, "critic", exit_step=0) == pytest.approx((1 - share) * usual + share * short)
 
 
 def test_flops_of_lengths_that_are_drawn() -> None:

@@ -26,6 +26,7 @@ from tests.training.conftest import PROMPTS, ROOT, SCRIPT
 
 pytestmark = pytest.mark.timeout(600)
 FREE = "train.text_encoder=free"
+FIRST_CHUNK = ["train.first_chunk_probability=0.5", "sampling.first_chunk_frames=1"]
 # (trainer, overrides, updates before the kill): in iteration 4 of 6, after a checkpoint at 4 of all iterations.
 STAGES: dict[str, tuple[str, list[str], int]] = {
     "base": ("flow_matching", [], 4),
@@ -47,6 +48,9 @@ STAGES: dict[str, tuple[str, list[str], int]] = {
     # Their prompts name pictures: of clips in iterations 0, 2 and 4; of every stream.
     "self_forcing_picture": ("self_forcing", ["train.image_probability=0.5"], 7),
     "longsana_picture": ("longsana", ["train.image_probability=1", "sampling.image_first=absorb"], 7),
+    # In iterations 1 to 5, of the critic but in 4; of the second of streams of four stretches, from iteration 2 on.
+    "self_forcing_first_chunk": ("self_forcing", FIRST_CHUNK, 7),
+    "longsana_first_chunk": ("longsana", [*FIRST_CHUNK, "streaming.streaming_max_length=17"], 7),
     "lora": ("longsana", ["train.lora.rank=2", "train.gradient_checkpointing=true"], 7),
     "changing": ("longsana", ["streaming.prompt_change_prob=0.7", "streaming.prompt_change=recache=2"], 7),
 }
@@ -169,6 +173,8 @@ def test_the_runs_differ_where_they_should(stage_config, run, tmp_path):
             marks=pytest.mark.slow,  # LongSANA, below, has its networks and losses
         ),
         ("longsana", []),
+        pytest.param("self_forcing_first_chunk", [], marks=pytest.mark.slow),
+        pytest.param("longsana_first_chunk", [], marks=pytest.mark.slow),
         ("lora", []),
         pytest.param("past", [], marks=pytest.mark.slow),
         pytest.param("changing", [], marks=pytest.mark.slow),

@@ -83,7 +83,8 @@ class LongSana(SelfForcing):
         if self.changes.happens(micro_batch, None if stream is None else progress):
             state, text = self._changed(micro_batch, stream, text)
         first = self._first(micro_batch, stream, progress, text)
-        plan = self.plan(self._stretch(stream), first)
+        short = stream is None and self.begins_short(micro_batch)
+        plan = self.plan(self._stretch(stream), first, short=short)
         exits = self._exit_steps(micro_batch, len(plan))
         new, state = self.generate(micro_batch, plan, text, state, exits, first=first, keep_state=True, recent=recent)
         assert state is not None
@@ -166,19 +167,25 @@ class LongSana(SelfForcing):
     ) -> None:
         """Put the stream back, unless it has come to its end."""
         self._serials[micro_batch.index] = progress.serial + 1
-        progress = progress._replace(frames=state.frames)
+        fewer = self._stretch(None) - state.frames if stream is None else progress.fewer
+        progress = progress._replace(frames=state.frames, fewer=fewer)
         if not new.isfinite().all():
             log.warning(
                 "micro-batch %d: a stretch that is not finite; its stream ends at frame %d",
                 micro_batch.index,
                 state.frames,
             )
-        elif state.frames + self.config.streaming.streaming_min_new_frame <= self.config.streaming.streaming_max_length:
+        elif self._goes_on(progress.place):
             overlap, cache = self.overlap(new, None if stream is None else stream.cache)
             # In the order of memory that a checkpoint gives back: convolutions round differently for another one.
             if cache is not None:
                 cache = cache._replace(features=tuple(feature.contiguous() for feature in cache.features))
             self.streams[micro_batch.index] = Stream(progress, text, state, overlap.contiguous(), cache, recent)
+
+    def _goes_on(self, place: int) -> bool:
+        """Tell whether a stream has a next stretch at this place; see `Progress.place`."""
+        streaming = self.config.streaming
+        return place + streaming.streaming_min_new_frame <= streaming.streaming_max_length
 
     def state_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         groups = {}
@@ -187,6 +194,8 @@ class LongSana(SelfForcing):
             if stream := self.streams.get(index):
                 state = stream.state
                 numbers = {"frames": state.frames, "sinks": state.sinks}
+                if stream.progress.fewer:
+                    numbers |= {"fewer": stream.progress.fewer}
                 tensors |= {
                     name: torch.tensor(number, dtype=torch.int64, device="cpu") for name, number in numbers.items()
                 }
@@ -235,7 +244,8 @@ class LongSana(SelfForcing):
         if "frames" not in tensors:  # the micro-batch was between two streams
             return ""
         frames = int(tensors["frames"])
-        if problem := "their numbers mean something else" if anew else self._misfit(frames, tensors):
+        fewer = int(tensors["fewer"]) if "fewer" in tensors else 0
+        if problem := "their numbers mean something else" if anew else self._misfit(frames, fewer, tensors):
             return problem
         parts = {name: tensor.to(self.vae.device) for name, tensor in tensors.items() if tensor.dim()}
         # Streams from before there were sinks have none.
@@ -247,13 +257,13 @@ class LongSana(SelfForcing):
         recent = self.changes.recent()
         recent.take(Held.named(tensors, self.vae.device))
         numbers = tuple(tensors[NUMBERS].tolist()) if NUMBERS in tensors else ()
-        progress = Progress(self._serials[index] - 1, frames, numbers)
+        progress = Progress(self._serials[index] - 1, frames, numbers, fewer)
         self.streams[index] = Stream(progress, text, state, parts["lead"], cache, recent)
         return ""
 
-    def _misfit(self, frames: int, tensors: Mapping[str, Tensor]) -> str:
-        """Say what a stream has that this run's would not, or nothing."""
-        if frames + self.config.streaming.streaming_min_new_frame > self.config.streaming.streaming_max_length:
+    def _misfit(self, frames: int, fewer: int, tensors: Mapping[str, Tensor]) -> str:
+        """Say what a stream has that this run's would not, or nothing. frames, fewer: see `Progress`."""
+        if not self._goes_on(frames + fewer):
             return f"{frames} latents, which leave no room for a stretch"
         if problem := self.changes.misfit(tensors):
             return problem

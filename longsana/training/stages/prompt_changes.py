@@ -99,11 +99,18 @@ class Progress(NamedTuple):
     serial: how many videos its micro-batch has begun before it.
     frames: its latent frames so far.
     numbers: of the prompts that it began with; a checkpoint holds them for a switch file alone.
+    fewer: latent frames that its first stretch had less than others, since it began with a short chunk.
     """
 
     serial: int
     frames: int
     numbers: tuple[int, ...]
+    fewer: int = 0
+
+    @property
+    def place(self) -> int:
+        """Its latent frames so far, had its first stretch been as long as others: so it switches and ends with them."""
+        return self.frames + self.fewer
 
 
 class PromptChanges(ABC):
@@ -216,5 +223,5 @@ class Switches(PromptChanges):
 
     def _is_there(self, micro_batch: MicroBatch, progress: Progress) -> bool:
         """Tell whether the place of a stream is the next stretch's beginning; it may have grown by other stretches."""
-        before = progress.frames - (self._new if progress.frames > self._first else self._first)
-        return before < self.place(micro_batch.index, progress.serial) <= progress.frames
+        before = progress.place - (self._new if progress.place > self._first else self._first)
+        return before < self.place(micro_batch.index, progress.serial) <= progress.place

@@ -104,7 +104,7 @@ class SelfForcing(Stage):
         numbers = [self.order[micro_batch.role][number] for number in micro_batch.samples]
         text = self.embed([self.prompts[number] for number in numbers])
         first = self.picture(micro_batch, numbers)
-        plan = self.plan(self._length(micro_batch), first)
+        plan = self.plan(self._length(micro_batch), first, short=self.begins_short(micro_batch))
         exits = self._exit_steps(micro_batch, len(plan))
         surplus = plan.frames - settings.slice_last_frames
         learned_from = surplus + 1 if surplus > 0 else 0
@@ -121,12 +121,23 @@ class SelfForcing(Stage):
         assert self.pictures is not None, "the prompts have no pictures"
         return self.pictures(numbers).to(micro_batch.device)
 
-    def plan(self, frames: int, first: Tensor | None) -> ChunkPlan:
-        """The chunks of so many new latents. first: (B, C, 1, H, W), a picture that they begin with."""
-        sampling = self.config.sampling
+    def begins_short(self, micro_batch: MicroBatch) -> bool:
+        """Tell whether videos that begin in this update begin with a short chunk."""
+        return micro_batch.happens("first chunk", self.config.train.first_chunk_probability)
+
+    def plan(self, frames: int, first: Tensor | None, *, short: bool = False) -> ChunkPlan:
+        """The chunks of so many new latents.
+
+        first: (B, C, 1, H, W), a picture that they begin with.
+        short: the first chunk, or the one after a picture that is absorbed, has `sampling.first_chunk_frames`. There
+            are as many chunks, so that all processes run the network equally often, and so fewer latents.
+        """
+        sampling, apart = self.config.sampling, first is not None and self.config.sampling.image_first == "absorb"
         if first is None:
-            return ChunkPlan.split(frames, sampling.chunk_frames)
-        return ChunkPlan.with_picture(frames, sampling.chunk_frames, sampling.image_first)
+            plan = ChunkPlan.split(frames, sampling.chunk_frames)
+        else:
+            plan = ChunkPlan.with_picture(frames, sampling.chunk_frames, sampling.image_first)
+        return plan.resized(int(apart), sampling.first_chunk_frames) if short else plan
 
     def beginning(self, latents: Tensor, text: TextEmbedding, exits: list[int], first: Tensor | None) -> Window:
         """The whole beginning of a video as a window.
