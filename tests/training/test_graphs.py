@@ -172,6 +172,18 @@ def test_a_later_place_in_the_video_is_no_new_kind(plain, replayed):
     assert recorded(replayed) == [1]
 
 
+def test_a_chunk_of_another_length_is_another_recording(plain, replayed):
+    """As a short first chunk is, among others: each is the pass itself, whichever came before."""
+    for frames in (3, 1, 3, 1):
+        gradients = []
+        for model in (plain, replayed):
+            velocity, _ = model(*pass_inputs(model, frames=frames))
+            gradients.append(torch.autograd.grad(velocity.square().mean(), list(model.parameters()), allow_unused=True))
+        for expected, given in zip(*gradients, strict=True):
+            assert (expected is None) == (given is None) and (expected is None or torch.equal(expected, given))
+    assert recorded(replayed) == [1, 1]
+
+
 def test_the_average_is_sampled(replayed):
     learner = Learner("generator", replayed, AdamWConfig(lr=0.1), ema_weight=0.5)
     x, t, text = pass_inputs(replayed)

@@ -35,7 +35,7 @@ STREAM = (3, 4, 4)
 
 @pytest.fixture
 def build(distilled: Callable[..., Any], pictured_prompts: Path, vae: WanVAE) -> Callable[..., Any]:
-    """`build(SelfForcing, "rollout.last_step_only=true")`: a stage whose videos all begin with one latent as a chunk."""
+    """`build(SelfForcing, "rollout.last_step_only=true")`: a stage whose first chunks all have one latent."""
 
     def make(
         stage: type[Any], *overrides: str, share: float = 1, first: int = 1, way: str | None = None, **parts: Any
