@@ -29,8 +29,9 @@ from tests.training.stages.test_self_forcing import Recorder, TurnNoise, micro_b
 
 # The way of a picture to begin with, and the first chunk: what it makes of 5 latents in chunks of 3 and 2.
 PLANS = {(None, 1): (1, 2), (None, 2): (2, 2), ("absorb", 1): (1, 1, 2), ("pin", 2): (2, 2)}
-LONGER = "streaming.streaming_max_length=13"
-STREAM = (3, 4, 4)
+# Three stretches, and two latents too few for a fourth, which a stream that begins shorter by two does not get either.
+LONGER = "streaming.streaming_max_length=15"
+SHORTER = "streaming.streaming_max_length=11"
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_a_stage_that_was_stopped_goes_on_to_the_bit(build: Callable[..., Any], 
 
 def test_what_is_saved_says_how_a_stream_began(build: Callable[..., Any], caplog: Any) -> None:
     """Another share changes no stream that has begun; one that would not fit ends by the same rule as others."""
-    stage, other, shorter = build(LongSana, LONGER), build(LongSana, LONGER, share=0), build(LongSana)
+    stage, other, shorter = build(LongSana, LONGER), build(LongSana, LONGER, share=0), build(LongSana, SHORTER)
     for step in range(2):
         stage.rollout(micro_batch("critic", step))
     groups = saved(stage)
