@@ -281,8 +281,7 @@ def model_flops(config: TrainingConfig, role: Role, *, exit_step: int | None = N
     A forward pass counts once, one with its backward pass three times, or under a LoRA, which itself does not count,
     twice; what checkpointing computes again and the encoders do not count. exit_step: of every chunk of a rollout;
     None is the mean over the steps that training draws. Lengths of rollouts and of first chunks that are drawn enter by
-    their mean, too.
-    LongSANA: a stretch after the first.
+    their mean, too. LongSANA: a stretch after the first.
     """
     steps = range(len(FlowSchedule.from_config(config.scheduler).steps))
     drawn = steps[-1:] if config.rollout.last_step_only else steps
