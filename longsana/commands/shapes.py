@@ -401,7 +401,7 @@ def _read(parts: Path, name: str, remedy: str) -> dict[str, Any]:
 def render_table(scores: dict[str, Any], speeds: dict[str, float]) -> str:
     """Markdown: a line a model and length."""
     from longsana.evaluation.report import table
-    from longsana.evaluation.score_model import DRIFT, FIGURES
+    from longsana.evaluation.score_model import DRIFT, FIGURES, RIGHT
 
     lines = []
     steps = {row.name: row.steps for row in ROWS}
@@ -411,7 +411,7 @@ def render_table(scores: dict[str, Any], speeds: dict[str, float]) -> str:
                 {
                     "model": name,
                     "seconds": int(seconds),
-                    **{figure: _percent(figures[figure]) for figure in FIGURES if figure in figures},
+                    **{figure: _percent(figures[figure]) for figure in (*FIGURES, RIGHT) if figure in figures},
                     "seam index": _number(figures["seam index"]),
                     DRIFT: _percent(figures[DRIFT]),
                     "steps": steps[name] or "",

@@ -39,6 +39,7 @@ from longsana.weights.build import resolve_dtype
 
 FIGURES = Verdicts._fields
 DRIFT = "saturation drift"
+RIGHT = "right in every frame"
 TRUTH = 1 << 20
 """Index of the first scene that is filmed as ground truth, far from those of training and of prompts."""
 
@@ -181,6 +182,7 @@ def score_looks(
         frames = seconds * FPS + 1
         verdicts = judge(whole.first(frames), promises)
         figures[seconds] = {name: getattr(verdicts, name).nanmean(1) for name in FIGURES}
+        figures[seconds][RIGHT] = verdicts.right.all(1).double()
         figures[seconds]["seam index"] = seam(looks.change[:, :frames])
         figures[seconds][DRIFT] = drift(saturation[:, :frames], FPS).abs()
     verdicts = judge(whole, promises)

@@ -47,6 +47,12 @@ class Verdicts(NamedTuple):
         """(B, F): mean of all that a caption says, which is all but persistence, identity and returns."""
         return torch.stack([self.colour, self.kind, self.background, self.motion]).nanmean(0)
 
+    @property
+    def right(self) -> Tensor:
+        """(B, F), bool: whether all that a caption says is so, and persistence; what is not judged is not wrong."""
+        judged = torch.stack([self.colour, self.kind, self.background, self.motion, self.persistence])
+        return ((judged >= 1) | judged.isnan()).all(0)
+
 
 def judge(seen: Seen, promises: Sequence[Promise | None]) -> Verdicts:
     """Compare what was seen in B videos with their promises; None: outside of the grammar, not scored."""

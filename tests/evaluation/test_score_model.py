@@ -36,6 +36,7 @@ def test_the_world_itself_scores_in_full():
             expected = None if figure == "returns" else pytest.approx(1, abs=0.01)
             assert report["figures"][seconds][figure] == [expected, None], figure
         assert report["figures"][seconds]["seam index"][0] == pytest.approx(1, abs=0.2)
+        assert report["figures"][seconds][trial.RIGHT][0] == 1
     assert report["videos"] == 4
     assert report["seeds"] == 1
     assert report["curves"]["persistence"] == report["curves"]["identity"] == pytest.approx([1, 1, 1])
@@ -84,7 +85,18 @@ def test_what_breaks_its_promise_scores_less():
     scenes = [draw_scene(5, index, held_out=True) for index in range(2)]
     other = [draw_scene(6, index, held_out=True).caption for index in range(2)]
     scored = trial._score(films(scenes, 2 * FPS + 1), other, (2,), trial.seam_of(ChunkPlan.split(1, 1), 4), CPU)
-    assert summarise([scored], (2,))["figures"]["2"]["persistence"][0] == 0
+    figures = summarise([scored], (2,))["figures"]["2"]
+    assert figures["persistence"][0] == figures[trial.RIGHT][0] == 0
+
+
+def test_a_video_with_one_wrong_frame_is_not_right_in_every_frame():
+    scenes = [draw_scene(5, index, held_out=True) for index in range(2)]
+    shown = torch.cat(films(scenes, 2 * FPS + 1), dim=1)
+    shown[0, FPS] = shown[0, FPS, :1, :1]  # its ground alone
+    captions = [scene.caption for scene in scenes]
+    scored = trial._score([shown], captions, (2,), trial.seam_of(ChunkPlan.split(9, 4), 4), CPU)
+    assert [video["figures"][2][trial.RIGHT] for video in scored] == [0, 1]
+    assert scored[0]["figures"][2]["persistence"] == pytest.approx(1 - 1 / (2 * FPS + 1))
 
 
 @pytest.mark.parametrize(("decoder", "bias"), [("full", "decoder.conv_out.bias"), ("tae_shapes", "decoder.1.bias")])
