@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 import numpy as np
 from tqdm import tqdm
 
@@ -68,11 +69,19 @@ class Span(NamedTuple):
             InputError: the file is another one than when it was surveyed.
         """
         with told_of_film(self.source.where):
-            frames = islice(film_frames(self.source.open(), self.fps, self.first), self.frames)
-            pictures = [fitted(picture, height, width) for picture in frames]
+            try:
+                pictures = self._fitted(self.first, 0, height, width)
+            except (ValueError, av.FFmpegError):
+                # It cannot be sought; from its beginning on the survey has read all of it.
+                pictures = self._fitted(0, self.first, height, width)
         if len(pictures) < self.frames:
             raise InputError(f"{self.source.where}: has changed since it was surveyed; start the same command again")
         return np.stack(pictures)
+
+    def _fitted(self, start: int, left_out: int, height: int, width: int) -> list[np.ndarray]:
+        """Read from frame `start` on, leave so many out, and fit the others to (height, width)."""
+        frames = film_frames(self.source.open(), self.fps, start)
+        return [fitted(picture, height, width) for picture in islice(frames, left_out, left_out + self.frames)]
 
 
 def look_at(source: Source, fps: float) -> Facts:

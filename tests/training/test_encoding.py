@@ -82,6 +82,18 @@ def test_later_frames_are_those_of_the_whole_film(films: Path) -> None:
                 assert [*map(bytes, later)] == [*map(bytes, whole[first:])], (source.name, first)
 
 
+def test_a_clip_that_cannot_be_sought_is_read_from_the_beginning(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = max(find_sources(films), key=lambda source: source.stamp)
+    span = survey.Span(source, 7, 5, 8)
+    sought = span.read(48, 80)
+
+    def lost(*_: object) -> Iterator[av.VideoFrame]:
+        raise ValueError("it cannot be found")
+
+    monkeypatch.setattr("longsana.data.films._decoded", lost)
+    assert np.array_equal(span.read(48, 80), sought)
+
+
 def test_shards_hold_the_films_and_flow_matching_trains_on_them(films: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert encode.main([str(films), "--out", str(out), *SMALL]) == 0
