@@ -231,9 +231,10 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             tiny_encoder=tiny_encoder,
         )
         past = {"num_cached_blocks": num_cached_blocks, "state_decay": state_decay, "num_sink_blocks": num_sink_blocks}
-        if asked := [name for name, value in past.items() if value is not None]:
-            if not self.distilled:
-                raise InputError(f"{asked[0]}: has no meaning for the base model, which samples a clip as one chunk")
+        asked = [name for name, value in past.items() if value is not None]
+        if not self.distilled and (meant := [*asked, *(["absorb"] if absorb != "clean" else [])]):
+            raise InputError(f"{meant[0]}: has no meaning for the base model, which samples a clip as one chunk")
+        if asked:
             uncompiled(transformer).set_past(**past)
         self._interrupt = False
         self._text_part: Part | None = None  # the text encoder's, if it waits on the host

@@ -176,8 +176,9 @@ def test_what_means_nothing_is_refused(settings: dict[str, Any], message: str, d
 
 
 def test_a_clip_of_the_base_model_has_no_past(base_folder: Path) -> None:
-    with pytest.raises(InputError, match="state_decay: has no meaning for the base model"):
-        quiet(base_folder, state_decay=0.9)
+    for name, value in (("state_decay", 0.9), ("absorb", "last_step")):
+        with pytest.raises(InputError, match=f"{name}: has no meaning for the base model"):
+            quiet(base_folder, **{name: value})
 
 
 def test_a_state_of_another_past_is_refused(loaded: LongSanaVideoPipeline, distilled_folder: Path) -> None:
