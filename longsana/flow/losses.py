@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 
-def flow_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """Scalar: the mean of (velocity - (noise - x0))^2; each (B, C, T, H, W)."""
+def flow_loss(velocity: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Scalar: the mean of weight (velocity - (noise - x0))^2; each (B, C, T, H, W), weight (B, T), None: 1."""
     assert velocity.shape == x0.shape == noise.shape, (velocity.shape, x0.shape, noise.shape)
-    return (_wide(velocity) - (_wide(noise) - _wide(x0))).square().mean()
+    error = (_wide(velocity) - (_wide(noise) - _wide(x0))).square()
+    return error.mean() if weight is None else (weight.to(error.dtype) * error.mean((1, 3, 4))).mean()
 
 
 def trajectory_loss(x0_predicted: Tensor, x0: Tensor, t: Tensor) -> Tensor:

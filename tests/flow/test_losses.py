@@ -30,6 +30,15 @@ def test_flow_loss_and_its_gradient():
     torch.testing.assert_close(gradient_of(loss, velocity), 2 * error / elements, **NEAR)
 
 
+def test_a_weighted_flow_loss_counts_frames_by_their_weights():
+    velocity, x0, noise = videos(3, 1)
+    weight = torch.rand(B, T, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    error = (velocity - (noise - x0)) ** 2
+    expected = (error * weight[:, None, :, None, None]).sum() / error.numel()
+    torch.testing.assert_close(flow_loss(velocity, x0, noise, weight), expected, **NEAR)
+    torch.testing.assert_close(flow_loss(velocity, x0, noise, torch.ones_like(weight)), error.mean(), **NEAR)
+
+
 def test_flow_loss_is_least_for_the_true_velocity():
     x0, noise = videos(2)
     assert flow_loss(noise - x0, x0, noise) == 0

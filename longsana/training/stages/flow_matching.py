@@ -20,6 +20,7 @@ class FlowMatching(Stage):
     """One learner, on clips of latents with captions, some of which are dropped for the null caption.
 
     Bidirectional: a clip is one chunk with one timestep. Causal: a timestep a chunk, and no chunk sees a later one.
+    A frame's loss counts (1 - sigma) to the power `weight_power`.
     With probability `image_probability` clips begin with a picture: latent 0 is clean, has timestep 0 and no loss.
     null: (1, L, C), what a dropped caption becomes; with `dropped_caption: masked_null` under the caption's own mask.
     """
@@ -55,9 +56,12 @@ class FlowMatching(Stage):
         if pinned:
             x[:, :, 0] = x0[:, :, 0]  # at t = 0 the schedule has a least sigma, which is not 0
         velocity, _ = self.generator(x, t, text, plan=self.plan)
+        power = self.settings.weight_power
+        weight = (1 - self.schedule.sigma(t)) ** power if power else None
         if pinned:
             velocity, x0, noise = (video[:, :, 1:] for video in (velocity, x0, noise))
-        loss = flow_loss(velocity, x0, noise)
+            weight = None if weight is None else weight[:, 1:]
+        loss = flow_loss(velocity, x0, noise, weight)
         return Loss(loss, {"generator_loss": loss.detach()})
 
     def _timesteps(self, batch: int, rng: torch.Generator) -> Tensor:

@@ -85,6 +85,26 @@ def test_the_base_model_learns_the_velocity_of_a_clip_at_one_level(build):
     assert float(loss.value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_errors_count_by_how_much_of_the_clip_is_left(build, share):
+    """Of a picture that comes first none does."""
+    stage = build(
+        "flow_matching",
+        "flow_matching.class_dropout_prob=0.0",
+        "flow_matching.weight_power=1.5",
+        f"train.image_probability={share}",
+    )
+    now = micro_batch(3, 4)
+    loss = stage.loss(now)
+    (call,) = stage.generator.calls
+    x0 = torch.stack([stage.clips[stage.order[i]].latents for i in now.samples])
+    error = (call.velocity - (now.normal("noise", x0.shape) - x0)).square().mean((1, 3, 4))
+    weighted = (1 - stage.schedule.sigma(call.t)) ** 1.5 * error
+    expected = weighted[:, 1:].mean() if share else weighted.mean()
+    assert float(loss.value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert loss.value.dtype == torch.float32
+
+
 CAUSAL = ("flow_matching.causal=true", "flow_matching.chunk_sampling_strategy=")
 
 
