@@ -36,7 +36,7 @@ CONFIGS = {
 TINY = ("vae.decoder=taew2_1", "vae.decoder_pretrained=seeded:0")
 REPLAYED, FLOAT8 = "sampling.cuda_graphs=true", "model.float8=true"
 WHOLE_CHUNKS = "vae.latents_per_call=10"
-"""A call of the LTX-2 decoder is some 1,900 operations, however many latents it has, beside the server's other threads."""
+"""A call of the LTX-2 decoder is as many launches however many latents it has, beside the server's other threads."""
 LESS = 2
 """Times that a row is measured again with a viewer less."""
 
