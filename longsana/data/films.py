@@ -7,6 +7,7 @@ each, the largest part in the middle with the video's shape is scaled to its siz
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
@@ -67,10 +68,10 @@ def film_frames(source: Path | BinaryIO, fps: float, first: int = 0) -> Iterator
         if opening is None:
             return
         matrix, count = _display_matrix(opening), first
+        promised = promised_seconds(film, video, opening)
         for picture in _at_rate(film, video, chain([opening], frames), opening, rate, first):
             count += 1
             yield picture if matrix is None else _upright(picture, matrix)
-        promised = _promised(film, video)
     if promised is not None and count / fps < promised - LATE:
         raise ValueError(f"cut short: {count / fps:.1f} of {promised:.1f} seconds can be read")
 
@@ -154,11 +155,25 @@ def _square(frame: av.VideoFrame, video: VideoStream) -> np.ndarray:
     return frame.to_ndarray(format="rgb24", width=round(frame.width * aspect), height=frame.height)
 
 
-def _promised(film: InputContainer, video: VideoStream) -> float | None:
-    """Seconds that a film lasts by its own words."""
-    if video.duration is not None and video.time_base is not None:
-        return float(video.duration * video.time_base)
-    return None if film.duration is None else film.duration / av.time_base
+def promised_seconds(film: InputContainer, video: VideoStream, opening: av.VideoFrame) -> float | None:
+    """Seconds that a film lasts from its first picture, `opening`, on by its own words; None if it does not say.
+
+    Matroska and webm note the second at which the video's last picture ends, and else that of the whole file, which is
+    the video's own where it is alone.
+    """
+    tick = video.time_base or Fraction(1, 90_000)
+    if video.duration is not None:
+        return float(video.duration * tick)
+    end: float | None = None
+    if told := _CLOCK.fullmatch(video.metadata.get("DURATION", "")):
+        hours, minutes, seconds = map(float, told.groups())
+        end = 3600 * hours + 60 * minutes + seconds
+    elif film.duration is not None and len(film.streams) == 1:
+        end = film.duration / av.time_base
+    return None if end is None else end - float((opening.pts or 0) * tick)
+
+
+_CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
 
 def _display_matrix(opening: av.VideoFrame) -> np.ndarray | None:

@@ -16,6 +16,7 @@ from av.container import InputContainer
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
+from longsana.data.films import LATE, promised_seconds
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.evaluation.measures import boundaries
 from longsana.runtime.errors import InputError
@@ -53,7 +54,8 @@ def find_videos(folder: Path) -> list[Path]:
     """
     paths = [path for path in files_below(folder) if path.suffix.lower() in VIDEOS]
     if not paths:
-        raise InputError(f"{folder}: no mp4 in it; give the folder that inference wrote its videos to")
+        kinds = f"{', '.join(VIDEOS[:-1])} or {VIDEOS[-1]}"
+        raise InputError(f"{folder}: no {kinds} in it; give the folder that inference wrote its videos to")
     return paths
 
 
@@ -126,9 +128,23 @@ def read_pieces(path: Path, frames: int = 64) -> Iterator[Tensor]:
         InputError: the file is no video, broken, or shorter than its index says.
     """
     count, size = 0, None
+    seconds: float | None = None
+    end = 0.0
     with _open(path) as container:
-        promised = container.streams.video[0].frames  # 0 where the format does not say
-        decoded = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
+        video = container.streams.video[0]
+        promised = video.frames  # 0 where the format does not say
+
+        def shown() -> Iterator[np.ndarray]:
+            nonlocal seconds, end
+            opening: av.VideoFrame | None = None
+            for frame in container.decode(video):
+                if opening is None:
+                    opening, seconds = frame, promised_seconds(container, video, frame)
+                if frame.time is not None and opening.time is not None:
+                    end = frame.time - opening.time
+                yield frame.to_ndarray(format="rgb24")
+
+        decoded = shown()
         while pictures := list(islice(decoded, frames)):
             sizes = {picture.shape for picture in pictures} | ({size} if size else set())
             if len(sizes) > 1:
@@ -138,6 +154,10 @@ def read_pieces(path: Path, frames: int = 64) -> Iterator[Tensor]:
             yield torch.from_numpy(np.stack(pictures))[None]
     if count < max(promised, 1):
         raise InputError(f"{path}: cut short: {count} of {promised} frames can be read; make it again or remove it")
+    if seconds is not None and end < seconds - LATE:
+        raise InputError(
+            f"{path}: cut short: {end:.1f} of {seconds:.1f} seconds can be read; make it again or remove it"
+        )
 
 
 @contextmanager

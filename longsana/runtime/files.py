@@ -50,6 +50,8 @@ def expanded(path: str | Path) -> Path:
 def files_below(folder: Path) -> list[Path]:
     """Every file of a folder and of the folders in it, in order of their names; hidden ones are left out.
 
+    Links to folders are followed, each folder once.
+
     Raises:
         InputError: there is no such folder, or one in it cannot be read.
     """
@@ -60,8 +62,13 @@ def files_below(folder: Path) -> list[Path]:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); see to its rights") from error
 
     found: list[Path] = []
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    seen = {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        names, folders[:] = sorted(folders, key=lambda name: (Path(parent, name).is_symlink(), name)), []
+        for name in names:  # a folder itself before links to it
+            if not name.startswith(".") and (place := os.path.realpath(Path(parent, name))) not in seen:
+                seen.add(place)
+                folders.append(name)
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(found)
 

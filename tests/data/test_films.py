@@ -16,6 +16,7 @@ from PIL import Image
 
 from longsana.data.films import count_frames, fitted, read_film
 from longsana.data.pictures import rgb
+from longsana.evaluation.videos import read_pieces
 from longsana.runtime.errors import InputError
 from longsana.runtime.video import VideoWriter
 
@@ -32,6 +33,39 @@ def shot(path: Path, times: list[Fraction], *, sound: bool = False) -> Path:
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     return path
+
+
+def webm(path: Path, *, start: float = 0.0, seconds: float = 4.0, sound: float = 0.0) -> Path:
+    """A film whose pictures begin at a second of the file, and whose sound, if it has some, ends at one."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libvpx", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        voice = file.add_stream("libopus", rate=48_000) if sound else None
+        for number in range(int(10 * seconds)):
+            frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), 5 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = int(10 * start) + number, Fraction(1, 10)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+        for number in range(int(50 * sound)) if voice is not None else ():
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1920), np.int16), layout="stereo")
+            silence.sample_rate, silence.pts = 48_000, 960 * number
+            file.mux(voice.encode(silence))
+        file.mux(voice.encode(None) if voice is not None else [])
+    return path
+
+
+@pytest.mark.parametrize("given", [{"start": 3.0}, {"sound": 7.0}], ids=str)
+def test_a_webm_is_as_long_as_its_pictures(tmp_path: Path, given: dict[str, float]) -> None:
+    """Whenever they begin, and however long its sound goes on; and not where it was cut."""
+    path = webm(tmp_path / "film.webm", **given)
+    assert len(numbers(path, 10.0)) == 40
+    assert sum(piece.shape[1] for piece in read_pieces(path)) == 40
+    with av.open(str(path)) as file:
+        place = [packet.pos for packet in file.demux(video=0) if packet.pos][15]
+    path.write_bytes(path.read_bytes()[:place])
+    for read in (lambda: numbers(path, 10.0), lambda: list(read_pieces(path))):
+        with pytest.raises(InputError, match=r"cut short: 1.* of 4.* seconds"):
+            read()
 
 
 def numbers(path: Path, fps: float) -> list[int]:

@@ -118,7 +118,7 @@ def test_bad_input_is_told(folder, command, tmp_path, capsys, monkeypatch):
         return capsys.readouterr().err
 
     assert "no such folder" in complaint(str(tmp_path / "missing"))
-    assert "no mp4" in complaint(str(tmp_path))
+    assert "no .mp4, .webm or .mov in it" in complaint(str(tmp_path))
     assert "--device tpu9" in complaint(str(folder), "--device", "tpu9")
     assert "cuda:77" in complaint(str(folder), "--device", "cuda:77")
     assert "--ouput" in complaint(str(folder), "--ouput", "x")

@@ -23,6 +23,7 @@ from longsana.runtime.files import (
     atomic_write_text,
     check_writable,
     disk_failure,
+    files_below,
     hold_folder,
     move_into_place,
     open_exclusive,
@@ -232,6 +233,22 @@ def test_what_cannot_be_a_folder(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "folder", "--logdir")
     (tmp_path / "nowhere").mkdir()
     check_writable(tmp_path / "link", "--logdir")
+
+
+def test_links_to_folders_are_followed_each_folder_once(tmp_path: Path) -> None:
+    (tmp_path / "all/films/more").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("all/films/a.mp4", "all/films/more/b.mp4", "elsewhere/c.mp4"):
+        (tmp_path / name).touch()
+    (tmp_path / "all/again").symlink_to("films")
+    (tmp_path / "all/films/more/up").symlink_to("../..")
+    (tmp_path / "all/linked").symlink_to(tmp_path / "elsewhere")
+    found = files_below(tmp_path / "all")
+    assert [path.relative_to(tmp_path / "all").as_posix() for path in found] == [
+        "films/a.mp4",
+        "films/more/b.mp4",
+        "linked/c.mp4",
+    ]
 
 
 def test_of_a_link_the_link_alone_is_removed(tmp_path: Path) -> None:
