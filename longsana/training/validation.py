@@ -19,7 +19,7 @@ from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.encoders.geometry import geometry
 from longsana.encoders.vae import VideoVAE
-from longsana.evaluation.measures import Measures, boundaries, end_drift, measure, seam_index
+from longsana.evaluation.measures import Measures, boundaries, end_drift, measure, motion, seam_index
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import CaptionEmbedding, Text, TextEmbedding
 from longsana.published import DISTILLED
@@ -38,29 +38,23 @@ from longsana.training.config import TrainingConfig
 
 log = logging.getLogger(__name__)
 
-BYTE = 255.0
-LUMA = (0.299, 0.587, 0.114)  # Rec. 601
-
 
 class Probe(NamedTuple):
     """The look of a video in plain numbers: a model that collapses shows in them before it shows in the loss.
 
-    saturation: mean of HSV's saturation over all pixels, 0 (grey) to 1.
-    motion: mean |difference| of neighbouring frames, 0 (still) to 1.
-    contrast: mean over frames of the standard deviation of luma, 0 (one brightness) to 0.5.
-
-    And as `longsana evaluate` has them (longsana/evaluation/measures.py): sharpness, drifts, which are the relative
-    change of the last 15 % of a video against its first 15 %, and the seam index; nan where a video has none.
+    They are those of `longsana evaluate` (longsana/evaluation/measures.py), nan where a video has none: saturation,
+    contrast and sharpness, means over its frames; movement, the change a second; drifts, the relative change of the
+    last 15 % of a video against its first 15 %; and the seam index.
     """
 
     saturation: float
-    motion: float
+    movement: float
     contrast: float
     sharpness: float
     saturation_drift: float
     contrast_drift: float
     sharpness_drift: float
-    motion_drift: float
+    movement_drift: float
     seam_index: float
 
 
@@ -247,7 +241,7 @@ def _sample(
     """Make one video, write it unless `path` is None, and measure it; None, and no file, if it is not finite."""
     config, strip = engine.config, Strip()
     stride = engine.geometry.time_stride
-    meter = Meter(boundaries(engine.plan, stride), stride)
+    meter = Meter(config.sampling.fps, boundaries(engine.plan, stride), stride)
     try:
         with naming(path), ExitStack() as stack:
             writer = None
@@ -275,70 +269,31 @@ def _sample(
 class Meter:
     """Measures a video that comes in pieces, of which it keeps one frame.
 
-    seams, time_stride: where its chunks begin, and the pixel frames of a latent, as `seam_index` takes them.
+    fps: pictures a second. seams, time_stride: where its chunks begin, and the pixel frames of a latent, as
+        `seam_index` takes them.
     """
 
-    def __init__(self, seams: Sequence[int] = (), time_stride: int = 1) -> None:
-        self._seams, self._stride = seams, time_stride
-        names = ("saturation", "motion", "contrast")
-        self._sums = dict.fromkeys(names, 0.0)
-        self._counts = dict.fromkeys(names, 0)
+    def __init__(self, fps: float, seams: Sequence[int] = (), time_stride: int = 1) -> None:
+        self._fps, self._seams, self._stride = fps, seams, time_stride
         self._last: Tensor | None = None
         self._looks: list[Measures] = []
 
     def add(self, pixels: Tensor) -> None:
         """The next frames: (B, F, H, W, 3), uint8; B, H and W are the same in all pieces."""
-        self._note("saturation", saturation(pixels))
-        self._note("contrast", contrast(pixels))
-        joined = pixels if self._last is None else torch.cat([self._last, pixels], dim=1)
-        self._note("motion", motion(joined))
-        self._looks.append(measure(pixels, None if self._last is None else self._last[:, 0]))
-        self._last = pixels[:, -1:].clone()
+        self._looks.append(measure(pixels, self._last))
+        self._last = pixels[:, -1].clone()
 
     def result(self) -> Probe:
-        """Means over all frames so far; the motion of a single frame is 0."""
+        """Means over all frames so far."""
         looks = Measures.join(self._looks)
         return Probe(
-            **{name: total / max(self._counts[name], 1) for name, total in self._sums.items()},
+            saturation=float(looks.saturation.mean()),
+            movement=float(motion(looks.change, self._fps).nanmean()),
+            contrast=float(looks.contrast.mean()),
             sharpness=float(looks.sharpness.mean()),
             saturation_drift=float(end_drift(looks.saturation).nanmean()),
             contrast_drift=float(end_drift(looks.contrast).nanmean()),
             sharpness_drift=float(end_drift(looks.sharpness).nanmean()),
-            motion_drift=float(end_drift(looks.change).nanmean()),
+            movement_drift=float(end_drift(looks.change).nanmean()),
             seam_index=float(seam_index(looks.change, self._seams, self._stride).nanmean()),
         )
-
-    def _note(self, name: str, values: Tensor) -> None:
-        # Frame by frame: the sum is the same however the video was cut.
-        for value in values.flatten().tolist():
-            self._sums[name] += value
-        self._counts[name] += values.numel()
-
-
-def saturation(pixels: Tensor) -> Tensor:
-    """(max - min) / max of the three channels, 0 where all are 0, averaged over each frame.
-
-    pixels: (B, F, H, W, 3), uint8. Returns (B, F), float64.
-    """
-    most, least = pixels.amax(-1), pixels.amin(-1)
-    return ((most - least).float() / most.clamp(min=1)).mean(dim=(2, 3), dtype=torch.float64)
-
-
-def motion(pixels: Tensor) -> Tensor:
-    """|next frame - frame| / 255, averaged over pixels and channels.
-
-    pixels: (B, F, H, W, 3), uint8. Returns (B, F - 1), float64.
-    """
-    before, after = pixels[:, :-1], pixels[:, 1:]
-    # Of bytes the larger minus the smaller: a plain difference would wrap around.
-    difference = torch.maximum(before, after) - torch.minimum(before, after)
-    return difference.mean(dim=(2, 3, 4), dtype=torch.float64) / BYTE
-
-
-def contrast(pixels: Tensor) -> Tensor:
-    """Standard deviation over each frame of luma (Rec. 601), of 0 to 1.
-
-    pixels: (B, F, H, W, 3), uint8. Returns (B, F), float64.
-    """
-    luma = pixels.float() @ torch.tensor(LUMA, dtype=torch.float32, device=pixels.device) / BYTE
-    return luma.double().std(dim=(2, 3), correction=0)

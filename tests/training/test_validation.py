@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import colorsys
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from longsana.config import load_config, save_config
 from longsana.data.prompts import read_prompts
 from longsana.encoders.vae import WanVAE
-from longsana.evaluation.measures import end_drift, measure_pieces
+from longsana.evaluation.measures import end_drift, measure, measure_pieces
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -28,7 +28,7 @@ from longsana.sampling.engine import Engine
 from longsana.training.checks import validation_prompts
 from longsana.training.config import TrainingConfig
 from longsana.training.parallel import connect, device_mesh, parallelise
-from longsana.training.validation import InTraining, Meter, Report, Validation, contrast, motion, saturation
+from longsana.training.validation import InTraining, Meter, Report, Validation
 from longsana.weights.build import build_model
 from tests.forks import Forks
 
@@ -38,69 +38,25 @@ ROOT = Path(__file__).parents[2]
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-def video(*frames: list[list[tuple[int, int, int]]]) -> Tensor:
-    """(1, F, H, W, 3) of rows of pixels."""
-    return torch.tensor([frames], dtype=torch.uint8)
-
-
-def flat(*colours: tuple[int, int, int]) -> Tensor:
-    """A frame of 4 x 6 pixels of each colour."""
-    return torch.tensor(colours, dtype=torch.uint8).view(1, -1, 1, 1, 3).expand(1, len(colours), 4, 6, 3)
-
-
 @pytest.fixture
 def noise() -> Tensor:
     return torch.randint(0, 256, (2, 9, 4, 6, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
-def test_saturation() -> None:
-    colours = [(0, 0, 0), (7, 7, 7), (255, 255, 255), (255, 0, 0), (0, 1, 1), (200, 150, 100), (255, 255, 204)]
-    assert saturation(flat(*colours)).tolist() == [pytest.approx([0, 0, 0, 1, 1, 0.5, 0.2], abs=1e-6)]
-    half = video([[(255, 0, 0), (90, 90, 90)]])
-    assert saturation(half).tolist() == [[0.5]]
-
-
-def test_saturation_is_that_of_hsv(noise: Tensor) -> None:
-    mean = [
-        [sum(colorsys.rgb_to_hsv(*pixel)[1] for pixel in frame.view(-1, 3).tolist()) / 24 for frame in clip]
-        for clip in noise.int()
-    ]
-    assert torch.allclose(saturation(noise), torch.tensor(mean, dtype=torch.float64), atol=1e-6)
-
-
-def test_motion(noise: Tensor) -> None:
-    assert motion(flat((9, 200, 30)).expand(2, 5, 4, 6, 3)).abs().max() == 0
-    # The difference of bytes must not wrap around, whichever is the larger.
-    assert motion(flat((0, 0, 0), (255, 255, 255), (0, 0, 0), (51, 0, 102))).tolist() == [[1, 1, 0.2]]
-    one = video([[(0, 0, 0), (0, 0, 0)]], [[(0, 0, 0), (255, 0, 0)]])
-    assert motion(one).item() == pytest.approx(1 / 6)
-    plain = noise.double().diff(dim=1).abs().mean((2, 3, 4)) / 255
-    assert torch.allclose(motion(noise), plain)
-
-
-def test_contrast(noise: Tensor) -> None:
-    assert contrast(flat((0, 0, 0), (255, 30, 7))).tolist() == [pytest.approx([0, 0], abs=1e-6)]
-    assert contrast(video([[(0, 0, 0), (255, 255, 255)]])).item() == pytest.approx(0.5)
-    # Colours of one brightness are no contrast.
-    assert contrast(video([[(100, 0, 0), (0, 0, 0)]])).item() == pytest.approx(0.299 * 100 / 255 / 2)
-    plain = (noise.double() @ torch.tensor([0.299, 0.587, 0.114]).double() / 255).flatten(2).std(2, correction=0)
-    assert torch.allclose(contrast(noise), plain, atol=1e-6)
-
-
 @pytest.mark.parametrize("cuts", [[9], [1, 8], [4, 4, 1], [1] * 9])
 def test_a_video_in_pieces_measures_the_same(cuts: list[int], noise: Tensor) -> None:
-    meter = Meter()
+    meter = Meter(8.0)
     for piece in noise.split(cuts, dim=1):
         copy = piece.clone()
         meter.add(copy)
         copy.zero_()  # what came before may be overwritten
-    probe = meter.result()
-    assert probe.saturation == pytest.approx(saturation(noise).mean().item(), rel=1e-12)
-    assert probe.motion == pytest.approx(motion(noise).mean().item(), rel=1e-12)
-    assert probe.contrast == pytest.approx(contrast(noise).mean().item(), rel=1e-12)
-    single = Meter()
+    probe, whole = meter.result(), measure(noise)
+    assert probe.saturation == pytest.approx(whole.saturation.mean().item(), rel=1e-6)
+    assert probe.movement == pytest.approx(8 * whole.change.nanmean().item(), rel=1e-6)
+    assert probe.contrast == pytest.approx(whole.contrast.mean().item(), rel=1e-6)
+    single = Meter(8.0)
     single.add(noise[:, :1])
-    assert single.result().motion == 0
+    assert math.isnan(single.result().movement)
 
 
 # --- the probe set ----------------------------------------------------------------------------------------------------
@@ -183,8 +139,13 @@ def test_videos_and_numbers_are_those_of_inference(
     folder = alone._folder / "vis" / "step_0000040"
     names = [f"step_0000040_rank_0_sample_{sample}_len_{length}.mp4" for sample in range(3) for length in (1, 2)]
     assert report.videos == [folder / name for name in names] == sorted(folder.iterdir())
-    of_one = {"saturation", "motion", "contrast", "sharpness"}
-    drifts = {"saturation_drift", "contrast_drift", "sharpness_drift"}  # of five frames the ends are one each
+    of_one = {"saturation", "contrast", "sharpness"}  # one frame does not move
+    drifts = {
+        "movement",
+        "saturation_drift",
+        "contrast_drift",
+        "sharpness_drift",
+    }  # of five frames the ends are one each
     kinds = {(name, length) for length, names in ((1, of_one), (2, of_one | drifts)) for name in names}
     assert report.metrics.keys() == {f"probe_{name}_len_{length}" for name, length in kinds}
     clips = videos(config, 2, model, vae)
@@ -197,11 +158,10 @@ def test_videos_and_numbers_are_those_of_inference(
         assert sheet.height > 6 * HEIGHT
     for length in (1, 2):
         wanted = videos(config, length, model, vae)
-        for name, measure in (("saturation", saturation), ("motion", motion), ("contrast", contrast)):
-            mean = sum(measure(clip).sum().item() for clip in wanted) / 3 / (measure(wanted[0]).numel() or 1)
-            assert report.metrics[f"probe_{name}_len_{length}"] == pytest.approx(mean, rel=1e-9)
-            # One frame does not move.
-            assert 0 < mean < 1 or (name, length) == ("motion", 1)
+        for name in of_one:
+            mean = sum(getattr(measure(clip), name).mean().item() for clip in wanted) / 3
+            assert report.metrics[f"probe_{name}_len_{length}"] == pytest.approx(mean, rel=1e-6)
+            assert 0 < mean < 1
             assert type(report.metrics[f"probe_{name}_len_{length}"]) is float
         for sample in range(3):
             written = frames_of(folder / f"step_0000040_rank_0_sample_{sample}_len_{length}.mp4")
@@ -224,7 +184,7 @@ def test_the_same_every_time_for_one_network(
         for weight in other.final.parameters():
             weight.mul_(1.5)
     changed = alone.run(42, other, vae).metrics
-    assert all(changed[name] != value for name, value in report.metrics.items() if name != "probe_motion_len_1")
+    assert all(changed[name] != value for name, value in report.metrics.items())
 
 
 def test_numbers_that_are_not_finite(
@@ -404,8 +364,8 @@ def test_prompts_that_begin_with_a_picture(
     config = training_config("longsana", *settings, "validation.val_samples=2", "validation.vis_video_lengths=[2]")
     found = Validation(config, tmp_path, "cpu", World()).run(3, model, vae)
     assert found is not None
-    begun, plain = (saturation(video).mean().item() for video in videos(config, 2, model, vae))
-    assert found.metrics["probe_saturation_len_2"] == pytest.approx((begun + plain) / 2, rel=1e-9)
+    begun, plain = (measure(video).saturation.mean().item() for video in videos(config, 2, model, vae))
+    assert found.metrics["probe_saturation_len_2"] == pytest.approx((begun + plain) / 2, rel=1e-6)
     assert abs(begun - plain) > 0.01
     if way == "pin":
         Validation(config, tmp_path, "cpu", World(size=2))
