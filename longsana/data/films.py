@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 from av.container import InputContainer
+from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 from PIL import Image
 
@@ -28,6 +29,8 @@ from longsana.runtime.foreign import reason_of, refuse_stand_in
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LATE = 1.0
 """Seconds that a film may end before the length that its file says; sound often goes on for a moment."""
+HD, UNSPECIFIED = 720, 2
+"""Lines from which on an untagged picture's colours are BT.709's; FFmpeg's number for a matrix that is not told."""
 WIDEST_PIXEL = 4
 """Width of a pixel by its height, or the other way round, that is believed."""
 BEFORE = 1
@@ -67,11 +70,11 @@ def film_frames(source: Path | BinaryIO, fps: float, first: int = 0) -> Iterator
         opening = next(frames, None)
         if opening is None:
             return
-        matrix, count = _display_matrix(opening), first
+        matrix, count = display_matrix(opening), first
         promised = promised_seconds(film, video, opening)
         for picture in _at_rate(film, video, chain([opening], frames), opening, rate, first):
             count += 1
-            yield picture if matrix is None else _upright(picture, matrix)
+            yield picture if matrix is None else upright(picture, matrix)
     if promised is not None and count / fps < promised - LATE:
         raise ValueError(f"cut short: {count / fps:.1f} of {promised:.1f} seconds can be read")
 
@@ -152,7 +155,19 @@ def _square(frame: av.VideoFrame, video: VideoStream) -> np.ndarray:
     aspect = video.sample_aspect_ratio or 1
     if not 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL:
         raise ValueError(f"its pixels are {float(aspect):g} times as wide as high; convert it to square ones")
-    return frame.to_ndarray(format="rgb24", width=round(frame.width * aspect), height=frame.height)
+    return rgb_of(frame, round(frame.width * aspect))
+
+
+def rgb_of(frame: av.VideoFrame, width: int | None = None) -> np.ndarray:
+    """Convert a frame to RGB: (H, width, 3), uint8; None: its own width.
+
+    Where a file does not say by which matrix its colours were made, pictures of 720 lines or more are taken for
+    BT.709's and smaller ones for BT.601's, as players take them.
+    """
+    untold = frame.colorspace == UNSPECIFIED and frame.height >= HD and not frame.format.is_rgb
+    colours = {"src_colorspace": Colorspace.ITU709} if untold else {}
+    rgb_frame = frame.reformat(width or frame.width, frame.height, "rgb24", **colours)
+    return rgb_frame.to_ndarray()
 
 
 def promised_seconds(film: InputContainer, video: VideoStream, opening: av.VideoFrame) -> float | None:
@@ -176,14 +191,14 @@ def promised_seconds(film: InputContainer, video: VideoStream, opening: av.Video
 _CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
 
-def _display_matrix(opening: av.VideoFrame) -> np.ndarray | None:
+def display_matrix(opening: av.VideoFrame) -> np.ndarray | None:
     """Read the note beside a film's first picture that says how it is turned or mirrored for display."""
     notes: Mapping[str, Any] = opening.side_data  # by a type's word, which every PyAV has; what it goes through differs
     note = notes.get("DISPLAYMATRIX")
     return None if note is None else np.frombuffer(bytes(note), np.int32).reshape(3, 3)
 
 
-def _upright(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+def upright(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Turn a picture (H, W, 3) for display: (column, row) goes to (column, row) @ matrix[:2, :2], by quarter turns.
 
     A turn that is no quarter goes to the nearest one.

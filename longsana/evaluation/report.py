@@ -183,7 +183,9 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table as text, its head first."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     columns = [column for column in columns if any(row.get(column) not in (None, "", NOT_SCORED) for row in rows)]
-    return [columns, *([_cell(column, row.get(column)) for column in columns] for row in rows)]
+    lines = ([_cell(column, row.get(column)) for column in columns] for row in rows)
+    # A name may have what ends a cell, or a line.
+    return [columns, *([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)]
 
 
 def load_matplotlib() -> None:

@@ -16,7 +16,7 @@ from av.container import InputContainer
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
-from longsana.data.films import LATE, promised_seconds
+from longsana.data.films import LATE, display_matrix, promised_seconds, rgb_of, upright
 from longsana.encoders.geometry import GEOMETRIES
 from longsana.evaluation.measures import boundaries
 from longsana.runtime.errors import InputError
@@ -122,7 +122,7 @@ def frame_rate(path: Path) -> float:
 
 
 def read_pieces(path: Path, frames: int = 64) -> Iterator[Tensor]:
-    """Pieces (1, F, H, W, 3) of at most `frames` uint8 pictures, one after the other.
+    """Pieces (1, F, H, W, 3) of at most `frames` uint8 pictures, one after the other, upright as players show them.
 
     Raises:
         InputError: the file is no video, broken, or shorter than its index says.
@@ -137,12 +137,15 @@ def read_pieces(path: Path, frames: int = 64) -> Iterator[Tensor]:
         def shown() -> Iterator[np.ndarray]:
             nonlocal seconds, end
             opening: av.VideoFrame | None = None
+            matrix: np.ndarray | None = None
             for frame in container.decode(video):
                 if opening is None:
-                    opening, seconds = frame, promised_seconds(container, video, frame)
+                    opening, matrix = frame, display_matrix(frame)
+                    seconds = promised_seconds(container, video, frame)
                 if frame.time is not None and opening.time is not None:
                     end = frame.time - opening.time
-                yield frame.to_ndarray(format="rgb24")
+                picture = rgb_of(frame)
+                yield picture if matrix is None else upright(picture, matrix)
 
         decoded = shown()
         while pictures := list(islice(decoded, frames)):

@@ -12,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import Colorspace
 from PIL import Image
 
 from longsana.data.films import count_frames, fitted, read_film
@@ -66,6 +67,27 @@ def test_a_webm_is_as_long_as_its_pictures(tmp_path: Path, given: dict[str, floa
     for read in (lambda: numbers(path, 10.0), lambda: list(read_pieces(path))):
         with pytest.raises(InputError, match=r"cut short: 1.* of 4.* seconds"):
             read()
+
+
+@pytest.mark.parametrize(("height", "told"), [(720, False), (720, True), (96, False)])
+def test_colours_of_a_file_that_does_not_say_are_those_of_its_size(tmp_path: Path, height: int, told: bool) -> None:
+    """BT.709's from 720 lines on, BT.601's below, for films and for evaluation alike."""
+    matrix = Colorspace.ITU709 if height >= 720 else Colorspace.ITU601
+    colour = (30, 200, 60)
+    with av.open(str(tmp_path / "film.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=10, options={"crf": "1", "preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 160, height, "yuv420p"
+        if told:
+            stream.codec_context.colorspace = matrix
+        frame = av.VideoFrame.from_ndarray(np.full((height, 160, 3), colour, np.uint8), format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace=matrix)
+        frame.colorspace, frame.pts = matrix if told else 2, 0
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    (picture,) = read_film(tmp_path / "film.mp4", 10.0)
+    (piece,) = read_pieces(tmp_path / "film.mp4")
+    for found in (picture, piece[0, 0].numpy()):
+        assert np.abs(found[8, 8].astype(int) - colour).max() <= 4
 
 
 def numbers(path: Path, fps: float) -> list[int]:
@@ -193,6 +215,7 @@ def test_a_film_lies_as_its_camera_was_held(tmp_path: Path, turn: str) -> None:
     assert picture.shape == upright(wide).shape and picture.flags["C_CONTIGUOUS"]
     assert corners(picture) == upright(CORNERS).ravel().tolist()
     assert sum(1 for _ in film) == 19
+    assert np.array_equal(next(read_pieces(tmp_path / "a.mp4"))[0, 0], picture), "evaluate sees it so, too"
 
 
 @pytest.mark.parametrize(("pixel", "width"), [(Fraction(16, 9), 114), (Fraction(1, 2), 32), (Fraction(1), 64)])

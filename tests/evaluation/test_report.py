@@ -411,3 +411,8 @@ def test_plot_compares_models(tmp_path):
     plot({"one": one}, few)
     plot({"one": one, "two": {"adherence": [0.5], "persistence": [0.2, 0.1]}}, many)
     assert few.read_bytes() != many.read_bytes()
+
+
+def test_a_name_may_have_what_ends_a_cell():
+    lines = table([{"video": "a|b\nc.mp4", "seam index": 1.0}]).splitlines()
+    assert len(lines) == 3 and "a\\|b c.mp4" in lines[2]
