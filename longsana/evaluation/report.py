@@ -52,6 +52,7 @@ class Against:
         self._path, self._pieces = path, read_pieces(path)
         self._psnr: list[Tensor] = []
         self._ssim: list[Tensor] = []
+        self._frames = 0
 
     def add(self, pictures: Tensor) -> None:
         """Compare the next piece, (1, F, H, W, 3), uint8.
@@ -59,9 +60,15 @@ class Against:
         Raises:
             InputError: the other one is broken, shorter, or of another size.
         """
-        other = next(self._pieces, None)
-        if other is None or other.shape != pictures.shape:
-            raise self._refusal()
+        other = next(self._pieces, pictures[:, :0])
+        own, its = (f"{piece.shape[2]}x{piece.shape[3]}" for piece in (pictures, other))
+        if own != its:
+            raise self._refusal(f"pictures of {its}", f"has {own}")
+        if other.shape[1] != pictures.shape[1]:
+            shorter = self._frames + min(other.shape[1], pictures.shape[1])
+            ends, goes_on = f"ends after {shorter} frames", "goes on"
+            raise self._refusal(*((ends, goes_on) if other.shape[1] < pictures.shape[1] else (goes_on, ends)))
+        self._frames += other.shape[1]
         try:
             self._ssim.append(ssim(pictures, other.to(pictures.device)))
         except ValueError as error:
@@ -75,11 +82,11 @@ class Against:
             InputError: the other one is longer.
         """
         if next(self._pieces, None) is not None:
-            raise self._refusal()
+            raise self._refusal("goes on", f"ends after {self._frames} frames")
         return {"PSNR": torch.cat(self._psnr, 1), "SSIM": torch.cat(self._ssim, 1)}
 
-    def _refusal(self) -> InputError:
-        return InputError(f"{self._path}: not as many frames, or of another size, than the video of its name; cut both")
+    def _refusal(self, its: str, own: str) -> InputError:
+        return InputError(f"{self._path}: {its}, and the video of its name {own}; cut both to the same")
 
 
 def examine(

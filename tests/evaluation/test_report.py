@@ -43,7 +43,7 @@ def command():
 def write(
     path: Path, clip: torch.Tensor, prompt: str | None, algorithm: str = "longlive_flow_euler", vae: str = "WanVAE"
 ) -> None:
-    with VideoWriter(path, shapes.FPS, shapes.HEIGHT, shapes.WIDTH, crf=18, preset="veryfast") as video:
+    with VideoWriter(path, shapes.FPS, *clip.shape[1:3], crf=18, preset="veryfast") as video:
         video.append(clip)
     if prompt is not None:
         config = {
@@ -276,6 +276,13 @@ def test_folders_of_folders_and_a_page_of_them(folder, command, tmp_path):
     assert shapes.draw_scene(31, 0).caption in found.words and "a/two.mp4: " in found.words
 
 
+UNEQUAL = {
+    "longer.mp4": "ends after 40 frames, and the video of its name goes on",
+    "shorter.mp4": "goes on, and the video of its name ends after 9 frames",
+    "larger.mp4": "pictures of 32x48, and the video of its name has 96x160",
+}
+
+
 def test_two_folders_are_compared_by_name(folder, command, tmp_path, capsys):
     """Frame by frame; what has no other one is listed, and what is of another length is skipped."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -288,6 +295,10 @@ def test_two_folders_are_compared_by_name(folder, command, tmp_path, capsys):
     write(two / "noisy.mp4", (clip + noise).clamp(0, 255).to(torch.uint8), None)
     write(one / "longer.mp4", clip, None)
     write(two / "longer.mp4", clip[:-1], None)
+    write(one / "shorter.mp4", clip[:9], None)
+    write(two / "shorter.mp4", clip, None)
+    write(one / "larger.mp4", clip[:3], None)
+    write(two / "larger.mp4", clip[:3, :32, :48], None)
     write(one / "alone.mp4", clip, None)
     write(two / "other.mp4", clip, None)
     assert command.main([str(one), "--against", str(two), "--device", "cpu"]) == 1
@@ -300,8 +311,9 @@ def test_two_folders_are_compared_by_name(folder, command, tmp_path, capsys):
     found = Links((one / "evaluation.html").read_text())
     assert found.shown[2:] == ["alone.mp4", "noisy.mp4", "../two/noisy.mp4", "same.mp4", "../two/same.mp4"]
     assert 10 < rows["noisy.mp4"]["PSNR"] < 40 and "PSNR" not in rows["alone.mp4"]
-    assert set(record["skipped"]) == {str(one / "alone.mp4"), str(two / "other.mp4"), "longer.mp4"}
-    assert "not as many frames" in record["skipped"]["longer.mp4"]
+    assert set(record["skipped"]) == {str(one / "alone.mp4"), str(two / "other.mp4"), *UNEQUAL}
+    for name, words in UNEQUAL.items():
+        assert record["skipped"][name] == f"{two / name}: {words}; cut both to the same"
     assert command.main([str(one), "--against", str(folder), "--device", "cpu"]) == 2
     assert f"{folder}: no video of a name that is in {one}" in capsys.readouterr().err
 
