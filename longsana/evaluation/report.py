@@ -146,11 +146,12 @@ def examine(
     for move, values in moves.items():
         row[move] = float(measures.motion(values, rate))
         curves[move] = measures.per_second(values * rate, rate)
-    for measure, values in (series | moves).items():
-        row[f"{measure} {ENDS}"] = float(measures.end_drift(values))
-    for measure, values in (other.result() if other is not None else {}).items():
+    compared = other.result() if other is not None else {}
+    for measure, values in compared.items():
         row[measure] = float(values.mean())
         curves[measure] = measures.per_second(values, rate)
+    for measure, values in (series | moves | compared).items():
+        row[f"{measure} {ENDS}"] = float(measures.end_drift(values))
     told = {"row": row, "prompt": video.prompt, "scores": scores, "curves": curves, "velocity": velocity}
     paths = [str(path) for path in (video.path, against) if path is not None]
     return {**_plain(told), "paths": paths, "strip": strip.pictures()}

@@ -22,7 +22,7 @@ from PIL import Image
 from longsana.commands import evaluate
 from longsana.encoders.closeness import psnr, ssim
 from longsana.evaluation import report
-from longsana.evaluation.measures import measure_pieces, seam_index
+from longsana.evaluation.measures import end_drift, measure_pieces, seam_index
 from longsana.evaluation.report import plot, table
 from longsana.evaluation.videos import describe, find_videos, read_pieces
 from longsana.runtime.files import hold_folder
@@ -308,6 +308,7 @@ def test_two_folders_are_compared_by_name(folder, command, tmp_path, capsys):
     read = [torch.cat(list(read_pieces(place / "noisy.mp4")), 1) for place in (one, two)]
     assert rows["noisy.mp4"]["PSNR"] == pytest.approx(float(psnr(*read).mean()))
     assert rows["noisy.mp4"]["SSIM"] == pytest.approx(float(ssim(*read).mean()))
+    assert rows["noisy.mp4"][f"PSNR {report.ENDS}"] == pytest.approx(float(end_drift(psnr(*read))))
     found = Links((one / "evaluation.html").read_text())
     assert found.shown[2:] == ["alone.mp4", "noisy.mp4", "../two/noisy.mp4", "same.mp4", "../two/same.mp4"]
     assert 10 < rows["noisy.mp4"]["PSNR"] < 40 and "PSNR" not in rows["alone.mp4"]
