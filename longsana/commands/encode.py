@@ -23,14 +23,22 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import leaf_keys, load_config
 from longsana.data.sources import BESIDE, NAMES, find_sources
-from longsana.data.survey import Facts, survey, write_summary
+from longsana.data.survey import Facts, forget_found, survey, write_found, write_summary
 from longsana.runtime.commandline import Parser, run_command, typed_path, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable, hold_folder
 from longsana.runtime.hub import locate
 from longsana.sampling.checks import check_weights
-from longsana.training.clips import Sized, check_encoding, clip_frames, cut_and_sized, with_whole_vae
+from longsana.training.clips import (
+    Sized,
+    check_encoding,
+    clip_frames,
+    cut_and_sized,
+    refuse_other_clips,
+    shard_folders,
+    with_whole_vae,
+)
 from longsana.training.config import TrainingConfig
 
 log = logging.getLogger("longsana")
@@ -97,6 +105,8 @@ def _run(request: Request, world: World) -> int:
     found = survey(sources, config.sampling.fps, options.out, world, threads)
     clips = cut_and_sized(config, sources, found)
     broken = [facts.problem for facts in found if facts.problem is not None]
+    world.on_main(lambda: _refuse_replacing(request, clips, found))
+    world.on_main(lambda: write_found(found, options.out))
     world.on_main(lambda: print(write_summary(found, clips, frames, options.out)))
     for problem in broken:
         log.warning("skipped: %s", problem)
@@ -120,6 +130,19 @@ def _run(request: Request, world: World) -> int:
         for (height, width), folder in folders.items():
             log.info("train on them: data.data_path=%s sampling.height=%d sampling.width=%d", folder, height, width)
     return 1 if broken else 0
+
+
+def _refuse_replacing(request: Request, clips: Sequence[Sized], found: Sequence[Facts]) -> None:
+    """Refuse (InputError) other clips than those whose shards are there, before what describes them is replaced."""
+    out = request.options.out
+    if not shard_folders(out):
+        return
+    try:
+        _refuse_none(request, clips, found)
+        refuse_other_clips(request.config, clips, out)
+    except InputError:
+        forget_found(out)
+        raise
 
 
 def _refuse_none(request: Request, clips: Sequence[Sized], found: Sequence[Facts]) -> None:

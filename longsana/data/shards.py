@@ -76,6 +76,17 @@ class Contents:
             if own.get(name) != there.get(name)
         ]
 
+    def refuse_other(self, there: Contents, folder: Path, option: str) -> None:
+        """Refuse a folder, which `option` names, that holds something else, `there`.
+
+        Raises:
+            InputError: it does; the message lists the differences.
+        """
+        if differences := self.differences(there):
+            raise InputError(
+                f"{folder}: was made with other settings: {', '.join(differences)}; choose another {option}"
+            )
+
 
 class Shard(NamedTuple):
     name: str
@@ -143,10 +154,7 @@ class ShardWriter:
                 there, shards = read_manifest(self.folder)
             except InputError as error:
                 raise InputError(f"{error}; remove it, or choose another {option}") from error
-            if differences := self.contents.differences(there):
-                raise InputError(
-                    f"{self.folder}: was made with other settings: {', '.join(differences)}; choose another {option}"
-                )
+            self.contents.refuse_other(there, self.folder, option)
         if shards is None:
             _write_manifest(self.folder, self.contents, None)
         missing = [number for number in range(self.contents.shards) if not self._is_whole(number, shards, option)]

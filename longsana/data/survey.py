@@ -106,10 +106,12 @@ def look_at(source: Source, fps: float) -> Facts:
 
 
 def survey(sources: Sequence[Source], fps: float, folder: Path, world: World, threads: int) -> list[Facts]:
-    """Look at films together with the other processes, which all call this; what was found is in `folder`/files.jsonl.
+    """Look at films together with the other processes, which all call this.
+
+    What was found is in hidden files of the folder until `write_found` or `forget_found`.
 
     Raises:
-        OSError: that cannot be written.
+        OSError: they cannot be written.
     """
     stamps = {source.name: source.stamp for source in sources}
     known = world.broadcast({facts.name: facts for facts in _known(folder, fps, stamps)} if world.is_main else {})
@@ -123,12 +125,19 @@ def survey(sources: Sequence[Source], fps: float, folder: Path, world: World, th
                 own.append(facts)
                 bar.update()
     found = known | {facts.name: facts for part in world.gather(own) for facts in part}
-    everything = [found[source.name] for source in sources]
-    if world.is_main:
-        atomic_write_text(folder / FILES, b"".join(map(_line, everything)).decode())
-        for part in folder.glob(f".{FILES}.*"):
-            part.unlink()
-    return everything
+    return [found[source.name] for source in sources]
+
+
+def write_found(found: Sequence[Facts], folder: Path) -> None:
+    """Write what a survey has found to files.jsonl of its folder, in place of what was there."""
+    atomic_write_text(folder / FILES, b"".join(map(_line, found)).decode())
+    forget_found(folder)
+
+
+def forget_found(folder: Path) -> None:
+    """Remove what a survey has found in a folder since files.jsonl was written."""
+    for part in folder.glob(f".{FILES}.*"):
+        part.unlink()
 
 
 def _part(folder: Path, rank: int) -> Path:

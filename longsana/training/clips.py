@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from longsana.data.aspect import ASPECT_RATIOS, nearest_size
+from longsana.data.clips import KIND
+from longsana.data.shards import MANIFEST, read_manifest
 from longsana.data.sources import Source
 from longsana.data.survey import Facts, Span, spans
 from longsana.encoders.geometry import geometry
@@ -16,6 +22,12 @@ from longsana.sampling.checks import check_config
 from longsana.training.config import TrainingConfig
 
 Size = tuple[int, int]
+RULES = {
+    "cut": "from the first frame on, one after another, the rest left out",
+    "frames": "frame k is the picture shown at k / fps seconds, upright, with square pixels",
+    "fit": "the largest middle part of the clip's shape, bicubic",
+}
+"""What is done to every film, for the manifest."""
 
 
 class Sized(NamedTuple):
@@ -61,6 +73,52 @@ def cut_and_sized(config: TrainingConfig, sources: Sequence[Source], found: Sequ
             size = nearest_size(sampling.aspect_ratio_type, facts.height / facts.width)
         sized.append(Sized(span, size))
     return sized
+
+
+def by_folder(clips: Sequence[Sized], out: Path) -> dict[Path, list[Sized]]:
+    """The clips of each size, in order, by the folder of `out` that they belong in: HEIGHTxWIDTH."""
+    folders: dict[Size, list[Sized]] = defaultdict(list)
+    for clip in clips:
+        folders[clip.size].append(clip)
+    return {out / f"{height}x{width}": folders[height, width] for height, width in sorted(folders)}
+
+
+def decides_pictures(config: TrainingConfig, clips: Sequence[Sized]) -> dict[str, Any]:
+    """List all that decides the pictures of clips of one size, for their manifest, by the settings' names."""
+    told = [[span.source.name, span.source.stamp[0], span.first, span.source.caption] for span, _ in clips]
+    return {
+        **RULES,
+        "pixel_frames": clip_frames(config),
+        "sampling.fps": config.sampling.fps,
+        "sampling.aspect_ratio_type": config.sampling.aspect_ratio_type,
+        "height": clips[0].size[0],
+        "width": clips[0].size[1],
+        "clips_sha256": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+    }
+
+
+def refuse_other_clips(config: TrainingConfig, clips: Sequence[Sized], out: Path) -> None:
+    """Refuse a folder with shards of other clips, which what describes them there would no longer fit.
+
+    Raises:
+        InputError: the folder of a size has others, or there is one of a size that none of these has.
+    """
+    folders = by_folder(clips, out)
+    for folder in shard_folders(out):
+        if folder not in folders:
+            raise InputError(f"{folder}: holds clips of a size that none of these has; choose another --out")
+        try:
+            there, _ = read_manifest(folder)
+        except InputError as error:
+            raise InputError(f"{error}; remove it, or choose another --out") from error
+        own = folders[folder]
+        made_by = {**there.made_by, **decides_pictures(config, own)}
+        dataclasses.replace(there, kind=KIND, made_by=made_by, count=len(own)).refuse_other(there, folder, "--out")
+
+
+def shard_folders(out: Path) -> list[Path]:
+    """The folders of `out` in which shards of clips of a size are, or were begun."""
+    return sorted(manifest.parent for manifest in out.glob(f"[0-9]*x[0-9]*/{MANIFEST}"))
 
 
 def _sizes(config: TrainingConfig) -> list[Size]:

@@ -6,10 +6,8 @@ processes, stopped at any moment, write the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +27,7 @@ from longsana.runtime.finite import require_finite
 from longsana.runtime.later import Later, ahead
 from longsana.sampling.checks import check_weights, source_digest
 from longsana.training.checks import clip_shape
-from longsana.training.clips import Size, Sized, clip_frames
+from longsana.training.clips import Size, Sized, by_folder, decides_pictures
 from longsana.training.config import TrainingConfig
 from longsana.weights.build import resolve_dtype
 
@@ -38,12 +36,6 @@ log = logging.getLogger(__name__)
 CLIPS = "clips.jsonl"
 READERS = 8
 """Threads that read clips while one is encoded, at most: each holds a clip's pictures."""
-RULES = {
-    "cut": "from the first frame on, one after another, the rest left out",
-    "frames": "frame k is the picture shown at k / fps seconds, upright, with square pixels",
-    "fit": "the largest middle part of the clip's shape, bicubic",
-}
-"""What is done to every film, for the manifest."""
 
 
 def encode_clips(
@@ -69,28 +61,25 @@ def encode_clips(
     compute = resolve_dtype(config.vae.weight_dtype, device)
     vae = Later(lambda: load_vae(config.vae, device, compute))
     decides = world.broadcast(_decides(config, compute) if world.is_main else {})
-    by_size: dict[Size, list[Span]] = defaultdict(list)
-    for span, size in clips:
-        by_size[size].append(span)
-    folders = {size: out / f"{size[0]}x{size[1]}" for size in sorted(by_size)}
+    folders = by_folder(clips, out)
     if world.is_main:
-        _list(out / CLIPS, {folders[size]: own for size, own in by_size.items()})
-    for size, folder in folders.items():
-        own = by_size[size]
+        _list(out / CLIPS, folders)
+    for folder, own in folders.items():
+        size = own[0].size
         channels, frames, *_ = clip_shape(config)
         with tqdm(
             total=len(own), desc=folder.name, unit="clip", disable=None if world.is_main and world.size == 1 else True
         ) as bar:
             write_clips(
                 folder,
-                _Encoded(own, size, vae, min(readers, READERS), bar),
-                {**decides, "height": size[0], "width": size[1], "clips_sha256": _digest(own)},
+                _Encoded([span for span, _ in own], size, vae, min(readers, READERS), bar),
+                {**decides, **decides_pictures(config, own)},
                 dtype=dtype,
                 shard_size=shard_size,
                 shape=(channels, frames, *geometry(config.vae).latent_size(*size)),
                 world=world,
             )
-    return folders
+    return {own[0].size: folder for folder, own in folders.items()}
 
 
 class _Encoded:
@@ -131,28 +120,19 @@ class _Encoded:
 
 
 def _decides(config: TrainingConfig, compute: torch.dtype) -> dict[str, Any]:
-    """List all that decides the latents of a film, by the settings' names."""
+    """List all that decides the latents of pictures, by the settings' names."""
     return {
-        **RULES,
-        "pixel_frames": clip_frames(config),
-        "sampling.fps": config.sampling.fps,
-        "sampling.aspect_ratio_type": config.sampling.aspect_ratio_type,
         "vae.vae_type": config.vae.vae_type,
         "vae.vae_pretrained": source_digest(config, "vae"),
         "vae.weight_dtype": str(compute).removeprefix("torch."),
     }
 
 
-def _digest(clips: Sequence[Span]) -> str:
-    told = [[span.source.name, span.source.stamp[0], span.first, span.source.caption] for span in clips]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
-
-
-def _list(path: Path, folders: dict[Path, list[Span]]) -> None:
+def _list(path: Path, folders: dict[Path, list[Sized]]) -> None:
     """Write which clip of which film is where: a line for each."""
     lines = []
     for folder, clips in folders.items():
-        for item, span in enumerate(clips):
+        for item, (span, _) in enumerate(clips):
             where = {"folder": folder.name, "item": item, "file": span.source.name}
             told = {**where, "second": round(span.first / span.fps, 3), "caption": span.source.caption}
             lines.append(json.dumps(told, ensure_ascii=False) + "\n")

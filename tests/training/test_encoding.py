@@ -233,9 +233,45 @@ def test_what_is_broken_is_skipped_and_counted(
     for path in films.rglob("*.*"):
         if path.stem not in bad:
             path.unlink()
+    out = tmp_path / "new"
     assert encode.main([str(films), "--out", str(out), "--summary_only", *SMALL]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert "4 of 4 films are broken" in line and "longest" not in line and not (out / "contact_sheet.png").exists()
+
+
+def test_what_describes_shards_stays_as_it_is_where_other_clips_are_refused(
+    films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    for name in ("even.mp4", "even.txt", "uneven.mov", "uneven.txt"):
+        (films / name).unlink()
+    other.mkdir()
+    shot(other / "other.mp4", [Fraction(n, 30) for n in range(54)])
+    (other / "other.txt").write_text("other")
+    assert encode.main([str(films), "--out", str(out), *SMALL]) == 0
+    before = content(out)
+
+    def refused_with(folder: Path, *arguments: str) -> str:
+        capsys.readouterr()
+        assert encode.main([str(folder), "--out", str(out), *SMALL, *arguments]) == 2
+        assert content(out) == before
+        return capsys.readouterr().err.splitlines()[-1]
+
+    faster = refused_with(films, "sampling.fps=24")
+    assert f"{out / '32x48'}: was made with other settings: count=" in faster
+    assert "sampling.fps=24" in faster and "choose another --out" in faster
+    assert refused_with(films, "sampling.fps=24", "--summary_only") == faster
+    assert "clips_sha256" in refused_with(other)
+    assert "no clip of 9 frames" in refused_with(films, "sampling.fps=1")
+    table = "sampling.aspect_ratio_type=ASPECT_RATIO_VIDEO_480_MS"
+    assert f"{out / '32x48'}: holds clips of a size that none of these has" in refused_with(films, table)
+    assert "shard_size=1 (there: 2)" in refused_with(films, "--shard_size", "1")
+    shot(films / "added.mp4", [Fraction(n, 30) for n in range(54)])
+    (films / "added.txt").write_text("added")
+    assert "was made with other settings: count=" in refused_with(films)
+    (films / "added.mp4").unlink()
+    (films / "added.txt").unlink()
+    assert encode.main([str(films), "--out", str(out), "--summary_only", *SMALL]) == 0 and content(out) == before
 
 
 def refused(folder: Path, captions: str | Path = "beside") -> str:
