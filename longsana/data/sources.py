@@ -7,7 +7,9 @@ name but for the suffix, and so no two films may share that.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -47,6 +49,21 @@ class Place(NamedTuple):
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({reason_of(error)})") from error
 
+    def sha256(self) -> str:
+        """SHA-256 in hex of the content.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            left = os.fstat(file.fileno()).st_size if self.offset is None else self.size
+            file.seek(self.offset or 0)
+            while block := file.read(min(left, 1 << 22)):
+                digest.update(block)
+                left -= len(block)
+        return digest.hexdigest()
+
 
 class Source(NamedTuple):
     """A film, and its caption."""
@@ -66,8 +83,11 @@ class Source(NamedTuple):
 
     @property
     def stamp(self) -> list[int]:
-        """Bytes, and the time of the last change, by which another file of this name is noticed."""
-        state = self.place.path.stat()
+        """Bytes, and the time of the last change, by which another file of this name is noticed; none of no file."""
+        try:
+            state = self.place.path.stat()
+        except OSError:
+            return []
         return [state.st_size if self.place.offset is None else self.place.size, state.st_mtime_ns]
 
 

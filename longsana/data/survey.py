@@ -36,13 +36,15 @@ SHEET = 16
 class Facts(NamedTuple):
     """The findings about a film.
 
-    stamp: see `Source.stamp`. frames: at the rate `fps`. height, width: in pixels, upright. motion: mean change of its
-    pixels a second, a share of their range. problem: why it cannot be read, or None.
+    stamp: see `Source.stamp`. sha256: of the file; empty of one that cannot be read. frames: at the rate `fps`. height,
+    width: in pixels, upright. motion: mean change of its pixels a second, a share of their range. problem: why it
+    cannot be read, or None.
     """
 
     name: str
     stamp: list[int]
     fps: float
+    sha256: str
     frames: int = 0
     height: int = 0
     width: int = 0
@@ -55,12 +57,13 @@ class Facts(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A clip: `frames` frames of a film from frame `first` on, at the rate of its survey."""
+    """A clip: `frames` frames of a film from frame `first` on, at the rate of its survey; `sha256` is the film's."""
 
     source: Source
     first: int
     frames: int
     fps: float
+    sha256: str
 
     def read(self, height: int, width: int) -> np.ndarray:
         """Its pictures, (F, height, width, 3), uint8: of each the largest middle part of that shape, scaled.
@@ -86,7 +89,7 @@ class Span(NamedTuple):
 
 def look_at(source: Source, fps: float) -> Facts:
     """Decode a film to its end, at so many frames a second."""
-    facts, count, change, shape = Facts(source.name, source.stamp, fps), 0, 0.0, (0, 0)
+    facts, count, change, shape = Facts(source.name, source.stamp, fps, ""), 0, 0.0, (0, 0)
     before: np.ndarray | None = None
     try:
         with told_of_film(source.where):
@@ -99,6 +102,7 @@ def look_at(source: Source, fps: float) -> Facts:
                 count, before = count + 1, small
             if not count:
                 raise ValueError("there is no picture in it")
+            facts = facts._replace(sha256=source.place.sha256())
     except InputError as error:
         return facts._replace(problem=str(error))
     motion = change * fps / max(count - 1, 1)
@@ -162,7 +166,7 @@ def _known(folder: Path, fps: float, stamps: dict[str, list[int]]) -> Iterator[F
 def spans(sources: Sequence[Source], found: Sequence[Facts], frames: int) -> list[tuple[Facts, Span]]:
     """Cut films into clips: from the first frame on, one after another; what is left at the end is none."""
     return [
-        (facts, Span(source, first, frames, facts.fps))
+        (facts, Span(source, first, frames, facts.fps, facts.sha256))
         for source, facts in zip(sources, found, strict=True)
         if facts.problem is None
         for first in range(0, facts.frames - frames + 1, frames)

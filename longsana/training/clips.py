@@ -85,7 +85,7 @@ def by_folder(clips: Sequence[Sized], out: Path) -> dict[Path, list[Sized]]:
 
 def decides_pictures(config: TrainingConfig, clips: Sequence[Sized]) -> dict[str, Any]:
     """List all that decides the pictures of clips of one size, for their manifest, by the settings' names."""
-    told = [[span.source.name, span.source.stamp[0], span.first, span.source.caption] for span, _ in clips]
+    told = [[span.source.name, span.sha256, span.first, span.source.caption] for span, _ in clips]
     return {
         **RULES,
         "pixel_frames": clip_frames(config),

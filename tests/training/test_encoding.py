@@ -84,7 +84,7 @@ def test_later_frames_are_those_of_the_whole_film(films: Path) -> None:
 
 def test_a_clip_that_cannot_be_sought_is_read_from_the_beginning(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = max(find_sources(films), key=lambda source: source.stamp)
-    span = survey.Span(source, 7, 5, 8)
+    span = survey.Span(source, 7, 5, 8, source.place.sha256())
     sought = span.read(48, 80)
 
     def lost(*_: object) -> Iterator[av.VideoFrame]:
@@ -239,6 +239,22 @@ def test_what_is_broken_is_skipped_and_counted(
     assert "4 of 4 films are broken" in line and "longest" not in line and not (out / "contact_sheet.png").exists()
 
 
+def test_films_that_are_gone_are_broken_ones(films: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (films / "link.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    (films / "link.txt").write_text("link")
+    out = tmp_path / "out"
+    assert encode.main([str(films), "--out", str(out), "--summary_only", *SMALL]) == 1
+    assert list(json.loads((out / "summary.json").read_text())["broken"]) == ["link.mp4"]
+    (warning,) = [message for message in caplog.messages if message.startswith("skipped: ")]
+    assert warning.startswith(f"skipped: {films / 'link.mp4'}: ") and "No such file" in warning
+    # What is not there has no stamp; once it is there, it is looked at.
+    shot(tmp_path / "nowhere.mp4", [Fraction(n, 16) for n in range(12)])
+    assert encode.main([str(films), "--out", str(out), "--summary_only", *SMALL]) == 0
+    source = find_sources(films)[0]  # and is deleted before its turn
+    source.place.path.unlink()
+    assert "No such file" in (survey.look_at(source, FPS).problem or "")
+
+
 def test_what_describes_shards_stays_as_it_is_where_other_clips_are_refused(
     films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,12 +282,18 @@ def test_what_describes_shards_stays_as_it_is_where_other_clips_are_refused(
     table = "sampling.aspect_ratio_type=ASPECT_RATIO_VIDEO_480_MS"
     assert f"{out / '32x48'}: holds clips of a size that none of these has" in refused_with(films, table)
     assert "shard_size=1 (there: 2)" in refused_with(films, "--shard_size", "1")
+    whole = (films / "turned.mp4").read_bytes()
+    (films / "turned.mp4").write_bytes(whole.replace(b"Lavf", b"Lavg"))  # as many bytes
+    assert whole != (films / "turned.mp4").read_bytes() and "clips_sha256=" in refused_with(films)
+    (films / "turned.mp4").write_bytes(whole)
+    os.utime(films / "turned.mp4", (1, 1))  # as a copy may have it
     shot(films / "added.mp4", [Fraction(n, 30) for n in range(54)])
     (films / "added.txt").write_text("added")
     assert "was made with other settings: count=" in refused_with(films)
     (films / "added.mp4").unlink()
     (films / "added.txt").unlink()
-    assert encode.main([str(films), "--out", str(out), "--summary_only", *SMALL]) == 0 and content(out) == before
+    assert encode.main([str(films), "--out", str(out), "--summary_only", *SMALL]) == 0
+    assert {name for name, data in content(out).items() if data != before.get(name)} == {"files.jsonl"}
 
 
 def refused(folder: Path, captions: str | Path = "beside") -> str:
