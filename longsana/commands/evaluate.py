@@ -4,7 +4,8 @@
 
 Videos in folders of the folder count too. Writes evaluation.json, evaluation.md, evaluation.png, evaluation_frames.png
 and a page, evaluation.html; with --wandb all is shown there too. Videos whose prompt is not of the shapes world, or
-that have no sidecar, get the general figures alone. A video that is broken, or whose sidecar is, is skipped and listed.
+that have no sidecar, get the general figures alone. A video that is broken, or whose sidecar is, or whose name is not
+UTF-8, is skipped and listed.
 
 Exit status: 0 all videos are evaluated; 1 the results are of the others, as some were skipped or have no other one to
 be compared with, or they could not be written; 2 bad input, or no video that can be evaluated; 128 + n stopped by
@@ -29,6 +30,7 @@ from longsana.runtime import strips
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable, hold_folder
+from longsana.runtime.foreign import printable, refuse_name
 from longsana.runtime.logging import Wandb, WandbRun
 from longsana.training.config import WandbConfig
 
@@ -103,18 +105,21 @@ def _device(name: str | None) -> torch.device:
 def run(request: Request) -> int:
     log.info("%d videos on %s, results to %s", len(request.videos), request.device, request.out)
     examined = []
-    skipped = {str(path): f"{path}: no video of this name to compare it with" for path in request.alone}
+    skipped = {
+        printable(path): f"{printable(path)}: no video of this name to compare it with" for path in request.alone
+    }
     shown = strips.evenly(len(request.videos), SHEET)
     # wandb early: one that is wanted and not there is found before videos are read for hours.
     with hold_folder(request.out, "--out"), Wandb(request.wandb, request.out / NUMBERS) as wandb:
         for place, path in enumerate(tqdm(request.videos, unit="video", disable=None)):
             name = path.relative_to(request.folder).as_posix()
             try:
+                refuse_name(name, path)
                 other = request.pairs.get(path)
                 found = examine(describe(path), request.device, name=name, against=other, flow=request.flow)
                 examined.append(found if place in shown else found | {"strip": []})
             except InputError as error:
-                skipped[name] = str(error)
+                skipped[printable(name)] = printable(str(error))
         if not examined:
             others = f" (and {len(skipped) - 1} more videos cannot be evaluated)" if len(skipped) > 1 else ""
             raise InputError(f"{next(iter(skipped.values()))}{others}")

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded, files_below
-from longsana.runtime.foreign import check_characters, parse_json, read_bytes, reason_of
+from longsana.runtime.foreign import check_characters, parse_json, printable, read_bytes, reason_of
 
 FILMS = (".mp4", ".webm", ".mov")
 BESIDE, NAMES = "beside", "names"
@@ -66,11 +66,19 @@ class Place(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A film, and its caption."""
+    """A film, and its caption, which is empty where the name is not UTF-8: that film is a broken one.
 
-    name: str
+    file_name: its name as the file system or the tar has it; see `printable`.
+    """
+
+    file_name: str
     caption: str
     place: Place
+
+    @property
+    def name(self) -> str:
+        """The name for lists and messages."""
+        return printable(self.file_name)
 
     def open(self) -> Path | BinaryIO:
         """A file, or one that is open: of a tar's member its content."""
@@ -79,7 +87,8 @@ class Source(NamedTuple):
     @property
     def where(self) -> str:
         """The file, and of a tar the member, for messages."""
-        return str(self.place.path) if self.place.offset is None else f"{self.place.path} ({self.name})"
+        path = printable(self.place.path)
+        return path if self.place.offset is None else f"{path} ({self.name})"
 
     @property
     def stamp(self) -> list[int]:
@@ -115,7 +124,7 @@ def find_sources(folder: Path, captions: str | Path = BESIDE) -> list[Source]:
         texts = _beside(folder, found, stems)
     else:
         texts = _listed(expanded(captions), stems)
-    without = [name for stem, name in stems.items() if not texts.get(stem, "").strip()]
+    without = [name for stem, name in stems.items() if not texts.get(stem, "").strip() and printable(name) == name]
     if without:
         others = f" (and {len(without) - 1} more)" if len(without) > 1 else ""
         remedy = (
@@ -126,7 +135,7 @@ def find_sources(folder: Path, captions: str | Path = BESIDE) -> list[Source]:
         raise InputError(f"{folder / without[0]}: a clip without a caption{others}; {remedy}")
     sources = []
     for stem, name in stems.items():
-        caption = " ".join(texts[stem].split())
+        caption = " ".join(texts[stem].split()) if printable(name) == name else ""
         check_characters(caption, f"{folder / name}: its caption")
         sources.append(Source(name, caption, films[name]))
     return sources

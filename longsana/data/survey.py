@@ -23,6 +23,7 @@ from longsana.data.sources import Source
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, naming, write_all
+from longsana.runtime.foreign import printable, refuse_name
 from longsana.runtime.later import ahead
 from longsana.runtime.strips import COLUMNS, Row, evenly, write_sheet
 
@@ -92,6 +93,7 @@ def look_at(source: Source, fps: float) -> Facts:
     facts, count, change, shape = Facts(source.name, source.stamp, fps, ""), 0, 0.0, (0, 0)
     before: np.ndarray | None = None
     try:
+        refuse_name(source.file_name, source.where)
         with told_of_film(source.where):
             for picture in film_frames(source.open(), fps):
                 shape = picture.shape[:2]
@@ -104,7 +106,7 @@ def look_at(source: Source, fps: float) -> Facts:
                 raise ValueError("there is no picture in it")
             facts = facts._replace(sha256=source.place.sha256())
     except InputError as error:
-        return facts._replace(problem=str(error))
+        return facts._replace(problem=printable(str(error)))
     motion = change * fps / max(count - 1, 1)
     return facts._replace(frames=count, height=shape[0], width=shape[1], motion=round(motion, 6))
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from longsana.runtime.foreign import printable
+
 STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:1.5em;color:#222;background:#fff}
 .wide{overflow-x:auto;margin:1em 0}.wide img{max-width:100%}@media(max-width:60em){.wide img{max-width:none}}
 table{border-collapse:collapse}
@@ -46,12 +48,11 @@ def page(
     body.append(f'<h2>Videos</h2><div class="videos{pairs}">')
     for record, figures in videos:
         files = [Path(os.path.relpath(path, folder)).as_posix() for path in record["paths"]]
-        players = "".join(
-            f'<video controls loop muted preload="metadata" src="{quote(file)}"></video>' for file in files
-        )
+        links = [quote(os.fsencode(file)) for file in files]
+        players = "".join(f'<video controls loop muted preload="metadata" src="{link}"></video>' for link in links)
         # Links too: not every browser plays every file.
-        words = [record["row"]["video"], *files[1:]]
-        name, *other = [f'<a href="{quote(file)}">{escape(text)}</a>' for file, text in zip(files, words, strict=True)]
+        words = [record["row"]["video"], *map(printable, files[1:])]
+        name, *other = [f'<a href="{link}">{escape(text)}</a>' for link, text in zip(links, words, strict=True)]
         said = f"<br>right: {other[0]}" if other else ""
         said += f"<br>{escape(record['prompt'])}" if record["prompt"] else ""
         terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in figures.items())

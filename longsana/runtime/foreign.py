@@ -103,6 +103,21 @@ def check_characters(text: str, where: str) -> None:
         raise InputError(f"{where}: half a character in it (a lone surrogate); write the whole one")
 
 
+def printable(path: Path | str) -> str:
+    """A path, or a message with one, as UTF-8 can have it: bytes of a name that are not UTF-8 as `\\xe9`."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def refuse_name(name: str, path: Path | str) -> None:
+    """Refuse a file whose name is not UTF-8, so that no list of files, in JSON or in HTML, can have it.
+
+    Raises:
+        InputError: it is not; the message begins with `path`.
+    """
+    if printable(name) != name:
+        raise InputError(f"{printable(path)}: its name is not UTF-8; rename it")
+
+
 def reason_of(error: Exception) -> str:
     """An exception in a few words of one line."""
     if isinstance(told := getattr(error, "strerror", None), str) and told:  # OSError, and what FFmpeg raises

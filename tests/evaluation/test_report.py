@@ -23,6 +23,7 @@ from longsana.commands import evaluate
 from longsana.encoders.closeness import psnr, ssim
 from longsana.evaluation import report
 from longsana.evaluation.measures import end_drift, measure_pieces, seam_index
+from longsana.evaluation.page import page
 from longsana.evaluation.report import plot, table
 from longsana.evaluation.videos import describe, find_videos, read_pieces
 from longsana.runtime.files import hold_folder
@@ -184,7 +185,8 @@ def transport_stream(size: int) -> bytes:
 
 def test_bad_videos_are_skipped_and_listed(folder, command, tmp_path, capsys, caplog):
     whole = (folder / "00007-a.mp4").read_bytes()
-    said = spoil(tmp_path, whole)
+    said = {**spoil(tmp_path, whole), "z\\xe9.mp4": "its name is not UTF-8; rename it"}
+    (tmp_path / os.fsdecode(b"z\xe9.mp4")).write_bytes(whole)
     (tmp_path / "good.mp4").write_bytes(whole)
     assert command.main([str(tmp_path), "--device", "cpu"]) == 1
     record = json.loads((tmp_path / "evaluation.json").read_text())
@@ -274,6 +276,13 @@ def test_folders_of_folders_and_a_page_of_them(folder, command, tmp_path):
     assert len(found.shown) == 4 and all((out / name).is_file() for name in found.shown)
     assert (out / found.shown[-1]).resolve() == tmp_path / "videos/b & c/d/one.mp4"
     assert shapes.draw_scene(31, 0).caption in found.words and "a/two.mp4: " in found.words
+
+
+def test_a_page_links_to_files_in_folders_whose_names_are_not_utf8(tmp_path):
+    paths = [tmp_path / os.fsdecode(b"videos of \xe9") / name for name in ("one.mp4", "two.mp4")]
+    record = {"row": {"video": "one.mp4"}, "paths": paths, "prompt": None}
+    text = page("title", [["video"]], [(record, {})], [], {}, tmp_path)
+    assert text.encode().count(b'"videos%20of%20%E9/one.mp4"') == 2 and "videos of \\xe9/two.mp4<" in text
 
 
 UNEQUAL = {

@@ -255,6 +255,27 @@ def test_films_that_are_gone_are_broken_ones(films: Path, tmp_path: Path, caplog
     assert "No such file" in (survey.look_at(source, FPS).problem or "")
 
 
+def test_films_whose_names_are_not_utf8_are_broken_ones(
+    films: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In folders and in tars, with a caption beside them and without."""
+    out, place = tmp_path / "out", films / os.fsdecode(b"b\xe9d.mp4")
+    with tarfile.open(films / "more.tar", "w") as tar:
+        tar.add(films / "even.mp4", os.fsdecode(b"\xe9.mp4"))
+    (films / "even.mp4").rename(place)
+    (films / "even.txt").rename(place.with_suffix(".txt"))
+    for captions in ("beside", "names"):
+        caplog.clear()
+        assert encode.main([str(films), "--out", str(out), "--captions", captions, "--summary_only", *SMALL]) == 1
+        warnings = [message for message in caplog.messages if message.startswith("skipped: ")]
+        assert warnings == [
+            f"skipped: {films}/b\\xe9d.mp4: its name is not UTF-8; rename it",
+            f"skipped: {films}/more.tar (more.tar/\\xe9.mp4): its name is not UTF-8; rename it",
+        ]
+        summary = json.loads((out / "summary.json").read_text())
+        assert list(summary["broken"]) == ["b\\xe9d.mp4", "more.tar/\\xe9.mp4"] and summary["clips"] == 4
+
+
 def test_what_describes_shards_stays_as_it_is_where_other_clips_are_refused(
     films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
