@@ -197,6 +197,9 @@ class ShardFolder:
     def __init__(self, folder: Path, kind: str, remedy: str, *, digests: bool = True) -> None:
         self.folder, self.remedy = folder, remedy
         self._known: dict[int, list[str]] = {}  # prompts of shards
+        below = [] if (folder / MANIFEST).exists() else sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+        if below:
+            raise InputError(f"{folder}: no {MANIFEST} here; did you mean {' or '.join(map(str, below))}?")
         try:
             self.contents, shards = read_manifest(folder)
             if self.contents.kind != kind:
