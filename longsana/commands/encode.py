@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longsana.config import leaf_keys, load_config
-from longsana.data.sources import BESIDE, NAMES, find_sources
+from longsana.data.sources import BESIDE, NAMES, Source, find_sources
 from longsana.data.survey import Facts, forget_found, survey, write_found, write_summary
 from longsana.runtime.commandline import Parser, run_command, typed_path, whole
 from longsana.runtime.distributed import World, keep_freed_memory, set_threads
@@ -86,21 +86,22 @@ def prepare(arguments: Sequence[str]) -> Request:
     config = with_whole_vae(config)
     if not options.summary_only:
         check_weights(config, sections=("vae",))
-    check_writable(options.out, "--out")
     return Request(config, options)
 
 
 def run(request: Request, world: World) -> int:
+    options = request.options
+    sources = world.broadcast(world.on_main(lambda: find_sources(options.folder, options.captions)) or [])
     with ExitStack() as stack:
-        world.on_main(lambda: stack.enter_context(hold_folder(request.options.out, "--out")))
+        world.on_main(lambda: check_writable(options.out, "--out"))  # films that are refused leave no folder behind
+        world.on_main(lambda: stack.enter_context(hold_folder(options.out, "--out")))
         with logging_redirect_tqdm():  # lines go above the bars, not through them
-            return _run(request, world)
+            return _run(request, sources, world)
 
 
-def _run(request: Request, world: World) -> int:
+def _run(request: Request, sources: Sequence[Source], world: World) -> int:
     config, options, frames = request.config, request.options, clip_frames(request.config)
     threads = set_threads(options.threads, world)
-    sources = world.broadcast(world.on_main(lambda: find_sources(options.folder, options.captions)) or [])
     log.info("%d films, %d threads, %d processes, results to %s", len(sources), threads, world.size, options.out)
     found = survey(sources, config.sampling.fps, options.out, world, threads)
     clips = cut_and_sized(config, sources, found)

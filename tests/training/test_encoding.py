@@ -97,6 +97,8 @@ def test_a_clip_that_cannot_be_sought_is_read_from_the_beginning(films: Path, mo
 def test_shards_hold_the_films_and_flow_matching_trains_on_them(films: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert encode.main([str(films), "--out", str(out), *SMALL]) == 0
+    with pytest.raises(InputError, match=r"out: no manifest.json here; did you mean .*/out/32x48\?$"):
+        ClipFolder(out)
     clips = ClipFolder(out / "32x48")
     listed = [json.loads(line) for line in (out / "clips.jsonl").read_text().splitlines()]
     assert [(one["file"], one["second"]) for one in listed] == [
@@ -333,7 +335,9 @@ def test_folders_that_cannot_be_used_are_refused_in_one_line(
     assert "no clips in it" in refused(tmp_path / "empty")
     assert encode.main([str(tmp_path / "empty"), "--out", str(tmp_path / "out"), *SMALL]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'empty'}: no clips in it")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+    assert encode.main([str(films), "--out", str(films / "even.txt"), *SMALL]) == 2
+    assert "even.txt: cannot be a folder" in capsys.readouterr().err
     assert encode.main([str(films), "--out", str(tmp_path / "none"), *SMALL, f"vae.vae_pretrained={tmp_path}"]) == 2
     assert "vae.vae_pretrained" in capsys.readouterr().err and not (tmp_path / "none").exists()
     (films / "alone.txt").write_text("alone")
