@@ -36,6 +36,7 @@ from longsana.training.clips import (
     clip_frames,
     cut_and_sized,
     refuse_other_clips,
+    refuse_other_cutting,
     shard_folders,
     with_whole_vae,
 )
@@ -95,6 +96,7 @@ def run(request: Request, world: World) -> int:
     with ExitStack() as stack:
         world.on_main(lambda: check_writable(options.out, "--out"))  # films that are refused leave no folder behind
         world.on_main(lambda: stack.enter_context(hold_folder(options.out, "--out")))
+        world.on_main(lambda: refuse_other_cutting(request.config, options.out))
         with logging_redirect_tqdm():  # lines go above the bars, not through them
             return _run(request, sources, world)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from longsana.data.aspect import ASPECT_RATIOS, nearest_size
 from longsana.data.clips import KIND
-from longsana.data.shards import MANIFEST, read_manifest
+from longsana.data.shards import MANIFEST, Contents, read_manifest
 from longsana.data.sources import Source
 from longsana.data.survey import Facts, Span, spans
 from longsana.encoders.geometry import geometry
@@ -87,14 +87,32 @@ def decides_pictures(config: TrainingConfig, clips: Sequence[Sized]) -> dict[str
     """List all that decides the pictures of clips of one size, for their manifest, by the settings' names."""
     told = [[span.source.name, span.sha256, span.first, span.source.caption] for span, _ in clips]
     return {
-        **RULES,
-        "pixel_frames": clip_frames(config),
-        "sampling.fps": config.sampling.fps,
-        "sampling.aspect_ratio_type": config.sampling.aspect_ratio_type,
+        **_decides_cutting(config),
         "height": clips[0].size[0],
         "width": clips[0].size[1],
         "clips_sha256": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
     }
+
+
+def _decides_cutting(config: TrainingConfig) -> dict[str, Any]:
+    return {
+        **RULES,
+        "pixel_frames": clip_frames(config),
+        "sampling.fps": config.sampling.fps,
+        "sampling.aspect_ratio_type": config.sampling.aspect_ratio_type,
+    }
+
+
+def refuse_other_cutting(config: TrainingConfig, out: Path) -> None:
+    """Refuse a folder with shards of films that were cut otherwise, which can be told before a film is read.
+
+    Raises:
+        InputError: it is one.
+    """
+    for folder in shard_folders(out):
+        there = _contents(folder)
+        made_by = {**there.made_by, **_decides_cutting(config)}
+        dataclasses.replace(there, made_by=made_by).refuse_other(there, folder, "--out")
 
 
 def refuse_other_clips(config: TrainingConfig, clips: Sequence[Sized], out: Path) -> None:
@@ -107,11 +125,7 @@ def refuse_other_clips(config: TrainingConfig, clips: Sequence[Sized], out: Path
     for folder in shard_folders(out):
         if folder not in folders:
             raise InputError(f"{folder}: holds clips of a size that none of these has; choose another --out")
-        try:
-            there, _ = read_manifest(folder)
-        except InputError as error:
-            raise InputError(f"{error}; remove it, or choose another --out") from error
-        own = folders[folder]
+        there, own = _contents(folder), folders[folder]
         made_by = {**there.made_by, **decides_pictures(config, own)}
         dataclasses.replace(there, kind=KIND, made_by=made_by, count=len(own)).refuse_other(there, folder, "--out")
 
@@ -119,6 +133,13 @@ def refuse_other_clips(config: TrainingConfig, clips: Sequence[Sized], out: Path
 def shard_folders(out: Path) -> list[Path]:
     """The folders of `out` in which shards of clips of a size are, or were begun."""
     return sorted(manifest.parent for manifest in out.glob(f"[0-9]*x[0-9]*/{MANIFEST}"))
+
+
+def _contents(folder: Path) -> Contents:
+    try:
+        return read_manifest(folder)[0]
+    except InputError as error:
+        raise InputError(f"{error}; remove it, or choose another --out") from error
 
 
 def _sizes(config: TrainingConfig) -> list[Size]:
