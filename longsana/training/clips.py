@@ -26,6 +26,7 @@ RULES = {
     "cut": "from the first frame on, one after another, the rest left out",
     "frames": "frame k is the picture shown at k / fps seconds, upright, with square pixels",
     "fit": "the largest middle part of the clip's shape, bicubic",
+    "colours": "by the matrix that the film names, else BT.709's from 720 lines on and BT.601's below",
 }
 """What is done to every film, for the manifest."""
 
