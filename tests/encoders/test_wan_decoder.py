@@ -62,6 +62,7 @@ def test_frames_in_bfloat16(load: Load, name: str) -> None:
     assert psnr(frames, load(name).decode(latents)) >= 40
 
 
+@pytest.mark.slow
 def test_frames_of_a_larger_picture(load: Load) -> None:
     latents = draw(1, 16, 2, 24, 40)
     frames, _ = load("trained").decode_stream(latents)

@@ -28,6 +28,7 @@ def script() -> ModuleType:
     return load_script(Path(__file__).parents[1] / "full_size/measure_float8.py")
 
 
+@pytest.mark.slow
 def test_a_networks_passes_kernels_and_errors(script: ModuleType, tmp_path: Path) -> None:
     assert script.main(["480p", "--out", str(tmp_path), "--settings", *SMALL]) == 0
     result = json.loads((tmp_path / "480p.json").read_text())["result"]

@@ -90,7 +90,7 @@ def test_a_lora(distilled_folder: Path, what: torch.dtype | str) -> None:
 
 def made(config: InferenceConfig) -> list[Tensor]:
     """Latents and pixels, as the batch command makes them, and what validation measures on them."""
-    engine, prompt, meter = Engine(config, "cpu"), Prompt(1, PROMPT, (PROMPT,), 0, 32, 48), Meter()
+    engine, prompt, meter = Engine(config, "cpu"), Prompt(1, PROMPT, (PROMPT,), 0, 32, 48), Meter(16.0)
     with caption_encoder(engine.config, engine.device) as encode:
         caption = encode(prompt)
     results: list[Tensor] = []
