@@ -141,9 +141,9 @@ def read_pieces(path: Path, frames: int = 64) -> Iterator[Tensor]:
             for frame in container.decode(video):
                 if opening is None:
                     opening, matrix = frame, display_matrix(frame)
-                    seconds = promised_seconds(container, video, frame)
+                    seconds = None if promised else promised_seconds(container, video, frame)
                 if frame.time is not None and opening.time is not None:
-                    end = frame.time - opening.time
+                    end = frame.time - opening.time + float((frame.duration or 0) * (frame.time_base or 0))
                 picture = rgb_of(frame)
                 yield picture if matrix is None else upright(picture, matrix)
 

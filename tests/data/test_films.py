@@ -69,6 +69,20 @@ def test_a_webm_is_as_long_as_its_pictures(tmp_path: Path, given: dict[str, floa
             read()
 
 
+@pytest.mark.parametrize("name", ["slides.mp4", "slides.webm"])
+def test_a_last_picture_may_be_shown_for_long(tmp_path: Path, name: str) -> None:
+    """Of slides, one each five seconds, evaluation finds none missing."""
+    with av.open(str(tmp_path / name), "w") as file:
+        stream = file.add_stream("libx264" if name.endswith("mp4") else "libvpx", rate=Fraction(1, 5))
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        for number in range(4):
+            frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), 40 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(5)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    assert sum(piece.shape[1] for piece in read_pieces(tmp_path / name)) == 4
+
+
 @pytest.mark.parametrize(("height", "told"), [(720, False), (720, True), (96, False)])
 def test_colours_of_a_file_that_does_not_say_are_those_of_its_size(tmp_path: Path, height: int, told: bool) -> None:
     """BT.709's from 720 lines on, BT.601's below, for films and for evaluation alike."""
