@@ -10,7 +10,7 @@ from av.codec.context import Flags
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import ColorRange, Colorspace
 
-from longsana.runtime.fragments import Picture
+from longsana.runtime.fragments import Picture, with_lengths
 
 ZEROLATENCY = {"preset": "ultrafast", "tune": "zerolatency", "forced-idr": "1"}
 SLICES = 4
@@ -52,4 +52,4 @@ def frame_of(pixels: np.ndarray, place: int) -> av.VideoFrame:
 def picture_of(packet: av.Packet) -> Picture:
     """A coded picture of an encoder whose times are counted in pictures."""
     assert packet.pts is not None
-    return Picture(bytes(packet), packet.pts, packet.is_keyframe)
+    return Picture(with_lengths(bytes(packet)), packet.pts, packet.is_keyframe)

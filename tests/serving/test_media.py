@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 
+from longsana.runtime.fragments import Picture, fragment
 from longsana.serving.media import ChunkEncoder, boxes
 
 HEIGHT, WIDTH = 48, 64
@@ -47,6 +49,16 @@ def test_pieces_are_an_mp4_from_any_of_them_on(fps: float) -> None:
         before = sum(lengths[:first])
         assert times == [k / encoder.rate for k in range(before, sum(lengths))]
         assert close(shown, np.concatenate(chunks[first:]))
+
+
+def test_a_fragment_is_made_in_one_copy() -> None:
+    # Whoever packs holds Python's lock, and a chunk at 720p has up to 40 MB.
+    coded = [Picture(bytes(100_000), place, is_key=place == 0) for place in range(80)]
+    tracemalloc.start()
+    packed = fragment(coded, Fraction(16), before=0, number=1)
+    copied = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 80 * 100_000 < len(packed) < copied < 1.01 * len(packed)
 
 
 def test_what_was_coded_and_not_sent_leaves_no_trace() -> None:
