@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from longsana.chunks import ChunkPlan
-from longsana.config import ModelConfig, VAEConfig
+from longsana.config import ModelConfig, VAEConfig, load_config
 from longsana.encoders.vae import WanVAE
 from longsana.flow.noise import PromptNoise
 from longsana.flow.schedule import FlowSchedule
@@ -26,14 +27,17 @@ from longsana.ops.dispatch import inductor_options
 from longsana.runtime.distributed import World
 from longsana.sampling.graphs import RecordedPass
 from longsana.sampling.sampler import generate
-from longsana.training.config import LoraConfig
+from longsana.training.build import StageBuilder
+from longsana.training.config import LoraConfig, TrainingConfig
 from longsana.training.graphs import replay_passes
 from longsana.training.lora import put_on
 from longsana.training.parallel import connect, device_mesh, parallelise
+from longsana.training.stages.stage import MicroBatch, MicroBatches
 from longsana.weights.build import build_model
 from tests.training.test_graphs import PASTS, two_chunks
 
 pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
 
 
@@ -133,6 +137,23 @@ def test_gradients_of_a_lora_agree_with_the_cpu(compiled: bool, replayed: bool, 
         assert given.keys() == expected.keys() and all(".lora_" in name for name in given)
         wrong = {name: float((given[name] - value).norm() / value.norm()) for name, value in expected.items()}
         assert max(wrong.values()) < 0.1, wrong
+
+
+@pytest.mark.parametrize("settings", [[], ["train.image_probability=1"]])
+def test_what_is_made_ahead_does_not_wait_for_the_gpu(settings: list[str], tmp_path: Path) -> None:
+    small = ["data.num_clips=2", "train.captions_together=1", "rollout.num_training_frames=5"]
+    path = ROOT / "configs/sana_video_config/longsana/shapes/base.yaml"
+    config = load_config(path, [*small, "model.load_from=seeded:0", *settings], TrainingConfig)
+    device = torch.device("cuda", 0)
+    builder = StageBuilder(config, micro_batches=MicroBatches(0, 1, 1), world=World(), device=device, folder=tmp_path)
+    inputs = builder.stage().inputs
+    assert inputs is not None
+    inputs.begin(MicroBatch(0, 0, "generator", 0, range(2), device, device_noise=True))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        inputs.begin(MicroBatch(0, 1, "generator", 0, range(2, 4), device, device_noise=True))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_compiled_gradients_at_full_width() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longsana.data.shards import DTYPES, Contents, ShardFolder, ShardWriter
+from longsana.flow.noise import to_device
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.shapes.bars import draw_bars
@@ -284,7 +285,7 @@ class ShapeClips:
         return Clip(self._latents[index].float(), self._scenes[index].caption)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        chosen = torch.tensor(indices, dtype=torch.int64, device=self._latents.device)
+        chosen = to_device(torch.tensor(indices, dtype=torch.int64, device="cpu"), self._latents.device)
         return Batch(self._latents[chosen].float(), [self._scenes[index].caption for index in indices])
 
     def prompts(self) -> Sequence[str]:

@@ -206,26 +206,17 @@ class Loop:
     def _update(self, learner: Learner, step: int) -> dict[str, float]:
         """One update of one learner; its metrics, averaged over all micro-batches."""
         progress, settings = self.progress, self.settings
-        first, batch = progress.samples.get(learner.name, 0), settings.batch_size
+        mine = self.micro_batches.mine
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         learning = 0.0
-        for index in self.micro_batches.mine:
-            start = first + index * batch
-            micro_batch = MicroBatch(
-                settings.seed,
-                step,
-                learner.name,
-                index,
-                range(start, start + batch),
-                self.device,
-                settings.device_noise,
-            )
-            loss = self.stage.loss(micro_batch)
+        for index, following in zip(mine, [*mine[1:], None], strict=True):
+            loss = self.stage.loss(self._micro_batch(learner, step, index))
             (loss.value / self.micro_batches.accumulation).backward()
             for name, value in loss.metrics.items():
                 sums[name] += value / self.micro_batches.accumulation
             learning += loss.learns
-        progress.samples[learner.name] = first + self.micro_batches.count * batch
+            self._prepare(learner, step, following)  # nobody has waited for the GPU yet
+        progress.samples[learner.name] = self._samples(learner) + self.micro_batches.count * settings.batch_size
         if learning and learner.name in self._unproven:
             _prove(learner)
             self._unproven.remove(learner.name)
@@ -241,6 +232,30 @@ class Loop:
         else:
             learner.skip()
         return values
+
+    def _prepare(self, learner: Learner, step: int, following: int | None) -> None:
+        """Have what the next micro-batch needs made: that of this update, or the first of the next one."""
+        inputs, later = self.stage.inputs, step + learner.every
+        if inputs is None:
+            return
+        if following is not None:
+            inputs.begin(self._micro_batch(learner, step, following))
+        elif later < self.settings.max_iters:
+            first = self.micro_batches.mine[0]
+            inputs.begin(self._micro_batch(learner, later, first, later=self.micro_batches.count))
+
+    def _samples(self, learner: Learner) -> int:
+        """Samples that its updates so far have had."""
+        return self.progress.samples.get(learner.name, 0)
+
+    def _micro_batch(self, learner: Learner, step: int, index: int, later: int = 0) -> MicroBatch:
+        """later: micro-batches of updates that are not counted yet."""
+        settings = self.settings
+        start = self._samples(learner) + (later + index) * settings.batch_size
+        samples = range(start, start + settings.batch_size)
+        return MicroBatch(
+            settings.seed, step, learner.name, index, samples, self.device, device_noise=settings.device_noise
+        )
 
     def _count(self, learner: Learner, values: Mapping[str, float]) -> None:
         progress = self.progress

@@ -32,7 +32,7 @@ from longsana.training.learner import Learner
 from longsana.training.loop import SKIPS, Loop, Progress, Stop, TrainingFailed
 from longsana.training.parallel import connect
 from longsana.training.stages.ode import OdeInitialisation
-from longsana.training.stages.stage import Loss, MicroBatch, MicroBatches, Stage
+from longsana.training.stages.stage import Ahead, Loss, MicroBatch, MicroBatches, Stage
 from longsana.weights.checkpoint_folder import read_progress
 from tests.training.conftest import ROOT, SCRIPT
 from tests.training.test_resume import assert_equal, contents, lines
@@ -166,6 +166,25 @@ def test_samples_are_counted_and_nobody_takes_one_twice(make):
         assert taken == list(range(updates * 6))  # in the order of micro-batches, one after another
         assert loop.progress.samples[name] == updates * 6
     assert [micro_batch.index for micro_batch in loop.stage.micro_batches if micro_batch.role == "critic"] == [0, 1] * 3
+
+
+def test_what_a_micro_batch_needs_is_made_once_after_the_loss_of_the_one_before(make):
+    loop = make(max_iters=3, accumulation=2, batch_size=3)
+    loop.stage.learners = loop.stage.learners[1:]
+    events: list[tuple[str, MicroBatch]] = []
+    loop.stage.inputs = Ahead(lambda micro_batch: events.append(("made", micro_batch)))
+    loss = loop.stage.loss
+
+    def noted(micro_batch: MicroBatch) -> Loss:
+        loop.stage.inputs.take(micro_batch)
+        events.append(("loss", micro_batch))
+        return loss(micro_batch)
+
+    loop.stage.loss = noted
+    assert loop.run() == 0
+    asked = loop.stage.micro_batches
+    assert len(asked) == 6
+    assert events == [event for micro_batch in asked for event in (("made", micro_batch), ("loss", micro_batch))]
 
 
 def test_accumulated_gradients_are_those_of_all_micro_batchs_samples_at_once(make, tmp_path):

@@ -6,19 +6,32 @@ in consistency distillation (Song et al. 2023): answers along a way become one, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.data.clips import ClipSource
 from longsana.flow.losses import consistency_loss, guided
+from longsana.flow.noise import to_device
 from longsana.flow.schedule import TIMESTEPS, FlowSchedule, per_frame, uniform_sigmas
 from longsana.models.dit import LongSanaDiT
 from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.errors import InputError
 from longsana.training.config import ConsistencyConfig, TrainingConfig
 from longsana.training.learner import Learner
-from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage, each_frame, repeated
+from longsana.training.stages.stage import Ahead, Embed, Loss, MicroBatch, Shuffled, Stage, each_frame, repeated
+
+
+class _Inputs(NamedTuple):
+    """x: (B, C, T, H, W). t, nearer: (B, T), the timesteps before and after a step of the teacher's."""
+
+    x: Tensor
+    t: Tensor
+    nearer: Tensor
+    text: TextEmbedding
+    plan: ChunkPlan
 
 
 class Consistency(Stage):
@@ -55,22 +68,26 @@ class Consistency(Stage):
         self.plan = ChunkPlan.split(frames, size)
         self.plan_of_picture = ChunkPlan.with_picture(frames, size, config.sampling.image_first)
         self.order = Shuffled(len(clips), config.train.seed, generator.name)
+        self.inputs: Ahead[_Inputs] = Ahead(self._prepared)
 
     def loss(self, micro_batch: MicroBatch) -> Loss:
-        latents, prompts = self.clips.batch([self.order[number] for number in micro_batch.samples])
-        x0, text = latents.to(micro_batch.device, torch.float32), self.embed(prompts)
-        pictured = micro_batch.happens("image", self.image_probability)
-        plan = self.plan_of_picture if pictured else self.plan
-        level, clean = self._levels(len(prompts), plan, micro_batch, pictured=pictured)
-        t, nearer = (self.times[at].masked_fill(clean, 0).to(micro_batch.device) for at in (level, level + 1))
-        whole = per_frame(clean.to(micro_batch.device), x0)
-        noise = micro_batch.normal("noise", x0.shape)
-        x = torch.where(whole, x0, self.schedule.add_noise(x0, noise, t))
+        x, t, nearer, text, plan = self.inputs.take(micro_batch)
         with torch.no_grad():
             target = self._target(x, t, nearer, text, plan)
         velocity, _ = self.generator(x, t, text, plan=plan)
         loss = consistency_loss(self.schedule.to_x0(x, velocity, t), target, t)
         return Loss(loss, {"generator_loss": loss.detach()})
+
+    def _prepared(self, micro_batch: MicroBatch) -> _Inputs:
+        latents, prompts = self.clips.batch([self.order[number] for number in micro_batch.samples])
+        x0, text = to_device(latents, micro_batch.device).float(), self.embed(prompts)
+        pictured = micro_batch.happens("image", self.image_probability)
+        plan = self.plan_of_picture if pictured else self.plan
+        level, clean = self._levels(len(prompts), plan, micro_batch, pictured=pictured)
+        t, nearer = (to_device(self.times[at].masked_fill(clean, 0), micro_batch.device) for at in (level, level + 1))
+        whole = per_frame(to_device(clean, micro_batch.device), x0)
+        noise = micro_batch.normal("noise", x0.shape)
+        return _Inputs(torch.where(whole, x0, self.schedule.add_noise(x0, noise, t)), t, nearer, text, plan)
 
     def _target(self, x: Tensor, t: Tensor, nearer: Tensor, text: TextEmbedding, plan: ChunkPlan) -> Tensor:
         """The student's answer (B, C, T, H, W) a step of the teacher's further on; at the end of the way, x there.

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.data.clips import ClipSource
 from longsana.flow.losses import flow_loss
+from longsana.flow.noise import to_device
 from longsana.flow.schedule import FlowSchedule
 from longsana.flow.timesteps import independent, monotone
 from longsana.models.embeddings import TextEmbedding
 from longsana.training.config import TrainingConfig
 from longsana.training.learner import Learner
-from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage, each_frame
+from longsana.training.stages.stage import Ahead, Embed, Loss, MicroBatch, Shuffled, Stage, each_frame
+
+
+class _Inputs(NamedTuple):
+    """x, x0, noise: (B, C, T, H, W). t: (B, T). pinned: latent 0 is a picture."""
+
+    x: Tensor
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    text: TextEmbedding
+    pinned: bool
 
 
 class FlowMatching(Stage):
@@ -41,20 +55,10 @@ class FlowMatching(Stage):
         self.schedule = FlowSchedule(self.settings.flow_shift)
         self.plan = ChunkPlan.split(frames, config.sampling.chunk_frames if self.settings.causal else frames)
         self.order = Shuffled(len(clips), config.train.seed, generator.name)
+        self.inputs: Ahead[_Inputs] = Ahead(self._prepared)
 
     def loss(self, micro_batch: MicroBatch) -> Loss:
-        latents, prompts = self.clips.batch([self.order[number] for number in micro_batch.samples])
-        x0 = latents.to(micro_batch.device, torch.float32)
-        text = self._drop(self.embed(prompts), micro_batch)
-        t = each_frame(self._timesteps(len(prompts), micro_batch.rng("t")), self.plan)
-        pinned = micro_batch.happens("image", self.image_probability)
-        if pinned:
-            t[:, 0] = 0
-        t = t.to(micro_batch.device)
-        noise = micro_batch.normal("noise", x0.shape)
-        x = self.schedule.add_noise(x0, noise, t)
-        if pinned:
-            x[:, :, 0] = x0[:, :, 0]  # at t = 0 the schedule has a least sigma, which is not 0
+        x, x0, noise, t, text, pinned = self.inputs.take(micro_batch)
         velocity, _ = self.generator(x, t, text, plan=self.plan)
         power = self.settings.weight_power
         weight = (1 - self.schedule.sigma(t)) ** power if power else None
@@ -63,6 +67,21 @@ class FlowMatching(Stage):
             weight = None if weight is None else weight[:, 1:]
         loss = flow_loss(velocity, x0, noise, weight)
         return Loss(loss, {"generator_loss": loss.detach()})
+
+    def _prepared(self, micro_batch: MicroBatch) -> _Inputs:
+        latents, prompts = self.clips.batch([self.order[number] for number in micro_batch.samples])
+        x0 = to_device(latents, micro_batch.device).float()
+        text = self._drop(self.embed(prompts), micro_batch)
+        t = each_frame(self._timesteps(len(prompts), micro_batch.rng("t")), self.plan)
+        pinned = micro_batch.happens("image", self.image_probability)
+        if pinned:
+            t[:, 0] = 0
+        t = to_device(t, micro_batch.device)
+        noise = micro_batch.normal("noise", x0.shape)
+        x = self.schedule.add_noise(x0, noise, t)
+        if pinned:
+            x[:, :, 0] = x0[:, :, 0]  # at t = 0 the schedule has a least sigma, which is not 0
+        return _Inputs(x, x0, noise, t, text, pinned)
 
     def _timesteps(self, batch: int, rng: torch.Generator) -> Tensor:
         """(B, chunks)."""
@@ -82,7 +101,7 @@ class FlowMatching(Stage):
         """Some captions replaced by the null caption."""
         batch = len(micro_batch.samples)
         drawn = torch.rand(batch, generator=micro_batch.rng("drop"), dtype=torch.float32, device="cpu")
-        dropped = (drawn < self.settings.class_dropout_prob).to(micro_batch.device)
+        dropped = to_device(drawn < self.settings.class_dropout_prob, micro_batch.device)
         null_mask = text.mask if self.settings.dropped_caption == "masked_null" else self.null.mask
         return TextEmbedding(
             torch.where(dropped[:, None, None], self.null.tokens.to(text.tokens.dtype), text.tokens),

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.data.trajectories import Trajectories
 from longsana.flow.losses import trajectory_loss
 from longsana.flow.noise import to_device
 from longsana.flow.schedule import FlowSchedule
+from longsana.models.embeddings import TextEmbedding
 from longsana.training.config import TrainingConfig
 from longsana.training.learner import Learner
-from longsana.training.stages.stage import Embed, Loss, MicroBatch, Shuffled, Stage, each_frame
+from longsana.training.stages.stage import Ahead, Embed, Loss, MicroBatch, Shuffled, Stage, each_frame
+
+
+class _Inputs(NamedTuple):
+    """x, clean: (B, C, T, H, W). t: (B, T)."""
+
+    x: Tensor
+    clean: Tensor
+    t: Tensor
+    text: TextEmbedding
+    plan: ChunkPlan
 
 
 class OdeInitialisation(Stage):
@@ -31,8 +45,15 @@ class OdeInitialisation(Stage):
         self.plan = ChunkPlan.split(frames, config.sampling.chunk_frames)
         self.plan_of_picture = ChunkPlan.with_picture(frames, config.sampling.chunk_frames, config.sampling.image_first)
         self.order = Shuffled(len(trajectories), config.train.seed, generator.name)
+        self.inputs: Ahead[_Inputs] = Ahead(self._prepared)
 
     def loss(self, micro_batch: MicroBatch) -> Loss:
+        x, clean, t, text, plan = self.inputs.take(micro_batch)
+        velocity, _ = self.generator(x, t, text, plan=plan)
+        loss = trajectory_loss(self.schedule.to_x0(x, velocity, t), clean, t)
+        return Loss(loss, {"generator_loss": loss.detach()})
+
+    def _prepared(self, micro_batch: MicroBatch) -> _Inputs:
         items = [self.trajectories[self.order[number]] for number in micro_batch.samples]
         text = self.embed([item.prompt for item in items])
         pictured = micro_batch.happens("image", self.image_probability)
@@ -49,7 +70,4 @@ class OdeInitialisation(Stage):
         # Chosen on the host: only these and the clean ones are moved.
         x = to_device(torch.stack(chosen), micro_batch.device).float()
         clean = to_device(torch.stack([item.states[-1] for item in items]), micro_batch.device).float()
-        t = to_device(times[index], micro_batch.device)
-        velocity, _ = self.generator(x, t, text, plan=plan)
-        loss = trajectory_loss(self.schedule.to_x0(x, velocity, t), clean, t)
-        return Loss(loss, {"generator_loss": loss.detach()})
+        return _Inputs(x, clean, to_device(times[index], micro_batch.device), text, plan)

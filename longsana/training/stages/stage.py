@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from longsana.models.embeddings import TextEmbedding
 from longsana.runtime.distributed import World
 from longsana.training.learner import Learner
 
+T = TypeVar("T")
 Embed: TypeAlias = Callable[[Sequence[str]], TextEmbedding]
 """Prompts to a batch of their embeddings, on the device."""
 
@@ -105,6 +106,26 @@ def repeated(text: TextEmbedding, batch: int) -> TextEmbedding:
     return TextEmbedding(*(part.expand(batch, *part.shape[1:]) for part in text))
 
 
+class Ahead(Generic[T]):
+    """Inputs of a micro-batch, made while a GPU computes on the one before.
+
+    make: a function of the micro-batch and of nothing else, which does not wait for the GPU.
+    """
+
+    def __init__(self, make: Callable[[MicroBatch], T]) -> None:
+        self._make = make
+        self._kept: tuple[MicroBatch, T] | None = None
+
+    def begin(self, micro_batch: MicroBatch) -> None:
+        """Make what this micro-batch needs, in place of what was made before and not taken."""
+        self._kept = micro_batch, self._make(micro_batch)
+
+    def take(self, micro_batch: MicroBatch) -> T:
+        """Take what this micro-batch needs; it is made now if it was not."""
+        kept, self._kept = self._kept, None
+        return kept[1] if kept is not None and kept[0] == micro_batch else self._make(micro_batch)
+
+
 class Shuffled:
     """An endless order over `length` items: every epoch is another permutation, a function of (seed, name, epoch)."""
 
@@ -128,6 +149,8 @@ class Stage(ABC):
     """A way to train. `loss` returns numbers; the loop accumulates, steps, saves and logs."""
 
     learners: Sequence[Learner]
+    inputs: Ahead[Any] | None = None
+    """What `loss` takes for a micro-batch, if that can be made ahead."""
 
     @abstractmethod
     def loss(self, micro_batch: MicroBatch) -> Loss:

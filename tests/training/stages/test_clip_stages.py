@@ -69,6 +69,17 @@ def build(training_config, random_model, network, embed, trajectories) -> Callab
     return make
 
 
+@pytest.mark.parametrize("trainer", ["flow_matching", "ode", "consistency"])
+def test_what_was_made_ahead_is_what_would_be_made_now(build: Callable[..., Any], trainer: str) -> None:
+    stage, twin = build(trainer), build(trainer)
+    stage.inputs.begin(micro_batch(7, 2))
+    stage.inputs.begin(micro_batch(3, 2))
+    for step in (3, 4, 7):  # made ahead; now; and now, as another took its place
+        given, expected = stage.loss(micro_batch(step, 2)), twin.loss(micro_batch(step, 2))
+        assert torch.equal(given.value, expected.value)
+        assert torch.equal(stage.generator.calls[-1].x, twin.generator.calls[-1].x)
+
+
 def test_the_base_model_learns_the_velocity_of_a_clip_at_one_level(build):
     stage = build("flow_matching", "flow_matching.class_dropout_prob=0.0")
     now = micro_batch(3, 4)
