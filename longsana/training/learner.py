@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.gpu import has_bfloat16
 from longsana.training.config import AdamWConfig, TrainingConfig
+from longsana.training.muon import BatchedMuon
 
 
 class Learner:
@@ -48,7 +49,8 @@ class Learner:
         # Of each optimizer, its rate before warm-up and decay.
         self.optimizers: dict[torch.optim.Optimizer, float] = {_adamw(others, settings): settings.lr}
         if settings.muon_lr is not None:
-            self.optimizers[_muon(matrices, settings)] = settings.muon_lr
+            muon = BatchedMuon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay)
+            self.optimizers[muon] = settings.muon_lr
         self._ema_weight, self._ema_start = ema_weight, ema_start
         self._ema_power = None if ema_relative_width is None else power(ema_relative_width)
         self.average: dict[str, Tensor] = {}
@@ -191,17 +193,6 @@ def _adamw(weights: list[nn.Parameter], settings: AdamWConfig) -> torch.optim.Op
             "exp_avg": torch.zeros_like(weight),
             "exp_avg_sq": torch.zeros_like(weight),
         }
-    return optimizer
-
-
-def _muon(weights: list[nn.Parameter], settings: AdamWConfig) -> torch.optim.Optimizer:
-    assert settings.muon_lr is not None
-    # A step has the root mean square that AdamW's usually has, so that rates of the two are alike.
-    optimizer = torch.optim.Muon(
-        weights, lr=settings.muon_lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    for weight in weights:
-        optimizer.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
     return optimizer
 
 

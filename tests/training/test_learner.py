@@ -128,7 +128,11 @@ def test_muon_steps_the_matrices_of_blocks_and_adamw_the_rest(make):
         muon.param_groups[0]["lr"] = lr
         muon.step()
     for name, weight in mixed.weights.items():
-        assert torch.equal(weight, (twin if name in matrices else plain).weights[name]), name
+        if name in matrices:  # of other orders of sums, in bfloat16
+            torch.testing.assert_close(weight, twin.weights[name], rtol=0, atol=1e-4)
+            assert (weight - plain.weights[name]).abs().max() > 1e-2
+        else:
+            assert torch.equal(weight, plain.weights[name]), name
     moments = {name.rpartition(".")[0] for name in mixed.tensors()["optimizer.generator"] if "momentum" in name}
     assert moments == matrices
 
