@@ -7,9 +7,8 @@ name but for the suffix, and so no two films may share that.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-import os
+import sys
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -18,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded, files_below
 from longsana.runtime.foreign import check_characters, parse_json, printable, read_bytes, reason_of
+from longsana.runtime.hub import stream_sha256
 
 FILMS = (".mp4", ".webm", ".mov")
 BESIDE, NAMES = "beside", "names"
@@ -55,14 +55,9 @@ class Place(NamedTuple):
         Raises:
             OSError: it cannot be read.
         """
-        digest = hashlib.sha256()
         with self.path.open("rb") as file:
-            left = os.fstat(file.fileno()).st_size if self.offset is None else self.size
             file.seek(self.offset or 0)
-            while block := file.read(min(left, 1 << 22)):
-                digest.update(block)
-                left -= len(block)
-        return digest.hexdigest()
+            return stream_sha256(file, sys.maxsize if self.offset is None else self.size)
 
 
 class Source(NamedTuple):

@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import expanded
@@ -244,14 +245,21 @@ def _digest(path: Path, known: dict[str, Any]) -> str:
     entry = known.get(str(resolved))
     if isinstance(entry, dict) and entry.get("stamp") == stamp and isinstance(entry.get("sha256"), str):
         return str(entry["sha256"])
-    digest = hashlib.sha256()
     try:
         with resolved.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+            digest = stream_sha256(stream)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({reason_of(error)})") from error
-    known[str(resolved)] = {"stamp": stamp, "sha256": digest.hexdigest()}
+    known[str(resolved)] = {"stamp": stamp, "sha256": digest}
+    return digest
+
+
+def stream_sha256(stream: BinaryIO, size: int = sys.maxsize) -> str:
+    """SHA-256 in hex of what follows in an open file, of at most `size` bytes, read block by block."""
+    digest = hashlib.sha256()
+    while block := stream.read(min(size, 1 << 22)):
+        digest.update(block)
+        size -= len(block)
     return digest.hexdigest()
 
 

@@ -11,7 +11,6 @@ Reading needs no process group, and holds one tensor at a time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from longsana.runtime.errors import InputError
 from longsana.runtime.foreign import reason_of
-from longsana.runtime.hub import digests_of
+from longsana.runtime.hub import digests_of, stream_sha256
 
 CHECKPOINTS = "checkpoint_model_*"  # in a run's folder
 MANIFEST = "manifest.json"
@@ -170,11 +169,8 @@ def digests(folder: Path, names: list[str]) -> dict[str, str]:
     """SHA-256 in hex of files, several at a time."""
 
     def digest(name: str) -> str:
-        state = hashlib.sha256()
         with (folder / name).open("rb") as stream:
-            while block := stream.read(1 << 22):
-                state.update(block)
-        return state.hexdigest()
+            return stream_sha256(stream)
 
     with ThreadPoolExecutor(max_workers=8, thread_name_prefix="sha256") as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from huggingface_hub import constants
 
 from longsana.runtime import hub
 from longsana.runtime.errors import InputError
-from longsana.runtime.hub import file_sha256, locate
+from longsana.runtime.hub import file_sha256, locate, stream_sha256
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ERRORS = {
@@ -292,6 +293,17 @@ def test_digest_of_a_file_is_remembered(tmp_path: Path, digests: Path, monkeypat
     os.utime(other, ns=(stamp.st_atime_ns, file.stat().st_mtime_ns))
     os.replace(other, file)  # same size and time, another inode
     assert file_sha256(file) == hashlib.sha256(b"six").hexdigest()
+
+
+def test_digest_of_a_piece_is_that_of_its_bytes() -> None:
+    """From where the file stands, over blocks' ends, to the end or for so many bytes."""
+    content = bytes(range(251)) * (1 << 15)  # nearly two blocks
+    for first, size in ((0, None), (7, None), (7, 0), (7, 1), (7, 1 << 22), (7, (1 << 22) + 1), (7, 2 * len(content))):
+        stream = io.BytesIO(content)
+        stream.seek(first)
+        found = stream_sha256(stream) if size is None else stream_sha256(stream, size)
+        end = None if size is None else first + size
+        assert found == hashlib.sha256(content[first:end]).hexdigest(), (first, size)
 
 
 def test_digest_of_a_folder(tmp_path: Path, digests: Path) -> None:
