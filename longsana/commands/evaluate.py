@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from longsana.evaluation.flow import FlowMeter
-from longsana.evaluation.report import NUMBERS, SHEET, examine, load_matplotlib, show, write_report
+from longsana.evaluation.report import NUMBERS, SHEET, examine, load_matplotlib, show, summarize, write_report
 from longsana.evaluation.videos import describe, find_videos, pair
 from longsana.runtime import strips
 from longsana.runtime.commandline import Parser, run_command, typed_path
@@ -123,8 +123,9 @@ def run(request: Request) -> int:
         if not examined:
             others = f" (and {len(skipped) - 1} more videos cannot be evaluated)" if len(skipped) > 1 else ""
             raise InputError(f"{next(iter(skipped.values()))}{others}")
-        print(write_report(examined, skipped, request.out))
-        show(examined, request.out, wandb)
+        summary = summarize(examined)
+        print(write_report(examined, summary, skipped, request.out))
+        show(examined, summary, request.out, wandb)
     for reason in skipped.values():
         log.warning("skipped: %s", reason)
     return 1 if skipped else 0

@@ -261,12 +261,13 @@ def plot(
     pyplot.close(figure)
 
 
-def write_report(examined: Sequence[Mapping[str, Any]], skipped: Mapping[str, str], folder: Path) -> str:
+def write_report(
+    examined: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], skipped: Mapping[str, str], folder: Path
+) -> str:
     """Write evaluation.json, .md, .png, .html and evaluation_frames.png to the folder; returns the table.
 
-    skipped: why a video is not among the examined ones, by its name.
+    summary: see `summarize`. skipped: why a video is not among the examined ones, by its name.
     """
-    summary = summarize(examined)
     rows = [item["row"] for item in examined] + [summary["row"]]
     text = table(rows)
     if summary["scores"]:
@@ -289,13 +290,12 @@ def write_report(examined: Sequence[Mapping[str, Any]], skipped: Mapping[str, st
     return text
 
 
-def show(examined: Sequence[Mapping[str, Any]], folder: Path, wandb: Wandb) -> None:
+def show(examined: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], folder: Path, wandb: Wandb) -> None:
     """Show on wandb what `write_report` has written to a folder.
 
     The means by second are in `by second/FIGURE`, with the second as step; those of the whole videos in `mean/FIGURE`;
     every video's in the table `videos`; the two pictures, and as many videos as there are strips.
     """
-    summary = summarize(examined)
     last = max(map(len, summary["curves"].values())) - 1
     for second in range(last + 1):
         values = {name: own[second] for name, own in summary["curves"].items() if second < len(own)}

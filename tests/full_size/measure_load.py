@@ -28,7 +28,10 @@ from typing import Any, NamedTuple
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # it also runs from a checkout not installed
+
+from tests.full_size.measure_memory import ROOT, asking
+
 CONFIGS = {
     480: "configs/sana_video_config/Sana_2000M_480px_adamW_fsdp_longsana.yaml",
     720: "configs/sana_video_config/Sana_2000M_720px_longsana.yaml",
@@ -109,10 +112,8 @@ def measure(row: Row, viewers: int, cache: Path | None, seconds: int, folder: Pa
 
 
 def _smi(what: str) -> list[str]:
-    own = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
-    command = ["nvidia-smi", f"--id={own}", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+        return subprocess.run(asking(what), capture_output=True, text=True, check=True).stdout.split("\n")
     except (OSError, subprocess.CalledProcessError):
         return []
 

@@ -105,10 +105,10 @@ class Looks:
                 self.resident = max(self.resident, 1024 * int(sizes["VmRSS"].split()[0]))
 
 
-def asking() -> list[str]:
-    """The command that tells the MiB that this process's GPU has used: the first that it may see."""
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+def asking(what: str = "memory.used") -> list[str]:
+    """The command that tells of this process's GPU, the first that it may see, such as the MiB that it has used."""
+    gpu = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
+    return ["nvidia-smi", "-i", gpu, f"--query-gpu={what}", "--format=csv,noheader,nounits"]
 
 
 def used_now() -> int:
