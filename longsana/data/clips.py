@@ -89,6 +89,7 @@ def write_clips(
     shard_size: int = 16,
     shape: Shape | None = None,
     world: World | None = None,
+    begin: Callable[[int], None] = lambda clips: None,
 ) -> None:
     """Write clips of one shape to a folder that `ClipFolder` reads. Stopped and called again, it goes on.
 
@@ -96,12 +97,14 @@ def write_clips(
         made_by: all that decides the latents, as JSON has it; a folder of other settings is refused.
         shape: of each, where the first one is not to be made for it.
         world: whose processes all call this; each writes its shards.
+        begin: called before the first clip is made, with the number of those that this process makes.
 
     Raises:
         InputError: the folder cannot be written to, or holds something else.
     """
     contents = Contents(KIND, made_by, shape or tuple(clips[0].latents.shape), dtype, len(clips), shard_size)
     writer = ShardWriter(Path(folder), contents, world or World(), "folder")
+    begin(sum(len(contents.rows(shard)) for shard in writer.mine))
     for shard in writer.mine:
         latents, prompts = clips.batch(contents.rows(shard))
         writer.write(shard, latents.to("cpu", DTYPES[dtype]), prompts)

@@ -120,7 +120,7 @@ class ShardWriter:
         self.mine = missing[world.rank :: world.size]
 
     def write(self, shard: int, values: Tensor, prompts: Sequence[str]) -> None:
-        """values: (n, *shape), of the contents' dtype, the items `contents.rows(shard)`."""
+        """Write a shard, in the order of `mine`. values: (n, *shape), of the contents' dtype, its items."""
         rows, shape = self.contents.rows(shard), (*self.contents.shape,)
         assert values.shape == (len(rows), *shape) and len(prompts) == len(rows), (values.shape, len(prompts), rows)
         assert values.dtype == DTYPES[self.contents.dtype]
@@ -131,6 +131,11 @@ class ShardWriter:
             write_exclusive(path, save({VALUES: values.contiguous()}, header))
         except BlockingIOError as error:
             raise InputError(f"{self.folder}: another command is writing here; wait for it to end") from error
+        done, mine = self.mine.index(shard) + 1, len(self.mine)
+        log.info(
+            "%s: shard %d, %d %s (%d of this process's %d shards)",
+            *(self.folder, shard, len(rows), self.contents.kind, done, mine),
+        )
 
     def finish(self) -> None:
         """Write the manifest, once all processes have written their shards. Every process calls this."""

@@ -67,9 +67,7 @@ def encode_clips(
     for folder, own in folders.items():
         size = own[0].size
         channels, frames, *_ = clip_shape(config)
-        with tqdm(
-            total=len(own), desc=folder.name, unit="clip", disable=None if world.is_main and world.size == 1 else True
-        ) as bar:
+        with tqdm(desc=folder.name, unit="clip", disable=None if world.is_main else True) as bar:
             write_clips(
                 folder,
                 _Encoded([span for span, _ in own], size, vae, min(readers, READERS), bar),
@@ -78,6 +76,7 @@ def encode_clips(
                 shard_size=shard_size,
                 shape=(channels, frames, *geometry(config.vae).latent_size(*size)),
                 world=world,
+                begin=bar.reset,
             )
     return {own[0].size: folder for folder, own in folders.items()}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,6 @@ from longsana.sampling.sampler import trajectory
 from longsana.training.config import OdePairsConfig
 from longsana.training.pairs import USED, kept_steps, teacher_config
 from longsana.weights.build import resolve_dtype
-
-log = logging.getLogger(__name__)
 
 
 def generate_pairs(config: OdePairsConfig, prompts: Sequence[Prompt], *, world: World, device: torch.device) -> None:
@@ -92,7 +89,6 @@ class _Maker:
                     parts.append(self._sample(network, batch, [captions[prompt.text] for prompt in batch]))
                     bar.update(len(batch))
                 writer.write(number, torch.cat(parts), [prompt.text for prompt in shard])
-                log.info("%s: shard %d, %d trajectories", writer.folder, number, len(shard))
 
     def _encode(self, prompts: Sequence[Prompt]) -> dict[str, Caption]:
         """Captions by text. A method of its own: the encoder is gone when it returns."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+import re
 import signal
+import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -66,6 +69,12 @@ def webm(path: Path, count: int) -> None:
             frame.pts, frame.time_base = number, Fraction(1, 30)
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command with an output that says that it is a terminal."""
+    sys.stderr.isatty = lambda: True  # type: ignore[method-assign]
+    return encode.main(arguments)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -145,6 +154,9 @@ def test_a_tar_gives_what_its_files_give(films: Path, tmp_path: Path) -> None:
             tar.addfile(member, io.BytesIO(data))
     for folder in (films, tars):
         assert encode.main([str(folder), "--out", str(tmp_path / folder.name / "out"), *SMALL]) == 0
+    for source in find_sources(tars):
+        film = films / source.name.removeprefix("0.tar/")
+        assert source.place.sha256() == hashlib.sha256(film.read_bytes()).hexdigest()
     one, two = (ClipFolder(folder / "out/32x48") for folder in (films, tars))
     assert list(one.prompts()) == list(two.prompts())
     assert all(torch.equal(one[item].latents, two[item].latents) for item in range(7))
@@ -182,9 +194,14 @@ def test_two_processes_go_on_where_one_was_killed(films: Path, tmp_path: Path, f
     process.wait()
     there = {path: path.stat().st_mtime_ns for path in two.glob("32x48/shard-*")}
     assert 1 <= len(there) < 7
-    both = forks.launch(2, "encode", [films, "--out", two, *arguments])
+    both = forks.launch(2, "tests.training.test_encoding", [films, "--out", two, *arguments])
     said = [process.finish() for process in both]
     assert [process.returncode for process in both] == [1, 1], said
+    share = -(-(7 - len(there)) // 2)  # of the main process, which has a bar, and a line a shard where there is none
+    assert re.findall(r"\n32x48: +(\d+)%.* (\d+)/(\d+) ", said[0])[-1] == ("100", f"{share}", f"{share}")
+    lines = re.findall(r"two/32x48: shard \d, 1 clips \((\d) of this process's (\d) shards\)", said[0])
+    assert lines == [(f"{done + 1}", f"{share}") for done in range(share)]
+    assert "32x48" not in said[1]
     assert content(one) == content(two)
     assert there == {path: path.stat().st_mtime_ns for path in there}
 
