@@ -131,7 +131,10 @@ def _run(request: Request, sources: Sequence[Source], world: World) -> int:
             device=device,
         )
         for (height, width), folder in folders.items():
-            log.info("train on them: data.data_path=%s sampling.height=%d sampling.width=%d", folder, height, width)
+            log.info(
+                "train on them: data.data_path=%s sampling.height=%d sampling.width=%d sampling.fps=%s",
+                *(folder, height, width, config.sampling.fps),
+            )
     return 1 if broken else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longsana.data.shards import DTYPES, Contents, ShardFolder, ShardWriter
+from longsana.data.shards import DTYPES, MANIFEST, Contents, ShardFolder, ShardWriter
 from longsana.flow.noise import to_device
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError, did_you_mean
@@ -23,8 +24,11 @@ from longsana.shapes.bars import draw_bars
 from longsana.shapes.remembered import draw_remembered
 from longsana.shapes.scenes import TURNS, Scene, Track, draw_scene, render
 
+log = logging.getLogger(__name__)
+
 KIND = "clips"
 GENERATED = "generated:"
+REMEDY = "set them as there (weights are told by their SHA-256), or encode the films again: longsana encode"
 Shape = tuple[int, int, int, int]
 """(C, T, H, W) of a clip's latents."""
 
@@ -58,13 +62,21 @@ class ClipSource(Protocol):
 class ClipFolder:
     """Clips that `write_clips` has written. shape: (C, T, H, W) of each.
 
+    made_by: settings that they must have been made with; one that their manifest does not say is not compared.
+
     Raises:
-        InputError: the folder is not whole.
+        InputError: the folder is not whole, or its clips were made with other settings.
     """
 
-    def __init__(self, path: str | Path, *, digests: bool = True) -> None:
+    def __init__(self, path: str | Path, made_by: Mapping[str, Any] | None = None, *, digests: bool = True) -> None:
         self._folder = ShardFolder(Path(path), KIND, "write the clips again", digests=digests)
         self.shape = self._folder.contents.shape
+        there, own = self._folder.contents, made_by or {}
+        if unknown := own.keys() - there.made_by:
+            log.warning("%s: %s does not say %s: not compared", path, MANIFEST, ", ".join(sorted(unknown)))
+        known = {name: value for name, value in own.items() if name not in unknown}
+        wanted = replace(there, made_by={**there.made_by, **known})
+        wanted.refuse_other(there, Path(path), REMEDY)
 
     def __len__(self) -> int:
         return len(self._folder)
@@ -302,14 +314,16 @@ def open_clips(
     seed: int = 0,
     count: int = 1 << 13,
     encoder: Callable[[], Encoder] | None = None,
+    made_by: Mapping[str, Any] | None = None,
     digests: bool = True,
 ) -> ClipSource:
     """The clips that `data_path` names: a folder, or generated:NAME.
 
-    seed, count: of generated clips. encoder: called for one if they are made of pictures. digests: see `ShardFolder`.
+    seed, count: of generated clips. encoder: called for one if they are made of pictures. made_by: see `ClipFolder`.
+    digests: see `ShardFolder`.
 
     Raises:
-        InputError: no such generator, or the folder is not whole or holds clips of another shape.
+        InputError: no such generator, or the folder is not whole or holds clips of another shape or making.
     """
     if data_path.startswith(GENERATED):
         name = data_path.removeprefix(GENERATED)
@@ -318,7 +332,7 @@ def open_clips(
                 f"{data_path}: no generator '{name}'{did_you_mean(name, GENERATORS)}; known: {', '.join(GENERATORS)}"
             )
         return GENERATORS[name](shape, seed, count, encoder)
-    clips = ClipFolder(data_path, digests=digests)
+    clips = ClipFolder(data_path, made_by, digests=digests)
     if clips.shape != shape:
         raise InputError(
             f"{data_path}: clips of (channels, frames, height, width) {clips.shape} latents, the config asks for "

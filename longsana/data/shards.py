@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,16 +77,14 @@ class Contents:
             if own.get(name) != there.get(name)
         ]
 
-    def refuse_other(self, there: Contents, folder: Path, option: str) -> None:
-        """Refuse a folder, which `option` names, that holds something else, `there`.
+    def refuse_other(self, there: Contents, folder: Path, remedy: str) -> None:
+        """Refuse a folder that holds something else, `there`. remedy: what to do.
 
         Raises:
             InputError: it does; the message lists the differences.
         """
         if differences := self.differences(there):
-            raise InputError(
-                f"{folder}: was made with other settings: {', '.join(differences)}; choose another {option}"
-            )
+            raise InputError(f"{folder}: was made with other settings: {', '.join(differences)}; {remedy}")
 
 
 class Shard(NamedTuple):
@@ -159,7 +158,7 @@ class ShardWriter:
                 there, shards = read_manifest(self.folder)
             except InputError as error:
                 raise InputError(f"{error}; remove it, or choose another {option}") from error
-            self.contents.refuse_other(there, self.folder, option)
+            self.contents.refuse_other(there, self.folder, f"choose another {option}")
         if shards is None:
             _write_manifest(self.folder, self.contents, None)
         missing = [number for number in range(self.contents.shards) if not self._is_whole(number, shards, option)]
@@ -269,7 +268,7 @@ def read_manifest(folder: Path) -> tuple[Contents, list[Shard] | None]:
         fits = listed is None or [(shard.name, shard.items) for shard in listed] == [
             (shard_name(number), len(contents.rows(number))) for number in range(contents.shards)
         ]
-        if contents.dtype not in DTYPES or not contents.count > 0 or not fits:
+        if contents.dtype not in DTYPES or not contents.count > 0 or not fits or not isinstance(contents.made_by, dict):
             raise ValueError("its parts contradict each other")
     except InputError:
         raise
@@ -305,5 +304,5 @@ def _check(path: Path, shard: Shard, digests: bool) -> None:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = re.sub(r"\b[0-9a-f]{64}\b", lambda digest: f"{digest[0][:8]}...", str(value))
     return text if len(text) <= 60 else f"{text[:57]}..."

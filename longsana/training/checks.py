@@ -17,7 +17,7 @@ import yaml
 
 from longsana.chunks import ChunkPlan
 from longsana.config import ModelConfig, load_config
-from longsana.data.clips import GENERATED, open_clips
+from longsana.data.clips import GENERATED, ClipFolder, open_clips
 from longsana.data.lmdb_entries import DATA
 from longsana.data.pictures import read_picture
 from longsana.data.prompts import (
@@ -45,6 +45,8 @@ from longsana.sampling.checks import (
     check_no_memory,
     check_picture_sampler,
     check_weights,
+    source_digest,
+    uses_vae,
 )
 from longsana.training.config import LoraConfig, TrainingConfig
 from longsana.training.lora import TARGETS, check_peft
@@ -373,7 +375,8 @@ def _read_pictures(config: TrainingConfig) -> None:
 def check_data(config: TrainingConfig) -> None:
     """Make sure that clips or trajectories are whole, and of the shape and noise levels that the config asks for.
 
-    Digests are compared by the stage. An LMDB has none, so all of its entries are looked at.
+    Clips must be of its kind of VAE and its frame rate too. Digests are compared later, by the main process: by the
+    stage, and the VAE's by `check_vae_of_clips`. An LMDB has none, so all of its entries are looked at.
 
     Raises:
         InputError: they are not.
@@ -385,7 +388,30 @@ def check_data(config: TrainingConfig) -> None:
         trajectories = open_trajectories(path, shape=clip_shape(config), digests=(path / DATA).is_file())
         check_grid(trajectories.sigmas, student_sigmas(config))
     else:
-        open_clips(str(path), shape=clip_shape(config), digests=False)
+        open_clips(str(path), shape=clip_shape(config), made_by=clips_made_by(config), digests=False)
+
+
+def check_vae_of_clips(config: TrainingConfig) -> None:
+    """Make sure that a folder of clips was encoded with the VAE that the config names, whose SHA-256 is remembered.
+
+    Where a tiny decoder shows the videos, the VAE is not read and need not be there: that it is not compared is said.
+
+    Raises:
+        InputError: it was encoded with another one.
+    """
+    path = config.data.data_path
+    if config.trainer in ("ode", *DISTILLING) or path.startswith(GENERATED):
+        return
+    if not uses_vae(config.vae, encodes=False):
+        log.warning("%s: vae.vae_pretrained is not compared: vae.decoder=%s is used alone", path, config.vae.decoder)
+        return
+    made_by = {"vae.vae_pretrained": source_digest(config, "vae")}
+    ClipFolder(locate(path, "data.data_path"), made_by, digests=False)
+
+
+def clips_made_by(config: TrainingConfig) -> dict[str, Any]:
+    """List the settings that clips in a folder must have been made with, and that can be told without a file."""
+    return {"vae.vae_type": config.vae.vae_type, "sampling.fps": config.sampling.fps}
 
 
 def clip_shape(config: TrainingConfig) -> tuple[int, int, int, int]:

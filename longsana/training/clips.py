@@ -31,6 +31,9 @@ RULES = {
 """What is done to every film, for the manifest."""
 
 
+OTHER_OUT = "choose another --out"
+
+
 class Sized(NamedTuple):
     """A clip, and its (height, width) in pixels."""
 
@@ -113,7 +116,7 @@ def refuse_other_cutting(config: TrainingConfig, out: Path) -> None:
     for folder in shard_folders(out):
         there = _contents(folder)
         made_by = {**there.made_by, **_decides_cutting(config)}
-        dataclasses.replace(there, made_by=made_by).refuse_other(there, folder, "--out")
+        dataclasses.replace(there, made_by=made_by).refuse_other(there, folder, OTHER_OUT)
 
 
 def refuse_other_clips(config: TrainingConfig, clips: Sequence[Sized], out: Path) -> None:
@@ -125,10 +128,10 @@ def refuse_other_clips(config: TrainingConfig, clips: Sequence[Sized], out: Path
     folders = by_folder(clips, out)
     for folder in shard_folders(out):
         if folder not in folders:
-            raise InputError(f"{folder}: holds clips of a size that none of these has; choose another --out")
+            raise InputError(f"{folder}: holds clips of a size that none of these has; {OTHER_OUT}")
         there, own = _contents(folder), folders[folder]
         made_by = {**there.made_by, **decides_pictures(config, own)}
-        dataclasses.replace(there, kind=KIND, made_by=made_by, count=len(own)).refuse_other(there, folder, "--out")
+        dataclasses.replace(there, kind=KIND, made_by=made_by, count=len(own)).refuse_other(there, folder, OTHER_OUT)
 
 
 def shard_folders(out: Path) -> list[Path]:
@@ -140,7 +143,7 @@ def _contents(folder: Path) -> Contents:
     try:
         return read_manifest(folder)[0]
     except InputError as error:
-        raise InputError(f"{error}; remove it, or choose another --out") from error
+        raise InputError(f"{error}; remove it, or {OTHER_OUT}") from error
 
 
 def _sizes(config: TrainingConfig) -> list[Size]:

@@ -18,7 +18,7 @@ from longsana.runtime.files import atomic_write_text, disk_failure
 from longsana.runtime.logging import RunLog, WandbRun
 from longsana.runtime.stop import check as check_stop
 from longsana.training.checkpoint import Checkpointer, SaveFailed
-from longsana.training.checks import check_device, flat, micro_batches_of
+from longsana.training.checks import check_device, check_vae_of_clips, flat, micro_batches_of
 from longsana.training.config import TrainingConfig
 from longsana.training.learner import Learner
 from longsana.training.loop import Loop, Progress, Stop, TrainingFailed, Validate, weights_for_sampling
@@ -77,6 +77,7 @@ def _train(config: TrainingConfig, options: RunOptions, world: World, stack: Exi
     device = world.device()
     connect(world, device)
     world.on_main(lambda: check_device(config, world, device))
+    world.on_main(lambda: check_vae_of_clips(config))
     torch.manual_seed(config.train.seed + world.rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     micro_batches = micro_batches_of(config, world)

@@ -194,6 +194,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an entry missing": (_edit("x", lambda m: m.pop("count")), "manifest.json: damaged"),
     "a shard unlisted": (_edit("x", lambda m: m["shards"].pop()), "contradict each other"),
     "another count": (_edit("x", lambda m: m.update(count=7)), "contradict each other"),
+    "made by a list": (_edit("x", lambda m: m.update(made_by=[])), "contradict each other"),
     "a later format": (_edit("x", lambda m: m.update(format=2)), "format 2; this version reads 1"),
     "clips": (_edit("x", lambda m: m.update(kind="clips")), "holds clips, not trajectories"),
     "unfinished": (_edit("x", lambda m: m.update(shards=None)), "unfinished, 3 of 3 shards"),

@@ -7,11 +7,12 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,13 +25,14 @@ from PIL import Image
 from longsana.commands import encode, train
 from longsana.config import VAEConfig
 from longsana.data import survey
-from longsana.data.clips import ClipFolder
+from longsana.data.clips import ClipFolder, write_clips
 from longsana.data.films import film_frames, fitted
 from longsana.data.shards import read_manifest
 from longsana.data.sources import find_sources
 from longsana.encoders.vae import WanVAE
 from longsana.runtime.errors import InputError
 from tests.data.test_films import note_turn, shot
+from tests.encoders.test_ltx2 import SMALL as LTX2
 from tests.forks import Forks
 
 FPS, FRAMES, HEIGHT, WIDTH = 16, 9, 32, 48
@@ -138,6 +140,69 @@ def test_shards_hold_the_films_and_flow_matching_trains_on_them(films: Path, tmp
     small = ["train.max_iters=1", "train.batch_size=2", "train.compile=false", "train.mixed_precision=false"]
     assert train.main([*arguments, *small]) == 0
     assert "generator_loss" in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("trainer", ["flow_matching", "consistency"])
+def test_training_refuses_clips_that_were_made_otherwise(
+    trainer: str,
+    small_training: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    films, shards, other = tmp_path / "films", tmp_path / "out/32x48", tmp_path / "ltx2"
+    films.mkdir()
+    shot(films / "one.mp4", [Fraction(n, 30) for n in range(40)])
+    path = str(small_training(trainer, f"data.data_path={shards}", "train.max_iters=1", "train.total_batch_size=1"))
+    options = [*("--config_path", path, "--threads", "1")]
+    assert encode.main([str(films), "--out", str(shards.parent), "--captions", "names", *options]) == 0
+    write_clips(tmp_path / "old", ClipFolder(shards), {"vae.vae_type": "WanVAE"})
+
+    def trained(name: str, *settings: str) -> tuple[int, str]:
+        capsys.readouterr()
+        run = [*options, "--logdir", str(tmp_path / name), "--disable-wandb", "--no_visualize", "--no_save", *settings]
+        return train.main(run), capsys.readouterr().err.strip()
+
+    # The same VAE from elsewhere is the same.
+    shutil.copytree("asset/shapes/vae", tmp_path / "vae")
+    status, said = trained("run", f"vae.vae_pretrained=seeded:{tmp_path / 'vae'}")
+    assert status == 0, said
+    assert "not compared" not in caplog.text
+
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLLTX2Video"} | LTX2))
+    networks = [
+        f"{role}.{size}" for role in ("model", "real_score") for size in ("in_channels=128", "patch_size=[1,1,1]")
+    ]
+    ltx2 = ["vae.vae_type=LTX2VAE_diffusers", f"vae.vae_pretrained=seeded:{other}"]
+    ltx2 += [*networks[: 4 if trainer == "consistency" else 2], "sampling.height=64", "sampling.width=96"]
+    digest = r"vae.vae_pretrained=[0-9a-f]{8}\.\.\. \(there: seeded:[0-9a-f]{8}\.\.\.\)"
+    told = "was made with other settings: "
+    for settings, words in {
+        ("sampling.fps=24",): rf"{told}sampling.fps=24.0 \(there: 16.0\)",
+        ("vae.vae_pretrained=asset/shapes/vae",): told + digest,
+        (*ltx2, "sampling.num_frames=33"): rf"{told}vae.vae_type=LTX2VAE_diffusers \(there: WanVAE\)",
+    }.items():
+        status, said = trained("refused", *settings)
+        assert status == 2 and "\n" not in said, said
+        assert re.fullmatch(rf"error: {shards}: {words}; set them as there .*: longsana encode", said), said
+    for setting in ("sampling.height=64", "sampling.width=64", "rollout.num_training_frames=4"):
+        status, said = trained("refused", setting)
+        assert status == 2 and re.fullmatch(rf"error: {shards}: clips of .* latents, the config asks for .*", said), (
+            said
+        )
+    assert not (tmp_path / "refused").exists()
+
+    # A VAE that has nothing to do need not be there.
+    tiny = ["vae.decoder=tae_shapes", "vae.decoder_pretrained=seeded:0", "vae.vae_pretrained=nowhere"]
+    assert trained("tiny", *tiny)[0] == 0
+    assert f"{shards}: vae.vae_pretrained is not compared: vae.decoder=tae_shapes is used alone" in caplog.messages
+
+    # What a manifest does not say is not compared, and that is said.
+    caplog.clear()
+    assert trained("unknown", f"data.data_path={tmp_path / 'old'}", "sampling.fps=24")[0] == 0
+    for setting in ("sampling.fps", "vae.vae_pretrained"):
+        assert f"{tmp_path / 'old'}: manifest.json does not say {setting}: not compared" in caplog.messages
 
 
 def test_a_tar_gives_what_its_files_give(films: Path, tmp_path: Path) -> None:
