@@ -16,7 +16,7 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.weights.checkpoint_folder import open_tensors
 from longsana.weights.files import open_checkpoint
-from tests.pipelines.repository import quiet, shapes_repository
+from tests.pipelines.repository import DISTILLED, quiet, shapes_config, shapes_repository, write_transformer
 from tests.scripts import load_script
 from tests.training.conftest import ROOT, SCRIPT
 
@@ -114,7 +114,9 @@ def test_fused_weights_are_the_base_and_the_change(given, lora, checkpoint, chan
 
 def test_the_pipeline_reads_it(lora, changes, tmp_path):
     """Put on by `load_lora_weights` and fused there, it is the same change; and so is what the pipeline saves."""
-    pipe = quiet(shapes_repository(tmp_path))
+    folder = shapes_repository(tmp_path)
+    write_transformer(folder / "transformer", SHIPPED, shapes_config(**{"model.depth": 8}).model, DISTILLED)
+    pipe = quiet(folder)
     pipe.load_lora_weights(lora, adapter_name="own")
     pipe.save_lora_weights(tmp_path / "again", "own")
     shapes = [

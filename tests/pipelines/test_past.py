@@ -16,7 +16,16 @@ from longsana.pipelines.transformer import SanaVideoCausalTransformer3DModel
 from longsana.pipelines.video import LongSanaVideoPipeline
 from longsana.runtime.errors import InputError
 from longsana.weights.network import read_weights, save_checkpoint
-from tests.pipelines.repository import ASSET, DISTILLED, PROMPT, SIZE, quiet, shapes_config, shapes_repository
+from tests.pipelines.repository import (
+    DEPTH,
+    DISTILLED,
+    PROMPT,
+    SIZE,
+    few_blocks,
+    quiet,
+    shapes_config,
+    shapes_repository,
+)
 
 # Chunks of 3, 2, 2, 2, 2 latents.
 OPTIONS: dict[str, Any] = {
@@ -25,7 +34,7 @@ OPTIONS: dict[str, Any] = {
     "output_type": "latent",
     "num_frames": 41,
 } | SIZE
-LOGITS = torch.linspace(-1, 2, 8 * 4).bfloat16().float().view(8, 4)
+LOGITS = torch.linspace(-1, 2, DEPTH * 4).bfloat16().float().view(DEPTH, 4)
 PASTS: list[dict[str, Any]] = [
     {"state_decay": 0.8},
     {"state_decay": [0.5, 0.95], "num_sink_blocks": 1},
@@ -121,7 +130,7 @@ def learned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shapes_repository(tmp_path_factory.mktemp("learned"))
     shutil.rmtree(folder / "transformer")
     config = shapes_config(**{"model.state_decay": "learned"}).model
-    state = read_weights(ASSET / "longsana.safetensors", config)
+    state = read_weights(few_blocks("longsana"), config)
     state["decay_logit"] = LOGITS.bfloat16()
     save_checkpoint(state, folder / "transformer", "diffusers", config, causal=True)
     assert json.loads((folder / "transformer/config.json").read_text())["_class_name"] == DISTILLED

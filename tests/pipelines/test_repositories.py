@@ -22,8 +22,10 @@ from longsana.runtime.errors import InputError
 from longsana.weights.names import diffusers_config
 from tests.pipelines.repository import (
     ASSET,
+    DEPTH,
     DISTILLED,
     PROMPT,
+    few_blocks,
     quiet,
     shapes_config,
     shapes_repository,
@@ -233,7 +235,7 @@ def cut(folder: Path) -> None:
         (edited("transformer/config.json", qk_norm="layer_norm"), "config.json: not a network .*qk_norm layer_norm"),
         (edited("transformer/config.json", guidance_embeds=True), "guidance_embeds True"),
         (edited("transformer/config.json", cross_attention_dim=7), "cross_attention_dim 7"),
-        (edited("transformer/config.json", num_layers=7), "unexpected .*transformer_blocks.7"),
+        (edited("transformer/config.json", num_layers=DEPTH - 1), f"unexpected .*transformer_blocks.{DEPTH - 1}"),
         (edited("transformer/config.json", in_channels=8, out_channels=8), "wrong shape"),
         (edited("model_index.json", chi_prompt="long"), "chi_prompt=long"),
         (cut, r"missing 1: .*to_q.weight; unexpected 1: .*to_x.weight \(did you mean"),
@@ -276,7 +278,7 @@ def test_shards_of_a_published_transformer(distilled_folder: Path, tmp_path: Pat
     folder = shutil.copytree(distilled_folder, tmp_path / "shards")
     shutil.rmtree(folder / "transformer")
     write_transformer(
-        folder / "transformer", ASSET / "longsana.safetensors", shapes_config().model, DISTILLED, shard_bytes=2_000_000
+        folder / "transformer", few_blocks("longsana"), shapes_config().model, DISTILLED, shard_bytes=500_000
     )
     assert len(list((folder / "transformer").glob("*-of-*.safetensors"))) > 1
     assert torch.equal(latents(quiet(folder)), latents(quiet(distilled_folder)))
