@@ -14,15 +14,19 @@ from typing import Any
 import imageio.v3 as iio
 import pytest
 
+from tests.pipelines.repository import DEPTH, few_blocks
 from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "inference_video_scripts" / "inference_sana_video.py"
-# Five latents in chunks of 3 and 2, a picture of 6 x 4 latents: seconds become tenths.
+# Five latents in chunks of 3 and 2, a picture of 6 x 4 latents, a quarter of the blocks: seconds become tenths.
 SMALL = [
     *("--num_frames", "17", "--height", "32", "--width", "48", "--sampling.chunk_frames", "2"),
     *("--threads", "1", "--fps", "8"),
+    *("--model.depth", str(DEPTH), "--model_path", str(few_blocks("longsana"))),
 ]
+SHIPPED = ("--model.depth", "8", "--model_path", str(ROOT / "asset/shapes/longsana.safetensors"))
+"""After SMALL: the whole network, whose calm pictures x264 keeps."""
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,9 @@ from PIL import Image
 from longsana.evaluation.videos import describe
 from longsana.runtime.video import VideoWriter
 from longsana.sampling.continuation import Continuation
+from tests.pipelines.repository import few_blocks
 
-from .conftest import assert_whole, frames_of, latents, sidecars
+from .conftest import SHIPPED, assert_whole, frames_of, latents, sidecars
 
 Command = Callable[..., int]
 Prompts = Callable[..., Path]
@@ -52,12 +53,15 @@ def shot(path: Path, frames: int, size: tuple[int, int] = (60, 80), fps: float =
 def test_a_video_in_two_commands_is_the_uncut_one(command: Command, prompts: Prompts, out: Path) -> None:
     """Its latents by the decoder's whole memory and by the last latents; nothing needs to be said again but weights."""
     path = prompts("a red circle<split>a blue square")
-    assert command("--txt_file", path, *LONG, "--dataset", "uncut", "--seed", "3", "--save_every", "1", *FULL) == 0
+    assert (
+        command("--txt_file", path, *LONG, *SHIPPED, "--dataset", "uncut", "--seed", "3", "--save_every", "1", *FULL)
+        == 0
+    )
     assert len(list((out / "uncut").glob("*.safetensors"))) == 4
     (whole,) = sidecars(out / "uncut")
     assert whole["states"] == sorted(whole["states"]) and whole["saved"] == ["full", 1]
     after = state_in(out / "uncut", "*.chunk00002.safetensors")
-    assert command("--from_state", after, "--num_frames", "17", "--dataset", "rest") == 0
+    assert command("--from_state", after, "--num_frames", "17", *SHIPPED, "--dataset", "rest") == 0
     (rest,) = sidecars(out / "rest")
     assert (rest["frames"], rest["seed"], rest["prompt"]) == (16, 3, "a red circle<split>a blue square")
     assert rest["began"]["given_frames"] == 0 and len(rest["began"]["sha256"]) == 64
@@ -163,7 +167,7 @@ def test_states_are_made_where_they_are_missing(command: Command, prompts: Promp
 @pytest.mark.parametrize("chunk_frames", [2, 20])
 def test_a_film_first(command: Command, prompts: Prompts, out: Path, tmp_path: Path, chunk_frames: int) -> None:
     film = shot(tmp_path / "film.mp4", 23)
-    call = ("--txt_file", prompts("a red square"), "--video", film, "--sampling.chunk_frames", chunk_frames)
+    call = ("--txt_file", prompts("a red square"), "--video", film, *SHIPPED, "--sampling.chunk_frames", chunk_frames)
     assert command(*call) == 0
     (record,) = sidecars(out / "videos")
     assert record["frames"] == 21 + 16 and record["began"]["given_frames"] == 21
@@ -174,7 +178,7 @@ def test_a_film_first(command: Command, prompts: Prompts, out: Path, tmp_path: P
     assert command(*call, "--new_frames_only", "--dataset", "new") == 0
     new = pixels(out / "new")
     assert new.shape == (16, 32, 48, 3) and np.abs(shown[21:].astype(int) - new).mean() < 2
-    assert command("--txt_file", prompts("a red square"), "--dataset", "plain") == 0
+    assert command("--txt_file", prompts("a red square"), *SHIPPED, "--dataset", "plain") == 0
     assert latents(out / "plain") != latents(out / "new")
     # Another film is another video, this one elsewhere is the same.
     moved = film.rename(tmp_path / "moved.mp4")
@@ -233,7 +237,7 @@ def test_what_cannot_be_gone_on_from_is_one_line(
     cut.write_bytes(film.read_bytes()[: len(film.read_bytes()) * 2 // 3])
     sound.write_bytes(b"no film at all" * 9)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 50)
-    base = "asset/shapes/self_forcing.safetensors"
+    base = few_blocks("self_forcing")
     wide = prompts('{"prompt": "a", "size": [32, 64]}', name="wide.jsonl")
     cases: list[tuple[tuple[Any, ...], str]] = [
         (("--from_state", damaged), f"error: {damaged}: not a saved state of a video, or damaged"),

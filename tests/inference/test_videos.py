@@ -7,6 +7,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from longsana.sampling.captions import CaptionEncoder
 from longsana.sampling.engine import Engine
 from longsana.sampling.sampler import generate
 from longsana.weights.network import save_checkpoint
+from tests.pipelines.repository import DEPTH, few_blocks
 
 from .conftest import ROOT, assert_whole, frames_of, latents, sidecars
 
 Command = Callable[..., int]
 Prompts = Callable[..., Path]
-SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
+SHAPES = ModelConfig(
+    model="SanaMSVideo_3M_P2_D8", depth=DEPTH, linear_head_dim=32, caption_channels=64, caption_length=48
+)
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def test_videos_and_sidecars(command: Command, prompts: Prompts, videos: Path) -
     assert first["prompt"] == "a red circle"
     assert (first["seed"], first["frames"], first["height"], first["width"], first["fps"]) == (0, 17, 32, 48, 8)
     assert first["config"]["model"]["dtype"] == "float32"
-    assert first["sha256"]["model"] == file_sha256(ROOT / "asset/shapes/longsana.safetensors")
+    assert first["sha256"]["model"] == file_sha256(few_blocks("longsana"))
     assert {"torch", "diffusers", "transformers", "longsana"} <= set(first["versions"])
     assert {"text", "denoise", "absorb", "decode", "write", "wall"} <= set(first["timings"])
     assert first["machine"]["threads"] == 1
@@ -338,7 +342,7 @@ def test_wrong_checkpoint(
 ) -> None:
     path = tmp_path / "model.pth"
     if fault != "missing":
-        other = ModelConfig(model=SHAPES.model, depth=2, linear_head_dim=32, caption_channels=64, caption_length=48)
+        other = replace(SHAPES, depth=DEPTH + 1)
         model = LongSanaDiT(other if fault == "other architecture" else SHAPES)
         model.init_weights(0)
         save_checkpoint(model.state_dict(), path, layout="upstream", config=model.config)
