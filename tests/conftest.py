@@ -31,9 +31,12 @@ _module: list[Path] = []
 def pytest_configure() -> None:
     """Take the signals that this process was told to ignore (nohup, a shell's `&`), and do nothing.
 
+    Until all tests are collected there is no garbage: looking for it among imports and syntax trees takes a quarter.
+
     A child inherits that a signal is ignored, and a command rightly leaves such a signal alone; it does not inherit a
     handler, and so tests of signals do not depend on how pytest was started.
     """
+    gc.disable()
     for number in SIGNALS:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
@@ -54,6 +57,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _module[:] = [item.path]
         gc.collect()
         gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:
