@@ -42,6 +42,11 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory()
 
 
+def shallow(name: str = "longsana") -> list[str]:
+    """Settings of a config that loads them."""
+    return [f"model.depth={DEPTH}", f"model.load_from={few_blocks(name)}"]
+
+
 def _is_deeper(name: str) -> bool:
     part, _, rest = name.partition(".")
     return part == "blocks" and int(rest.split(".")[0]) >= DEPTH

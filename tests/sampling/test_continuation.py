@@ -35,6 +35,7 @@ from longsana.sampling.continuation import (
 from longsana.sampling.engine import Engine, Frames, stretches
 from longsana.sampling.recent import Held, Kept, each_of_state
 from longsana.sampling.transition import shown_in
+from tests.pipelines.repository import shallow
 from tests.sampling.pieces import by_chunk
 
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
@@ -353,7 +354,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     frames = 4 * sum(LENGTHS) - 3
     settings = [f"sampling.num_frames={frames}", "sampling.chunk_frames=4", "sampling.height=32", "sampling.width=48"]
     config: InferenceConfig = load_config(
-        CONFIG, [*settings, *request.param, "scheduler.denoising_step_list=[1000, 727]"]
+        CONFIG, [*settings, *shallow(), *request.param, "scheduler.denoising_step_list=[1000, 727]"]
     )
     return Engine(config, "cpu")
 

@@ -14,6 +14,7 @@ from longsana.encoders.vae import VideoVAE
 from longsana.models.dit import LongSanaDiT
 from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.engine import Engine
+from tests.pipelines.repository import shallow
 
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
 TEXTS = ("A big red circle moves slowly to the left on a black background.", "A small blue square stays still.")
@@ -25,7 +26,8 @@ Loaded = tuple[Engine, LongSanaDiT, VideoVAE, Caption]
 def loaded() -> Loaded:
     """Three chunks of two latents; a caption of two parts."""
     config: InferenceConfig = load_config(
-        CONFIG, ["sampling.num_frames=21", "sampling.chunk_frames=2", "sampling.height=32", "sampling.width=32"]
+        CONFIG,
+        [*shallow(), "sampling.num_frames=21", "sampling.chunk_frames=2", "sampling.height=32", "sampling.width=32"],
     )
     engine = Engine(config, "cpu")
     with caption_encoder(engine.config, engine.device) as encode:

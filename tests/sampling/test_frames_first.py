@@ -20,6 +20,7 @@ from longsana.runtime.later import Later
 from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.engine import Engine, Frames
 from longsana.sampling.sampler import generate
+from tests.pipelines.repository import shallow
 from tests.sampling.pieces import by_chunk
 
 CONFIG = "configs/sana_video_config/longsana/shapes/longsana.yaml"
@@ -88,7 +89,7 @@ def test_a_state_is_there_after_its_chunks_are_no_longer_asked_for(
 def engine() -> Engine:
     settings = ["num_frames=21", "chunk_frames=2", "first_chunk_frames=1", "height=32", "width=48"]
     steps = "scheduler.denoising_step_list=[1000, 727]"
-    return Engine(load_config(CONFIG, [*(f"sampling.{one}" for one in settings), steps]), "cpu")
+    return Engine(load_config(CONFIG, [*shallow(), *(f"sampling.{one}" for one in settings), steps]), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def test_the_first_chunk_leaves_group_by_group(
     settings = ["num_frames=37", "chunk_frames=4", "first_chunk_frames=5", "height=32", "width=48"]
     changes = ["scheduler.denoising_step_list=[1000, 727]", f"vae.latents_per_call={latents_per_call}"]
     changes.append(f"vae.decoder={decoder}")
-    engine = Engine(load_config(CONFIG, [*(f"sampling.{one}" for one in settings), *changes]), "cpu")
+    engine = Engine(load_config(CONFIG, [*shallow(), *(f"sampling.{one}" for one in settings), *changes]), "cpu")
     network, vae = Counting(parts[0]), engine.load_decoder()
     found: list[Frames] = []
     for piece in engine.sample(network, vae, [PROMPT], [caption], wanted=lambda chunk: chunk == 0):  # type: ignore[arg-type]

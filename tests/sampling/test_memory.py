@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,7 @@ from longsana.sampling.engine import Engine
 from longsana.sampling.memory import Parts, Work, candidates, choose, needed, work_of
 from longsana.training.memory import LiveBytes, as_on_gpu
 from longsana.weights.build import build_model, empty_model
+from tests.pipelines.repository import shallow
 
 CONFIGS = "configs/sana_video_config/"
 SIZES = {
@@ -254,12 +256,13 @@ def test_decoding_has_as_much_as_is_counted(size: int, decoder: str, fused: bool
 
 SMALL = (
     *("sampling.num_frames=37", "sampling.chunk_frames=4", "sampling.height=32", "sampling.width=48"),
-    *("vae.decoder=full", "vae.latents_per_call=2"),
+    *("vae.decoder=full", "vae.latents_per_call=2", *shallow()),
 )
 SHAPES = CONFIGS + "longsana/shapes/longsana.yaml"
 TEXTS = ("A big red circle moves slowly to the left on a black background.", "A small blue square stays still.")
 
 
+@functools.cache
 def video(*settings: str, live: bool = False) -> tuple[Tensor, Tensor]:
     """Latents and pixels of a video of two parts, and of a second one by the same networks."""
     config: InferenceConfig = load_config(SHAPES, [*SMALL, *settings])
