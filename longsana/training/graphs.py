@@ -119,7 +119,10 @@ class _Pass:
             given = [next(values) if own.requires_grad else None for own in passes.copies]
             used[:] = [value is not None for value in given]
             pairs = zip(given, passes.weights, strict=True)
-            return [value.to(weight.dtype) for value, weight in pairs if value is not None]
+            gradients = [torch.empty_like(weight) for value, weight in pairs if value is not None]
+            # In a few launches, where a conversion of each would take one a weight.
+            torch._foreach_copy_(gradients, [value for value in given if value is not None])
+            return gradients
 
         def warm_up(*tensors: Tensor) -> None:
             nonlocal velocity
