@@ -5,6 +5,7 @@
 #     OUT=folder bash tests/full_size/gpu.sh viewers   # a server with the tiny decoder and at 720p; batches of sessions
 #     OUT=folder bash tests/full_size/gpu.sh full      # the full decoder: one video on both GPUs, and a server
 #     OUT=folder bash tests/full_size/gpu.sh flat      # 1,000 chunks and 200 sessions
+#     OUT=folder bash tests/full_size/gpu.sh passes    # two passes a chunk for five, at 480p and 720p
 #
 # All want two GPUs. Where each has work of its own, it has half of the CPUs too, as if it were a machine of one.
 # Each step has a time limit of its own, and what it wrote is in OUT/results.tgz, whichever came last. Random weights.
@@ -17,8 +18,8 @@ export HF_HUB_OFFLINE=1
 cache=/tmp/hub
 own=configs/sana_video_config/Sana_2000M_480px_adamW_fsdp_longsana.yaml
 model=hf://Efficient-Large-Model/SANA-Video_2B_480p_LongLive/checkpoints/SANA_Video_2B_480p_LongLive.pth
-minute=(--config="$own" --model_path="$model" --txt_file=asset/samples/video_prompts_samples.txt --cfg_scale=1.0
-  --num_frames 961 sampling.cuda_graphs=true)
+film=(--txt_file=asset/samples/video_prompts_samples.txt --cfg_scale=1.0 --num_frames 961 sampling.cuda_graphs=true)
+minute=(--config="$own" --model_path="$model" "${film[@]}")
 tiny=(--decoder taew2_1 --decoder_path seeded:0)
 float8=(model.float8=true)
 
@@ -90,8 +91,30 @@ flat)
   half 0 flat 450 tests/full_size/measure_flat.py --config "$own" --model_path "$model" --out "$results/flat.json" \
     sampling.chunk_frames=3 vae.decoder=taew2_1 vae.decoder_pretrained=seeded:0 sampling.cuda_graphs=true
   ;;
+passes)
+  # passes GPU NAME SIZE MODEL SETTING...: a minute in two passes a chunk.
+  passes() {
+    local gpu=$1 name=$2 config=configs/sana_video_config/Sana_2000M_$3px_longsana_2step.yaml model=$4
+    shift 4
+    half "$gpu" "$name" 90 inference_video_scripts/benchmark.py --config="$config" --model_path="$model" "${film[@]}" \
+      --out "$results/$name.json" "$@"
+  }
+  {
+    half 0 cache 150 tests/full_size/hub_cache.py "$cache" --no_base
+    passes 0 passes_480_tiny 480 "$model" "${tiny[@]}"
+    passes 0 passes_480_tiny_float8 480 "$model" "${tiny[@]}" "${float8[@]}"
+  } &
+  cache=/tmp/hub720
+  model=hf://Efficient-Large-Model/SANA-Video_2B_720p/checkpoints/SANA_Video_2B_720p.pth
+  tiny=(--decoder taeltx_2 --decoder_path seeded:0)
+  half 1 cache720 150 tests/full_size/hub_cache.py "$cache" --size 720
+  passes 1 passes_720_tiny 720 "$model" "${tiny[@]}"
+  passes 1 passes_720_tiny_float8 720 "$model" "${tiny[@]}" "${float8[@]}"
+  passes 1 passes_720_full 720 "$model"
+  wait
+  ;;
 *)
-  echo "usage: OUT=folder bash tests/full_size/gpu.sh two|viewers|full|flat" >&2
+  echo "usage: OUT=folder bash tests/full_size/gpu.sh two|viewers|full|flat|passes" >&2
   exit 2
   ;;
 esac
