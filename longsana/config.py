@@ -535,6 +535,8 @@ def _blame_key(merged: Any, leaves: Mapping[str, Any], source: str) -> None:
         except OmegaConfBaseException as error:
             # OmegaConf leaves its placeholders unfilled for items of a list.
             reason = _reason(error).replace("$VALUE_TYPE", type(value).__name__).replace("$VALUE", str(value))
+            if "ListConfig" in reason and isinstance(value, str | int | float):
+                reason = f"must be a list, as in [{value}]"
             raise InputError(f"{source}: {key}={value}: {reason}") from error
 
 

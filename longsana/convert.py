@@ -7,8 +7,8 @@
     python -m longsana.convert longsana.safetensors own.safetensors --to safetensors --fuse lora.safetensors
 
 SRC is any file or folder that the inference command reads (also hf://OWNER/REPO/FILE), DST a folder for diffusers, else
-a file. Every tensor keeps its dtype; nothing is computed with them but the sum that --fuse asks for, once for each
-weight. Beside the weights lies a model card.
+a file. Every tensor keeps its dtype without --dtype; nothing is computed with them but the sum that --fuse asks
+for, once for each weight. Beside the weights lies a model card.
 Exit status: 0 it is there, 1 the disk is full or broken, 2 bad input.
 """
 
@@ -23,7 +23,9 @@ if __name__ == "__main__":
 
     stop.catch()  # before the imports below, which take seconds
 
-from longsana.commands.conversion import LORA, Conversion
+import torch
+
+from longsana.commands.conversion import DTYPES, LORA, Conversion
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -48,7 +50,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--causal", action="store_true", help="to diffusers: a LongSANA network, which samples chunk by chunk"
     )
     parser.add_argument(
-        "--fuse", metavar="LORA", help="add a LoRA to the weights: its file, or a checkpoint folder of its training"
+        "--fuse",
+        metavar="LORA",
+        action="append",
+        help="add a LoRA to the weights: its file, or a checkpoint folder of its training",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="what tensors become, of a network or a LoRA (default: each keeps its own)"
     )
     parser.add_argument("--force", action="store_true", help="replace what is there")
     return parser.parse_args(arguments)
@@ -58,6 +66,8 @@ def prepare(arguments: Sequence[str], world: World) -> Conversion:
     options = parse(arguments)
     if world.size > 1:
         raise InputError("several processes: a conversion is the work of one; start it without a launcher")
+    if len(options.fuse or ()) > 1:
+        raise InputError("--fuse: given twice; add one LoRA at a time, the second to what the first has made")
     conversion = Conversion(
         source=options.source,
         path=locate(options.source, "SRC", PIPELINE_PART),
@@ -69,7 +79,8 @@ def prepare(arguments: Sequence[str], world: World) -> Conversion:
         causal=options.causal,
         force=options.force,
         card=True,
-        fuse=options.fuse,
+        fuse=options.fuse[0] if options.fuse else None,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
     )
     conversion.check()
     return conversion

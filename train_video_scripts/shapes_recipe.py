@@ -174,13 +174,24 @@ def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
         command = ["train", "--config_path", f"{CONFIGS}/{config}.yaml", "--logdir", str(runs / name)]
         lora, fused = parts / f"{product}_lora.safetensors", parts / f"{product}.safetensors"
         checkpoint = str(runs / name / f"checkpoint_model_{last:06d}")
-        of_small = ["--config", f"{CONFIGS}/longsana.yaml", "--force"]
+        of_small = ["--config", f"{CONFIGS}/longsana.yaml", "--dtype", "float32", "--force"]
         return Step(
             fused,
             [
                 [*command, "--no_visualize", "--disable-wandb", *own],
                 ["convert", checkpoint, str(lora), "--to", "lora", "--key", "generator_ema", "--force"],
-                ["convert", start, str(fused), "--to", "safetensors", "--fuse", str(lora), *of_small],
+                [
+                    "convert",
+                    start,
+                    str(fused),
+                    "--to",
+                    "safetensors",
+                    "--dtype",
+                    "float32",
+                    "--fuse",
+                    str(lora),
+                    *of_small,
+                ],
             ],
         )
 

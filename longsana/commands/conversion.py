@@ -11,13 +11,20 @@ from typing import TYPE_CHECKING, Final, Literal
 import torch
 from torch import Tensor
 
-from longsana.config import ARCHITECTURES, InferenceConfig, ModelConfig, load_config
+from longsana.config import ARCHITECTURES, Architecture, InferenceConfig, ModelConfig, load_config
 from longsana.models.past import LEARNED
 from longsana.pipelines.lora import fused_adapter, read_lora
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.weights.build import empty_model
-from longsana.weights.checkpoint_folder import PROGRESS, check_content, is_checkpoint, open_tensors, read_progress
+from longsana.weights.checkpoint_folder import (
+    PROGRESS,
+    Stored,
+    check_content,
+    is_checkpoint,
+    open_tensors,
+    read_progress,
+)
 from longsana.weights.files import (
     NETWORKS,
     holds_factors,
@@ -46,6 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"  # in a checkpoint folder
+DTYPES = ("float32", "bfloat16", "float16")
 CLASSES = (BASE_CLASS, CAUSAL_CLASS)
 VAE_CLASS = "AutoencoderKLWan"
 VAE_LAYOUTS = ("upstream", "diffusers")
@@ -115,6 +123,10 @@ class Conversion:
         inside = found.kind == "checkpoint" and source in out.parents
         if out in (self.path.resolve(), source, source.parent) or inside:
             raise InputError(f"{self.option} {self.out}: is {self.source}, or where it lies")
+        if self.fuse is not None:
+            lora = locate(self.fuse, "--fuse").resolve()
+            if out in (lora, lora.parent) or lora in out.parents:
+                raise InputError(f"{self.option} {self.out}: is --fuse {self.fuse}, or where it lies, or within it")
         if self.layout == "trainer" and found.kind != "checkpoint":
             log.warning("a trainer's file with one network, the %s; a run's checkpoint has the others too", self._first)
 
@@ -132,9 +144,12 @@ class Conversion:
         if not self._fuses_run and self.key not in (None, NETWORKS[0]) and found.kind in ("safetensors", "shards"):
             raise InputError(f"--key {self.key}: {self.source} holds one network; leave it out")
         if found.kind == "checkpoint" and not self.fuse and holds_factors(open_tensors(found.file)):
+            exported = self.option == "--out"  # by `export`, which adds nothing to weights
+            writes = f"--layout {LORA}" if exported else f"--to {LORA}"
+            fuses = f"longsana convert ... --fuse {self.source}" if exported else f"--fuse {self.source}"
             raise InputError(
-                f"{self.source}: holds the factors of a LoRA alone; --to {LORA} writes them, and --fuse {self.source} "
-                "puts them into the weights that they were trained on, which are then SRC"
+                f"{self.source}: holds the factors of a LoRA alone; {writes} writes them, and {fuses} puts them into "
+                "the weights that they were trained on, which are then SRC"
             )
         if self.fuse is not None and found.headers_tell:
             self._change(self._config(found, self._first))
@@ -199,7 +214,7 @@ class Conversion:
             raise InputError(f"{ignored[0]}: has no meaning with --to {LORA}; leave it out")
         if self.out.suffix != ".safetensors":
             raise InputError(f"{self.option} {self.out}: the layout {LORA} is a file, NAME.safetensors")
-        open_factors(found.file, self._first)
+        _factors_of(found.file, self._first)
 
     def _write_lora(self, found: Weights) -> None:
         check_content(found.file)
@@ -234,9 +249,15 @@ class Conversion:
         if self._fuses_run:
             check_content(path, remembered=True)
             key = self.key or NETWORKS[0]
+            trained = _configs_of_run(path)[key].architecture()
+            if trained != config.architecture():
+                raise InputError(
+                    f"--fuse {self.fuse}: trained on another network than {self.source}: {_size(trained)}, and not "
+                    f"{_size(config.architecture())}; give the weights that it was trained on"
+                )
             factors = {f"{PIPELINE_PART}.{name}": it for name, it in _trained(path, key).items()}
         else:
-            factors, metadata = read_lora(path)
+            factors, metadata = read_lora(path, remedy="name its file")
         try:
             return fused_adapter(factors, empty_model(config), prefix=PIPELINE_PART, metadata=metadata)[0]
         except InputError as error:
@@ -253,7 +274,7 @@ class Conversion:
             _check_same(configs[keys[0]], configs[key], key)
         first, *others = [self._read(found, configs[key], key) for key in keys]
         if self.fuse is not None:
-            fuse(first, self._change(configs[keys[0]]))
+            fuse(first, self._change(configs[keys[0]]), f"--fuse {self.fuse}", self.dtype)
             first = {name: tensor.to(self.dtype or tensor.dtype) for name, tensor in first.items()}
         config, causal = configs[keys[0]], self.causal or found.config.get("_class_name") == CAUSAL_CLASS
         count = sum(tensor.numel() for network in (first, *others) for tensor in network.values())
@@ -329,9 +350,15 @@ class Conversion:
 
 def _trained(folder: Path, key: str) -> dict[str, Tensor]:
     """Read the factors of a LoRA's checkpoint folder, by the names of diffusers' layers, with its scale in them."""
-    stored, lora = open_factors(folder, key), _training_config(folder).train.lora
+    stored, lora = _factors_of(folder, key), _training_config(folder).train.lora
     layers = targeted(empty_model(_configs_of_run(folder)[key]), lora.targets, f"{folder / CONFIG}: train.lora.targets")
     return plain_trained({name: it.read() for name, it in stored.items()}, layers, lora.scale)
+
+
+def _factors_of(folder: Path, key: str) -> dict[str, Stored]:
+    if key not in (there := networks_in(folder)):
+        raise InputError(f"--key {key}: {folder} holds no such network; it has {', '.join(there)}")
+    return open_factors(folder, key)
 
 
 def _step(folder: Path) -> int:
@@ -375,4 +402,8 @@ def _named(config: ModelConfig, keys: list[str]) -> str:
     name = config.model if ARCHITECTURES[config.model] == size else "LongSANA"
     past = "".join(f", {setting} {value}" for setting, value in chosen_past(config).items())
     what = f"Network {name} ({', '.join(keys)})"
-    return f"{what}, {size.depth} blocks of width {size.hidden_size}, patch {size.patch_size}{past}"
+    return f"{what}, {_size(size)}{past}"
+
+
+def _size(size: Architecture) -> str:
+    return f"{size.depth} blocks of width {size.hidden_size}, patch {size.patch_size}"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from longsana.commands.conversion import CONFIG, LORA, Conversion
+from longsana.commands.conversion import CONFIG, DTYPES, LORA, Conversion
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -32,7 +32,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=typed_path, required=True, help="a folder for diffusers, else a file")
     parser.add_argument("--layout", choices=[*LAYOUTS, LORA], required=True)
     parser.add_argument("--weights", choices=list(KEYS), help="the network (default: raw; trainer: all of them)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     return parser.parse_args(arguments)
 

@@ -17,6 +17,7 @@ from longsana.pipelines.arguments import FLOATS, Numbers, check_finite
 from longsana.runtime.arguments import Number
 from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.foreign import parse_json, reason_of
+from longsana.weights.checkpoint_folder import is_checkpoint
 from longsana.weights.files import open_weights
 from longsana.weights.lora import Part, linear_layers
 from longsana.weights.names import foreign
@@ -223,16 +224,22 @@ def _check_factor(key: str, tensor: Any) -> None:
     check_finite("LoRA", {key: tensor})
 
 
-def read_lora(path: Path, weight_name: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_lora(
+    path: Path, weight_name: str | None = None, remedy: str = "name it as weight_name"
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors of a file, or of the one in a folder, and peft's settings that are saved with them.
+
+    remedy: what to do where a folder has several.
 
     Raises:
         InputError: there is no such file, or it is damaged.
     """
     file = path / weight_name if weight_name is not None else path
+    if is_checkpoint(file):
+        raise InputError(f"{file}: a checkpoint of training; longsana convert ... --to lora writes what this reads")
     if file.is_dir():
         usual = file / USUAL
-        file = usual if usual.is_file() else what_is(file, "name it as weight_name").file
+        file = usual if usual.is_file() else what_is(file, remedy).file
     entries = open_weights(file)
     return {name: entry.read().clone() for name, entry in entries.items()}, _metadata(file)
 

@@ -144,8 +144,20 @@ def _check_lora(config: TrainingConfig) -> None:
                 "factors learn; leave one of them out"
             )
     for role, network in config.networks.items():
-        if role != "teacher":
-            targeted(empty_model(network), lora.targets, TARGETS)
+        if role == "teacher":
+            continue
+        for parts in targeted(empty_model(network), lora.targets, TARGETS).values():
+            for layer, part in parts.items():
+                if lora.rank > (most := min(part.rows, part.columns)):
+                    raise InputError(
+                        f"train.lora.rank={lora.rank}: above {most}, the smaller side of {layer} ({role}), and so more "
+                        "than the layer holds"
+                    )
+    if config.model.state_decay == LEARNED:
+        log.warning(
+            "model.state_decay=learned: with train.lora.rank low-rank factors alone learn; those of the past stay as "
+            "model.load_from has them"
+        )
 
 
 def check_device(config: TrainingConfig, world: World, device: torch.device) -> None:

@@ -47,6 +47,8 @@ LMDB = "data.mdb"
 PATIENCE = 30.0  # seconds until a file of one host must be seen by the others
 MEANING = ("vae.", "model.num_cached_blocks", "model.num_sink_blocks")
 """Settings, or prefixes of them, that decide what the numbers of a stream mean, whatever their shapes."""
+LORA = ("train.lora.rank", "train.lora.targets")
+ANEW = ", choose another --logdir, or start anew: --no-auto-resume"
 
 
 class Record(NamedTuple):
@@ -196,11 +198,14 @@ def _check_run(config: TrainingConfig, logdir: Path, micro_batches: MicroBatches
     known = {} if before is None else before.sha256
     changes = {} if saved is None else _changes(config, saved)
     if newest is not None:
+        # Factors of another rank have other shapes, but those of other layers may not.
+        if others := [change for setting, change in changes.items() if setting in LORA]:
+            raise InputError(f"{logdir}: its factors are those of another LoRA ({'; '.join(others)}){ANEW}")
         try:
             check_fits(config, newest)
         except InputError as error:
             told = f" ({'; '.join(changes.values())})" if changes else ""
-            raise InputError(f"{error}{told}, choose another --logdir, or start anew: --no-auto-resume") from error
+            raise InputError(f"{error}{told}{ANEW}") from error
     _refuse(logdir, [change for setting, change in changes.items() if setting not in known], allowed)
     record = Record.of(config, micro_batches)
     for setting, digest in record.sha256.items():

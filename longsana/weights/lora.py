@@ -116,16 +116,24 @@ def plain_trained(
 
 
 @torch.no_grad()
-def fuse(weights: dict[str, Tensor], fused: Mapping[str, Tensor]) -> None:
-    """Add a LoRA's change to weights in place, in float32 or finer; each keeps its dtype.
+def fuse(weights: dict[str, Tensor], fused: Mapping[str, Tensor], what: str, dtype: torch.dtype | None = None) -> None:
+    """Add a LoRA's change to weights in place, in float32 or finer.
 
     Args:
         weights: by our names, (rows, columns) where they are changed.
         fused: `{layer of ours}.lora_A.weight` (r, columns) and `.lora_B.weight` (rows, r), whose product is the change.
+        what: what the user calls the LoRA.
+        dtype: of the sums; None keeps each weight's.
+
+    Raises:
+        InputError: a sum is not finite in its weight's dtype.
     """
     for key, a in fused.items():
         name, _, factor = key.removesuffix(".weight").rpartition(".")
         if factor == A:
             change = fused[f"{name}.{B}.weight"].double() @ a.double()
             weight = weights[f"{name}.weight"]
-            weights[f"{name}.weight"] = (weight.double() + change).to(weight.dtype)
+            changed = (weight.double() + change).to(dtype or weight.dtype)
+            if not changed.isfinite().all():
+                raise InputError(f"{what}: {name}.weight would not be finite in {str(changed.dtype)[6:]} with it")
+            weights[f"{name}.weight"] = changed

@@ -214,6 +214,11 @@ def _match(
     naming = max(NAMINGS, key=lambda naming: len(needs[naming].keys() & entries.keys()))
     table, needed = tables[naming], needs[naming]
     if not needed.keys() & entries.keys():
+        if any(".lora_" in name for name in entries):
+            raise InputError(
+                f"{file}: a LoRA, which is no network by itself; longsana convert ... --fuse {file} adds it to the "
+                "weights that it was trained on"
+            )
         raise InputError(
             f"{file}: not a LongSANA or SANA-Video network: none of its {len(entries)} tensors "
             f"({', '.join(list(entries)[:3])}, ...) has a known name"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.weights.checkpoint_folder import open_tensors
 from longsana.weights.files import open_checkpoint
-from tests.pipelines.repository import DISTILLED, quiet, shapes_config, shapes_repository, write_transformer
+from tests.pipelines.repository import DISTILLED, few_blocks, quiet, shapes_config, shapes_repository, write_transformer
 from tests.scripts import load_script
 from tests.training.conftest import ROOT, SCRIPT
 
@@ -142,6 +143,26 @@ def test_the_average_and_another_dtype(checkpoint, lora, changes, tmp_path):
         assert torch.equal(tensor, raw[name].bfloat16())
 
 
+def test_fused_in_another_dtype_the_sum_is_rounded_once_to_it(lora, changes, tmp_path):
+    given = ["--to", "safetensors", "--config", SHAPES, "--fuse", lora, "--dtype", "float32"]
+    assert run(SHIPPED, tmp_path / "fused.safetensors", *given) == 0
+    fused, base = load_file(tmp_path / "fused.safetensors"), load_file(SHIPPED)
+    assert {tensor.dtype for tensor in fused.values()} == {torch.float32}
+    for name, change in changes.items():
+        torch.testing.assert_close(fused[name].double(), base[name].double() + change, rtol=1e-6, atol=1e-9)
+
+
+def test_what_is_read_is_not_written_over(checkpoint, lora, tmp_path, capsys):
+    own = tmp_path / "own.safetensors"
+    shutil.copy(lora, own)
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint_model_000002")
+    for target, fused in ((own, own), (folder / "new.safetensors", folder)):
+        given = ["--to", "safetensors", "--config", SHAPES, "--force", "--fuse", fused]
+        assert run(SHIPPED, target, *given) == 2
+        assert f"DST {target}: is --fuse {fused}, or where it lies" in capsys.readouterr().err
+    assert own.read_bytes() == lora.read_bytes() and not (folder / "new.safetensors").exists()
+
+
 def of_another_network(path: Path) -> dict[str, Tensor]:
     return {
         name: tensor[..., :5].contiguous() if tensor.dim() == 2 else tensor for name, tensor in load_file(path).items()
@@ -153,6 +174,11 @@ def of_another_network(path: Path) -> dict[str, Tensor]:
     [
         (["{base}", "x.safetensors", "--to", "safetensors", "--fuse", "{wide}"], "it is for another network"),
         (["{base}", "x.safetensors", "--to", "safetensors", "--fuse", "none"], "--fuse: 'none' not found"),
+        (["{base}", "x.safetensors", "--to", "safetensors", "--fuse", "{huge}"], "would not be finite in bfloat16"),
+        (["{base}", "x.safetensors", "--to", "safetensors", "--fuse", "{wide}", "--fuse", "{wide}"], "given twice"),
+        (["{few}", "x.safetensors", "--to", "safetensors", "--fuse", "{run}"], "trained on another network than"),
+        (["{lora}", "x.pth", "--to", "upstream"], "a LoRA, which is no network by itself"),
+        (["{run}", "x.safetensors", "--to", "lora", "--key", "critic"], "--key critic: "),
         (["{base}", "x.safetensors", "--to", "lora"], "is no checkpoint folder of training with train.lora.rank"),
         (["{run}", "x.safetensors", "--to", "safetensors"], "holds the factors of a LoRA alone; --to lora writes them"),
         (["{run}", "x.pth", "--to", "lora"], "the layout lora is a file, NAME.safetensors"),
@@ -163,12 +189,23 @@ def of_another_network(path: Path) -> dict[str, Tensor]:
 def test_bad_input_is_one_line(arguments, says, checkpoint, lora, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_file(of_another_network(lora), "wide.safetensors")
-    places = {"base": SHIPPED, "run": checkpoint, "wide": "wide.safetensors", "vae": ROOT / "asset/shapes/vae"}
-    config = ["--config", str(SHAPES)] if arguments[0] == "{base}" and "lora" not in arguments else []
+    save_file({name: 1e25 * tensor for name, tensor in load_file(lora).items()}, "huge.safetensors")
+    places = {
+        "base": SHIPPED,
+        "run": checkpoint,
+        "vae": ROOT / "asset/shapes/vae",
+        "lora": lora,
+        "few": few_blocks("longsana"),
+    }
+    places |= {name: f"{name}.safetensors" for name in ("wide", "huge")}
+    config = ["--config", str(SHAPES)] if arguments[0] in ("{base}", "{lora}") and "lora" not in arguments else []
+    if arguments[0] == "{few}":
+        Path("few.yaml").write_text(f"base: {SHAPES}\nmodel: {{depth: 2}}\n")
+        config = ["--config", "few.yaml"]
     assert run(*(word.format(**places) for word in arguments), *config) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
-    assert [path.name for path in tmp_path.iterdir()] == ["wide.safetensors"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("x")]
 
 
 def test_a_checkpoint_of_factors_is_no_network(checkpoint):

@@ -55,6 +55,7 @@ def train(command: Callable[..., Any], small_training: Callable[..., Path], traj
         pytest.param("ode", marks=pytest.mark.slow),
         pytest.param("self_forcing", marks=pytest.mark.slow),
         "longsana",
+        pytest.param("consistency", marks=pytest.mark.slow),
     ],
 )
 def test_factors_alone_are_kept_and_a_run_goes_on_from_its_own(train, tmp_path, trainer):
@@ -77,6 +78,8 @@ def test_factors_alone_are_kept_and_a_run_goes_on_from_its_own(train, tmp_path, 
     ("override", "says"),
     [
         ("train.lora.rank=0", "train.lora.rank=0: must be at least 1"),
+        ("train.lora.rank=57", "train.lora.rank=57: above 56, the smaller side of transformer_blocks.0.attn1.to_q"),
+        ("train.lora.targets=to_q", "train.lora.targets=to_q: must be a list, as in [to_q]"),
         ("train.lora.targets=[to_x]", "train.lora.targets: to_x: means no layer (did you mean 'to_v'?); there are"),
         ("train.lora.targets=[to_q,conv_temp]", "train.lora.targets: conv_temp: no linear layer"),
         ("train.lora.targets=[conv_depth]", "train.lora.targets: conv_depth: no linear layer"),
@@ -101,10 +104,18 @@ def test_without_peft_it_says_what_to_install(train, tmp_path, monkeypatch):
 
 def test_another_rank_or_base_is_no_run_to_go_on_with(train, tmp_path):
     assert train("flow_matching", tmp_path, "train.max_iters=2").status == 0
-    told = train("flow_matching", tmp_path, "train.lora.rank=3").error
-    assert "does not fit this run: wrong shape or dtype" in told and "train.lora.rank: 2 -> 3" in told
+    anyway = "--allow-config-change"
+    for setting, change in (("rank=3", "rank: 2 -> 3"), ("targets=[attn1.to_q]", "targets: ")):
+        told = train("flow_matching", tmp_path, f"train.lora.{setting}", anyway).error
+        assert f"{tmp_path}: its factors are those of another LoRA (train.lora.{change}" in told and len(told) < 300
     told = train("flow_matching", tmp_path, "model.load_from=seeded:9").error
     assert "model.load_from: seeded:1 -> seeded:9" in told
+    assert train("flow_matching", tmp_path, "train.lora.alpha=2", "train.max_iters=3", anyway).status == 0
+
+
+def test_a_learned_decay_is_said_to_stay(train, tmp_path, caplog):
+    assert train("self_forcing", tmp_path, "model.state_decay=learned", "--dry_run").status == 0
+    assert "those of the past stay as model.load_from has them" in caplog.text
 
 
 def test_a_layer_that_is_not_computed_with_is_an_error(train, tmp_path, monkeypatch):
@@ -286,7 +297,7 @@ def test_fused_is_added_in_float64_and_rounded_once():
     rng = torch.Generator().manual_seed(0)
     weight, a, b = (torch.randn(shape, generator=rng) for shape in ((6, 4), (2, 4), (6, 2)))
     weights = {"final.linear.weight": weight.bfloat16(), "final.linear.bias": weight[0]}
-    fuse(weights, {"final.linear.lora_A.weight": a, "final.linear.lora_B.weight": b})
+    fuse(weights, {"final.linear.lora_A.weight": a, "final.linear.lora_B.weight": b}, "the LoRA")
     expected = (weight.bfloat16().double() + b.double() @ a.double()).bfloat16()
     assert torch.equal(weights["final.linear.weight"], expected)
     assert F.mse_loss(weights["final.linear.bias"], weight[0]) == 0
