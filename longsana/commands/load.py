@@ -5,8 +5,8 @@
 Each viewer shows its chunks in media time and changes the prompt at random moments. A table is printed; --out has all
 figures, and a plot of the same name with .svg beside it; docs/live.md says what each figure means. The API key is in
 LONGSANA_API_KEY, where the server asks for one. No torch is needed, but the extra: pip install 'longsana[serve]'.
-Exit status: 0 somebody watched, however it stalled; 1 nobody could, or the disk is full or broken; 2 bad input;
-128 + n stopped by signal n, and then nothing is written.
+Exit status: 0 somebody watched to the end, however it stalled; 1 nobody did, or the disk is full or broken; 2 bad
+input; 128 + n stopped by signal n, and then nothing is written.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ def load(arguments: Sequence[str]) -> int:
     parser.add_argument("--lead", type=number, help="seconds that chunks come ahead of time (default: the server's)")
     parser.add_argument("--out", type=typed_path, default=Path("output/load.json"), help="(default: %(default)s)")
     options = parser.parse_args(arguments)
-    parts = urlsplit(options.url)
-    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+    if not _is_server(options.url):
         raise InputError(f"{options.url}: must be http://HOST:PORT or https://HOST, as the server says when it starts")
     bounds = {"viewers": (1, 1000), "seconds": (1, 86_400), "changes_per_minute": (0, 600), "spacing": (0, 3600)}
     bounds |= {"seed": (-(2**62), 2**62), "chunk_frames": (1, 1000), "lead": (0, 3600)}
@@ -81,6 +80,9 @@ def load(arguments: Sequence[str]) -> int:
     )
     key = read_key()
     check_writable(options.out.parent, "--out")
+    for path in (options.out, options.out.with_suffix(".svg")):
+        if path.is_dir():
+            raise InputError(f"--out {options.out}: {path} is a folder; choose another name")
     log.info("%d viewers of %s for %.0f s", asked.viewers, asked.url, asked.stay(0))
     with stop.deferred() as stopped:
         report = measure(asked, key, stopped)
@@ -94,10 +96,20 @@ def load(arguments: Sequence[str]) -> int:
     if report["server"]["error"]:
         log.warning("the server's own figures are missing: %s", report["server"]["error"])
     log.info("%s, and %s", options.out, options.out.with_suffix(".svg").name)
-    if not report["all"]["chunks"]:
-        print(f"failed: nobody could watch {asked.url}", file=sys.stderr)
+    if not report["all"]["watched"]:
+        print(f"failed: nobody watched {asked.url} to the end", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_server(url: str) -> bool:
+    """Tell whether a URL names a server and nothing else; a report, where it stands, has no password."""
+    try:
+        parts = urlsplit(url)
+        named = parts.hostname is not None and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:  # half an IPv6 address, or a port that is none
+        return False
+    return named and parts.scheme in ("http", "https") and not (parts.query or parts.fragment)
 
 
 def _prompts(path: Path) -> tuple[str, ...]:

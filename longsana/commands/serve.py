@@ -156,7 +156,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     if fleet is not None:  # whoever goes back by chunks must find a snapshot from before them
         limits = replace(limits, own_snapshots=2 + math.ceil(limits.kept / options.snapshot_every))
     served = served_by(config, config_path.stem, limits, options.snapshot_every)
-    served = replace(served, fleet=fleet is not None)
+    served = replace(served, fleet=fleet is not None, replicas=1 if fleet is None else fleet.most)
     key = read_key()
     listening = listen(options.host, options.port)
     return Request(config, served, listening, options.work_dir, tuple(options.origin), key, options.threads, fleet)

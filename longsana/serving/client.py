@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -88,7 +88,9 @@ class LiveVideo:
         extra |= {} if session_id is None else {"session_id": session_id}
         extra |= {} if state is None else {"continuation_state": state}
         try:
-            self._send({"type": "session.start", "format": "m4s", "extra_params": extra, **start})
+            asked = {"type": "session.start", "format": "m4s", "extra_params": extra, **start}
+            with suppress(ConnectionClosed):  # its reason is still to be read
+                self._socket.send(json.dumps(asked))
             self.started = self._until("video.start")
         except BaseException:
             self._open.close()

@@ -387,7 +387,8 @@ class FleetSession:
                 except Lost:
                     self._move(stay)
             except InputError as error:
-                self._fail(str(error))
+                if not self._closed:  # meanwhile, by its viewer
+                    self._fail(str(error))
             except Exception:
                 log.exception("session %s", self.id)
                 self._fail("an error of the server ended this video")

@@ -70,7 +70,7 @@ class Connections:
         self.studio, self.served, self.measurements = studio, served, measurements
         self.stall = stall
         self._linger, self._start_within = linger, start_within
-        self._most = most or 2 * (served.limits.sessions + served.limits.queue)
+        self._most = most or 2 * (served.limits.sessions + served.limits.queue) * served.replicas
         self._open = 0
         self._viewers: dict[str, Viewer] = {}
         self._lingering: dict[str, tuple[asyncio.TimerHandle, asyncio.Task[bool]]] = {}

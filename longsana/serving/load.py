@@ -215,7 +215,8 @@ class Viewer:
             Refused: the server has ended it.
         """
         try:
-            await socket.send(json.dumps(self._start()))
+            with suppress(ConnectionClosed):  # its reason is still to be read
+                await socket.send(json.dumps(self._start()))
             while True:
                 message = json.loads(await socket.recv())
                 if message["type"] == "video.chunk_metadata":

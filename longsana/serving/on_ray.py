@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 
 APP = "longsana"
 """The application's name in a cluster, and its deployment's."""
+FRONT = "front"
+"""The name of the one process that has replicas in a cluster."""
 ANSWER = 20.0
 """Seconds after which a replica that has not answered is taken for lost, beside those in which a session catches up."""
 LOOK = 5.0
@@ -50,7 +53,8 @@ LOOK = 5.0
 SPARE_CALLS = 16
 """Calls that a replica answers at a time beside those in which its sessions wait."""
 LOOK_EVERY, HUNG = 5.0, 15.0
-"""Seconds between two looks of Serve's whether a replica is well, and after which one that says nothing is killed."""
+"""Seconds between two looks of Serve's whether a replica is well, and that a look waits; three in a row that nobody
+answers end a replica."""
 REACH = 5.0
 """Seconds in which a cluster must answer."""
 MOST_CALLS = 10_000
@@ -207,13 +211,50 @@ def replicas(wanted: Wanted, address: str | None) -> Iterator[RayReplicas]:
             with _signals_kept():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
         except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"--ray {address}: no cluster answers there ({_line(error)}); ray start --head") from error
+            raise InputError(
+                f"--ray {address}: no cluster answers there ({_line(error)}); ray start --head, or RAY_AUTH_MODE=token "
+                "where one asks for its token"
+            ) from error
+        front = _stand(address)
+        undo.callback(lambda: front)  # it lives as long as there is a handle of it
         wanted = fitted(wanted, ray.cluster_resources())
         serve.start(proxy_location="Disabled")  # the front has its own port
         stop.catch_again()
         if address is None:
             undo.callback(_delete)
         yield RayReplicas(deploy(wanted))
+
+
+@ray.remote(num_cpus=0)
+class _Front:
+    """Stands in a cluster for the process that has replicas there, for as long as that lives."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def name(self) -> str:
+        return self._name
+
+
+def _stand(address: str | None) -> Any:
+    """Be the cluster's front. One that has just ended may still be known for a moment.
+
+    Raises:
+        InputError: there is another one, whose replicas would be replaced.
+    """
+    front: Any = _Front
+    end, other = time.monotonic() + REACH, "somewhere"
+    while True:
+        try:
+            return front.options(name=FRONT, namespace=APP).remote(f"process {os.getpid()} on {socket.gethostname()}")
+        except ValueError as error:  # the name is taken
+            with contextlib.suppress(ValueError, exceptions.RayError):
+                other = ray.get(ray.get_actor(FRONT, namespace=APP).name.remote(), timeout=REACH)
+            if time.monotonic() > end:
+                raise InputError(
+                    f"--ray {address}: another front is there, {other}; stop it, or choose another cluster"
+                ) from error
+        time.sleep(0.5)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ class Served:
     name: as in /v1/models. height, width: pixels; fps; num_frames: of a video of which nothing else is said.
     time_stride: pixel frames of a latent one. fixed: values of fields that a request can repeat and not change.
     limits: the studio's. snapshots: whether it has a folder of them. snapshot_every: chunks between two of a session.
-    fleet: whether videos without a viewer are saved as well, to go on elsewhere.
+    fleet: whether videos without a viewer are saved as well, to go on elsewhere. replicas: that it has at most.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Served:
     snapshots: bool = False
     snapshot_every: int = 0
     fleet: bool = False
+    replicas: int = 1
 
     def frames(self, seconds: float, fps: float | None) -> int:
         """Count the pixel frames of the nearest length that a video can have, at least one latent after the first."""

@@ -29,6 +29,8 @@ MOST_OF_AN_ID = 200
 """Characters of an event's id."""
 KNOWN_IDS = 1024
 """Last events of a session whose ids may not be used again."""
+FOR_A_PLACE = 5.0
+"""Seconds in which a session that comes from elsewhere must have a place."""
 PATIENCE = 5.0
 """Seconds after which a session without a pace has a turn before viewers who are not dry yet."""
 UNPACED = 2
@@ -315,7 +317,7 @@ class Session:
         out. They are those of the other studio to rounding: the decoder's memory is rebuilt from the last latents.
 
         began: the moment from which `moved` counts (`time.monotonic`). within: seconds from then, after which it is
-            given up.
+            given up; sooner where there is no place, as another studio may have one.
 
         Raises:
             InputError: a change of prompt since reaches back to what the state does not hold, or the session has ended.
@@ -328,6 +330,7 @@ class Session:
             self._told.extend(ticket.told)
             self._ids.extend(event.id for _, event in ticket.told)
             self._saved.extend(saved for saved in ticket.saved if base and saved.index <= base.index)
+            self._wait(lambda: not self.place, min(end, began + FOR_A_PLACE))
             self._wait(lambda: self._points, end)
             while self._index < ticket.index:
                 if (event := told.pop(self._index, None)) is not None:

@@ -316,8 +316,9 @@ class Studio:
             raise InputError("studio: is closed")
         if session.id in self._sessions:
             raise InputError(f"session={session.id}: is here already")
-        if len(self._queue) >= self.limits.queue and not first:  # who had a place waits wherever he must
-            raise Full(f"full: {len(self._queue)} sessions wait already; try again later")
+        # Who had a place waits wherever he must, and who need not wait is none too many.
+        if not first and len(self._queue) >= self.limits.queue and (self._queue or not self._has_room(session)):
+            raise Full(f"full: all places are taken, and {len(self._queue)} sessions wait already; try again later")
         self._sessions[session.id] = session
         self._queue.insert(0 if first else len(self._queue), session)
         session.place = len(self._queue)

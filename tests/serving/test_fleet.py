@@ -321,6 +321,7 @@ def test_a_session_that_is_closed_while_it_moves_is_nowhere(local: Local, fleet:
         session.pause()
     session.join()
     assert not any(replica.studio.session(session.id) for replica in local.there.values())
+    assert fleet.figures().failures == 0
 
 
 def test_a_file_that_was_moved_is_one_video(local: Local, fleet: Fleet) -> None:

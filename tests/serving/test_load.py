@@ -222,7 +222,7 @@ def test_the_command_writes_a_report_and_a_plot(
     arguments += ["--size", "64x48", "--lead", "0.5", "--seed", "7", "--out", str(out)]
     monkeypatch.delenv(API_KEY, raising=False)
     assert command.main(arguments) == 1
-    assert f"nobody could watch {server.url}" in capsys.readouterr().err
+    assert f"nobody watched {server.url}" in capsys.readouterr().err
     report = json.loads(out.read_text())
     assert report["all"]["refused"] == 2 and "401" in report["server"]["error"]
     monkeypatch.setenv(API_KEY, "s3cret")
@@ -247,7 +247,7 @@ def test_nobody_answers(tmp_path: Path) -> None:
         code += "assert not {'torch', 'numpy', 'diffusers', 'fastapi'} & set(sys.modules)\nsys.exit(status)"
         run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 1, run.stderr
-    assert "nobody could watch" in run.stderr and "Traceback" not in run.stderr
+    assert "nobody watched" in run.stderr and "Traceback" not in run.stderr
     report = json.loads((tmp_path / "load.json").read_text())
     assert report["all"]["failed"] == 2 and report["server"]["models"] is None and report["seconds"] < 10
 
@@ -271,6 +271,11 @@ def test_a_signal_ends_it_and_nothing_is_written(running: Run, tmp_path: Path) -
     [
         (["127.0.0.1:8000"], "must be http://HOST:PORT"),
         (["http://a/?x=1"], "must be http://HOST:PORT"),
+        (["http://[::1"], "must be http://HOST:PORT"),
+        (["http://a:99999"], "must be http://HOST:PORT"),
+        (["http://user:secret@a"], "must be http://HOST:PORT"),
+        (["http://a", "--out", "{folder}/a.json"], "a.json is a folder"),
+        (["http://a", "--out", "{folder}/b.json"], "b.svg is a folder"),
         (["http://a", "--viewers", "0"], "--viewers 0: must be from 1 to 1000"),
         (["http://a", "--seconds", "0.5"], "--seconds 0.5: must be from 1"),
         (["http://a", "--lead", "nan"], "nan: must be a number"),
@@ -281,8 +286,12 @@ def test_a_signal_ends_it_and_nothing_is_written(running: Run, tmp_path: Path) -
         (["http://a", "--no_such", "1"], "--no_such"),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(arguments) == 2
+def test_bad_input_is_one_line(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.json", "b.svg"):
+        (tmp_path / name).mkdir()
+    assert command.main([word.replace("{folder}", str(tmp_path)) for word in arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1
 

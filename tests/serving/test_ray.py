@@ -184,6 +184,12 @@ def test_a_client_that_does_not_read_grows_nothing(server: Running, fleet: Fleet
     silent.close()
 
 
+def test_a_second_front_is_refused(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_ray, "REACH", 1.0)
+    with pytest.raises(InputError, match=rf"another front is there, process {os.getpid()} on .*; stop it, or choose"):
+        on_ray._stand("auto")
+
+
 def test_a_cluster_without_room(wanted: on_ray.Wanted) -> None:
     with pytest.raises(InputError, match=r"^--replicas 2: each needs 0.5 CPU, and the cluster has 0; choose fewer"):
         on_ray.fitted(wanted, {})

@@ -213,7 +213,7 @@ def test_the_queue(narrow: Studio) -> None:
     third.on_ready(lambda: positions.append(third.place))
     assert [session.position for session in (first, second, third)] == [0, 0, 1]
     assert third.state == "waiting" and third.take(0.05) is None
-    with pytest.raises(Full, match="full: 1 sessions wait already") as full:
+    with pytest.raises(Full, match="and 1 sessions wait already") as full:
         narrow.start(order())
     assert "\n" not in str(full.value) and isinstance(full.value, ValueError)
     with pytest.raises(Full):
@@ -221,6 +221,15 @@ def test_the_queue(narrow: Studio) -> None:
     first.close()
     assert third.position == 0 and positions[0] == 1 and positions[-1] == 0
     assert len(taken(third, 1)) == 1
+
+
+def test_without_a_queue_who_finds_a_place_is_taken_in(config: InferenceConfig) -> None:
+    with Studio(config, limits=Limits(sessions=1, queue=0)) as studio:
+        first = studio.start(order())
+        with pytest.raises(Full, match="full: all places are taken, and 0 sessions wait already"):
+            studio.start(order())
+        first.close()
+        assert len(taken(studio.start(order()), 1)) == 1
 
 
 def test_one_is_taken_in_by_measured_speed(narrow: Studio) -> None:
