@@ -16,6 +16,7 @@ from longsana.runtime import stop
 from longsana.runtime.commandline import run_command
 from longsana.runtime.distributed import World
 from tests.forks import Forks
+from tests.pipelines.repository import shallow
 
 ROOT = Path(__file__).resolve().parents[2]
 INFERENCE = ROOT / "inference_video_scripts/inference_sana_video.py"
@@ -149,10 +150,11 @@ for _ in range(2):
 
 
 def arguments(folder: Path, prompts: int = 6) -> list[str]:
-    """Of the command that makes so many videos in folder/v."""
+    """Of the command that makes so many videos in folder/v, with two blocks."""
     file = folder / "prompts.txt"
     file.write_text("".join(f"a red circle number {i}\n" for i in range(prompts)))
-    return [*SMALL, "--txt_file", str(file), "--work_dir", str(folder), "--dataset", "v"]
+    settings = [f"--{setting}" for setting in shallow()]
+    return [*SMALL, *settings, "--txt_file", str(file), "--work_dir", str(folder), "--dataset", "v"]
 
 
 def finished(folder: Path) -> list[Path]:
