@@ -177,12 +177,14 @@ def serve(asks: socket.socket) -> Asked:
 
 
 if __name__ == "__main__":
+    gc.disable()  # until all is imported: there is hardly any garbage, and to look for it takes a part of the time
     for module in HEAVY:
         importlib.import_module(f"longsana.{module}")
     for module, _ in commands.COMMANDS.values():
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # or each would go through what is imported, as often as it looks for garbage
+    gc.enable()
     asked, status = serve(socket.socket(fileno=int(sys.argv[1]))), 1
     try:
         status = asked.do()

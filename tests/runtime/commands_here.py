@@ -7,6 +7,7 @@ Libraries are imported once, which is most of a small command's time.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -36,9 +37,12 @@ def run(asked: dict[str, Any]) -> int:
 
 
 sys.path.insert(0, str(ROOT))
+gc.disable()  # imports leave no garbage
 for module in ("longsana.inference.batch", "longsana.training.run"):
     importlib.import_module(module)
 load_script = importlib.import_module("tests.scripts").load_script
+gc.freeze()  # or each command would go through what is imported, as often as it looks for garbage
+gc.enable()
 for line in sys.stdin:
     child = os.fork()
     if child == 0:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from longsana.data.trajectories import Trajectories
 from longsana.training.checkpoint import checkpoints_of
 from tests.full_size.hub_cache import snapshot
+from tests.pipelines.repository import few_blocks, shallow
 from tests.runtime.test_stop import INFERENCE, SMALL
 
 HERE = Path(__file__).parent
@@ -122,11 +123,24 @@ def run(place: Path) -> Iterator[Run]:
 
 
 def videos(run: Run, folder: Path, *arguments: str | Path, prompts: int = 2, **options: Any) -> Done:
-    """The inference command, of the small default."""
+    """The inference command, of two blocks of the small default."""
     file = folder.parent / "prompts" / "prompts.txt"
     file.parent.mkdir(exist_ok=True)
     file.write_text("".join(f"a red circle number {i}\n" for i in range(prompts)))
-    given = [*SMALL, "--num_frames", "5", "--txt_file", file, "--work_dir", folder, "--dataset", "v", *arguments]
+    blocks = [f"--{setting}" for setting in shallow()]
+    given = [
+        *SMALL,
+        *blocks,
+        "--num_frames",
+        "5",
+        "--txt_file",
+        file,
+        "--work_dir",
+        folder,
+        "--dataset",
+        "v",
+        *arguments,
+    ]
     return run(INFERENCE, *given, **options)
 
 
@@ -196,7 +210,7 @@ def test_inference_writes_to_its_work_dir_alone(run: Run, tmp_path: Path) -> Non
     folder = tmp_path / "out"
     folder.mkdir()
     weights = tmp_path / "model.pth"
-    torch.save({"state_dict": load_file(ROOT / "asset/shapes/longsana.safetensors")}, weights)
+    torch.save({"state_dict": load_file(few_blocks("longsana"))}, weights)
     done = videos(run, folder, "--model_path", weights, writes=folder)
     assert done.status == 0, done.output
     assert names(folder) == made(2)
@@ -229,10 +243,10 @@ def test_a_hub_cache_may_be_read_only_and_without_links(linked: bool, place: Pat
     if linked:
         blob = file.parents[2] / "blobs" / "0"
         blob.parent.mkdir()
-        shutil.copy(ROOT / "asset/shapes/longsana.safetensors", blob)
+        shutil.copy(few_blocks("longsana"), blob)
         file.symlink_to("../../blobs/0")
     else:
-        shutil.copy(ROOT / "asset/shapes/longsana.safetensors", file)
+        shutil.copy(few_blocks("longsana"), file)
     before = names(hub)
     weights = ("--model_path", f"hf://some/{repo}/model.safetensors")
     options = {"read_only": (hub,), "faults": {"flock": errno.ENOSYS}, "on": hub}
