@@ -33,7 +33,7 @@ def test_the_parts_are_the_whole(report: dict[str, Any]) -> None:
     assert seconds.keys() == {*PARTS, "wall"}
     assert min(seconds[part] for part in PARTS) >= 0
     assert sum(seconds[part] for part in PARTS) == pytest.approx(seconds["wall"])
-    assert seconds["other"] < 0.03 * seconds["wall"]
+    assert seconds["other"] < 0.1 * seconds["wall"]  # of a video that takes a quarter of a second
     # All that happens while a video is made happens in a chunk, but for the closing of the file.
     assert sum(report["chunk"]["seconds"]) <= seconds["wall"]
     assert sum(report["chunk"]["seconds"]) == pytest.approx(seconds["wall"] - seconds["text"], rel=0.2)

@@ -362,7 +362,8 @@ def test_a_storm_of_connections_leaves_nothing(running: Run, seconds: float, cap
     with LiveVideo(server.url, prompt="red", num_frames=8) as video:
         assert len(list(video)) == 1
     gc.collect()
-    assert caplog.messages == []  # nor is a log filled
+    # Nor is the server's log filled; that of a client here, whose socket was taken from it, is its own affair.
+    assert [record.message for record in caplog.records if record.name != "websockets.client"] == []
 
 
 def test_a_defect_ends_its_own_session(running: Run, caplog: pytest.LogCaptureFixture) -> None:
