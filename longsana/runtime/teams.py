@@ -54,6 +54,8 @@ class Team:
         self._words, self._world = words, world or World()
         self._connections: list[socket.socket] = []
         self._over = threading.Event()
+        self._told = self._lost = False
+        """Whether another process says what ended this one, and whether this one found out that another has gone."""
         self._begun = self._agreed = 0  # passes
 
     @classmethod
@@ -127,6 +129,7 @@ class Team:
         if error is not None:
             raise error
         if any(failed):
+            self._told = True
             raise PeerLost(LOST)
         return made  # type: ignore[return-value]
 
@@ -143,8 +146,9 @@ class Team:
             yield
             return
         self._connections = self._connected()
-        for connection in self._connections:
-            threading.Thread(target=self._watch, args=(connection,), daemon=True).start()
+        watches = [threading.Thread(target=self._watch, args=(one,), daemon=True) for one in self._connections]
+        for watch in watches:
+            watch.start()
         try:
             yield
         except BaseException as error:
@@ -154,10 +158,14 @@ class Team:
                     _say(connection, GONE)
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_WR)
+            self._lost = isinstance(error, PeerLost) and not self._told
             self._over.set()
             last = threading.Timer(2 * GRACE, _end, [getattr(error, "status", 1)])
             last.daemon = True
             last.start()
+            if self._lost:  # who is to say so, the connections tell
+                for watch in watches:
+                    watch.join(GRACE / len(watches))
             raise
         for connection in self._connections:
             _say(connection, DONE)
@@ -208,7 +216,7 @@ class Team:
             if word == FAILED:
                 if self._agrees(number):
                     continue
-            elif word == b"" and not self._over.is_set():
+            elif word == b"" and (self._lost or not self._over.is_set()):
                 self._speak()
             if self._over.wait(GRACE):
                 return

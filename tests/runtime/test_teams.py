@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import signal
+import socket
+import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from longsana.runtime import teams
+from longsana.runtime.distributed import LOST, PeerLost, World
+from longsana.runtime.teams import Team
 from tests.forks import Forks
 
 
@@ -28,3 +35,27 @@ def test_who_is_done_ends_nobody(forks: Forks) -> None:
     peers = forks.launch(2, "tests.runtime.stuck", ["0.2"])
     assert "".join(peer.finish(30) for peer in peers).count("out") == 2
     assert [peer.returncode for peer in peers] == [0, 0]
+
+
+@pytest.mark.parametrize(("word", "said"), [(b"", f"failed: {LOST}\n"), (teams.GONE, "")])
+def test_who_finds_out_in_a_pass_says_so_if_nobody_else_does(
+    word: bytes, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first of those that a leader left, whose pass fails before the leader's connection is seen to end."""
+    monkeypatch.setattr(teams, "_end", lambda status: None)
+    peers: Any = SimpleNamespace(rank=1, size=2)
+    team, (own, leader) = Team(peers=peers, world=World(rank=1, size=2)), socket.socketpair()
+    monkeypatch.setattr(team, "_connected", lambda: [own])
+
+    def leave() -> None:
+        leader.sendall(word)
+        leader.close()
+
+    def fail() -> None:
+        with team.watched():
+            threading.Timer(0.1, leave).start()
+            raise PeerLost(LOST)
+
+    with own, pytest.raises(PeerLost):
+        fail()
+    assert capsys.readouterr().err == said
