@@ -31,11 +31,11 @@ _module: list[Path] = []
 def pytest_configure() -> None:
     """Take the signals that this process was told to ignore (nohup, a shell's `&`), and do nothing.
 
-    Until all tests are collected there is no garbage: looking for it among imports and syntax trees takes a quarter.
-
     A child inherits that a signal is ignored, and a command rightly leaves such a signal alone; it does not inherit a
     handler, and so tests of signals do not depend on how pytest was started.
     """
+    # Until all tests are collected: looking for garbage among imports and syntax trees, where there is none, takes a
+    # quarter of that time.
     gc.disable()
     for number in SIGNALS:
         if signal.getsignal(number) == signal.SIG_IGN:

@@ -17,14 +17,7 @@ from longsana.pipelines.lora import fused_adapter, read_lora
 from longsana.runtime.errors import InputError
 from longsana.runtime.hub import locate
 from longsana.weights.build import empty_model
-from longsana.weights.checkpoint_folder import (
-    PROGRESS,
-    Stored,
-    check_content,
-    is_checkpoint,
-    open_tensors,
-    read_progress,
-)
+from longsana.weights.checkpoint_folder import PROGRESS, check_content, is_checkpoint, open_tensors, read_progress
 from longsana.weights.files import (
     NETWORKS,
     holds_factors,
@@ -214,7 +207,7 @@ class Conversion:
             raise InputError(f"{ignored[0]}: has no meaning with --to {LORA}; leave it out")
         if self.out.suffix != ".safetensors":
             raise InputError(f"{self.option} {self.out}: the layout {LORA} is a file, NAME.safetensors")
-        _factors_of(found.file, self._first)
+        open_factors(found.file, self._first)
 
     def _write_lora(self, found: Weights) -> None:
         check_content(found.file)
@@ -350,15 +343,9 @@ class Conversion:
 
 def _trained(folder: Path, key: str) -> dict[str, Tensor]:
     """Read the factors of a LoRA's checkpoint folder, by the names of diffusers' layers, with its scale in them."""
-    stored, lora = _factors_of(folder, key), _training_config(folder).train.lora
+    stored, lora = open_factors(folder, key), _training_config(folder).train.lora
     layers = targeted(empty_model(_configs_of_run(folder)[key]), lora.targets, f"{folder / CONFIG}: train.lora.targets")
     return plain_trained({name: it.read() for name, it in stored.items()}, layers, lora.scale)
-
-
-def _factors_of(folder: Path, key: str) -> dict[str, Stored]:
-    if key not in (there := networks_in(folder)):
-        raise InputError(f"--key {key}: {folder} holds no such network; it has {', '.join(there)}")
-    return open_factors(folder, key)
 
 
 def _step(folder: Path) -> int:

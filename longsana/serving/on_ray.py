@@ -215,8 +215,7 @@ def replicas(wanted: Wanted, address: str | None) -> Iterator[RayReplicas]:
                 f"--ray {address}: no cluster answers there ({_line(error)}); ray start --head, or RAY_AUTH_MODE=token "
                 "where one asks for its token"
             ) from error
-        front = _stand(address)
-        undo.callback(lambda: front)  # it lives as long as there is a handle of it
+        _front = _stand(address)  # it lives as long as this handle of it
         wanted = fitted(wanted, ray.cluster_resources())
         serve.start(proxy_location="Disabled")  # the front has its own port
         stop.catch_again()

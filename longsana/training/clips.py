@@ -29,8 +29,6 @@ RULES = {
     "colours": "by the matrix that the film names, else BT.709's from 720 lines on and BT.601's below",
 }
 """What is done to every film, for the manifest."""
-
-
 OTHER_OUT = "choose another --out"
 
 

@@ -162,7 +162,8 @@ def open_factors(path: Path, key: str) -> dict[str, Stored]:
         InputError: it is not whole, without this network, or no LoRA's.
     """
     stored = open_tensors(path)
-    _check_key(path, key, _networks(stored))
+    if key not in (there := _networks(stored)):
+        raise InputError(f"--key {key}: {path} holds no such network; it has {', '.join(there)}")
     if not holds_factors(stored):
         raise InputError(f"{path}: a checkpoint of whole weights, not of a LoRA (train.lora.rank)")
     start = f"{key}{SEPARATOR}"

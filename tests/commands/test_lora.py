@@ -202,10 +202,11 @@ def test_bad_input_is_one_line(arguments, says, checkpoint, lora, tmp_path, monk
     if arguments[0] == "{few}":
         Path("few.yaml").write_text(f"base: {SHAPES}\nmodel: {{depth: 2}}\n")
         config = ["--config", "few.yaml"]
+    before = sorted(tmp_path.iterdir())
     assert run(*(word.format(**places) for word in arguments), *config) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("x")]
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_checkpoint_of_factors_is_no_network(checkpoint):

@@ -15,7 +15,7 @@ from longsana.ops import FUSED
 from longsana.ops.dispatch import WITHOUT_GRADIENTS
 from tests.scripts import load_script
 
-from .conftest import ROOT, SMALL
+from .conftest import ROOT, SHIPPED, SMALL
 
 script = load_script(ROOT / "inference_video_scripts" / "benchmark.py")
 
@@ -23,7 +23,9 @@ script = load_script(ROOT / "inference_video_scripts" / "benchmark.py")
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("benchmark") / "report.json"
-    assert script.main([*SMALL, "--num_frames", "49", "--kernels", "--profile", "--float8", "--out", str(out)]) == 0
+    # The whole network: beside the passes of two blocks, what is none of the parts would count for much.
+    command = [*SMALL, *SHIPPED, "--num_frames", "49", "--kernels", "--profile", "--float8", "--out", str(out)]
+    assert script.main(command) == 0
     read: dict[str, Any] = json.loads(out.read_text())
     return read
 
@@ -33,7 +35,7 @@ def test_the_parts_are_the_whole(report: dict[str, Any]) -> None:
     assert seconds.keys() == {*PARTS, "wall"}
     assert min(seconds[part] for part in PARTS) >= 0
     assert sum(seconds[part] for part in PARTS) == pytest.approx(seconds["wall"])
-    assert seconds["other"] < 0.1 * seconds["wall"]  # of a video that takes a quarter of a second
+    assert seconds["other"] < 0.03 * seconds["wall"]
     # All that happens while a video is made happens in a chunk, but for the closing of the file.
     assert sum(report["chunk"]["seconds"]) <= seconds["wall"]
     assert sum(report["chunk"]["seconds"]) == pytest.approx(seconds["wall"] - seconds["text"], rel=0.2)

@@ -14,10 +14,10 @@ import torch
 
 from longsana.sampling.continuation import Continuation
 from tests.forks import Fork, Forks
-from tests.pipelines.repository import DEPTH, few_blocks
+from tests.pipelines.repository import shallow
 
 SMALL = (
-    *("--model.depth", str(DEPTH), "--model_path", str(few_blocks("longsana"))),
+    *shallow(),
     *("--height", "32", "--width", "48", "--num_frames", "57", "--threads", "1"),
     *("sampling.chunk_frames=5", "model.dtype=float32", "vae.decoder=full", "vae.weight_dtype=float32"),
 )

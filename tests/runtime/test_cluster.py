@@ -127,21 +127,8 @@ def videos(run: Run, folder: Path, *arguments: str | Path, prompts: int = 2, **o
     file = folder.parent / "prompts" / "prompts.txt"
     file.parent.mkdir(exist_ok=True)
     file.write_text("".join(f"a red circle number {i}\n" for i in range(prompts)))
-    blocks = [f"--{setting}" for setting in shallow()]
-    given = [
-        *SMALL,
-        *blocks,
-        "--num_frames",
-        "5",
-        "--txt_file",
-        file,
-        "--work_dir",
-        folder,
-        "--dataset",
-        "v",
-        *arguments,
-    ]
-    return run(INFERENCE, *given, **options)
+    given = [*SMALL, *shallow(), "--num_frames", "5", "--txt_file", file, "--work_dir", folder, "--dataset", "v"]
+    return run(INFERENCE, *given, *arguments, **options)
 
 
 def names(folder: Path) -> list[str]:

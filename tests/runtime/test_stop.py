@@ -153,8 +153,7 @@ def arguments(folder: Path, prompts: int = 6) -> list[str]:
     """Of the command that makes so many videos in folder/v, with two blocks."""
     file = folder / "prompts.txt"
     file.write_text("".join(f"a red circle number {i}\n" for i in range(prompts)))
-    settings = [f"--{setting}" for setting in shallow()]
-    return [*SMALL, *settings, "--txt_file", str(file), "--work_dir", str(folder), "--dataset", "v"]
+    return [*SMALL, *shallow(), "--txt_file", str(file), "--work_dir", str(folder), "--dataset", "v"]
 
 
 def finished(folder: Path) -> list[Path]:

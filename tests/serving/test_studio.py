@@ -213,7 +213,7 @@ def test_the_queue(narrow: Studio) -> None:
     third.on_ready(lambda: positions.append(third.place))
     assert [session.position for session in (first, second, third)] == [0, 0, 1]
     assert third.state == "waiting" and third.take(0.05) is None
-    with pytest.raises(Full, match="and 1 sessions wait already") as full:
+    with pytest.raises(Full, match="full: all places are taken, and 1 sessions wait already") as full:
         narrow.start(order())
     assert "\n" not in str(full.value) and isinstance(full.value, ValueError)
     with pytest.raises(Full):
