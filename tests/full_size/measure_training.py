@@ -85,7 +85,8 @@ def summary(stage: str, path: str, lines: list[dict[str, Any]], settings: list[s
     for kind, chosen in kinds.items():
         seconds = [line["per iteration time"] for line in chosen]
         flops = [
-            sum(model_flops(config, role, exit_step=drawn(config, line, role)) for role in line["roles"])
+            config.train.batch_size
+            * sum(model_flops(config, role, exit_step=drawn(config, line, role)) for role in line["roles"])
             for line in chosen
         ]
         result[kind] = {
