@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 KIND = "clips"
 GENERATED = "generated:"
 REMEDY = "set them as there (weights are told by their SHA-256), or encode the films again: longsana encode"
+DRAWN_AT_ONCE = 1 << 30
+"""Bytes of pictures that are drawn and encoded together at most; 64 clips of the small world have 0.96 GB."""
 Shape = tuple[int, int, int, int]
 """(C, T, H, W) of a clip's latents."""
 
@@ -266,8 +268,8 @@ def _near_start(track: Track, spread: float) -> Track:
 class ShapeClips:
     """`count` clips of the shapes world, drawn and encoded here and kept, in float16, where the encoder is.
 
-    In groups of a fixed size, one for CPUs and one for GPUs, so that a clip's latents do not depend on which clips are
-    asked for together. draw: of a seed, an index and a picture's (height, width) the scene of a clip.
+    In groups whose size the device and the clips' shape decide, so that a clip's latents do not depend on which clips
+    are asked for together. draw: of a seed, an index and a picture's (height, width) the scene of a clip.
     """
 
     def __init__(
@@ -280,14 +282,15 @@ class ShapeClips:
         draw: Draw = any_scene,
     ) -> None:
         _, frames, height, width = shape
-        group = group or (16 if encoder.device.type == "cpu" else 64)  # a GPU waits for launches
-        stride = encoder.geometry.space_stride
+        stride, frames = encoder.geometry.space_stride, encoder.geometry.pixel_frames(frames)
         size = (stride * height, stride * width)
+        most = max(1, DRAWN_AT_ONCE // (3 * frames * math.prod(size) * torch.float32.itemsize))
+        group = group or min(most, 16 if encoder.device.type == "cpu" else 64)  # a GPU waits for launches
         self._scenes = [draw(seed, index, size) for index in range(-(-count // group) * group)]
         encoded = []
         for first in tqdm(range(0, count, group), desc="shapes", unit="group", disable=None, leave=False):
             scenes = self._scenes[first : first + group]
-            pictures = render(scenes, range(encoder.geometry.pixel_frames(frames)), size=size, device=encoder.device)
+            pictures = render(scenes, range(frames), size=size, device=encoder.device)
             encoded.append(encoder.encode(pictures).to(torch.float16))
         self._latents = torch.cat(encoded)[:count]
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longsana.config import VAEConfig
+from longsana.config import VAEConfig, load_config
 from longsana.data.clips import (
     DIRECTIONS,
+    DRAWN_AT_ONCE,
     SPEEDS,
     Batch,
     Clip,
@@ -32,8 +33,10 @@ from longsana.encoders.geometry import GEOMETRIES
 from longsana.encoders.vae import WanVAE
 from longsana.runtime.errors import InputError
 from longsana.shapes.scenes import TURNS, Actor, Scene, draw_scene, is_held_out, parse_caption, render
+from longsana.training.config import TrainingConfig
 
 SHAPE = (16, 9, 12, 20)
+SMALL_WORLD = Path(__file__).resolve().parents[2] / "configs/sana_video_config/longsana/shapes/base.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +211,23 @@ def test_a_shape_clip_does_not_depend_on_how_many_there_are() -> None:
     with pytest.raises(IndexError):
         some[3]
     assert not same(shape_clips(3, seed=1)[0], some[0])
+
+
+def test_large_pictures_are_encoded_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = Pooling()
+    many = ShapeClips(PICTURES, 0, 5, several)
+    assert several.batches == [16]
+    config: TrainingConfig = load_config(SMALL_WORLD, [], TrainingConfig)
+    small = 3 * several.geometry.pixel_frames(config.rollout.num_training_frames) * 96 * 160 * 4
+    assert 64 * small <= DRAWN_AT_ONCE, "other groups would make other latents of the small world's clips"
+    clip = 4 * render([draw_scene(0, 0)], range(9)).numel()
+    for most, batches in ((2 * clip, [2, 2, 2]), (clip - 1, [1] * 5)):
+        monkeypatch.setattr("longsana.data.clips.DRAWN_AT_ONCE", most)
+        few = Pooling()
+        some = ShapeClips(PICTURES, 0, 5, few)
+        assert few.batches == batches
+        assert some.prompts() == many.prompts()
+        torch.testing.assert_close(some.batch(range(5)).latents, many.batch(range(5)).latents, rtol=1e-3, atol=1e-3)
 
 
 def test_shape_clips_are_opened_by_name_and_encoded_by_anyone() -> None:
