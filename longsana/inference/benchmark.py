@@ -21,6 +21,7 @@ from torch import Tensor
 from longsana.config import InferenceConfig
 from longsana.data.prompts import Prompt
 from longsana.encoders.tiny_layouts import FULL, source_of
+from longsana.flow.schedule import FlowSchedule
 from longsana.inference.first_picture import Watcher
 from longsana.inference.microbenchmark import (
     Loaded,
@@ -40,6 +41,7 @@ from longsana.runtime.video import VideoWriter
 from longsana.sampling.captions import Caption, caption_encoder
 from longsana.sampling.checks import check_weights
 from longsana.sampling.engine import Engine
+from longsana.sampling.graphs import PLAIN_PASSES
 from longsana.sampling.memory import fit_memory, work_of
 
 EXTRAS: dict[str, Callable[[Loaded, tuple[int, int]], dict[str, Any]]] = {
@@ -159,9 +161,14 @@ def accompany(config: InferenceConfig, prompt: Prompt, device: torch.device, tea
 
 
 def _warming(loaded: Loaded) -> list[int]:
-    """Count the chunks of the films that warm everything up: where passes are replayed, a second one records them."""
-    chunks = 2 + math.ceil(loaded.vae.ahead / loaded.engine.config.sampling.chunk_frames)
-    return [chunks] * (2 if loaded.engine.recorded else 1)
+    """Count the chunks of the films that warm everything up.
+
+    Where passes are replayed, as many films as record those of a first chunk, which are of a kind of their own.
+    """
+    config = loaded.engine.config
+    chunks = 2 + math.ceil(loaded.vae.ahead / config.sampling.chunk_frames)
+    passes = len(FlowSchedule.from_config(config.scheduler).steps)
+    return [chunks] * (math.ceil((PLAIN_PASSES + 1) / passes) if loaded.engine.recorded else 1)
 
 
 def _speeds(film: Film, text: float) -> dict[str, Any]:

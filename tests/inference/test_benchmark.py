@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from longsana.config import InferenceConfig, load_config
+from longsana.inference import benchmark
 from longsana.inference.benchmark import PARTS
 from longsana.inference.sidecar import commit
 from longsana.models.float8 import PRODUCTS
 from longsana.ops import FUSED
 from longsana.ops.dispatch import WITHOUT_GRADIENTS
+from longsana.sampling.graphs import PLAIN_PASSES
 from tests.scripts import load_script
 
 from .conftest import ROOT, SHIPPED, SMALL
@@ -181,3 +185,19 @@ def test_bad_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_no_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert commit() == "unknown"
+
+
+@pytest.mark.parametrize(("steps", "absorb"), [("[1000,960,889,727]", "clean"), ("[1000,889]", "last_step")])
+def test_what_warms_up_records_the_passes_of_first_chunks(steps: str, absorb: str) -> None:
+    """A film's first chunk has passes of a kind of its own, which are launched plainly so many times."""
+    settings = [f"scheduler.denoising_step_list={steps}", f"scheduler.absorb={absorb}"]
+    config: InferenceConfig = load_config(
+        ROOT / "configs/sana_video_config/longsana/shapes/longsana.yaml", settings, InferenceConfig
+    )
+    engine = SimpleNamespace(config=config, recorded=True)
+    loaded: Any = SimpleNamespace(engine=engine, vae=SimpleNamespace(ahead=0))
+    films = benchmark._warming(loaded)
+    assert len(films) * len(config.scheduler.denoising_step_list) > PLAIN_PASSES
+    assert min(films) >= 2, "later chunks too"
+    engine.recorded = False
+    assert len(benchmark._warming(loaded)) == 1
