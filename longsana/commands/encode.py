@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--captions",
         default=BESIDE,
-        help=f"{BESIDE} (NAME.txt, in a tar also NAME.json), {NAMES} (the files'), or a CSV or JSON Lines file "
+        help=f"{BESIDE} (NAME.txt or NAME.json), {NAMES} (the files'), or a CSV or JSON Lines file "
         "(default: %(default)s)",
     )
     parser.add_argument("--config_path", default=DEFAULT_CONFIG, help="YAML that will train (default: %(default)s)")

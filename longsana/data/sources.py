@@ -98,7 +98,7 @@ class Source(NamedTuple):
 def find_sources(folder: Path, captions: str | Path = BESIDE) -> list[Source]:
     """Every film of a folder, or of a tar, with its caption, in order of their names.
 
-    captions: `beside`, as NAME.txt, or NAME.json in a tar; `names`, the film's own without suffix, its underscores
+    captions: `beside`, as NAME.txt, or in NAME.json; `names`, the film's own without suffix, its underscores
         spaces; or a CSV or JSON Lines file with a film and a caption a line.
 
     Raises:
@@ -172,13 +172,15 @@ def _beside(folder: Path, found: Mapping[str, Place], stems: Mapping[str, str]) 
     texts: dict[str, str] = {}
     for name, place in found.items():
         suffix = PurePosixPath(name).suffix.lower()
-        if suffix != ".txt" and not (suffix == ".json" and place.offset is not None):
+        if suffix not in (".txt", ".json") or (suffix == ".json" and f"{_stem(name)}.txt" in found):
             continue
         if _stem(name) not in stems:
+            if suffix == ".json" and place.offset is None:
+                continue  # in a folder it is anything; in a tar a sample
             raise InputError(f"{folder / name}: a caption without a clip; add the clip, or remove it")
         if suffix == ".json":
             caption = _value(_json(_text(place, f"{folder / name}"), f"{folder / name}"), CAPTION_KEYS)
-            texts.setdefault(_stem(name), caption or "")
+            texts[_stem(name)] = caption or ""
         else:
             texts[_stem(name)] = _text(place, f"{folder / name}")
     return texts

@@ -400,6 +400,25 @@ def test_what_describes_shards_stays_as_it_is_where_other_clips_are_refused(
     assert {name for name, data in content(out).items() if data != before.get(name)} == {"files.jsonl"}
 
 
+def test_a_sidecar_says_the_caption_too(films: Path) -> None:
+    """As beside a video that was made here; what lies in NAME.txt comes first, and other JSON is nobody's."""
+
+    def caption() -> str:
+        (even,) = (source for source in find_sources(films) if source.name == "even.mp4")
+        return even.caption
+
+    said = caption()
+    (films / "even.json").write_text("{")
+    assert caption() == said
+    (films / "even.txt").unlink()
+    assert "even.json: cannot be read as JSON" in refused(films)
+    (films / "even.json").write_text(json.dumps({"seed": 0}))
+    assert "even.mp4: a clip without a caption" in refused(films)
+    (films / "even.json").write_text(json.dumps({"seed": 0, "prompt": "a ring\nthat rises"}))
+    (films / "other.json").write_text("[1")
+    assert caption() == "a ring that rises"
+
+
 def refused(folder: Path, captions: str | Path = "beside") -> str:
     with pytest.raises(InputError) as caught:
         find_sources(folder, captions)
