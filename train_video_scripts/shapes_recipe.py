@@ -3,7 +3,7 @@
     python train_video_scripts/shapes_recipe.py --show                 # the commands, which can be typed as they are
     python train_video_scripts/shapes_recipe.py --out output/shapes
     python train_video_scripts/shapes_recipe.py --out output/remembered_shapes --world remembered_shapes
-    python train_video_scripts/shapes_recipe.py --out output/bars --lora       # what ships learns bars from 200 clips
+    python train_video_scripts/shapes_recipe.py --out output/bars --lora       # what ships learns bars from 200 films
 
 A step is done when what it makes lies in OUT/parts, and is then passed over: stopped at any moment, the same command
 goes on, training from where it was. OUT/parts is all that later steps need: carry it to another machine,
@@ -31,7 +31,7 @@ if __name__ == "__main__":
     stop.catch()  # before the imports below, which take seconds
 
 from longsana.commands import run_here
-from longsana.commands.shapes import note
+from longsana.commands.shapes import FILMED, note
 from longsana.config import load_config
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
@@ -47,8 +47,6 @@ CONFIGS = "configs/sana_video_config/longsana/shapes"
 BASE_PHASES = {"base_1": 10_000, "base_2": 3_500, "base_3": 5_500, "base_4": 8_000, "base": 2_000}
 """Iterations of the base model, in phases of at most 8 minutes on one H100. Each goes on from the one before, on clips
 of its own: the second on clips with turns, the last with a lower learning rate."""
-CLIPS = 200
-"""Clips that a LoRA learns from."""
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1", "linear_2")
 """The default, and the caption's way into the network: the word of the new kind is new to it."""
 PHASES = (*BASE_PHASES, "ode", "self_forcing", "longsana")
@@ -76,9 +74,14 @@ TINY: dict[str, list[str]] = {
         "sampling.chunk_frames=2", "rollout.min_num_training_frames=5", "rollout.slice_last_frames=5",
         "rollout.overlap_latents=2", "streaming.streaming_min_new_frame=4", "streaming.streaming_max_length=13",
     ],
+    "films": ["sampling.num_frames=17", "sampling.bs=2"],
+    "clips": ["rollout.num_training_frames=5"],
     "pairs": ["pairs.num_steps=4", "pairs.shard_size=2", "sampling.num_frames=17", "sampling.bs=2"],
 }  # fmt: skip
 """Settings that make a step take seconds on two cores."""
+
+
+Commands = Sequence[list[str]]
 
 
 class Step(NamedTuple):
@@ -158,16 +161,18 @@ def recipe(out: Path, *, tiny: bool = False, world: WorldName = "shapes") -> dic
 
 
 def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
-    """The steps by which what ships learns a kind of shape that it does not know from CLIPS clips.
+    """The steps by which what ships learns a kind of shape that it does not know from 200 films.
 
-    The base model learns it by flow matching. Adapted, it is then teacher and critic of Self-Forcing, which starts from
-    LongSANA itself.
+    The base model learns it by flow matching, from these films and from 600 that LongSANA makes of old kinds: they show
+    what is to stay. Adapted, it is then teacher and critic of Self-Forcing, which starts from LongSANA itself.
     """
-    parts, runs = out / "parts", out / "runs"
+    parts, runs, measured = out / "parts", out / "runs", ["--tiny"] if tiny else []
     base, longsana = "asset/shapes/base.safetensors", "asset/shapes/longsana.safetensors"
     rank = ["train.lora.rank=32", f"train.lora.targets=[{','.join(LORA_TARGETS)}]"]
 
-    def train(name: str, config: str, start: str, product: str, iterations: int, *settings: str) -> Step:
+    def train(
+        name: str, config: str, start: str, product: str, iterations: int, *settings: str, before: Commands = ()
+    ) -> Step:
         own = [*rank, f"model.load_from={start}", f"train.max_iters={iterations}", *settings]
         own += _tiny(tiny, "stage", config)
         last = load_config(locate(f"{CONFIGS}/{config}.yaml", "the config"), own, TrainingConfig).train.max_iters
@@ -178,6 +183,7 @@ def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
         return Step(
             fused,
             [
+                *before,
                 [*command, "--no_visualize", "--disable-wandb", *own],
                 ["convert", checkpoint, str(lora), "--to", "lora", "--key", "generator_ema", "--force"],
                 [
@@ -195,18 +201,25 @@ def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
             ],
         )
 
-    clips = ["data.data_path=generated:bars", f"data.num_clips={CLIPS}", "optimizer.generator.lr=1e-3"]
+    films, clips = runs / "films", runs / "clips"
+    old = ["--txt_file", str(parts / "old.txt"), "--work_dir", str(films / "old"), f"video.crf={FILMED}"]
+    old += _tiny(tiny, "films") or ["sampling.bs=40"]
+    encode = ["encode", str(films), "--out", str(clips), "--config_path", f"{CONFIGS}/base.yaml"]
+    clips_made: Commands = (
+        ["shapes", "bar-films", str(films / "bars"), *measured],
+        ["generate", *old, *(["--end_index", "2"] if tiny else [])],
+        [*encode, *_tiny(tiny, "clips")],
+    )
+    shown = [f"data.data_path={clips / '96x160'}", "optimizer.generator.lr=1e-3"]
     averages = ["train.ema_start_step=0", "train.ema_weight=0.99"]
     adapted = _from(parts, real_score="teacher", fake_score="teacher")
     videos = [f"data.data_path={parts / 'prompts.txt'}", "model.state_decay=0.933", *adapted]
     rates = ["optimizer.generator.lr=5e-4", "optimizer.critic.lr=1e-3"]
     return {
         "prompts": Step(parts / "bars.txt", [["shapes", "bar-prompts", str(parts)]]),
-        "teacher": train("teacher", "base", base, "teacher", 500, *clips, *averages),
+        "teacher": train("teacher", "base", base, "teacher", 800, *shown, *averages, before=clips_made),
         "bars": train("bars", "self_forcing", longsana, "bars", 1000, *videos, *rates),
-        "scores": Step(
-            parts / "bar_scores.json", [["shapes", "bar-scores", str(parts), *(["--tiny"] if tiny else [])]]
-        ),
+        "scores": Step(parts / "bar_scores.json", [["shapes", "bar-scores", str(parts), *measured]]),
     }
 
 
@@ -271,7 +284,7 @@ def prepare(arguments: Sequence[str]) -> tuple[dict[str, Step], list[str], bool]
     parser.add_argument("--out", type=typed_path, default=Path("output/shapes"), help="(default: %(default)s)")
     parser.add_argument("--steps", nargs="+", metavar="STEP", help="only these (default: all, in order)")
     parser.add_argument("--world", choices=list(WORLDS), default="shapes", help="whose clips (default: %(default)s)")
-    parser.add_argument("--lora", action="store_true", help="a LoRA on what ships, which learns bars from 200 clips")
+    parser.add_argument("--lora", action="store_true", help="a LoRA on what ships, which learns bars from 200 films")
     parser.add_argument("--size", choices=["full", "tiny"], default="full")
     parser.add_argument("--show", action="store_true", help="print the commands instead of running them")
     options: argparse.Namespace = parser.parse_args(arguments)

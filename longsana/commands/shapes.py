@@ -8,6 +8,7 @@
     longsana shapes scores output/shapes/parts                         # of all models there; speed: on two cores
     longsana shapes table output/shapes/parts                          # plot, strips: pictures; package: what ships
     longsana shapes bar-prompts output/bars/parts                      # of a kind that no model here knows
+    longsana shapes bar-films output/bars/runs/films/bars               # 200 films of it, with captions
     longsana shapes bar-scores output/bars/parts                       # of one that has learned it: bars.safetensors
 
 `train_video_scripts/shapes_recipe.py` runs them in order, and the commands that train networks in between. Stopped at
@@ -39,9 +40,10 @@ from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, naming, whole_file
 from longsana.runtime.hub import locate
+from longsana.runtime.video import VideoWriter
 from longsana.shapes.bars import draw_bars
 from longsana.shapes.remembered import WORLDS, WorldName
-from longsana.shapes.scenes import distinct_scenes, prompts, render, to_bytes
+from longsana.shapes.scenes import FPS, distinct_scenes, prompts, render, to_bytes
 
 log = logging.getLogger("longsana")
 
@@ -54,6 +56,10 @@ DECODER = f"decoder/{SHAPES}.safetensors"
 VAES: dict[WorldName, str] = {"shapes": "vae.yaml", "remembered_shapes": "vae_remembered.yaml"}
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
 BARS = "bars.txt"
+FILMS, KEPT = 200, 600
+"""Films of bars that a LoRA learns from, and prompts of old kinds of which there are films beside them."""
+FILMED = 10
+"""Their crf: nothing of it is seen."""
 TRUTH = "ground truth through the VAE"
 
 
@@ -163,16 +169,36 @@ def draw_pictures(request: Request) -> None:
 
 
 def write_bar_prompts(request: Request) -> None:
-    """Write prompts of bars and of the old kinds: to train on, as many of each, and held-out ones apart."""
+    """Write prompts of bars and of the old kinds: to train on, as many of each, and held-out ones apart.
+
+    old.txt has some of the old kinds' to train on: the films of them show what must not be forgotten.
+    """
     request.folder.mkdir(parents=True, exist_ok=True)
     half = TRAINING_PROMPTS // 2
+    old = prompts(1, half, held_out=False)
     lists = {
-        "prompts.txt": [*prompts(1, half, held_out=False, draw=draw_bars), *prompts(1, half, held_out=False)],
+        "prompts.txt": [*prompts(1, half, held_out=False, draw=draw_bars), *old],
+        "old.txt": old[:KEPT],
         BARS: prompts(0, HELD_OUT_PROMPTS, held_out=True, draw=draw_bars),
         "held_out.txt": prompts(0, HELD_OUT_PROMPTS, held_out=True),
     }
     for name, lines in lists.items():
         _write_lines(request.folder / name, lines, request.world)
+
+
+def film_bars(request: Request) -> None:
+    """Film scenes of bars, as long as a base model's clips, with their captions beside them."""
+    sampling = load_config(locate(f"{CONFIGS}/longsana.yaml", "the config"), (), InferenceConfig).sampling
+    request.folder.mkdir(parents=True, exist_ok=True)
+    for index in range(2 if request.tiny else FILMS):
+        scene, path = draw_bars(0, index), request.folder / f"{index:05d}.mp4"
+        if path.exists():
+            continue
+        (pictures,) = to_bytes(render([scene], range(sampling.num_frames)))
+        atomic_write_text(path.with_suffix(".txt"), f"{scene.caption}\n")
+        height, width = pictures.shape[1:3]
+        with VideoWriter(path, FPS, height, width, crf=FILMED, preset="veryfast", threads=1) as film:
+            film.append(pictures)
 
 
 def score_bars(request: Request) -> None:
@@ -449,6 +475,7 @@ TOOLS: dict[str, Callable[[Request], None]] = {
     "strips": write_strips,
     "package": package,
     "bar-prompts": write_bar_prompts,
+    "bar-films": film_bars,
     "bar-scores": score_bars,
 }
 DRAWING = ("prompts", "pictures")
@@ -460,6 +487,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "scores": ("--world", "--tiny"),
     "speed": ("--tiny",),
     "strips": ("--tiny",),
+    "bar-films": ("--tiny",),
     "bar-scores": ("--tiny",),
 }
 """The options that mean something to each tool."""
@@ -470,7 +498,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("tool", choices=list(TOOLS))
     parser.add_argument("folder", type=typed_path, help="of the parts; text-encoder, vae and decoder: of the part")
     parser.add_argument("--world", choices=list(WORLDS), help="whose scenes (default: shapes)")
-    parser.add_argument("--tiny", action="store_true", help="scores, speed and strips of next to nothing")
+    parser.add_argument("--tiny", action="store_true", help="scores, speed, strips and films of next to nothing")
     parser.add_argument("--config_path", help="text-encoder, vae, decoder: YAML file (default: the published one)")
     options, settings = parser.parse_command(arguments, {}, ())
     given = {"--config_path": options.config_path, "--tiny": options.tiny, "--world": options.world}
@@ -491,7 +519,7 @@ def prepare(arguments: Sequence[str], world: World) -> tuple[str, Request]:
     if world.size > 1:
         raise InputError("several processes: this is the work of one; start it without a launcher")
     folder, device = options.folder.resolve(), world.device()
-    if options.tool not in (*TRAINING, *DRAWING, "bar-prompts") and not folder.is_dir():
+    if options.tool not in (*TRAINING, *DRAWING, "bar-prompts", "bar-films") and not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give that of the parts")
     return options.tool, Request(folder, options.config_path, options.world, options.tiny, settings, device)
 

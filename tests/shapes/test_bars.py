@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -21,7 +23,7 @@ from longsana.shapes.scenes import (
     prompts,
 )
 from longsana.shapes.verifier import judge, score
-from tests.shapes.films import watch
+from tests.shapes.films import pictures, watch
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "asset/shapes/text_encoder"
 SPLIT = "561af61121d99f413da20f1633121c37a95cab936b383bc56160c226541aa619"
@@ -82,14 +84,32 @@ def test_no_other_kind_is_taken_for_it_nor_it_for_another():
 
 def test_prompts_to_train_on_and_to_try(tmp_path, capsys):
     assert shapes.main(["bar-prompts", str(tmp_path)]) == 0
-    names = ("prompts.txt", "bars.txt", "held_out.txt")
-    train, bars, old = ((tmp_path / name).read_text().splitlines() for name in names)
+    names = ("prompts.txt", "bars.txt", "held_out.txt", "old.txt")
+    train, bars, old, kept = ((tmp_path / name).read_text().splitlines() for name in names)
     promises = [[parse_caption(line) for line in lines] for lines in (train, bars, old)]
     with_bars = [[promise.actors[0].kind == NEW_KIND for promise in some] for some in promises]
     assert sum(with_bars[0]) == len(train) / 2 and all(with_bars[1]) and not any(with_bars[2])
     assert not {*train} & {*bars, *old}
+    assert len(kept) == 600 and {*kept} <= {*train[len(train) // 2 :]}
     assert old == prompts(0, 64, held_out=True), "of the old kinds those of the recipe's table"
     assert shapes.main(["bar-scores", str(tmp_path)]) == 2
     assert (
         "bars.safetensors: not found; train_video_scripts/shapes_recipe.py --lora makes it" in capsys.readouterr().err
     )
+
+
+def test_films_show_bars_and_are_made_once(tmp_path):
+    """As long as a clip, with the caption beside each."""
+    folder = tmp_path / "films"
+    assert shapes.main(["bar-films", str(folder), "--tiny"]) == 0
+    films = sorted(folder.glob("*.mp4"))
+    with av.open(str(films[1])) as film:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)])
+    scene = draw_bars(0, 1)
+    assert films[1].with_suffix(".txt").read_text() == f"{scene.caption}\n"
+    error = frames.astype(float) - pictures([scene])[0].numpy()
+    assert frames.shape == (81, 96, 160, 3) and np.sqrt(np.mean(error**2)) < 6, "colours have half of the pixels"
+    films[0].unlink()
+    films[1].write_bytes(b"kept")
+    assert shapes.main(["bar-films", str(folder), "--tiny"]) == 0
+    assert films[0].stat().st_size > 1000 and films[1].read_bytes() == b"kept"

@@ -163,11 +163,16 @@ def test_another_world_has_its_own_prompts_clips_and_folder(tmp_path, capsys):
 
 
 def test_a_lora_on_what_ships_needs_nothing_else(capsys, tmp_path):
-    """Its commands: few clips, factors alone, the adapted base as teacher and critic, and LongSANA to begin with."""
+    """Its commands: few films and as many of old kinds, factors alone, the adapted base as teacher and critic, and
+    LongSANA to begin with."""
     steps = recipe.lora_recipe(tmp_path)
     assert list(steps) == ["prompts", "teacher", "bars", "scores"]
-    (teacher, *_), (bars, *_) = steps["teacher"].commands, steps["bars"].commands
-    assert {"data.data_path=generated:bars", "data.num_clips=200", "train.lora.rank=32"} <= set(teacher)
+    (new, old, encode, teacher, *_), (bars, *_) = steps["teacher"].commands, steps["bars"].commands
+    films, clips = tmp_path / "runs/films", tmp_path / "runs/clips"
+    assert new == ["shapes", "bar-films", str(films / "bars")]
+    assert {"generate", str(tmp_path / "parts/old.txt"), str(films / "old")} <= set(old)
+    assert encode[:4] == ["encode", str(films), "--out", str(clips)]
+    assert {f"data.data_path={clips / '96x160'}", "train.lora.rank=32"} <= set(teacher)
     adapted = tmp_path / "parts/teacher.safetensors"
     assert {f"real_score.load_from={adapted}", f"fake_score.load_from={adapted}", "train.lora.rank=32"} <= set(bars)
     assert "model.load_from=asset/shapes/longsana.safetensors" in bars
