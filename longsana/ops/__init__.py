@@ -2,8 +2,8 @@
 
 Each has a plain twin in `reference.py`, where its shapes are, and a fused implementation for GPUs. Which one runs is
 decided at the first operation on a GPU: the fused one on an NVIDIA GPU of compute capability 8.0 or newer, with tiles
-that fit its shared memory, unless the environment says LONGSANA_OPS=reference. Tensors on a CPU, in float64, or under
-torch.compile, which fuses on its own, always go to the twins.
+that fit its shared memory, unless the environment says LONGSANA_OPS=reference. Tensors on a CPU or in float64 always go
+to the twins, and under torch.compile, which fuses on its own, all but what `keep_in_compiled_code` names.
 """
 
 from longsana.ops import reference

@@ -31,6 +31,21 @@ WITHOUT_GRADIENTS = (
 """Operations that are fused only where nothing is differentiated."""
 
 
+COMPILED: dict[str, Callable[..., Any]] = {}
+"""Fused operations that compiled code calls, by name; what is not here the compiler fuses on its own."""
+
+
+def keep_in_compiled_code() -> None:
+    """Have code that is compiled from now on call the fused operations that the compiler does worse.
+
+    A depthwise convolution of its gate is cuDNN's, with copies around it.
+    """
+    if backend() == "triton":
+        from longsana.ops.gated_conv import gated_conv_as_it_is
+
+        COMPILED["gated_conv"] = gated_conv_as_it_is
+
+
 @cache
 def inductor_options() -> dict[str, str | int | bool | Callable[..., Any]]:
     """Options of torch.compile for this network: what is wrong in torch 2.11 is off."""
@@ -110,8 +125,11 @@ def operation(plain: Callable[P, R], modules: Mapping[str, str]) -> Callable[P, 
     def either(*inputs: P.args, **settings: P.kwargs) -> R:
         first = inputs[0]
         assert isinstance(first, Tensor)
-        if not first.is_cuda or first.dtype == torch.float64 or torch.compiler.is_compiling():
+        if not first.is_cuda or first.dtype == torch.float64:
             return plain(*inputs, **settings)
+        if torch.compiler.is_compiling():
+            compiled: Callable[P, R] = COMPILED.get(name, plain)
+            return compiled(*inputs, **settings)
         if backend() == "reference" or (name in WITHOUT_GRADIENTS and _wants_gradients(inputs)):
             return plain(*inputs, **settings)
         fused: Callable[P, R] = fused_twin(name, modules)

@@ -274,48 +274,98 @@ def gated_conv(x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -
     return out
 
 
+def gated_conv_as_it_is(x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
+    """Fuse `reference.gated_conv`, x (..., S, 2 I) to (..., S, I), for compiled code, which does not look into it."""
+    out: Tensor = _opaque(x, weight, bias, *size)
+    return out
+
+
 class _GatedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
-        x, taps = x.contiguous(), _taps(weight)
+        x = x.contiguous()
         ctx.save_for_backward(x, weight, bias)
         ctx.size = size
-        inner = x.shape[-1] // 2
-        out = x.new_empty(*x.shape[:-1], inner)
-        frames = x.numel() // (x.shape[-2] * x.shape[-1])
-        _, channels, warps = OUTPUTS
-        strips, columns = OUTPUTS.across(size[1])
-        _gated_conv_kernel[(triton.cdiv(inner, channels), strips, frames)](
-            x, taps, bias, out, *size, inner, columns, channels, num_warps=warps
-        )
-        return out
+        return _outputs(x, weight, bias, size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        (height, width), wide = ctx.size, x.shape[-1]
-        taps, of_sums, of_x = _taps(weight), x.new_empty(x.shape), x.new_empty(x.shape)
-        _, channels, warps = OF_SUMS
-        strips, columns = OF_SUMS.across(width)
-        blocks = triton.cdiv(wide // 2, channels)
-        frames = x.numel() // (height * width * wide)
-        count = frames * strips
-        # A few strips a program: their gradients of the taps are one sum, and sums of programs do not race.
-        parts, share = shares(count, blocks, programs=PROGRAMS)
-        of_taps = x.new_empty(parts, 10, wide, dtype=torch.float32)
-        _sums_gradients_kernel[(blocks, parts)](
-            x, taps, bias, grad.contiguous(), of_sums, of_taps, height, width, strips, count, share, wide // 2,
-            columns, channels, num_warps=warps,
-        )  # fmt: skip
-        _, channels, warps = OF_INPUTS
-        strips, columns = OF_INPUTS.across(width)
-        _input_gradients_kernel[(triton.cdiv(wide, channels), strips, frames)](
-            x, taps, of_sums, of_x, height, width, wide, columns, channels, num_warps=warps
-        )
-        total = of_taps.sum(0)
-        of_weight = total[:9].t().reshape(weight.shape).to(weight.dtype)
-        return of_x, of_weight, total[9].to(bias.dtype), None
+        return *_gradients(x, weight, bias, grad.contiguous(), ctx.size), None
+
+
+def _outputs(x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
+    inner = x.shape[-1] // 2
+    out = x.new_empty(*x.shape[:-1], inner)
+    frames = x.numel() // (x.shape[-2] * x.shape[-1])
+    _, channels, warps = OUTPUTS
+    strips, columns = OUTPUTS.across(size[1])
+    _gated_conv_kernel[(triton.cdiv(inner, channels), strips, frames)](
+        x, _taps(weight), bias, out, *size, inner, columns, channels, num_warps=warps
+    )
+    return out
+
+
+def _gradients(
+    x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    (height, width), wide = size, x.shape[-1]
+    taps, of_sums, of_x = _taps(weight), x.new_empty(x.shape), x.new_empty(x.shape)
+    _, channels, warps = OF_SUMS
+    strips, columns = OF_SUMS.across(width)
+    blocks = triton.cdiv(wide // 2, channels)
+    frames = x.numel() // (height * width * wide)
+    count = frames * strips
+    # A few strips a program: their gradients of the taps are one sum, and sums of programs do not race.
+    parts, share = shares(count, blocks, programs=PROGRAMS)
+    of_taps = x.new_empty(parts, 10, wide, dtype=torch.float32)
+    _sums_gradients_kernel[(blocks, parts)](
+        x, taps, bias, grad, of_sums, of_taps, height, width, strips, count, share, wide // 2,
+        columns, channels, num_warps=warps,
+    )  # fmt: skip
+    _, channels, warps = OF_INPUTS
+    strips, columns = OF_INPUTS.across(width)
+    _input_gradients_kernel[(triton.cdiv(wide, channels), strips, frames)](
+        x, taps, of_sums, of_x, height, width, wide, columns, channels, num_warps=warps
+    )
+    total = of_taps.sum(0)
+    return of_x, total[:9].t().reshape(weight.shape).to(weight.dtype), total[9].to(bias.dtype)
+
+
+@torch.library.custom_op("longsana::gated_conv", mutates_args=())
+def _opaque(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    return _outputs(x.contiguous(), weight, bias, (height, width))
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+@torch.library.custom_op("longsana::gated_conv_gradients", mutates_args=())
+def _opaque_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_x, of_weight, of_bias = _gradients(x.contiguous(), weight, bias, grad.contiguous(), (height, width))
+    return of_x, of_weight.contiguous(), of_bias
+
+
+@_opaque_gradients.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.height, ctx.width = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_opaque_gradients(*ctx.saved_tensors, grad, ctx.height, ctx.width), None, None
+
+
+_opaque.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _taps(weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from longsana.models.dit import LongSanaDiT
-from longsana.ops.dispatch import inductor_options
+from longsana.ops.dispatch import inductor_options, keep_in_compiled_code
 from longsana.runtime.distributed import World
 
 Strategy = Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"]
@@ -64,6 +64,8 @@ def parallelise(
 
 
 def wrap_blocks(model: LongSanaDiT, *, checkpointing: bool, compile_blocks: bool) -> None:
+    if compile_blocks and next(model.parameters()).is_cuda:
+        keep_in_compiled_code()
     for block in model.blocks:
         # The method, not a module around the block: names stay as they are, and FSDP's hooks outside.
         if checkpointing:

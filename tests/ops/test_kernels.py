@@ -283,6 +283,30 @@ def test_gated_conv(frames, size, inner, dtype, tolerance):
     )  # fmt: skip
 
 
+def test_compiled_code_calls_gated_conv_as_it_is() -> None:
+    """The same numbers, which the compiler is told the layout of."""
+    inputs = [
+        values.to(DEVICE, torch.bfloat16).requires_grad_()
+        for values in (random(2, 6, 16, seed=1), random(16, 1, 3, 3, seed=2), random(16, seed=3))
+    ]
+    # A gradient as the layer before has it: not contiguous, and read again after the operation.
+    grad = random(8, 6, 2, seed=4).to(DEVICE, torch.bfloat16).permute(2, 1, 0)
+
+    def through(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, *others: 2 * conv(x.mT.contiguous().mT + 1, *others, (2, 3))
+
+    results = []
+    compiled = torch.compile(through(gated_conv.gated_conv_as_it_is), backend="aot_eager", fullgraph=True)
+    for function in (through(gated_conv.gated_conv), compiled):
+        out = function(*inputs)
+        results.append((out.detach(), *torch.autograd.grad(out, inputs, grad)))
+    for wanted, given in zip(*results, strict=True):
+        assert torch.equal(wanted, given)
+    torch.library.opcheck(gated_conv._opaque, (*inputs, 2, 3), test_utils=["test_schema", "test_faketensor"])
+    given = (*(values.detach() for values in inputs), grad, 2, 3)
+    torch.library.opcheck(gated_conv._opaque_gradients, given, test_utils=["test_schema", "test_faketensor"])
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
 @pytest.mark.parametrize(
     ("frames", "size", "inner"),
