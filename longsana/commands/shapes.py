@@ -8,7 +8,7 @@
     longsana shapes scores output/shapes/parts                         # of all models there; speed: on two cores
     longsana shapes table output/shapes/parts                          # plot, strips: pictures; package: what ships
     longsana shapes bar-prompts output/bars/parts                      # of a kind that no model here knows
-    longsana shapes bar-films output/bars/runs/films/bars               # 200 films of it, with captions
+    longsana shapes bar-films output/bars/runs/films/bars              # 200 films of it, with captions
     longsana shapes bar-scores output/bars/parts                       # of one that has learned it: bars.safetensors
 
 `train_video_scripts/shapes_recipe.py` runs them in order, and the commands that train networks in between. Stopped at
@@ -38,7 +38,7 @@ from longsana.encoders.tiny_layouts import FULL, SHAPES
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text, naming, whole_file
+from longsana.runtime.files import atomic_write_text, check_writable, naming, whole_file
 from longsana.runtime.hub import locate
 from longsana.runtime.video import VideoWriter
 from longsana.shapes.bars import draw_bars
@@ -192,10 +192,10 @@ def film_bars(request: Request) -> None:
     request.folder.mkdir(parents=True, exist_ok=True)
     for index in range(2 if request.tiny else FILMS):
         scene, path = draw_bars(0, index), request.folder / f"{index:05d}.mp4"
+        _write_lines(path.with_suffix(".txt"), [scene.caption], request.world)
         if path.exists():
             continue
         (pictures,) = to_bytes(render([scene], range(sampling.num_frames)))
-        atomic_write_text(path.with_suffix(".txt"), f"{scene.caption}\n")
         height, width = pictures.shape[1:3]
         with VideoWriter(path, FPS, height, width, crf=FILMED, preset="veryfast", threads=1) as film:
             film.append(pictures)
@@ -496,7 +496,11 @@ TAKES: dict[str, tuple[str, ...]] = {
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(__doc__)
     parser.add_argument("tool", choices=list(TOOLS))
-    parser.add_argument("folder", type=typed_path, help="of the parts; text-encoder, vae and decoder: of the part")
+    parser.add_argument(
+        "folder",
+        type=typed_path,
+        help="of the parts; text-encoder, vae and decoder: of the part; bar-films: of the films",
+    )
     parser.add_argument("--world", choices=list(WORLDS), help="whose scenes (default: shapes)")
     parser.add_argument("--tiny", action="store_true", help="scores, speed, strips and films of next to nothing")
     parser.add_argument("--config_path", help="text-encoder, vae, decoder: YAML file (default: the published one)")
@@ -519,7 +523,9 @@ def prepare(arguments: Sequence[str], world: World) -> tuple[str, Request]:
     if world.size > 1:
         raise InputError("several processes: this is the work of one; start it without a launcher")
     folder, device = options.folder.resolve(), world.device()
-    if options.tool not in (*TRAINING, *DRAWING, "bar-prompts", "bar-films") and not folder.is_dir():
+    if options.tool in (*DRAWING, "bar-prompts", "bar-films"):
+        check_writable(folder, "folder")
+    elif options.tool not in TRAINING and not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give that of the parts")
     return options.tool, Request(folder, options.config_path, options.world, options.tiny, settings, device)
 

@@ -170,17 +170,23 @@ def _stem(name: str) -> str:
 
 def _beside(folder: Path, found: Mapping[str, Place], stems: Mapping[str, str]) -> dict[str, str]:
     texts: dict[str, str] = {}
+    said = {_stem(name) for name in found if name.lower().endswith(".txt")}
     for name, place in found.items():
         suffix = PurePosixPath(name).suffix.lower()
-        if suffix not in (".txt", ".json") or (suffix == ".json" and f"{_stem(name)}.txt" in found):
+        if suffix not in (".txt", ".json") or (suffix == ".json" and _stem(name) in said):
             continue
         if _stem(name) not in stems:
             if suffix == ".json" and place.offset is None:
                 continue  # in a folder it is anything; in a tar a sample
             raise InputError(f"{folder / name}: a caption without a clip; add the clip, or remove it")
         if suffix == ".json":
-            caption = _value(_json(_text(place, f"{folder / name}"), f"{folder / name}"), CAPTION_KEYS)
-            texts[_stem(name)] = caption or ""
+            sidecar = _json(_text(place, f"{folder / name}"), f"{folder / name}")
+            if isinstance(parts := sidecar.get("parts"), list) and len(parts) > 1:
+                raise InputError(
+                    f"{folder / name}: a story of {len(parts)} parts, of which a clip shows some; "
+                    "cut the film at them, or remove both"
+                )
+            texts[_stem(name)] = _value(sidecar, CAPTION_KEYS) or ""
         else:
             texts[_stem(name)] = _text(place, f"{folder / name}")
     return texts

@@ -111,5 +111,14 @@ def test_films_show_bars_and_are_made_once(tmp_path):
     assert frames.shape == (81, 96, 160, 3) and np.sqrt(np.mean(error**2)) < 6, "colours have half of the pixels"
     films[0].unlink()
     films[1].write_bytes(b"kept")
+    films[1].with_suffix(".txt").unlink()
     assert shapes.main(["bar-films", str(folder), "--tiny"]) == 0
     assert films[0].stat().st_size > 1000 and films[1].read_bytes() == b"kept"
+    assert films[1].with_suffix(".txt").read_text() == f"{scene.caption}\n"
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for tool in ("prompts", "pictures", "bar-prompts", "bar-films"):
+        assert shapes.main([tool, str(tmp_path / "file")]) == 2
+        assert "file: cannot be a folder (a file has this name)" in capsys.readouterr().err

@@ -410,11 +410,15 @@ def test_a_sidecar_says_the_caption_too(films: Path) -> None:
     said = caption()
     (films / "even.json").write_text("{")
     assert caption() == said
-    (films / "even.txt").unlink()
+    (films / "even.txt").rename(films / "even.TXT")
+    assert caption() == said
+    (films / "even.TXT").unlink()
     assert "even.json: cannot be read as JSON" in refused(films)
     (films / "even.json").write_text(json.dumps({"seed": 0}))
     assert "even.mp4: a clip without a caption" in refused(films)
-    (films / "even.json").write_text(json.dumps({"seed": 0, "prompt": "a ring\nthat rises"}))
+    (films / "even.json").write_text(json.dumps({"prompt": "a[5s] | b", "parts": [{"text": "a"}, {"text": "b"}]}))
+    assert "even.json: a story of 2 parts, of which a clip shows some" in refused(films)
+    (films / "even.json").write_text(json.dumps({"prompt": "a ring\nthat rises", "parts": [{"text": "a ring"}]}))
     (films / "other.json").write_text("[1")
     assert caption() == "a ring that rises"
 
