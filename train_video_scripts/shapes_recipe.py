@@ -81,9 +81,6 @@ TINY: dict[str, list[str]] = {
 """Settings that make a step take seconds on two cores."""
 
 
-Commands = Sequence[list[str]]
-
-
 class Step(NamedTuple):
     """A step: its product, in OUT/parts, and the commands of `longsana` that make it, in order."""
 
@@ -170,9 +167,7 @@ def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
     base, longsana = "asset/shapes/base.safetensors", "asset/shapes/longsana.safetensors"
     rank = ["train.lora.rank=32", f"train.lora.targets=[{','.join(LORA_TARGETS)}]"]
 
-    def train(
-        name: str, config: str, start: str, product: str, iterations: int, *settings: str, before: Commands = ()
-    ) -> Step:
+    def train(name: str, config: str, start: str, product: str, iterations: int, *settings: str) -> Step:
         own = [*rank, f"model.load_from={start}", f"train.max_iters={iterations}", *settings]
         own += _tiny(tiny, "stage", config)
         last = load_config(locate(f"{CONFIGS}/{config}.yaml", "the config"), own, TrainingConfig).train.max_iters
@@ -183,7 +178,6 @@ def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
         return Step(
             fused,
             [
-                *before,
                 [*command, "--no_visualize", "--disable-wandb", *own],
                 ["convert", checkpoint, str(lora), "--to", "lora", "--key", "generator_ema", "--force"],
                 [
@@ -205,19 +199,20 @@ def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
     old = ["--txt_file", str(parts / "old.txt"), "--work_dir", str(films / "old"), f"video.crf={FILMED}"]
     old += _tiny(tiny, "films") or ["sampling.bs=40"]
     encode = ["encode", str(films), "--out", str(clips), "--config_path", f"{CONFIGS}/base.yaml"]
-    clips_made: Commands = (
+    make_clips = [
         ["shapes", "bar-films", str(films / "bars"), *measured],
         ["generate", *old, *(["--end_index", "2"] if tiny else [])],
         [*encode, *_tiny(tiny, "clips")],
-    )
+    ]
     shown = [f"data.data_path={clips / '96x160'}", "optimizer.generator.lr=1e-3"]
     averages = ["train.ema_start_step=0", "train.ema_weight=0.99"]
+    teacher = train("teacher", "base", base, "teacher", 800, *shown, *averages)
     adapted = _from(parts, real_score="teacher", fake_score="teacher")
     videos = [f"data.data_path={parts / 'prompts.txt'}", "model.state_decay=0.933", *adapted]
     rates = ["optimizer.generator.lr=5e-4", "optimizer.critic.lr=1e-3"]
     return {
         "prompts": Step(parts / "bars.txt", [["shapes", "bar-prompts", str(parts)]]),
-        "teacher": train("teacher", "base", base, "teacher", 800, *shown, *averages, before=clips_made),
+        "teacher": teacher._replace(commands=[*make_clips, *teacher.commands]),
         "bars": train("bars", "self_forcing", longsana, "bars", 1000, *videos, *rates),
         "scores": Step(parts / "bar_scores.json", [["shapes", "bar-scores", str(parts), *measured]]),
     }

@@ -142,7 +142,6 @@ class Request:
 
 def write_prompts(request: Request) -> None:
     """Write prompts to train on, and held-out ones."""
-    request.folder.mkdir(parents=True, exist_ok=True)
     for name, seed, count, held_out in (
         ("prompts.txt", 1, TRAINING_PROMPTS, False),
         ("held_out.txt", 0, HELD_OUT_PROMPTS, True),
@@ -173,7 +172,6 @@ def write_bar_prompts(request: Request) -> None:
 
     old.txt has some of the old kinds' to train on: the films of them show what must not be forgotten.
     """
-    request.folder.mkdir(parents=True, exist_ok=True)
     half = TRAINING_PROMPTS // 2
     old = prompts(1, half, held_out=False)
     lists = {
@@ -189,7 +187,6 @@ def write_bar_prompts(request: Request) -> None:
 def film_bars(request: Request) -> None:
     """Film scenes of bars, as long as a base model's clips, with their captions beside them."""
     sampling = load_config(locate(f"{CONFIGS}/longsana.yaml", "the config"), (), InferenceConfig).sampling
-    request.folder.mkdir(parents=True, exist_ok=True)
     for index in range(2 if request.tiny else FILMS):
         scene, path = draw_bars(0, index), request.folder / f"{index:05d}.mp4"
         _write_lines(path.with_suffix(".txt"), [scene.caption], request.world)

@@ -163,7 +163,7 @@ def test_another_world_has_its_own_prompts_clips_and_folder(tmp_path, capsys):
 
 
 def test_a_lora_on_what_ships_needs_nothing_else(capsys, tmp_path):
-    """Its commands: few films and as many of old kinds, factors alone, the adapted base as teacher and critic, and
+    """Its commands: few films and others of old kinds, factors alone, the adapted base as teacher and critic, and
     LongSANA to begin with."""
     steps = recipe.lora_recipe(tmp_path)
     assert list(steps) == ["prompts", "teacher", "bars", "scores"]
