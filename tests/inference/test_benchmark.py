@@ -51,6 +51,7 @@ def test_figures_follow_from_each_other(report: dict[str, Any]) -> None:
     assert video["chunks"] == [3, 2, 2, 2, 2, 2]
     assert len(report["chunk"]["seconds"]) == 6
     assert fps["end to end"] == pytest.approx(49 / seconds["wall"])
+    assert 0.2 * fps["end to end"] < fps["before the mp4's encoder"]  # a film of its own, of as many frames
     assert fps["without decoder"] == pytest.approx(49 / (seconds["denoise"] + seconds["absorb"]))
     assert report["chunk"]["p50"] <= report["chunk"]["p95"]
     assert 0 < report["first picture"]["warm"] <= seconds["wall"]
