@@ -52,13 +52,15 @@ def randomise(module: nn.Module, rng: torch.Generator) -> None:
             weight.normal_(0.0, 0.5 / math.sqrt(fan_in), generator=rng)
 
 
-def write_network(path: Path, config: ModelConfig, device: str, seed: int) -> None:
+def write_network(path: Path, config: ModelConfig, device: str, seed: int, *, base: bool) -> None:
+    """base: has a null caption, which flow matching puts in the place of some; a distilled network has none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = LongSanaDiT(config)
     model.to_empty(device=device)
     randomise(model, torch.Generator(device).manual_seed(seed))
-    model.text_embed.null_tokens.zero_()
+    if not base:
+        model.text_embed.null_tokens.zero_()
     weights: dict[str, Tensor] = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     save_checkpoint(weights, path, layout="upstream", config=config)
 
@@ -119,7 +121,7 @@ def build_720p(cache: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = ModelConfig(model="SanaMSVideo_2000M_P1_D20", in_channels=128)
     checkpoint = snapshot(cache, "SANA-Video_2B_720p") / "checkpoints" / "SANA_Video_2B_720p.pth"
-    write_network(checkpoint, config, device, seed=4)
+    write_network(checkpoint, config, device, seed=4, base=True)
     write_ltx2_vae(snapshot(cache, "LTX-2", "Lightricks") / "vae", device)
     write_text_encoder(snapshot(cache, "gemma-2-2b-it"), device)
 
@@ -127,10 +129,10 @@ def build_720p(cache: Path) -> None:
 def build(cache: Path, *, base: bool = True) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     distilled = snapshot(cache, "SANA-Video_2B_480p_LongLive") / "checkpoints" / "SANA_Video_2B_480p_LongLive.pth"
-    write_network(distilled, ModelConfig(), device, seed=0)
+    write_network(distilled, ModelConfig(), device, seed=0, base=False)
     repo = snapshot(cache, "SANA-Video_2B_480p")
     if base:
-        write_network(repo / "checkpoints" / "SANA_Video_2B_480p.pth", ModelConfig(), device, seed=3)
+        write_network(repo / "checkpoints" / "SANA_Video_2B_480p.pth", ModelConfig(), device, seed=3, base=True)
     write_vae(repo / "vae" / "Wan2.1_VAE.pth", device)
     write_text_encoder(snapshot(cache, "gemma-2-2b-it"), device)
     link_for_training(cache)
