@@ -194,7 +194,8 @@ def _networks(names: Iterable[str]) -> list[str]:
 def _check_key(path: Path, key: str, networks: list[str]) -> None:
     if key in networks:
         return
-    remedy = f"set checkpoint_key to {' or '.join(networks)}" if networks else "there is none at all"
+    choice = f"set checkpoint_key, or --key of longsana convert, to {' or '.join(networks)}"
+    remedy = choice if networks else "there is none at all"
     raise InputError(f"{path}: no network '{key}' in this training checkpoint; {remedy}")
 
 

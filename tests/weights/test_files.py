@@ -156,7 +156,10 @@ def test_checkpoint_folders(tmp_path: Path) -> None:
     assert not torch.distributed.is_initialized()
     for key, expected in networks.items():
         assert_same(load(path, key=key), expected)
-    with pytest.raises(InputError, match=r"'generator_ema' in this .* set checkpoint_key to generator or critic"):
+    with pytest.raises(
+        InputError,
+        match=r"'generator_ema' in this .* set checkpoint_key, or --key of longsana convert, to generator or critic",
+    ):
         load(path, key="generator_ema")
     checkpoint_folder(tmp_path / "moments", moments)
     with pytest.raises(InputError, match=r"no network 'generator'.*none at all"):

@@ -90,7 +90,9 @@ def test_trainer_file_holds_several_networks(tmp_path: Path) -> None:
         assert_same(dict(build_model(config, device="cpu", dtype=torch.float32).state_dict()), expected)
 
     save_checkpoint(networks["generator"], path, "trainer", TINY)
-    with pytest.raises(InputError, match=r"no network 'generator_ema'.*set checkpoint_key to generator$"):
+    with pytest.raises(
+        InputError, match=r"no network 'generator_ema'.*set checkpoint_key, or --key of longsana convert, to generator$"
+    ):
         load(path, key="generator_ema")
     with pytest.raises(ValueError, match="only the trainer layout"):
         save_checkpoint(networks["generator"], path, "upstream", TINY, others=others)
