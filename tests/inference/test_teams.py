@@ -177,3 +177,13 @@ def test_what_fails_on_one_process_ends_all(forks: Forks, prompts: Path, tmp_pat
     assert time.monotonic() - began < 40
     assert all(peer.returncode != 0 for peer in peers), said
     assert said.count("another process of this launch has ended") == 1, said
+
+
+def test_a_benchmark_of_two_processes(forks: Forks, tmp_path: Path) -> None:
+    """All of its films and passes are made by both, so that neither waits for ever."""
+    out = tmp_path / "report.json"
+    given = [*SMALL, "--num_frames", 41, "--gpus_per_video", 2, "--out", out]
+    finished(forks.launch(2, "benchmark", given))
+    report = json.loads(out.read_text())
+    assert report["video"]["GPUs"] == 2 and report["video"]["frames"] == 41
+    assert min(report["FPS"].values()) > 0
