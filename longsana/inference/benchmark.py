@@ -155,9 +155,7 @@ def accompany(config: InferenceConfig, prompt: Prompt, device: torch.device, tea
     _, caption = _encode(engine, prompt, {})
     loaded = Loaded(engine, *engine.load())
     for chunks in (*_warming(loaded), None, None):
-        for frames in engine.sample(loaded.model, loaded.vae, [prompt], [caption]):
-            if frames.chunk + 1 == chunks:
-                break
+        show_nobody(loaded, prompt, caption, chunks=chunks)
     measure_passes(loaded, (prompt.height, prompt.width))
 
 
@@ -237,14 +235,15 @@ def make_film(
     )
 
 
-def show_nobody(loaded: Loaded, prompt: Prompt, caption: Caption) -> float:
+def show_nobody(loaded: Loaded, prompt: Prompt, caption: Caption, *, chunks: int | None = None) -> float:
     """Seconds that a video's frames take until all have been on the host, where nobody codes them.
 
-    The mp4's encoder takes CPUs from who launches kernels, and memory that a GPU can fill.
+    The mp4's encoder takes CPUs from who launches kernels, and memory that a GPU can fill. chunks: end after so many.
     """
     started = time.perf_counter()
-    for _ in loaded.engine.sample(loaded.model, loaded.vae, [prompt], [caption]):
-        pass
+    for frames in loaded.engine.sample(loaded.model, loaded.vae, [prompt], [caption]):
+        if frames.chunk + 1 == chunks:
+            break
     return time.perf_counter() - started
 
 
