@@ -24,8 +24,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,27 +204,48 @@ def score_bars(request: Request) -> None:
     from longsana.evaluation.report import table
     from longsana.evaluation.score_model import Trial, try_model
 
-    path = request.folder / "bar_scores.json"
-    learned, lines = request.folder / "bars.safetensors", []
+    learned = request.folder / "bars.safetensors"
     config = locate(f"{CONFIGS}/longsana.yaml", "the config")
     if not learned.exists():
         raise InputError(f"{learned}: not found; train_video_scripts/shapes_recipe.py --lora makes it")
-    scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name in (BARS, "held_out.txt"):
-        texts = training_prompts(request.folder / name, f"made by longsana shapes bar-prompts {request.folder}")
-        for model, weights in (("what ships", None), ("with the LoRA", learned)):
-            row, trial = f"{model}, {Path(name).stem}", Trial(texts, lengths=(30,))
-            if request.tiny:
-                trial = replace(trial, prompts=texts[:2], seeds=(0,), lengths=(1,), batch=2)
-            if row not in scores:
-                given = [f"vae.decoder={FULL}", *([f"model.load_from={weights}"] if weights else [])]
-                scores[row] = try_model(load_config(config, given, InferenceConfig), trial, request.device)
-                atomic_write_text(path, json.dumps(scores) + "\n")
-            (figures,) = scores[row]["figures"].values()
-            lines.append(
-                {"model": row, **{figure: _percent(figures[figure]) for figure in ("colour", "kind", "motion")}}
-            )
+    lists = {
+        name: training_prompts(request.folder / name, f"made by longsana shapes bar-prompts {request.folder}")
+        for name in (BARS, "held_out.txt")
+    }
+
+    def score(texts: list[str], weights: Path | None) -> dict[str, Any]:
+        trial = Trial(texts, lengths=(30,))
+        if request.tiny:
+            trial = replace(trial, prompts=texts[:2], seeds=(0,), lengths=(1,), batch=2)
+        given = [f"vae.decoder={FULL}", *([f"model.load_from={weights}"] if weights else [])]
+        return try_model(load_config(config, given, InferenceConfig), trial, request.device)
+
+    rows = {
+        f"{model}, {Path(name).stem}": partial(score, texts, weights)
+        for name, texts in lists.items()
+        for model, weights in (("what ships", None), ("with the LoRA", learned))
+    }
+    lines = []
+    for row, scored in _score_each(request.folder / "bar_scores.json", rows).items():
+        (figures,) = scored["figures"].values()
+        lines.append({"model": row, **{figure: _percent(figures[figure]) for figure in ("colour", "kind", "motion")}})
     print(table(lines))
+
+
+def _score_each(path: Path, rows: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
+    """Score each row that has not been, in a file of its own beside `path`; that has them all, once they are there."""
+    scores: dict[str, Any] = {}
+    for row, score in rows.items():
+        own = path.with_name(f"{path.stem}_{row.replace(' ', '_').replace(',', '')}.json")
+        if not own.exists():
+            started = time.perf_counter()
+            result = score()
+            result["seconds"] = round(time.perf_counter() - started, 1)
+            atomic_write_text(own, json.dumps(result) + "\n")
+            log.info("%s: %.0f s", row, result["seconds"])
+        scores[row] = json.loads(own.read_text(encoding="utf-8"))
+    atomic_write_text(path, json.dumps(scores) + "\n")
+    return scores
 
 
 def _write_lines(path: Path, lines: Sequence[str], world: WorldName) -> None:
@@ -289,21 +311,15 @@ def score_models(request: Request) -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     texts = _held_out(request)
-    scores: dict[str, Any] = {}
-    for row in ROWS:
-        path = request.folder / f"scores_{row.name.replace(' ', '_').replace(',', '')}.json"
-        if not path.exists():
-            started = time.perf_counter()
-            trial = Trial(texts[: row.prompts], tuple(range(row.seeds)), row.lengths, world=request.world)
-            if request.tiny:
-                trial = replace(trial, prompts=texts[:2], seeds=(0,), lengths=(1,), batch=2)
-            attempt = try_model if row.weights else try_truth
-            result = attempt(_sampler(request, row), trial, request.device)
-            result["seconds"] = round(time.perf_counter() - started, 1)
-            atomic_write_text(path, json.dumps(result) + "\n")
-            log.info("%s: %.0f s", row.name, result["seconds"])
-        scores[row.name] = json.loads(path.read_text(encoding="utf-8"))
-    atomic_write_text(request.folder / "scores.json", json.dumps(scores) + "\n")
+
+    def score(row: Row) -> dict[str, Any]:
+        trial = Trial(texts[: row.prompts], tuple(range(row.seeds)), row.lengths, world=request.world)
+        if request.tiny:
+            trial = replace(trial, prompts=texts[:2], seeds=(0,), lengths=(1,), batch=2)
+        attempt = try_model if row.weights else try_truth
+        return attempt(_sampler(request, row), trial, request.device)
+
+    _score_each(request.folder / "scores.json", {row.name: partial(score, row) for row in ROWS})
 
 
 def measure_speeds(request: Request) -> None:

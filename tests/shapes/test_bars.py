@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import av
@@ -11,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from longsana.commands import shapes
+from longsana.runtime.errors import InputError
 from longsana.shapes.bars import draw_bars
 from longsana.shapes.remembered import draw_remembered
 from longsana.shapes.scenes import (
@@ -122,3 +124,27 @@ def test_a_file_in_the_place_of_the_folder(tmp_path, capsys):
     for tool in ("prompts", "pictures", "bar-prompts", "bar-films"):
         assert shapes.main([tool, str(tmp_path / "file")]) == 2
         assert "file: cannot be a folder (a file has this name)" in capsys.readouterr().err
+
+
+def test_scores_that_were_stopped_go_on_and_are_whole_or_not_there(tmp_path, monkeypatch):
+    """The recipe passes over a step whose product is there."""
+    assert shapes.main(["bar-prompts", str(tmp_path)]) == 0
+    (tmp_path / "bars.safetensors").touch()
+    asked: list[str] = []
+
+    def score(config, trial, device):
+        asked.append(config.model.load_from)
+        if len(asked) == 3:
+            raise InputError("stopped")
+        return {"figures": {"30": {key: [len(asked) / 10, None] for key in ("colour", "kind", "motion")}}}
+
+    monkeypatch.setattr("longsana.evaluation.score_model.try_model", score)
+    assert shapes.main(["bar-scores", str(tmp_path)]) == 2
+    assert not (tmp_path / "bar_scores.json").exists() and len(asked) == 3
+    assert shapes.main(["bar-scores", str(tmp_path)]) == 0
+    scores = json.loads((tmp_path / "bar_scores.json").read_text())
+    assert [row["figures"]["30"]["kind"][0] for row in scores.values()] == [0.1, 0.2, 0.4, 0.5]
+    assert asked[3:] == [asked[0], str(tmp_path / "bars.safetensors")]
+    assert list(scores) == [
+        "what ships, bars", "with the LoRA, bars", "what ships, held_out", "with the LoRA, held_out"
+    ]  # fmt: skip
