@@ -12,8 +12,8 @@ from torch import Tensor
 from longsana.chunks import ChunkPlan
 from longsana.encoders.closeness import luma
 
-GROUP = 32
-"""Pictures measured together."""
+GROUP, GPU_GROUP = 32, 1024
+"""Pictures measured together: as many as a CPU's caches hold, or as fill a GPU."""
 STRETCH = 5
 """Seconds at the start and at the end that `drift` compares."""
 END = 0.15
@@ -62,7 +62,8 @@ def measure(pictures: Tensor, before: Tensor | None = None) -> Measures:
     before: (B, H, W, 3), the frame before the first one, when this is a later piece of the videos.
     """
     pieces = []
-    for piece in pictures.split(max(GROUP // len(pictures), 1), dim=1):
+    group = GROUP if pictures.device.type == "cpu" else GPU_GROUP
+    for piece in pictures.split(max(group // len(pictures), 1), dim=1):
         pieces.append(_measure(piece, before))
         before = piece[:, -1]
     return Measures.join(pieces)

@@ -28,6 +28,7 @@ from longsana.evaluation.measures import (
     per_second,
     seam_index,
 )
+from longsana.published import DISTILLED
 from longsana.runtime.files import whole_file
 from longsana.sampling.captions import caption_encoder
 from longsana.sampling.engine import Engine, decode
@@ -95,7 +96,9 @@ class _Films:
     """Videos of so many frames of some texts, whose model is loaded."""
 
     def __init__(self, config: InferenceConfig, texts: Sequence[str], frames: int, device: torch.device) -> None:
-        sampling = dataclasses.replace(config.sampling, num_frames=frames)
+        # On a GPU the passes of a network as small as this are over before the next ones are launched.
+        replayed = config.scheduler.sampling_algo == DISTILLED
+        sampling = dataclasses.replace(config.sampling, num_frames=frames, cuda_graphs=replayed)
         self.engine = Engine(dataclasses.replace(config, sampling=sampling), device)
         size = sampling.height, sampling.width
         self._prompts = [Prompt(line, text, (text,), 0, *size) for line, text in enumerate(texts, 1)]
