@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -45,6 +45,9 @@ from longsana.runtime.video import VideoWriter
 from longsana.shapes.bars import draw_bars
 from longsana.shapes.remembered import WORLDS, WorldName
 from longsana.shapes.scenes import FPS, distinct_scenes, prompts, render, to_bytes
+
+if TYPE_CHECKING:
+    from longsana.evaluation.score_model import Trial
 
 log = logging.getLogger("longsana")
 
@@ -214,9 +217,7 @@ def score_bars(request: Request) -> None:
     }
 
     def score(texts: list[str], weights: Path | None) -> dict[str, Any]:
-        trial = Trial(texts, lengths=(30,))
-        if request.tiny:
-            trial = replace(trial, prompts=texts[:2], seeds=(0,), lengths=(1,), batch=2)
+        trial = _sized(request, Trial(texts, lengths=(30,)))
         given = [f"vae.decoder={FULL}", *([f"model.load_from={weights}"] if weights else [])]
         return try_model(load_config(config, given, InferenceConfig), trial, request.device)
 
@@ -230,6 +231,11 @@ def score_bars(request: Request) -> None:
         (figures,) = scored["figures"].values()
         lines.append({"model": row, **{figure: _percent(figures[figure]) for figure in ("colour", "kind", "motion")}})
     print(table(lines))
+
+
+def _sized(request: Request, trial: Trial) -> Trial:
+    """The trial, or next to nothing of it where the request is tiny."""
+    return replace(trial, prompts=trial.prompts[:2], seeds=(0,), lengths=(1,), batch=2) if request.tiny else trial
 
 
 def _score_each(path: Path, rows: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
@@ -314,8 +320,7 @@ def score_models(request: Request) -> None:
 
     def score(row: Row) -> dict[str, Any]:
         trial = Trial(texts[: row.prompts], tuple(range(row.seeds)), row.lengths, world=request.world)
-        if request.tiny:
-            trial = replace(trial, prompts=texts[:2], seeds=(0,), lengths=(1,), batch=2)
+        trial = _sized(request, trial)
         attempt = try_model if row.weights else try_truth
         return attempt(_sampler(request, row), trial, request.device)
 
