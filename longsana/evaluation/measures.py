@@ -11,9 +11,8 @@ from torch import Tensor
 
 from longsana.chunks import ChunkPlan
 from longsana.encoders.closeness import luma
+from longsana.runtime.gpu import pictures_together
 
-GROUP, GPU_GROUP = 32, 1024
-"""Pictures measured together: as many as a CPU's caches hold, or as fill a GPU."""
 STRETCH = 5
 """Seconds at the start and at the end that `drift` compares."""
 END = 0.15
@@ -62,8 +61,7 @@ def measure(pictures: Tensor, before: Tensor | None = None) -> Measures:
     before: (B, H, W, 3), the frame before the first one, when this is a later piece of the videos.
     """
     pieces = []
-    group = GROUP if pictures.device.type == "cpu" else GPU_GROUP
-    for piece in pictures.split(max(group // len(pictures), 1), dim=1):
+    for piece in pictures.split(max(pictures_together(pictures) // len(pictures), 1), dim=1):
         pieces.append(_measure(piece, before))
         before = piece[:, -1]
     return Measures.join(pieces)

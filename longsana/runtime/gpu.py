@@ -6,11 +6,23 @@ import logging
 from functools import cache
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 CAPABILITY = (8, 0)
 """Compute capability from which on NVIDIA's tensor cores multiply bfloat16 (A100)."""
+
+TOGETHER, PIXELS = 32, 1 << 24
+"""Pictures that a CPU's caches hold, and pixels that fill a GPU, of which each launch costs as much for fewer."""
+
+
+def pictures_together(pictures: Tensor) -> int:
+    """Count how many of these pictures (..., H, W, 3) to look at together, on the device where they are."""
+    if pictures.device.type == "cpu":
+        return TOGETHER
+    height, width = pictures.shape[-3:-1]
+    return max(TOGETHER, PIXELS // (height * width))
 
 
 def shortcoming() -> str | None:

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longsana.runtime.gpu import pictures_together
 from longsana.shapes.looks import SHADE, tint_of, tinted
 from longsana.shapes.markings import find_marking
 from longsana.shapes.motion import velocities
 from longsana.shapes.scenes import BACKGROUNDS, COLOURS, SHOWN, coverage
 
-GROUP, GPU_GROUP = 32, 1024
-"""Pictures looked at together: as many as a CPU's caches hold, or as fill a GPU."""
 CORE = 24
 """Pixels of core that make an object; the smallest of the world's have 130."""
 TOLERANCE = 15.0
@@ -91,13 +90,9 @@ class Seen(NamedTuple):
 def observe(pictures: Tensor) -> Seen:
     """Observe uint8 pictures (B, F, H, W, 3)."""
     shape, size = pictures.shape[:2], pictures.shape[2:4]
-    parts = [_observe(part) for part in pictures.flatten(0, 1).split(_group(pictures.device))]
+    parts = [_observe(part) for part in pictures.flatten(0, 1).split(pictures_together(pictures))]
     fields = [torch.cat(values).unflatten(0, shape) for values in zip(*parts, strict=True)]
     return Seen._make([*fields, (size[0], size[1])])
-
-
-def _group(device: torch.device) -> int:
-    return GROUP if device.type == "cpu" else GPU_GROUP
 
 
 def _observe(pictures: Tensor) -> tuple[Tensor, ...]:
@@ -119,7 +114,7 @@ def _observe(pictures: Tensor) -> tuple[Tensor, ...]:
     centre, kind, marking = unseen[..., None].repeat(1, 1, 2), torch.full_like(core, -1), torch.full_like(core, -1)
     fields = (rims, tint, off, kind, radius, centre, marking, angle)
     frames, colours = (core >= CORE).nonzero(as_tuple=True)
-    group = _group(device)
+    group = pictures_together(pictures)
     for frame, colour in zip(frames.split(group), colours.split(group), strict=True):
         found = _inspect(pictures, solid, shaded, ground, palette, frame, colour)
         for field, values in zip(fields, found, strict=True):

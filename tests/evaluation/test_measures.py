@@ -17,7 +17,9 @@ from longsana.evaluation.measures import (
     per_second,
     seam_index,
 )
+from longsana.runtime.gpu import pictures_together
 from longsana.shapes import scenes as shapes
+from longsana.shapes.sight import observe
 from tests.shapes.films import pictures, through_vae
 
 FPS = shapes.FPS
@@ -46,6 +48,24 @@ def test_pieces_are_the_whole():
     )
     for a, b in zip(whole, joined, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_as_many_pictures_together_as_the_device_has_room_for() -> None:
+    """On a GPU small ones are many, and of large ones no more than on a CPU."""
+    small, large = (torch.empty(1, 1, *size, 3, device="meta") for size in ((96, 160), (704, 1280)))
+    assert (pictures_together(torch.empty(1, 1, 96, 160, 3)), pictures_together(large)) == (32, 32)
+    assert 1000 < pictures_together(small) < 1100
+
+
+@pytest.mark.parametrize("together", [3, 1000])
+def test_how_many_are_looked_at_together_changes_nothing(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    film = pictures([shapes.draw_scene(0, index) for index in range(2)], 20)
+    figures, seen = measure(film), observe(film)
+    for module in ("evaluation.measures", "shapes.sight"):
+        monkeypatch.setattr(f"longsana.{module}.pictures_together", lambda pictures: together)
+    torch.testing.assert_close(measure(film), figures, equal_nan=True)
+    # Bytes, pixels and radians, of sums that are rounded otherwise.
+    torch.testing.assert_close(observe(film)[:-1], seen[:-1], equal_nan=True, atol=1e-4, rtol=1e-5)
 
 
 def test_boundaries_are_pixel_frames():
