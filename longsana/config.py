@@ -47,7 +47,7 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "SanaMSVideo_3M_P2_D8": Architecture(8, 128, 4, (1, 2, 2)),  # the shapes world, head dimension 32
+    "SanaMSVideo_4M_P2_D12": Architecture(12, 128, 4, (1, 2, 2)),  # the shapes world, head dimension 32
     "SanaMSVideo_600M_P1_D28": Architecture(28, 1152, 16, (1, 1, 1)),
     "SanaMSVideo_600M_P2_D28": Architecture(28, 1152, 16, (1, 2, 2)),
     "SanaMSVideo_2000M_P1_D20": Architecture(20, 2240, 20, (1, 1, 1)),

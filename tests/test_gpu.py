@@ -38,7 +38,7 @@ from tests.training.test_graphs import PASTS, two_chunks
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
+SHAPES = ModelConfig(model="SanaMSVideo_4M_P2_D12", depth=8, linear_head_dim=32, caption_channels=64, caption_length=48)
 
 
 def test_noise_is_the_same_on_cpu_and_gpu() -> None:

@@ -31,7 +31,7 @@ if __name__ == "__main__":
     stop.catch()  # before the imports below, which take seconds
 
 from longsana.commands import run_here
-from longsana.commands.shapes import FILMED, note
+from longsana.commands.shapes import BASE_SETTINGS, FILMED, note
 from longsana.config import load_config
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
@@ -44,12 +44,23 @@ from longsana.training.config import TrainingConfig
 log = logging.getLogger("longsana")
 
 CONFIGS = "configs/sana_video_config/longsana/shapes"
-BASE_PHASES = {"base_1": 10_000, "base_2": 3_500, "base_3": 5_500, "base_4": 8_000, "base": 2_000}
-"""Iterations of the base model, in phases of at most 8 minutes on one H100. Each goes on from the one before, on clips
-of its own: the second on clips with turns, the last with a lower learning rate."""
+BASE_PHASES = {"base_1": 8_500, "base_2": 5_500, "base_3": 4_000, "base": 4_000}
+"""Iterations of the base model, in phases of at most 8 minutes on one H200. Each goes on from the one before, on clips
+of its own, the last two with lower rates."""
+MUON = "optimizer.generator.muon_lr"
+PICTURES = "train.image_probability=0.2"
+"""The base model is to be a teacher of videos that begin with a picture."""
+LOWER_RATES = ("optimizer.generator.lr=7.0e-4", f"{MUON}=7.0e-4")
+SHORT_FIRST_CHUNKS = ("train.first_chunk_probability=0.25", "sampling.first_chunk_frames=3")
+BEGINNINGS = ("train.image_probability=0.25", "sampling.image_first=pin", *SHORT_FIRST_CHUNKS)
+"""How videos of distillation begin: a quarter of them with a picture, a quarter with a short first chunk."""
+WHOLE_STAGE = ("train.ema_start_step=0", "train.ema_relative_width=0.25")
+"""The average of a stage that begins with good weights: over all of it, they count as much as what they became."""
+WHOLE_PAST = ("model.state_decay=1",)
+TWO_STEPS = ("scheduler.denoising_step_list=[1000,800]", "scheduler.absorb=last_step")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1", "linear_2")
 """The default, and the caption's way into the network: the word of the new kind is new to it."""
-PHASES = (*BASE_PHASES, "ode", "self_forcing", "longsana")
+PHASES = (*BASE_PHASES, "ode", "self_forcing", "longsana", "two_step")
 """Training phases of networks, in order."""
 TINY: dict[str, list[str]] = {
     "text": ["steps=2", "batch=4", "test_captions=4"],
@@ -66,15 +77,19 @@ TINY: dict[str, list[str]] = {
         "train.ema_start_step=0", "train.compile=false", "rollout.num_training_frames=5",
     ],
     "base": ["data.num_clips=2"],
+    "base_causal": ["data.num_clips=2", "sampling.chunk_frames=2"],
+    "consistency": ["data.num_clips=2", "sampling.chunk_frames=2"],
     "ode": ["sampling.chunk_frames=2"],
     "self_forcing": [
-        "sampling.chunk_frames=2", "rollout.min_num_training_frames=5", "rollout.slice_last_frames=5",
+        "sampling.chunk_frames=2", "sampling.first_chunk_frames=2",
+        "rollout.min_num_training_frames=5", "rollout.slice_last_frames=5",
     ],
     "streaming": [
-        "sampling.chunk_frames=2", "rollout.min_num_training_frames=5", "rollout.slice_last_frames=5",
+        "sampling.chunk_frames=2", "sampling.first_chunk_frames=2",
+        "rollout.min_num_training_frames=5", "rollout.slice_last_frames=5",
         "rollout.overlap_latents=2", "streaming.streaming_min_new_frame=4", "streaming.streaming_max_length=13",
     ],
-    "films": ["sampling.num_frames=17", "sampling.bs=2"],
+    "films": ["sampling.num_frames=17", "sampling.bs=2", "scheduler.num_inference_steps=2"],
     "clips": ["rollout.num_training_frames=5"],
     "pairs": ["pairs.num_steps=4", "pairs.shard_size=2", "sampling.num_frames=17", "sampling.bs=2"],
 }  # fmt: skip
@@ -92,22 +107,23 @@ def recipe(out: Path, *, tiny: bool = False, world: WorldName = "shapes") -> dic
     """All steps, in order. tiny: on a CPU, in seconds. world: whose clips."""
     parts, runs, text = out / "parts", out / "runs", out / "parts/text_encoder"
     models = [f"vae.vae_pretrained={parts / 'vae'}", f"text_encoder.text_encoder_name={text}"]
-    given = [f"data.data_path={parts / 'prompts.txt'}", *_from(parts, real_score="base")]
-    clips = {name: f"data.data_path=generated:{'turning_' if name == 'base_2' else ''}{world}" for name in BASE_PHASES}
+    teacher = _from(parts, real_score="base")
+    given = [f"data.data_path={parts / 'pictured.txt'}", *BEGINNINGS, *teacher]
+    hard = {"shapes": "mixed_shapes", "remembered_shapes": "turning_remembered_shapes"}[world]
 
     def shapes(tool: str, folder: Path, *more: str) -> list[list[str]]:
         return [["shapes", tool, str(folder), *more]]
 
     of_world, measured = ["--world", world], ["--tiny"] if tiny else []
 
-    def train(name: str, config: str, *settings: str, also: str | None = None) -> Step:
+    def train(name: str, config: str, *settings: str, critic: str | None = None) -> Step:
         own = [*settings, *_tiny(tiny, "stage", config)]
         command = ["train", "--config_path", f"{CONFIGS}/{config}.yaml", "--logdir", str(runs / name)]
         last = load_config(
             locate(f"{CONFIGS}/{config}.yaml", "the config"), [*models, *own], TrainingConfig
         ).train.max_iters
         checkpoint = runs / name / f"checkpoint_model_{last:06d}"
-        exports = [_export(checkpoint, parts, also, also)] if also else []
+        exports = [_export(checkpoint, parts, "critic", critic)] if critic else []
         return Step(
             parts / f"{name}.safetensors",
             [
@@ -121,7 +137,8 @@ def recipe(out: Path, *, tiny: bool = False, world: WorldName = "shapes") -> dic
         number = list(BASE_PHASES).index(name)
         start = _from(parts, model=before) if before else []
         iterations = f"train.max_iters={BASE_PHASES[name]}"
-        return train(name, "base", f"train.seed={number}", iterations, clips[name], *start, *settings)
+        clips = f"data.data_path=generated:{hard}"
+        return train(name, "base", f"train.seed={number}", iterations, clips, f"{MUON}=3.0e-3", *start, *settings)
 
     pairs = ["ode-pairs", "--config_path", f"{CONFIGS}/ode_pairs.yaml", "--out", str(runs / "pairs")]
     pairs += ["--txt_file", str(parts / "prompts.txt"), "--end_index", "2" if tiny else "768", models[1]]
@@ -139,15 +156,57 @@ def recipe(out: Path, *, tiny: bool = False, world: WorldName = "shapes") -> dic
         ),
         "base_1": base("base_1", None),
         # The sense of an orbit is decided at sigma 0.93 to 0.985, where these lie.
-        "base_2": base("base_2", "base_1", "flow_matching.logit_mean=0.5", "flow_matching.logit_std=1.0"),
-        "base_3": base("base_3", "base_2"),
-        "base_4": base("base_4", "base_3"),
-        "base": base("base", "base_4", "optimizer.generator.lr=7.0e-4"),
+        "base_2": base("base_2", "base_1", PICTURES, "flow_matching.logit_mean=0.5", "flow_matching.logit_std=1.0"),
+        "base_3": base("base_3", "base_2", PICTURES, *LOWER_RATES),
+        # The rates fall further, to 0.3 of that.
+        "base": base("base", "base_3", PICTURES, *LOWER_RATES, "optimizer.generator.decay_after=400"),
         "ode": ode._replace(commands=[pairs, *ode.commands]),
+        "pictures": Step(parts / "pictured.txt", shapes("pictures", parts, *of_world)),
         "self_forcing": train(
-            "self_forcing", "self_forcing", *given, *_from(parts, model="ode", fake_score="base"), also="critic"
+            "self_forcing", "self_forcing", *given, *_from(parts, model="ode", fake_score="base"), critic="critic"
         ),
-        "longsana": train("longsana", "streaming", *given, *_from(parts, model="self_forcing", fake_score="critic")),
+        "longsana": train(
+            "longsana",
+            "streaming",
+            "train.max_iters=1344",
+            *WHOLE_STAGE,
+            *given,
+            *_from(parts, model="self_forcing", fake_score="critic"),
+        ),
+        "two_step": train(
+            "two_step",
+            "streaming",
+            "train.max_iters=1200",
+            *TWO_STEPS,
+            *given,
+            *_from(parts, model="longsana", fake_score="critic"),
+        ),
+        # What the choices above are compared with.
+        "whole_self_forcing": train(
+            "whole_self_forcing",
+            "self_forcing",
+            *WHOLE_PAST,
+            *given,
+            *_from(parts, model="ode", fake_score="base"),
+            critic="whole_critic",
+        ),
+        "whole_longsana": train(
+            "whole_longsana",
+            "streaming",
+            "train.max_iters=1344",
+            "streaming.streaming_max_length=261",  # a past that grows is to be seen as long as it gets
+            *WHOLE_STAGE,
+            *WHOLE_PAST,
+            *given,
+            *_from(parts, model="whole_self_forcing", fake_score="whole_critic"),
+        ),
+        "base_causal": train("base_causal", "base_causal", *_from(parts, model="base")),
+        "two_step_consistency": train(
+            "two_step_consistency",
+            "consistency",
+            *TWO_STEPS,
+            *_from(parts, model="base_causal", real_score="base_causal"),
+        ),
         "scores": Step(parts / "scores.json", shapes("scores", parts, *of_world, *measured)),
         "speed": Step(parts / "speed.json", shapes("speed", parts, *measured)),
         "table": Step(parts / "table.md", shapes("table", parts)),
@@ -160,8 +219,8 @@ def recipe(out: Path, *, tiny: bool = False, world: WorldName = "shapes") -> dic
 def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
     """The steps by which what ships learns a kind of shape that it does not know from 200 films.
 
-    The base model learns it by flow matching, from these films and from 600 that LongSANA makes of old kinds: they show
-    what is to stay. Adapted, it is then teacher and critic of Self-Forcing, which starts from LongSANA itself.
+    The base model learns it by flow matching, from these films and from 1,200 that it makes itself of old kinds: they
+    show what is to stay. Adapted, it is then teacher and critic of Self-Forcing, which starts from LongSANA itself.
     """
     parts, runs, measured = out / "parts", out / "runs", ["--tiny"] if tiny else []
     base, longsana = "asset/shapes/base.safetensors", "asset/shapes/longsana.safetensors"
@@ -197,6 +256,7 @@ def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
 
     films, clips = runs / "films", runs / "clips"
     old = ["--txt_file", str(parts / "old.txt"), "--work_dir", str(films / "old"), f"video.crf={FILMED}"]
+    old += [f"model.load_from={base}", *BASE_SETTINGS]
     old += _tiny(tiny, "films") or ["sampling.bs=40"]
     encode = ["encode", str(films), "--out", str(clips), "--config_path", f"{CONFIGS}/base.yaml"]
     make_clips = [
@@ -206,9 +266,9 @@ def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
     ]
     shown = [f"data.data_path={clips / '96x160'}", "optimizer.generator.lr=1e-3"]
     averages = ["train.ema_start_step=0", "train.ema_weight=0.99"]
-    teacher = train("teacher", "base", base, "teacher", 800, *shown, *averages)
+    teacher = train("teacher", "base", base, "teacher", 1000, *shown, *averages)
     adapted = _from(parts, real_score="teacher", fake_score="teacher")
-    videos = [f"data.data_path={parts / 'prompts.txt'}", "model.state_decay=0.933", *adapted]
+    videos = [f"data.data_path={parts / 'prompts.txt'}", *SHORT_FIRST_CHUNKS, *adapted]
     rates = ["optimizer.generator.lr=5e-4", "optimizer.critic.lr=1e-3"]
     return {
         "prompts": Step(parts / "bars.txt", [["shapes", "bar-prompts", str(parts)]]),

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("longsana")
 
 CONFIGS = "configs/sana_video_config/longsana/shapes"
-NETWORKS = ("base", "ode", "self_forcing", "longsana")
+NETWORKS = ("base", "longsana", "two_step")
 FOLDERS = ("vae", "text_encoder")
 """Parts that are folders, and ship as they are."""
 DECODER = f"decoder/{SHAPES}.safetensors"
@@ -60,7 +60,7 @@ DECODER = f"decoder/{SHAPES}.safetensors"
 VAES: dict[WorldName, str] = {"shapes": "vae.yaml", "remembered_shapes": "vae_remembered.yaml"}
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
 BARS = "bars.txt"
-FILMS, KEPT = 200, 600
+FILMS, KEPT = 200, 1200
 """Films of bars that a LoRA learns from, and prompts of old kinds of which there are films beside them."""
 FILMED = 10
 """Their crf: nothing of it is seen."""
@@ -73,7 +73,7 @@ class Row:
 
     weights: the part with the network; empty for the truth. settings: of the sampler. lengths: seconds from the start,
     scored apart. prompts, seeds: at most so many. steps: what the table says of the sampler.
-    tiny_decoder: shows its pictures instead of the VAE's.
+    full_decoder: shows the VAE's pictures instead of the tiny decoder's, which are the default's.
     """
 
     name: str
@@ -83,30 +83,50 @@ class Row:
     prompts: int = HELD_OUT_PROMPTS
     seeds: int = 3
     steps: int = 4
-    tiny_decoder: bool = False
+    full_decoder: bool = False
 
 
 BASE_SETTINGS = (
     "scheduler.sampling_algo=flow_euler",
     "scheduler.inference_flow_shift=8.0",
     "scheduler.num_inference_steps=30",
-    "sampling.cfg_scale=2.0",
+    "sampling.cfg_scale=1.5",
     "sampling.null_caption=learned",
 )
 WHOLE_PAST = ("model.state_decay=1",)
-"""The published sum of everything, with which all networks were trained; the default config forgets."""
+"""The published sum of everything; the default config forgets half of the past a chunk."""
+AS_ON_A_CPU = ("model.dtype=float32", "vae.weight_dtype=float32", "text_encoder.dtype=float32")
+"""Where the default is at home: in bfloat16 the base model has half a point less of everything."""
+TWO_STEPS = ("scheduler.denoising_step_list=[1000,800]", "scheduler.absorb=last_step")
+MINUTE, LONG = (5, 60), (5, 60, 600)
+TEN = ", ten minutes"
+
+
+def _ablations(name: str, weights: str, settings: tuple[str, ...], steps: int = 4) -> tuple[Row, Row]:
+    """Rows of a network and settings that others are compared with: a minute, and ten of half as many prompts."""
+    return (
+        Row(name, weights, settings, MINUTE, prompts=32, seeds=1, steps=steps),
+        Row(f"{name}{TEN}", weights, settings, (600,), prompts=16, seeds=1, steps=steps),
+    )
+
+
 ROWS = (
-    Row(TRUTH, "", seeds=1, steps=0),
-    Row("ground truth through the tiny decoder", "", seeds=1, steps=0, tiny_decoder=True),
+    Row(TRUTH, "", lengths=MINUTE, seeds=1, steps=0, full_decoder=True),
+    Row("ground truth through the tiny decoder", "", lengths=MINUTE, seeds=1, steps=0),
     Row("base model", "base", BASE_SETTINGS, lengths=(5,), steps=30),
-    Row("ODE-initialised", "ode", WHOLE_PAST, seeds=1),
-    Row("Self-Forcing", "self_forcing", WHOLE_PAST),
-    Row("LongSANA", "longsana"),
-    Row("LongSANA, tiny decoder", "longsana", tiny_decoder=True),
-    Row("LongSANA, the whole past", "longsana", WHOLE_PAST),
-    Row("LongSANA, num_cached_blocks 2", "longsana", (*WHOLE_PAST, "model.num_cached_blocks=2"), prompts=32, seeds=1),
-    Row("LongSANA, no clean absorbing pass", "longsana", ("scheduler.absorb=last_step",), prompts=32, seeds=1),
-    Row("Self-Forcing, state_decay 0.933", "self_forcing", prompts=32, seeds=1),
+    Row("ODE-initialised", "ode", lengths=MINUTE),
+    Row("Self-Forcing", "self_forcing", lengths=MINUTE),
+    Row("LongSANA", "longsana", lengths=MINUTE),
+    Row(f"LongSANA{TEN}", "longsana", lengths=LONG, prompts=32, seeds=1),
+    Row("LongSANA, full decoder", "longsana", lengths=MINUTE, prompts=32, seeds=1, full_decoder=True),
+    Row("two passes", "two_step", TWO_STEPS, lengths=MINUTE, steps=2),
+    Row(f"two passes{TEN}", "two_step", TWO_STEPS, lengths=LONG, prompts=32, seeds=1, steps=2),
+    *_ablations("two passes by consistency", "two_step_consistency", TWO_STEPS, 2),
+    *_ablations("two passes, untrained", "longsana", TWO_STEPS, 2),
+    *_ablations("no clean absorbing pass", "longsana", ("scheduler.absorb=last_step",)),
+    *_ablations("the whole past, trained", "whole_longsana", WHOLE_PAST),
+    *_ablations("the whole past, untrained", "longsana", WHOLE_PAST),
+    *_ablations("num_cached_blocks 1, untrained", "longsana", (*WHOLE_PAST, "model.num_cached_blocks=1")),
 )
 CARD = """\
 # The models of the shapes world
@@ -117,9 +137,10 @@ Text to videos of one or two moving shapes, 160x96 pixels, 16 frames a second, o
 
 * `vae`: a Wan 2.1 VAE of base width 12, and a tiny decoder (`tae_shapes`) of its latents.
 * `text_encoder`: a Gemma 2 of two layers, trained on the world's captions.
-* `base.safetensors`: the bidirectional base model. `ode`, `self_forcing`, `longsana`: the generator after each stage.
+* `base.safetensors`: the bidirectional base model. `longsana`: the generator after all stages. `two_step`: the same in
+  two passes a chunk for five.
 
-Networks have 2.9 M parameters, in bfloat16. Combinations of kind, colour and motion in `HELD_OUT`
+Networks have 4.2 M parameters, in bfloat16. Combinations of kind, colour and motion in `HELD_OUT`
 (`longsana/shapes/scenes.py`) were never trained on; every prompt of the table has one.
 
 | step | seconds, or score | machine |
@@ -172,14 +193,14 @@ def draw_pictures(request: Request) -> None:
 
 
 def write_bar_prompts(request: Request) -> None:
-    """Write prompts of bars and of the old kinds: to train on, as many of each, and held-out ones apart.
+    """Write prompts of bars and, twice as many, of the old kinds to train on, and held-out ones apart.
 
     old.txt has some of the old kinds' to train on: the films of them show what must not be forgotten.
     """
-    half = TRAINING_PROMPTS // 2
-    old = prompts(1, half, held_out=False)
+    bars = TRAINING_PROMPTS // 3
+    old = prompts(1, TRAINING_PROMPTS - bars, held_out=False)
     lists = {
-        "prompts.txt": [*prompts(1, half, held_out=False, draw=draw_bars), *old],
+        "prompts.txt": [*prompts(1, bars, held_out=False, draw=draw_bars), *old],
         "old.txt": old[:KEPT],
         BARS: prompts(0, HELD_OUT_PROMPTS, held_out=True, draw=draw_bars),
         "held_out.txt": prompts(0, HELD_OUT_PROMPTS, held_out=True),
@@ -218,7 +239,7 @@ def score_bars(request: Request) -> None:
 
     def score(texts: list[str], weights: Path | None) -> dict[str, Any]:
         trial = _sized(request, Trial(texts, lengths=(30,)))
-        given = [f"vae.decoder={FULL}", *([f"model.load_from={weights}"] if weights else [])]
+        given = [*AS_ON_A_CPU, f"vae.decoder={FULL}", *([f"model.load_from={weights}"] if weights else [])]
         return try_model(load_config(config, given, InferenceConfig), trial, request.device)
 
     rows = {
@@ -335,7 +356,7 @@ def measure_speeds(request: Request) -> None:
     torch.set_num_threads(2)
     try:
         for row in ROWS:
-            if row.weights:
+            if row.weights and row.prompts == HELD_OUT_PROMPTS:
                 seconds = 1 if request.tiny else min(10, max(row.lengths))
                 speeds[row.name] = measure_speed(_sampler(request, row), _held_out(request)[0], seconds)
                 log.info("%s: %.1f FPS", row.name, speeds[row.name])
@@ -354,23 +375,26 @@ def write_table(request: Request) -> None:
 
 
 def write_plot(request: Request) -> None:
-    """Plot the long videos of all models, second by second, those of the tiny decoder left out. Needs matplotlib."""
+    """Plot the videos of a minute and those of ten, of all rows that are scored but the full decoder's.
+
+    Needs matplotlib.
+    """
     from longsana.evaluation.report import plot
 
     scores = _scores(request)
-    longest = max(len(score["curves"]["persistence"]) for score in scores.values())
-    again = {row.name for row in ROWS if row.tiny_decoder}
-    curves = {name: score["curves"] for name, score in scores.items() if name not in again}
-    plot({name: own for name, own in curves.items() if len(own["persistence"]) == longest}, request.folder / "plot.png")
+    for name, seconds, every in (("plot", 60, 1), ("plot_long", 600, 20)):
+        shown = [row.name for row in ROWS if max(row.lengths) == seconds and not row.full_decoder]
+        if curves := {row.removesuffix(TEN): scores[row]["curves"] for row in shown if row in scores}:
+            plot(curves, request.folder / f"{name}.png", every=every, least=0.4)
 
 
 def write_strips(request: Request) -> None:
-    """Draw LongSANA's pictures every quarter of a minute, a prompt a row. Needs matplotlib."""
+    """Draw LongSANA's pictures every quarter of a minute and after ten, a prompt a row. Needs matplotlib."""
     from longsana.evaluation.score_model import strips
 
     config = _sampler(request, next(row for row in ROWS if row.name == "LongSANA"))
     texts = _held_out(request)
-    seconds = (0, 1) if request.tiny else (0, 15, 30, 45, 60)
+    seconds = (0, 1) if request.tiny else (0, 15, 30, 45, 60, 600)
     strips(config, texts[:3], seconds, request.folder / "strips.png", request.device)
 
 
@@ -380,7 +404,7 @@ def package(request: Request) -> None:
 
     parts = request.folder
     networks = [f"{name}.safetensors" for name in NETWORKS]
-    measured = ["scores.json", "speed.json", "times.json", "plot.png", "strips.png"]
+    measured = ["scores.json", "speed.json", "times.json", "plot.png", "plot_long.png", "strips.png"]
     wanted = [*FOLDERS, DECODER, *networks, "table.md", *measured]
     if missing := [name for name in wanted if not (parts / name).exists()]:
         raise InputError(f"{parts}: {', '.join(missing)} not found; run the steps that make them first")
@@ -418,10 +442,11 @@ def _held_out(request: Request) -> list[str]:
 
 def _sampler(request: Request, row: Row) -> InferenceConfig:
     """The default config with a row's parts and settings."""
-    settings = [f"vae.vae_pretrained={request.folder / 'vae'}"]
+    settings = [*AS_ON_A_CPU, f"vae.vae_pretrained={request.folder / 'vae'}"]
     settings += [f"text_encoder.text_encoder_name={request.folder / 'text_encoder'}", *row.settings]
-    settings += [f"vae.decoder={FULL}"]
-    if row.tiny_decoder:
+    if row.full_decoder:
+        settings += [f"vae.decoder={FULL}"]
+    else:
         settings += [f"vae.decoder={SHAPES}", f"vae.decoder_pretrained={request.folder / DECODER}"]
     if row.weights:
         settings += [f"model.load_from={request.folder / row.weights}.safetensors"]

@@ -221,16 +221,19 @@ def plot(
     every: seconds whose mean is a point. least: where the axes of shares begin.
     """
     load_matplotlib()
+    from cycler import cycler
     from matplotlib import pyplot, ticker
 
     panels = list(dict.fromkeys(panel for figures in curves.values() for panel in figures))
     columns = min(len(panels), 3)
+    colours = pyplot.rcParams["axes.prop_cycle"]
     lines = math.ceil(len(panels) / columns)
     figure, axes = pyplot.subplots(
         lines, columns, figsize=(4.2 * columns, 2.9 * lines), squeeze=False, layout="constrained"
     )
     for axis, panel in zip(axes.flat, panels, strict=False):
-        thin: dict[str, Any] = {"color": "0.8", "linewidth": 0.6, "zorder": 1}
+        axis.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * colours)  # no two lines alike
+        thin: dict[str, Any] = {"color": "0.8", "linestyle": "-", "linewidth": 0.6, "zorder": 1}
         drawn = [(figures, thin) for figures in behind] + [(own, {"label": name}) for name, own in curves.items()]
         for figures, style in drawn:
             own = figures.get(panel, ())
@@ -253,9 +256,14 @@ def plot(
         axis.set_title(panel)
         axis.set_xlabel("seconds")
         axis.grid(alpha=0.3)
-    for axis in axes.flat[len(panels) :]:
+    spare, names = axes.flat[len(panels) :], axes.flat[0].get_legend_handles_labels()
+    for axis in spare:
         axis.axis("off")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    if len(spare) and len(curves) > 4:
+        spare[0].legend(*names, loc="center left", frameon=False)
+    else:
+        fit = int(11 * figure.get_figwidth()) // (8 + max(map(len, curves)))  # 11 characters take an inch
+        figure.legend(*names, loc="outside lower center", ncols=min(max(fit, 1), 4))
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=110)
     pyplot.close(figure)

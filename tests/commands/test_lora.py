@@ -116,7 +116,7 @@ def test_fused_weights_are_the_base_and_the_change(given, lora, checkpoint, chan
 def test_the_pipeline_reads_it(lora, changes, tmp_path):
     """Put on by `load_lora_weights` and fused there, it is the same change; and so is what the pipeline saves."""
     folder = shapes_repository(tmp_path)
-    write_transformer(folder / "transformer", SHIPPED, shapes_config(**{"model.depth": 8}).model, DISTILLED)
+    write_transformer(folder / "transformer", SHIPPED, shapes_config(**{"model.depth": 12}).model, DISTILLED)
     pipe = quiet(folder)
     pipe.load_lora_weights(lora, adapter_name="own")
     pipe.save_lora_weights(tmp_path / "again", "own")

@@ -435,6 +435,24 @@ def test_plot_compares_models(tmp_path):
     assert few.read_bytes() != many.read_bytes()
 
 
+@pytest.mark.parametrize("panels", [3, 4])
+def test_many_models_have_lines_of_their_own_and_all_names_are_in_the_picture(tmp_path, monkeypatch, panels):
+    from matplotlib import pyplot
+
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    curves = {f"panel {number}": [0.5, 0.6] for number in range(panels)}
+    plot({f"this is a model that has a long name, {number}": curves for number in range(12)}, tmp_path / "a.png")
+    (figure,) = drawn
+    lines = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}
+    (legend,) = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
+    place = legend.get_window_extent()
+    monkeypatch.undo()
+    pyplot.close(figure)
+    assert len(lines) == 12
+    assert figure.bbox.contains(*place.min) and figure.bbox.contains(*place.max)
+
+
 def test_a_name_may_have_what_ends_a_cell():
     lines = table([{"video": "a|b\nc.mp4", "seam index": 1.0}]).splitlines()
     assert len(lines) == 3 and "a\\|b c.mp4" in lines[2]

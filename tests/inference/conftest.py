@@ -25,7 +25,7 @@ SMALL = [
     *("--threads", "1", "--fps", "8"),
     *("--model.depth", str(DEPTH), "--model_path", str(few_blocks("longsana"))),
 ]
-SHIPPED = ("--model.depth", "8", "--model_path", str(ROOT / "asset/shapes/longsana.safetensors"))
+SHIPPED = ("--model.depth", "12", "--model_path", str(ROOT / "asset/shapes/longsana.safetensors"))
 """After SMALL: the whole network, whose calm pictures x264 keeps."""
 
 

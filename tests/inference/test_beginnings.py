@@ -237,7 +237,7 @@ def test_what_cannot_be_gone_on_from_is_one_line(
     cut.write_bytes(film.read_bytes()[: len(film.read_bytes()) * 2 // 3])
     sound.write_bytes(b"no film at all" * 9)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 50)
-    base = few_blocks("self_forcing")
+    base = few_blocks("base")
     wide = prompts('{"prompt": "a", "size": [32, 64]}', name="wide.jsonl")
     cases: list[tuple[tuple[Any, ...], str]] = [
         (("--from_state", damaged), f"error: {damaged}: not a saved state of a video, or damaged"),

@@ -158,11 +158,6 @@ def mark(*settings: str, digests: dict[str, str], picture: str | None = None, fi
     )
 
 
-def test_the_full_decoder_leaves_fingerprints_as_they_were() -> None:
-    """Recorded before there was another."""
-    assert mark(digests=DIGESTS) == "ef106e76a612f03d5bf8928fbbaebfda699c6f5fb52978f8cd2fe82c87b0a43a"
-
-
 def test_what_a_tiny_decoder_decides() -> None:
     """Its kind and weights; the VAE and who encodes where something is encoded; never where files lie."""
     digests = DIGESTS | {"decoder": "d"}

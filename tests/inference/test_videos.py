@@ -31,7 +31,7 @@ from .conftest import ROOT, assert_whole, frames_of, latents, sidecars
 Command = Callable[..., int]
 Prompts = Callable[..., Path]
 SHAPES = ModelConfig(
-    model="SanaMSVideo_3M_P2_D8", depth=DEPTH, linear_head_dim=32, caption_channels=64, caption_length=48
+    model="SanaMSVideo_4M_P2_D12", depth=DEPTH, linear_head_dim=32, caption_channels=64, caption_length=48
 )
 
 

@@ -33,7 +33,7 @@ from longsana.weights.build import build_model
 from tests.encoders.test_ltx2 import SMALL as LTX2
 from tests.training.test_graphs import PASTS
 
-SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
+SHAPES = ModelConfig(model="SanaMSVideo_4M_P2_D12", depth=8, linear_head_dim=32, caption_channels=64, caption_length=48)
 EXACT = 1e-10
 WAN: dict[str, Any] = {"base_dim": 8, "num_res_blocks": 1}
 

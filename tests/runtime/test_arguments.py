@@ -114,7 +114,7 @@ def test_what_a_setting_is_taken_for() -> None:
     assert settled(steps).denoising_step_list == (1000, 727)
 
 
-SMALL = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
+SMALL = ModelConfig(model="SanaMSVideo_4M_P2_D12", depth=8, linear_head_dim=32, caption_channels=64, caption_length=48)
 Changes = dict[str, Any]
 
 

@@ -22,7 +22,7 @@ from longsana.sampling.sampler import generate
 from longsana.weights.build import build_model
 from tests.training.test_graphs import PASTS, graphs
 
-SHAPES = ModelConfig(model="SanaMSVideo_3M_P2_D8", linear_head_dim=32, caption_channels=64, caption_length=48)
+SHAPES = ModelConfig(model="SanaMSVideo_4M_P2_D12", depth=8, linear_head_dim=32, caption_channels=64, caption_length=48)
 PLAN = ChunkPlan((3, 2, 2, 2, 2))
 __all__ = ["graphs"]  # a fixture
 

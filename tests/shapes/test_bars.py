@@ -90,9 +90,9 @@ def test_prompts_to_train_on_and_to_try(tmp_path, capsys):
     train, bars, old, kept = ((tmp_path / name).read_text().splitlines() for name in names)
     promises = [[parse_caption(line) for line in lines] for lines in (train, bars, old)]
     with_bars = [[promise.actors[0].kind == NEW_KIND for promise in some] for some in promises]
-    assert sum(with_bars[0]) == len(train) / 2 and all(with_bars[1]) and not any(with_bars[2])
+    assert sum(with_bars[0]) == len(train) // 3 and all(with_bars[1]) and not any(with_bars[2])
     assert not {*train} & {*bars, *old}
-    assert len(kept) == 600 and {*kept} <= {*train[len(train) // 2 :]}
+    assert len(kept) == 1200 and {*kept} <= {*train[len(train) // 3 :]}
     assert old == prompts(0, 64, held_out=True), "of the old kinds those of the recipe's table"
     assert shapes.main(["bar-scores", str(tmp_path)]) == 2
     assert (

@@ -19,7 +19,7 @@ from torch import Tensor
 from longsana.commands import shapes
 from longsana.config import VAEConfig, load_config
 from longsana.encoders.loading import load_vae
-from longsana.encoders.tiny_layouts import SHAPES
+from longsana.encoders.tiny_layouts import FULL, SHAPES
 from longsana.encoders.tiny_network import load_tiny
 from longsana.encoders.tiny_vae import TinyVAE
 from longsana.encoders.vae import WanVAE
@@ -247,11 +247,12 @@ def test_the_command_trains_it_and_rows_of_the_table_show_it(tmp_path: Path) -> 
     assert [path.name for path in (parts / "decoder").iterdir()] == [FILE]
     assert shapes.main(command) == 0, "it is there"
     request = shapes.Request(parts, None, "shapes", True, [], CPU)
-    rows = [row for row in shapes.ROWS if row.tiny_decoder]
-    assert [bool(row.weights) for row in rows] == [False, True], "the truth, and the model"
-    for row in rows:
+    full = [row for row in shapes.ROWS if row.full_decoder]
+    assert [bool(row.weights) for row in full] == [False, True], "the truth, and the model"
+    for row in shapes.ROWS:
         config = shapes._sampler(request, row)
-        assert config.vae.decoder == SHAPES and Path(config.vae.decoder_pretrained or "").is_file()
+        assert config.vae.decoder == (FULL if row.full_decoder else SHAPES)
+        assert row.full_decoder or Path(config.vae.decoder_pretrained or "").is_file()
         assert config.vae.vae_pretrained == str(parts / "vae")
     (parts / "decoder" / FILE).unlink()
     with pytest.raises(InputError, match=r"vae\.decoder_pretrained: '.*tae_shapes\.safetensors' not found"):

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_video_scripts" / "train_longsana.py"
 PROMPTS = ("a red ball rolls", "a blue box waits", "two green stars orbit", "a grey cone falls", "a pink ring spins")
 NETWORK: dict[str, Any] = {
-    "model": "SanaMSVideo_3M_P2_D8",
+    "model": "SanaMSVideo_4M_P2_D12",
     "depth": 2,
     "hidden_size": 56,
     "num_heads": 4,

@@ -56,8 +56,8 @@ def test_every_step_makes_its_part(made):
         "vae score",
         "decoder score",
     } <= noted.keys()
-    assert max(path.stat().st_size for path in made.rglob("*") if path.is_file()) < 6e6
-    assert sum(path.stat().st_size for path in made.glob("*.*")) < 60e6
+    assert max(path.stat().st_size for path in made.rglob("*") if path.is_file()) < 10e6
+    assert sum(path.stat().st_size for path in made.glob("*.*")) < 125e6
 
 
 @pytest.mark.slow
@@ -72,10 +72,10 @@ def test_networks_differ_from_stage_to_stage(made):
 def test_what_ships_is_whole_and_small(made):
     """Networks in bfloat16, a card that says how they were made, and the default config can use them."""
     asset = made / "asset"
-    assert sum(path.stat().st_size for path in asset.rglob("*") if path.is_file()) < 30e6
+    assert sum(path.stat().st_size for path in asset.rglob("*") if path.is_file()) < 40e6
     assert {value.dtype for value in load_file(asset / "longsana.safetensors").values()} == {torch.bfloat16}
     card = (asset / "README.md").read_text()
-    assert "LongSANA, num_cached_blocks 2" in card
+    assert "no clean absorbing pass" in card
     assert "at commit " in card
     settings = [
         f"model.load_from={asset}/longsana.safetensors",
@@ -153,10 +153,8 @@ def test_another_world_has_its_own_prompts_clips_and_folder(tmp_path, capsys):
     paths = {
         phase: next(word for word in steps[phase].commands[0] if "data_path" in word) for phase in recipe.BASE_PHASES
     }
-    turning = paths.pop("base_2")
-    assert turning == "data.data_path=generated:turning_remembered_shapes"
-    assert set(paths.values()) == {"data.data_path=generated:remembered_shapes"}
-    assert all(setting.rpartition(":")[2] in GENERATORS for setting in (turning, *paths.values()))
+    assert set(paths.values()) == {"data.data_path=generated:turning_remembered_shapes"}
+    assert all(setting.rpartition(":")[2] in GENERATORS for setting in paths.values())
     assert recipe.main([*tiny, "--steps", "text"]) == 2
     assert "not the prompts of --world shapes; give another folder" in capsys.readouterr().err
     assert recipe.main([*other, "--steps", "text"]) == 0, "it is there"
