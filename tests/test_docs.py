@@ -169,6 +169,19 @@ def test_planted_faults_are_seen() -> None:
     assert slug("3.2 The shifted table: it's") == "32-the-shifted-table-its"
 
 
+def test_what_is_to_be_installed_works_from_a_checkout() -> None:
+    """The package is on no index: every line installs the checkout, with extras that it has."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = set(re.findall(r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2], re.MULTILINE))
+    sources = [path for folder in FOLDERS.split("|") for path in (ROOT / folder).rglob("*.py")]
+    told = re.compile(r"pip install .*?'(?P<what>[^']*)\[(?P<extras>[\w,{}]+)\]'")
+    found = [match for path in [*sources, *DOCUMENTS] for match in told.finditer(path.read_text(encoding="utf-8"))]
+    assert {match["extras"] for match in found} >= {"lora", "plot", "serve"}
+    for match in found:
+        assert match["what"] == ".", match[0]
+        assert match["extras"] == "{extra}" or set(match["extras"].split(",")) <= extras, match[0]
+
+
 def test_the_readme_is_short_and_links_to_every_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 180

@@ -239,18 +239,7 @@ def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
             [
                 [*command, "--no_visualize", "--disable-wandb", *own],
                 ["convert", checkpoint, str(lora), "--to", "lora", "--key", "generator_ema", "--force"],
-                [
-                    "convert",
-                    start,
-                    str(fused),
-                    "--to",
-                    "safetensors",
-                    "--dtype",
-                    "float32",
-                    "--fuse",
-                    str(lora),
-                    *of_small,
-                ],
+                ["convert", start, str(fused), "--to", "safetensors", "--fuse", str(lora), *of_small],
             ],
         )
 

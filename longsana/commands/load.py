@@ -4,7 +4,7 @@
 
 Each viewer shows its chunks in media time and changes the prompt at random moments. A table is printed; --out has all
 figures, and a plot of the same name with .svg beside it; docs/live.md says what each figure means. The API key is in
-LONGSANA_API_KEY, where the server asks for one. No torch is needed, but the extra: pip install 'longsana[serve]'.
+LONGSANA_API_KEY, where the server asks for one. No torch is needed, but the extra: pip install -e '.[serve]'.
 Exit status: 0 somebody watched to the end, however it stalled; 1 nobody did, or the disk is full or broken; 2 bad
 input; 128 + n stopped by signal n, and then nothing is written.
 """
@@ -62,7 +62,7 @@ def load(arguments: Sequence[str]) -> int:
     if options.out.suffix != ".json":
         raise InputError(f"--out {options.out}: must end in .json; the plot beside it ends in .svg")
     if importlib.util.find_spec("websockets") is None:
-        raise InputError("viewers need websockets: pip install 'longsana[serve]'")
+        raise InputError("viewers need websockets: pip install -e '.[serve]'")
     from longsana.serving.load import PROMPTS, Load, measure, table
     from longsana.serving.load_plot import draw
 

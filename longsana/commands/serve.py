@@ -5,9 +5,9 @@
 
     longsana serve --replicas 8                             # on eight GPUs, or machines: docs/serving.md
 
-Needs the extra: pip install 'longsana[serve]', for --replicas 'longsana[serve,ray]'. Config, settings and flags are
-those of inference_sana_video.py. Clients need the API key in LONGSANA_API_KEY, where it is set. Snapshots, from which
-sessions go on after a restart, and finished videos lie in --work_dir. docs/live.md says what clients speak.
+Needs the extra: pip install -e '.[serve]', for --replicas '.[serve,ray]'. Config, settings and flags are those of
+inference_sana_video.py. Clients need the API key in LONGSANA_API_KEY, where it is set. Snapshots, from which sessions
+go on after a restart, and finished videos lie in --work_dir. docs/live.md says what clients speak.
 Exit status: 1 the disk is full or broken, 2 bad input, 128 + n stopped by signal n.
 """
 
@@ -137,7 +137,7 @@ def prepare(arguments: Sequence[str], world: World) -> Request:
     needed, extra = (NEEDED, "serve") if fleet is None else (NEEDED | NEEDED_BY_A_FLEET, "serve,ray")
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise InputError(f"a server needs {', '.join(missing)}: pip install 'longsana[{extra}]'")
+        raise InputError(f"a server needs {', '.join(missing)}: pip install -e '.[{extra}]'")
     for origin in options.origin:
         parts = urlsplit(origin)
         if parts.scheme not in ("http", "https") or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":

@@ -909,7 +909,7 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             InputError: peft is not installed, or the LoRA is for another network.
         """
         if not is_peft_available():
-            raise InputError("load_lora_weights: LoRA needs peft: pip install 'longsana[lora]', and start Python again")
+            raise InputError("load_lora_weights: LoRA needs peft: pip install -e '.[lora]', and start Python again")
         super().load_lora_weights(*arguments, **options)
 
     def save_lora_weights(  # type: ignore[override]

@@ -51,7 +51,7 @@ def check_peft() -> None:
         InputError: peft is not installed.
     """
     if find_spec("peft") is None:
-        raise InputError("train.lora.rank: LoRA needs peft: pip install 'longsana[lora]'")
+        raise InputError("train.lora.rank: LoRA needs peft: pip install -e '.[lora]'")
 
 
 def put_on(model: LongSanaDiT, settings: LoraConfig, *key: int | str) -> LongSanaDiT:

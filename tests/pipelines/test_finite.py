@@ -74,7 +74,7 @@ def test_a_text_encoder_leaves_the_generator_alone(loaded: LongSanaVideoPipeline
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
 def test_a_lora(pipe: LongSanaVideoPipeline, factor: str, value: float) -> None:
-    pytest.importorskip("peft", reason="LoRA needs peft: pip install 'longsana[lora]'")
+    pytest.importorskip("peft", reason="LoRA needs peft: pip install -e '.[lora]'")
     change = lora(pipe.transformer.network)
     change[f"transformer.proj_out.{factor}.weight"][0] = value
     with pytest.raises(InputError, match=rf"^LoRA: .* not finite \(transformer\.proj_out\.{factor}\.weight\)$"):

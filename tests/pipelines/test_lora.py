@@ -90,7 +90,7 @@ def test_factors_of_a_fused_layer_make_the_products_of_its_parts(loaded: LongSan
 
 @pytest.fixture
 def with_peft() -> None:
-    pytest.importorskip("peft", reason="LoRA needs peft: pip install 'longsana[lora]'")
+    pytest.importorskip("peft", reason="LoRA needs peft: pip install -e '.[lora]'")
 
 
 @pytest.mark.usefixtures("with_peft")
@@ -255,7 +255,7 @@ def test_a_lora_of_another_width_is_refused(loaded: LongSanaVideoPipeline) -> No
 
 def test_without_peft_it_says_what_to_install(loaded: LongSanaVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "is_peft_available", lambda: False)
-    with pytest.raises(InputError, match=r"pip install 'longsana\[lora\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[lora\]'"):
         loaded.load_lora_weights({})
 
 

@@ -73,11 +73,11 @@ def test_a_port_in_use_and_a_missing_extra(
         assert f"--port {port}: cannot listen there (Address already in use)" in capsys.readouterr().err
     monkeypatch.setitem(serve.NEEDED, "no_such_module", "no-such-package")
     assert serve.main(["--work_dir", str(tmp_path)]) == 2
-    assert "needs no-such-package: pip install 'longsana[serve]'" in capsys.readouterr().err
+    assert "needs no-such-package: pip install -e '.[serve]'" in capsys.readouterr().err
     monkeypatch.delitem(serve.NEEDED, "no_such_module")
     monkeypatch.setitem(serve.NEEDED_BY_A_FLEET, "no_such_module", "no-such-package")
     assert serve.main(["--replicas", "2", "--work_dir", str(tmp_path)]) == 2
-    assert "no-such-package: pip install 'longsana[serve,ray]'" in capsys.readouterr().err
+    assert "no-such-package: pip install -e '.[serve,ray]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["ключ", "two words", "a\tb"])

@@ -99,7 +99,7 @@ def test_settings_of_no_lora_are_refused(command, small_training, tmp_path):
 
 def test_without_peft_it_says_what_to_install(train, tmp_path, monkeypatch):
     monkeypatch.setattr("longsana.training.lora.find_spec", lambda name: None)
-    assert "pip install 'longsana[lora]'" in train("flow_matching", tmp_path).error
+    assert "pip install -e '.[lora]'" in train("flow_matching", tmp_path).error
 
 
 def test_another_rank_or_base_is_no_run_to_go_on_with(train, tmp_path):

@@ -180,6 +180,14 @@ def test_a_lora_on_what_ships_needs_nothing_else(capsys, tmp_path):
     assert "what ships, on which --lora is put, is of the world shapes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tiny", [False, True])
+def test_no_command_has_an_option_twice(tiny, tmp_path):
+    steps = [*recipe.recipe(tmp_path, tiny=tiny).values(), *recipe.lora_recipe(tmp_path, tiny=tiny).values()]
+    for command in itertools.chain.from_iterable(step.commands for step in steps):
+        options = [word for word in command if word.startswith("--")]
+        assert len(options) == len(set(options)), command
+
+
 @pytest.mark.slow
 def test_the_recipe_of_a_lora_runs_at_tiny_size(tmp_path, capsys):
     assert recipe.main(["--out", str(tmp_path), "--size", "tiny", "--lora"]) == 0
