@@ -4,18 +4,21 @@ convert` and `export`."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from longsana.config import ARCHITECTURES, Architecture, InferenceConfig, ModelConfig, load_config
 from longsana.models.past import LEARNED
-from longsana.pipelines.lora import fused_adapter, read_lora
+from longsana.pipelines.lora import fused_adapter, read_base, read_lora
 from longsana.runtime.errors import InputError
-from longsana.runtime.hub import locate
+from longsana.runtime.hub import SEEDED, file_sha256, locate
 from longsana.weights.build import empty_model
 from longsana.weights.checkpoint_folder import PROGRESS, check_content, is_checkpoint, open_tensors, read_progress
 from longsana.weights.files import (
@@ -26,7 +29,7 @@ from longsana.weights.files import (
     open_factors,
     write_safetensors,
 )
-from longsana.weights.lora import fuse, plain_trained, targeted
+from longsana.weights.lora import BASE, Base, fuse, plain_trained, targeted
 from longsana.weights.names import (
     BASE_CLASS,
     CAUSAL_CLASS,
@@ -36,9 +39,9 @@ from longsana.weights.names import (
     diffusers_config,
     from_diffusers_config,
 )
-from longsana.weights.network import Layout, read_weights, save_checkpoint
+from longsana.weights.network import Layout, check_fit, read_weights, save_checkpoint
 from longsana.weights.what_is import PIPELINE_PART, Weights, what_is
-from longsana.weights.writing import check_target, write_weights
+from longsana.weights.writing import cast, check_target, write_weights
 
 if TYPE_CHECKING:
     from longsana.training.config import TrainingConfig
@@ -81,7 +84,7 @@ class Conversion:
     causal: to diffusers, a network that samples chunk by chunk.
     force: replace what is there. card: write a model card beside the weights.
     fuse: a LoRA that is added to the weights: its file or folder, or a checkpoint folder of its training, of which
-        `key` then names the network.
+        `key` then names the network; of a run's networks, the one that the LoRA was trained on gets it.
     """
 
     source: str
@@ -116,12 +119,13 @@ class Conversion:
         inside = found.kind == "checkpoint" and source in out.parents
         if out in (self.path.resolve(), source, source.parent) or inside:
             raise InputError(f"{self.option} {self.out}: is {self.source}, or where it lies")
-        if self.fuse is not None:
-            lora = locate(self.fuse, "--fuse").resolve()
+        if self._lora is not None:
+            lora = self._lora.resolve()
             if out in (lora, lora.parent) or lora in out.parents:
                 raise InputError(f"{self.option} {self.out}: is --fuse {self.fuse}, or where it lies, or within it")
-        if self.layout == "trainer" and found.kind != "checkpoint":
-            log.warning("a trainer's file with one network, the %s; a run's checkpoint has the others too", self._first)
+        if self.layout == "trainer" and (found.kind != "checkpoint" or self.fuse is not None):
+            others = "has the others too" if found.kind != "checkpoint" else "has others, to which no LoRA is added"
+            log.warning("a trainer's file with one network, the %s; a run's checkpoint %s", self._first, others)
 
     def _check_vae(self) -> None:
         if self.layout not in VAE_LAYOUTS:
@@ -134,7 +138,7 @@ class Conversion:
     def _check_network(self, found: Weights) -> None:
         if self.causal and self.layout != "diffusers":
             raise InputError(f"--causal: only the layout diffusers says how a network samples, not {self.layout}")
-        if not self._fuses_run and self.key not in (None, NETWORKS[0]) and found.kind in ("safetensors", "shards"):
+        if self._lora_run is None and self.key not in (None, NETWORKS[0]) and found.kind in ("safetensors", "shards"):
             raise InputError(f"--key {self.key}: {self.source} holds one network; leave it out")
         if found.kind == "checkpoint" and not self.fuse and holds_factors(open_tensors(found.file)):
             exported = self.option == "--out"  # by `export`, which adds nothing to weights
@@ -145,7 +149,10 @@ class Conversion:
                 "the weights that they were trained on, which are then SRC"
             )
         if self.fuse is not None and found.headers_tell:
-            self._change(self._config(found, self._first))
+            config = self._config(found, self._first)
+            with self._hinted(found):
+                check_fit(found.file, config, key=self._first)
+            self._change(config)
         if found.kind == "checkpoint":
             _step(found.file)
         # Without --config a run's checkpoint is first compared with its digest.
@@ -178,11 +185,33 @@ class Conversion:
 
     @property
     def _first(self) -> str:
-        return NETWORKS[0] if self._fuses_run else self.key or NETWORKS[0]
+        """The network that is converted, where there are several to take it from."""
+        own = self.key if self._lora_run is None else None
+        return own or (self._base and self._base.key) or NETWORKS[0]
 
-    @property
-    def _fuses_run(self) -> bool:
-        return self.fuse is not None and is_checkpoint(locate(self.fuse, "--fuse"))
+    @cached_property
+    def _lora(self) -> Path | None:
+        """The path of the LoRA that is added."""
+        return None if self.fuse is None else locate(self.fuse, "--fuse")
+
+    @cached_property
+    def _lora_run(self) -> Path | None:
+        """The checkpoint folder of the LoRA that is added, where it is in one; `key` is then its network."""
+        return self._lora if self._lora is not None and is_checkpoint(self._lora) else None
+
+    @cached_property
+    def _base(self) -> Base | None:
+        """The network that the LoRA was trained on; None where its file does not say.
+
+        Raises:
+            InputError: the LoRA cannot be read.
+        """
+        if self._lora is None:
+            return None
+        if self._lora_run is None:
+            return read_base(self._lora, "name its file")
+        open_factors(self._lora_run, self.key or NETWORKS[0])  # says which networks there are
+        return _base_of(self._lora_run, self.key or NETWORKS[0])
 
     def _is_vae(self, found: Weights) -> bool:
         """Tell a Wan VAE's weights, by the config.json beside them or by the names in a file.
@@ -212,7 +241,8 @@ class Conversion:
     def _write_lora(self, found: Weights) -> None:
         check_content(found.file)
         run, factors = _training_config(found.file), _trained(found.file, self._first)
-        named = {f"{PIPELINE_PART}.{name}": tensor.to(self.dtype or tensor.dtype) for name, tensor in factors.items()}
+        named = cast({f"{PIPELINE_PART}.{name}": it for name, it in factors.items()}, self.dtype, self.source)
+        base = _base_of(found.file, self._first)
         network = _configs_of_run(found.file)[self._first]
         card = LORA_CARD.format(
             title=self.out.absolute().name,
@@ -226,7 +256,9 @@ class Conversion:
         write_weights(
             self.out.absolute(),
             "safetensors",
-            lambda to: write_safetensors(named, to, sum(tensor.nbytes for tensor in named.values())),
+            lambda to: write_safetensors(
+                named, to, sum(tensor.nbytes for tensor in named.values()), {BASE: base.text()}
+            ),
             card if self.card else "",
         )
         log.info("%s: the LoRA of the %s, from %s", self.out, self._first, self.source)
@@ -237,20 +269,15 @@ class Conversion:
         Raises:
             InputError: it cannot be read, or is for another network.
         """
-        assert self.fuse is not None
-        path, metadata = locate(self.fuse, "--fuse"), None
-        if self._fuses_run:
-            check_content(path, remembered=True)
-            key = self.key or NETWORKS[0]
-            trained = _configs_of_run(path)[key].architecture()
-            if trained != config.architecture():
-                raise InputError(
-                    f"--fuse {self.fuse}: trained on another network than {self.source}: {_size(trained)}, and not "
-                    f"{_size(config.architecture())}; give the weights that it was trained on"
-                )
-            factors = {f"{PIPELINE_PART}.{name}": it for name, it in _trained(path, key).items()}
+        assert self._lora is not None
+        metadata: dict[str, Any] | None
+        if self._lora_run is None:
+            factors, metadata = read_lora(self._lora, remedy="name its file")
         else:
-            factors, metadata = read_lora(path, remedy="name its file")
+            check_content(self._lora_run, remembered=True)
+            trained = _trained(self._lora_run, self.key or NETWORKS[0])
+            factors = {f"{PIPELINE_PART}.{name}": it for name, it in trained.items()}
+            metadata = None if self._base is None else {BASE: self._base._asdict()}
         try:
             return fused_adapter(factors, empty_model(config), prefix=PIPELINE_PART, metadata=metadata)[0]
         except InputError as error:
@@ -268,7 +295,9 @@ class Conversion:
         first, *others = [self._read(found, configs[key], key) for key in keys]
         if self.fuse is not None:
             fuse(first, self._change(configs[keys[0]]), f"--fuse {self.fuse}", self.dtype)
-            first = {name: tensor.to(self.dtype or tensor.dtype) for name, tensor in first.items()}
+            first = cast(first, self.dtype, self.source)
+        if other_base := self._other_base(found):
+            log.warning("--fuse %s: %s; what it does to these is not known", self.fuse, other_base)
         config, causal = configs[keys[0]], self.causal or found.config.get("_class_name") == CAUSAL_CLASS
         count = sum(tensor.numel() for network in (first, *others) for tensor in network.values())
         dtypes = {str(tensor.dtype)[6:] for network in (first, *others) for tensor in network.values()}
@@ -285,7 +314,7 @@ class Conversion:
                 causal=causal,
                 consume=True,
             ),
-            self._card(_named(config, keys), count, dtypes),
+            self._card(_named(config, keys), count, dtypes, other_base),
         )
         log.info("%s: %s, %s, from %s", self.out, ", ".join(keys), self.layout, self.source)
 
@@ -303,19 +332,37 @@ class Conversion:
         log.info("%s: %s, from %s", self.out, self.layout, self.source)
 
     def _read(self, found: Weights, config: ModelConfig, key: str) -> dict[str, Tensor]:
-        try:
+        with self._hinted(found):
             tensors = read_weights(found.file, config, key=key)
+        return tensors if self.fuse is not None else cast(tensors, self.dtype, self.source)
+
+    @contextmanager
+    def _hinted(self, found: Weights) -> Iterator[None]:
+        """Say of weights that do not fit where the network's description comes from, unless it is their own."""
+        try:
+            yield
         except InputError as error:
-            own = self.config or found.kind == "checkpoint" or found.config.get("_class_name") in CLASSES
-            remedy = "" if own else "a network of another size than the published one needs its YAML (--config): "
+            if self.config or found.kind == "checkpoint" or found.config.get("_class_name") in CLASSES:
+                raise
+            remedy = "a network of another size than the published one needs its YAML (--config): "
+            if self._lora_run is not None:
+                size = _configs_of_run(self._lora_run)[self.key or NETWORKS[0]].architecture()
+                remedy = f"--fuse {self.fuse}: trained on a network of {_size(size)}: "
             raise InputError(f"{remedy}{error}") from error
-        if self.fuse is not None:
-            return tensors
-        return {name: tensor.to(self.dtype or tensor.dtype) for name, tensor in tensors.items()}
+
+    def _other_base(self, found: Weights) -> str:
+        """Say that the LoRA was trained on other weights than these, as digests tell; nothing ("") if it was not."""
+        if self._base is None or self._base.sha256 is None:
+            return ""
+        trained, here = f"SHA-256 {self._base.sha256[:8]}", f"SHA-256 {file_sha256(self.path)[:8]}"
+        if found.kind not in ("safetensors", "shards"):  # which may hold several networks
+            trained, here = f"{trained}, {self._base.key or NETWORKS[0]}", f"{here}, {self._first}"
+        told = f"was trained on other weights, or on the same in another file ({trained}, and here {here})"
+        return "" if trained == here else told
 
     def _config(self, found: Weights, key: str) -> ModelConfig:
-        """Describe a network by the YAML that the user names, else by the config beside it, else as the published one;
-        in any case with learned factors of its past if they are there."""
+        """Describe a network by the YAML that the user names, else by the config beside it, else as the run did whose
+        LoRA is added, else as the published one; in any case with learned factors of its past if they are there."""
         config, written = ModelConfig(), found.config
         if self.config is not None:
             given: InferenceConfig = load_config(locate(self.config, "--config"))
@@ -324,12 +371,15 @@ class Conversion:
             config = _configs_of_run(found.file)[key]
         elif written.get("_class_name") in CLASSES:
             config = from_diffusers_config(diffusers_config(ModelConfig()) | written)
+        elif self._lora_run is not None:
+            config = _configs_of_run(self._lora_run)[self.key or NETWORKS[0]]
         learned = DECAY_LOGIT in open_checkpoint(found.file, key, digests=False)
         return replace(config, state_decay=LEARNED) if learned else config
 
-    def _card(self, what: str, count: int, dtypes: set[str]) -> str:
+    def _card(self, what: str, count: int, dtypes: set[str], other_base: str = "") -> str:
         if not self.card:
             return ""
+        change = "" if self.fuse is None else f", and the change of the LoRA `{self.fuse}` added"
         return MODEL_CARD.format(
             title=self.out.absolute().name,
             what=what,
@@ -337,8 +387,19 @@ class Conversion:
             count=count,
             dtypes=", ".join(sorted(dtypes)),
             source=self.source,
-            but="" if self.fuse is None else f", and the change of the LoRA `{self.fuse}` added",
+            but=f"{change}, which {other_base}" if other_base else change,
         )
+
+
+def _base_of(folder: Path, key: str) -> Base:
+    """Describe the network that a LoRA's checkpoint folder was trained on, with the digest in its run's record."""
+    from longsana.training.run_folder import Record
+
+    config, record = _configs_of_run(folder)[key], Record.read(folder)
+    setting = "fake_score.load_from" if key == "critic" else "model.load_from"
+    digest = None if record is None else record.sha256.get(setting)
+    seeded = digest is None or digest.startswith(SEEDED)  # as good as none: no file has it
+    return Base.of(config, key=config.checkpoint_key, sha256=None if seeded else digest)
 
 
 def _trained(folder: Path, key: str) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from longsana.runtime.errors import InputError, did_you_mean
 from longsana.runtime.foreign import parse_json, reason_of
 from longsana.weights.checkpoint_folder import is_checkpoint
 from longsana.weights.files import open_weights
-from longsana.weights.lora import Part, linear_layers
+from longsana.weights.lora import BASE, Base, Part, linear_layers
 from longsana.weights.names import foreign
 from longsana.weights.what_is import SUFFIXES, what_is
 
@@ -72,11 +72,13 @@ def fused_adapter(
 
     Args:
         state_dict: see `plain_lora`.
-        metadata: peft's settings as saved beside them; None means alpha = rank.
+        metadata: peft's settings as saved beside them, and BASE; None means alpha = rank.
 
     Raises:
-        InputError: a name, shape or setting has no place here.
+        InputError: a name, shape or setting has no place here, or it is for another network.
     """
+    if metadata and BASE in metadata:
+        Base.read(metadata[BASE], "LoRA").check(network.config)
     settings = _settings(metadata or {}, prefix)
     changes = _changes(plain_lora(state_dict, prefix, metadata), prefix)
     fused: dict[str, Tensor] = {}
@@ -227,21 +229,34 @@ def _check_factor(key: str, tensor: Any) -> None:
 def read_lora(
     path: Path, weight_name: str | None = None, remedy: str = "name it as weight_name"
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors of a file, or of the one in a folder, and peft's settings that are saved with them.
+    """The tensors of a file, or of the one in a folder, and what is saved with them: peft's settings, and BASE.
 
     remedy: what to do where a folder has several.
 
     Raises:
         InputError: there is no such file, or it is damaged.
     """
+    file = _lora_file(path, weight_name, remedy)
+    entries = open_weights(file)
+    return {name: entry.read().clone() for name, entry in entries.items()}, _metadata(file)
+
+
+def read_base(path: Path, remedy: str) -> Base | None:
+    """The network that a LoRA is for, as its file says; None where it does not. See `read_lora`."""
+    file = _lora_file(path, None, remedy)
+    open_weights(file)  # says what is wrong with it
+    metadata = _metadata(file) or {}
+    return Base.read(metadata[BASE], str(file)) if BASE in metadata else None
+
+
+def _lora_file(path: Path, weight_name: str | None, remedy: str) -> Path:
     file = path / weight_name if weight_name is not None else path
     if is_checkpoint(file):
         raise InputError(f"{file}: a checkpoint of training; longsana convert ... --to lora writes what this reads")
     if file.is_dir():
         usual = file / USUAL
         file = usual if usual.is_file() else what_is(file, remedy).file
-    entries = open_weights(file)
-    return {name: entry.read().clone() for name, entry in entries.items()}, _metadata(file)
+    return file
 
 
 _FETCHING = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -285,21 +300,29 @@ def fetch_lora(repository: str, weight_name: str | None = None, **options: Any) 
     raise InputError(f"LoRA: {repository}: {several} there; name the file as weight_name")
 
 
+SETTINGS = "lora_adapter_metadata"
+"""The word in a file's header that has peft's settings."""
+
+
 def _metadata(file: Path) -> dict[str, Any] | None:
     try:
         with safe_open(file, framework="pt") as opened:
-            text = (opened.metadata() or {}).get("lora_adapter_metadata")
+            words = opened.metadata() or {}
     except SafetensorError:
         return None  # a pickle, which has no place for them
-    if text is None:
-        return None
+    found = {word: _mapping(words[word], f"{file}: its {word}") for word in (SETTINGS, BASE) if word in words}
+    base = {BASE: found[BASE]} if BASE in found else {}
+    return {**found.get(SETTINGS, {}), **base} if found else None
+
+
+def _mapping(text: str, what: str) -> dict[str, Any]:
     try:
-        settings = parse_json(text)
+        values = parse_json(text)
     except ValueError as error:
-        raise InputError(f"{file}: its lora_adapter_metadata is no JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"{file}: its lora_adapter_metadata is a {type(settings).__name__}; expected names and values")
-    return settings
+        raise InputError(f"{what} is no JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{what} is a {type(values).__name__}; expected names and values")
+    return values
 
 
 def _changes(factors: Mapping[str, Tensor], prefix: str | None) -> dict[str, dict[str, Tensor]]:

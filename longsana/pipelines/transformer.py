@@ -43,6 +43,7 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.files import check_writable, expanded, whole_file
 from longsana.runtime.peers import Peers
 from longsana.state import CausalState
+from longsana.weights.lora import BASE, Base
 from longsana.weights.names import PAST, chosen_past, from_diffusers_config
 from longsana.weights.network import load_weights, rename
 
@@ -300,7 +301,7 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         check_writable(folder, "save_directory")
         named = {f"transformer.{name}": factor.cpu() for name, factor in factors.items()}
         with whole_file(folder / (weight_name or USUAL)) as partial:
-            save_file(named, partial, metadata={"format": "pt"})
+            save_file(named, partial, metadata={"format": "pt", BASE: Base.of(self.network.config).text()})
 
 
 class SanaVideoTransformer3DModel(SanaVideoCausalTransformer3DModel):

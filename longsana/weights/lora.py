@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from longsana.config import ModelConfig
 from longsana.models.dit import LongSanaDiT
 from longsana.runtime.errors import InputError, did_you_mean
-from longsana.weights.names import foreign
+from longsana.weights.files import NETWORKS
+from longsana.weights.names import INFORMATIVE, PAST, diffusers_config, foreign
+
+BASE = "longsana_base"
+"""The word in a LoRA file's header that says what network it is for; others' readers pass over it."""
 
 
 class Part(NamedTuple):
@@ -28,6 +34,50 @@ class Part(NamedTuple):
     @property
     def columns(self) -> int:
         return self.shape[1]
+
+
+class Base(NamedTuple):
+    """The network that a LoRA was trained on.
+
+    network: its sizes, as a diffusers `config.json` has them. key: which network of a training checkpoint it is, and
+    sha256: of its weights; None where that is not known.
+    """
+
+    network: dict[str, Any]
+    key: str | None = None
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, config: ModelConfig, *, key: str | None = None, sha256: str | None = None) -> Base:
+        sizes = diffusers_config(config)
+        return cls({name: size for name, size in sizes.items() if name not in (*INFORMATIVE, *PAST)}, key, sha256)
+
+    @classmethod
+    def read(cls, values: Any, where: str) -> Base:
+        """Read what `text` wrote, parsed.
+
+        Raises:
+            InputError: it is something else.
+        """
+        known = isinstance(values, Mapping) and isinstance(values.get("network"), Mapping)
+        if not known or values.get("key") not in (None, *NETWORKS) or not isinstance(values.get("sha256"), str | None):
+            raise InputError(f"{where}: its {BASE} does not say what network it is for; write the file again")
+        return cls(dict(values["network"]), values.get("key"), values.get("sha256"))
+
+    def text(self) -> str:
+        """Return the value as a header has it."""
+        return json.dumps({name: value for name, value in self._asdict().items() if value is not None})
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuse another network than the one that the LoRA is for.
+
+        Raises:
+            InputError: its sizes are others.
+        """
+        here = Base.of(config).network
+        both = [(name, size, here[name]) for name, size in self.network.items() if name in here]
+        if wrong := [f"{name} {size} (here: {own})" for name, size, own in both if size != own]:
+            raise InputError(f"LoRA: it is for another network, of {', '.join(wrong)}; put it on that one")
 
 
 def linear_layers(network: LongSanaDiT) -> dict[str, dict[str, Part]]:

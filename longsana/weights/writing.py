@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from longsana.runtime.errors import InputError
 from longsana.runtime.files import atomic_write_text, check_writable, whole_folder
@@ -12,6 +15,25 @@ from longsana.weights.network import Layout
 from longsana.weights.what_is import DIFFUSERS_WEIGHTS
 
 CARD = "README.md"
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, source: str) -> dict[str, Tensor]:
+    """Return tensors of any shapes in another dtype, or as they are where it is None.
+
+    source: what the user calls where they come from.
+
+    Raises:
+        InputError: numbers that are finite would not be in it.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = own = tensor.to(dtype or tensor.dtype)
+        if own.dtype != tensor.dtype and tensor.isfinite().all() and not own.isfinite().all():
+            raise InputError(
+                f"--dtype {str(dtype)[6:]}: {name} of {source} would not be finite in it; bfloat16 holds numbers as "
+                "large as float32 does"
+            )
+    return found
 
 
 def card_of(out: Path, layout: Layout) -> Path:
