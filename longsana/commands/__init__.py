@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from longsana.runtime import stop
+from longsana.runtime.output import until_unread
 
 COMMANDS = {
     "generate": ("longsana.commands.generate", "a file of prompts to a folder of videos"),
@@ -77,6 +78,14 @@ def _end(status: int) -> NoReturn:
     os._exit(status)
 
 
+def _say(text: str) -> int:
+    def say() -> int:
+        print(text)
+        return 0
+
+    return until_unread(say)
+
+
 def main() -> int:
     """Run `longsana NAME ...`; returns the exit status: that of the command, or 2 if there is none of this name."""
     name, *arguments = sys.argv[1:] or ["--help"]
@@ -84,14 +93,12 @@ def main() -> int:
         sys.argv[0] = f"longsana {name}"  # for its --help
         return run(name, arguments)
     if name in ("-h", "--help"):
-        print("usage: longsana COMMAND ...; longsana COMMAND --help says more\n")
-        print("\n".join(f"  {command:<14}{purpose}" for command, (_, purpose) in COMMANDS.items()))
-        return 0
+        listed = (f"  {command:<14}{purpose}" for command, (_, purpose) in COMMANDS.items())
+        return _say("\n".join(("usage: longsana COMMAND ...; longsana COMMAND --help says more\n", *listed)))
     if name == "--version":
         from longsana import __version__
 
-        print(__version__)
-        return 0
+        return _say(__version__)
     from longsana.runtime.errors import did_you_mean
 
     print(f"error: no command {name}{did_you_mean(name, COMMANDS)}; see longsana --help", file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from longsana.runtime import stop
 from longsana.runtime.errors import InputError, did_you_mistype
 from longsana.runtime.files import disk_failure, expanded, remove_unfinished
+from longsana.runtime.output import until_unread
 from longsana.runtime.settings import decimal
 
 if TYPE_CHECKING:  # it brings torch, which not every command needs
@@ -71,6 +72,10 @@ class Parser(argparse.ArgumentParser):
     def add_threads(self) -> None:
         """Declare `--threads`, for `longsana.runtime.distributed.set_threads`."""
         self.add_argument("--threads", type=_threads, help="CPU threads (default: usable cores / processes here)")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print it as anything else is: argparse would pass over a pipe that nobody reads."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
@@ -152,7 +157,8 @@ def run_command(
     """`run(prepare(world), world)` of this process's world, and the command's exit status.
 
     That is the status of `run`; 2 for bad input; 1 if another process of the launch has gone, a disk is full or
-    broken, or numbers are not finite; 128 + n after signal n.
+    broken, or numbers are not finite; 128 + n after signal n, and 141 (SIGPIPE's) when nobody reads any more what it
+    prints.
 
     prepare: checks the input before the processes meet; what is wrong with it is wrong for all, and said once.
     connect: how they meet. after_stop: what is said of a command that was stopped.
@@ -197,7 +203,7 @@ def _framed(body: Callable[[_Process], int], after_stop: str) -> int:
     with stop.caught(remove_unfinished):
         try:
             try:
-                return body(process)
+                return until_unread(lambda: body(process))
             except InputError as error:
                 print(f"error{process}: {error}", file=sys.stderr)
                 return 2
