@@ -163,6 +163,18 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         self.network.config, self.network.past = config, past
         self.register_to_config(**given)
 
+    def check_savable(self) -> None:
+        """Refuse to save a network that a LoRA is on.
+
+        Raises:
+            InputError: one is.
+        """
+        if any(".base_layer." in name for name in self.network.state_dict()):
+            raise InputError(
+                "save_pretrained: a LoRA is loaded, for which the files of a network have no place; to save its change "
+                "in the weights call fuse_lora() and then unload_lora_weights(), to save without it the latter alone"
+            )
+
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
@@ -179,11 +191,7 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         Raises:
             InputError: a LoRA is loaded, for which these files have no place.
         """
-        if any(".base_layer." in name for name in self.network.state_dict()):
-            raise InputError(
-                "save_pretrained: a LoRA is loaded and would not be saved; fuse_lora() puts it into the weights, then "
-                "or else unload_lora_weights()"
-            )
+        self.check_savable()
         renamed = rename(self.network.state_dict(), "diffusers", self.network.config)
         published = copy.copy(self)
         published.__dict__["state_dict"] = lambda: renamed

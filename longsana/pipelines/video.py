@@ -912,6 +912,17 @@ class LongSanaVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             raise InputError("load_lora_weights: LoRA needs peft: pip install -e '.[lora]', and start Python again")
         super().load_lora_weights(*arguments, **options)
 
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *arguments: Any, **options: Any
+    ) -> None:
+        """Save as diffusers' own does, all parts or none.
+
+        Raises:
+            InputError: a LoRA is loaded, for which these files have no place.
+        """
+        uncompiled(self.transformer).check_savable()
+        super().save_pretrained(save_directory, *arguments, **options)
+
     def save_lora_weights(  # type: ignore[override]
         self, save_directory: str | Path, adapter_name: str = "default", *, weight_name: str | None = None
     ) -> None:

@@ -125,13 +125,16 @@ def test_unload_restores_to_the_bit(pipe: LongSanaVideoPipeline, tmp_path: Path)
     plain = latents(pipe)
     pipe.load_lora_weights(lora(pipe.transformer.network))
     assert not torch.equal(latents(pipe), plain)
-    with pytest.raises(InputError, match=r"a LoRA is loaded and would not be saved; fuse_lora\(\)"):
-        pipe.save_pretrained(tmp_path)
+    for saved in (pipe, pipe.transformer):
+        with pytest.raises(InputError, match=r"^save_pretrained: a LoRA is loaded, .* call fuse_lora\(\) and then"):
+            saved.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
     pipe.unload_lora_weights()
     after = pipe.transformer.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert torch.equal(latents(pipe), plain)
-    pipe.save_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert {"transformer", "vae"} <= {path.name for path in (tmp_path / "saved").iterdir()}
 
 
 @pytest.mark.usefixtures("with_peft")
