@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from math import gcd
@@ -80,8 +80,8 @@ def check_training(config: TrainingConfig) -> None:
     for setting, value, default in _of_other_trainers(config):
         section = section_of(setting)
         raise InputError(
-            f"{setting}={value}: this is a config of the trainer {trainer}, and {section} belongs to "
-            f"{' and '.join(SECTIONS[section])}; leave it out (default {default})"
+            f"{setting}={_written(value)}: this is a config of the trainer {trainer}, and {section} belongs to "
+            f"{' and '.join(SECTIONS[section])}; leave it out (default {_written(default)})"
         )
     for name, network in (
         ("model", config.model),
@@ -132,7 +132,9 @@ def _check_lora(config: TrainingConfig) -> None:
     if lora.rank is None:
         for name in ("alpha", "targets"):
             if (value := getattr(lora, name)) != getattr(unset, name):
-                raise InputError(f"train.lora.{name}={value}: without train.lora.rank there is no LoRA; set it too")
+                raise InputError(
+                    f"train.lora.{name}={_written(value)}: without train.lora.rank there is no LoRA; set it too"
+                )
         return
     check_peft()
     if not lora.targets:
@@ -512,6 +514,18 @@ def micro_batches_of(config: TrainingConfig, world: World) -> MicroBatches:
     return MicroBatches.of(world, total // once)
 
 
+def same_layers(config: TrainingConfig, targets: Sequence[str]) -> bool:
+    """Tell whether these targets of a LoRA mean the layers that the config's mean, in all networks that learn.
+
+    Raises:
+        InputError: one of them means no layer.
+    """
+    learning = [empty_model(network) for role, network in config.networks.items() if role != "teacher"]
+    return all(
+        targeted(model, targets, TARGETS) == targeted(model, config.train.lora.targets, TARGETS) for model in learning
+    )
+
+
 def check_same_run(config: TrainingConfig, saved: Path) -> list[str]:
     """List what this config changes of a logdir's run, as `setting: old -> new`; settings in FREE may.
 
@@ -530,9 +544,14 @@ def check_same_run(config: TrainingConfig, saved: Path) -> list[str]:
             continue
         if setting not in said and means_something(setting, config.trainer):
             changes.append(f"{setting}: not said -> {value}")
-        elif before[setting] != value:
-            changes.append(f"{setting}: {before[setting]} -> {value}")
+        elif before[setting] != value and not (setting == TARGETS and same_layers(config, before[setting])):
+            changes.append(f"{setting}: {_written(before[setting])} -> {_written(value)}")
     return changes
+
+
+def _written(value: Any) -> Any:
+    """A value as a config has it."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list | tuple) else value
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

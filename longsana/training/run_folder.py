@@ -10,7 +10,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +34,7 @@ from longsana.training.parts import check_match, flatten
 from longsana.training.stages.stage import MicroBatches
 from longsana.weights.build import empty_model
 from longsana.weights.checkpoint_folder import CHECKPOINTS, open_tensors, refuse_old
+from longsana.weights.files import holds_factors
 
 log = logging.getLogger(__name__)
 
@@ -198,9 +199,7 @@ def _check_run(config: TrainingConfig, logdir: Path, micro_batches: MicroBatches
     known = {} if before is None else before.sha256
     changes = {} if saved is None else _changes(config, saved)
     if newest is not None:
-        # Factors of another rank have other shapes, but those of other layers may not.
-        if others := [change for setting, change in changes.items() if setting in LORA]:
-            raise InputError(f"{logdir}: its factors are those of another LoRA ({'; '.join(others)}){ANEW}")
+        _check_factors(config, newest, {name: change for name, change in changes.items() if name in LORA})
         try:
             check_fits(config, newest)
         except InputError as error:
@@ -226,6 +225,27 @@ def _check_run(config: TrainingConfig, logdir: Path, micro_batches: MicroBatches
             *(record.samples, before.samples, record.processes, before.processes, before.samples),
         )
     return Opened(record, not any(setting.startswith(MEANING) for setting in changes))
+
+
+def _check_factors(config: TrainingConfig, checkpoint: Path, changes: Mapping[str, str]) -> None:
+    """Refuse (InputError) a checkpoint that is another LoRA's, or one of whole weights where a LoRA learns.
+
+    Factors of another rank have other shapes, but those of other layers may not.
+    """
+    logdir, rank = checkpoint.parent, config.train.lora.rank
+    if holds_factors(open_tensors(checkpoint)) == (rank is not None):
+        if changes:
+            raise InputError(f"{logdir}: its factors are those of another LoRA ({'; '.join(changes.values())}){ANEW}")
+    elif rank is not None:
+        raise InputError(
+            f"{logdir}: its whole weights have learned, and with train.lora.rank={rank} factors would; leave that out"
+            f"{ANEW}"
+        )
+    else:
+        raise InputError(
+            f"{logdir}: factors of a LoRA have learned, and without train.lora.rank whole weights would; set it as in "
+            f"{checkpoint / CONFIG}{ANEW}"
+        )
 
 
 def _refuse(logdir: Path, changes: list[str], allowed: bool) -> None:

@@ -105,12 +105,36 @@ def test_without_peft_it_says_what_to_install(train, tmp_path, monkeypatch):
 def test_another_rank_or_base_is_no_run_to_go_on_with(train, tmp_path):
     assert train("flow_matching", tmp_path, "train.max_iters=2").status == 0
     anyway = "--allow-config-change"
-    for setting, change in (("rank=3", "rank: 2 -> 3"), ("targets=[attn1.to_q]", "targets: ")):
+    default = "[to_q,to_k,to_v,to_out.0,conv_inverted,conv_point]"
+    other = ("targets=[attn1.to_q]", f"targets: {default} -> [attn1.to_q]")
+    for setting, change in (("rank=3", "rank: 2 -> 3"), other):
         told = train("flow_matching", tmp_path, f"train.lora.{setting}", anyway).error
         assert f"{tmp_path}: its factors are those of another LoRA (train.lora.{change}" in told and len(told) < 300
     told = train("flow_matching", tmp_path, "model.load_from=seeded:9").error
     assert "model.load_from: seeded:1 -> seeded:9" in told
     assert train("flow_matching", tmp_path, "train.lora.alpha=2", "train.max_iters=3", anyway).status == 0
+
+
+def test_targets_that_mean_the_same_layers_are_the_same(train, tmp_path):
+    """In another order, by other names, one of them twice."""
+    short, more = (f"train.max_iters={count}" for count in (1, 2))
+    assert train("flow_matching", tmp_path / "cut", short, "train.lora.targets=[to_q,proj_out]").status == 0
+    others = "train.lora.targets=[proj_out,attn2.to_q,attn1.to_q,attn1.to_q]"
+    assert train("flow_matching", tmp_path / "cut", more, others).status == 0
+    assert train("flow_matching", tmp_path / "whole", more, others, "train.log_iters=2").status == 0
+    whole, cut = (contents(tmp_path / name / "checkpoint_model_000002") for name in ("whole", "cut"))
+    assert_equal(whole, cut)
+
+
+def test_a_run_has_a_lora_from_its_start_or_none(command, train, small_training, tmp_path):
+    one = "train.max_iters=1"
+    assert train("flow_matching", tmp_path / "lora", one).status == 0
+    plain = small_training("flow_matching")
+    assert command("--config_path", plain, "--logdir", tmp_path / "plain", "--threads", "1", one).status == 0
+    told = command("--config_path", plain, "--logdir", tmp_path / "lora", "--threads", "1").error
+    assert f"{tmp_path / 'lora'}: factors of a LoRA have learned, and without train.lora.rank whole weights" in told
+    told = train("flow_matching", tmp_path / "plain", "--allow-config-change").error
+    assert f"{tmp_path / 'plain'}: its whole weights have learned, and with train.lora.rank=2 factors would" in told
 
 
 def test_a_learned_decay_is_said_to_stay(train, tmp_path, caplog):
