@@ -31,7 +31,7 @@ from longsana.weights.checkpoint_folder import PROGRESS, own_names, read_own, re
 log = logging.getLogger(__name__)
 
 SKIPS = 10
-"""Updates in a row that may be skipped for numbers that are not finite."""
+"""Updates in a row that may change nothing, for numbers that are not finite or a gradient of zero."""
 
 
 class TrainingFailed(Exception):
@@ -124,6 +124,8 @@ class Loop:
         self._due = False  # a checkpoint
         self._unproven = {learner.name for learner in stage.learners} if settings.lora.rank is not None else set()
         """Learners of which nobody has seen yet that every factor gets a gradient."""
+        self._still: dict[str, int] = {}
+        """Updates of each learner, up to the last, whose gradient was zero."""
         self._open = ExitStack()
         self._asked: Callable[[], int] | None = None
 
@@ -229,6 +231,7 @@ class Loop:
             norm = learner.update(step) if all(map(_finite, means)) else learner.skip()
             values[f"{learner.name}_grad_norm"] = float(norm)
             self._count(learner, values)
+            self._check_moves(learner, float(norm))
         else:
             learner.skip()
         return values
@@ -272,6 +275,22 @@ class Loop:
                 f"{SKIPS} updates of the {learner.name} in a row were not finite (iteration {progress.step}); go back "
                 f"to a checkpoint before them{self._newest()} with a lower learning rate, or look for the fault in the "
                 "data"
+            )
+
+    def _check_moves(self, learner: Learner, norm: float) -> None:
+        """Tell of a gradient that is zero everywhere, as a LoRA's with an alpha of next to nothing is.
+
+        One may be so for a reason: a critic that is still the teacher has nothing to tell the generator. So may those
+        of some layers for ever: attention to a caption of one token does not depend on its q and k.
+        """
+        still = self._still[learner.name] = self._still.get(learner.name, 0) + 1 if norm == 0 else 0
+        step = self.progress.step
+        if still == 1:
+            log.warning("iteration %d: the gradient of the %s is zero everywhere", step, learner.name)
+        if still >= SKIPS:
+            raise TrainingFailed(
+                f"{SKIPS} updates of the {learner.name} in a row had a gradient of zero (iteration {step}): it learns "
+                f"nothing{self._newest()}; look for the fault in train.lora.alpha, the weights or the loss"
             )
 
     def _newest(self) -> str:

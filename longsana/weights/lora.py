@@ -113,9 +113,13 @@ def targeted(network: LongSanaDiT, targets: Sequence[str], setting: str) -> dict
             for part in foreign(name.replace(".base_layer.", "."), tuple(tensor.shape), "diffusers")
             for leaf in (".weight", ".bias")
         }
-        what = "no linear layer, and a LoRA changes those alone" if _any_meant(others, target) else "means no layer"
-        hint = did_you_mean(target, [*short, *known]) if what.startswith("means") else ""
-        raise InputError(f"{setting}: {target}: {what}{hint}; there are {', '.join(short)}, as diffusers calls them")
+        if _any_meant(others, target):
+            what = "is no linear layer, and a LoRA changes those alone"
+        elif within := [layer for layer in known if f".{target}." in f".{layer}"]:
+            what = f"is no layer and has some, such as {within[0]}"
+        else:
+            what = f"means no layer{did_you_mean(target, [*short, *known])}"
+        raise InputError(f"{setting}: '{target}' {what}; there are {', '.join(short)}, as diffusers calls them")
     chosen = {
         name: {layer: part for layer, part in parts.items() if any(_meant(layer, target) for target in targets)}
         for name, parts in layers.items()

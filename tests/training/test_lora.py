@@ -80,9 +80,19 @@ def test_factors_alone_are_kept_and_a_run_goes_on_from_its_own(train, tmp_path, 
         ("train.lora.rank=0", "train.lora.rank=0: must be at least 1"),
         ("train.lora.rank=57", "train.lora.rank=57: above 56, the smaller side of transformer_blocks.0.attn1.to_q"),
         ("train.lora.targets=to_q", "train.lora.targets=to_q: must be a list, as in [to_q]"),
-        ("train.lora.targets=[to_x]", "train.lora.targets: to_x: means no layer (did you mean 'to_v'?); there are"),
-        ("train.lora.targets=[to_q,conv_temp]", "train.lora.targets: conv_temp: no linear layer"),
-        ("train.lora.targets=[conv_depth]", "train.lora.targets: conv_depth: no linear layer"),
+        ("train.lora.targets=[to_x]", "train.lora.targets: 'to_x' means no layer (did you mean 'to_v'?); there are"),
+        ("train.lora.targets=['']", "train.lora.targets: '' means no layer; there are"),
+        (
+            "train.lora.targets=[' to_q']",
+            "train.lora.targets: ' to_q' means no layer (did you mean 'to_q'?); there are",
+        ),
+        (
+            "train.lora.targets=[transformer_blocks.1]",
+            "'transformer_blocks.1' is no layer and has some, such as transformer_blocks.1.attn1.to_q; there are",
+        ),
+        ("train.lora.targets=[attn2]", "'attn2' is no layer and has some, such as transformer_blocks.0.attn2.to_q;"),
+        ("train.lora.targets=[to_q,conv_temp]", "train.lora.targets: 'conv_temp' is no linear layer"),
+        ("train.lora.targets=[conv_depth]", "train.lora.targets: 'conv_depth' is no linear layer"),
         ("train.lora.targets=[]", "train.lora.targets=[]: there is nothing to put factors on"),
         ("optimizer.generator.muon_lr=1e-3", "Muon is for whole matrices, and with train.lora.rank factors learn"),
     ],
@@ -93,8 +103,10 @@ def test_bad_input_is_one_line(train, tmp_path, override, says):
 
 
 def test_settings_of_no_lora_are_refused(command, small_training, tmp_path):
-    result = command("--config_path", small_training("ode", "train.lora.alpha=4"), "--logdir", tmp_path)
-    assert result.status == 2 and "train.lora.alpha=4.0: without train.lora.rank there is no LoRA" in result.error
+    for setting, told in (("alpha=4", "alpha=4.0"), ("targets=[to_q,to_k]", "targets=[to_q,to_k]")):
+        result = command("--config_path", small_training("ode", f"train.lora.{setting}"), "--logdir", tmp_path)
+        assert result.status == 2
+        assert f"train.lora.{told}: without train.lora.rank there is no LoRA" in result.error
 
 
 def test_without_peft_it_says_what_to_install(train, tmp_path, monkeypatch):
@@ -158,6 +170,14 @@ def test_a_layer_that_is_not_computed_with_is_an_error(train, tmp_path, monkeypa
     assert result.status == 2
     assert "train.lora.targets: no gradient of the generator has come to 4 factors" in result.error
     assert "blocks.0.cross_attn.out.lora_A.weight" in result.error
+
+
+def test_factors_that_learn_nothing_are_told(train, tmp_path, caplog):
+    """Their gradients are zero everywhere, as float32 has no number for the change that they make."""
+    result = train("flow_matching", tmp_path, "train.lora.alpha=1e-30", "train.max_iters=12")
+    assert "iteration 0: the gradient of the generator is zero everywhere" in caplog.text
+    assert result.status == 1
+    assert "10 updates of the generator in a row had a gradient of zero (iteration 9)" in result.err
 
 
 # What a network with factors computes -----------------------------------------------------------------------------
