@@ -8,7 +8,7 @@
 A step is done when what it makes lies in OUT/parts, and is then passed over: stopped at any moment, the same command
 goes on, training from where it was. OUT/parts is all that later steps need: carry it to another machine,
 and the rest can be made there; a score stays until its file goes. Without a GPU `--size tiny` shows in two minutes that
-all of it runs; it trains nothing.
+all of it runs; it trains nothing, and has a folder of its own.
 Exit status: 0 done, else that of the step that stopped.
 """
 
@@ -36,6 +36,7 @@ from longsana.config import load_config
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
+from longsana.runtime.files import atomic_write_text, check_writable
 from longsana.runtime.hub import locate
 from longsana.runtime.stop import check as check_stop
 from longsana.shapes.remembered import WORLDS, WorldName
@@ -96,11 +97,19 @@ TINY: dict[str, list[str]] = {
 """Settings that make a step take seconds on two cores."""
 
 
+TINY_RECORD = "tiny.txt"
+"""In OUT/parts where they are of tiny size; others have no record, as what ships."""
+
+
 class Step(NamedTuple):
-    """A step: its product, in OUT/parts, and the commands of `longsana` that make it, in order."""
+    """A step: its product, in OUT/parts, and the commands of `longsana` that make it, in order.
+
+    prints: they also print it, and do so alone where it is there.
+    """
 
     product: Path
     commands: list[list[str]]
+    prints: bool = False
 
 
 def recipe(out: Path, *, tiny: bool = False, world: WorldName = "shapes") -> dict[str, Step]:
@@ -263,7 +272,7 @@ def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
         "prompts": Step(parts / "bars.txt", [["shapes", "bar-prompts", str(parts)]]),
         "teacher": teacher._replace(commands=[*make_clips, *teacher.commands]),
         "bars": train("bars", "self_forcing", longsana, "bars", 1000, *videos, *rates),
-        "scores": Step(parts / "bar_scores.json", [["shapes", "bar-scores", str(parts), *measured]]),
+        "scores": Step(parts / "bar_scores.json", [["shapes", "bar-scores", str(parts), *measured]], prints=True),
     }
 
 
@@ -291,7 +300,8 @@ def run(steps: dict[str, Step], names: Sequence[str], world: World) -> int:
         there = [steps[step].product for step in serve if steps[step].product.exists()]
         if there and name != "prompts":
             log.info("== %s: %s is there", name, there[0])
-            continue
+            if not steps[name].prints:
+                continue
         parts = steps[name].product.parent
         if name == "longsana" and not (critic := parts / "critic.safetensors").exists():
             raise InputError(
@@ -303,9 +313,28 @@ def run(steps: dict[str, Step], names: Sequence[str], world: World) -> int:
             log.info("== %s: longsana %s", name, shlex.join(command))
             if status := run_here(*command):
                 return status
-        if name != "prompts":
+        if name != "prompts" and not there:
             note(parts, name, time.perf_counter() - started, world.device())
     return 0
+
+
+def check_size(parts: Path, *, tiny: bool) -> None:
+    """Refuse parts of another size, which would pass for those that are asked for; and record that they are tiny.
+
+    Raises:
+        InputError: there are some.
+    """
+    record = parts / TINY_RECORD
+    there = sorted(path.name for path in parts.glob("*"))
+    if record.exists() and not tiny:
+        raise InputError(
+            f"{parts}: was made with --size tiny, which trains nothing; give another --out, or --size tiny"
+        )
+    if there and tiny and not record.exists():
+        raise InputError(f"{parts}: holds parts of full size ({there[0]}, ...); give another --out for --size tiny")
+    if tiny:
+        parts.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(record, "Made with --size tiny: it shows that all of it runs, and trains nothing.\n")
 
 
 def show(steps: dict[str, Step], names: Sequence[str]) -> None:
@@ -340,6 +369,9 @@ def prepare(arguments: Sequence[str]) -> tuple[dict[str, Step], list[str], bool]
     names = options.steps or list(steps)
     if unknown := [name for name in names if name not in steps]:
         raise InputError(f"--steps {unknown[0]}: no such step; there are {', '.join(steps)}")
+    if not options.show:
+        check_writable(out, "--out")
+        check_size(out / "parts", tiny=tiny)
     return steps, names, options.show
 
 

@@ -123,7 +123,8 @@ def test_parts_are_all_that_a_step_needs(made, tmp_path):
 def test_a_base_model_needs_no_earlier_phase(made, tmp_path):
     parts = tmp_path / "parts"
     parts.mkdir()
-    shutil.copy(made / "base.safetensors", parts)
+    for name in ("base.safetensors", recipe.TINY_RECORD):
+        shutil.copy(made / name, parts)
     assert recipe.main(["--out", str(tmp_path), "--size", "tiny", "--steps", *recipe.BASE_PHASES]) == 0
     assert {path.name for path in parts.glob("*.safetensors")} == {"base.safetensors"}
 
@@ -186,6 +187,42 @@ def test_no_command_has_an_option_twice(tiny, tmp_path):
     for command in itertools.chain.from_iterable(step.commands for step in steps):
         options = [word for word in command if word.startswith("--")]
         assert len(options) == len(set(options)), command
+
+
+@pytest.mark.parametrize("which", [[], ["--lora"]])
+def test_parts_of_one_size_do_not_pass_for_another(which, tmp_path, capsys):
+    tiny, full = (["--out", str(tmp_path / name), *which, "--steps", "prompts"] for name in ("tiny", "full"))
+    assert recipe.main([*tiny, "--size", "tiny"]) == 0
+    assert recipe.main([*tiny, "--size", "tiny"]) == 0, "it goes on"
+    assert recipe.main(tiny) == 2
+    assert f"{tmp_path / 'tiny/parts'}: was made with --size tiny, which trains nothing" in capsys.readouterr().err
+    assert recipe.main(full) == 0
+    before = sorted((tmp_path / "full/parts").iterdir())
+    assert recipe.main([*full, "--size", "tiny"]) == 2
+    assert f"{tmp_path / 'full/parts'}: holds parts of full size" in capsys.readouterr().err
+    assert sorted((tmp_path / "full/parts").iterdir()) == before
+    assert recipe.main([*full, "--size", "tiny", "--show"]) == 0, "it only shows"
+
+
+def test_scores_of_a_lora_are_printed_again(tmp_path, capsys, monkeypatch):
+    """Nothing is sampled for it, and the seconds that they took stay."""
+
+    def score(config, trial, device):
+        return {"figures": {"30": {key: [0.5, None] for key in ("colour", "kind", "motion")}}}
+
+    monkeypatch.setattr("longsana.evaluation.score_model.try_model", score)
+    command = ["--out", str(tmp_path), "--lora", "--steps", "prompts", "scores"]
+    assert recipe.main(command[:-1]) == 0
+    (tmp_path / "parts/bars.safetensors").touch()
+    printed, noted = [], []
+    for _ in range(2):
+        capsys.readouterr()
+        assert recipe.main(command) == 0
+        printed.append(capsys.readouterr().out)
+        noted.append((tmp_path / "parts/times.json").read_text())
+        monkeypatch.setattr("longsana.evaluation.score_model.try_model", None)
+    assert "| with the LoRA, bars " in printed[0] and printed[1] == printed[0]
+    assert noted[1] == noted[0]
 
 
 @pytest.mark.slow
