@@ -148,6 +148,11 @@ class Conversion:
                 f"{self.source}: holds the factors of a LoRA alone; {writes} writes them, and {fuses} puts them into "
                 "the weights that they were trained on, which are then SRC"
             )
+        if self._lora_run and found.kind == "checkpoint" and self._first not in (there := networks_in(found.file)):
+            raise InputError(
+                f"--fuse {self.fuse}: trained on the {self._first} of a run, and {self.source} has {', '.join(there)}; "
+                f"write it to a file first (--to {LORA}): with that, --key names the network that gets it"
+            )
         if self.fuse is not None and found.headers_tell:
             config = self._config(found, self._first)
             with self._hinted(found):

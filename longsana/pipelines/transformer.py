@@ -19,7 +19,6 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_c
 from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longsana.models.dit import LongSanaDiT
@@ -40,9 +39,10 @@ from longsana.pipelines.lora import (
 from longsana.runtime.arguments import TEXT, checked
 from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import check_writable, expanded, whole_file
+from longsana.runtime.files import check_writable, expanded
 from longsana.runtime.peers import Peers
 from longsana.state import CausalState
+from longsana.weights.files import write_safetensors
 from longsana.weights.lora import BASE, Base
 from longsana.weights.names import PAST, chosen_past, from_diffusers_config
 from longsana.weights.network import load_weights, rename
@@ -308,8 +308,8 @@ class SanaVideoCausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixi
         folder = expanded(save_directory)
         check_writable(folder, "save_directory")
         named = {f"transformer.{name}": factor.cpu() for name, factor in factors.items()}
-        with whole_file(folder / (weight_name or USUAL)) as partial:
-            save_file(named, partial, metadata={"format": "pt", BASE: Base.of(self.network.config).text()})
+        words = {BASE: Base.of(self.network.config).text()}
+        write_safetensors(named, folder / (weight_name or USUAL), sum(it.nbytes for it in named.values()), words)
 
 
 class SanaVideoTransformer3DModel(SanaVideoCausalTransformer3DModel):

@@ -205,6 +205,18 @@ def test_the_network_that_it_was_trained_on_gets_it(given, averaged, tmp_path, c
     assert "was trained on other weights" not in caplog.text
 
 
+def test_a_run_without_the_network_that_it_was_trained_on(averaged, tmp_path, capsys):
+    """What the message says to do goes."""
+    plain = trained(tmp_path / "run", *shallow(), "train.ema_weight=0")
+    to = (tmp_path / "fused.safetensors", "--to", "safetensors", "--fuse")
+    capsys.readouterr()
+    assert run(plain, *to, averaged[1]) == 2
+    assert "trained on the generator_ema of a run, and" in (line := capsys.readouterr().err)
+    assert "has generator; write it to a file first (--to lora)" in line
+    assert run(averaged[1], tmp_path / "lora.safetensors", "--to", "lora") == 0
+    assert run(plain, *to, tmp_path / "lora.safetensors", "--key", "generator") == 0
+
+
 def test_what_a_trainers_file_leaves_out_is_said(averaged, tmp_path, caplog):
     run_folder, source = averaged
     assert run(run_folder, tmp_path / "fused.pt", "--to", "trainer", "--fuse", source) == 0
