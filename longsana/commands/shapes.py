@@ -39,7 +39,7 @@ from longsana.encoders.tiny_layouts import FULL, SHAPES
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text, check_writable, naming, whole_file
+from longsana.runtime.files import atomic_write_text, check_writable, naming, open_exclusive, whole_file
 from longsana.runtime.hub import locate
 from longsana.runtime.video import VideoWriter
 from longsana.shapes.bars import draw_bars
@@ -260,19 +260,40 @@ def _sized(request: Request, trial: Trial) -> Trial:
 
 
 def _score_each(path: Path, rows: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
-    """Score each row that has not been, in a file of its own beside `path`; that has them all, once they are there."""
-    scores: dict[str, Any] = {}
-    for row, score in rows.items():
-        own = path.with_name(f"{path.stem}_{row.replace(' ', '_').replace(',', '')}.json")
-        if not own.exists():
-            started = time.perf_counter()
-            result = score()
-            result["seconds"] = round(time.perf_counter() - started, 1)
-            atomic_write_text(own, json.dumps(result) + "\n")
-            log.info("%s: %.0f s", row, result["seconds"])
-        scores[row] = json.loads(own.read_text(encoding="utf-8"))
-    atomic_write_text(path, json.dumps(scores) + "\n")
+    """Score each row that has not been, in a file of its own beside `path`; that has them all, once they are there.
+
+    Commands that do so at the same time share the rows.
+    """
+    own = {row: path.with_name(f"{path.stem}_{row.replace(' ', '_').replace(',', '')}.json") for row in rows}
+
+    def score(row: str) -> None:
+        if own[row].exists():
+            return
+        started = time.perf_counter()
+        result = rows[row]()
+        result["seconds"] = round(time.perf_counter() - started, 1)
+        atomic_write_text(own[row], json.dumps(result) + "\n")
+        log.info("%s: %.0f s", row, result["seconds"])
+
+    while sum(_alone(own[row], partial(score, row)) for row in rows) < len(rows):
+        time.sleep(1)  # for others; what they do not end is scored here
+    scores = {row: json.loads(own[row].read_text(encoding="utf-8")) for row in rows}
+    while not _alone(path, lambda: atomic_write_text(path, json.dumps(scores) + "\n")):
+        time.sleep(0.1)
     return scores
+
+
+def _alone(product: Path, make: Callable[[], None]) -> bool:
+    """Call `make`, unless another command is making this file; whether it was called."""
+    claim = product.with_name(f".{product.stem}.lock")
+    try:
+        file = open_exclusive(claim)
+    except BlockingIOError:
+        return False
+    with file:
+        make()
+        claim.unlink(missing_ok=True)
+    return True
 
 
 def _write_lines(path: Path, lines: Sequence[str], world: WorldName) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -124,6 +128,25 @@ def test_a_file_in_the_place_of_the_folder(tmp_path, capsys):
     for tool in ("prompts", "pictures", "bar-prompts", "bar-films"):
         assert shapes.main([tool, str(tmp_path / "file")]) == 2
         assert "file: cannot be a folder (a file has this name)" in capsys.readouterr().err
+
+
+def test_commands_that_score_at_the_same_time_share_the_rows(tmp_path):
+    asked: list[str] = []
+    both = threading.Barrier(2, timeout=20)
+
+    def score(row: str) -> dict[str, Any]:
+        asked.append(row)
+        if len(asked) <= 2:
+            both.wait()  # a row each
+        return {"row": row}
+
+    rows = {row: partial(score, row) for row in "abcde"}
+    with ThreadPoolExecutor(2) as commands:
+        tables = list(commands.map(lambda _: shapes._score_each(tmp_path / "scores.json", rows), range(2)))
+    assert sorted(asked) == list(rows)
+    assert tables[0] == tables[1] == json.loads((tmp_path / "scores.json").read_text())
+    assert [scored["row"] for scored in tables[0].values()] == list(rows)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_scores_that_were_stopped_go_on_and_are_whole_or_not_there(tmp_path, monkeypatch):
