@@ -1,4 +1,4 @@
-"""What a short first chunk costs in quality, untrained: the shipped LongSANA weights of the shapes world.
+"""What a short first chunk costs in quality: the shipped LongSANA weights of the shapes world.
 
     python tests/full_size/measure_first_chunk.py --out output/first_chunk
 
