@@ -31,12 +31,12 @@ if __name__ == "__main__":
     stop.catch()  # before the imports below, which take seconds
 
 from longsana.commands import run_here
-from longsana.commands.shapes import BASE_SETTINGS, FILMED, note
+from longsana.commands.shapes import BASE_SETTINGS, FILMED, check_size, note
 from longsana.config import load_config
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
-from longsana.runtime.files import atomic_write_text, check_writable
+from longsana.runtime.files import check_writable
 from longsana.runtime.hub import locate
 from longsana.runtime.stop import check as check_stop
 from longsana.shapes.remembered import WORLDS, WorldName
@@ -61,6 +61,9 @@ WHOLE_PAST = ("model.state_decay=1",)
 TWO_STEPS = ("scheduler.denoising_step_list=[1000,800]", "scheduler.absorb=last_step")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1", "linear_2")
 """The default, and the caption's way into the network: the word of the new kind is new to it."""
+CRITICS = dict.fromkeys(("longsana", "two_step"), ("self_forcing", "critic"))
+CRITICS["whole_longsana"] = ("whole_self_forcing", "whole_critic")
+"""Steps that go on with a critic: the step that makes it beside its own product, and its name."""
 PHASES = (*BASE_PHASES, "ode", "self_forcing", "longsana", "two_step")
 """Training phases of networks, in order."""
 TINY: dict[str, list[str]] = {
@@ -95,10 +98,6 @@ TINY: dict[str, list[str]] = {
     "pairs": ["pairs.num_steps=4", "pairs.shard_size=2", "sampling.num_frames=17", "sampling.bs=2"],
 }  # fmt: skip
 """Settings that make a step take seconds on two cores."""
-
-
-TINY_RECORD = "tiny.txt"
-"""In OUT/parts where they are of tiny size; others have no record, as what ships."""
 
 
 class Step(NamedTuple):
@@ -303,10 +302,11 @@ def run(steps: dict[str, Step], names: Sequence[str], world: World) -> int:
             if not steps[name].prints:
                 continue
         parts = steps[name].product.parent
-        if name == "longsana" and not (critic := parts / "critic.safetensors").exists():
+        forced, critic = CRITICS.get(name, ("", ""))
+        if critic and not (parts / f"{critic}.safetensors").exists():
             raise InputError(
-                f"{critic}: not found; Self-Forcing makes it and it does not ship: run --steps self_forcing longsana, "
-                "without self_forcing.safetensors there"
+                f"{parts / critic}.safetensors: not found; Self-Forcing makes it and it does not ship: run --steps "
+                f"{forced} {name}, without {forced}.safetensors there"
             )
         started = time.perf_counter()
         for command in steps[name].commands:
@@ -316,25 +316,6 @@ def run(steps: dict[str, Step], names: Sequence[str], world: World) -> int:
         if name != "prompts" and not there:
             note(parts, name, time.perf_counter() - started, world.device())
     return 0
-
-
-def check_size(parts: Path, *, tiny: bool) -> None:
-    """Refuse parts of another size, which would pass for those that are asked for; and record that they are tiny.
-
-    Raises:
-        InputError: there are some.
-    """
-    record = parts / TINY_RECORD
-    there = sorted(path.name for path in parts.glob("*"))
-    if record.exists() and not tiny:
-        raise InputError(
-            f"{parts}: was made with --size tiny, which trains nothing; give another --out, or --size tiny"
-        )
-    if there and tiny and not record.exists():
-        raise InputError(f"{parts}: holds parts of full size ({there[0]}, ...); give another --out for --size tiny")
-    if tiny:
-        parts.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(record, "Made with --size tiny: it shows that all of it runs, and trains nothing.\n")
 
 
 def show(steps: dict[str, Step], names: Sequence[str]) -> None:

@@ -57,6 +57,8 @@ FOLDERS = ("vae", "text_encoder")
 """Parts that are folders, and ship as they are."""
 DECODER = f"decoder/{SHAPES}.safetensors"
 """A part that ships in the folder of the VAE, whose latents it decodes."""
+TINY_RECORD = "tiny.txt"
+"""Among the parts where they are of tiny size; others have no record, as what ships."""
 VAES: dict[WorldName, str] = {"shapes": "vae.yaml", "remembered_shapes": "vae_remembered.yaml"}
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 2048, 64
 BARS = "bars.txt"
@@ -233,7 +235,9 @@ def score_bars(request: Request) -> None:
     if not learned.exists():
         raise InputError(f"{learned}: not found; train_video_scripts/shapes_recipe.py --lora makes it")
     lists = {
-        name: training_prompts(request.folder / name, f"made by longsana shapes bar-prompts {request.folder}")
+        name: training_prompts(
+            request.folder / name, f"the prompts (longsana shapes bar-prompts {request.folder} makes them)"
+        )
         for name in (BARS, "held_out.txt")
     }
 
@@ -447,6 +451,23 @@ def package(request: Request) -> None:
     _make(parts / "asset", request.device, gather)
 
 
+def check_size(parts: Path, *, tiny: bool) -> None:
+    """Refuse parts of another size, which would pass for those that are asked for; and record that they are tiny.
+
+    Raises:
+        InputError: there are some.
+    """
+    record = parts / TINY_RECORD
+    there = sorted(path.name for path in parts.glob("*"))
+    if record.exists() and not tiny:
+        raise InputError(f"{parts}: was made with --size tiny, which trains nothing; give another folder")
+    if there and tiny and not record.exists():
+        raise InputError(f"{parts}: holds parts of full size ({there[0]}, ...); give another folder for tiny ones")
+    if tiny:
+        parts.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(record, "Made with --size tiny: it shows that all of it runs, and trains nothing.\n")
+
+
 def note(parts: Path, name: str, value: float, device: torch.device) -> None:
     """Add a number to times.json, seconds of a step or the score of a part, with the machine."""
     path = parts / "times.json"
@@ -458,7 +479,9 @@ def note(parts: Path, name: str, value: float, device: torch.device) -> None:
 
 
 def _held_out(request: Request) -> list[str]:
-    return training_prompts(request.folder / "held_out.txt", f"made by longsana shapes prompts {request.folder}")
+    return training_prompts(
+        request.folder / "held_out.txt", f"the prompts (longsana shapes prompts {request.folder} makes them)"
+    )
 
 
 def _sampler(request: Request, row: Row) -> InferenceConfig:
@@ -468,7 +491,10 @@ def _sampler(request: Request, row: Row) -> InferenceConfig:
     if row.full_decoder:
         settings += [f"vae.decoder={FULL}"]
     else:
-        settings += [f"vae.decoder={SHAPES}", f"vae.decoder_pretrained={request.folder / DECODER}"]
+        # What ships has it beside the VAE.
+        places = (request.folder / DECODER, request.folder / "vae" / Path(DECODER).name)
+        decoder = next((place for place in places if place.exists()), places[0])
+        settings += [f"vae.decoder={SHAPES}", f"vae.decoder_pretrained={decoder}"]
     if row.weights:
         settings += [f"model.load_from={request.folder / row.weights}.safetensors"]
     if request.tiny and row.name == "base model":
@@ -544,15 +570,13 @@ TOOLS: dict[str, Callable[[Request], None]] = {
 }
 DRAWING = ("prompts", "pictures")
 TRAINING = ("text-encoder", "vae", "decoder")
+MEASURING = ("scores", "speed", "strips", "bar-scores")
 TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(TOOLS, ()),
     **dict.fromkeys(TRAINING, ("--world", "--config_path", "settings")),
     **dict.fromkeys(DRAWING, ("--world",)),
+    **dict.fromkeys((*MEASURING, "bar-films"), ("--tiny",)),
     "scores": ("--world", "--tiny"),
-    "speed": ("--tiny",),
-    "strips": ("--tiny",),
-    "bar-films": ("--tiny",),
-    "bar-scores": ("--tiny",),
 }
 """The options that mean something to each tool."""
 
@@ -591,6 +615,8 @@ def prepare(arguments: Sequence[str], world: World) -> tuple[str, Request]:
         check_writable(folder, "folder")
     elif options.tool not in TRAINING and not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give that of the parts")
+    if options.tool in MEASURING:
+        check_size(folder, tiny=options.tiny)
     return options.tool, Request(folder, options.config_path, options.world, options.tiny, settings, device)
 
 

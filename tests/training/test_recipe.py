@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from longsana.commands.shapes import ROWS
+from longsana.commands import shapes
 from longsana.config import InferenceConfig, load_config
 from longsana.data.clips import GENERATORS
 from longsana.sampling.checks import check_config
@@ -41,8 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_every_step_makes_its_part(made):
     table = (made / "table.md").read_text()
-    for row in ROWS:
-        assert table.count(f"| {row.name} ") == 1
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [row.name for row in shapes.ROWS]
     assert {"plot.png", "strips.png"} <= {path.name for path in made.iterdir()}
     noted = json.loads((made / "times.json").read_text())
     assert {
@@ -98,6 +97,33 @@ def test_the_table_and_the_plot_are_made_of_what_ships(tmp_path, capsys):
     assert (parts / "plot.png").stat().st_size > 10_000
 
 
+def test_what_ships_can_be_measured_where_it_lies():
+    request = shapes.Request(ROOT / "asset/shapes", None, "shapes", False, [], torch.device("cpu"))
+    rows = [row for row in shapes.ROWS if row.weights in shapes.NETWORKS]
+    assert {row.weights for row in rows} == set(shapes.NETWORKS)
+    for row in rows:
+        check_config(shapes._sampler(request, row))
+
+
+@pytest.mark.parametrize("tool", ["scores", "speed", "strips", "bar-scores"])
+def test_tiny_measurements_do_not_pass_for_full_ones(tool, tmp_path, capsys):
+    (tmp_path / "base.safetensors").touch()
+    assert shapes.main([tool, str(tmp_path), "--tiny"]) == 2
+    assert "holds parts of full size (base.safetensors, ...)" in capsys.readouterr().err
+    (tmp_path / shapes.TINY_RECORD).touch()
+    assert shapes.main([tool, str(tmp_path)]) == 2
+    assert "was made with --size tiny, which trains nothing" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("step", ["longsana", "two_step", "whole_longsana"])
+def test_a_stage_whose_critic_does_not_ship_says_what_makes_it(step, tmp_path, capsys):
+    assert recipe.main(["--out", str(tmp_path), "--steps", step]) == 2
+    forced, critic = recipe.CRITICS[step]
+    said = capsys.readouterr().err
+    assert f"{critic}.safetensors: not found; Self-Forcing makes it" in said and f"--steps {forced} {step}" in said
+
+
 @pytest.mark.slow
 def test_what_is_there_is_passed_over(made, capsys):
     times = (made / "times.json").read_text()
@@ -123,7 +149,7 @@ def test_parts_are_all_that_a_step_needs(made, tmp_path):
 def test_a_base_model_needs_no_earlier_phase(made, tmp_path):
     parts = tmp_path / "parts"
     parts.mkdir()
-    for name in ("base.safetensors", recipe.TINY_RECORD):
+    for name in ("base.safetensors", shapes.TINY_RECORD):
         shutil.copy(made / name, parts)
     assert recipe.main(["--out", str(tmp_path), "--size", "tiny", "--steps", *recipe.BASE_PHASES]) == 0
     assert {path.name for path in parts.glob("*.safetensors")} == {"base.safetensors"}
