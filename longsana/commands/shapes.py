@@ -130,6 +130,11 @@ ROWS = (
     *_ablations("the whole past, untrained", "longsana", WHOLE_PAST),
     *_ablations("num_cached_blocks 1, untrained", "longsana", (*WHOLE_PAST, "model.num_cached_blocks=1")),
 )
+PLOTTED = (
+    *("LongSANA", "two passes", "no clean absorbing pass", "the whole past, trained", "the whole past, untrained"),
+    *("two passes by consistency", "Self-Forcing", "ODE-initialised", "ground truth through the tiny decoder"),
+)
+"""Rows whose curves are plotted, in the order of their colours."""
 CARD = """\
 # The models of the shapes world
 
@@ -400,17 +405,16 @@ def write_table(request: Request) -> None:
 
 
 def write_plot(request: Request) -> None:
-    """Plot the videos of a minute and those of ten, of all rows that are scored but the full decoder's.
+    """Plot the videos of a minute and those of ten, of those rows of PLOTTED that are scored.
 
     Needs matplotlib.
     """
     from longsana.evaluation.report import plot
 
     scores = _scores(request)
-    for name, seconds, every in (("plot", 60, 1), ("plot_long", 600, 20)):
-        shown = [row.name for row in ROWS if max(row.lengths) == seconds and not row.full_decoder]
-        if curves := {row.removesuffix(TEN): scores[row]["curves"] for row in shown if row in scores}:
-            plot(curves, request.folder / f"{name}.png", every=every, least=0.4)
+    for name, ending, every in (("plot", "", 4), ("plot_long", TEN, 20)):
+        if curves := {row: scores[row + ending]["curves"] for row in PLOTTED if row + ending in scores}:
+            plot(curves, request.folder / f"{name}.png", every=every, least=0.75)
 
 
 def write_strips(request: Request) -> None:
