@@ -8,7 +8,8 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -232,12 +233,22 @@ def _match(
     found = {name: entry.kind for name, entry in entries.items()}
     settings = differences(what_is(file).config, config) if naming == "diffusers" else []
     problems = [
+        _other_depth(entries, config),
         misfit(found, {name: kind(part.shape) for name, part in needed.items()}, optional),
         listed("different in config.json", settings) if settings else "",
     ]
     if any(problems):
         raise InputError(f"{file}: does not fit {config.model} ({naming} names): {'; '.join(filter(None, problems))}")
     return {name: [part for part in parts if part.name in entries] for name, parts in table.items()}
+
+
+def _other_depth(names: Iterable[str], config: ModelConfig) -> str:
+    """Say that these names are of more or fewer blocks than the network has; nothing ("") if they are not."""
+    numbers = [int(block[1]) for name in names if (block := re.match(r"(?:transformer_)?blocks\.(\d+)\.", name))]
+    own, depth = max(numbers, default=-1) + 1, config.architecture().depth
+    if own in (0, depth):
+        return ""
+    return f"{own} blocks, and not {depth} (beside its load_from, depth: {own} takes them)"
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -193,6 +193,15 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
     assert torch.equal(after["final.linear.weight"], before["final.linear.weight"])
 
 
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_weights_of_another_depth_say_which(layout: Layout, tmp_path: Path) -> None:
+    path = tmp_path / PATHS[layout]
+    save_checkpoint(weights(), path, layout, TINY)
+    deeper = dataclasses.replace(TINY, depth=TINY.architecture().depth + 1)
+    with pytest.raises(InputError, match=r"2 blocks, and not 3 \(beside its load_from, depth: 2 takes them\); missing"):
+        load_weights(meta(deeper), path)
+
+
 @pytest.mark.parametrize("name", sorted(set(upstream()) - {"y_embedder.y_embedding"}))
 def test_no_tensor_may_be_missing(name: str, tmp_path: Path) -> None:
     state = upstream()
