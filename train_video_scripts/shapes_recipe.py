@@ -31,7 +31,7 @@ if __name__ == "__main__":
     stop.catch()  # before the imports below, which take seconds
 
 from longsana.commands import run_here
-from longsana.commands.shapes import BASE_SETTINGS, FILMED, check_size, note
+from longsana.commands.shapes import BASE_SETTINGS, FILMED, TWO_STEPS, WHOLE_PAST, check_size, note
 from longsana.config import load_config
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
@@ -57,8 +57,6 @@ BEGINNINGS = ("train.image_probability=0.25", "sampling.image_first=pin", *SHORT
 """How videos of distillation begin: a quarter of them with a picture, a quarter with a short first chunk."""
 WHOLE_STAGE = ("train.ema_start_step=0", "train.ema_relative_width=0.25")
 """The average of a stage that begins with good weights: over all of it, they count as much as what they became."""
-WHOLE_PAST = ("model.state_decay=1",)
-TWO_STEPS = ("scheduler.denoising_step_list=[1000,800]", "scheduler.absorb=last_step")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1", "linear_2")
 """The default, and the caption's way into the network: the word of the new kind is new to it."""
 CRITICS = dict.fromkeys(("longsana", "two_step"), ("self_forcing", "critic"))

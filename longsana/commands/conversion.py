@@ -201,8 +201,12 @@ class Conversion:
 
     @cached_property
     def _lora_run(self) -> Path | None:
-        """The checkpoint folder of the LoRA that is added, where it is in one; `key` is then its network."""
+        """The checkpoint folder of the LoRA that is added, where it is in one; `_lora_key` is its network there."""
         return self._lora if self._lora is not None and is_checkpoint(self._lora) else None
+
+    @property
+    def _lora_key(self) -> str:
+        return self.key or NETWORKS[0]
 
     @cached_property
     def _base(self) -> Base | None:
@@ -215,8 +219,8 @@ class Conversion:
             return None
         if self._lora_run is None:
             return read_base(self._lora, "name its file")
-        open_factors(self._lora_run, self.key or NETWORKS[0])  # says which networks there are
-        return _base_of(self._lora_run, self.key or NETWORKS[0])
+        open_factors(self._lora_run, self._lora_key)  # says which networks there are
+        return _base_of(self._lora_run, self._lora_key)
 
     def _is_vae(self, found: Weights) -> bool:
         """Tell a Wan VAE's weights, by the config.json beside them or by the names in a file.
@@ -280,7 +284,7 @@ class Conversion:
             factors, metadata = read_lora(self._lora, remedy="name its file")
         else:
             check_content(self._lora_run, remembered=True)
-            trained = _trained(self._lora_run, self.key or NETWORKS[0])
+            trained = _trained(self._lora_run, self._lora_key)
             factors = {f"{PIPELINE_PART}.{name}": it for name, it in trained.items()}
             metadata = None if self._base is None else {BASE: self._base._asdict()}
         try:
@@ -351,7 +355,7 @@ class Conversion:
                 raise
             remedy = "a network of another size than the published one needs its YAML (--config): "
             if self._lora_run is not None:
-                size = _configs_of_run(self._lora_run)[self.key or NETWORKS[0]].architecture()
+                size = _configs_of_run(self._lora_run)[self._lora_key].architecture()
                 remedy = f"--fuse {self.fuse}: trained on a network of {_size(size)}: "
             raise InputError(f"{remedy}{error}") from error
 
@@ -377,7 +381,7 @@ class Conversion:
         elif written.get("_class_name") in CLASSES:
             config = from_diffusers_config(diffusers_config(ModelConfig()) | written)
         elif self._lora_run is not None:
-            config = _configs_of_run(self._lora_run)[self.key or NETWORKS[0]]
+            config = _configs_of_run(self._lora_run)[self._lora_key]
         learned = DECAY_LOGIT in open_checkpoint(found.file, key, digests=False)
         return replace(config, state_decay=LEARNED) if learned else config
 

@@ -239,12 +239,7 @@ def score_bars(request: Request) -> None:
     config = locate(f"{CONFIGS}/longsana.yaml", "the config")
     if not learned.exists():
         raise InputError(f"{learned}: not found; train_video_scripts/shapes_recipe.py --lora makes it")
-    lists = {
-        name: training_prompts(
-            request.folder / name, f"the prompts (longsana shapes bar-prompts {request.folder} makes them)"
-        )
-        for name in (BARS, "held_out.txt")
-    }
+    lists = {name: _lines_of(request, name, "bar-prompts") for name in (BARS, "held_out.txt")}
 
     def score(texts: list[str], weights: Path | None) -> dict[str, Any]:
         trial = _sized(request, Trial(texts, lengths=(30,)))
@@ -483,9 +478,12 @@ def note(parts: Path, name: str, value: float, device: torch.device) -> None:
 
 
 def _held_out(request: Request) -> list[str]:
-    return training_prompts(
-        request.folder / "held_out.txt", f"the prompts (longsana shapes prompts {request.folder} makes them)"
-    )
+    return _lines_of(request, "held_out.txt", "prompts")
+
+
+def _lines_of(request: Request, name: str, tool: str) -> list[str]:
+    """Read a file of prompts, which `tool` makes."""
+    return training_prompts(request.folder / name, f"the prompts (longsana shapes {tool} {request.folder} makes them)")
 
 
 def _sampler(request: Request, row: Row) -> InferenceConfig:
