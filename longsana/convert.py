@@ -19,9 +19,9 @@ import sys
 from collections.abc import Sequence
 
 if __name__ == "__main__":
-    from longsana.runtime import stop
+    from longsana.runtime.process import begin
 
-    stop.catch()  # before the imports below, which take seconds
+    begin()  # before the imports below, which take seconds
 
 import torch
 

@@ -26,9 +26,9 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts also run from a checkout not installed
 
 if __name__ == "__main__":
-    from longsana.runtime import stop
+    from longsana.runtime.process import begin
 
-    stop.catch()  # before the imports below, which take seconds
+    begin()  # before the imports below, which take seconds
 
 from longsana.commands import run_here
 from longsana.commands.shapes import BASE_SETTINGS, FILMED, TWO_STEPS, WHOLE_PAST, check_size, note

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from longsana.runtime import stop
 from longsana.runtime.output import until_unread
+from longsana.runtime.process import begin
 
 COMMANDS = {
     "generate": ("longsana.commands.generate", "a file of prompts to a folder of videos"),
@@ -31,8 +31,6 @@ COMMANDS = {
     "convert": ("longsana.convert", "weights from one layout to another"),
 }
 """Module and purpose of each."""
-SPINS = 10_000
-"""Turns that a thread of OpenMP spins while it waits for the others, before it sleeps."""
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -40,23 +38,11 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
     A process of a launch ends here.
     """
-    stop.catch()
-    _share_cores()
+    begin()
     status = run_here(name, *arguments)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _end(status)
     return status
-
-
-def _share_cores() -> None:
-    """Have threads that wait for each other soon sleep, unless the environment says how they are to wait.
-
-    libgomp, which reads it as torch is loaded, lets them spin for 300,000 turns. Where another process wants their
-    core, that is what keeps the thread they wait for from running: beside two busy processes on two cores the default
-    command took 154 s, and 24 so; alone it took as long either way.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
 def run_here(name: str, *arguments: str) -> int:
