@@ -31,8 +31,9 @@ if __name__ == "__main__":
     begin()  # before the imports below, which take seconds
 
 from longsana.commands import run_here
-from longsana.commands.shapes import BASE_SETTINGS, FILMED, TWO_STEPS, WHOLE_PAST, check_size, note
+from longsana.commands.shapes import FILMED, check_size, note
 from longsana.config import load_config
+from longsana.evaluation.shapes_table import BASE_SETTINGS, TWO_STEPS, WHOLE_PAST
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError

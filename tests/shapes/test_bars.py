@@ -16,6 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from longsana.commands import shapes
+from longsana.evaluation.shapes_table import score_each
 from longsana.runtime.errors import InputError
 from longsana.shapes.bars import draw_bars
 from longsana.shapes.remembered import draw_remembered
@@ -142,7 +143,7 @@ def test_commands_that_score_at_the_same_time_share_the_rows(tmp_path):
 
     rows = {row: partial(score, row) for row in "abcde"}
     with ThreadPoolExecutor(2) as commands:
-        tables = list(commands.map(lambda _: shapes._score_each(tmp_path / "scores.json", rows), range(2)))
+        tables = list(commands.map(lambda _: score_each(tmp_path / "scores.json", rows), range(2)))
     assert sorted(asked) == list(rows)
     assert tables[0] == tables[1] == json.loads((tmp_path / "scores.json").read_text())
     assert [scored["row"] for scored in tables[0].values()] == list(rows)

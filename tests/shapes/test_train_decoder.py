@@ -23,6 +23,7 @@ from longsana.encoders.tiny_layouts import FULL, SHAPES
 from longsana.encoders.tiny_network import load_tiny
 from longsana.encoders.tiny_vae import TinyVAE
 from longsana.encoders.vae import WanVAE
+from longsana.evaluation.shapes_table import ROWS, sampler
 from longsana.runtime.errors import InputError
 from longsana.runtime.stop import Stopped
 from longsana.shapes import descent, material
@@ -246,11 +247,10 @@ def test_the_command_trains_it_and_rows_of_the_table_show_it(tmp_path: Path) -> 
     assert shapes.main(command) == 0
     assert [path.name for path in (parts / "decoder").iterdir()] == [FILE]
     assert shapes.main(command) == 0, "it is there"
-    request = shapes.Request(parts, None, "shapes", True, [], CPU)
-    full = [row for row in shapes.ROWS if row.full_decoder]
+    full = [row for row in ROWS if row.full_decoder]
     assert [bool(row.weights) for row in full] == [False, True], "the truth, and the model"
-    for row in shapes.ROWS:
-        config = shapes._sampler(request, row)
+    for row in ROWS:
+        config = sampler(parts, row, tiny=True)
         assert config.vae.decoder == (FULL if row.full_decoder else SHAPES)
         assert row.full_decoder or Path(config.vae.decoder_pretrained or "").is_file()
         assert config.vae.vae_pretrained == str(parts / "vae")

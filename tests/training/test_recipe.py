@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from longsana.commands import shapes
 from longsana.config import InferenceConfig, load_config
 from longsana.data.clips import GENERATORS
+from longsana.evaluation.shapes_table import ROWS, sampler
 from longsana.sampling.checks import check_config
 from tests.scripts import load_script
 
@@ -41,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_every_step_makes_its_part(made):
     table = (made / "table.md").read_text()
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [row.name for row in shapes.ROWS]
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [row.name for row in ROWS]
     assert {"plot.png", "strips.png"} <= {path.name for path in made.iterdir()}
     noted = json.loads((made / "times.json").read_text())
     assert {
@@ -98,11 +99,10 @@ def test_the_table_and_the_plot_are_made_of_what_ships(tmp_path, capsys):
 
 
 def test_what_ships_can_be_measured_where_it_lies():
-    request = shapes.Request(ROOT / "asset/shapes", None, "shapes", False, [], torch.device("cpu"))
-    rows = [row for row in shapes.ROWS if row.weights in shapes.NETWORKS]
+    rows = [row for row in ROWS if row.weights in shapes.NETWORKS]
     assert {row.weights for row in rows} == set(shapes.NETWORKS)
     for row in rows:
-        check_config(shapes._sampler(request, row))
+        check_config(sampler(ROOT / "asset/shapes", row))
 
 
 @pytest.mark.parametrize("tool", ["scores", "speed", "strips", "bar-scores"])
