@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import struct
 import tracemalloc
 from fractions import Fraction
@@ -15,7 +16,7 @@ import pytest
 from av.video.reformatter import Colorspace
 from PIL import Image
 
-from longsana.data.films import count_frames, fitted, read_film
+from longsana.data.films import count_frames, fitted, read_film, rgb_of
 from longsana.data.pictures import rgb
 from longsana.evaluation.videos import read_pieces
 from longsana.runtime.errors import InputError
@@ -102,6 +103,16 @@ def test_colours_of_a_file_that_does_not_say_are_those_of_its_size(tmp_path: Pat
     (piece,) = read_pieces(tmp_path / "film.mp4")
     for found in (picture, piece[0, 0].numpy()):
         assert np.abs(found[8, 8].astype(int) - colour).max() <= 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="a system that does not list threads")
+def test_pictures_have_no_threads_of_their_own(tmp_path: Path) -> None:
+    """Where many films are read at a time, each conversion would otherwise begin and end a thread for each core."""
+    with av.open(str(webm(tmp_path / "film.webm"))) as file:
+        frames = list(file.decode(video=0))
+        before = len(os.listdir("/proc/self/task"))
+        assert [rgb_of(frame).shape for frame in frames] == [(16, 32, 3)] * 40
+        assert len(os.listdir("/proc/self/task")) == before
 
 
 def numbers(path: Path, fps: float) -> list[int]:
