@@ -267,6 +267,12 @@ def score_models(request: Request) -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     texts = _held_out(request)
+    wanted = dict.fromkeys(row.weights for row in ROWS if row.weights)
+    if missing := [name for name in wanted if not (request.folder / f"{name}.safetensors").exists()]:
+        raise InputError(
+            f"{request.folder}: {', '.join(f'{name}.safetensors' for name in missing)} not found; make them: "
+            f"train_video_scripts/shapes_recipe.py --steps {' '.join(missing)}"
+        )
 
     def score(row: Row) -> dict[str, Any]:
         trial = Trial(texts[: row.prompts], tuple(range(row.seeds)), row.lengths, world=request.world)

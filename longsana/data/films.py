@@ -33,9 +33,6 @@ HD, UNSPECIFIED = 720, 2
 """Lines from which on an untagged picture's colours are BT.709's; FFmpeg's number for a matrix that is not told."""
 WIDEST_PIXEL = 4
 """Width of a pixel by its height, or the other way round, that is believed."""
-ALONE = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
-"""One thread for a picture's colours. From PyAV 17 on each picture brings threads of its own to life, one a core: 16 of
-them take 2 ms for one of 160x96 and for one of 720p 1.6 more than one thread does, on two cores."""
 BEFORE = 1
 """Seconds before a picture from which a film is decoded: some files' indices go by the order of decoding."""
 
@@ -65,7 +62,7 @@ def film_frames(source: Path | BinaryIO, fps: float, first: int = 0) -> Iterator
         with source.open("rb") as stream:
             refuse_stand_in(source, stream.read(24))
     rate = Fraction(fps).limit_denominator(1001)
-    with av.open(str(source) if isinstance(source, Path) else source) as film:
+    with av.open(str(source) if isinstance(source, Path) else source, "r") as film:
         video = film.streams.video[0]
         if video.codec_context is None:
             raise ValueError("this PyAV has no decoder for its codec; convert it, for example to H.264")
@@ -169,7 +166,9 @@ def rgb_of(frame: av.VideoFrame, width: int | None = None) -> np.ndarray:
     """
     untold = frame.colorspace == UNSPECIFIED and frame.height >= HD and not frame.format.is_rgb
     colours = {"src_colorspace": Colorspace.ITU709} if untold else {}
-    rgb_frame = frame.reformat(width or frame.width, frame.height, "rgb24", **colours, **ALONE)
+    # Threads, by PyAV's default one a core, would be begun and ended for each picture: 16 take 2 ms for one of 160x96,
+    # and for one of 720p 1.6 ms more than one does, on two cores.
+    rgb_frame = frame.reformat(width or frame.width, frame.height, "rgb24", threads=1, **colours)
     return rgb_frame.to_ndarray()
 
 

@@ -27,7 +27,7 @@ from longsana.runtime.defaults import plain_defaults
 from longsana.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 Decode: TypeAlias = Callable[[Tensor, tuple[Tensor, ...] | None], tuple[Tensor, tuple[Tensor, ...]]]
 

@@ -29,7 +29,7 @@ from longsana.runtime.errors import InputError
 from longsana.runtime.peers import Peers
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 ALONE = 2
 """A video's first latents that are decoded one by one: its first pictures, a still one and some that move, come

@@ -52,7 +52,7 @@ class GrowingFile:
 
 def decoded(file: GrowingFile) -> Iterator[av.VideoFrame]:
     """Decode the pictures of a fragmented mp4 while it is written, each as soon as it is there."""
-    with av.open(file, format="mp4", options=DEMUXER) as container:
+    with av.open(file, "r", format="mp4", options=DEMUXER) as container:
         yield from container.decode(video=0)
 
 

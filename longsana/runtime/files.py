@@ -56,7 +56,7 @@ def files_below(folder: Path) -> list[Path]:
         InputError: there is no such folder, or one in it cannot be read.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+        raise InputError(f"{folder}: no such folder; give one that is there")
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); see to its rights") from error

@@ -23,5 +23,5 @@ def _share_cores() -> None:
     core, that is what keeps the thread they wait for from running: beside two busy processes on two cores the default
     command took 154 s, and 24 so; alone it took as long either way.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
+    if not os.environ.get("OMP_WAIT_POLICY"):
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))

@@ -125,7 +125,7 @@ class Connections:
                 return
             start = await asyncio.to_thread(protocol.read_start, text, self.served)  # it may have a picture
             session, is_new = await self._session(start)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             said = failure(f"no session.start within {self._start_within:g} s", "timeout")
         except Full as error:
             code, said = protocol.NO_CAPACITY, failure(str(error), "no_capacity")
@@ -317,7 +317,7 @@ class Viewer:
         said = protocol.chunk_metadata(self._request_id, chunk, len(data), init=init is not None)
         try:
             await asyncio.wait_for(self._pair(said, data), self._connections.stall)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise _Stalled(f"a chunk was not read for {self._connections.stall:g} s") from None
         self._heard = time.monotonic()
         self._viewing.sent(chunk, len(data))

@@ -150,7 +150,7 @@ class Viewer:
                 await self._connect(leaving)
         except Refused as error:
             self.error, self.code = str(error), error.code
-        except (OSError, WebSocketException, asyncio.TimeoutError) as error:
+        except (TimeoutError, OSError, WebSocketException) as error:
             self.error, self.code = str(error) or f"no answer within {OPEN_WITHIN:g} s", "unreachable"
         except (KeyError, ValueError, TypeError) as error:
             self.error, self.code = f"a message that is none of a live server's ({error!r})", "unreadable"

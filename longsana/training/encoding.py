@@ -1,7 +1,7 @@
 """Films of one's own to shards of latents, which flow matching and consistency learn from.
 
-A shard is a function of the films, the settings and the VAE alone, on a CPU of its number of threads too: any number of
-processes, stopped at any moment, write the same bytes.
+A shard is a function of the films, the settings, the VAE and PyAV's version alone, on a CPU of its number of threads
+too: any number of processes, stopped at any moment, write the same bytes.
 """
 
 from __future__ import annotations

@@ -105,6 +105,43 @@ def test_what_ships_can_be_measured_where_it_lies():
         check_config(sampler(ROOT / "asset/shapes", row))
 
 
+def test_what_ships_is_small():
+    """Forty MB together and ten each, as the recipe's own product is; its weights are bfloat16."""
+    files = [path for path in (ROOT / "asset/shapes").rglob("*") if path.is_file()]
+    assert {f"{name}.safetensors" for name in (*shapes.NETWORKS, "tae_shapes")} <= {path.name for path in files}
+    assert sum(path.stat().st_size for path in files) < 40e6
+    assert max(path.stat().st_size for path in files) < 10e6
+    for name in shapes.NETWORKS:
+        assert {value.dtype for value in load_file(ROOT / f"asset/shapes/{name}.safetensors").values()} == {
+            torch.bfloat16
+        }
+
+
+def test_networks_that_are_not_there_are_told_before_any_is_scored(tmp_path, capsys):
+    (tmp_path / "held_out.txt").write_text("A small red circle moves slowly to the right on a black background.\n")
+    for name in ("base", "ode", "self_forcing", "longsana", "two_step", "whole_longsana"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert shapes.main(["scores", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "two_step_consistency.safetensors not found; make them: train_video_scripts/shapes_recipe.py --steps two_"
+        in said
+    )
+    assert not list(tmp_path.glob("scores*"))
+
+
+def test_the_table_of_bars_is_that_of_the_record():
+    """What a LoRA learned on an H200, which no test can train."""
+    record = json.loads((ROOT / "asset/shapes/bars.json").read_text())
+    text = (ROOT / "docs/shapes.md").read_text()
+    for model, kinds in record["percent after 30 s, mean and spread over three seeds"].items():
+        cells = [f"{mean:.1f} ± {spread:.1f}" for one in kinds.values() for mean, spread in one.values()]
+        assert f"| {model} | {' | '.join(cells)} |" in text
+    seconds = [value for part, value in record["seconds"].items() if part != "scores"]
+    minutes, rest = divmod(round(sum(seconds)), 60)
+    assert f"From nothing to a LoRA that is {minutes}:{rest:02d}" in text
+
+
 @pytest.mark.parametrize("tool", ["scores", "speed", "strips", "bar-scores"])
 def test_tiny_measurements_do_not_pass_for_full_ones(tool, tmp_path, capsys):
     (tmp_path / "base.safetensors").touch()
