@@ -251,8 +251,9 @@ def lora_recipe(out: Path, *, tiny: bool = False) -> dict[str, Step]:
         )
 
     films, clips = runs / "films", runs / "clips"
-    old = ["--txt_file", str(parts / "old.txt"), "--work_dir", str(films / "old"), f"video.crf={FILMED}"]
-    old += [f"model.load_from={base}", *BASE_SETTINGS]
+    old = ["--txt_file", str(parts / "old.txt"), "--work_dir", str(films / "old")]
+    # Forty encoders at a time, of one thread each: with 16, the default, each takes twice the CPU (on two cores).
+    old += [f"video.crf={FILMED}", "video.threads=1", f"model.load_from={base}", *BASE_SETTINGS]
     old += _tiny(tiny, "films") or ["sampling.bs=40"]
     encode = ["encode", str(films), "--out", str(clips), "--config_path", f"{CONFIGS}/base.yaml"]
     make_clips = [

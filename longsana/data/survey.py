@@ -195,11 +195,12 @@ def write_summary(
         "films": len(found), "clips": len(clips), "frames of a clip": frames, "broken": broken, "too short": short,
         **rows, "sizes of films": dict(sizes.most_common()), "sizes of clips": dict(made.most_common()),
     }  # fmt: skip
-    text = f"{len(found)} films, {len(clips)} clips of {frames} frames; {len(broken)} films are broken, "
-    text += f"{len(short)} shorter than a clip.\n"
-    text += "\n| of a film | least | 10 % | median | 90 % | most |\n|---|--:|--:|--:|--:|--:|\n"
-    for name, spread in rows.items():
-        text += f"| {name} | {' | '.join(f'{value:.3g}' for value in spread.values())} |\n"
+    text = f"Films: {len(found)}; broken: {len(broken)}; shorter than a clip: {len(short)}. "
+    text += f"Clips of {frames} frames: {len(clips)}.\n"
+    if whole:
+        text += "\n| of a film | least | 10 % | median | 90 % | most |\n|---|--:|--:|--:|--:|--:|\n"
+        for name, spread in rows.items():
+            text += f"| {name} | {' | '.join(f'{value:.3g}' for value in spread.values())} |\n"
     for title, counts in (("films", sizes), ("clips", made)):
         most = ", ".join(f"{size} ({count})" for size, count in counts.most_common(12))
         text += f"\nSizes of {title}, height x width: {most or 'none'}.\n"

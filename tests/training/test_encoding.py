@@ -298,7 +298,7 @@ def test_what_is_broken_is_skipped_and_counted(
     warnings = [message for message in caplog.messages if message.startswith("skipped: ")]
     for name, warning in zip(sorted(bad), warnings, strict=True):
         assert warning.startswith(f"skipped: {films / name}.mp4: ") and bad[name][1] in warning and "\n" not in warning
-    assert "4 films are broken, 1 shorter" in capsys.readouterr().out
+    assert "; broken: 4; shorter than a clip: 1. " in capsys.readouterr().out
 
     # The same again looks at no film but the one that was written again.
     looked: list[str] = []
