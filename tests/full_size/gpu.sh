@@ -6,8 +6,10 @@
 #     OUT=folder bash tests/full_size/gpu.sh full      # the full decoder: one video on both GPUs, and a server
 #     OUT=folder bash tests/full_size/gpu.sh flat      # 1,000 chunks and 200 sessions
 #     OUT=folder bash tests/full_size/gpu.sh passes    # two passes a chunk for five, at 480p and 720p
+#     OUT=folder bash tests/full_size/gpu.sh many      # one video on all GPUs, training on all, a server on each of four
 #
-# All want two GPUs. Where each has work of its own, it has half of the CPUs too, as if it were a machine of one.
+# All want two GPUs, many four or eight. Where each has work of its own, it has its share of the CPUs too, as if it were
+# a machine of one.
 # Each step has a time limit of its own, and what it wrote is in OUT/results.tgz, whichever came last. Random weights.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -22,6 +24,7 @@ film=(--txt_file=asset/samples/video_prompts_samples.txt --cfg_scale=1.0 --num_f
 minute=(--config="$own" --model_path="$model" "${film[@]}")
 tiny=(--decoder taew2_1 --decoder_path seeded:0)
 float8=(model.float8=true)
+gpus=2
 
 # step NAME SECONDS COMMAND...: run it, with its words in NAME.log, and pack what there is.
 step() {
@@ -33,11 +36,11 @@ step() {
   tar czf "$OUT/results.tgz" -C "$results" .
 }
 
-# half GPU NAME SECONDS SCRIPT...: a step on one of the two GPUs and half of the CPUs.
+# half GPU NAME SECONDS SCRIPT...: a step on one of the GPUs and its share of the CPUs, half of them where there are two.
 half() {
   local gpu=$1 name=$2 limit=$3 cpus
   shift 3
-  cpus=$(($(nproc) / 2))
+  cpus=$(($(nproc) / gpus))
   CUDA_VISIBLE_DEVICES=$gpu HF_HUB_CACHE=$cache \
     step "$name" "$limit" taskset -c "$((gpu * cpus))-$((gpu * cpus + cpus - 1))" "$python" "$@"
 }
@@ -52,8 +55,8 @@ benchmark() {
 together() {
   local name=$1 limit=$2
   shift 2
-  step "$name" "$limit" env HF_HUB_CACHE="$cache" "$python" -m torch.distributed.run --nproc_per_node=2 \
-    inference_video_scripts/benchmark.py --gpus_per_video 2 "${minute[@]}" --out "$results/$name.json" "$@"
+  step "$name" "$limit" env HF_HUB_CACHE="$cache" "$python" -m torch.distributed.run --nproc_per_node="$gpus" \
+    inference_video_scripts/benchmark.py --gpus_per_video "$gpus" "${minute[@]}" --out "$results/$name.json" "$@"
 }
 
 case ${1:-} in
@@ -113,8 +116,29 @@ passes)
   passes 1 passes_720_full 720 "$model"
   wait
   ;;
+many)
+  gpus=$(nvidia-smi --list-gpus | wc -l)
+  CUDA_VISIBLE_DEVICES=1 step cache720 150 "$python" tests/full_size/hub_cache.py /tmp/hub720 --size 720 &
+  CUDA_VISIBLE_DEVICES=0 step cache 150 "$python" tests/full_size/hub_cache.py "$cache"
+  together "${gpus}_full" 80
+  together "${gpus}_tiny_float8" 70 "${tiny[@]}" "${float8[@]}"
+  step training 200 "$python" tests/full_size/measure_training.py --cache "$cache" --out "$results/training.json" --save \
+    --scratch /tmp self_forcing=5 longsana=8
+  wait
+  if ((gpus == 4)); then
+    for gpu in 0 1 2 3; do
+      half "$gpu" "viewers_$gpu" 150 tests/full_size/measure_load.py --cache "$cache" --out "$results/viewers_$gpu.json" \
+        --only taew2_1 --seconds 60 &
+    done
+    wait
+  fi
+  cache=/tmp/hub720
+  minute=(--config=configs/sana_video_config/Sana_2000M_720px_longsana.yaml "${film[@]}")
+  minute+=(--model_path=hf://Efficient-Large-Model/SANA-Video_2B_720p/checkpoints/SANA_Video_2B_720p.pth)
+  together "${gpus}_720p_full" 80
+  ;;
 *)
-  echo "usage: OUT=folder bash tests/full_size/gpu.sh two|viewers|full|flat|passes" >&2
+  echo "usage: OUT=folder bash tests/full_size/gpu.sh two|viewers|full|flat|passes|many" >&2
   exit 2
   ;;
 esac
