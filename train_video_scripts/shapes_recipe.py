@@ -33,7 +33,7 @@ if __name__ == "__main__":
 from longsana.commands import run_here
 from longsana.commands.shapes import FILMED, check_size, note
 from longsana.config import load_config
-from longsana.evaluation.shapes_table import BASE_SETTINGS, TWO_STEPS, WHOLE_PAST
+from longsana.evaluation.shapes_table import BASE_SETTINGS, CONFIGS, TWO_STEPS, WHOLE_PAST
 from longsana.runtime.commandline import Parser, run_command, typed_path
 from longsana.runtime.distributed import World
 from longsana.runtime.errors import InputError
@@ -45,7 +45,6 @@ from longsana.training.config import TrainingConfig
 
 log = logging.getLogger("longsana")
 
-CONFIGS = "configs/sana_video_config/longsana/shapes"
 BASE_PHASES = {"base_1": 8_500, "base_2": 5_500, "base_3": 4_000, "base": 4_000}
 """Iterations of the base model, in phases of at most 8 minutes on one H200. Each goes on from the one before, on clips
 of its own, the last two with lower rates."""

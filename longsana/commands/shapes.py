@@ -287,14 +287,14 @@ def measure_speeds(request: Request) -> None:
     """Measure frames a second on two cores of this machine."""
     from longsana.evaluation.score_model import measure_speed
 
-    threads, speeds = torch.get_num_threads(), {}
+    threads, speeds, text = torch.get_num_threads(), {}, _held_out(request)[0]
     torch.set_num_threads(2)
     try:
         for row in ROWS:
             if row.weights and row.prompts == HELD_OUT_PROMPTS:
                 seconds = 1 if request.tiny else min(10, max(row.lengths))
                 config = sampler(request.folder, row, tiny=request.tiny)
-                speeds[row.name] = measure_speed(config, _held_out(request)[0], seconds)
+                speeds[row.name] = measure_speed(config, text, seconds)
                 log.info("%s: %.1f FPS", row.name, speeds[row.name])
     finally:
         torch.set_num_threads(threads)

@@ -36,8 +36,8 @@ step() {
   tar czf "$OUT/results.tgz" -C "$results" .
 }
 
-# half GPU NAME SECONDS SCRIPT...: a step on one of the GPUs and its share of the CPUs, half of them where there are two.
-half() {
+# share GPU NAME SECONDS SCRIPT...: a step on one of the GPUs, and its share of the CPUs.
+share() {
   local gpu=$1 name=$2 limit=$3 cpus
   shift 3
   cpus=$(($(nproc) / gpus))
@@ -75,23 +75,23 @@ two)
 viewers)
   CUDA_VISIBLE_DEVICES=0 step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
   {
-    half 0 viewers_tiny 400 tests/full_size/measure_load.py --cache "$cache" --out "$results/tiny.json" --only taew2_1
-    half 0 batch 120 tests/full_size/measure_batch.py --out "$results/batch.json"
+    share 0 viewers_tiny 400 tests/full_size/measure_load.py --cache "$cache" --out "$results/tiny.json" --only taew2_1
+    share 0 batch 120 tests/full_size/measure_batch.py --out "$results/batch.json"
   } &
   cache=/tmp/hub720
-  half 1 cache720 150 tests/full_size/hub_cache.py "$cache" --size 720
-  half 1 viewers720 400 tests/full_size/measure_load.py --cache "$cache" --out "$results/720.json" --only 720p
+  share 1 cache720 150 tests/full_size/hub_cache.py "$cache" --size 720
+  share 1 viewers720 400 tests/full_size/measure_load.py --cache "$cache" --out "$results/720.json" --only 720p
   wait
   ;;
 full)
   CUDA_VISIBLE_DEVICES=0 step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
   together two_full 90
   together two_full_float8 80 "${float8[@]}"
-  half 1 viewers_full 400 tests/full_size/measure_load.py --cache "$cache" --out "$results/full.json" --only "480p, full"
+  share 1 viewers_full 400 tests/full_size/measure_load.py --cache "$cache" --out "$results/full.json" --only "480p, full"
   ;;
 flat)
   CUDA_VISIBLE_DEVICES=0 step cache 150 "$python" tests/full_size/hub_cache.py "$cache" --no_base
-  half 0 flat 450 tests/full_size/measure_flat.py --config "$own" --model_path "$model" --out "$results/flat.json" \
+  share 0 flat 450 tests/full_size/measure_flat.py --config "$own" --model_path "$model" --out "$results/flat.json" \
     sampling.chunk_frames=3 vae.decoder=taew2_1 vae.decoder_pretrained=seeded:0 sampling.cuda_graphs=true
   ;;
 passes)
@@ -99,18 +99,18 @@ passes)
   passes() {
     local gpu=$1 name=$2 config=configs/sana_video_config/Sana_2000M_$3px_longsana_2step.yaml model=$4
     shift 4
-    half "$gpu" "$name" 90 inference_video_scripts/benchmark.py --config="$config" --model_path="$model" "${film[@]}" \
+    share "$gpu" "$name" 90 inference_video_scripts/benchmark.py --config="$config" --model_path="$model" "${film[@]}" \
       --out "$results/$name.json" "$@"
   }
   {
-    half 0 cache 150 tests/full_size/hub_cache.py "$cache" --no_base
+    share 0 cache 150 tests/full_size/hub_cache.py "$cache" --no_base
     passes 0 passes_480_tiny 480 "$model" "${tiny[@]}"
     passes 0 passes_480_tiny_float8 480 "$model" "${tiny[@]}" "${float8[@]}"
   } &
   cache=/tmp/hub720
   model=hf://Efficient-Large-Model/SANA-Video_2B_720p/checkpoints/SANA_Video_2B_720p.pth
   tiny=(--decoder taeltx_2 --decoder_path seeded:0)
-  half 1 cache720 150 tests/full_size/hub_cache.py "$cache" --size 720
+  share 1 cache720 150 tests/full_size/hub_cache.py "$cache" --size 720
   passes 1 passes_720_tiny 720 "$model" "${tiny[@]}"
   passes 1 passes_720_tiny_float8 720 "$model" "${tiny[@]}" "${float8[@]}"
   passes 1 passes_720_full 720 "$model"
@@ -127,7 +127,7 @@ many)
   wait
   if ((gpus == 4)); then
     for gpu in 0 1 2 3; do
-      half "$gpu" "viewers_$gpu" 150 tests/full_size/measure_load.py --cache "$cache" --out "$results/viewers_$gpu.json" \
+      share "$gpu" "viewers_$gpu" 150 tests/full_size/measure_load.py --cache "$cache" --out "$results/viewers_$gpu.json" \
         --only taew2_1 --seconds 60 &
     done
     wait
