@@ -130,6 +130,7 @@ class VideoWriter:
             self._queue: queue.Queue[np.ndarray | None] = queue.Queue(WAITING)
             self._error: BaseException | None = None
             self._stopped = False
+            self._idle = threading.Event()  # of the thread, which has nothing left to do
             self._thread = threading.Thread(target=self._encode, name="video encoder", daemon=True)
             undo.callback(self._queue.put, None)  # a thread that has begun ends
             self._thread.start()
@@ -160,7 +161,9 @@ class VideoWriter:
         try:
             self._stopped = error is not None
             self._queue.put(None)
-            self._thread.join()
+            # Not its join: before Python 3.13 one that a signal interrupts takes the thread for one that has ended,
+            # and the container would be closed while the thread writes to it.
+            self._idle.wait()
             if error is None:
                 self._raise_error()
                 if not self.frames:
@@ -185,6 +188,7 @@ class VideoWriter:
                 self._container.close()
         except BaseException as error:
             self._error = error
+        self._idle.set()
 
     @property
     def _ended(self) -> bool:
@@ -220,7 +224,10 @@ class VideoWriter:
                 raise self._error
 
     def _release(self) -> None:
-        """Remove and close what is left, once the thread has ended, whatever interrupted the wait for it."""
+        """Remove and close what is left, once the thread has ended, whatever interrupted the wait for it.
+
+        Inside `stop.held`: no signal interrupts the join.
+        """
         self._stopped = True
         if self._thread.is_alive():
             self._queue.put(None)

@@ -422,3 +422,30 @@ def test_a_stop_while_a_file_is_begun_leaves_none(
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.001)
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_the_encoder_ends_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """What it writes to is closed after it; closed before, the process would die of it."""
+    code, release, ends = VideoWriter._code, VideoWriter._release, threading.Event()
+    order: list[str] = []
+
+    def coding(video: VideoWriter, array: np.ndarray) -> None:
+        code(video, array)
+        ends.wait()  # for the writer's block, which has ended
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+        time.sleep(0.3)
+        order.append("coded")
+
+    def releasing(video: VideoWriter) -> None:
+        release(video)
+        order.append("released")
+
+    monkeypatch.setattr(VideoWriter, "_code", coding)
+    monkeypatch.setattr(VideoWriter, "_release", releasing)
+    with pytest.raises(stop.Stopped), stop.caught(), open_writer(tmp_path / "a.mp4") as video:  # noqa: PT012
+        video.append(smooth(9))
+        ends.set()
+    assert order == ["coded", "released"] and os.listdir(tmp_path) == []
