@@ -128,3 +128,31 @@ def test_import_is_light():
 
 def test_the_network_and_its_sampler_need_no_heavy_library():
     assert takes("import longsana.weights.build, longsana.sampling.sampler, longsana.sampling.checks", 2)
+
+
+LIGHT = ("longsana.commands", "longsana.commands.run", "longsana.runtime.process.begin")
+"""What a program may import before it begins; `run` begins it."""
+
+
+def begins_late(source: str) -> str | None:
+    """The first import of torch, or of what brings it, in a program that has not begun by then (`process.begin`)."""
+    body = ast.parse(source).body
+    if not any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in body):
+        return None
+    for node in body:
+        if isinstance(node, ast.If) and "begin()" in map(ast.unparse, node.body):
+            return None
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for name in imports(ast.unparse(node)):
+                if name.split(".")[0] in ("torch", "longsana", "tests") and name not in LIGHT:
+                    return name
+    return None
+
+
+def test_every_program_begins_before_it_imports_torch():
+    """Else its threads spin while they wait, and a signal meets it halfway through an import."""
+    programs = [path for folder in ("longsana", "tests", "asset", *SCRIPTS) for path in (ROOT / folder).rglob("*.py")]
+    late = {str(path.relative_to(ROOT)): begins_late(path.read_text()) for path in programs}
+    assert {path: name for path, name in late.items() if name} == {}
+    assert begins_late("import torch\nif __name__ == '__main__':\n    begin()") == "torch"
+    assert begins_late("if __name__ == '__main__':\n    begin()\nimport torch") is None

@@ -16,10 +16,15 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+if __name__ == "__main__":
+    from longsana.runtime.process import begin
+
+    begin()  # before the imports below, which take seconds
+
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from longsana.config import ModelConfig
 from longsana.encoders.vae_files import to_original_layout

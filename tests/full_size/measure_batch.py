@@ -19,6 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+if __name__ == "__main__":
+    from longsana.runtime.process import begin
+
+    begin()  # before the imports below, which take seconds
+
 import torch
 
 from longsana.commands.generate import DEFAULT_CONFIG

@@ -17,9 +17,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+if __name__ == "__main__":
+    from longsana.runtime.process import begin
+
+    begin()  # before the imports below, which take seconds
+
+import torch
 
 from longsana.config import load_config
 from longsana.data.clips import ShapeClips

@@ -28,6 +28,11 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+if __name__ == "__main__":
+    from longsana.runtime.process import begin
+
+    begin()  # before the imports below, which take seconds
+
 CONFIGS = {
     480: ROOT / "configs/sana_video_config/Sana_2000M_480px_adamW_fsdp_longsana.yaml",
     720: ROOT / "configs/sana_video_config/Sana_2000M_720px_longsana.yaml",

@@ -34,6 +34,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+if __name__ == "__main__":
+    from longsana.runtime.process import begin
+
+    begin()  # before the imports below, which take seconds
+
 from longsana.config import InferenceConfig
 from longsana.evaluation.videos import read_pieces
 from longsana.runtime import h264, video

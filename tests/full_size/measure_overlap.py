@@ -14,9 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+if __name__ == "__main__":
+    from longsana.runtime.process import begin
+
+    begin()  # before the imports below, which take seconds
+
+import torch
 
 from longsana.config import VAEConfig
 from longsana.encoders.vae import WanVAE

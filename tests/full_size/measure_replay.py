@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import time
 
+if __name__ == "__main__":
+    from longsana.runtime.process import begin
+
+    begin()  # before the imports below, which take seconds
+
 import torch
 
 from longsana.config import InferenceConfig, load_config

@@ -20,9 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+if __name__ == "__main__":
+    from longsana.runtime.process import begin
+
+    begin()  # before the imports below, which take seconds
+
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

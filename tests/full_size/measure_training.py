@@ -22,11 +22,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+if __name__ == "__main__":
+    from longsana.runtime.process import begin
+
+    begin()  # before the imports below, which take seconds
+
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 from longsana.config import load_config  # noqa: E402
 from longsana.flow.schedule import FlowSchedule  # noqa: E402
 from longsana.training.checks import DISTILLING  # noqa: E402

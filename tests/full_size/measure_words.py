@@ -14,6 +14,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":
+    from longsana.runtime.process import begin
+
+    begin()  # before the imports below, which take seconds
+
 import torch
 from torch import Tensor
 

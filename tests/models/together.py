@@ -10,6 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+if __name__ == "__main__":
+    from longsana.runtime.process import begin
+
+    begin()  # before the imports below, which take seconds
+
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan
 from torch import Tensor

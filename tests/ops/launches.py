@@ -21,6 +21,11 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+if __name__ == "__main__":
+    from longsana.runtime.process import begin
+
+    begin()  # before the imports below, which take seconds
+
 import torch
 from torch import Tensor
 
