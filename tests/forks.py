@@ -8,10 +8,12 @@ begins, with imports, a script or a launcher, is tested with real ones.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
 import os
+import random
 import resource
 import select
 import signal
@@ -58,60 +60,69 @@ class Forks:
         ours, theirs = os.pipe()
         socket.send_fds(self._socket, [json.dumps(asked).encode()], [theirs])
         os.close(theirs)
-        while (pid := self._hear(120)) is None:
+        while (started := self._hear(120)) is None:
             pass
-        return Fork(self, pid, ours)
+        return Fork(self, *started, ours)
 
     def launch(self, processes: int, command: str, arguments: Sequence[Any], **options: Any) -> list[Fork]:
         """Processes that meet each other, as a launcher would start them; but if one ends, none is told to."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        where["WORLD_SIZE"] = str(processes)
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
         return [self.start(command, arguments, RANK=str(rank), **where, **options) for rank in range(processes)]
 
-    def status(self, pid: int, timeout: float) -> int | None:
-        """How a process has ended; None if it has not, within so many seconds."""
+    def status(self, number: int, timeout: float) -> int | None:
+        """How a process has ended; None if it has not, within so many seconds.
+
+        number: of how many that were started it is. The system gives a process's id to another one later.
+        """
         until = time.monotonic() + timeout
-        while pid not in self._ended and (left := until - time.monotonic()) > 0:
+        while number not in self._ended and (left := until - time.monotonic()) > 0:
             self._hear(left)
-        return self._ended.get(pid)
+        return self._ended.get(number)
 
     def close(self) -> None:
         self._socket.close()
         self._process.wait()
 
-    def _hear(self, timeout: float) -> int | None:
-        """Take one message, if it comes in time; returns the process that it says has been started."""
+    def _hear(self, timeout: float) -> tuple[int, int] | None:
+        """Take one message, if it comes in time; returns number and id of the process that it says was started."""
         self._socket.settimeout(timeout)
         try:
             said = self._socket.recv(1000)
         except TimeoutError:
             return None
         assert said, "the process that forks has ended"
-        pid, *status = map(int, said.split())
-        self._ended |= dict.fromkeys([pid], *status) if status else {}
-        return None if status else pid
+        number, pid, *status = map(int, said.split())
+        self._ended |= dict.fromkeys([number], *status) if status else {}
+        return None if status else (number, pid)
+
+
+def free_port() -> int:
+    """Find a port that nobody listens at, below those that the system gives to whoever asks for any or connects."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 class Fork:
     """A process that was started; `output` reads what it writes to stdout and stderr."""
 
-    def __init__(self, forks: Forks, pid: int, output: int) -> None:
-        self._forks, self.pid = forks, pid
+    def __init__(self, forks: Forks, number: int, pid: int, output: int) -> None:
+        self._forks, self._number, self.pid = forks, number, pid
         self.output = os.fdopen(output, encoding="utf-8", errors="replace")
 
     @property
     def returncode(self) -> int | None:
         """Its exit status; minus a signal's number if that ended it; None while it runs."""
-        return self._forks.status(self.pid, 1e-3)
+        return self._forks.status(self._number, 1e-3)
 
     def wait(self, timeout: float = 120) -> int:
         """
         Raises:
             subprocess.TimeoutExpired: it has not ended within so many seconds.
         """
-        status = self._forks.status(self.pid, timeout)
+        status = self._forks.status(self._number, timeout)
         if status is None:
             raise subprocess.TimeoutExpired(f"fork {self.pid}", timeout)
         return status
@@ -151,7 +162,8 @@ class Asked(NamedTuple):
 
 def serve(asks: socket.socket) -> Asked:
     """Start processes until nobody asks any more, and return in each of them; the first one never returns."""
-    running: list[int] = []
+    running: dict[int, int] = {}  # their numbers by their ids
+    started = 0
     while True:
         if select.select([asks], [], [], 0.01 if running else None)[0]:
             said, fds, _, _ = socket.recv_fds(asks, 1 << 20, 1)
@@ -167,13 +179,12 @@ def serve(asks: socket.socket) -> Asked:
                 os.close(fds[0])
                 return Asked(*json.loads(said))
             os.close(fds[0])
-            running.append(pid)
-            asks.send(f"{pid}".encode())
+            running[pid], started = started, started + 1
+            asks.send(f"{running[pid]} {pid}".encode())
         for pid in list(running):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                running.remove(pid)
-                asks.send(f"{pid} {os.waitstatus_to_exitcode(status)}".encode())
+                asks.send(f"{running.pop(pid)} {pid} {os.waitstatus_to_exitcode(status)}".encode())
 
 
 if __name__ == "__main__":

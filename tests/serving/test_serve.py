@@ -20,7 +20,7 @@ from longsana.config import InferenceConfig
 from longsana.serving.client import LiveVideo, Piece, Refused
 from longsana.serving.studio import Studio
 from longsana.serving.values import Limits
-from tests.forks import Fork, Forks
+from tests.forks import Fork, Forks, free_port
 from tests.serving.server import Running
 from tests.serving.test_media import decoded
 
@@ -157,9 +157,7 @@ def up(forks: Forks, port: int, folder: Path) -> Fork:
 
 
 def test_clients_go_on_after_the_server_was_killed(forks: Forks, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     server = up(forks, port, tmp_path)
     made = httpx.post(f"{url}/v1/videos/sync", json={"prompt": PROMPT, "num_frames": 9}, timeout=60, headers=KEY)
