@@ -185,8 +185,13 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A browser; without one tests are skipped, and with LONGSANA_BROWSER=required, as in CI, they fail."""
+    """A browser; without one tests are skipped, and with LONGSANA_BROWSER=required, as in CI, they fail.
+
+    Beside other tests (pytest -n) they are skipped: what plays in real time needs the cores for itself.
+    """
     reason = "" if CHROMIUM.exists() else f"there is no browser at {CHROMIUM}"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        reason = "alone, without -n: pytest tests/serving/test_page.py tests/evaluation/test_page.py"
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:

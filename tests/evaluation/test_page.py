@@ -7,14 +7,11 @@ from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
-import pytest
 
 from longsana.commands import evaluate
 from longsana.runtime.video import VideoWriter
 
 PLACES = ("mine", "theirs")
-
-pytestmark = pytest.mark.xdist_group("browser")
 
 PLAYED = """async () => {
   const found = [];

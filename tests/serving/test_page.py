@@ -1,7 +1,6 @@
 """The page in a real browser, over the small default: what is typed is seen, a fork and a reload go on.
 
-The fixture `browser` (tests/conftest.py) says where it is and what happens without one. Beside other tests (pytest -n)
-they are skipped: what plays in real time needs the cores for itself.
+The fixture `browser` (tests/conftest.py) says where it is and what happens without one.
 LONGSANA_SCREENSHOTS names a folder for the pictures of docs/live.md.
 """
 
@@ -32,7 +31,6 @@ from tests.serving.fake import FakeSession, FakeStudio, served
 from tests.serving.server import Running
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="alone: pytest tests/serving/test_page.py")
 RED = "A big red circle moves slowly to the right on a black background."
 BLUE = "A big blue square stays still on a gray background."
 YELLOW = "A big yellow circle stays still on a teal background."
@@ -46,8 +44,6 @@ SHOT = """async (n) => {
   for (let i = 0; i < pixels.length; i += 4096) text += String.fromCharCode(...pixels.subarray(i, i + 4096));
   return [canvas.height, canvas.width, btoa(text)];
 }"""
-
-pytestmark = pytest.mark.xdist_group("browser")
 
 
 def until(page: Any, expression: str, seconds: float = 60.0) -> None:
