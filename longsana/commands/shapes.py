@@ -120,7 +120,7 @@ def write_prompts(request: Request) -> None:
         ("held_out.txt", 0, HELD_OUT_PROMPTS, True),
     ):
         path = request.folder / name
-        _write_lines(path, prompts(seed, count, held_out=held_out, draw=WORLDS[request.world]), request.world)
+        _write_lines(path, prompts(seed, count, held_out=held_out, draw=WORLDS[request.world]))
 
 
 def draw_pictures(request: Request) -> None:
@@ -131,13 +131,13 @@ def draw_pictures(request: Request) -> None:
     names = [f"{folder.name}/{number:05d}.png" for number in range(1, len(scenes) + 1)]
     lines = [f"{scene.caption}{PICTURE}{name}" for scene, name in zip(scenes, names, strict=True)]
     path = request.folder / "pictured.txt"
-    _check_lines(path, lines, request.world)
+    _check_lines(path, lines)
     for first in range(0, len(scenes), 64):
         some = slice(first, first + 64)
         for name, picture in zip(names[some], to_bytes(render(scenes[some], range(1))), strict=True):
             with whole_file(request.folder / name) as partial:
                 Image.fromarray(picture[0].numpy()).save(partial, "PNG")
-    _write_lines(path, lines, request.world)
+    _write_lines(path, lines)
 
 
 def write_bar_prompts(request: Request) -> None:
@@ -154,7 +154,7 @@ def write_bar_prompts(request: Request) -> None:
         "held_out.txt": prompts(0, HELD_OUT_PROMPTS, held_out=True),
     }
     for name, lines in lists.items():
-        _write_lines(request.folder / name, lines, request.world)
+        _write_lines(request.folder / name, lines)
 
 
 def film_bars(request: Request) -> None:
@@ -162,7 +162,7 @@ def film_bars(request: Request) -> None:
     sampling = load_config(locate(f"{CONFIGS}/longsana.yaml", "the config"), (), InferenceConfig).sampling
     for index in range(2 if request.tiny else FILMS):
         scene, path = draw_bars(0, index), request.folder / f"{index:05d}.mp4"
-        _write_lines(path.with_suffix(".txt"), [scene.caption], request.world)
+        _write_lines(path.with_suffix(".txt"), [scene.caption])
         if path.exists():
             continue
         (pictures,) = to_bytes(render([scene], range(sampling.num_frames)))
@@ -204,17 +204,17 @@ def _sized(request: Request, trial: Trial) -> Trial:
     return replace(trial, prompts=trial.prompts[:2], seeds=(0,), lengths=(1,), batch=2) if request.tiny else trial
 
 
-def _write_lines(path: Path, lines: Sequence[str], world: WorldName) -> None:
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
     """Write a file of prompts, unless it is there."""
-    _check_lines(path, lines, world)
+    _check_lines(path, lines)
     if not path.exists():
         atomic_write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def _check_lines(path: Path, lines: Sequence[str], world: WorldName) -> None:
+def _check_lines(path: Path, lines: Sequence[str]) -> None:
     """Refuse (InputError) a file that is there with other prompts."""
     if path.exists() and path.read_text(encoding="utf-8").splitlines() != list(lines):
-        raise InputError(f"{path}: not the prompts of --world {world}; give another folder")
+        raise InputError(f"{path}: holds other prompts than are made here; give another folder")
 
 
 def train_text(request: Request) -> None:

@@ -50,5 +50,5 @@ def test_the_same_command_makes_what_is_missing_and_no_other_world_is_mixed_in(
     assert file.read_text() == text and (read_picture(picture, 64, 64) == before).all()
     capsys.readouterr()
     assert shapes.main([*command, "--world", "remembered_shapes"]) == 2
-    assert capsys.readouterr().err.endswith("not the prompts of --world remembered_shapes; give another folder\n")
+    assert capsys.readouterr().err.endswith("holds other prompts than are made here; give another folder\n")
     assert file.read_text() == text and (read_picture(picture, 64, 64) == before).all()

@@ -220,7 +220,7 @@ def test_another_world_has_its_own_prompts_clips_and_folder(tmp_path, capsys):
     assert set(paths.values()) == {"data.data_path=generated:turning_remembered_shapes"}
     assert all(setting.rpartition(":")[2] in GENERATORS for setting in paths.values())
     assert recipe.main([*tiny, "--steps", "text"]) == 2
-    assert "not the prompts of --world shapes; give another folder" in capsys.readouterr().err
+    assert "holds other prompts than are made here; give another folder" in capsys.readouterr().err
     assert recipe.main([*other, "--steps", "text"]) == 0, "it is there"
 
 
