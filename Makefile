@@ -20,7 +20,7 @@ test-fast:
 
 test:
 	pytest -n 2 --dist worksteal
-	pytest tests/serving/test_page.py
+	pytest tests/serving/test_page.py tests/evaluation/test_page.py
 
 bench:
 	python inference_video_scripts/benchmark.py --num_frames 961 --kernels --profile

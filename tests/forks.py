@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("inference.batch", "training.run", "training.build", "training.validation")
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 """Read when libraries are imported."""
+LEAST_PORT = 10_000
 
 
 class Forks:
@@ -97,12 +98,22 @@ class Forks:
 
 
 def free_port() -> int:
-    """Find a port that nobody listens at, below those that the system gives to whoever asks for any or connects."""
+    """Find a port that nobody listens at: if it can be, one below those that the system hands out to connections."""
     while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
+        low = handed_out()
+        port = random.SystemRandom().randrange(LEAST_PORT, low) if low > LEAST_PORT else 0
         with socket.socket() as free, contextlib.suppress(OSError):
             free.bind(("127.0.0.1", port))
-            return port
+            found: int = free.getsockname()[1]
+            return found
+
+
+def handed_out() -> int:
+    """The first of the ports that the system gives to whoever asks for any, or connects; 0 where it does not say."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        return 0
 
 
 class Fork:

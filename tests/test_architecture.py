@@ -130,30 +130,54 @@ def test_the_network_and_its_sampler_need_no_heavy_library():
     assert takes("import longsana.weights.build, longsana.sampling.sampler, longsana.sampling.checks", 2)
 
 
-LIGHT = ("longsana.commands", "longsana.commands.run", "longsana.runtime.process.begin")
-"""What a program may import before it begins; `run` begins it."""
+LIGHT = ("longsana.commands", "longsana.commands.run")
+"""What begins a program by itself."""
+HEAVY = ("torch", "diffusers", "transformers", "longsana", "tests")
+BEGINNINGS = ("begin()", "share_cores()")
 
 
 def begins_late(source: str) -> str | None:
-    """The first import of torch, or of what brings it, in a program that has not begun by then (`process.begin`)."""
-    body = ast.parse(source).body
-    if not any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in body):
+    """The first import of torch, or of what may bring it, in a program that has not begun by then.
+
+    Imports inside functions are none before its beginning; where it has none, they count too.
+    """
+    tree = ast.parse(source)
+    programs = [node for node in tree.body if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)]
+    if not programs:
         return None
-    for node in body:
-        if isinstance(node, ast.If) and "begin()" in map(ast.unparse, node.body):
-            return None
-        if isinstance(node, ast.Import | ast.ImportFrom):
+    begun = [line.lineno for node in programs for line in node.body if ast.unparse(line) in BEGINNINGS]
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {node for function in functions for node in ast.walk(function)} if begun else set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and node not in inside:
+            if begun and node.lineno > min(begun):
+                continue
             for name in imports(ast.unparse(node)):
-                if name.split(".")[0] in ("torch", "longsana", "tests") and name not in LIGHT:
+                light = name in LIGHT or name.startswith("longsana.runtime.process.")
+                if name.split(".")[0] in HEAVY and not light:
                     return name
     return None
 
 
 def test_every_program_begins_before_it_imports_torch():
-    """Else its threads spin while they wait, and a signal meets it halfway through an import."""
-    files = [path for folder in ("longsana", "tests", "asset", *SCRIPTS) for path in (ROOT / folder).rglob("*.py")]
+    """Else its threads spin while they wait; and of a command, a signal meets it halfway through an import."""
+    files = [path for folder in ("longsana", "tests", *SCRIPTS) for path in (ROOT / folder).rglob("*.py")]
     programs = {path: source for path in files if "__main__" in (source := path.read_text())}
     late = {str(path.relative_to(ROOT)): begins_late(source) for path, source in programs.items()}
     assert {path: name for path, name in late.items() if name} == {}
-    assert begins_late("import torch\nif __name__ == '__main__':\n    begin()") == "torch"
-    assert begins_late("if __name__ == '__main__':\n    begin()\nimport torch") is None
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("import torch\nif __name__ == '__main__':\n    begin()", "torch"),
+        ("if __name__ == '__main__':\n    import torch\n    begin()", "torch"),
+        ("try:\n    import diffusers\nexcept ImportError: pass\nif __name__ == '__main__':\n    begin()", "diffusers"),
+        ("def main():\n    import torch\nif __name__ == '__main__':\n    main()", "torch"),
+        ("def main():\n    import torch\nif __name__ == '__main__':\n    begin()\n    main()", None),
+        ("if __name__ == '__main__':\n    share_cores()\nimport torch", None),
+        ("import torch", None),
+    ],
+)
+def test_programs_that_begin_late_are_seen(source, name):
+    assert begins_late(source) == name

@@ -1,10 +1,62 @@
-"""The process that forks for other tests."""
+"""The processes that tests start are like those of `subprocess`."""
 
 from __future__ import annotations
 
+import signal
 import socket
+import subprocess
+from pathlib import Path
 
-from tests.forks import Forks, free_port
+import pytest
+
+from tests.forks import LEAST_PORT, Forks, free_port, handed_out
+
+HERE = "tests.test_forks"
+
+
+def main(arguments: list[str]) -> int:
+    """What the processes do."""
+    import os
+    import time
+
+    what, *rest = arguments
+    if what == "write":
+        Path(rest[0]).write_bytes(b"x" * 2000)
+    if what == "sleep":
+        print("asleep", flush=True)
+        time.sleep(100)
+    if what == "tell":
+        print(os.environ["WORLD_SIZE"], os.environ["RANK"], os.environ["OWN"])
+    return int(what) if what.isdigit() else 0
+
+
+def test_status_output_and_environment(forks: Forks) -> None:
+    both = forks.launch(2, HERE, ["tell"], OWN="word")
+    assert [fork.finish() for fork in both] == ["2 0 word\n", "2 1 word\n"]
+    assert [fork.returncode for fork in both] == [0, 0]
+    assert forks.start(HERE, ["7"]).wait() == 7
+
+
+def test_an_error_is_shown(forks: Forks, tmp_path: Path) -> None:
+    fork = forks.start(HERE, ["write", tmp_path / "file"], file_size=1000)
+    assert "File too large" in fork.finish().splitlines()[-1] and fork.returncode == 1
+    assert "No module named 'nothing'" in forks.start("nothing", []).finish()
+
+
+def test_signals_and_waiting(forks: Forks) -> None:
+    one, other = (forks.start(HERE, ["sleep"]) for _ in range(2))
+    assert one.output.readline() == other.output.readline() == "asleep\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        one.wait(0.01)
+    one.send_signal(signal.SIGKILL)
+    assert (one.wait(), other.returncode) == (-signal.SIGKILL, None)
+    other.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in other.finish() and other.returncode == 1
+
+
+def test_a_command(forks: Forks) -> None:
+    fork = forks.start("generate", ["--nonsense"])
+    assert fork.finish() == "error: unknown option --nonsense; see --help\n" and fork.returncode == 2
 
 
 def test_a_process_that_has_the_id_of_an_earlier_one_has_not_ended() -> None:
@@ -21,5 +73,6 @@ def test_a_process_that_has_the_id_of_an_earlier_one_has_not_ended() -> None:
 
 def test_a_free_port_is_none_that_a_connection_gets() -> None:
     """A process that looks for another one at a port of its own range may find itself there."""
-    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
-        assert 1024 <= free_port() < int(file.read().split()[0])
+    assert 0 < free_port() < 1 << 16
+    if handed_out() > LEAST_PORT:
+        assert LEAST_PORT <= free_port() < handed_out()

@@ -15,11 +15,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-if __name__ == "__main__":
-    from longsana.runtime.process import begin
-
-    begin()  # before the imports below, which take seconds
-
 from tokenizers import (
     AddedToken,
     Regex,

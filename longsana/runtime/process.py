@@ -13,11 +13,13 @@ SPINS = 10_000
 def begin() -> None:
     """Catch signals from here on, and have threads share their cores; call it before torch is imported."""
     stop.catch()
-    _share_cores()
+    share_cores()
 
 
-def _share_cores() -> None:
+def share_cores() -> None:
     """Have threads that wait for each other soon sleep, unless the environment says how they are to wait.
+
+    It is for programs that are no commands, which signals end as they end any Python program.
 
     libgomp, which reads it as torch is loaded, lets them spin for 300,000 turns. Where another process wants their
     core, that is what keeps the thread they wait for from running: beside two busy processes on two cores the default

@@ -54,6 +54,7 @@ class Team:
         self._words, self._world = words, world or World()
         self._connections: list[socket.socket] = []
         self._over = threading.Event()
+        self._unsaid = threading.Lock()  # taken by the thread that says that a member has gone
         self._told = self._lost = False
         """Whether another process says what ended this one, and whether this one found out that another has gone."""
         self._begun = self._agreed = 0  # passes
@@ -240,7 +241,10 @@ class Team:
         The main process of the launch says it by itself, if it can, when its main thread finds out.
         """
         assert self.peers is not None
-        if self.peers.rank < 2 and not (self._world.is_main and self._over.wait(GRACE)):
+        # Of two threads the later one hears of a member that has ended because another has: it is no news.
+        if self.peers.rank > 1 or not self._unsaid.acquire(blocking=False):
+            return
+        if not (self._world.is_main and self._over.wait(GRACE)):
             print(f"failed: {LOST}", file=sys.stderr, flush=True)
 
     def _broadcast(self, word: Any) -> Any:

@@ -130,7 +130,8 @@ class VideoWriter:
             self._queue: queue.Queue[np.ndarray | None] = queue.Queue(WAITING)
             self._error: BaseException | None = None
             self._stopped = False
-            self._idle = threading.Event()  # of the thread, which has nothing left to do
+            self._at_work = threading.Lock()  # held until the thread has nothing left to do
+            self._at_work.acquire()
             self._thread = threading.Thread(target=self._encode, name="video encoder", daemon=True)
             undo.callback(self._queue.put, None)  # a thread that has begun ends
             self._thread.start()
@@ -162,8 +163,9 @@ class VideoWriter:
             self._stopped = error is not None
             self._queue.put(None)
             # Not its join: before Python 3.13 one that a signal interrupts takes the thread for one that has ended,
-            # and the container would be closed while the thread writes to it.
-            self._idle.wait()
+            # and the container would be closed while the thread writes to it. Nor an event, which is written in Python
+            # and may be interrupted with its own lock held; a lock is taken or it is not.
+            self._at_work.acquire()
             if error is None:
                 self._raise_error()
                 if not self.frames:
@@ -188,7 +190,7 @@ class VideoWriter:
                 self._container.close()
         except BaseException as error:
             self._error = error
-        self._idle.set()
+        self._at_work.release()
 
     @property
     def _ended(self) -> bool:
@@ -226,7 +228,7 @@ class VideoWriter:
     def _release(self) -> None:
         """Remove and close what is left, once the thread has ended, whatever interrupted the wait for it.
 
-        Inside `stop.held`: no signal interrupts the join.
+        Inside `stop.held`: none of the signals that ask for a stop interrupts the join.
         """
         self._stopped = True
         if self._thread.is_alive():

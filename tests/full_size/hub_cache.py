@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 if __name__ == "__main__":
-    from longsana.runtime.process import begin
+    from longsana.runtime.process import share_cores
 
-    begin()  # before the imports below, which take seconds
+    share_cores()  # before torch is imported
 
 import torch
 from torch import Tensor, nn

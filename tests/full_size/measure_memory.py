@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 if __name__ == "__main__":
-    from longsana.runtime.process import begin
+    from longsana.runtime.process import share_cores
 
-    begin()  # before the imports below, which take seconds
+    share_cores()  # before torch is imported
 
 CONFIGS = {
     480: ROOT / "configs/sana_video_config/Sana_2000M_480px_adamW_fsdp_longsana.yaml",

@@ -35,9 +35,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 if __name__ == "__main__":
-    from longsana.runtime.process import begin
+    from longsana.runtime.process import share_cores
 
-    begin()  # before the imports below, which take seconds
+    share_cores()  # before torch is imported
 
 from longsana.config import InferenceConfig
 from longsana.evaluation.videos import read_pieces

@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 
 if __name__ == "__main__":
-    from longsana.runtime.process import begin
+    from longsana.runtime.process import share_cores
 
-    begin()  # before the imports below, which take seconds
+    share_cores()  # before torch is imported
 
 import torch
 

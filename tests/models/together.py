@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 if __name__ == "__main__":
-    from longsana.runtime.process import begin
+    from longsana.runtime.process import share_cores
 
-    begin()  # before the imports below, which take seconds
+    share_cores()  # before torch is imported
 
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLWan

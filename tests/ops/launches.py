@@ -22,9 +22,9 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 if __name__ == "__main__":
-    from longsana.runtime.process import begin
+    from longsana.runtime.process import share_cores
 
-    begin()  # before the imports below, which take seconds
+    share_cores()  # before torch is imported
 
 import torch
 from torch import Tensor

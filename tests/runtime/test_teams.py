@@ -31,6 +31,25 @@ def test_who_waits_for_ever_ends_with_the_others(forks: Forks, killed: int) -> N
     assert said.count("another process of this launch has ended") == 1 and "out" not in said
 
 
+def test_a_leader_that_two_members_leave_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second one ends because the first has gone, as the leader told it."""
+    ended = threading.Semaphore(0)
+    monkeypatch.setattr(teams, "GRACE", 0.05)
+    monkeypatch.setattr(teams, "_end", lambda status: ended.release())
+    peers: Any = SimpleNamespace(rank=0, size=3)
+    team, pairs = Team(peers=peers, world=World(rank=0, size=3)), [socket.socketpair() for _ in range(2)]
+    monkeypatch.setattr(team, "_connected", lambda: [own for own, _ in pairs])
+    with team.watched():
+        for _, member in pairs:
+            member.close()
+        assert all(ended.acquire(timeout=10) for _ in pairs)
+    for own, _ in pairs:
+        own.close()
+    assert capsys.readouterr().err == f"failed: {LOST}\n"
+
+
 def test_who_is_done_ends_nobody(forks: Forks) -> None:
     peers = forks.launch(2, "tests.runtime.stuck", ["0.2"])
     assert "".join(peer.finish(30) for peer in peers).count("out") == 2
