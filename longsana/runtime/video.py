@@ -174,8 +174,13 @@ class VideoWriter:
                 self.size = os.fstat(self._file.fileno()).st_size
                 move_into_place(self._whole, self.path)
         finally:
-            with stop.held():
-                self._release()
+            try:
+                with stop.held():
+                    self._release()
+            except BaseException:  # of a second signal, before they were held
+                with stop.held():
+                    self._release()
+                raise
 
     def _encode(self) -> None:
         """The thread. After an error it goes on emptying the queue, so that `append` never waits for a dead encoder."""

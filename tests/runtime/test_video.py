@@ -449,3 +449,20 @@ def test_a_stop_while_the_encoder_ends_waits_for_it(
         video.append(smooth(9))
         ends.set()
     assert order == ["coded", "released"] and os.listdir(tmp_path) == []
+
+
+def test_a_second_signal_while_the_first_unwinds_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes before requests are held for the writer's end."""
+    held, threads = stop.held, threading.active_count()
+
+    def interrupted() -> AbstractContextManager[None]:
+        monkeypatch.setattr(stop, "held", held)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), open_writer(tmp_path / "a.mp4") as video:  # noqa: PT012
+        video.append(smooth(9))
+        monkeypatch.setattr(stop, "held", interrupted)
+    assert threading.active_count() == threads
+    assert os.listdir(tmp_path) in ([], ["a.mp4"])
