@@ -161,6 +161,7 @@ def begins_late(source: str) -> str | None:
 
 def test_every_program_begins_before_it_imports_torch():
     """Else its threads spin while they wait; and of a command, a signal meets it halfway through an import."""
+    # Those of asset/ compute nothing with torch.
     files = [path for folder in ("longsana", "tests", *SCRIPTS) for path in (ROOT / folder).rglob("*.py")]
     programs = {path: source for path in files if "__main__" in (source := path.read_text())}
     late = {str(path.relative_to(ROOT)): begins_late(source) for path, source in programs.items()}

@@ -19,7 +19,7 @@ def begin() -> None:
 def share_cores() -> None:
     """Have threads that wait for each other soon sleep, unless the environment says how they are to wait.
 
-    It is for programs that are no commands, which signals end as they end any Python program.
+    Programs that are no commands call it in place of `begin`: a signal unwinds them as any Python program.
 
     libgomp, which reads it as torch is loaded, lets them spin for 300,000 turns. Where another process wants their
     core, that is what keeps the thread they wait for from running: beside two busy processes on two cores the default

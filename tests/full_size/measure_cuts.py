@@ -30,9 +30,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # it also runs from a checkout not installed
 
 if __name__ == "__main__":
-    from longsana.runtime.process import share_cores
+    from longsana.runtime.process import begin
 
-    share_cores()  # before torch is imported
+    begin()  # before the imports below, which take seconds
 
 import torch
 from PIL import Image

@@ -25,9 +25,10 @@ if __name__ == "__main__":
 
 import torch
 
+from longsana.convert import main as convert
+from longsana.pipelines.video import LongSanaVideoPipeline
+
 ROOT = Path(__file__).resolve().parents[2]
-from longsana.convert import main as convert  # noqa: E402
-from longsana.pipelines.video import LongSanaVideoPipeline  # noqa: E402
 
 
 def snapshot(cache: Path, repo: str) -> Path:

@@ -31,13 +31,14 @@ if __name__ == "__main__":
 
 import torch
 
+from longsana.config import load_config
+from longsana.flow.schedule import FlowSchedule
+from longsana.training.checks import DISTILLING
+from longsana.training.config import TrainingConfig
+from longsana.training.estimate import estimate, model_flops
+from longsana.training.stages.stage import MicroBatch
+
 ROOT = Path(__file__).resolve().parents[2]
-from longsana.config import load_config  # noqa: E402
-from longsana.flow.schedule import FlowSchedule  # noqa: E402
-from longsana.training.checks import DISTILLING  # noqa: E402
-from longsana.training.config import TrainingConfig  # noqa: E402
-from longsana.training.estimate import estimate, model_flops  # noqa: E402
-from longsana.training.stages.stage import MicroBatch  # noqa: E402
 
 DENSE_BF16 = 989e12  # FLOP/s of an H100 or H200 by the vendor's datasheet
 GIB = 2**30

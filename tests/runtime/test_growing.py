@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import queue
 import select
 import signal
 import subprocess
@@ -177,7 +178,11 @@ def test_handles_and_threads_go_with_a_writer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (os, "replace"), (Path, "unlink")])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    # The encoder is waited for between the first two.
+    [(queue.Queue, "put"), (VideoWriter, "_raise_error"), (os, "fsync"), (os, "replace"), (Path, "unlink")],
+)
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_stop_while_a_file_is_finished_leaves_a_whole_one_or_the_older(
     owner: Any, name: str, after: bool, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
